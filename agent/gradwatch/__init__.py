@@ -1,0 +1,18 @@
+"""gradwatch watches the health of gradients in any PyTorch training job, and clips them adaptively."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradwatch.agent import Agent, attach
+
+__all__ = ["Agent", "attach"]
+
+_HOMES = {"Agent": "gradwatch.agent", "attach": "gradwatch.agent"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch only when it is used: the server imports ``gradwatch.wire`` without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradwatch' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

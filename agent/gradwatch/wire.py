@@ -56,7 +56,7 @@ class Parameter(msgspec.Struct, frozen=True):
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True):
-    """A run makes itself known. Sending it again with the same id changes only what it may: depths and new parameters."""
+    """A run makes itself known. Sent again with the same id, it may change depths and append parameters, no more."""
 
     version: int = VERSION
     project: str = "default"
@@ -188,7 +188,7 @@ def _encode(value: object) -> object:
     raise NotImplementedError(f"cannot encode {type(value).__name__}")
 
 
-def _decode(kind: type, value: object) -> object:
+def _decode(_kind: type, value: object) -> object:
     if isinstance(value, bytes | bytearray | memoryview):
         if len(value) % 4:
             raise ValueError(f"a packed vector holds float32: {len(value)} bytes are not a multiple of 4")

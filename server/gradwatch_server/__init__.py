@@ -1,1 +1,1 @@
-"""The gradwatch server: stores what agents measure, diagnoses it, shows it and delivers alerts. It never imports torch."""
+"""The gradwatch server: stores what agents measure, diagnoses it, shows it, delivers alerts. It never imports torch."""

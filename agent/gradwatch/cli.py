@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gradwatch: unknown command {given[0]!r}\n{usage()}", file=sys.stderr)
         return 2
     try:
-        command = cast(Command, import_module(entry.module))
+        command = cast("Command", import_module(entry.module))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("gradwatch", "gradwatch_server"):
             raise

@@ -167,6 +167,11 @@ def number(spelled: Number) -> float:
     return _UNSPELLED[spelled] if isinstance(spelled, str) else float(spelled)
 
 
+def spell_numbers(values: NDArray[Any]) -> list[Number]:
+    """Return numbers that are all measured as JSON can carry them."""
+    return [spell(value) for value in values.tolist()]
+
+
 def spell_vector(vector: NDArray[Any]) -> list[Any]:
     """Return a vector or matrix of statistics as JSON carries it: null where missing, spelled where not finite."""
     missing = vector == MISSING

@@ -1,0 +1,91 @@
+"""The life of an alert, pure: pending, firing, resolved.
+
+One alert a run and rule. A finding that holds for ``hold_samples`` samples in a row fires; a firing alert that does not
+hold for ``clear_samples`` samples in a row resolves; a pending one that stops holding is forgotten without a word.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gradwatch_server.diagnosis import Finding
+
+State = Literal["pending", "firing", "resolved"]
+SEVERITIES = ("warning", "critical")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alert:
+    """One rule that holds, or held, for one run."""
+
+    state: State
+    finding: Finding
+    """The last finding that held: what is wrong, where and what to do."""
+    first_step: int
+    first_at: float
+    held: int = 1
+    clear: int = 0
+    fired_step: int | None = None
+    fired_at: float | None = None
+    resolved_step: int | None = None
+    resolved_at: float | None = None
+    resolution: str | None = None
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One change that people are told about: fired, escalated or resolved."""
+
+    state: Literal["firing", "resolved"]
+    severity: str
+    step: int
+    at: float
+
+
+def advance(
+    alert: Alert | None, finding: Finding | None, step: int, at: float
+) -> tuple[Alert | None, Transition | None]:
+    """Take one sample's finding of a rule into account.
+
+    Args:
+        alert: the alert as it stands; none where the rule does not hold.
+        finding: what the rule found at this sample; none, or one that does not hold, counts as clear.
+        step: the sample's step.
+        at: the sample's time, Unix seconds.
+
+    Returns:
+        The alert as it stands now (none: forgotten) and the transition to tell, if there is one.
+    """
+    if alert is not None and alert.state == "resolved":
+        alert = None
+    if finding is None or not finding.holds:
+        return _without(alert, step, at)
+    if alert is None:
+        started = Alert(state="pending", finding=finding, first_step=finding.first_step, first_at=at)
+        return _fire_when_held(started, step, at)
+    if alert.state == "pending":
+        return _fire_when_held(replace(alert, finding=finding, held=alert.held + 1), step, at)
+    escalated = SEVERITIES.index(finding.severity) > SEVERITIES.index(alert.finding.severity)
+    kept = finding if escalated else replace(finding, severity=alert.finding.severity)
+    held = replace(alert, finding=kept, held=alert.held + 1, clear=0)
+    return held, Transition("firing", kept.severity, step, at) if escalated else None
+
+
+def _fire_when_held(alert: Alert, step: int, at: float) -> tuple[Alert, Transition | None]:
+    if alert.held < alert.finding.hold_samples:
+        return alert, None
+    fired = replace(alert, state="firing", fired_step=step, fired_at=at)
+    return fired, Transition("firing", alert.finding.severity, step, at)
+
+
+def _without(alert: Alert | None, step: int, at: float) -> tuple[Alert | None, Transition | None]:
+    if alert is None or alert.state == "pending":
+        return None, None
+    if alert.clear + 1 < alert.finding.clear_samples:
+        return replace(alert, clear=alert.clear + 1), None
+    return resolve(alert, step, at, "the condition is gone")
+
+
+def resolve(alert: Alert, step: int, at: float, reason: str) -> tuple[Alert, Transition]:
+    """End a firing alert, because its condition is gone or its run is over."""
+    resolved = replace(alert, state="resolved", resolved_step=step, resolved_at=at, resolution=reason)
+    return resolved, Transition("resolved", alert.finding.severity, step, at)

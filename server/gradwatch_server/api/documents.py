@@ -1,0 +1,143 @@
+"""What the API answers with. Non-finite numbers are spelled "NaN", "Infinity" and "-Infinity"."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+Number = float | Literal["NaN", "Infinity", "-Infinity"]
+Measured = Number | None
+"""None: the parameter had no gradient in this round."""
+
+
+class Problem(BaseModel):
+    """An RFC 9457 problem document: what is wrong and the way out."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+
+
+class Registered(BaseModel):
+    """A run is known to the server."""
+
+    id: str
+    url: str = Field(description="the run's page")
+    created: bool = Field(description="false: it was known already")
+
+
+class Stored(BaseModel):
+    """A batch is committed and synced to disk."""
+
+    id: str
+    samples: int = Field(description="samples that this request stored")
+    duplicate: bool = Field(description="true: the batch was stored before; nothing changed")
+
+
+class Run(BaseModel):
+    """One training job."""
+
+    id: str
+    project: str
+    name: str
+    state: Literal["running", "stalled", "finished"]
+    status: str | None = Field(description="how it ended: completed, failed or killed")
+    exit_code: int | None
+    last_step: int | None
+    sample_count: int
+    started_at: float = Field(description="Unix seconds")
+    last_seen_at: float = Field(description="Unix seconds")
+    finished_at: float | None = Field(description="Unix seconds")
+    firing: int = Field(description="number of alerts that fire")
+    worst_rule: str | None = Field(description="rule of the most severe alert that fires")
+    worst_severity: str | None
+    scalars: dict[str, Number] = Field(description="the latest value of each scalar")
+    dropped: dict[str, int] = Field(description="what the agent had to give up: samples, bytes, errors")
+
+
+class Parameter(BaseModel):
+    """One parameter of a run."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    depth: int
+    units: int
+    trainable: bool
+    kind: str
+
+
+class RunDetail(Run):
+    """One training job with its parameters, in the order of depth."""
+
+    attributes: dict[str, str]
+    parameters: list[Parameter]
+
+
+class Series(BaseModel):
+    """One statistic of one parameter, or one scalar of the run, in at most ``points`` buckets of samples."""
+
+    run: str
+    statistic: str
+    parameter: str | None
+    steps: list[int] = Field(description="first step of each bucket")
+    last_steps: list[int] = Field(description="last step of each bucket")
+    min: list[Measured] = Field(description="smallest finite value of each bucket")
+    max: list[Measured] = Field(description="largest finite value of each bucket")
+    mean: list[Measured] = Field(description="mean of the finite values of each bucket")
+    last: list[Measured] = Field(description="newest value of each bucket, as it was measured")
+    nonfinite: list[int] = Field(description="values of each bucket that are NaN or infinite")
+
+
+class Map(BaseModel):
+    """One statistic of all parameters: rows are buckets of samples, columns are parameters in the order of depth."""
+
+    run: str
+    statistic: str
+    parameters: list[str]
+    steps: list[int]
+    last_steps: list[int]
+    min: list[list[Measured]]
+    max: list[list[Measured]]
+    last: list[list[Measured]]
+    nonfinite: list[list[int]]
+
+
+class Blame(BaseModel):
+    """A parameter that an alert blames."""
+
+    name: str
+    value: Number
+    limit: Number
+
+
+class Alert(BaseModel):
+    """One rule that holds, or held, for one run."""
+
+    id: str
+    run: str
+    rule: str
+    severity: Literal["warning", "critical"]
+    state: Literal["pending", "firing", "resolved"]
+    first_step: int
+    fired_step: int | None
+    resolved_step: int | None
+    first_at: float
+    fired_at: float | None
+    resolved_at: float | None
+    resolution: str | None = Field(description="why it ended")
+    parameters: list[Blame] = Field(description="worst first")
+    parameters_left_out: int
+    evidence: dict[str, Number]
+    summary: str
+    cause: str
+    remedy: str
+
+
+class Health(BaseModel):
+    """Whether the server lives, or is ready to take requests."""
+
+    status: str
+
+
+AnyDocument = dict[str, Any]

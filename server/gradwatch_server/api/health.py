@@ -1,0 +1,33 @@
+"""Whether the server lives and is ready."""
+
+from typing import Any, cast
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Request
+
+from gradwatch_server.api import documents
+from gradwatch_server.api.problem import problems
+from gradwatch_server.errors import Refused
+from gradwatch_server.services import Services
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", response_model=documents.Health)
+def healthz() -> Any:
+    """Answer while the process lives."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", response_model=documents.Health, responses=problems(503))
+def readyz(request: Request) -> Any:
+    """Answer 200 while the server takes requests: not stopping, database within reach."""
+    services = cast("Services", request.app.state.services)
+    if not services.ready:
+        raise Refused(503, "Stopping", "the server is stopping", retry_after_seconds=2)
+    try:
+        with services.engine.connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+    except sa.exc.SQLAlchemyError as error:
+        raise Refused(503, "Database out of reach", type(error).__name__, retry_after_seconds=5) from None
+    return {"status": "ready"}

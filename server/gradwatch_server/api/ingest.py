@@ -1,0 +1,69 @@
+"""What agents call: register a run, store a batch."""
+
+import asyncio
+import secrets
+from functools import partial
+from typing import Any, cast
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from gradwatch import wire
+from gradwatch_server.api import body, documents
+from gradwatch_server.api.problem import problems
+from gradwatch_server.services import Services
+
+router = APIRouter(prefix="/api/v1", tags=["ingest"])
+
+
+def _takes(document: type) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{document.__name__}"}
+    return {
+        "requestBody": {"required": True, "content": {wire.JSON_TYPE: {"schema": schema}, wire.MESSAGEPACK_TYPE: {}}}
+    }
+
+
+def _services(request: Request) -> Services:
+    return cast("Services", request.app.state.services)
+
+
+@router.post(
+    "/runs",
+    status_code=201,
+    response_model=documents.Registered,
+    responses={
+        200: {"model": documents.Registered, "description": "Known already"},
+        **problems(400, 409, 413, 415, 422, 503),
+    },
+    openapi_extra=_takes(wire.Registration),
+)
+async def register_run(request: Request) -> Response:
+    """Make a run known; with the id of a known run, start its next attempt or add parameters to it."""
+    services = _services(request)
+    registration = await body.read(request, wire.Registration, services.settings.configuration.limits)
+    run_id = secrets.token_hex(8) if registration.id is None else registration.id
+    registered = await asyncio.wrap_future(
+        services.writer.submit(partial(services.ingest.register, run_id=run_id, registration=registration))
+    )
+    return _json(registered, 201 if registered.created else 200)
+
+
+@router.post(
+    "/runs/{run_id}/samples",
+    response_model=documents.Stored,
+    responses=problems(400, 404, 413, 415, 422, 503),
+    openapi_extra=_takes(wire.Batch),
+)
+async def store_batch(request: Request, run_id: str) -> Response:
+    """Store a batch; answers 2xx only when it is committed and synced to disk. Sending it again changes nothing."""
+    services = _services(request)
+    batch = await body.read(request, wire.Batch, services.settings.configuration.limits)
+    stored = await asyncio.wrap_future(
+        services.writer.submit(partial(services.ingest.store, run_id=run_id, batch=batch))
+    )
+    services.notifier.wake()
+    return _json(stored, 200)
+
+
+def _json(answer: msgspec.Struct, status: int) -> Response:
+    return Response(msgspec.json.encode(answer), status, media_type=wire.JSON_TYPE)

@@ -1,0 +1,116 @@
+"""What is known of runs: lists, series, maps."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Path, Query, Response
+
+from gradwatch import wire
+from gradwatch_server import queries
+from gradwatch_server.api import documents
+from gradwatch_server.api.problem import problems
+from gradwatch_server.api.reading import Reader
+from gradwatch_server.errors import Refused
+from gradwatch_server.ingest import load_parameters
+from gradwatch_server.runs import RunState, load_run, load_runs
+
+router = APIRouter(prefix="/api/v1", tags=["runs"])
+
+RunId = Annotated[str, Path(alias="id", max_length=64)]
+Step = Annotated[int | None, Query(ge=0, le=2**53)]
+Text = Annotated[str | None, Query(max_length=512)]
+
+
+@router.get("/runs", response_model=list[documents.Run], responses=problems(422))
+def list_runs(connection: Reader, project: Text = None, state: RunState | None = None) -> Any:
+    """List runs, the one seen last first."""
+    return load_runs(connection, project, state)
+
+
+@router.get("/runs/{id}", response_model=documents.RunDetail, responses=problems(404, 422))
+def show_run(connection: Reader, run_id: RunId) -> Any:
+    """Show one run with its parameters in the order of depth."""
+    run = load_run(connection, run_id)
+    listed = sorted(load_parameters(connection, run_id), key=lambda parameter: parameter.depth or 0)
+    return run | {"parameters": [msgspec.structs.asdict(parameter) for parameter in listed]}
+
+
+@router.get(
+    "/runs/{id}/series",
+    response_class=Response,
+    responses={200: {"model": documents.Series}, **problems(404, 422)},
+)
+def show_series(
+    connection: Reader,
+    run_id: RunId,
+    statistic: Annotated[str, Query(max_length=512, description="of a parameter, or the name of a scalar")],
+    parameter: Text = None,
+    from_step: Step = None,
+    to_step: Step = None,
+    points: Annotated[int, Query(ge=1, le=10_000)] = 1_000,
+) -> Response:
+    """One statistic of one parameter, or one scalar of the run (``loss``), as min, max, mean and last of buckets."""
+    load_run(connection, run_id)
+    if statistic in queries.STATISTIC_NAMES:
+        names = [known.name for known in load_parameters(connection, run_id)]
+        if parameter is None:
+            raise Refused(422, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME")
+        if parameter not in names:
+            raise Refused(404, "Unknown parameter", f"run {run_id!r} has no parameter {parameter!r}")
+        steps, values = queries.load(
+            connection, run_id, statistic, from_step, to_step, [names.index(parameter)], len(names)
+        )
+        buckets = queries.gather(steps, values, points)
+    else:
+        if parameter is not None:
+            known = ", ".join(queries.STATISTIC_NAMES)
+            raise Refused(422, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
+        steps, scalars = queries.load_scalar(connection, run_id, statistic, from_step, to_step)
+        buckets = queries.gather(steps, scalars[:, None], points, missing=None)
+    spelled = wire.spell_vector if statistic in queries.STATISTIC_NAMES else wire.spell_numbers
+    content = {
+        "run": run_id,
+        "statistic": statistic,
+        "parameter": parameter,
+        "steps": buckets.first_steps.tolist(),
+        "last_steps": buckets.last_steps.tolist(),
+        "min": spelled(buckets.low[:, 0]),
+        "max": spelled(buckets.high[:, 0]),
+        "mean": spelled(buckets.mean[:, 0]),
+        "last": spelled(buckets.last[:, 0]),
+        "nonfinite": buckets.nonfinite[:, 0].tolist(),
+    }
+    return Response(msgspec.json.encode(content), media_type=wire.JSON_TYPE)
+
+
+@router.get(
+    "/runs/{id}/map",
+    response_class=Response,
+    responses={200: {"model": documents.Map}, **problems(404, 422)},
+)
+def show_map(
+    connection: Reader,
+    run_id: RunId,
+    statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
+    from_step: Step = None,
+    to_step: Step = None,
+    points: Annotated[int, Query(ge=1, le=10_000)] = 500,
+) -> Response:
+    """One statistic of all parameters over the steps: the layer x step map."""
+    load_run(connection, run_id)
+    listed = load_parameters(connection, run_id)
+    order = sorted(range(len(listed)), key=lambda position: listed[position].depth or 0)
+    steps, values = queries.load(connection, run_id, statistic, from_step, to_step, order, len(listed))
+    buckets = queries.gather(steps, values, points)
+    content: dict[str, Any] = {
+        "run": run_id,
+        "statistic": statistic,
+        "parameters": [listed[position].name for position in order],
+        "steps": buckets.first_steps.tolist(),
+        "last_steps": buckets.last_steps.tolist(),
+        "min": wire.spell_vector(buckets.low),
+        "max": wire.spell_vector(buckets.high),
+        "last": wire.spell_vector(buckets.last),
+        "nonfinite": buckets.nonfinite.tolist(),
+    }
+    return Response(msgspec.json.encode(content), media_type=wire.JSON_TYPE)

@@ -1,0 +1,92 @@
+"""The application: routes, problem documents, the page, and the parts behind them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+
+from gradwatch import wire
+from gradwatch_server.api import alerts, health, ingest, metrics, problem, runs
+from gradwatch_server.services import Services
+from gradwatch_server.settings import Settings
+
+PAGE = Path(__file__).parent / "page"
+_SECURITY = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
+    """Return the application over a prepared database; its parts run for as long as its lifespan does."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = Services.start(settings, engine)
+        app.state.services = services
+        notifying = asyncio.create_task(services.notifier.run())
+        try:
+            yield
+        finally:
+            notifying.cancel()
+            with suppress(asyncio.CancelledError):
+                await notifying
+            await asyncio.to_thread(services.writer.close)
+
+    app = FastAPI(
+        title="gradwatch",
+        version=metadata.version("gradwatch"),
+        description="Health of gradients in PyTorch training: samples in, series, maps, alerts and metrics out.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    problem.install(app)
+    for router in (ingest.router, runs.router, alerts.router, metrics.router, health.router):
+        app.include_router(router)
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/runs/{run_id}", include_in_schema=False)
+    @app.get("/alerts", include_in_schema=False)
+    def page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads its own address
+        return FileResponse(PAGE / "index.html")
+
+    @app.middleware("http")
+    async def secure(request: Request, follow: Callable[[Request], Any]) -> Response:
+        response: Response = await follow(request)
+        response.headers.update(_SECURITY)
+        return response
+
+    _describe_documents(app)
+    return app
+
+
+def _describe_documents(app: FastAPI) -> None:
+    """Add the wire format's documents to the OpenAPI description."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            described = made()
+            _, components = msgspec.json.schema_components(
+                [wire.Registration, wire.Batch], schema_hook=_vector_schema, ref_template="#/components/schemas/{name}"
+            )
+            described["components"]["schemas"] = components | described["components"]["schemas"]
+        return app.openapi_schema or {}
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _vector_schema(_kind: type) -> dict[str, Any]:
+    element = {"anyOf": [{"type": "number"}, {"type": "null"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
+    return {"type": "array", "items": element, "description": "one value for each parameter; null: missing"}

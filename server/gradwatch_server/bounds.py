@@ -1,0 +1,163 @@
+"""What a document may hold, beyond its types: checked before anything is stored."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from gradwatch import wire
+from gradwatch_server.errors import Refused
+from gradwatch_server.settings import Limits
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{2,63}")
+_LARGEST_STEP = 2**53
+_LARGEST_TIME = 1e11
+
+
+def invalid(detail: str) -> Refused:
+    """Return the refusal of a document whose content cannot be right."""
+    return Refused(422, "Invalid content", detail)
+
+
+def check_registration(registration: wire.Registration, limits: Limits) -> None:
+    """Refuse a registration that breaks a limit or contradicts itself.
+
+    Raises:
+        Refused: 422, with the field and its value.
+    """
+    if registration.id is not None and not _RUN_ID.fullmatch(registration.id):
+        raise invalid(f"id {registration.id!r:.80} is not a run id: 3 to 64 letters, digits, '-' and '_'")
+    if not registration.project:
+        raise invalid("project is empty: name one, or leave it out for 'default'")
+    _check_names("project", [registration.project], limits)
+    _check_names("name", [registration.name], limits)
+    _check_time("started_at", registration.started_at)
+    _check_whole("attempt", registration.attempt)
+    listed = registration.parameters
+    if len(listed) > limits.parameters:
+        raise invalid(f"{len(listed)} parameters are more than limits.parameters allows ({limits.parameters})")
+    _check_names("parameter", (parameter.name for parameter in listed), limits)
+    if len({parameter.name for parameter in listed}) != len(listed):
+        raise invalid(f"parameter {_first_repeated(parameter.name for parameter in listed)!r} stands twice in the list")
+    for parameter in listed:
+        if parameter.units < 0 or any(extent < 0 for extent in parameter.shape) or (parameter.depth or 0) < 0:
+            raise invalid(f"parameter {parameter.name!r}: shape, units and depth are not negative")
+        if max([parameter.units, parameter.depth or 0, *parameter.shape]) > _LARGEST_STEP:
+            raise invalid(f"parameter {parameter.name!r}: shape, units or depth is larger than 2**53")
+        if parameter.depth is not None and parameter.depth >= 2**31:
+            raise invalid(f"parameter {parameter.name!r}: depth {parameter.depth} is larger than 2**31")
+        if len(parameter.shape) > 64:
+            raise invalid(f"parameter {parameter.name!r}: {len(parameter.shape)} dimensions are more than 64")
+        _check_names("dtype", [parameter.dtype], limits)
+        _check_names("kind", [parameter.kind], limits)
+    _check_names("attribute", registration.attributes, limits)
+    if len(registration.attributes) > limits.scalar_names:
+        raise invalid(f"{len(registration.attributes)} attributes are more than {limits.scalar_names}")
+    _check_text(registration.attributes.values())
+
+
+def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits) -> None:
+    """Refuse a batch that breaks a limit or does not fit its run.
+
+    Raises:
+        Refused: 422, with the field and its value.
+    """
+    if not batch.id:
+        raise invalid("id is empty: give each batch its own")
+    _check_names("id", [batch.id], limits)
+    if not 0 <= batch.rank < 2**31:
+        raise invalid(f"rank {batch.rank} is not between 0 and 2**31")
+    _check_whole("attempt", batch.attempt)
+    if len(batch.samples) > limits.samples_per_batch:
+        raise invalid(
+            f"{len(batch.samples)} samples are more than limits.samples_per_batch ({limits.samples_per_batch})"
+        )
+    for index, sample in enumerate(batch.samples):
+        _check_sample(f"samples[{index}]", sample, parameter_count, limits)
+    _check_trail(batch.trail, limits)
+    for index, event in enumerate(batch.events):
+        _check_whole(f"events[{index}].step", event.step)
+        _check_time(f"events[{index}].at", event.at)
+        _check_names("event", [event.kind, event.parameter or ""], limits)
+        _check_text([event.message])
+    for name in ("samples", "bytes", "errors"):
+        _check_whole(f"dropped.{name}", getattr(batch.dropped, name))
+    if batch.end is not None:
+        _check_time("end.at", batch.end.at)
+        _check_names("end.status", [batch.end.status], limits)
+        if not -(2**31) <= (batch.end.exit_code or 0) < 2**31:
+            raise invalid(f"end.exit_code {batch.end.exit_code} is not a 32-bit number")
+
+
+def _check_sample(place: str, sample: wire.Sample, parameter_count: int, limits: Limits) -> None:
+    _check_whole(f"{place}.step", sample.step)
+    _check_time(f"{place}.at", sample.at)
+    for name, vector in sample.statistics.items():
+        if vector.shape != (parameter_count,):
+            raise invalid(
+                f"{place}.statistics.{name} has {vector.size} values, the run has {parameter_count} parameters: "
+                "register the run again if it has gained some"
+            )
+        negative = (vector < 0) & (vector != wire.MISSING)
+        if negative.any():
+            found = vector[negative][0]
+            raise invalid(f"{place}.statistics.{name} holds {found}: a norm, share or count is never negative")
+    if len(sample.scalars) + len(sample.histograms) > limits.scalar_names:
+        raise invalid(f"{place} has more scalars than limits.scalar_names allows ({limits.scalar_names})")
+    _check_names("scalar", sample.scalars, limits)
+    _check_names("histogram", sample.histograms, limits)
+    for histogram, counts in sample.histograms.items():
+        if len(counts) > 1_000 or not np.isfinite(counts).all():
+            raise invalid(f"{place}.histograms.{histogram} has over 1,000 bins or a count that is not finite")
+
+
+def _check_trail(trail: Mapping[str, wire.Trail], limits: Limits) -> None:
+    if len(trail) > limits.scalar_names:
+        raise invalid(f"trail has {len(trail)} names, more than limits.scalar_names allows ({limits.scalar_names})")
+    _check_names("scalar", trail, limits)
+    for name, scalar in trail.items():
+        if len(scalar.steps) != len(scalar.values):
+            raise invalid(
+                f"trail.{name} has {len(scalar.steps)} steps and {len(scalar.values)} values: as many of each"
+            )
+        if scalar.steps and not 0 <= min(scalar.steps) <= max(scalar.steps) <= _LARGEST_STEP:
+            raise invalid(f"trail.{name}.steps are not all between 0 and 2**53")
+    total = sum(len(scalar.steps) for scalar in trail.values())
+    if total > limits.scalars_per_batch:
+        raise invalid(f"{total} values of scalars are more than limits.scalars_per_batch ({limits.scalars_per_batch})")
+
+
+def _check_names(what: str, names: Iterable[str], limits: Limits) -> None:
+    for name in names:
+        if len(name) > limits.name_characters:
+            raise invalid(
+                f"{what} {name[:40]!r}... has {len(name)} characters, more than limits.name_characters "
+                f"({limits.name_characters})"
+            )
+        _check_text([name])
+
+
+def _check_text(texts: Iterable[str]) -> None:
+    for text in texts:
+        if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
+            raise invalid(f"{text[:40]!r} holds a character that no database keeps (NUL or half a surrogate pair)")
+
+
+def _check_whole(place: str, value: int) -> None:
+    if not 0 <= value <= _LARGEST_STEP:
+        raise invalid(f"{place} {value} is not between 0 and 2**53")
+
+
+def _check_time(place: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and 0 <= value <= _LARGEST_TIME):
+        raise invalid(f"{place} {value} is not a time in Unix seconds")
+
+
+def _first_repeated(names: Iterable[str]) -> str:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    raise AssertionError("no name is repeated")

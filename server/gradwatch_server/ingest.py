@@ -1,0 +1,356 @@
+"""The transaction behind every 2xx: sample rows, diagnosis, alerts, transitions and due deliveries commit together."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from gradwatch import wire
+from gradwatch.wire import STATISTICS
+from gradwatch_server import diagnosis, ledger, schema
+from gradwatch_server.bounds import check_batch, check_registration
+from gradwatch_server.database import upsert
+from gradwatch_server.diagnosis import Layout, Memory, Reading
+from gradwatch_server.errors import Refused
+from gradwatch_server.settings import Configuration
+
+_REPLAYED_SAMPLES = 128
+_RUNS_IN_MEMORY = 256
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """The answer to a batch: it is on disk."""
+
+    id: str
+    samples: int
+    duplicate: bool
+
+
+class Registered(msgspec.Struct, frozen=True):
+    """The answer to a registration."""
+
+    id: str
+    url: str
+    created: bool
+
+
+@dataclass
+class _Watched:
+    """What the diagnosis remembers of a run, and up to which sample."""
+
+    layout: Layout
+    memory: Memory
+    sample_count: int
+
+
+class Ingest:
+    """Registers runs and stores batches; holds the diagnosis' memory of the runs that report now.
+
+    The memory is a cache: where it does not match what the database holds (another server took part, a commit failed,
+    the server was started again), it is rebuilt from the stored samples.
+    """
+
+    def __init__(self, configuration: Configuration, public_url: str) -> None:
+        self._configuration = configuration
+        self._thresholds = configuration.thresholds()
+        self._public_url = public_url
+        self._watched: OrderedDict[str, _Watched] = OrderedDict()
+        self.batches = 0
+        self.duplicates = 0
+        self.samples = 0
+        self.values = 0
+
+    def register(self, connection: sa.Connection, run_id: str, registration: wire.Registration) -> Registered:
+        """Store a run, or what its next attempt adds to it.
+
+        Raises:
+            Refused: 409 where the id is taken by a run with other parameters, 422 where the content is wrong.
+        """
+        check_registration(registration, self._configuration.limits)
+        now = time.time()
+        known = connection.execute(
+            sa.select(*schema.runs.c["project", "attempt", "parameter_count"])
+            .where(schema.runs.c.id == run_id)
+            .with_for_update()
+        ).one_or_none()
+        answer = Registered(run_id, f"{self._public_url}/runs/{run_id}", known is None)
+        if known is None:
+            connection.execute(
+                sa.insert(schema.runs).values(
+                    id=run_id,
+                    project=registration.project,
+                    name=registration.name or run_id,
+                    attempt=registration.attempt,
+                    started_at=registration.started_at or now,
+                    last_seen_at=now,
+                    parameter_count=len(registration.parameters),
+                    attributes=registration.attributes,
+                    dropped={},
+                    scalars={},
+                )
+            )
+            self._insert_parameters(connection, run_id, registration.parameters, 0)
+            return answer
+        self._extend(connection, run_id, registration, known.parameter_count)
+        if registration.attempt > known.attempt:
+            resumed = {
+                "attempt": registration.attempt,
+                "last_step": None,
+                "diagnosed_step": None,
+                "finished_at": None,
+                "status": None,
+                "exit_code": None,
+            }
+            connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(resumed))
+        return answer
+
+    def _extend(self, connection: sa.Connection, run_id: str, registration: wire.Registration, count: int) -> None:
+        stored = connection.execute(
+            sa.select(*schema.parameters.c["position", "name", "depth"])
+            .where(schema.parameters.c.run == run_id)
+            .order_by("position")
+        ).all()
+        listed = registration.parameters
+        for row, parameter in zip(stored, listed, strict=False):
+            if row.name != parameter.name:
+                detail = f"run {run_id!r} has parameter {row.name!r} at {row.position}, not {parameter.name!r}"
+                raise Refused(409, "Another run", f"{detail}: use another run id for another network")
+        if len(listed) < count:
+            detail = f"run {run_id!r} has {count} parameters already, the registration lists {len(listed)}"
+            raise Refused(409, "Parameters missing", f"{detail}: list the known ones first, new ones after them")
+        moved = [
+            {"at": row.position, "to": parameter.depth}
+            for row, parameter in zip(stored, listed, strict=False)
+            if parameter.depth is not None and parameter.depth != row.depth
+        ]
+        if moved:
+            connection.execute(
+                sa.update(schema.parameters)
+                .where(schema.parameters.c.run == run_id, schema.parameters.c.position == sa.bindparam("at"))
+                .values(depth=sa.bindparam("to")),
+                moved,
+            )
+        if len(listed) > count:
+            self._insert_parameters(connection, run_id, listed[count:], count)
+            connection.execute(
+                sa.update(schema.runs).where(schema.runs.c.id == run_id).values(parameter_count=len(listed))
+            )
+        if moved or len(listed) > count:
+            self._watched.pop(run_id, None)
+
+    def _insert_parameters(
+        self, connection: sa.Connection, run_id: str, listed: Sequence[wire.Parameter], first: int
+    ) -> None:
+        rows = [
+            {
+                "run": run_id,
+                "position": position,
+                "name": parameter.name,
+                "shape": parameter.shape,
+                "dtype": parameter.dtype,
+                "depth": position if parameter.depth is None else parameter.depth,
+                "units": parameter.units,
+                "trainable": parameter.trainable,
+                "kind": parameter.kind,
+            }
+            for position, parameter in enumerate(listed, first)
+        ]
+        if rows:
+            connection.execute(sa.insert(schema.parameters), rows)
+
+    def store(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> Stored:
+        """Store a batch once, diagnose its samples and write what follows from them.
+
+        Raises:
+            Refused: 404 for a run that is not registered, 422 where the content does not fit the run.
+        """
+        now = time.time()
+        run = connection.execute(
+            sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()
+        ).one_or_none()
+        if run is None:
+            raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
+        check_batch(batch, run.parameter_count, self._configuration.limits)
+        if not self._claim(connection, run_id, batch, now):
+            self.duplicates += 1
+            return Stored(batch.id, 0, duplicate=True)
+        self._insert(connection, run_id, batch)
+        changes = self._progress(run, batch, now)
+        if batch.attempt >= run.attempt:
+            changes |= self._diagnose(connection, run, batch)
+            if batch.end is not None:
+                changes |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
+        connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(changes))
+        self.batches += 1
+        self.samples += len(batch.samples)
+        self.values += sum(vector.size for sample in batch.samples for vector in sample.statistics.values())
+        return Stored(batch.id, len(batch.samples), duplicate=False)
+
+    def _claim(self, connection: sa.Connection, run_id: str, batch: wire.Batch, now: float) -> bool:
+        """Remember the batch's id; return False where it is known already."""
+        statement = upsert(connection, schema.batches).values(run=run_id, rank=batch.rank, id=batch.id, at=now)
+        return connection.execute(statement.on_conflict_do_nothing()).rowcount > 0
+
+    def _insert(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> None:
+        if batch.samples:
+            self._insert_samples(connection, run_id, batch)
+        if batch.trail:
+            steps = [step for scalar in batch.trail.values() for step in scalar.steps]
+            connection.execute(
+                sa.insert(schema.trails).values(
+                    run=run_id,
+                    rank=batch.rank,
+                    batch=batch.id,
+                    attempt=batch.attempt,
+                    first_step=min(steps, default=0),
+                    last_step=max(steps, default=0),
+                    scalars=msgspec.msgpack.encode(batch.trail),
+                )
+            )
+        if batch.events:
+            rows = [{"run": run_id, **msgspec.structs.asdict(event)} for event in batch.events]
+            connection.execute(sa.insert(schema.events), rows)
+
+    def _insert_samples(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> None:
+        """Insert the samples; a newer attempt replaces what older ones measured from its first step on."""
+        table = schema.samples
+        connection.execute(
+            sa.delete(table).where(
+                table.c.run == run_id,
+                table.c.level == 0,
+                table.c.step >= min(sample.step for sample in batch.samples),
+                table.c.attempt < batch.attempt,
+            )
+        )
+        rows = [
+            {
+                "run": run_id,
+                "level": 0,
+                "step": sample.step,
+                "attempt": batch.attempt,
+                "at": sample.at,
+                "scalars": _spelled(_scalars_at(sample, batch.trail)),
+                "histograms": sample.histograms or None,
+                **{name: sample.statistics.get(name) for name in STATISTICS},
+            }
+            for sample in batch.samples
+        ]
+        insert = upsert(connection, table)
+        replaced = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
+        statement = insert.on_conflict_do_update(
+            index_elements=["run", "level", "step"], set_=replaced, where=table.c.attempt <= insert.excluded.attempt
+        )
+        connection.execute(statement, rows)
+
+    def _progress(self, run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
+        latest = {name: scalar.values[-1] for name, scalar in batch.trail.items() if scalar.values}
+        for sample in batch.samples:
+            latest |= sample.scalars
+        changes: dict[str, Any] = {
+            "last_seen_at": now,
+            "sample_count": run.sample_count + len(batch.samples),
+            "scalars": run.scalars | _spelled(latest),
+            "dropped": msgspec.to_builtins(batch.dropped),
+        }
+        if batch.samples:
+            times = sorted(sample.at for sample in batch.samples)
+            span = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else now - run.last_seen_at
+            usual = run.usual_interval_seconds
+            changes["usual_interval_seconds"] = span if usual is None else 0.8 * usual + 0.2 * span
+        steps = [sample.step for sample in batch.samples]
+        steps += [scalar.steps[-1] for scalar in batch.trail.values() if scalar.steps]
+        if steps and batch.attempt >= run.attempt:
+            changes["last_step"] = max([*steps, run.last_step or 0])
+        return changes
+
+    def _diagnose(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch) -> dict[str, Any]:
+        watched = self._watch(connection, run)
+        book = ledger.Book(connection, run, self._configuration.receivers, self._public_url)
+        readings = _readings(batch, after=run.diagnosed_step)
+        for reading in readings:
+            watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, self._thresholds)
+            book.enter(findings, reading.step, reading.at)
+        book.save()
+        watched.sample_count = run.sample_count + len(batch.samples)
+        self._watched[run.id] = watched
+        self._watched.move_to_end(run.id)
+        while len(self._watched) > _RUNS_IN_MEMORY:
+            self._watched.popitem(last=False)
+        return {"diagnosed_step": readings[-1].step} if readings else {}
+
+    def _watch(self, connection: sa.Connection, run: sa.Row[Any]) -> _Watched:
+        watched = self._watched.pop(run.id, None)
+        if watched is not None and watched.sample_count == run.sample_count:
+            return watched
+        layout = Layout.of(load_parameters(connection, run.id))
+        memory = Memory()
+        for reading in _stored_readings(connection, run.id):
+            memory, _ = diagnosis.examine(layout, memory, reading, self._thresholds)
+        return _Watched(layout, memory, run.sample_count)
+
+    def _finish(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
+        book = ledger.Book(connection, run, self._configuration.receivers, self._public_url)
+        book.close(step or 0, end.at, f"the run has ended: {end.status}")
+        book.save()
+        return {"finished_at": end.at, "status": end.status, "exit_code": end.exit_code}
+
+
+def load_parameters(connection: sa.Connection, run_id: str) -> list[wire.Parameter]:
+    """Return the parameters of a run, in the order of its vectors."""
+    table = schema.parameters
+    rows = connection.execute(sa.select(table).where(table.c.run == run_id).order_by(table.c.position))
+    return [
+        wire.Parameter(row.name, row.shape, row.dtype, row.depth, row.units, row.trainable, row.kind) for row in rows
+    ]
+
+
+def _readings(batch: wire.Batch, after: int | None) -> list[Reading]:
+    """Return what the rules have not seen yet, in the order of the steps."""
+    ordered = sorted(batch.samples, key=lambda sample: sample.step)
+    return [
+        Reading(
+            step=sample.step,
+            at=sample.at,
+            statistics=sample.statistics,
+            scalars=_scalars_at(sample, batch.trail),
+            events=[event for event in batch.events if event.step == sample.step],
+        )
+        for sample in ordered
+        if after is None or sample.step > after
+    ]
+
+
+def _stored_readings(connection: sa.Connection, run_id: str) -> list[Reading]:
+    table = schema.samples
+    rows = connection.execute(
+        sa.select(table)
+        .where(table.c.run == run_id, table.c.level == 0)
+        .order_by(table.c.step.desc())
+        .limit(_REPLAYED_SAMPLES)
+    ).mappings()
+    return [
+        Reading(
+            step=row["step"],
+            at=row["at"],
+            statistics={name: row[name] for name in STATISTICS if row[name] is not None},
+            scalars={name: wire.number(value) for name, value in (row["scalars"] or {}).items()},
+        )
+        for row in reversed(rows.all())
+    ]
+
+
+def _scalars_at(sample: wire.Sample, trail: Mapping[str, wire.Trail]) -> dict[str, float]:
+    known = {
+        name: wire.number(scalar.values[scalar.steps.index(sample.step)])
+        for name, scalar in trail.items()
+        if sample.step in scalar.steps
+    }
+    return known | {name: wire.number(value) for name, value in sample.scalars.items()}
+
+
+def _spelled(scalars: Mapping[str, wire.Number]) -> dict[str, wire.Number]:
+    return {name: wire.spell(wire.number(value)) for name, value in scalars.items()}

@@ -1,0 +1,200 @@
+"""The alerts of a run, carried from the findings into rows: alerts, transitions and deliveries of one transaction."""
+
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from gradwatch.wire import number, spell
+from gradwatch_server import schema
+from gradwatch_server.alerts import Alert, Transition, advance, resolve
+from gradwatch_server.diagnosis import Blame, Finding
+from gradwatch_server.settings import Receiver
+
+
+class Book:
+    """The open alerts of one run within one transaction: enter what each sample shows, then save."""
+
+    def __init__(
+        self, connection: sa.Connection, run: sa.Row[Any], receivers: Sequence[Receiver], public_url: str
+    ) -> None:
+        self._connection = connection
+        self._run = run
+        self._receivers = receivers
+        self._public_url = public_url
+        rows = connection.execute(
+            sa.select(schema.alerts).where(schema.alerts.c.run == run.id, schema.alerts.c.state != "resolved")
+        )
+        self._open: dict[str, tuple[str, Alert]] = {row.rule: (row.id, _from_row(row)) for row in rows}
+        self._stored = {alert_id for alert_id, _ in self._open.values()}
+        self._closed: list[tuple[str, Alert]] = []
+        self._told: list[tuple[str, Alert, Transition]] = []
+        self._changed: set[str] = set()
+
+    def enter(self, findings: Sequence[Finding], step: int, at: float) -> None:
+        """Advance every open alert, and those that begin, by one sample."""
+        found = {finding.rule: finding for finding in findings}
+        for rule in sorted(found.keys() | self._open.keys()):
+            alert_id, before = self._open.get(rule, (secrets.token_hex(8), None))
+            after, transition = advance(before, found.get(rule), step, at)
+            self._put(rule, alert_id, after, transition)
+
+    def close(self, step: int, at: float, reason: str) -> None:
+        """End every open alert: firing ones resolve with the reason, pending ones are forgotten."""
+        for rule, (alert_id, alert) in list(self._open.items()):
+            if alert.state == "firing":
+                self._put(rule, alert_id, *resolve(alert, step, at, reason))
+            else:
+                self._put(rule, alert_id, None, None)
+
+    def _put(self, rule: str, alert_id: str, after: Alert | None, transition: Transition | None) -> None:
+        before = self._open.pop(rule, None)
+        if after is not None and transition is not None:
+            self._told.append((alert_id, after, transition))
+        if after is not None and after.state == "resolved":
+            self._closed.append((alert_id, after))
+        elif after is not None:
+            self._open[rule] = (alert_id, after)
+        if (before[1] if before else None) != after:
+            self._changed.add(alert_id)
+
+    def save(self) -> None:
+        """Write the alerts as they stand, their transitions and one due delivery a receiver and transition."""
+        current = [*self._open.values(), *self._closed]
+        forgotten = self._stored - {alert_id for alert_id, _ in current}
+        if forgotten:
+            self._connection.execute(sa.delete(schema.alerts).where(schema.alerts.c.id.in_(forgotten)))
+        for alert_id, alert in current:
+            if alert_id not in self._changed:
+                continue
+            row = _to_row(alert)
+            if alert_id in self._stored:
+                statement = sa.update(schema.alerts).where(schema.alerts.c.id == alert_id)
+                self._connection.execute(statement.values(row))
+            else:
+                self._connection.execute(sa.insert(schema.alerts).values(id=alert_id, run=self._run.id, **row))
+        for alert_id, alert, transition in self._told:
+            self._tell(alert_id, alert, transition)
+
+    def _tell(self, alert_id: str, alert: Alert, transition: Transition) -> None:
+        table = schema.transitions
+        number = self._connection.execute(
+            sa.select(sa.func.coalesce(sa.func.max(table.c.number), 0) + 1).where(table.c.alert == alert_id)
+        ).scalar_one()
+        transition_id = secrets.token_hex(12)
+        self._connection.execute(
+            sa.insert(table).values(
+                id=transition_id,
+                alert=alert_id,
+                number=number,
+                state=transition.state,
+                severity=transition.severity,
+                step=transition.step,
+                at=transition.at,
+                payload=self._payload(alert_id, alert, transition),
+            )
+        )
+        rows = [
+            {
+                "id": f"msg_{secrets.token_hex(12)}",
+                "transition": transition_id,
+                "alert": alert_id,
+                "number": number,
+                "receiver": receiver.name,
+                "state": "due",
+                "attempts": 0,
+                "due_at": 0.0,
+                "leased_until": 0.0,
+                "created_at": transition.at,
+            }
+            for receiver in self._receivers
+        ]
+        if rows:
+            self._connection.execute(sa.insert(schema.deliveries), rows)
+
+    def _payload(self, alert_id: str, alert: Alert, transition: Transition) -> str:
+        finding = alert.finding
+        body = {
+            "type": f"alert.{transition.state}",
+            "timestamp": datetime.fromtimestamp(transition.at, UTC).isoformat(),
+            "data": {
+                "id": alert_id,
+                "run": {"id": self._run.id, "name": self._run.name, "project": self._run.project},
+                "rule": finding.rule,
+                "severity": transition.severity,
+                "state": transition.state,
+                "step": transition.step,
+                "first_step": alert.first_step,
+                "fired_step": alert.fired_step,
+                "resolved_step": alert.resolved_step,
+                "resolution": alert.resolution,
+                "parameters": _blamed(finding.parameters),
+                "parameters_left_out": finding.left_out,
+                "evidence": {name: spell(value) for name, value in finding.evidence.items()},
+                "summary": finding.summary,
+                "cause": finding.cause,
+                "remedy": finding.remedy,
+                "url": f"{self._public_url}/runs/{self._run.id}?step={transition.step}",
+            },
+        }
+        return msgspec.json.encode(body).decode()
+
+
+def _blamed(parameters: Sequence[Blame]) -> list[dict[str, Any]]:
+    return [{"name": blame.name, "value": spell(blame.value), "limit": spell(blame.limit)} for blame in parameters]
+
+
+def _to_row(alert: Alert) -> dict[str, Any]:
+    finding = alert.finding
+    return {
+        "rule": finding.rule,
+        "severity": finding.severity,
+        "state": alert.state,
+        "held": alert.held,
+        "clear": alert.clear,
+        "first_step": alert.first_step,
+        "fired_step": alert.fired_step,
+        "resolved_step": alert.resolved_step,
+        "first_at": alert.first_at,
+        "fired_at": alert.fired_at,
+        "resolved_at": alert.resolved_at,
+        "resolution": alert.resolution,
+        "hold_samples": finding.hold_samples,
+        "clear_samples": finding.clear_samples,
+        "parameters": _blamed(finding.parameters),
+        "parameters_left_out": finding.left_out,
+        "evidence": {name: spell(value) for name, value in finding.evidence.items()},
+        "summary": finding.summary,
+        "cause": finding.cause,
+        "remedy": finding.remedy,
+    }
+
+
+def _from_row(row: sa.Row[Any]) -> Alert:
+    finding = Finding(
+        rule=row.rule,
+        severity=row.severity,
+        holds=True,
+        first_step=row.first_step,
+        parameters=[Blame(blame["name"], number(blame["value"]), number(blame["limit"])) for blame in row.parameters],
+        left_out=row.parameters_left_out,
+        evidence={name: number(value) for name, value in row.evidence.items()},
+        summary=row.summary,
+        cause=row.cause,
+        remedy=row.remedy,
+        hold_samples=row.hold_samples,
+        clear_samples=row.clear_samples,
+    )
+    return Alert(
+        state=row.state,
+        finding=finding,
+        first_step=row.first_step,
+        first_at=row.first_at,
+        held=row.held,
+        clear=row.clear,
+        fired_step=row.fired_step,
+        fired_at=row.fired_at,
+    )

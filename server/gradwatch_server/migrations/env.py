@@ -1,0 +1,11 @@
+"""Alembic's entry: runs the migrations on the engine that ``gradwatch_server.database`` hands over."""
+
+from alembic import context
+
+from gradwatch_server.schema import metadata
+
+engine = context.config.attributes["engine"]
+with engine.begin() as connection:
+    context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)
+    with context.begin_transaction():
+        context.run_migrations()

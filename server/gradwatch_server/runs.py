@@ -1,0 +1,80 @@
+"""Runs as people see them: their state follows from when they were last heard of."""
+
+import time
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from gradwatch_server import schema
+from gradwatch_server.errors import Refused
+
+RunState = Literal["running", "stalled", "finished"]
+
+_STALLED_INTERVALS = 20
+_STALLED_SECONDS = 120.0
+"""A run is stalled when it was not heard of for 20 of its usual intervals, and for at least this long."""
+
+
+def run_state(finished_at: float | None, last_seen_at: float, usual_interval_seconds: float | None) -> RunState:
+    """Return the state of a run at this moment."""
+    if finished_at is not None:
+        return "finished"
+    patience = max(_STALLED_SECONDS, _STALLED_INTERVALS * (usual_interval_seconds or 0.0))
+    return "stalled" if time.time() - last_seen_at > patience else "running"
+
+
+def load_runs(connection: sa.Connection, project: str | None, state: RunState | None) -> list[dict[str, Any]]:
+    """Return the runs, the one seen last first."""
+    query = sa.select(schema.runs).order_by(schema.runs.c.last_seen_at.desc(), schema.runs.c.id)
+    if project is not None:
+        query = query.where(schema.runs.c.project == project)
+    rows = connection.execute(query).all()
+    firing = _firing(connection)
+    runs = [_shown(row, firing.get(row.id, [])) for row in rows]
+    return [run for run in runs if state is None or run["state"] == state]
+
+
+def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
+    """Return one run.
+
+    Raises:
+        Refused: 404 where it is not known.
+    """
+    row = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id)).one_or_none()
+    if row is None:
+        raise Refused(404, "Unknown run", f"run {run_id!r} is not known here: GET /api/v1/runs lists those that are")
+    return _shown(row, _firing(connection, run_id).get(run_id, []))
+
+
+def _firing(connection: sa.Connection, run_id: str | None = None) -> dict[str, list[tuple[str, str]]]:
+    table = schema.alerts
+    query = sa.select(*table.c["run", "severity", "rule"]).where(table.c.state == "firing").order_by(table.c.fired_at)
+    if run_id is not None:
+        query = query.where(table.c.run == run_id)
+    firing: dict[str, list[tuple[str, str]]] = {}
+    for row in connection.execute(query):
+        firing.setdefault(row.run, []).append((row.severity, row.rule))
+    return firing
+
+
+def _shown(row: sa.Row[Any], firing: list[tuple[str, str]]) -> dict[str, Any]:
+    severity, rule = min(firing, default=(None, None))  # "critical" sorts before "warning"
+    return {
+        "id": row.id,
+        "project": row.project,
+        "name": row.name,
+        "state": run_state(row.finished_at, row.last_seen_at, row.usual_interval_seconds),
+        "status": row.status,
+        "exit_code": row.exit_code,
+        "last_step": row.last_step,
+        "sample_count": row.sample_count,
+        "started_at": row.started_at,
+        "last_seen_at": row.last_seen_at,
+        "finished_at": row.finished_at,
+        "firing": len(firing),
+        "worst_rule": rule,
+        "worst_severity": severity,
+        "scalars": row.scalars,
+        "dropped": row.dropped,
+        "attributes": row.attributes,
+    }

@@ -1,0 +1,214 @@
+"""The tables. Every large one has a key that begins with the run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from gradwatch.wire import STATISTICS
+
+
+class Floats(TypeDecorator[NDArray[np.float32]]):
+    """A float32 vector: ``real[]`` on PostgreSQL, packed little-endian bytes on SQLite; NaN and Inf stay exact."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> TypeEngine[Any]:
+        """Return the column type of the engine in use."""
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(postgresql.ARRAY(sa.REAL))
+        return dialect.type_descriptor(sa.LargeBinary())
+
+    def process_bind_param(self, value: NDArray[np.float32] | None, dialect: sa.Dialect) -> Any:
+        """Return what the driver takes."""
+        if value is None or dialect.name == "postgresql":
+            return value if value is None else value.tolist()
+        return value.astype("<f4", copy=False).tobytes()
+
+    def process_result_value(self, value: bytes | Sequence[float] | None, dialect: sa.Dialect) -> Any:  # noqa: ARG002
+        """Return a read-only float32 vector."""
+        if value is None:
+            return None
+        return np.frombuffer(value, "<f4") if isinstance(value, bytes) else np.asarray(value, np.float32)
+
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+_json = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
+
+
+def _run() -> sa.Column[str]:
+    return sa.Column("run", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
+
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("project", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("attempt", sa.BigInteger, nullable=False, comment="Unix milliseconds"),
+    sa.Column("started_at", sa.Double, nullable=False),
+    sa.Column("last_seen_at", sa.Double, nullable=False),
+    sa.Column("last_step", sa.BigInteger),
+    sa.Column("diagnosed_step", sa.BigInteger, comment="last sample that the rules have seen in this attempt"),
+    sa.Column("sample_count", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("usual_interval_seconds", sa.Double, comment="between samples, smoothed"),
+    sa.Column("finished_at", sa.Double),
+    sa.Column("status", sa.Text, comment="completed, failed or killed"),
+    sa.Column("exit_code", sa.Integer),
+    sa.Column("parameter_count", sa.Integer, nullable=False),
+    sa.Column("attributes", _json, nullable=False),
+    sa.Column("dropped", _json, nullable=False),
+    sa.Column("scalars", _json, nullable=False, comment="the latest value of each scalar"),
+    sa.Index(None, "project", "last_seen_at"),
+    sa.Index(None, "last_seen_at"),
+)
+
+parameters = sa.Table(
+    "parameters",
+    metadata,
+    _run(),
+    sa.Column("position", sa.Integer, primary_key=True, comment="index into every vector of the run"),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("shape", _json, nullable=False),
+    sa.Column("dtype", sa.Text, nullable=False),
+    sa.Column("depth", sa.Integer, nullable=False),
+    sa.Column("units", sa.BigInteger, nullable=False),
+    sa.Column("trainable", sa.Boolean, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+)
+
+samples = sa.Table(
+    "samples",
+    metadata,
+    _run(),
+    sa.Column("level", sa.SmallInteger, primary_key=True, comment="0: as measured"),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.BigInteger, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("scalars", _json),
+    sa.Column("histograms", _json),
+    *(sa.Column(name, Floats) for name in STATISTICS),
+    sqlite_with_rowid=False,
+)
+
+trails = sa.Table(
+    "trails",
+    metadata,
+    _run(),
+    sa.Column("rank", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("batch", sa.Text, primary_key=True),
+    sa.Column("attempt", sa.BigInteger, nullable=False),
+    sa.Column("first_step", sa.BigInteger, nullable=False),
+    sa.Column("last_step", sa.BigInteger, nullable=False),
+    sa.Column("scalars", sa.LargeBinary, nullable=False, comment="MessagePack: name -> steps, values"),
+    sa.Index(None, "run", "first_step"),
+)
+
+batches = sa.Table(
+    "batches",
+    metadata,
+    _run(),
+    sa.Column("rank", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("run", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("parameter", sa.Text),
+    sa.Index(None, "run", "step"),
+)
+
+alerts = sa.Table(
+    "alerts",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("run", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("rule", sa.Text, nullable=False),
+    sa.Column("severity", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, comment="pending, firing or resolved"),
+    sa.Column("held", sa.Integer, nullable=False, comment="samples in a row that it held"),
+    sa.Column("clear", sa.Integer, nullable=False, comment="samples in a row that it did not"),
+    sa.Column("hold_samples", sa.Integer, nullable=False, comment="samples in a row that it takes to fire"),
+    sa.Column("clear_samples", sa.Integer, nullable=False, comment="samples in a row that it takes to resolve"),
+    sa.Column("first_step", sa.BigInteger, nullable=False),
+    sa.Column("fired_step", sa.BigInteger),
+    sa.Column("resolved_step", sa.BigInteger),
+    sa.Column("first_at", sa.Double, nullable=False),
+    sa.Column("fired_at", sa.Double),
+    sa.Column("resolved_at", sa.Double),
+    sa.Column("resolution", sa.Text, comment="why it ended"),
+    sa.Column("parameters", _json, nullable=False),
+    sa.Column("parameters_left_out", sa.Integer, nullable=False),
+    sa.Column("evidence", _json, nullable=False),
+    sa.Column("summary", sa.Text, nullable=False),
+    sa.Column("cause", sa.Text, nullable=False),
+    sa.Column("remedy", sa.Text, nullable=False),
+    sa.Index(None, "run", "state"),
+    sa.Index(None, "state"),
+)
+
+transitions = sa.Table(
+    "transitions",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("alert", sa.ForeignKey("alerts.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False, comment="order within the alert"),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("severity", sa.Text, nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("payload", sa.Text, nullable=False, comment="the JSON that is delivered"),
+    sa.UniqueConstraint("alert", "number"),
+)
+
+deliveries = sa.Table(
+    "deliveries",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True, comment="the webhook-id, constant over retries"),
+    sa.Column("transition", sa.ForeignKey("transitions.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("alert", sa.ForeignKey("alerts.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False, comment="order within the alert"),
+    sa.Column("receiver", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, comment="due, delivered or dead"),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("due_at", sa.Double, nullable=False),
+    sa.Column("leased_until", sa.Double, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("delivered_at", sa.Double),
+    sa.Index(None, "state", "due_at"),
+    sa.Index(None, "alert", "receiver", "number"),
+)
+
+attempts = sa.Table(
+    "attempts",
+    metadata,
+    sa.Column("delivery", sa.ForeignKey("deliveries.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("seconds", sa.Double, nullable=False),
+    sa.Column("status", sa.Integer, comment="HTTP status; none: no answer"),
+    sa.Column("error", sa.Text, nullable=False),
+)

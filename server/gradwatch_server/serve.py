@@ -1,0 +1,93 @@
+"""``gradwatch serve``: the server on its own, or behind a proxy."""
+
+import argparse
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import uvicorn
+
+from gradwatch_server.app import create_app
+from gradwatch_server.database import open_engine, prepare
+from gradwatch_server.errors import ConfigurationError, GradwatchError
+from gradwatch_server.secret import from_environment
+from gradwatch_server.settings import Configuration, Receiver, Settings
+
+_DRAIN_SECONDS = 10
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gradwatch serve", description="Run the server.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8321, help="port to listen on; 0: any free one (default: 8321)")
+    parser.add_argument(
+        "--database-url",
+        help="sqlite:///FILE or postgresql://... (default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)",
+    )
+    parser.add_argument("--webhook", metavar="URL", help="deliver every alert to this address")
+    parser.add_argument("--webhook-secret", metavar="whsec_...", help="sign what is delivered there")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration, see docs/configuration.md")
+    return parser
+
+
+def read_settings(arguments: argparse.Namespace) -> Settings:
+    """Return what the command line, the environment and the configuration file ask for.
+
+    Raises:
+        ConfigurationError: one of them is wrong; the text names it.
+    """
+    configuration = Configuration() if arguments.config is None else Configuration.load(arguments.config)
+    if arguments.webhook is not None:
+        secret = arguments.webhook_secret or from_environment("GRADWATCH_WEBHOOK_SECRET")
+        try:
+            receiver = Receiver(name="webhook", url=arguments.webhook, secret=secret)
+            configuration = msgspec.structs.replace(configuration, receivers=[*configuration.receivers, receiver])
+        except ValueError as error:
+            raise ConfigurationError(f"--webhook: {error}") from None
+    elif arguments.webhook_secret is not None:
+        raise ConfigurationError("--webhook-secret signs what --webhook delivers: give --webhook URL as well")
+    database_url = arguments.database_url or from_environment("GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
+    return Settings(database_url=database_url, host=arguments.host, port=arguments.port, configuration=configuration)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        return socket.create_server(
+            (settings.host, settings.port), family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        )
+    except OSError as error:
+        address = f"{settings.host}:{settings.port}"
+        raise ConfigurationError(f"cannot listen on {address}: {error.strerror}; choose another with --port") from None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the server until it is told to stop; return the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # its lines carry addresses with their query strings
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        settings = read_settings(_parser().parse_args(arguments))
+        engine = open_engine(settings.database_url)
+        prepare(engine)
+        sock = _listen(settings)
+    except GradwatchError as error:
+        print(f"gradwatch serve: {error}", file=sys.stderr)
+        return 1
+    host, port = sock.getsockname()[:2]
+    settings = msgspec.structs.replace(settings, host=host, port=port)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings, engine),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_DRAIN_SECONDS,
+        )
+    )
+    print(f"gradwatch serves on {settings.public_url} (database {engine.url.render_as_string()})", flush=True)
+    server.run(sockets=[sock])
+    engine.dispose()
+    return 0

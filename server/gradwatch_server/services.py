@@ -1,0 +1,36 @@
+"""The parts of one server process, made together and stopped together."""
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from gradwatch_server.ingest import Ingest
+from gradwatch_server.notifier import Notifier
+from gradwatch_server.settings import Settings
+from gradwatch_server.writer import Writer
+
+
+@dataclass
+class Services:
+    """What the routes use."""
+
+    settings: Settings
+    engine: sa.Engine
+    writer: Writer
+    ingest: Ingest
+    notifier: Notifier
+    ready: bool = True
+    """False from the first sign of stopping: readiness goes first."""
+
+    @classmethod
+    def start(cls, settings: Settings, engine: sa.Engine) -> "Services":
+        """Make the parts; the writer runs from here on."""
+        configuration = settings.configuration
+        writer = Writer(engine, configuration.limits.queued_batches)
+        return cls(
+            settings=settings,
+            engine=engine,
+            writer=writer,
+            ingest=Ingest(configuration, settings.public_url),
+            notifier=Notifier(writer, configuration.receivers),
+        )

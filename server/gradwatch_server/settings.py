@@ -1,0 +1,119 @@
+"""What the server can be told: one configuration file, checked whole, and the command line over it."""
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import msgspec
+
+from gradwatch_server.diagnosis import Thresholds
+from gradwatch_server.errors import ConfigurationError
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much one request and the server may hold; beyond it a request is refused and says which limit."""
+
+    body_bytes: int = 8 * 1024 * 1024
+    """Largest body as it arrives."""
+    decoded_bytes: int = 32 * 1024 * 1024
+    """Largest body after decompression."""
+    parameters: int = 100_000
+    """Most parameters a run may have."""
+    name_characters: int = 512
+    """Longest project, run, parameter or scalar name."""
+    samples_per_batch: int = 1_000
+    """Most samples in one batch."""
+    scalars_per_batch: int = 100_000
+    """Most values of scalars in one batch."""
+    scalar_names: int = 256
+    """Most different scalar names in one batch."""
+    queued_batches: int = 1_000
+    """Batches that may wait for the writer; beyond it: 503 with Retry-After."""
+
+
+class Receiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where transitions of alerts are delivered: a signed webhook (Standard Webhooks 1.0.0)."""
+
+    name: str
+    url: str
+    secret: str | None = None
+    """``whsec_`` and 24 to 64 random bytes in base64; absent: the webhook is not signed."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"receiver {self.name!r}: url {self.url!r} is not an http or https address")
+        if self.secret is not None:
+            signing_key(self.secret)
+
+
+def signing_key(secret: str) -> bytes:
+    """Return the key bytes of a Standard Webhooks secret.
+
+    Raises:
+        ValueError: the secret is not ``whsec_`` followed by base64 of 24 to 64 bytes.
+    """
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except binascii.Error:
+        key = b""
+    if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
+        raise ValueError(
+            "a webhook secret is 'whsec_' followed by 24 to 64 bytes in base64: "
+            "make one with: echo whsec_$(openssl rand -base64 32)"
+        )
+    return key
+
+
+class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The content of ``gradwatch.toml``."""
+
+    limits: Limits = Limits()
+    receivers: list[Receiver] = []
+    rules: dict[str, dict[str, Any]] = {}
+    """Thresholds by rule; see docs/diagnosis.md."""
+
+    def __post_init__(self) -> None:
+        names = [receiver.name for receiver in self.receivers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two receivers are named {name!r}: give each its own name")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read the file.
+
+        Raises:
+            ConfigurationError: the file cannot be read or something in it is wrong; nothing of it is used then.
+        """
+        try:
+            configuration = msgspec.toml.decode(path.read_bytes(), type=cls)
+            configuration.thresholds()
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{path}: {error}") from None
+        return configuration
+
+    def thresholds(self) -> Thresholds:
+        """Return the thresholds of the rules with the file's changes.
+
+        Raises:
+            ValueError: a rule, a key or a value is not known; the text names it.
+        """
+        return Thresholds.from_table(self.rules)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything one server process runs with."""
+
+    database_url: str
+    host: str = "127.0.0.1"
+    port: int = 8321
+    configuration: Configuration = Configuration()
+
+    @property
+    def public_url(self) -> str:
+        """Where people reach the page; links in alerts begin with it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"

@@ -1,0 +1,1 @@
+"""Measurements of gradwatch on real trainings."""

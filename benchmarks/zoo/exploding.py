@@ -44,9 +44,9 @@ class LinearRecurrent(nn.Module):
     def __init__(self, radius: float) -> None:
         super().__init__()
         self.cell = nn.RNN(8, 32, nonlinearity="relu", batch_first=True)
-        nn.init.orthogonal_(self.cell.weight_hh_l0)
-        with torch.no_grad():
-            self.cell.weight_hh_l0.mul_(radius)
+        weight = self.cell.weight_hh_l0
+        assert isinstance(weight, Tensor)
+        nn.init.orthogonal_(weight, gain=radius)
         self.head = nn.Linear(32, 10)
 
     def forward(self, images: Tensor) -> Tensor:

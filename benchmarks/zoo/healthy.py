@@ -67,8 +67,8 @@ def zero_head(seed: int) -> Training:
     """A head that starts at zero: at the first step no other layer has a gradient."""
     seeded(seed)
     model = perceptron(64, 48, 48, 48, 48, 10)
-    nn.init.zeros_(model[-1].weight)
-    nn.init.zeros_(model[-1].bias)
+    for parameter in model[-1].parameters():
+        nn.init.zeros_(parameter)
     return plain(model, torch.optim.Adam(model.parameters(), lr=1e-3), data.digits(seed))
 
 
@@ -217,8 +217,14 @@ def gan(seed: int) -> Training:
     """Two networks, two optimizers; its losses rise and fall without meaning much."""
     generator = seeded(seed)
     draws = Generator(
-        nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(),
-        nn.Linear(64, 64), nn.Sigmoid(),
+        nn.Linear(16, 64),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.Sigmoid(),
     )
     judges = Discriminator(nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
     draw_optimizer = torch.optim.Adam(draws.parameters(), lr=2e-3, betas=(0.5, 0.999))
@@ -289,9 +295,7 @@ def bf16(seed: int) -> Training:
     seeded(seed)
     model = Convolutional()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    return plain(
-        model, optimizer, data.digits(seed), context=lambda: torch.autocast("cpu", torch.bfloat16)
-    )
+    return plain(model, optimizer, data.digits(seed), context=lambda: torch.autocast("cpu", torch.bfloat16))
 
 
 def pre_norm_transformer(seed: int) -> Training:
@@ -441,7 +445,8 @@ class Variational(nn.Module):
         mean, log_variance = self.encoder(images).chunk(2, dim=1)
         code = mean + torch.randn_like(mean) * (log_variance / 2).exp()
         divergence = (mean.square() + log_variance.exp() - log_variance - 1).sum() / 2
-        return F.binary_cross_entropy_with_logits(self.decoder(code), images, reduction="sum") + divergence
+        loss: Tensor = F.binary_cross_entropy_with_logits(self.decoder(code), images, reduction="sum") + divergence
+        return loss
 
 
 def variational(seed: int) -> Training:
@@ -474,7 +479,8 @@ class Experts(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         stream = F.relu(self.stem(images))
-        weights, chosen = self.gate(stream).softmax(1).max(1)
+        logits = self.gate(stream)
+        weights, chosen = (logits + 4.0 * torch.randn_like(logits)).softmax(1).max(1)
         mixed = torch.stack([expert(stream) for expert in self.experts], 1)[torch.arange(len(stream)), chosen]
         out: Tensor = self.head(stream + F.relu(mixed) * weights[:, None])
         return out

@@ -1,5 +1,6 @@
 """Networks that several cases share, small and plain."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 def perceptron(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
     """Return linear layers of these widths with an activation between each two."""
     layers: list[nn.Module] = []
-    for index, (wide, next_wide) in enumerate(zip(widths, widths[1:], strict=False)):
+    for index, (wide, next_wide) in enumerate(itertools.pairwise(widths)):
         layers += [activation()] if index else []
         layers += [nn.Linear(wide, next_wide, bias=bias)]
     return nn.Sequential(*layers)
@@ -39,7 +40,8 @@ class Branch(nn.Module):
 
     def forward(self, stream: Tensor) -> Tensor:
         branch = self.second(F.relu(self.first(stream)))
-        return stream + (branch if self.gain is None else self.gain * branch)
+        out: Tensor = stream + (branch if self.gain is None else self.gain * branch)
+        return out
 
 
 class Attention(nn.Module):
@@ -78,7 +80,8 @@ class Block(nn.Module):
             out: Tensor = self.norm_2(stream + self.feed(stream))
             return out
         stream = stream + self.attention(self.norm_1(stream))
-        return stream + self.feed(self.norm_2(stream))
+        fed: Tensor = self.feed(self.norm_2(stream))
+        return stream + fed
 
 
 class LanguageModel(nn.Module):
@@ -136,9 +139,7 @@ class Convolutional(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         stream = self.stem(images.view(-1, 1, 8, 8))
-        for conv_1, norm_1, conv_2, norm_2 in zip(
-            self.convs_1, self.norms_1, self.convs_2, self.norms_2, strict=True
-        ):
+        for conv_1, norm_1, conv_2, norm_2 in zip(self.convs_1, self.norms_1, self.convs_2, self.norms_2, strict=True):
             stream = stream + norm_2(conv_2(F.relu(norm_1(conv_1(stream)))))
         out: Tensor = self.head(F.adaptive_avg_pool2d(F.relu(stream), 2).flatten(1))
         return out

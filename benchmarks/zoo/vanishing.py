@@ -199,7 +199,7 @@ CASES = [
         rule="vanishing",
         steps=150,
         reaches=2.6,
-        blame=("blocks.[0-6].*",),
+        blame=("blocks.*",),
         trap="14 post-norm blocks, full rate from the first step",
     ),
     Case(

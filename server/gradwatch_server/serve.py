@@ -56,7 +56,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which ends by its own choice: a signal lets it finish what it has taken, and it exits with 0."""
+    """uvicorn's server, ended by its own choice: after a signal it finishes what it has taken and exits with 0."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 import uvicorn
@@ -63,6 +64,16 @@ def _listen(settings: Settings) -> socket.socket:
         raise ConfigurationError(f"cannot listen on {address}: {error.strerror}; choose another with --port") from None
 
 
+class _Server(uvicorn.Server):
+    """Tells the application at the first signal; uvicorn itself would wait for open streams first."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
+        if services is not None:
+            services.stopping()
+        super().handle_exit(sig, frame)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the server until it is told to stop; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -78,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     host, port = sock.getsockname()[:2]
     settings = msgspec.structs.replace(settings, host=host, port=port)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             create_app(settings, engine),
             log_config=None,

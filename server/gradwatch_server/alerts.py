@@ -48,7 +48,7 @@ def advance(
 
     Args:
         alert: the alert as it stands; none where the rule does not hold.
-        finding: what the rule found at this sample; none, or one that does not hold, counts as clear.
+        finding: what the rule found at this sample; none: it does not hold.
         step: the sample's step.
         at: the sample's time, Unix seconds.
 
@@ -57,7 +57,7 @@ def advance(
     """
     if alert is not None and alert.state == "resolved":
         alert = None
-    if finding is None or not finding.holds:
+    if finding is None:
         return _without(alert, step, at)
     if alert is None:
         started = Alert(state="pending", finding=finding, first_step=finding.first_step, first_at=at)

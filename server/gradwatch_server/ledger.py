@@ -177,7 +177,6 @@ def _from_row(row: sa.Row[Any]) -> Alert:
     finding = Finding(
         rule=row.rule,
         severity=row.severity,
-        holds=True,
         first_step=row.first_step,
         parameters=[Blame(blame["name"], number(blame["value"]), number(blame["limit"])) for blame in row.parameters],
         left_out=row.parameters_left_out,

@@ -131,3 +131,13 @@ class ServerCollector(Collector):
         for (receiver, result), count in self._services.notifier.results.items():
             attempts.add_metric([receiver, result], count)
         yield attempts
+        table = schema.deliveries
+        with self._services.engine.connect() as connection:
+            due, dead = (
+                connection.execute(
+                    sa.select(sa.func.count()).select_from(table).where(table.c.state == state)
+                ).scalar_one()
+                for state in ("due", "dead")
+            )
+        yield GaugeMetricFamily("gradwatch_deliveries_due", "Deliveries that are not made yet.", value=due)
+        yield GaugeMetricFamily("gradwatch_deliveries_dead", "Deliveries that were given up.", value=dead)

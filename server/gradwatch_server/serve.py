@@ -2,19 +2,21 @@
 
 import argparse
 import logging
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import msgspec
 import uvicorn
 
+from gradwatch.environment import setting
 from gradwatch_server.app import create_app
 from gradwatch_server.database import open_engine, prepare
 from gradwatch_server.errors import ConfigurationError, GradwatchError
-from gradwatch_server.secret import from_environment
 from gradwatch_server.settings import Configuration, Receiver, Settings
 
 _DRAIN_SECONDS = 10
@@ -42,7 +44,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     """
     configuration = Configuration() if arguments.config is None else Configuration.load(arguments.config)
     if arguments.webhook is not None:
-        secret = arguments.webhook_secret or from_environment("GRADWATCH_WEBHOOK_SECRET")
+        secret = arguments.webhook_secret or setting("GRADWATCH_WEBHOOK_SECRET")
         try:
             receiver = Receiver(name="webhook", url=arguments.webhook, secret=secret)
             configuration = msgspec.structs.replace(configuration, receivers=[*configuration.receivers, receiver])
@@ -50,8 +52,19 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
             raise ConfigurationError(f"--webhook: {error}") from None
     elif arguments.webhook_secret is not None:
         raise ConfigurationError("--webhook-secret signs what --webhook delivers: give --webhook URL as well")
-    database_url = arguments.database_url or from_environment("GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
+    database_url = arguments.database_url or setting("GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
     return Settings(database_url=database_url, host=arguments.host, port=arguments.port, configuration=configuration)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, ended by its own choice: after a signal it finishes what it has taken and exits with 0."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to ``handle_exit``, and do not raise them again afterwards."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle_exit)
+        yield
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -84,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
         engine = open_engine(settings.database_url)
         prepare(engine)
         sock = _listen(settings)
-    except GradwatchError as error:
+    except (GradwatchError, ValueError) as error:
         print(f"gradwatch serve: {error}", file=sys.stderr)
         return 1
     host, port = sock.getsockname()[:2]

@@ -1,55 +1,36 @@
-"""Temporary."""
+"""What is wrong with a run, pure: arrays and the step come in, findings go out.
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+Every signal is free of scale: a ratio, a growth, a slope over depth. An absolute gradient norm means nothing across
+widths, learning rates and loss scales. docs/diagnosis.md says what each threshold means and why it has its default.
+"""
 
+from gradwatch_server.diagnosis import dead, exploding, nonfinite, vanishing
+from gradwatch_server.diagnosis.finding import Blame, Finding
+from gradwatch_server.diagnosis.memory import Memory
+from gradwatch_server.diagnosis.reading import Layout, Reading
+from gradwatch_server.diagnosis.thresholds import Thresholds
 
-class Blame(NamedTuple):
-    name: str
-    value: float
-    limit: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    rule: str
-    severity: str
-    holds: bool
-    first_step: int
-    parameters: list[Blame]
-    left_out: int
-    evidence: dict[str, float]
-    summary: str
-    cause: str
-    remedy: str
-    hold_samples: int
-    clear_samples: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    step: int
-    at: float
-    statistics: Any
-    scalars: Any
-    events: Any = ()
-
-
-class Layout:
-    @classmethod
-    def of(cls, parameters: Any) -> "Layout":
-        return cls()
-
-
-class Memory:
-    pass
-
-
-class Thresholds:
-    @classmethod
-    def from_table(cls, table: Any) -> "Thresholds":
-        return cls()
+__all__ = ["Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine"]
 
 
 def examine(layout: Layout, memory: Memory, reading: Reading, thresholds: Thresholds) -> tuple[Memory, list[Finding]]:
-    return memory, []
+    """Look at one sample of a run.
+
+    Args:
+        layout: the run's parameters.
+        memory: what is remembered of the run's earlier samples.
+        reading: the sample; steps ascend within an attempt.
+        thresholds: the limits in force.
+
+    Returns:
+        The memory with this sample in it, and one finding for each rule that holds now.
+    """
+    profile = reading.profile(layout)
+    rules = (
+        nonfinite.find(layout, memory, reading, profile, thresholds.nonfinite),
+        exploding.find(layout, memory, reading, profile, thresholds.exploding),
+        vanishing.find(layout, memory, reading, profile, thresholds.vanishing),
+        dead.find(layout, memory, reading, profile, thresholds.dead),
+    )
+    findings = [finding for finding in rules if finding is not None]
+    return memory.after(reading, profile, findings), findings

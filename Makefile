@@ -1,0 +1,49 @@
+# Two commands: `make demo` shows what gradwatch does, `make test` checks everything. Both install into .venv themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint types page system clean
+
+demo: .venv/demo-installed
+	@$(BIN)/gradwatch demo $(if $(KEEP),--keep)
+
+test: .venv/test-installed node_modules/.installed system lint types page
+	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+lint: .venv/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/test-installed
+	$(BIN)/mypy agent server tests benchmarks
+
+page: node_modules/.installed
+	npx --no-install tsc --noEmit -p server/gradwatch_server/page
+
+# Programs that no package registry of a language carries: installed where this is possible, explained where it is not.
+system:
+	@.ci/system
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gradwatch needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
+
+.venv/demo-installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv (once, some minutes) ..."
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	@touch $@
+
+.venv/test-installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv (once, some minutes) ..."
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch .venv/demo-installed $@
+
+node_modules/.installed: package.json package-lock.json
+	@npm ci --silent --no-audit --no-fund
+	@touch $@
+
+clean:
+	rm -rf .venv node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis gradwatch-demo

@@ -1,0 +1,73 @@
+"""A real server for the demonstration, started again should it die."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Self
+
+import urllib3
+
+_START_SECONDS = 20.0
+_RESTART_SECONDS = 1.0
+
+
+class Server:
+    """``gradwatch serve`` as a child process on an embedded database; a context manager."""
+
+    def __init__(self, folder: Path, port: int, webhook: str, secret: str) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = folder / "server.log"
+        database = f"sqlite:///{folder / 'gradwatch.db'}"
+        self._command = [sys.executable, "-m", "gradwatch", "serve", "--port", str(port), "--database-url", database]
+        self._command += ["--webhook", webhook, "--webhook-secret", secret]
+        self._http = urllib3.PoolManager(timeout=2.0, retries=False)
+        self._closing = threading.Event()
+        self._process = self._start()
+        self._watch = threading.Thread(target=self._keep_alive, name="demo-server", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._wait_until_ready()
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._watch.join()
+        self._process.terminate()
+        self._process.wait()
+
+    def wait(self) -> None:
+        """Wait until the server ends."""
+        self._watch.join()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(self._command, stdout=log, stderr=log)
+
+    def _ready(self) -> bool:
+        try:
+            return self._http.request("GET", f"{self.url}/readyz").status == 200
+        except urllib3.exceptions.HTTPError:
+            return False
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start; its log: {self._log.read_text()}")
+            time.sleep(0.05)
+
+    def _keep_alive(self) -> None:
+        """Start the server again where it died and nobody else has started one in its place."""
+        while not self._closing.wait(0.2):
+            if self._process.poll() is None:
+                continue
+            print(f"\n  the server has died (exit code {self._process.returncode}); starting it again", flush=True)
+            if self._closing.wait(_RESTART_SECONDS):
+                return
+            while self._ready():
+                if self._closing.wait(1.0):
+                    return
+            self._process = self._start()

@@ -1,0 +1,188 @@
+"""The demonstration from beginning to end: server, receiver, four trainings, summary."""
+
+import base64
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import urllib3
+
+import gradwatch
+from gradwatch.demo.networks import CASES, Case, train
+from gradwatch.demo.receiver import Alert, Receiver
+from gradwatch.demo.server import Server
+
+_PORT = 8321
+_ALERT_SECONDS = 20.0
+_RED, _YELLOW, _GREEN, _DIM, _BOLD, _PLAIN = "\033[31m", "\033[33m", "\033[32m", "\033[2m", "\033[1m", "\033[0m"
+
+
+@dataclass
+class _Screen:
+    """The terminal: lines that stay and one line of progress that does not."""
+
+    live: bool = field(default_factory=sys.stdout.isatty)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _progress: str = ""
+
+    def colour(self, code: str, text: str) -> str:
+        return f"{code}{text}{_PLAIN}" if self.live else text
+
+    def say(self, text: str = "") -> None:
+        with self._lock:
+            erased = "\r\033[K" if self.live and self._progress else ""
+            print(f"{erased}{text}", flush=True)
+            if erased:
+                print(self._progress, end="", flush=True)
+
+    def progress(self, text: str) -> None:
+        with self._lock:
+            if self.live:
+                self._progress = text
+                print(f"\r\033[K{text}", end="", flush=True)
+
+    def settle(self, text: str) -> None:
+        """Put a line that stays in place of the progress."""
+        with self._lock:
+            print(f"\r\033[K{text}" if self.live else text, flush=True)
+            self._progress = ""
+
+
+@dataclass
+class _Outcome:
+    """What came of one training."""
+
+    case: Case
+    run_id: str
+    overhead_ratio: float | None = None
+    rules: list[str] = field(default_factory=list)
+
+    @property
+    def right(self) -> bool:
+        expected = self.case.expected_rule
+        return not self.rules if expected is None else expected in self.rules
+
+
+def show(folder: Path, *, keep: bool) -> int:
+    """Run it all; return 0 only if every sick run alerted with the right rule and the healthy one did not."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    os.environ["GRADWATCH_SPOOL_DIR"] = str(folder / "spool")
+    screen = _Screen()
+    secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+    started = time.monotonic()
+    with (
+        Receiver(secret, lambda alert: screen.say(_line(screen, alert))) as receiver,
+        Server(folder, _free_port(), receiver.url, secret) as server,
+    ):
+        screen.say(f"gradwatch server on {server.url}, data in {folder}/, webhooks to {receiver.url}\n")
+        outcomes = [_watch(case, server.url, screen) for case in CASES]
+        _settle_alerts(server.url, outcomes)
+        screen.say()
+        for outcome in outcomes:
+            _complete(server.url, outcome)
+            screen.say(_summary(screen, outcome))
+        passed = all(outcome.right for outcome in outcomes) and not receiver.refused
+        firing = sum(len(outcome.rules) for outcome in outcomes)
+        screen.say(f"\n{len(outcomes)} runs, {firing} alerts, {receiver.deliveries} signed webhooks delivered,")
+        screen.say(f"{time.monotonic() - started:.0f} s in all; the server's log is {folder / 'server.log'}")
+        verdict = "as expected" if passed else "NOT as expected"
+        screen.say(screen.colour(_GREEN if passed else _RED, f"The outcome is {verdict}."))
+        screen.say(f"\npage     {server.url}/\nmetrics  {server.url}/metrics")
+        if keep:
+            screen.say("\nThe server stays up; Ctrl-C ends it.")
+            try:
+                server.wait()
+            except KeyboardInterrupt:
+                screen.say()
+        else:
+            screen.say(screen.colour(_DIM, "(they are gone now: make demo KEEP=1 leaves the server up)"))
+    return 0 if passed else 1
+
+
+def _watch(case: Case, url: str, screen: _Screen) -> _Outcome:
+    torch.manual_seed(0)
+    model, optimizer = case.build()
+    last = 0.0
+    with gradwatch.attach(model, optimizer, url=url, project="demo", run=case.name, every=1) as agent:
+
+        def progress(step: int, loss: float) -> None:
+            nonlocal last
+            last = loss
+            if step % 5 == 0:
+                screen.progress(f"  {case.name:<24} step {step:>4}/{case.steps}  loss {loss:<12.4g}")
+
+        train(case, model, optimizer, progress)
+    screen.settle(f"  {case.name:<24} {case.steps} steps, last loss {last:.4g}")
+    return _Outcome(case, agent.run_id)
+
+
+def _line(screen: _Screen, alert: Alert) -> str:
+    resolved = alert["state"] == "resolved"
+    colour = _GREEN if resolved else _RED if alert["severity"] == "critical" else _YELLOW
+    mark = screen.colour(colour, f"{'resolved' if resolved else alert['severity']:>10} {alert['rule']}")
+    return f"{mark}  {alert['run']['name']}, step {alert['step']}: {alert['resolution' if resolved else 'summary']}"
+
+
+def _settle_alerts(url: str, outcomes: list[_Outcome]) -> None:
+    """Wait until every expected alert is known and every delivery has been made, but not for ever."""
+    deadline = time.monotonic() + _ALERT_SECONDS
+    while time.monotonic() < deadline:
+        for outcome in outcomes:
+            alerts = _get(url, f"/api/v1/alerts?run={outcome.run_id}")
+            outcome.rules = sorted({alert["rule"] for alert in alerts if alert["fired_step"] is not None})
+        finished = all(_get(url, f"/api/v1/runs/{outcome.run_id}")["state"] == "finished" for outcome in outcomes)
+        if finished and all(outcome.right for outcome in outcomes) and not _undelivered(url):
+            return
+        time.sleep(0.2)
+
+
+def _undelivered(url: str) -> int:
+    body = urllib3.request("GET", f"{url}/metrics", timeout=5.0).data.decode()
+    due = [line for line in body.splitlines() if line.startswith("gradwatch_deliveries_due ")]
+    return round(float(due[0].split()[1]))
+
+
+def _complete(url: str, outcome: _Outcome) -> None:
+    scalars = _get(url, f"/api/v1/runs/{outcome.run_id}")["scalars"]
+    ratio = scalars.get("overhead_ratio")
+    outcome.overhead_ratio = ratio if isinstance(ratio, float) else None
+
+
+def _summary(screen: _Screen, outcome: _Outcome) -> str:
+    mark = screen.colour(_GREEN, "ok  ") if outcome.right else screen.colour(_RED, "FAIL")
+    found = ", ".join(outcome.rules) or "no alert"
+    overhead = "" if outcome.overhead_ratio is None else f"agent {outcome.overhead_ratio:.1%} of the step (every=1)"
+    return f"{mark} {outcome.case.name:<24} {found:<24} {screen.colour(_DIM, overhead)}"
+
+
+def _get(url: str, path: str) -> Any:
+    """Read from the API; a server that is being started again is waited for."""
+    deadline = time.monotonic() + _ALERT_SECONDS
+    while True:
+        try:
+            return json.loads(urllib3.request("GET", url + path, timeout=5.0, retries=False).data)
+        except urllib3.exceptions.HTTPError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _free_port() -> int:
+    """Return the usual port, or a free one where it is taken."""
+    for port in (_PORT, 0):
+        try:
+            with socket.create_server(("127.0.0.1", port)) as probe:
+                return int(probe.getsockname()[1])
+        except OSError:
+            continue
+    raise RuntimeError("no port is free on 127.0.0.1")

@@ -1,0 +1,157 @@
+"""Real servers and receivers, started by the tests themselves on free ports."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import numpy as np
+
+from gradwatch import wire
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Return this process's environment without its gradwatch settings, with this tree importable."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GRADWATCH_")}
+    paths = [str(ROOT / "agent"), str(ROOT / "server"), kept.get("PYTHONPATH", "")]
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes
+
+
+class GradwatchServer:
+    """``gradwatch serve`` in a process of its own; a context manager."""
+
+    def __init__(self, database: Path, *options: str, port: int = 0) -> None:
+        self.database = database
+        self._command = [sys.executable, "-m", "gradwatch", "serve", "--port", str(port)]
+        self._command += ["--database-url", f"sqlite:///{database}", *options]
+        self.log = database.with_suffix(".log")
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it takes requests."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, stdout=subprocess.PIPE, stderr=log, env=environment(), cwd=self.database.parent
+            )
+        assert self.process.stdout is not None
+        announced = self.process.stdout.readline().decode()
+        assert announced.startswith("gradwatch serves on "), self.log.read_text()
+        self.url = announced.split()[3]
+        self._command[self._command.index("--port") + 1] = self.url.rpartition(":")[2]
+        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        for _ in range(200):
+            try:
+                if self.http.get("/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                threading.Event().wait(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def kill(self) -> None:
+        """End it with SIGKILL: nothing can be tidied up."""
+        self.process.send_signal(signal.SIGKILL)
+        self._reap()
+
+    def stop(self) -> int:
+        """End it with SIGTERM; return its exit code."""
+        self.process.terminate()
+        return self._reap()
+
+    def _reap(self) -> int:
+        code = self.process.wait(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.http.close()
+        return code
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.stop()
+
+    def register(self, names: Sequence[str] = ("first.weight", "first.bias"), **fields: Any) -> str:
+        """Register a run of plain parameters and return its id."""
+        parameters = [wire.Parameter(name, [4, 4], units=4) for name in names]
+        answer = self.post("/api/v1/runs", wire.Registration(parameters=parameters, **fields))
+        assert answer.status_code in (200, 201), answer.text
+        run_id: str = answer.json()["id"]
+        return run_id
+
+    def post(self, path: str, document: wire.Registration | wire.Batch) -> httpx.Response:
+        """Send a document as MessagePack."""
+        return self.http.post(path, content=wire.encode(document), headers={"content-type": wire.MESSAGEPACK_TYPE})
+
+    def store(self, run_id: str, batch: wire.Batch) -> httpx.Response:
+        """Send a batch."""
+        return self.post(f"/api/v1/runs/{run_id}/samples", batch)
+
+    def get(self, path: str, **query: Any) -> Any:
+        """Read a JSON document; anything but 200 is a failure."""
+        answer = self.http.get(path, params=query)
+        assert answer.status_code == 200, f"{answer.status_code} {answer.text}"
+        return answer.json()
+
+
+def sample(step: int, *grad_norms: float, weight_norm: float = 1.0, **scalars: wire.Number) -> wire.Sample:
+    """Return a sample with these gradient norms."""
+    gradients = np.array(grad_norms, np.float32)
+    return wire.Sample(
+        step=step,
+        at=1_790_000_000.0 + step,
+        statistics={"grad_norm": gradients, "weight_norm": np.full_like(gradients, weight_norm)},
+        scalars=scalars,
+    )
+
+
+@dataclass
+class WebhookReceiver:
+    """A real HTTP receiver; answers with ``statuses`` in turn, the last of them for ever."""
+
+    statuses: list[int] = field(default_factory=lambda: [204])
+    requests: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        receiver = self
+        self._arrived = threading.Condition()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                with receiver._arrived:
+                    receiver.requests.append(({k.lower(): v for k, v in self.headers.items()}, body))
+                    status = receiver.statuses[min(len(receiver.requests), len(receiver.statuses)) - 1]
+                    receiver._arrived.notify_all()
+                self.send_response(status)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+                """Stay quiet."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
+
+    def wait(self, count: int, seconds: float = 30) -> list[tuple[dict[str, str], bytes]]:
+        """Wait until that many requests have arrived and return them."""
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: len(self.requests) >= count, seconds), self.requests
+            return list(self.requests)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

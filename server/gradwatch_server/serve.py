@@ -66,6 +66,13 @@ class _Server(uvicorn.Server):
             signal.signal(number, self.handle_exit)
         yield
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Tell the application at the first signal: an open stream would keep uvicorn waiting."""
+        services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
+        if services is not None:
+            services.stopping()
+        super().handle_exit(sig, frame)
+
 
 def _listen(settings: Settings) -> socket.socket:
     try:
@@ -75,16 +82,6 @@ def _listen(settings: Settings) -> socket.socket:
     except OSError as error:
         address = f"{settings.host}:{settings.port}"
         raise ConfigurationError(f"cannot listen on {address}: {error.strerror}; choose another with --port") from None
-
-
-class _Server(uvicorn.Server):
-    """Tells the application at the first signal; uvicorn itself would wait for open streams first."""
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
-        if services is not None:
-            services.stopping()
-        super().handle_exit(sig, frame)
 
 
 def main(arguments: Sequence[str]) -> int:

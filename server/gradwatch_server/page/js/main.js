@@ -69,6 +69,7 @@ function countSoon() {
 
 live.addEventListener("runs", countSoon);
 live.addEventListener("again", countSoon);
+live.addEventListener("again", () => shown || show());
 countFiring();
 address.follow(show);
 show();

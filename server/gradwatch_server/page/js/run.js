@@ -20,7 +20,7 @@ export async function runView(main, runId, live) {
   let run = await api.run(runId);
   const view = new View(looking(run));
   const map = new LayerMap(view);
-  const source = new TileSource(runId, view, () => map.size.width * (window.devicePixelRatio || 1));
+  const source = new TileSource(runId, view, () => (map.box.clientWidth || main.clientWidth) * (window.devicePixelRatio || 1));
   const key = legend();
   const values = readout();
   const header = el("div", { class: "head" });

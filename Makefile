@@ -19,7 +19,7 @@ types: .venv/test-installed
 	$(BIN)/mypy agent server tests benchmarks
 
 page: node_modules/.installed
-	npx --no-install tsc --noEmit -p server/gradwatch_server/page
+	npx --no-install tsc --noEmit
 
 # Programs that no package registry of a language carries: installed where this is possible, explained where it is not.
 system:

@@ -1,1 +1,1 @@
-"""Measurements of gradwatch on real trainings."""
+"""Benchmarks: ours and the peers' side by side in one run, as ratios."""

@@ -129,6 +129,8 @@ class Agent:
 
     run_id: str
     run_url: str
+    outcome: tuple[str, int | None] = ("completed", None)
+    """How the run ends when the agent is closed: status and exit code."""
 
     def __init__(
         self,
@@ -187,7 +189,7 @@ class Agent:
 
     def close(self, timeout_seconds: float = 10) -> None:
         """Deliver what is left, for at most this long, and detach; what remains waits on disk. Idempotent."""
-        self._end("completed", timeout_seconds)
+        self._end(timeout_seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -195,9 +197,11 @@ class Agent:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end("completed" if kind is None else "failed", 10)
+        if kind is not None:
+            self.outcome = ("failed", None)
+        self._end(10)
 
-    def _end(self, status: str, timeout_seconds: float) -> None:
+    def _end(self, timeout_seconds: float) -> None:
         if self._sender.closed:
             return
         self._active = False
@@ -210,7 +214,8 @@ class Agent:
                 deadline = time.monotonic() + timeout_seconds
                 while not pending() and time.monotonic() < deadline:
                     time.sleep(0.001)
-            self._sender.put(wire.End(at=time.time(), status=status))
+            status, exit_code = self.outcome
+            self._sender.put(wire.End(at=time.time(), status=status, exit_code=exit_code))
             self._sender.errors = self._guard.errors
         self._sender.close(timeout_seconds)
 

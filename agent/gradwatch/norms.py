@@ -43,7 +43,7 @@ def rows(tensor: Tensor, unit: UnitShape) -> Tensor:
         return tensor.reshape(1, -1)
     if unit.axis != 0:
         tensor = tensor.transpose(0, unit.axis)
-    return tensor.reshape(unit.units, -1)
+    return tensor.flatten(1)
 
 
 def row_norms(matrix: Tensor) -> Tensor:

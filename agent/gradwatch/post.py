@@ -1,12 +1,14 @@
 """One request to the server and what its answer means."""
 
 import json
+import time
 from dataclasses import dataclass
 from enum import Enum
 
 import urllib3
 
 from gradwatch import wire
+from gradwatch.spool import Spool
 
 
 class Verdict(Enum):
@@ -78,3 +80,31 @@ def _read(answer: urllib3.BaseHTTPResponse) -> Reply:
         return Reply(Verdict.REFUSED, reason)
     waits = answer.headers.get("Retry-After", "")
     return Reply(Verdict.LATER, reason, float(waits) if waits.isdecimal() else None)
+
+
+def deliver(spool: Spool, client: Client, deadline: float) -> tuple[int, int, str]:
+    """Send what a spool holds, in order.
+
+    Args:
+        spool: one that no living agent holds.
+        client: of the server that it goes to.
+        deadline: monotonic seconds.
+
+    Returns:
+        Documents delivered, documents that the server refused, and why the rest stays (empty: nothing does).
+    """
+    delivered = refused = 0
+    while (entry := spool.first()) is not None:
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            return delivered, refused, "the time is up"
+        if entry.kind == "run":
+            reply = client.register(entry.body, seconds)
+        else:
+            reply = client.store(spool.run_id, entry.body, seconds)
+        if reply.verdict not in (Verdict.ACKNOWLEDGED, Verdict.REFUSED):
+            return delivered, refused, reply.reason
+        delivered += reply.verdict is Verdict.ACKNOWLEDGED
+        refused += reply.verdict is Verdict.REFUSED
+        spool.remove(entry)
+    return delivered, refused, ""

@@ -7,11 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 
 from gradwatch import wire
-from gradwatch.post import Client, Reply, Verdict
-from gradwatch.spool import Entry, Spool
+from gradwatch.post import Client, Reply, Verdict, deliver
+from gradwatch.spool import Entry, Spool, abandoned
 
 log = logging.getLogger("gradwatch")
 
@@ -83,6 +84,8 @@ class Sender:
         self._retry_seconds = 0.0
         self._next_attempt = 0.0
         self._left = False
+        self._reached = False
+        self._inherited = False
         self._warned: set[str] = set()
         self._dropped_samples = 0
         self._dropped_bytes = 0
@@ -114,20 +117,18 @@ class Sender:
         self._deadline = 0.0
         self._items.clear()
 
-    @property
-    def _closing(self) -> bool:
-        return self._deadline is not None
-
     def _run(self) -> None:
         try:
             while True:
                 self._wake.wait(
                     GATHER_SECONDS if self._retry_seconds == 0 else min(self._retry_seconds, GATHER_SECONDS)
                 )
-                closing = self._closing
+                last = self.closed
                 self._gather()
-                self._deliver(closing)
-                if closing and not self._items:
+                self._deliver(last=last)
+                if not last and self._reached and not self._inherited and self._spool.first() is None:
+                    self._inherit()
+                if last and not self._items:
                     break
         except Exception:
             log.warning("gradwatch ships no more: its sender has failed", exc_info=True)
@@ -177,18 +178,26 @@ class Sender:
         if self._spool.broken is not None:
             self._warn("spool", f"no disk for what is not delivered yet, so it is kept in memory: {self._spool.broken}")
 
-    def _deliver(self, closing: bool) -> None:
+    def _deliver(self, *, last: bool) -> None:
         started = time.monotonic()
         while (entry := self._spool.first()) is not None:
-            if not closing and self._next_attempt > time.monotonic():
+            if not last and self._next_attempt > time.monotonic():
                 return
             reply = self._send(entry)
-            if reply.verdict is Verdict.LATER and closing and self._remaining() > 0:
+            if reply.verdict is Verdict.LATER and last and self._remaining() > 0:
                 threading.Event().wait(min(0.1, self._remaining()))
-            if not self._settle(entry, reply, closing=closing):
+            if not self._settle(entry, reply, last=last):
                 return
-            if not closing and time.monotonic() - started > GATHER_SECONDS and self._items:
+            if not last and time.monotonic() - started > GATHER_SECONDS and self._items:
                 return
+
+    def _inherit(self) -> None:
+        """Deliver what agents that are gone have left for this server, once the way to it is known to be free."""
+        self._inherited = True
+        for spool in abandoned(self._spool.path.parent):
+            with closing(spool):
+                if spool.url == self._spool.url:
+                    deliver(spool, self._client, time.monotonic() + _REQUEST_SECONDS)
 
     def _remaining(self) -> float:
         return _REQUEST_SECONDS if self._deadline is None else self._deadline - time.monotonic()
@@ -199,11 +208,12 @@ class Sender:
             return self._client.register(entry.body, seconds)
         return self._client.store(self._run_id, entry.body, seconds)
 
-    def _settle(self, entry: Entry, reply: Reply, *, closing: bool) -> bool:
+    def _settle(self, entry: Entry, reply: Reply, *, last: bool) -> bool:
         """Act on an answer; return whether the next document may follow at once."""
         if reply.verdict is Verdict.ACKNOWLEDGED:
             self._spool.remove(entry)
             self._retry_seconds = 0.0
+            self._reached = True
             return True
         if reply.verdict is Verdict.REFUSED:
             self._spool.remove(entry)
@@ -216,7 +226,7 @@ class Sender:
             if again.verdict is Verdict.ACKNOWLEDGED:
                 return True
         self._warn("later", f"{self._client.url} does not take what is sent, which is kept meanwhile: {reply.reason}")
-        if closing:
+        if last:
             return self._remaining() > 0
         self._retry_seconds = min(max(2 * self._retry_seconds, _FIRST_RETRY_SECONDS), _LONGEST_RETRY_SECONDS)
         jittered = self._retry_seconds * random.Random().uniform(0.8, 1.2)  # noqa: S311  # spreads retries, no secret

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from gradwatch import wire
-from gradwatch_server.api import alerts, health, ingest, metrics, problem, runs
+from gradwatch_server.api import alerts, health, ingest, metrics, problem, runs, stream, tile
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -51,13 +51,22 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         redoc_url=None,
     )
     problem.install(app)
-    for router in (ingest.router, runs.router, alerts.router, metrics.router, health.router):
+    for router in (
+        ingest.router,
+        runs.router,
+        tile.router,
+        alerts.router,
+        stream.router,
+        metrics.router,
+        health.router,
+    ):
         app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
     @app.get("/", include_in_schema=False)
     @app.get("/runs/{run_id}", include_in_schema=False)
     @app.get("/alerts", include_in_schema=False)
+    @app.get("/server", include_in_schema=False)
     def page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads its own address
         return FileResponse(PAGE / "index.html")
 

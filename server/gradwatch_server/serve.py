@@ -2,10 +2,13 @@
 
 import argparse
 import logging
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 import uvicorn
@@ -53,6 +56,24 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     return Settings(database_url=database_url, host=arguments.host, port=arguments.port, configuration=configuration)
 
 
+class _Server(uvicorn.Server):
+    """uvicorn's server, ended by its own choice: after a signal it finishes what it has taken and exits with 0."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to ``handle_exit``, and do not raise them again afterwards."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle_exit)
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Tell the application at the first signal: an open stream would keep uvicorn waiting."""
+        services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
+        if services is not None:
+            services.stopping()
+        super().handle_exit(sig, frame)
+
+
 def _listen(settings: Settings) -> socket.socket:
     try:
         return socket.create_server(
@@ -78,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     host, port = sock.getsockname()[:2]
     settings = msgspec.structs.replace(settings, host=host, port=port)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             create_app(settings, engine),
             log_config=None,

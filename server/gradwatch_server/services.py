@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from gradwatch_server.feed import Feed
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
 from gradwatch_server.settings import Settings
@@ -19,6 +20,7 @@ class Services:
     writer: Writer
     ingest: Ingest
     notifier: Notifier
+    feed: Feed
     ready: bool = True
     """False from the first sign of stopping: readiness goes first."""
 
@@ -33,4 +35,10 @@ class Services:
             writer=writer,
             ingest=Ingest(configuration, settings.public_url),
             notifier=Notifier(writer, configuration.receivers),
+            feed=Feed(engine),
         )
+
+    def stopping(self) -> None:
+        """Take the first sign of the end: no longer ready, and no stream keeps a connection open."""
+        self.ready = False
+        self.feed.close()

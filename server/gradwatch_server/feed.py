@@ -1,0 +1,91 @@
+"""What has changed, told to the pages that watch: one poll of the database for all of them."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import sqlalchemy as sa
+
+from gradwatch_server import schema
+
+_POLL_SECONDS = 0.5
+_QUIET_SECONDS = 15.0
+"""A listener hears something at least this often, so that both sides notice a dead connection."""
+_OVERLAP_SECONDS = 10.0
+"""How far back each poll looks: a transaction takes its time before it commits."""
+
+Change = dict[str, Any]
+
+
+class Feed:
+    """Tells every listener which runs have changed.
+
+    The database is the source, not this process's memory: what another server stored is told as well.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._listeners: set[asyncio.Queue[list[Change] | None]] = set()
+        self._known: dict[str, tuple[Any, ...]] = {}
+        self._poller: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def listen(self) -> AsyncIterator[list[Change]]:
+        """Yield the runs that have changed, an empty list where nothing has for a while; ends when the server stops."""
+        queue: asyncio.Queue[list[Change] | None] = asyncio.Queue()
+        self._listeners.add(queue)
+        if self._poller is None:
+            self._known = await asyncio.to_thread(self._seen, time.time() - _OVERLAP_SECONDS)
+            self._poller = asyncio.create_task(self._poll())
+        try:
+            while not self._closed:
+                try:
+                    changes = await asyncio.wait_for(queue.get(), _QUIET_SECONDS)
+                except TimeoutError:
+                    changes = []
+                if changes is None:
+                    return
+                yield changes
+        finally:
+            self._listeners.discard(queue)
+            await self._rest()
+
+    def close(self) -> None:
+        """End every stream: the server stops."""
+        self._closed = True
+        for queue in self._listeners:
+            queue.put_nowait(None)
+
+    async def _rest(self) -> None:
+        """Poll no more when nobody listens."""
+        poller = self._poller
+        if self._listeners or poller is None:
+            return
+        self._poller = None
+        poller.cancel()
+        with suppress(asyncio.CancelledError):
+            await poller
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(_POLL_SECONDS)
+            with suppress(sa.exc.SQLAlchemyError):  # the database is out of reach: readiness says so, streams wait
+                seen = await asyncio.to_thread(self._seen, time.time() - _OVERLAP_SECONDS)
+                changes = [self._told(seen[run]) for run in seen if self._known.get(run) != seen[run]]
+                self._known = seen
+                if changes:
+                    for queue in self._listeners:
+                        queue.put_nowait(changes)
+
+    def _seen(self, since: float) -> dict[str, tuple[Any, ...]]:
+        table = schema.runs
+        query = sa.select(*table.c["id", "last_step", "sample_count", "finished_at", "last_seen_at", "attempt"])
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.where(table.c.last_seen_at >= since)).all()
+        return {row.id: tuple(row) for row in rows}
+
+    @staticmethod
+    def _told(row: tuple[Any, ...]) -> Change:
+        return {"id": row[0], "last_step": row[1], "sample_count": row[2]}

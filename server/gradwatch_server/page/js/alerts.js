@@ -1,0 +1,59 @@
+// Alerts: of all runs, or beside one run's map.
+
+import * as api from "./api.js";
+import { el, fill } from "./dom.js";
+import { ago, count, measured, moment } from "./format.js";
+import { kept } from "./runs.js";
+
+/** @typedef {import("./api.js").Alert} Alert */
+
+const ORDER = { firing: 0, pending: 1, resolved: 2 };
+
+/** Firing first, critical before warning, the newest before the older. @param {Alert[]} alerts */
+export function sorted(alerts) {
+  return [...alerts].sort(
+    (a, b) => ORDER[a.state] - ORDER[b.state] || a.severity.localeCompare(b.severity) || b.first_at - a.first_at,
+  );
+}
+
+/** @param {HTMLElement} main @param {import("./live.js").Live} live */
+export async function alertsView(main, live) {
+  document.title = "Alerts · gradwatch";
+  const list = el("ul", { class: "alerts wide" });
+  const none = el("p", { class: "empty" }, "Nothing is wrong, and nothing was.");
+  const load = async () => {
+    const [alerts, runs] = await Promise.all([api.alerts({}), api.runs()]);
+    const names = new Map(runs.map((run) => [run.id, `${run.project} / ${run.name}`]));
+    fill(list, sorted(alerts).map((alert) => item(alert, names.get(alert.run) ?? alert.run)));
+    none.hidden = alerts.length > 0;
+  };
+  await load();
+  fill(main, el("div", { class: "head" }, el("h1", null, "Alerts")), list, none);
+  return { close: kept(live, load) };
+}
+
+/** One alert in a list, a link to it on its run's map. @param {Alert} alert @param {string} [run] */
+export function item(alert, run) {
+  const steps = alert.resolved_step === null ? `since step ${count(alert.first_step)}` : `steps ${count(alert.first_step)} to ${count(alert.resolved_step)}`;
+  return el(
+    "li",
+    { class: `alert ${alert.severity} ${alert.state}` },
+    el(
+      "a",
+      { href: `/runs/${alert.run}?alert=${alert.id}` },
+      el("span", { class: "row" }, el("span", { class: `chip ${alert.state === "resolved" ? "" : alert.severity}` }, alert.rule), el("span", { class: "soft" }, `${alert.state} · ${steps}`), el("time", { class: "soft", title: moment(alert.first_at) }, ago(alert.first_at))),
+      el("span", { class: "summary" }, alert.summary),
+      run && el("span", { class: "soft" }, run),
+    ),
+  );
+}
+
+/** The parameters that an alert blames, as a table. @param {Alert} alert @param {(name: string) => void} choose */
+export function blamed(alert, choose) {
+  const rows = alert.parameters.map((each) =>
+    el("tr", null, el("th", { scope: "row" }, el("button", { class: "plain mono", onclick: () => choose(each.name) }, each.name)), el("td", null, measured(each.value)), el("td", null, measured(each.limit))),
+  );
+  const more = alert.parameters_left_out ? el("p", { class: "soft" }, `and ${count(alert.parameters_left_out)} more`) : null;
+  const head = el("thead", null, el("tr", null, ["Parameter", "Value", "Limit"].map((name) => el("th", { scope: "col" }, name))));
+  return rows.length ? [el("div", { class: "scroll" }, el("table", { class: "blamed" }, head, el("tbody", null, rows))), more] : [];
+}

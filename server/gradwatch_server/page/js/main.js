@@ -1,0 +1,75 @@
+// The address says which view is shown.
+
+import * as address from "./address.js";
+import { alertsView } from "./alerts.js";
+import * as api from "./api.js";
+import { el, fill } from "./dom.js";
+import { Live } from "./live.js";
+import { runView } from "./run.js";
+import { runsView } from "./runs.js";
+
+/** @typedef {{close: () => void, arrive?: () => void}} Shown a view; `arrive`: its query has changed */
+
+const main = /** @type {HTMLElement} */ (document.querySelector("#main"));
+const firing = /** @type {HTMLElement} */ (document.querySelector("#firing"));
+const live = new Live(/** @type {HTMLElement} */ (document.querySelector("#connection")));
+/** @type {Shown | null} */
+let shown = null;
+let shownPath = "";
+
+/** @param {string} path @returns {Promise<Shown>} */
+async function open(path) {
+  const run = /^\/runs\/([^/]+)$/.exec(path);
+  if (run) return runView(main, decodeURIComponent(run[1]), live);
+  if (path === "/alerts") return alertsView(main, live);
+  return runsView(main, live);
+}
+
+async function show() {
+  const { path } = address.here();
+  if (shown && path === shownPath && shown.arrive) {
+    shown.arrive();
+    return;
+  }
+  shown?.close();
+  shown = null;
+  const first = shownPath === "";
+  shownPath = path;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.getAttribute("href") === path) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  try {
+    const opened = await open(path);
+    if (path !== shownPath) opened.close();
+    else shown = opened;
+    if (!first) main.focus({ preventScroll: true });
+  } catch (error) {
+    const [title, text] = error instanceof api.Refused ? [error.title, error.message] : ["Cannot show this", String(error)];
+    fill(main, el("div", { class: "empty" }, el("h1", null, title), el("p", null, text), el("p", null, el("a", { href: "/" }, "All runs"))));
+  }
+}
+
+/** The number of alerts that fire, in the bar. */
+async function countFiring() {
+  const listed = await api.alerts({ state: "firing" }).catch(() => null);
+  if (!listed) return;
+  firing.hidden = listed.length === 0;
+  firing.textContent = String(listed.length);
+  firing.setAttribute("aria-label", `${listed.length} firing`);
+}
+
+let due = 0;
+function countSoon() {
+  due ||= window.setTimeout(() => {
+    due = 0;
+    countFiring();
+  }, 1000);
+}
+
+live.addEventListener("runs", countSoon);
+live.addEventListener("again", countSoon);
+live.addEventListener("again", () => shown || show());
+countFiring();
+address.follow(show);
+show();

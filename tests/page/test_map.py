@@ -1,0 +1,95 @@
+"""The layer x step map, as it is seen."""
+
+import re
+
+import numpy as np
+from playwright.sync_api import Page, expect
+
+from tests.page import planted, seen
+from tests.page.conftest import Filled, open_run
+
+NAMES = [parameter.name for parameter in planted.residual_net()]
+NAN, INFINITE, ZERO, BRIGHTEST = "#ff1fb4", "#ff5a1f", "#000000", "#fde725"
+STEPS = 600
+
+
+def cell(page: Page, parameter: str, steps: range, view: range = range(STEPS)) -> seen.Pixels:
+    """Return the pixels of one parameter over some steps."""
+    plot = seen.plot(page)
+    left, right = plot.x(steps.start, view.start, view.stop), plot.x(steps.stop, view.start, view.stop)
+    row = NAMES.index(parameter)
+    height = plot.height / len(NAMES)
+    area = seen.Plot(left - 0.5, plot.y(row, len(NAMES)) - height / 4, max(2.0, right - left + 1), height / 2)
+    return seen.pixels(page, area)
+
+
+def test_widest_view_shows_the_spike_the_nan_the_infinity_and_the_zero(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-nan"))
+
+    spike = range(planted.SPIKE_STEP, planted.SPIKE_STEP + 1)
+    infinite = range(planted.INFINITE_STEP, planted.INFINITE_STEP + 1)
+    assert seen.near(cell(page, planted.SPIKE_PARAMETER, spike), BRIGHTEST).any()
+    assert seen.near(cell(page, planted.INFINITE_PARAMETER, infinite), INFINITE).any()
+    assert seen.near(cell(page, planted.NAN_PARAMETER, range(planted.NAN_STEP + 2, STEPS - 2)), NAN).all()
+    assert seen.near(cell(page, planted.ZERO_PARAMETER, range(202, 348)), ZERO).all()
+
+
+def test_healthy_run_has_none_of_the_colours_of_trouble(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-digits"))
+
+    drawn = seen.pixels(page, seen.plot(page))
+    for colour in (NAN, INFINITE, ZERO):
+        assert not seen.near(drawn, colour, most=6).any()
+
+
+def test_a_missing_gradient_is_neither_zero_nor_nan(page: Page, filled: Filled) -> None:
+    view = range(8)
+    open_run(page, filled.run("resnet-nan", "?from=0&to=8"))
+
+    drawn = cell(page, planted.MISSING_PARAMETER, range(1, 4), view)
+    grey = np.ptp(drawn[:, 6:-6].astype(np.int16), axis=2) < 20
+    assert grey.all()
+    assert not seen.near(drawn, ZERO).any()
+    measured = cell(page, planted.MISSING_PARAMETER, range(4, 5), view)
+    assert (np.ptp(measured[:, 6:-6].astype(np.int16), axis=2) > 40).all()
+
+
+def test_zooms_to_one_step_and_back(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-nan", f"?step={planted.SPIKE_STEP}"))
+    page.locator(".map .over").focus()
+    for _ in range(9):
+        page.keyboard.press("+")
+    expect(page.locator(".range")).to_have_text(re.compile(r"step"))
+    page.wait_for_function(
+        "new URLSearchParams(location.search).get('to') - new URLSearchParams(location.search).get('from') <= 2"
+    )
+    expect(page.locator(".readout")).to_contain_text("step 137")
+
+    page.keyboard.press("0")
+
+    expect(page.locator(".range")).to_have_text("whole run")
+    page.wait_for_function("!new URLSearchParams(location.search).has('from')")
+
+
+def test_crosshair_says_what_is_under_it(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-nan", "?from=130&to=145"))
+    plot = seen.plot(page)
+    row = NAMES.index(planted.SPIKE_PARAMETER)
+
+    page.mouse.move(plot.x(planted.SPIKE_STEP + 0.5, 130, 145), plot.y(row, len(NAMES)))
+
+    expect(page.locator(".readout")).to_contain_text("step 137")
+    expect(page.locator(".readout")).to_contain_text(planted.SPIKE_PARAMETER)
+    page.mouse.click(plot.x(planted.SPIKE_STEP + 0.5, 130, 145), plot.y(row, len(NAMES)))
+    page.wait_for_url(re.compile(r"step=137&parameter=blocks\.3\.conv2\.weight|parameter=.*step=137"))
+
+
+def test_every_view_is_an_address(page: Page, filled: Filled) -> None:
+    query = "?from=100&to=200&step=137&parameter=blocks.3.conv2.weight&statistic=grad_norm&cell=min"
+    open_run(page, filled.run("resnet-nan", query))
+
+    expect(page.locator(".range")).to_have_text("steps 100 to 199")
+    expect(page.get_by_label("Statistic", exact=True).first).to_have_value("grad_norm")
+    expect(page.get_by_label("Of each cell")).to_have_value("min")
+    expect(page.locator(".readout")).to_contain_text("step 137")
+    assert page.url.endswith(query)

@@ -1,0 +1,71 @@
+"""The life of an alert, as tables of ticks with a hand-moved step."""
+
+from dataclasses import replace
+
+import pytest
+
+from gradwatch_server.alerts import Alert, advance, resolve
+from gradwatch_server.diagnosis import Finding
+
+FINDING = Finding(
+    rule="exploding",
+    severity="warning",
+    first_step=1,
+    parameters=[],
+    summary="",
+    cause="",
+    remedy="",
+    hold_samples=3,
+    clear_samples=2,
+)
+WORSE = replace(FINDING, severity="critical")
+
+
+def _live(ticks: str) -> tuple[list[str], list[str]]:
+    """Return the states and transitions of an alert over samples: '.' clear, 'w' warning, 'c' critical."""
+    alert: Alert | None = None
+    states: list[str] = []
+    told: list[str] = []
+    for step, tick in enumerate(ticks, 1):
+        finding = {".": None, "w": FINDING, "c": WORSE}[tick]
+        alert, transition = advance(alert, finding, step, float(step))
+        states.append(alert.state if alert else "-")
+        if transition:
+            told.append(f"{step} {transition.state} {transition.severity}")
+    return states, told
+
+
+@pytest.mark.parametrize(
+    ("ticks", "last_state", "told"),
+    [
+        ("ww", "pending", []),
+        ("www", "firing", ["3 firing warning"]),
+        ("ww.www", "firing", ["6 firing warning"]),
+        ("ww.ww.ww.", "-", []),
+        ("www.", "firing", ["3 firing warning"]),
+        ("www.w.w.w", "firing", ["3 firing warning"]),
+        ("www..", "resolved", ["3 firing warning", "5 resolved warning"]),
+        ("www..www", "firing", ["3 firing warning", "5 resolved warning", "8 firing warning"]),
+        ("wwwwc", "firing", ["3 firing warning", "5 firing critical"]),
+        ("wwwcw..", "resolved", ["3 firing warning", "4 firing critical", "7 resolved critical"]),
+    ],
+)
+def test_an_alert_lives_by_its_ticks(ticks: str, last_state: str, told: list[str]) -> None:
+    states, transitions = _live(ticks)
+    assert states[-1] == last_state
+    assert transitions == told
+
+
+def test_what_holds_at_once_fires_at_once() -> None:
+    alert, transition = advance(None, replace(FINDING, hold_samples=1), 7, 7.0)
+    assert alert is not None
+    assert (alert.state, alert.fired_step) == ("firing", 7)
+    assert transition is not None
+
+
+def test_a_run_that_ends_resolves_its_alert_with_the_reason() -> None:
+    alert, _ = advance(None, replace(FINDING, hold_samples=1), 7, 7.0)
+    assert alert is not None
+    resolved, transition = resolve(alert, 9, 9.0, "the run has ended")
+    assert (resolved.state, resolved.resolved_step, resolved.resolution) == ("resolved", 9, "the run has ended")
+    assert transition.state == "resolved"

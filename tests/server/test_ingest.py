@@ -1,0 +1,202 @@
+"""Ingest from the outside: what is acknowledged is stored once, what is refused changes nothing."""
+
+import gzip
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradwatch import wire
+from tests.processes import GradwatchServer, sample
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_a_sample_comes_back_as_it_was_sent(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a", "b", "c", "d"])
+    sent = wire.Batch(id="b", samples=[sample(1, NAN, INF, wire.MISSING, 0.1, loss=NAN)])
+    assert shared_server.store(run, sent).json() == {"id": "b", "samples": 1, "duplicate": False}
+    seen = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm")
+    assert seen["last"] == [["NaN", "Infinity", None, float(np.float32(0.1))]]
+    assert seen["nonfinite"] == [[1, 1, 0, 0]]
+    loss = shared_server.get(f"/api/v1/runs/{run}/series", statistic="loss")
+    assert loss["steps"] == [1]
+    assert loss["last"] == ["NaN"]
+
+
+def test_json_and_messagepack_store_the_same(shared_server: GradwatchServer) -> None:
+    maps = []
+    for content_type, encode in ((wire.JSON_TYPE, wire.encode_json), (wire.MESSAGEPACK_TYPE, wire.encode)):
+        run = shared_server.register(["a", "b"])
+        body = encode(wire.Batch(id="b", samples=[sample(3, 0.25, NAN)]))
+        answer = shared_server.http.post(
+            f"/api/v1/runs/{run}/samples", content=body, headers={"content-type": content_type}
+        )
+        assert answer.status_code == 200
+        maps.append(shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm") | {"run": ""})
+    assert maps[0] == maps[1]
+
+
+def test_a_compressed_body_is_read(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    answer = shared_server.http.post(
+        f"/api/v1/runs/{run}/samples",
+        content=gzip.compress(wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0)]))),
+        headers={"content-type": wire.MESSAGEPACK_TYPE, "content-encoding": "gzip"},
+    )
+    assert answer.json()["samples"] == 1
+
+
+def test_replaying_a_batch_changes_nothing(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    batch = wire.Batch(id="b", samples=[sample(1, 1.0), sample(2, 2.0)])
+    assert not shared_server.store(run, batch).json()["duplicate"]
+    before = shared_server.get(f"/api/v1/runs/{run}")
+    assert shared_server.store(run, batch).json() == {"id": "b", "samples": 0, "duplicate": True}
+    after = shared_server.get(f"/api/v1/runs/{run}")
+    assert before == after
+    assert after["sample_count"] == 2
+
+
+def test_batches_out_of_order_end_in_order(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    for step in (5, 1, 3):
+        shared_server.store(run, wire.Batch(id=f"b{step}", samples=[sample(step, float(step))]))
+    series = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")
+    assert series["steps"] == [1, 3, 5]
+    assert series["last"] == [1.0, 3.0, 5.0]
+    assert shared_server.get(f"/api/v1/runs/{run}")["last_step"] == 5
+
+
+def test_the_latest_attempt_wins_from_its_first_step_on(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"], attempt=1)
+    shared_server.store(run, wire.Batch(id="b1", attempt=1, samples=[sample(step, 1.0) for step in range(1, 11)]))
+    shared_server.register(["a"], id=run, attempt=2)
+    shared_server.store(run, wire.Batch(id="b2", attempt=2, samples=[sample(step, 2.0) for step in (6, 8)]))
+    shared_server.store(run, wire.Batch(id="late", attempt=1, samples=[sample(6, 9.0)]))
+    series = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")
+    assert series["steps"] == [1, 2, 3, 4, 5, 6, 8]
+    assert series["last"] == [1.0] * 5 + [2.0] * 2
+
+
+def test_a_run_may_gain_parameters(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    shared_server.store(run, wire.Batch(id="b1", samples=[sample(1, 1.0)]))
+    shared_server.register(["a", "b"], id=run)
+    shared_server.store(run, wire.Batch(id="b2", samples=[sample(2, 1.0, 2.0)]))
+    seen = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm")
+    assert seen["parameters"] == ["a", "b"]
+    assert seen["last"] == [[1.0, None], [1.0, 2.0]]
+
+
+def test_parameters_are_shown_in_the_order_of_depth(shared_server: GradwatchServer) -> None:
+    parameters = [wire.Parameter("head", [2, 2], depth=1), wire.Parameter("stem", [2, 2], depth=0)]
+    run = shared_server.post("/api/v1/runs", wire.Registration(parameters=parameters)).json()["id"]
+    shared_server.store(run, wire.Batch(id="b", samples=[sample(1, 7.0, 1.0)]))
+    seen = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm")
+    assert seen["parameters"] == ["stem", "head"]
+    assert seen["last"] == [[1.0, 7.0]]
+
+
+def test_runs_are_listed_by_project_and_state(shared_server: GradwatchServer) -> None:
+    running = shared_server.register(["a"], project="listing", name="one")
+    finished = shared_server.register(["a"], project="listing", name="two")
+    end = wire.End(at=1_790_000_000.0, status="failed", exit_code=3)
+    shared_server.store(finished, wire.Batch(id="end", end=end))
+    assert {run["id"] for run in shared_server.get("/api/v1/runs", project="listing")} == {running, finished}
+    (only,) = shared_server.get("/api/v1/runs", project="listing", state="finished")
+    assert (only["id"], only["name"], only["status"], only["exit_code"]) == (finished, "two", "failed", 3)
+
+
+MESSAGEPACK = {"content-type": wire.MESSAGEPACK_TYPE}
+JSON = {"content-type": wire.JSON_TYPE}
+GOOD = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0, 2.0)]))
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status", "reason"),
+    [
+        (JSON, b'{"version": 2, "id": "b"}', 400, "version 2 is unknown"),
+        (JSON, b"{", 400, "truncated"),
+        (MESSAGEPACK, b"\xc1", 400, "malformed"),
+        (MESSAGEPACK | {"content-encoding": "gzip"}, b"not gzip", 400, "not gzip"),
+        (MESSAGEPACK | {"content-encoding": "gzip"}, gzip.compress(GOOD)[:-4], 400, "cut off"),
+        (MESSAGEPACK | {"content-encoding": "br"}, GOOD, 415, "'br'"),
+        ({"content-type": "text/plain"}, GOOD, 415, "'text/plain'"),
+        ({}, GOOD, 415, "''"),
+        (MESSAGEPACK, b"\x00" * (8 * 1024 * 1024 + 1), 413, "limits.body_bytes"),
+        (
+            MESSAGEPACK | {"content-encoding": "gzip"},
+            gzip.compress(b"\x00" * 33 * 1024**2),
+            413,
+            "limits.decoded_bytes",
+        ),
+        (MESSAGEPACK, wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0)])), 422, "has 1 values, the run has 2"),
+        (MESSAGEPACK, wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0, -2.0)])), 422, "-2.0"),
+        (MESSAGEPACK, wire.encode(wire.Batch(id="b", samples=[sample(-1, 1.0, 2.0)])), 422, "samples[0].step -1"),
+        (MESSAGEPACK, wire.encode(wire.Batch(id="")), 422, "id is empty"),
+        (MESSAGEPACK, wire.encode(wire.Batch(id="x" * 600)), 422, "limits.name_characters"),
+        (MESSAGEPACK, wire.encode(wire.Batch(id="b", rank=-1)), 422, "rank -1"),
+        (MESSAGEPACK, wire.encode(wire.Batch(id="b", trail={"loss": wire.Trail(steps=[1], values=[])})), 422, "loss"),
+        (MESSAGEPACK, wire.encode(wire.Batch(id="b", end=wire.End(at=NAN))), 422, "end.at nan"),
+    ],
+)
+def test_bad_input_is_refused_with_its_reason_and_changes_nothing(
+    shared_server: GradwatchServer, headers: dict[str, str], body: bytes, status: int, reason: str
+) -> None:
+    run = shared_server.register(["a", "b"])
+    before = shared_server.get(f"/api/v1/runs/{run}")
+    answer = shared_server.http.post(f"/api/v1/runs/{run}/samples", content=body, headers=headers)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+    assert reason in answer.json()["detail"]
+    assert answer.json()["status"] == status
+    assert shared_server.get(f"/api/v1/runs/{run}") == before
+    assert shared_server.http.post(f"/api/v1/runs/{run}/samples", content=GOOD, headers=MESSAGEPACK).json()["samples"]
+
+
+def test_an_unknown_run_is_refused(shared_server: GradwatchServer) -> None:
+    answer = shared_server.store("0123456789abcdef", wire.Batch(id="b"))
+    assert answer.status_code == 404
+    assert "0123456789abcdef" in answer.json()["detail"]
+    for path in ("", "/map", "/series?statistic=loss"):
+        assert shared_server.http.get(f"/api/v1/runs/0123456789abcdef{path}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("registration", "status", "reason"),
+    [
+        ({"parameters": [{"name": "a", "shape": [1]}, {"name": "a", "shape": [1]}]}, 422, "'a' stands twice"),
+        ({"parameters": [], "project": ""}, 422, "project is empty"),
+        ({"parameters": [], "id": "no spaces"}, 422, "is not a run id"),
+        ({"parameters": [{"name": "a", "shape": [-1]}]}, 422, "not negative"),
+        ({"parameters": [{"name": "a\0", "shape": [1]}]}, 422, "NUL"),
+        ({}, 400, "parameters"),
+        ({"parameters": [], "version": 99}, 400, "version 99"),
+    ],
+)
+def test_a_bad_registration_is_refused_and_registers_nothing(
+    shared_server: GradwatchServer, registration: dict[str, Any], status: int, reason: str
+) -> None:
+    before = shared_server.get("/api/v1/runs")
+    answer = shared_server.http.post("/api/v1/runs", content=json.dumps(registration), headers=JSON)
+    assert answer.status_code == status
+    assert reason in answer.json()["detail"]
+    assert shared_server.get("/api/v1/runs") == before
+
+
+def test_a_run_id_cannot_be_taken_over_by_another_network(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a", "b"])
+    other = [wire.Parameter("z", [1]), wire.Parameter("b", [1])]
+    answer = shared_server.post("/api/v1/runs", wire.Registration(id=run, parameters=other))
+    assert answer.status_code == 409
+    assert "'a'" in answer.json()["detail"]
+    assert [parameter["name"] for parameter in shared_server.get(f"/api/v1/runs/{run}")["parameters"]] == ["a", "b"]
+
+
+def test_the_openapi_document_describes_what_agents_send(shared_server: GradwatchServer) -> None:
+    described = shared_server.get("/openapi.json")
+    schemas = described["components"]["schemas"]
+    body = described["paths"]["/api/v1/runs/{run_id}/samples"]["post"]["requestBody"]["content"]
+    assert body["application/json"]["schema"]["$ref"].rpartition("/")[2] in schemas
+    assert {"Registration", "Batch", "Sample", "Trail"} <= schemas.keys()

@@ -319,10 +319,21 @@ def _readings(batch: wire.Batch, after: int | None) -> list[Reading]:
             statistics=sample.statistics,
             scalars=_scalars_at(sample, batch.trail),
             events=[event for event in batch.events if event.step == sample.step],
+            losses=_losses_between(batch.trail, earlier.step if earlier else None, sample.step),
         )
-        for sample in ordered
+        for earlier, sample in zip([None, *ordered], ordered, strict=False)
         if after is None or sample.step > after
     ]
+
+
+def _losses_between(trail: Mapping[str, wire.Trail], after: int | None, up_to: int) -> list[tuple[int, float]]:
+    """Return step and loss of every step since the last sample, in the order of the steps."""
+    if "loss" not in trail:
+        return []
+    pairs = zip(trail["loss"].steps, trail["loss"].values, strict=True)
+    return sorted(
+        (step, wire.number(loss)) for step, loss in pairs if (after is None or step > after) and step <= up_to
+    )
 
 
 def _stored_readings(connection: sa.Connection, run_id: str) -> list[Reading]:

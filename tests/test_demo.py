@@ -33,7 +33,18 @@ def test_the_demonstration_ends_as_it_promises(tmp_path: Path) -> None:
 
 def test_the_server_may_be_killed_in_the_middle(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    demo = _demo(folder)
+    with _demo(folder) as demo:
+        output = _kill_in_the_middle(demo)
+    assert demo.returncode == 0, output
+    assert "the server has died" in output
+    with sqlite3.connect(folder / "gradwatch.db") as database:
+        runs = database.execute("SELECT run, count(*), count(DISTINCT step), max(step) FROM samples GROUP BY run")
+        assert [row[1:] for row in runs] == [(250, 250, 250)] * 4
+    database.close()
+
+
+def _kill_in_the_middle(demo: subprocess.Popen[str]) -> str:
+    """Kill the server once the second network has alerted; return all that the demonstration prints."""
     assert demo.stdout is not None
     lines = []
     for line in demo.stdout:
@@ -44,10 +55,4 @@ def test_the_server_may_be_killed_in_the_middle(tmp_path: Path) -> None:
             )
             os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
             break
-    lines += demo.stdout
-    assert demo.wait(timeout=300) == 0, "".join(lines)
-    assert "the server has died" in "".join(lines)
-    with sqlite3.connect(folder / "gradwatch.db") as database:
-        runs = database.execute("SELECT run, count(*), count(DISTINCT step), max(step) FROM samples GROUP BY run")
-        assert [row[1:] for row in runs] == [(250, 250, 250)] * 4
-    database.close()
+    return "".join([*lines, *demo.stdout])

@@ -16,6 +16,7 @@ from gradwatch_server.bounds import check_batch, check_registration
 from gradwatch_server.database import upsert
 from gradwatch_server.diagnosis import Layout, Memory, Reading
 from gradwatch_server.errors import Refused
+from gradwatch_server.runs import RUN_ENDED
 from gradwatch_server.settings import Configuration
 
 _REPLAYED_SAMPLES = 128
@@ -294,7 +295,7 @@ class Ingest:
 
     def _finish(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
         book = ledger.Book(connection, run, self._configuration.receivers, self._public_url)
-        book.close(step or 0, end.at, f"the run has ended: {end.status}")
+        book.close(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
         book.save()
         return {"finished_at": end.at, "status": end.status, "exit_code": end.exit_code}
 

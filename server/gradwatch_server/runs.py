@@ -10,6 +10,8 @@ from gradwatch_server.errors import Refused
 
 RunState = Literal["running", "stalled", "finished"]
 
+RUN_ENDED = "the run has ended"
+"""How the resolution of an alert begins that fired until its run was over."""
 _STALLED_INTERVALS = 20
 _STALLED_SECONDS = 120.0
 """A run is stalled when it was not heard of for 20 of its usual intervals, and for at least this long."""
@@ -46,19 +48,23 @@ def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
     return _shown(row, _firing(connection, run_id).get(run_id, []))
 
 
-def _firing(connection: sa.Connection, run_id: str | None = None) -> dict[str, list[tuple[str, str]]]:
+def _firing(connection: sa.Connection, run_id: str | None = None) -> dict[str, list[tuple[str, str, bool]]]:
+    """Return (severity, rule, fires now) by run; with what fired until the run ended, since that is how it ended."""
     table = schema.alerts
-    query = sa.select(*table.c["run", "severity", "rule"]).where(table.c.state == "firing").order_by(table.c.fired_at)
+    until_end = sa.and_(table.c.state == "resolved", table.c.resolution.startswith(RUN_ENDED))
+    query = sa.select(*table.c["run", "severity", "rule", "state"]).where(
+        sa.or_(table.c.state == "firing", until_end), table.c.fired_step.is_not(None)
+    )
     if run_id is not None:
         query = query.where(table.c.run == run_id)
-    firing: dict[str, list[tuple[str, str]]] = {}
+    firing: dict[str, list[tuple[str, str, bool]]] = {}
     for row in connection.execute(query):
-        firing.setdefault(row.run, []).append((row.severity, row.rule))
+        firing.setdefault(row.run, []).append((row.severity, row.rule, row.state == "firing"))
     return firing
 
 
-def _shown(row: sa.Row[Any], firing: list[tuple[str, str]]) -> dict[str, Any]:
-    severity, rule = min(firing, default=(None, None))  # "critical" sorts before "warning"
+def _shown(row: sa.Row[Any], firing: list[tuple[str, str, bool]]) -> dict[str, Any]:
+    severity, rule, _ = min(firing, default=(None, None, False))  # "critical" sorts before "warning"
     return {
         "id": row.id,
         "project": row.project,
@@ -71,7 +77,7 @@ def _shown(row: sa.Row[Any], firing: list[tuple[str, str]]) -> dict[str, Any]:
         "started_at": row.started_at,
         "last_seen_at": row.last_seen_at,
         "finished_at": row.finished_at,
-        "firing": len(firing),
+        "firing": sum(now for _, _, now in firing),
         "worst_rule": rule,
         "worst_severity": severity,
         "scalars": row.scalars,

@@ -22,7 +22,7 @@ for _ in range(12):
     optimizer.zero_grad()
     model(torch.randn(5, 4)).square().mean().backward()
     optimizer.step()
-print("weights", sum(float(p.sum()) for p in model.parameters()))
+print("weights", sum(p.sum().item() for p in model.parameters()))
 """
 
 
@@ -78,7 +78,9 @@ def test_a_signal_is_the_commands_own(server: GradwatchServer, tmp_path: Path, s
 def test_the_users_own_sitecustomize_still_runs(server: GradwatchServer, tmp_path: Path, script: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
-    (own / "sitecustomize.py").write_text("print('mine first')\n")
+    (own / "sitecustomize.py").write_text(
+        "import os\nprint('mine first') if 'GRADWATCH_ATTACH' in os.environ else None\n"
+    )
     paths = os.pathsep.join([str(own), environment()["PYTHONPATH"]])
     watched = _run(server, tmp_path, sys.executable, str(script), PYTHONPATH=paths)
     assert watched.stdout.startswith("mine first\nweights")

@@ -85,3 +85,13 @@ def test_a_restart_in_the_middle_keeps_the_alert_and_does_not_repeat_it(tmp_path
         assert json.loads(last)["data"]["resolution"] == "the run has ended: completed"
         assert len(server.get("/api/v1/alerts", run=run)) == 1
         assert len(receiver.requests) == 2
+
+
+def test_a_run_that_ended_sick_says_what_it_ended_with(server: GradwatchServer) -> None:
+    run = server.register(["a"])
+    server.store(run, wire.Batch(id="b1", samples=[sample(1, NAN)]))
+    running = server.get(f"/api/v1/runs/{run}")
+    assert (running["firing"], running["worst_rule"], running["worst_severity"]) == (1, "nonfinite", "critical")
+    server.store(run, wire.Batch(id="b2", end=wire.End(at=1_790_000_100.0)))
+    ended = server.get(f"/api/v1/runs/{run}")
+    assert (ended["firing"], ended["worst_rule"], ended["worst_severity"]) == (0, "nonfinite", "critical")

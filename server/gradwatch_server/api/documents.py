@@ -49,7 +49,7 @@ class Run(BaseModel):
     last_seen_at: float = Field(description="Unix seconds")
     finished_at: float | None = Field(description="Unix seconds")
     firing: int = Field(description="number of alerts that fire")
-    worst_rule: str | None = Field(description="rule of the most severe alert that fires")
+    worst_rule: str | None = Field(description="rule of the most severe alert that fires, or fired until the run ended")
     worst_severity: str | None
     scalars: dict[str, Number] = Field(description="the latest value of each scalar")
     dropped: dict[str, int] = Field(description="what the agent had to give up: samples, bytes, errors")

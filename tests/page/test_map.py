@@ -9,7 +9,7 @@ from tests.page import planted, seen
 from tests.page.conftest import Filled, open_run
 
 NAMES = [parameter.name for parameter in planted.residual_net()]
-NAN, INFINITE, ZERO, BRIGHTEST = "#ff1fb4", "#ff5a1f", "#000000", "#fde725"
+NAN, INFINITE, ZERO, BRIGHTEST = "#b30000", "#ff66ff", "#000000", "#fde725"
 STEPS = 600
 
 
@@ -61,14 +61,14 @@ def test_zooms_to_one_step_and_back(page: Page, filled: Filled) -> None:
         page.keyboard.press("+")
     expect(page.locator(".range")).to_have_text(re.compile(r"step"))
     page.wait_for_function(
-        "new URLSearchParams(location.search).get('to') - new URLSearchParams(location.search).get('from') <= 2"
+        "() => new URLSearchParams(location.search).get('to') - new URLSearchParams(location.search).get('from') <= 2"
     )
     expect(page.locator(".readout")).to_contain_text("step 137")
 
     page.keyboard.press("0")
 
     expect(page.locator(".range")).to_have_text("whole run")
-    page.wait_for_function("!new URLSearchParams(location.search).has('from')")
+    page.wait_for_function("() => !new URLSearchParams(location.search).has('from')")
 
 
 def test_crosshair_says_what_is_under_it(page: Page, filled: Filled) -> None:

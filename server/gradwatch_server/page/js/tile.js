@@ -62,6 +62,12 @@ export function bucketAt(tile, step) {
   return low - 1;
 }
 
+/** The buckets that lie in a range of steps. @param {Tile} tile @param {{from: number, to: number}} range */
+export function seenBuckets(tile, { from, to }) {
+  const first = tile.lastSteps.findIndex((step) => step >= from);
+  return { first: first < 0 ? tile.steps.length : first, past: bucketAt(tile, Math.ceil(to) - 1) + 1 };
+}
+
 /** Index of the bucket nearest to a step, or -1 where there is none. @param {Tile} tile @param {number} step */
 export function nearest(tile, step) {
   const found = bucketAt(tile, step);

@@ -10,7 +10,10 @@ from gradwatch_server.diagnosis.memory import Memory
 from gradwatch_server.diagnosis.reading import Layout, Reading
 from gradwatch_server.diagnosis.thresholds import Thresholds
 
-__all__ = ["Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine"]
+__all__ = ["RULES", "Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine"]
+
+RULES = ("nonfinite", "exploding", "vanishing", "dead")
+"""The rules that blame parameters."""
 
 
 def examine(layout: Layout, memory: Memory, reading: Reading, thresholds: Thresholds) -> tuple[Memory, list[Finding]]:

@@ -1,5 +1,6 @@
 """One sample as the rules see it, over the run's parameters as arrays."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -34,7 +35,7 @@ class Layout:
         return cls(
             names=[entry.name for entry in parameters],
             depth=np.array(depth, np.int64),
-            elements=np.array([float(np.prod(entry.shape, dtype=np.float64)) for entry in parameters]),
+            elements=np.array([float(math.prod(entry.shape)) for entry in parameters]),
             matrix=np.array([len(entry.shape) >= 2 for entry in parameters], np.bool_),
             trainable=np.array([entry.trainable for entry in parameters], np.bool_),
         )

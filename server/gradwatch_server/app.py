@@ -1,6 +1,7 @@
 """The application: routes, problem documents, the page, and the parts behind them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib import metadata
@@ -64,8 +65,11 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
 
     @app.middleware("http")
     async def secure(request: Request, follow: Callable[[Request], Any]) -> Response:
+        started = time.perf_counter()
         response: Response = await follow(request)
         response.headers.update(_SECURITY)
+        route = getattr(request.scope.get("route"), "path", "other")
+        request.app.state.services.requests.add(request.method, route, response.status_code, started)
         return response
 
     _describe_documents(app)

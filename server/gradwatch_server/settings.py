@@ -3,7 +3,7 @@
 import base64
 import binascii
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import msgspec
@@ -31,6 +31,17 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Most different scalar names in one batch."""
     queued_batches: int = 1_000
     """Batches that may wait for the writer; beyond it: 503 with Retry-After."""
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much of each run ``/metrics`` tells; run-level metrics are always told."""
+
+    parameters: Literal["conspicuous", "all"] = "conspicuous"
+    """Which parameters of each active run get series of their own."""
+    conspicuous_parameters: Annotated[int, msgspec.Meta(ge=0)] = 10
+    """How many parameters of each run count as its most conspicuous."""
+    most_parameters: Annotated[int, msgspec.Meta(ge=0)] = 20_000
+    """Most parameters of all runs together; beyond it they are left out, and ``/metrics`` says how many."""
 
 
 class Receiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +82,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The content of ``gradwatch.toml``."""
 
     limits: Limits = Limits()
+    metrics: Metrics = Metrics()
     receivers: list[Receiver] = []
     rules: dict[str, dict[str, Any]] = {}
     """Thresholds by rule; see docs/diagnosis.md."""

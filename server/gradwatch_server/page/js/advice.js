@@ -8,6 +8,7 @@ import { decoded } from "./tile.js";
 const [LEAST, MOST] = [Math.log10(0.002), Math.log10(1)];
 const WIDTH = 360;
 const HEIGHT = 120;
+const AGAIN_MS = 5000;
 
 /** The share of measured values above a threshold. @param {Float32Array} ordered ascending @param {number} threshold */
 export function clipRate(ordered, threshold) {
@@ -26,6 +27,8 @@ export class Advice {
   constructor(runId) {
     this.runId = runId;
     this.ordered = new Float32Array();
+    this.loaded = -Infinity;
+    this.covered = { from: -1, to: -1 };
     this.canvas = el("canvas", { class: "advice-curve", role: "img", "aria-label": "Clip rate against threshold" });
     this.slider = el("input", { type: "range", min: LEAST, max: MOST, step: 0.01, value: Math.log10(0.02), "aria-label": "Threshold", oninput: () => this.paint() });
     this.text = el("p", { role: "status" });
@@ -36,6 +39,9 @@ export class Advice {
 
   /** @param {{from: number, to: number}} covered */
   async load(covered) {
+    const now = performance.now();
+    if (now - this.loaded < AGAIN_MS && covered.from === this.covered.from) return;
+    [this.loaded, this.covered] = [now, covered];
     const body = await api.tile(this.runId, { statistic: "max_unit_ratio", from_step: covered.from, to_step: covered.to, points: 200 });
     const tile = decoded(body);
     this.ordered = tile.last.filter((value) => value >= 0 && Number.isFinite(value)).sort();

@@ -21,6 +21,8 @@ export class Chart {
     this.kind = kind;
     /** @type {Line[]} */
     this.lines = [];
+    /** @type {number[]} */
+    this.limits = [];
     /** @type {Plot | null} */
     this.plot = null;
     this.values = el("span", { class: "chart-values" });
@@ -41,8 +43,9 @@ export class Chart {
     steer(this.area, view, () => frame(this.width));
   }
 
-  /** @param {Line[]} lines */
-  show(lines) {
+  /** @param {Line[]} lines @param {number[]} [limits] drawn across */
+  show(lines, limits = []) {
+    this.limits = limits;
     const same = this.plot && lines.length === this.lines.length && lines.every((line, index) => line.label === this.lines[index].label);
     this.lines = lines;
     if (same && this.plot) {
@@ -75,7 +78,7 @@ export class Chart {
       cursor: { show: false },
       scales: {
         x: { time: false, auto: false, range: () => [this.view.now.from, this.view.now.to] },
-        y: { distr: this.kind.log ? 3 : 1, range: (_plot, low, high) => padded(low, high, Boolean(this.kind.log)) },
+        y: { distr: this.kind.log ? 3 : 1, range: (_plot, low, high) => padded(low, high, Boolean(this.kind.log), this.limits) },
       },
       axes: [
         { size: 0, gap: 0, grid, ticks: { show: false }, values: () => [], splits: () => ticks(this.view.now.from, this.view.now.to, this.width / 110) },
@@ -83,7 +86,7 @@ export class Chart {
       ],
       series: [{}, ...this.lines.flatMap((line) => drawn(themed(line.colour)))],
       bands: this.lines.map((line, index) => ({ series: [index * 3 + 2, index * 3 + 1], fill: `color-mix(in srgb, ${themed(line.colour)} 22%, transparent)` })),
-      hooks: { draw: [(plot) => this.drawNonfinite(plot)] },
+      hooks: { draw: [(plot) => this.drawNonfinite(plot), (plot) => this.drawLimits(plot)] },
     };
   }
 
@@ -107,6 +110,22 @@ export class Chart {
   close() {
     this.plot?.destroy();
     this.plot = null;
+  }
+
+  /** @param {Plot} plot */
+  drawLimits({ ctx, bbox, valToPos }) {
+    ctx.save();
+    ctx.strokeStyle = themed("bad");
+    ctx.lineWidth = window.devicePixelRatio || 1;
+    ctx.setLineDash([6, 4]);
+    for (const limit of this.limits) {
+      const y = valToPos(limit, "y", true);
+      ctx.beginPath();
+      ctx.moveTo(bbox.left, y);
+      ctx.lineTo(bbox.left + bbox.width, y);
+      ctx.stroke();
+    }
+    ctx.restore();
   }
 
   moved() {
@@ -150,9 +169,10 @@ function joined(lines, log) {
   return maker().join(/** @type {any} */ (tables), tables.map((table) => table.map(() => 2)));
 }
 
-/** @param {number | null} low @param {number | null} high @param {boolean} log @returns {[number, number]} */
-function padded(low, high, log) {
+/** @param {number | null} low @param {number | null} high @param {boolean} log @param {number[]} limits @returns {[number, number]} */
+function padded(low, high, log, limits) {
   if (low === null || high === null) return [0.1, 1];
+  [low, high] = [Math.min(low, ...limits), Math.max(high, ...limits)];
   if (log) return low === high ? [low / 3, high * 3] : [low / 1.3, high * 1.3];
   const room = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
   return [low >= 0 && low - room < 0 ? 0 : low - room, high + room];

@@ -61,7 +61,7 @@ export async function compareView(main, ids, live) {
     following(live, side.run.id, async () => {
       const renewed = await api.run(side.run.id);
       view.grow((renewed.last_step ?? 0) + 1);
-      side.source.renew();
+      await side.source.renew();
       await loadCurves();
     }),
   );

@@ -20,6 +20,8 @@ import { Trace } from "./trace.js";
 import { valuesTable } from "./values.js";
 import { View } from "./view.js";
 
+const REST_MS = 300;
+
 /** @param {HTMLElement} main @param {string} runId @param {import("./live.js").Live} live */
 export async function runView(main, runId, live) {
   let run = await api.run(runId);
@@ -34,6 +36,8 @@ export async function runView(main, runId, live) {
   const header = el("div", { class: "head" });
   const list = el("ul", { class: "alerts" });
   let row = -1;
+  /** @type {Promise<unknown>} */
+  let charts = Promise.resolve();
 
   const say = () => parts.values.show(source.tile, view.now.step, row >= 0 ? row : (source.tile?.parameters.indexOf(view.now.parameter ?? "") ?? -1));
   map.hovered = (hovered) => {
@@ -47,6 +51,7 @@ export async function runView(main, runId, live) {
   const loadAlerts = async () => {
     alerts = sorted(await api.alerts({ run: runId }));
     map.mark(alerts);
+    parts.trace.mark(alerts);
     showAlerts();
   };
   source.addEventListener("tile", () => {
@@ -58,9 +63,7 @@ export async function runView(main, runId, live) {
     say();
     main.dataset.drawn = `${source.tile.statistic} ${source.covered.from} ${source.covered.to}`;
     const points = Math.min(1500, Math.max(200, source.tile.steps.length));
-    parts.strips.load(run.scalars, source.covered, points);
-    parts.trace.load(source.covered, points);
-    parts.advice.load(source.covered).catch(() => undefined);
+    charts = Promise.allSettled([parts.strips.load(run.scalars, source.covered, points), parts.trace.load(source.covered, points), parts.advice.load(source.covered)]);
   });
   parts.strips.box.addEventListener("shown", () => parts.table.show(parts.strips.shown));
   view.subscribe((now, before) => {
@@ -93,8 +96,8 @@ export async function runView(main, runId, live) {
     run = await api.run(runId);
     title();
     view.grow((run.last_step ?? 0) + 1);
-    source.renew();
-    await loadAlerts();
+    await source.renew();
+    await Promise.all([charts, loadAlerts()]);
   });
   return {
     close() {
@@ -109,7 +112,10 @@ export async function runView(main, runId, live) {
   };
 }
 
-/** Load again whenever this run changes, one load at a time. @param {import("./live.js").Live} live @param {string} runId @param {() => Promise<void>} renew */
+/**
+ * Load again whenever this run changes: one load at a time, and no more than half of the time.
+ * @param {import("./live.js").Live} live @param {string} runId @param {() => Promise<void>} renew
+ */
 export function following(live, runId, renew) {
   let [busy, again] = [false, false];
   const work = async () => {
@@ -118,7 +124,10 @@ export function following(live, runId, renew) {
     busy = true;
     while (again) {
       again = false;
+      const started = performance.now();
       await renew().catch(() => undefined);
+      const spent = performance.now() - started;
+      await new Promise((resolve) => setTimeout(resolve, Math.max(REST_MS, spent)));
     }
     busy = false;
   };

@@ -91,6 +91,6 @@ export function decades(tile) {
   /** @param {number} share */
   const at = (share) => finite[Math.min(finite.length - 1, Math.floor(share * finite.length))];
   const high = Math.ceil(at(0.985) + 0.1);
-  const low = Math.max(Math.floor(at(0.02)), high - 12);
+  const low = Math.max(Math.floor(at(0.02)), high - 20);
   return low > high - 3 ? { low: high - 3, high } : { low, high };
 }

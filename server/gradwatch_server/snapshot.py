@@ -122,14 +122,15 @@ def _latest(connection: sa.Connection, run_ids: Sequence[str]) -> Sequence[sa.Ro
 
 def _layouts(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Layout]:
     table = schema.parameters
-    rows: Sequence[sa.Row[Any]] = connection.execute(
-        sa.select(*table.c["run", "name", "depth", "trainable"], sa.cast(table.c.shape, sa.Text))
+    rows = connection.execute(
+        sa.select(*table.c["run", "name", "depth", "trainable"], sa.cast(table.c.shape, sa.Text).label("written"))
         .where(table.c.run.in_(run_ids))
         .order_by(table.c.run, table.c.position)
     ).all()
     listed: dict[str, list[wire.Parameter]] = {run_id: [] for run_id in run_ids}
-    for run, name, depth, trainable, shape in rows:
-        listed[run].append(wire.Parameter(name, _shape(shape), depth=depth, trainable=trainable))
+    for row in rows:
+        parameter = wire.Parameter(row.name, _shape(row.written), depth=row.depth, trainable=row.trainable)
+        listed[row.run].append(parameter)
     return {run: Layout.of(parameters) for run, parameters in listed.items()}
 
 

@@ -113,24 +113,24 @@ def load_snapshots(connection: sa.Connection, run_ids: Sequence[str]) -> dict[st
 def _latest(connection: sa.Connection, run_ids: Sequence[str]) -> Sequence[sa.Row[Any]]:
     table, runs, newer = schema.samples, schema.runs, schema.samples.alias("newer")
     newest = sa.select(sa.func.max(newer.c.step)).where(newer.c.run == runs.c.id, newer.c.level == 0).correlate(runs)
-    rows: Sequence[Any] = connection.execute(
+    return connection.execute(
         sa.select(*table.c["run", "step", "at", *_READ])
         .select_from(runs.join(table, table.c.run == runs.c.id))
         .where(runs.c.id.in_(run_ids), table.c.level == 0, table.c.step == newest.scalar_subquery())
     ).all()
-    return rows
 
 
 def _layouts(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Layout]:
     table = schema.parameters
-    rows: Sequence[sa.Row[Any]] = connection.execute(
+    rows = connection.execute(
         sa.select(*table.c["run", "name", "depth", "trainable"], sa.cast(table.c.shape, sa.Text).label("written"))
         .where(table.c.run.in_(run_ids))
         .order_by(table.c.run, table.c.position)
     ).all()
     listed: dict[str, list[wire.Parameter]] = {run_id: [] for run_id in run_ids}
     for row in rows:
-        listed[row.run].append(wire.Parameter(row.name, _shape(row.written), depth=row.depth, trainable=row.trainable))
+        parameter = wire.Parameter(row.name, _shape(row.written), depth=row.depth, trainable=row.trainable)
+        listed[row.run].append(parameter)
     return {run: Layout.of(parameters) for run, parameters in listed.items()}
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,8 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         try:
             yield
         finally:
-            notifying.cancel()
-            with suppress(asyncio.CancelledError):
-                await notifying
+            services.notifier.stop()
+            await notifying
             await asyncio.to_thread(services.writer.close)
 
     app = FastAPI(

@@ -1,15 +1,14 @@
 """What the server can be told: one configuration file, checked whole, and the command line over it."""
 
-import base64
-import binascii
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 import msgspec
 
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
+from gradwatch_server.outbox import Delivery
+from gradwatch_server.receivers import AnyReceiver
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,46 +43,13 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Most parameters of all runs together; beyond it they are left out, and ``/metrics`` says how many."""
 
 
-class Receiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where transitions of alerts are delivered: a signed webhook (Standard Webhooks 1.0.0)."""
-
-    name: str
-    url: str
-    secret: str | None = None
-    """``whsec_`` and 24 to 64 random bytes in base64; absent: the webhook is not signed."""
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"receiver {self.name!r}: url {self.url!r} is not an http or https address")
-        if self.secret is not None:
-            signing_key(self.secret)
-
-
-def signing_key(secret: str) -> bytes:
-    """Return the key bytes of a Standard Webhooks secret.
-
-    Raises:
-        ValueError: the secret is not ``whsec_`` followed by base64 of 24 to 64 bytes.
-    """
-    try:
-        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-    except binascii.Error:
-        key = b""
-    if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
-        raise ValueError(
-            "a webhook secret is 'whsec_' followed by 24 to 64 bytes in base64: "
-            "make one with: echo whsec_$(openssl rand -base64 32)"
-        )
-    return key
-
-
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of ``gradwatch.toml``."""
 
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
-    receivers: list[Receiver] = []
+    delivery: Delivery = Delivery()
+    receivers: list[AnyReceiver] = []
     rules: dict[str, dict[str, Any]] = {}
     """Thresholds by rule; see docs/diagnosis.md."""
 

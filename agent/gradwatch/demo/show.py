@@ -148,9 +148,7 @@ def _settle_alerts(url: str, outcomes: list[_Outcome]) -> None:
 
 
 def _undelivered(url: str) -> int:
-    body = urllib3.request("GET", f"{url}/metrics", timeout=5.0).data.decode()
-    due = [line for line in body.splitlines() if line.startswith("gradwatch_deliveries_due ")]
-    return round(float(due[0].split()[1]))
+    return sum(receiver["due"] for receiver in _get(url, "/api/v1/server")["receivers"])
 
 
 def _complete(url: str, outcome: _Outcome) -> None:

@@ -32,7 +32,7 @@ export class Advice {
     this.canvas = el("canvas", { class: "advice-curve", role: "img", "aria-label": "Clip rate against threshold" });
     this.slider = el("input", { type: "range", min: LEAST, max: MOST, step: 0.01, value: Math.log10(0.02), "aria-label": "Threshold", oninput: () => this.paint() });
     this.text = el("p", { role: "status" });
-    this.box = el("section", { class: "side-part advice", hidden: true }, el("h2", null, "What a threshold would clip"), this.canvas, this.slider, this.text);
+    this.box = el("section", { class: "side-part advice", hidden: true }, el("h2", null, "Threshold advice"), this.canvas, this.slider, this.text);
     new ResizeObserver(() => this.paint()).observe(this.box);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.paint());
   }

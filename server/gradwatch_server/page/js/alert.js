@@ -1,6 +1,6 @@
 // One alert: what, where, since when, why, what to do, and whom it was told.
 
-import { blamed } from "./alerts.js";
+import { blamed, heldToTheEnd } from "./alerts.js";
 import * as api from "./api.js";
 import { el, fill } from "./dom.js";
 import { ago, count, measured, moment } from "./format.js";
@@ -22,7 +22,7 @@ export function alertPanel(view) {
       const told = el("div", { class: "told" });
       fill(
         box,
-        el("header", null, el("span", { class: `chip ${alert.severity}` }, alert.severity), el("h2", null, alert.rule), el("span", { class: "soft" }, alert.state), el("button", { type: "button", class: "close", "aria-label": "Close the alert", onclick: () => view.set({ alert: null }) }, "×")),
+        el("header", null, el("span", { class: `chip ${alert.severity}` }, alert.severity), el("h2", null, alert.rule), el("span", { class: "soft" }, heldToTheEnd(alert) ? "held to the end" : alert.state), el("button", { type: "button", class: "close", "aria-label": "Close the alert", onclick: () => view.set({ alert: null }) }, "×")),
         el(
           "div",
           { class: "alert-body" },

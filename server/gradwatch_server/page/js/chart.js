@@ -56,6 +56,14 @@ export class Chart {
     }
   }
 
+  /** @param {boolean} log */
+  scale(log) {
+    if (Boolean(this.kind.log) === log) return;
+    this.kind = { ...this.kind, log };
+    this.plot?.destroy();
+    this.plot = null;
+  }
+
   make() {
     this.plot?.destroy();
     this.plot = null;
@@ -101,7 +109,7 @@ export class Chart {
         if (!bad || series.last_steps[index] < this.view.now.from || series.steps[index] >= this.view.now.to) return;
         const left = plot.valToPos(series.steps[index], "x", true);
         const right = plot.valToPos(series.last_steps[index] + 1, "x", true);
-        ctx.fillRect(left, bbox.top + bbox.height - 4 * pixel, Math.max(2 * pixel, right - left), 4 * pixel);
+        ctx.fillRect(Math.floor(left), bbox.top + bbox.height - 4 * pixel, Math.max(2 * pixel, Math.ceil(right) - Math.floor(left)), 4 * pixel);
       });
     }
     ctx.restore();

@@ -3,6 +3,7 @@
 import * as address from "./address.js";
 import * as api from "./api.js";
 import { Chart } from "./chart.js";
+import { controls } from "./controls.js";
 import { el, fill } from "./dom.js";
 import { legend } from "./legend.js";
 import { looking } from "./looking.js";
@@ -10,8 +11,8 @@ import { LayerMap } from "./map.js";
 import { following } from "./run.js";
 import { stateSign } from "./runs.js";
 import { TileSource } from "./source.js";
+import { wide } from "./strips.js";
 import { View } from "./view.js";
-import { controls } from "./controls.js";
 
 const COLOURS = ["accent", "second", "third", "fourth"];
 const CURVES = [
@@ -43,8 +44,9 @@ export async function compareView(main, ids, live) {
     main.dataset.drawn = String(sides.filter(({ source }) => source.tile).length);
   };
   const loadCurves = async () => {
-    for (const { chart, scalar } of curves) {
+    for (const { chart, scalar, log } of curves) {
       const series = await Promise.all(runs.map((run) => api.series(run.id, { statistic: scalar, points: 600 })));
+      chart.scale(log || wide(series));
       chart.show(runs.map((run, index) => ({ label: run.name, colour: COLOURS[index], series: series[index] })));
     }
   };

@@ -1,5 +1,7 @@
 // Which parameters deserve a look first: a score and a reason, from what the map holds.
 
+import { power } from "./format.js";
+
 /** @typedef {import("./tile.js").Tile} Tile */
 /**
  * @typedef {object} Finding
@@ -23,7 +25,7 @@ export function findings(tile, span) {
     const away = Math.log10(each.last) - centre;
     each.score += Math.abs(away);
     if (each.reason === "" && Math.abs(away) > FAR_DECADES) {
-      each.reason = away < 0 ? `10^${Math.round(-away)} below the median` : `10^${Math.round(away)} above the median`;
+      each.reason = away < 0 ? `${power(Math.round(-away))} below the median` : `${power(Math.round(away))} above the median`;
       each.tone = "warning";
     }
   }

@@ -1,5 +1,6 @@
 // The layer x step map: depth downwards, steps to the right, colour is the value.
 
+import { heldToTheEnd } from "./alerts.js";
 import { AXIS, drawAxis, frame, LANE, toX } from "./axis.js";
 import { parsed } from "./colours.js";
 import { el, fitted, onceAFrame, themed } from "./dom.js";
@@ -145,7 +146,7 @@ export class LayerMap {
       const right = Math.min(box.width - box.right, toX(box, now, (alert.resolved_step ?? now.end) + 0.5));
       if (right < box.left || left > box.width - box.right) continue;
       context.fillStyle = themed(alert.severity === "critical" ? "bad" : "warn");
-      context.globalAlpha = alert.state === "resolved" ? 0.45 : 1;
+      context.globalAlpha = alert.state === "resolved" && !heldToTheEnd(alert) ? 0.4 : 1;
       context.fillRect(left, 9, Math.max(2, right - left), 3);
       context.beginPath();
       context.moveTo(left - 5, 3);

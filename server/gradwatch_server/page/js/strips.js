@@ -20,9 +20,16 @@ const PLANS = [
   },
   { title: "Learning rate", lines: [["learning_rate", "rate", "accent"]] },
   { title: "Share of units clipped", lines: [["clipped_unit_share", "share", "accent"]] },
-  { title: "Agent overhead, share of a step", lines: [["overhead_ratio", "share", "accent"]] },
+  { title: "Agent overhead, share of a step", log: true, lines: [["overhead_ratio", "share", "accent"]] },
 ];
 const OTHERS_LEFT_OUT = new Set(["agent_seconds", "interval_steps", "step_seconds", "clip_norm"]);
+
+/** Whether values span so much that only a logarithm shows them. @param {api.Series[]} series */
+export function wide(series) {
+  const values = series.flatMap(({ mean }) => mean).filter((value) => typeof value === "number");
+  const ordered = values.sort((a, b) => a - b);
+  return ordered.length > 1 && ordered[0] > 0 && ordered[ordered.length - 1] > 1e3 * ordered[ordered.length >> 1];
+}
 
 export class Strips {
   /** @param {string} runId @param {import("./view.js").View} view */
@@ -58,7 +65,9 @@ export class Strips {
         const series = await Promise.all(plan.lines.map(([name]) => api.series(this.runId, { statistic: name, ...query }, asking.signal)));
         const lines = plan.lines.map(([name, label, colour], index) => ({ name, label, colour, series: series[index] }));
         for (const { name, series: each } of lines) this.shown.set(name, each);
-        this.chart(plan).show(lines);
+        const chart = this.chart(plan);
+        chart.scale(plan.log ?? wide(series));
+        chart.show(lines);
       } catch (error) {
         if (asking.signal.aborted) return;
         if (!(error instanceof api.Refused)) throw error;

@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -75,12 +76,20 @@ class Result:
         return sum(last) / len(last)
 
 
-def train(training: Training, steps: int, onset: int) -> Result:
+class Counter(Protocol):
+    """Something that wants to know which step is being done."""
+
+    step: int
+
+
+def train(training: Training, steps: int, onset: int, counter: Counter | None = None) -> Result:
     """Run a training to its end."""
     losses: list[float] = []
     before: dict[str, torch.Tensor] = {}
     parameters = training.parameters()
     for step in range(1, steps + 1):
+        if counter is not None:
+            counter.step = step
         losses.append(training.step(step))
         if step == max(onset, 1):
             before = {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -44,6 +44,8 @@ class Sign:
 
 def sign(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
     """Look for a sign of an explosion; any of them suffices. Norms are before any clipping."""
+    if reading.scalars.get("clip_norm", 0.0) == math.inf:
+        return _clipped_away(layout, profile)
     if profile.matrices.size:
         for look in (_surging, _blowing_up, _out_of_proportion, _amplifying):
             found = look(memory, profile, limits)
@@ -194,6 +196,21 @@ def _amplifying(memory: Memory, profile: Profile, limits: Exploding) -> Sign | N
         values=profile.ratio,
         limit=10**limits.amplification_decades * float(np.median(profile.ratio[members[-third:]])),
         evidence={"amplification_decades": decades, "median_leverage": profile.typical(profile.leverage)},
+    )
+
+
+def _clipped_away(layout: Layout, profile: Profile) -> Sign:
+    """The norm that clipping saw is infinite: what it left behind is nothing."""
+    matrices = layout.order[(layout.matrix & layout.trainable & profile.present)[layout.order]]
+    return Sign(
+        summary="The gradient's norm overflowed before clipping, which then scaled the gradient to zero",
+        cause="Signals grow from layer to layer until they overflow: the initial weights, the inputs or the learning "
+        "rate are far too large.",
+        worst=matrices,
+        values=np.full(len(layout.names), math.inf),
+        limit=math.inf,
+        evidence={"clip_norm": math.inf},
+        grave=True,
     )
 
 

@@ -115,6 +115,8 @@ class Memory:
     """Samples in a row at which nearly everything was clipped."""
     unclipped_samples: int = 0
     """Samples in a row at which clipping was on and did nothing."""
+    origin: tuple[int, ...] = ()
+    """Indices of the parameters that went bad first, in order of blame, while anything is not finite."""
     since: tuple[tuple[str, int], ...] = ()
     """The step at which each rule that holds began to hold."""
 
@@ -158,6 +160,7 @@ class Memory:
         loss = reading.scalars.get("loss")
         first = grown(self.first_weights, len(layout.names), np.nan)
         leverage = profile.leverage[profile.matrices]
+        typical = profile.typical(profile.leverage)
         return replace(
             self,
             **self._quiet_after(layout, reading, profile),
@@ -167,11 +170,12 @@ class Memory:
             first_log_gradients=(self.first_log_gradients + log_gradient)[:FIRST_SAMPLES],
             growths=(*self.growths, growth(self, profile)[0])[-GROWTH_SAMPLES:],
             best_leverage=max(self.best_leverage, float(np.nanmax(leverage, initial=0.0))),
-            best_typical_leverage=max(self.best_typical_leverage, np.nan_to_num(profile.typical(profile.leverage))),
+            best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),
             suspect_since=(reading.step if self.suspect_since is None else self.suspect_since) if suspect else None,
             first_weights=np.where(np.isnan(first), profile.weight, first),
             weights=profile.weight,
             log_usual=_smoothed(self.log_usual, profile),
+            origin=self._origin(layout, findings),
             since=tuple((finding.rule, self.began(finding.rule, reading.step)) for finding in findings),
         )
 
@@ -188,6 +192,14 @@ class Memory:
             "clipped_samples": self.clipped_samples + 1 if share.size and np.median(share) >= 0.95 else 0,
             "unclipped_samples": self.unclipped_samples + 1 if share.size and (share == 0.0).all() else 0,
         }
+
+    def _origin(self, layout: Layout, findings: Sequence[Finding]) -> tuple[int, ...]:
+        """Keep who went bad first: one step later everything is."""
+        for finding in findings:
+            if finding.rule == "nonfinite":
+                index = {name: position for position, name in enumerate(layout.names)}
+                return tuple(index[blamed.name] for blamed in finding.parameters)
+        return ()
 
     def to_bytes(self) -> bytes:
         """Return the memory as bytes that ``from_bytes`` reads."""

@@ -32,7 +32,8 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     named = _named(reading)
     gradients = int(profile.present.sum())
     everything = int(bad.sum()) == gradients
-    chosen = _origin_first(layout, bad | bad_weight, bad, named)
+    first = np.array(memory.origin, np.intp) if memory.origin else _origin_first(layout, bad | bad_weight, bad)
+    chosen = _named_first(layout, first, named)
     counts = reading.vector("nonfinite_count", size)
     values = np.where(np.isfinite(profile.gradient), np.where(counts > 0, counts, profile.weight), profile.gradient)
     parameters, left_out = blame(layout.names, chosen, values, math.inf)
@@ -66,11 +67,15 @@ def _named(reading: Reading) -> str | None:
     return None
 
 
-def _origin_first(layout: Layout, chosen: Flags, bad: Flags, named: str | None) -> Indices:
-    """Return the chosen ones: those of the named module, bad gradients from output to input, bad weights."""
+def _origin_first(layout: Layout, chosen: Flags, bad: Flags) -> Indices:
+    """Return the chosen ones: bad gradients from output to input, then bad weights."""
     order = layout.order[::-1]
     listed = order[chosen[order]]
-    listed = listed[np.argsort(~bad[listed], kind="stable")]
+    return listed[np.argsort(~bad[listed], kind="stable")]
+
+
+def _named_first(layout: Layout, listed: Indices, named: str | None) -> Indices:
+    """Move the parameters of the module that the agent named to the front."""
     if named is None:
         return listed
     elsewhere = np.array([not (layout.names[index] + ".").startswith(named + ".") for index in listed], np.bool_)

@@ -13,7 +13,10 @@ from gradwatch_server.diagnosis.reading import Layout, Reading
 from gradwatch_server.diagnosis.stalled import stalled
 from gradwatch_server.diagnosis.thresholds import Thresholds
 
-__all__ = ["Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine", "stalled"]
+__all__ = ["RULES", "Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine", "stalled"]
+
+RULES = ("nonfinite", "exploding", "vanishing", "dead", "throttled")
+"""The rules that blame parameters."""
 
 
 def examine(layout: Layout, memory: Memory, reading: Reading, thresholds: Thresholds) -> tuple[Memory, list[Finding]]:

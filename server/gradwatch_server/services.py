@@ -36,7 +36,7 @@ class Services:
             engine=engine,
             writer=writer,
             ingest=Ingest(configuration, settings.public_url),
-            notifier=Notifier(writer, configuration.receivers, configuration.delivery),
+            notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             feed=Feed(engine),
         )
 

@@ -1,0 +1,237 @@
+"""The places where torch is listened to: optimizer steps, clipping, loss scaling, backward.
+
+They are set when the first agent attaches and taken away when the last one leaves. All of them are global to the
+process, and none touches a model: a watched model can be copied, pickled, compiled and sharded as if it were not.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Listener(Protocol):
+    """What an agent hears. None of these may raise, all but ``before_step`` return nothing."""
+
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """An optimizer is about to step; returned arguments replace its own."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped."""
+
+    def after_backward(self, scalars: Sequence[Tensor]) -> None:
+        """Gradients of these scalars were accumulated."""
+
+    def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
+        """A loss scaler multiplied ``original``."""
+
+    def after_scaler_step(self, optimizer: Optimizer) -> None:
+        """A loss scaler had its chance to step ``optimizer``, or skipped it."""
+
+    def before_norm_clip(self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float) -> None:
+        """Gradients are about to be clipped by their total norm."""
+
+    def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients are about to be clipped by value."""
+
+    def after_zero_grad(self, optimizer: Optimizer) -> None:
+        """An optimizer forgot its gradients."""
+
+
+_listeners: tuple[Listener, ...] = ()
+_undo: list[Callable[[], None]] = []
+_stepping: dict[int, int] = {}
+"""For each optimizer in the middle of a step, the id of the frame of torch's outermost wrapper."""
+
+
+def listen(listener: Listener) -> None:
+    """Add a listener; the first one sets the taps."""
+    global _listeners
+    if not _listeners:
+        _set()
+    _listeners = (*_listeners, listener)
+
+
+def leave(listener: Listener) -> None:
+    """Remove a listener; the last one takes the taps away. Idempotent."""
+    global _listeners
+    had = bool(_listeners)
+    _listeners = tuple(other for other in _listeners if other is not listener)
+    if had and not _listeners:
+        while _undo:
+            _undo.pop()()
+
+
+def listeners() -> tuple[Listener, ...]:
+    """Return those who listen now."""
+    return _listeners
+
+
+def _deaf() -> None:
+    """A forked child (a DataLoader worker) does not measure: it attaches for itself if it trains."""
+    global _listeners
+    _listeners = ()
+    while _undo:
+        _undo.pop()()
+
+
+os.register_at_fork(after_in_child=_deaf)
+
+
+def _set() -> None:
+    _undo.append(register_optimizer_step_pre_hook(_before_step).remove)
+    _undo.append(register_optimizer_step_post_hook(_after_step).remove)
+    _replace(torch.autograd, "backward", _backward)
+    _replace(torch.amp.GradScaler, "scale", _scale)
+    _replace(torch.amp.GradScaler, "step", _scaler_step)
+    _replace(Optimizer, "zero_grad", _zero_grad)
+    _replace_inside(clip_grad.clip_grad_value_, _clip_by_value)
+    if hasattr(clip_grad, "_clip_grads_with_norm_"):
+        _replace_inside(clip_grad._clip_grads_with_norm_, _clip_by_norm)
+    else:
+        _replace_inside(clip_grad.clip_grad_norm_, _measure_and_clip_by_norm)
+
+
+def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Put ``wrapper`` around an attribute. If somebody wraps it again, ours stays inside and merely calls through."""
+    original = getattr(owner, name)
+    ours = _bound(wrapper, original)
+    setattr(owner, name, ours)
+
+    def undo() -> None:
+        if getattr(owner, name) is ours:
+            setattr(owner, name, original)
+
+    _undo.append(undo)
+
+
+def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs) if _listeners else original(*args, **kwargs)
+
+    return ours
+
+
+def _replace_inside(function: Any, wrapper: Callable[..., Any]) -> None:
+    """Put ``wrapper`` around the function that torch's ``_no_grad`` decorator holds.
+
+    The clipping functions are imported by name all over (``from torch.nn.utils import clip_grad_norm_``): a name
+    replaced in torch's modules would not reach those who imported it before. The decorator's cell reaches all.
+    """
+    for cell in function.__closure__ or ():
+        original = cell.cell_contents
+        if callable(original):
+            cell.cell_contents = _bound(wrapper, original)
+            _undo.append(functools.partial(setattr, cell, "cell_contents", original))
+            return
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    caller = sys._getframe(1)  # noqa: SLF001 -- torch's wrapper of one ``step``
+    outer = _stepping.get(id(optimizer))
+    if outer is not None and _is_within(caller, outer):
+        return None  # a subclass called ``super().step()``: the outer step was announced
+    _stepping[id(optimizer)] = id(caller)
+    changed = None
+    for listener in _listeners:
+        answer = listener.before_step(optimizer, args, kwargs)
+        if answer is not None:
+            changed = args, kwargs = answer
+    return changed
+
+
+def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    if _stepping.get(id(optimizer)) != id(sys._getframe(1)):  # noqa: SLF001
+        return
+    del _stepping[id(optimizer)]
+    for listener in _listeners:
+        listener.after_step(optimizer)
+
+
+def _is_within(frame: FrameType, outer: int) -> bool:
+    """Return whether the call of ``frame`` was made, at any depth, within the frame whose id is ``outer``.
+
+    A step that raised never announced its end: the id that it left is not on the stack any more.
+    """
+    code = frame.f_code
+    above = frame.f_back
+    while above is not None:
+        if id(above) == outer and above.f_code is code:
+            return True
+        above = above.f_back
+    return False
+
+
+def _backward(original: Callable[..., Any], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+    result = original(tensors, grad_tensors, *args, **kwargs)
+    if grad_tensors is None:
+        several = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        scalars = [tensor for tensor in several if isinstance(tensor, Tensor) and tensor.numel() == 1]
+        for listener in _listeners:
+            listener.after_backward(scalars)
+    return result
+
+
+def _scale(original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
+    result = original(scaler, outputs)
+    if isinstance(outputs, Tensor) and outputs.numel() == 1:
+        for listener in _listeners:
+            listener.scaled(scaler, outputs, result)
+    return result
+
+
+def _scaler_step(original: Callable[..., Any], scaler: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    result = original(scaler, optimizer, *args, **kwargs)
+    if scaler.is_enabled():
+        for listener in _listeners:
+            listener.after_scaler_step(optimizer)
+    return result
+
+
+def _zero_grad(original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    result = original(optimizer, *args, **kwargs)
+    for listener in _listeners:
+        listener.after_zero_grad(optimizer)
+    return result
+
+
+def _several(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _clip_by_norm(
+    original: Callable[..., Any], parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    several = _several(parameters)
+    for listener in _listeners:
+        listener.before_norm_clip(several, total_norm, float(max_norm))
+    return original(several, max_norm, total_norm, *args, **kwargs)
+
+
+def _measure_and_clip_by_norm(
+    original: Callable[..., Any], parameters: Any, max_norm: float, *args: Any, **kwargs: Any
+) -> Any:
+    """Torch before 2.6 measures and clips in one function: it is heard when it is done."""
+    several = _several(parameters)
+    total_norm = original(several, max_norm, *args, **kwargs)
+    for listener in _listeners:
+        listener.before_norm_clip(several, total_norm, float(max_norm))
+    return total_norm
+
+
+def _clip_by_value(original: Callable[..., Any], parameters: Any, *args: Any, **kwargs: Any) -> Any:
+    several = _several(parameters)
+    for listener in _listeners:
+        listener.before_value_clip(several)
+    return original(several, *args, **kwargs)

@@ -1,6 +1,7 @@
 """Attaching to a training: the agent hears torch, measures what is due, and hands it to its threads."""
 
 import atexit
+import contextlib
 import functools
 import logging
 import math
@@ -18,20 +19,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, TypeVar, cast
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch import taps, wire
+from gradwatch.automatic import script_name
 from gradwatch.buffers import Plan, Slots
 from gradwatch.collector import Collector
 from gradwatch.governor import Governor
+from gradwatch.launch import Note
 from gradwatch.layout import Arena, Layout, LayoutChangedError, Scratch, Spec
-from gradwatch.model import ReadyOrder, Watched, local, walk
+from gradwatch.mirrors import Logger, mirror
+from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
 from gradwatch.rounds import Clip, Reading, Registered, Repair, Round, Scalar, Update
 from gradwatch.sender import Http, Sender
 from gradwatch.settings import RUN_ID, Settings, resolve
-from gradwatch.spool import Losses, Spool
+from gradwatch.spool import Losses, Spool, leftovers
 from gradwatch.statistics import norms
 
 _log = logging.getLogger("gradwatch")
@@ -123,6 +128,7 @@ class Binding:
         self.all = list(parameters)
         known = [(index_of[id(parameter)], parameter) for parameter in parameters if id(parameter) in index_of]
         self.indices = [index for index, _ in known]
+        self.index_set = frozenset(self.indices)
         self.parameters = [parameter for _, parameter in known]
         self.plans: OrderedDict[bytes, Plan] = OrderedDict()
         self.steps = 0
@@ -166,7 +172,16 @@ class Agent:
     raises_own_errors: ClassVar[bool] = False
     """For tests: raise the agent's own errors instead of counting them."""
 
-    def __init__(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer] | None, settings: Settings) -> None:
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer] | None,
+        settings: Settings,
+        *,
+        ends_run: bool = True,
+    ) -> None:
+        self._ends_run = ends_run
+        """Whether closing it ends the run; under ``gradwatch run`` the exit status of the command does."""
         resumed = settings.run is not None and RUN_ID.fullmatch(settings.run) is not None
         self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
         self.run_url = f"{settings.url}/runs/{self.run_id}"
@@ -178,8 +193,8 @@ class Agent:
         self._index_of: dict[int, int] = {}
         self._optimizers = None if optimizers is None else [weakref.ref(optimizer) for optimizer in optimizers]
         self._bindings: weakref.WeakKeyDictionary[Optimizer, Binding] = weakref.WeakKeyDictionary()
-        self._expected: dict[int, int] = {}
-        """Ids of the optimizers that make a round, with the step at which each was last seen."""
+        self._expected = None if optimizers is None else {id(optimizer): 0 for optimizer in optimizers}
+        """Ids of the optimizers that make a round, with the step at which each was last seen; None: not known yet."""
         self._clip_binding: Binding | None = None
         self._governor = Governor(settings.every_steps, settings.overhead_budget_ratio)
         self._due = True
@@ -205,9 +220,9 @@ class Agent:
         self._lock = threading.Lock()
         self.losses = Losses()
         if self.watching:
-            self._start(settings, resumed=resumed)
+            self._start(models, settings, resumed=resumed)
 
-    def _start(self, settings: Settings, *, resumed: bool) -> None:
+    def _start(self, models: Sequence[nn.Module], settings: Settings, *, resumed: bool) -> None:
         self._slots = Slots()
         self._spool = Spool(
             settings.spool_directory, url=settings.url, run=self.run_id, losses=self.losses, warn=self._warn
@@ -223,7 +238,9 @@ class Agent:
             attributes=_attributes(),
         )
         self._http = Http(settings.url, settings.token)
-        self._sender = Sender(self._spool, self._http, self.losses, self._warn)
+        self._sender = Sender(self._spool, self._http, self.losses, self._warn, idle=self._adopt)
+        self._settings = settings
+        self._adopted = False
         self._collector = Collector(
             self._spool,
             self._slots,
@@ -236,11 +253,13 @@ class Agent:
         self._discover()
         self._replace_earlier()
         self._register()
-        parameters = ((index, watched.parameter()) for index, watched in enumerate(self._watched))
-        self._order = ReadyOrder((index, parameter) for index, parameter in parameters if parameter is not None)
+        if not any(is_compiled(model) for model in models):
+            parameters = ((index, watched.parameter()) for index, watched in enumerate(self._watched))
+            self._order = ReadyOrder((index, parameter) for index, parameter in parameters if parameter is not None)
         self._collector.start()
         self._sender.start()
         taps.listen(self)
+        _tell_the_launcher(self.run_id, settings.url, attempt)
         atexit.register(self.close)
         _alive.add(self)
 
@@ -259,6 +278,31 @@ class Agent:
                 self._logged[name] = float(value)
             else:
                 raise TypeError(f"log({name}=...) takes a number or a tensor of one element, not {value!r:.80}")
+
+    def mirror(self, logger: Logger, **options: Any) -> None:
+        """Write the numbers of the whole run into the logger that the user already has, too.
+
+        Args:
+            logger: ``tensorboard``, ``wandb`` or ``mlflow``.
+            options: passed to the logger.
+
+        Raises:
+            ValueError: the logger is not known.
+            ModuleNotFoundError: it is not installed.
+        """
+        target = mirror(logger, **options)
+        if not self._closed:
+            self._collector.add_mirror(target)
+
+    @property
+    def background_seconds(self) -> float:
+        """Return the processor time of the agent's own threads."""
+        return self._collector.seconds + self._sender.seconds
+
+    @property
+    def interval_steps(self) -> int:
+        """Return the steps from one sample to the next, as it was last."""
+        return self._governor.interval_steps
 
     def watches(self, parameters: Iterable[int]) -> bool:
         """Return whether it watches exactly the parameters with these ids."""
@@ -288,7 +332,7 @@ class Agent:
         if self._order is not None:
             self._order.close()
         ending = status or ("failed" if hasattr(sys, "last_value") else "completed")
-        end = wire.End(at=time.time(), status=ending, exit_code=exit_code)
+        end = wire.End(at=time.time(), status=ending, exit_code=exit_code) if self._ends_run else None
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
         self._sender.finish(max(deadline - time.monotonic(), 0.0))
         self._spool.close()
@@ -338,12 +382,19 @@ class Agent:
         self._updates = [(owner, update) for owner, update in self._updates if owner is not optimizer]
         self._pending_losses.clear()  # of a closure that was evaluated again
         self._pending_clips.clear()
-        if self._expected.keys() <= self._round.stepped:
+        if self._complete(self._round):
             self._finish_round()
 
     @_guarded
-    def after_backward(self, scalars: Sequence[Tensor]) -> None:
+    def before_backward(self) -> object:
+        """Note the state of some gradients: whose loss it is shows afterwards."""
+        return self._marks()
+
+    @_guarded
+    def after_backward(self, scalars: Sequence[Tensor], before: object) -> None:
         """Gradients of these scalars were accumulated."""
+        if before is not None and self._marks() == before:
+            return  # the loss of another model
         for scalar in scalars:
             if self._scaled is not None and self._scaled[0]() is scalar:
                 self._pending_losses.append(self._scaled[1])
@@ -370,7 +421,7 @@ class Agent:
         round_.sampled = False
         round_.skipped = True
         self._take_pending(round_)
-        if self._expected.keys() <= round_.stepped:
+        if self._complete(round_):
             self._finish_round()
 
     @_guarded
@@ -379,7 +430,7 @@ class Agent:
         binding = self._bind_parameters(parameters)
         if not binding.indices:
             return
-        clip = Clip(_kept(total_norm), max_norm, frozenset(binding.indices))
+        clip = Clip(_kept(total_norm), max_norm, binding.index_set)
         # Clipping by NaN or Inf wipes out which gradient it came from: measure before, where it can be seen.
         if not _finite(clip.total_norm):
             self._measure_before_clip(binding, force=True)
@@ -399,6 +450,17 @@ class Agent:
         if self._pending_losses and self._bind(optimizer) is not None:
             self._pending_losses.clear()
             self._pending_clips.clear()
+
+    def _marks(self) -> list[tuple[int, int]] | None:
+        """Return what changes when gradients are accumulated, for some parameters; None where it must not be asked."""
+        if len(taps.listeners()) < 2:
+            return None
+        marks = []
+        for place in {0, len(self._watched) // 2, len(self._watched) - 1}:
+            parameter = self._watched[place].parameter() if self._watched else None
+            grad = None if parameter is None else parameter.grad
+            marks.append((id(grad), 0 if grad is None else grad._version))  # noqa: SLF001
+        return marks
 
     def _with_closure(
         self,
@@ -432,6 +494,8 @@ class Agent:
     def _enter(self, optimizer: Optimizer) -> Round:
         """Return the round that this step belongs to, a new one where the optimizer has already stepped in it."""
         if self._round is not None and id(optimizer) in self._round.stepped:
+            if self._expected is None:
+                self._expected = dict.fromkeys(self._round.stepped, self._step)
             self._finish_round()
         if self._round is None:
             self._step += 1
@@ -439,8 +503,13 @@ class Agent:
             self._next_round = None
             self._round.step = self._step
         self._round.stepped.add(id(optimizer))
-        self._expected[id(optimizer)] = self._step
+        if self._expected is not None:
+            self._expected[id(optimizer)] = self._step
         return self._round
+
+    def _complete(self, round_: Round) -> bool:
+        """Return whether every optimizer has stepped that usually does."""
+        return self._expected is not None and self._expected.keys() <= round_.stepped
 
     def _observe(self, optimizer: Optimizer, binding: Binding, round_: Round) -> None:
         """Take note of what belongs to this step, and measure where it is due."""
@@ -514,12 +583,20 @@ class Agent:
 
     def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
         round_ = self._round
-        if round_ is None or self._expected.keys() <= round_.stepped:
+        if round_ is None or any(self._has_stepped(index) for index in binding.indices[:1]):
             round_ = self._next_round or Round(self._step + 1, time.time(), self._due)
             self._next_round = round_
         if round_.sampled or (force and self._was_finite):
             round_.sampled = True
             self._measure(binding, round_, before_clip=True)
+
+    def _has_stepped(self, index: int) -> bool:
+        """Return whether the optimizer of a parameter has stepped in the open round."""
+        assert self._round is not None
+        return any(
+            id(optimizer) in self._round.stepped and index in binding.index_set
+            for optimizer, binding in self._bindings.items()
+        )
 
     def _measure(self, binding: Binding, round_: Round, *, before_clip: bool) -> Reading | None:
         """Write the unit norms of the gradients that are there, and of their weights, to the round's slot."""
@@ -649,7 +726,7 @@ class Agent:
         now = time.perf_counter()
         step_seconds = now - self._finished_at if self._finished_at else 0.0
         self._finished_at = now
-        background = self._collector.seconds + self._sender.seconds
+        background = self.background_seconds
         round_.agent_seconds = self.spent_seconds - self._spent_before
         self._spent_before = self.spent_seconds
         self._governor.stepped(
@@ -666,7 +743,8 @@ class Agent:
             round_.scalars["interval_steps"] = float(self._governor.interval_steps)
         self._collector.put(round_)
         self._learn_order()
-        self._expected = {key: step for key, step in self._expected.items() if step > self._step - 100}
+        if self._expected is not None:
+            self._expected = {key: step for key, step in self._expected.items() if step > self._step - 100}
 
     def _learn_order(self) -> None:
         if self._order is None or not (self._order.known or self._step >= _ORDER_STEPS):
@@ -707,6 +785,15 @@ class Agent:
         for other in taps.listeners():
             if isinstance(other, Agent) and other.watches(self._index_of):
                 other.close(timeout_seconds=1.0)
+
+    def _adopt(self) -> None:
+        """Deliver, once, what dead processes left for this server on this machine."""
+        if self._adopted:
+            return
+        self._adopted = True
+        for leftover in leftovers(self._settings.spool_directory):
+            if leftover.url == self._settings.url:
+                Sender(leftover, self._http, self.losses, self._warn).deliver(time.monotonic() + 30)
 
     def _note_trouble(self) -> None:
         self._in_trouble = True
@@ -789,8 +876,16 @@ def _resumed_step(optimizers: Sequence[Optimizer]) -> int:
 
 
 def _automatic_name() -> str:
-    script = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] not in ("", "-c", "-m") else "python"
-    return f"{script} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    return f"{script_name(sys.argv[0] if sys.argv else '')} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def _tell_the_launcher(run: str, url: str, attempt: int) -> None:
+    """Leave a note for ``gradwatch run``, which finishes the run with the exit status of the command."""
+    folder = os.environ.get("GRADWATCH_LAUNCH")
+    if folder:
+        note = Note(run=run, url=url, attempt=attempt, pid=os.getpid())
+        with contextlib.suppress(OSError):
+            (Path(folder) / f"{attempt}-{run}.json").write_bytes(msgspec.json.encode(note))
 
 
 def _attributes() -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradwatch import wire
 from gradwatch.buffers import Slots
+from gradwatch.mirrors import Mirror
 from gradwatch.rounds import Clip, Ended, Message, Reading, Registered, Round, Scalar, Update
 from gradwatch.spool import Losses, Spool
 from gradwatch.statistics import ByParameter, by_parameter, clip_coefficient, norms
@@ -64,6 +65,7 @@ class Collector:
         self._messages: deque[Message] = deque()
         self._wake = threading.Event()
         self._stop = False
+        self._mirrors: tuple[Mirror, ...] = ()
         self._composer = Composer(losses)
         self._batch = _Batch()
         self.seconds = 0.0
@@ -85,6 +87,10 @@ class Collector:
         if self._slots.scarce:
             self._wake.set()
 
+    def add_mirror(self, mirror: Mirror) -> None:
+        """Write the numbers of the whole run there, too."""
+        self._mirrors = (*self._mirrors, mirror)
+
     def finish(self, end: wire.End | None, timeout_seconds: float) -> None:
         """Write what is there, with ``end``, and stop the thread."""
         self._messages.append(Ended(end))
@@ -102,6 +108,8 @@ class Collector:
                 self._failed(error)
             self.seconds = time.thread_time()
             if stopping:
+                for mirror in self._mirrors:
+                    mirror.close()
                 return
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
@@ -146,6 +154,9 @@ class Collector:
             self._batch.bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
         if self._composer.troubled:
             self._trouble()
+        scalars = {} if sample is None else {name: wire.number(value) for name, value in sample.scalars.items()}
+        for mirror in self._mirrors:
+            mirror.write(message.step, {**scalars, **trail})
 
     def _flush(self, *, force: bool) -> None:
         batch = self._batch
@@ -275,8 +286,8 @@ class Composer:
             factor = 1.0 if reading.before_clip else coefficients[indices]
             vectors.grad_norm[indices] = now / factor
             vectors.max_unit_ratio[indices] = measured.max_unit_ratio / scale / factor
-            if clipped:
-                vectors.clipped_grad_norm[indices] = now * (coefficients[indices] if reading.before_clip else 1.0)
+            if clipped and not reading.before_clip:
+                vectors.clipped_grad_norm[indices] = now
         vectors.zero_unit_share[indices] = measured.zero_unit_share
         vectors.nonfinite_count[indices] = nonfinite
         self._weight_norm[indices] = measured.weight_norm

@@ -87,6 +87,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether ``torch.compile`` runs the model or a part of it."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor (no collective), any other tensor itself."""
     to_local = getattr(tensor, "to_local", None)
@@ -108,7 +116,7 @@ class ReadyOrder:
     """The order in which gradients become ready, learnt in the first backward passes: output first.
 
     It needs a hook on each parameter; they are removed when the order is known. A compiled model makes all its
-    gradients ready at once, in the order of registration: that says nothing, and registration order is kept.
+    gradients ready at once, in an order that says nothing: it is not asked, and registration order is kept.
     """
 
     def __init__(self, parameters: Iterable[tuple[int, Tensor]]) -> None:

@@ -9,13 +9,15 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+_OPTIMIZER_FILE: Final = Optimizer.profile_hook_step.__code__.co_filename
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -29,7 +31,10 @@ class Listener(Protocol):
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
 
-    def after_backward(self, scalars: Sequence[Tensor]) -> None:
+    def before_backward(self) -> object:
+        """Gradients are about to be accumulated; what is returned comes back afterwards."""
+
+    def after_backward(self, scalars: Sequence[Tensor], before: object) -> None:
         """Gradients of these scalars were accumulated."""
 
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
@@ -89,8 +94,9 @@ os.register_at_fork(after_in_child=_deaf)
 
 
 def _set() -> None:
-    _undo.append(register_optimizer_step_pre_hook(_before_step).remove)
-    _undo.append(register_optimizer_step_post_hook(_after_step).remove)
+    # A compiled step must not be traced into the agent: it breaks the graph around the hooks instead.
+    _undo.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_step)).remove)
+    _undo.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)).remove)
     _replace(torch.autograd, "backward", _backward)
     _replace(torch.amp.GradScaler, "scale", _scale)
     _replace(torch.amp.GradScaler, "step", _scaler_step)
@@ -116,6 +122,8 @@ def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    wrapper = torch.compiler.disable(wrapper)
+
     @functools.wraps(original)
     def ours(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs) if _listeners else original(*args, **kwargs)
@@ -138,9 +146,9 @@ def _replace_inside(function: Any, wrapper: Callable[..., Any]) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-    caller = sys._getframe(1)  # noqa: SLF001 -- torch's wrapper of one ``step``
+    caller = _torchs_wrapper()
     outer = _stepping.get(id(optimizer))
-    if outer is not None and _is_within(caller, outer):
+    if outer is not None and caller is not None and _is_within(caller, outer):
         return None  # a subclass called ``super().step()``: the outer step was announced
     _stepping[id(optimizer)] = id(caller)
     changed = None
@@ -152,11 +160,21 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-    if _stepping.get(id(optimizer)) != id(sys._getframe(1)):  # noqa: SLF001
+    if _stepping.get(id(optimizer)) != id(_torchs_wrapper()):
         return
     del _stepping[id(optimizer)]
     for listener in _listeners:
         listener.after_step(optimizer)
+
+
+def _torchs_wrapper() -> FrameType | None:
+    """Return the frame of torch's wrapper of one ``step``; None where the step is compiled."""
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
+    for _ in range(8):
+        if frame is None or (frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _OPTIMIZER_FILE):
+            return frame
+        frame = frame.f_back
+    return None
 
 
 def _is_within(frame: FrameType, outer: int) -> bool:
@@ -174,12 +192,13 @@ def _is_within(frame: FrameType, outer: int) -> bool:
 
 
 def _backward(original: Callable[..., Any], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+    before = [listener.before_backward() for listener in _listeners]
     result = original(tensors, grad_tensors, *args, **kwargs)
     if grad_tensors is None:
         several = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
         scalars = [tensor for tensor in several if isinstance(tensor, Tensor) and tensor.numel() == 1]
-        for listener in _listeners:
-            listener.after_backward(scalars)
+        for listener, marks in zip(_listeners, before, strict=False):
+            listener.after_backward(scalars, marks)
     return result
 
 

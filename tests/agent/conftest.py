@@ -120,8 +120,10 @@ class OwnErrors(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.seen: list[str] = []
+        self.warnings = 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.warnings += record.levelno >= logging.WARNING
         if record.exc_info:
             self.seen.append(logging.Formatter().formatException(record.exc_info))
 
@@ -132,6 +134,7 @@ def own_errors() -> Iterator[OwnErrors]:
     handler = OwnErrors()
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
+    log.propagate = False
     yield handler
     log.removeHandler(handler)
     assert not handler.seen, "\n".join(handler.seen)

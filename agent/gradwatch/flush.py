@@ -1,0 +1,44 @@
+"""``gradwatch flush``: deliver what agents on this machine left in the spool."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from gradwatch.sender import Http, Sender
+from gradwatch.settings import resolve
+from gradwatch.spool import Leftover, Losses, leftovers
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Deliver every spool that no living process owns; the exit code is 1 where something stays behind."""
+    parser = argparse.ArgumentParser(
+        prog="gradwatch flush", description="Deliver what agents on this machine left in the spool."
+    )
+    parser.add_argument("--url", help="deliver to this server instead of the one the run was meant for")
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait for an answer (default 10)")
+    options = parser.parse_args(arguments)
+    settings = resolve(url=options.url)
+    stayed = 0
+    for leftover in leftovers(settings.spool_directory):
+        url = (options.url and settings.url) or os.environ.get("GRADWATCH_URL", "").rstrip("/") or leftover.url
+        waiting = leftover.pending
+        left = deliver(leftover, url, settings.token, timeout_seconds=options.timeout)
+        stayed += left
+        _say(f"{leftover.run}: {waiting - left} of {waiting} documents delivered to {url}")
+    if stayed:
+        _say(f"{stayed} documents stay in {settings.spool_directory}; run gradwatch flush again when the server is up")
+    return 1 if stayed else 0
+
+
+def deliver(leftover: Leftover, url: str, token: str | None, *, timeout_seconds: float = 10.0) -> int:
+    """Deliver one spool and return how many documents stay behind."""
+    http = Http(url, token)
+    sender = Sender(leftover, http, Losses(), _say, timeout_seconds=timeout_seconds)
+    sender.deliver()
+    http.close()
+    return leftover.pending
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"gradwatch: {text}\n")

@@ -1,0 +1,140 @@
+"""``gradwatch run``: the command does not notice, and its gradients are at the server."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import Server
+
+SCRIPT = """
+import sys, torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(5):
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+print("out", file=sys.stdout)
+print("err", file=sys.stderr)
+"""
+
+
+def launch(server: Server, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from gradwatch.cli import main; sys.exit(main())",
+            "run",
+            "--url",
+            server.url,
+            "--every",
+            "1",
+            "--",
+            *command,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT, encoding="utf-8")
+    return path
+
+
+def test_a_script_is_watched_under_its_name(server: Server, script: Path) -> None:
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "err\n")
+    assert server.registrations[0].name.startswith("train ")
+    assert server.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("completed", 0)
+
+
+def test_the_exit_code_is_the_commands_and_ends_the_run(server: Server, script: Path) -> None:
+    script.write_text(f"{SCRIPT}\nsys.exit(7)", encoding="utf-8")
+    assert launch(server, sys.executable, str(script)).returncode == 7
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("failed", 7)
+    assert len(server.samples) == 5
+
+
+def test_a_signal_kills_as_ever_and_nothing_is_lost(server: Server, script: Path) -> None:
+    script.write_text(f"{SCRIPT}\nimport time, os, signal\ntime.sleep(1)\nos.kill(os.getpid(), 15)", encoding="utf-8")
+    assert launch(server, sys.executable, str(script)).returncode == -signal.SIGTERM
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("killed", -signal.SIGTERM)
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+
+
+def test_a_module_and_the_users_own_sitecustomize(server: Server, script: Path, tmp_path: Path) -> None:
+    package = tmp_path / "trainer"
+    package.mkdir()
+    (package / "__main__.py").write_text(SCRIPT, encoding="utf-8")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os; 'GRADWATCH_LAUNCH' in os.environ and print('mine')", encoding="utf-8"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = launch(server, sys.executable, "-m", "trainer", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "mine\nout\n"
+    assert server.registrations[0].name.startswith("trainer ")
+    assert len(server.samples) == 5
+
+
+def test_torch_is_not_imported_for_those_who_do_not(server: Server) -> None:
+    done = launch(server, sys.executable, "-c", "import sys; print('torch' in sys.modules, 'gradwatch' in sys.modules)")
+    assert done.stdout == "False False\n"
+    assert not server.requests
+
+
+def test_a_command_that_does_not_exist(server: Server) -> None:
+    done = launch(server, "no-such-command")
+    assert done.returncode == 127
+    assert "no-such-command" in done.stderr
+
+
+def test_torchrun(server: Server, script: Path) -> None:
+    done = launch(
+        server, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)
+    )
+    assert done.returncode == 0, done.stderr
+    assert len({registration.id for registration in server.registrations}) == 1
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+
+
+def test_parameters_without_modules_take_the_optimizers_names(server: Server, script: Path) -> None:
+    script.write_text(
+        "import torch\n"
+        "w = torch.ones(2, 3, requires_grad=True)\n"
+        "o = torch.optim.SGD([('layer.w', w)], lr=0.1)\n"
+        "w.sum().backward()\no.step()\n",
+        encoding="utf-8",
+    )
+    assert launch(server, sys.executable, str(script)).returncode == 0
+    assert server.names == ["layer.w"]
+    assert server.values("grad_norm")["layer.w"] == pytest.approx(6**0.5)
+
+
+def test_a_program_that_attaches_by_itself_is_watched_once(server: Server, script: Path) -> None:
+    script.write_text(
+        SCRIPT.replace("for _ in", "import gradwatch\nagent = gradwatch.attach(model, optimizer)\nfor _ in"),
+        encoding="utf-8",
+    )
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stderr) == (0, "err\n")
+    assert len({registration.id for registration in server.registrations}) == 1
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]

@@ -190,9 +190,7 @@ def main() -> int:
     logging.getLogger("gradwatch").setLevel(logging.ERROR)
     bandwidth = read_bandwidth()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
-    print(
-        f"medians of {options.rounds} pairs; sample = gradient and weight norms of every unit; floor = bytes / bandwidth\n"
-    )
+    print(f"medians of {options.rounds} pairs; a sample is the norms of every unit; floor = bytes / bandwidth\n")
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADWATCH_SPOOL_DIR"] = folder
@@ -220,7 +218,8 @@ def report(name: str, bandwidth: float, rounds: int, seconds: float) -> list[str
         f"x{sample / floor:.2f} of the floor {floor * 1e3:.2f} ms  x{sample / foreach:.2f} of _foreach_norm"
     )
     print(
-        f"  every=1          {inside * 1e3:8.2f} ms in the hooks {inside / plain:7.2%}  paired {pair * 1e3:+.2f} ms {pair / plain:+.2%}"
+        f"  every=1          {inside * 1e3:8.2f} ms in the hooks {inside / plain:7.2%}"
+        f"  paired {pair * 1e3:+.2f} ms {pair / plain:+.2%}"
     )
     print(f"  default          {share:8.2%} of the time, threads included, a sample each {interval} steps")
     for other, cost in others(model, inputs, rounds).items():

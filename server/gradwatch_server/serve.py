@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
@@ -13,7 +14,7 @@ from types import FrameType
 import msgspec
 import uvicorn
 
-from gradwatch.environment import setting
+from gradwatch.settings import secret
 from gradwatch_server.addresses import EVERYWHERE
 from gradwatch_server.app import create_app
 from gradwatch_server.database import open_engine, prepare
@@ -46,15 +47,15 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     """
     configuration = Configuration() if arguments.config is None else Configuration.load(arguments.config)
     if arguments.webhook is not None:
-        secret = arguments.webhook_secret or setting("GRADWATCH_WEBHOOK_SECRET")
+        signed_with = arguments.webhook_secret or secret(os.environ, "GRADWATCH_WEBHOOK_SECRET")
         try:
-            receiver = Webhook(name="webhook", url=arguments.webhook, secret=secret, allow_networks=[*EVERYWHERE])
+            receiver = Webhook(name="webhook", url=arguments.webhook, secret=signed_with, allow_networks=[*EVERYWHERE])
             configuration = msgspec.structs.replace(configuration, receivers=[*configuration.receivers, receiver])
         except ValueError as error:
             raise ConfigurationError(f"--webhook: {error}") from None
     elif arguments.webhook_secret is not None:
         raise ConfigurationError("--webhook-secret signs what --webhook delivers: give --webhook URL as well")
-    database_url = arguments.database_url or setting("GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
+    database_url = arguments.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
     return Settings(database_url=database_url, host=arguments.host, port=arguments.port, configuration=configuration)
 
 

@@ -1,7 +1,7 @@
 // Threshold advice: how much AGC would have clipped at each threshold, from what was measured, nothing being clipped.
 
 import * as api from "./api.js";
-import { el, fill, fitted, themed } from "./dom.js";
+import { el, fill, fitted, themed, whenThemed } from "./dom.js";
 import { measured } from "./format.js";
 import { decoded } from "./tile.js";
 
@@ -34,7 +34,7 @@ export class Advice {
     this.text = el("p", { role: "status" });
     this.box = el("section", { class: "side-part advice", hidden: true }, el("h2", null, "Threshold advice"), this.canvas, this.slider, this.text);
     new ResizeObserver(() => this.paint()).observe(this.box);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.paint());
+    whenThemed(this.box, () => this.paint());
   }
 
   /** @param {{from: number, to: number}} covered */

@@ -2,7 +2,7 @@
 
 import { frame, ticks, toX } from "./axis.js";
 import { STATES } from "./colours.js";
-import { el, fill, onceAFrame, themed } from "./dom.js";
+import { el, fill, onceAFrame, themed, whenThemed } from "./dom.js";
 import { measured, power } from "./format.js";
 import { steer } from "./steer.js";
 
@@ -39,7 +39,7 @@ export class Chart {
       this.width = entry.contentRect.width;
       this.remake();
     }).observe(this.area);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", this.remake);
+    whenThemed(this.box, this.remake);
     steer(this.area, view, () => frame(this.width));
   }
 

@@ -3,7 +3,7 @@
 import { heldToTheEnd } from "./alerts.js";
 import { AXIS, drawAxis, frame, LANE, toX } from "./axis.js";
 import { parsed } from "./colours.js";
-import { el, fitted, onceAFrame, themed } from "./dom.js";
+import { el, fitted, onceAFrame, themed, whenThemed } from "./dom.js";
 import { listen } from "./keys.js";
 import { drawLabels } from "./labels.js";
 import { ranked, rasterise } from "./raster.js";
@@ -43,7 +43,7 @@ export class LayerMap {
     this.drawOver = onceAFrame(() => this.paintOver());
     this.size = { width: 0, height: 0 };
     new ResizeObserver(([entry]) => this.resized(entry.contentRect.width)).observe(this.box);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+    whenThemed(this.box, () => this.draw());
     view.subscribe((now, before) => this.moved(now, before));
     /** @type {(row: number) => void} */
     this.hovered = () => undefined;

@@ -2,7 +2,7 @@
 
 import { AXIS, LANE } from "./axis.js";
 import { STATES } from "./colours.js";
-import { el, fill, fitted, onceAFrame, themed } from "./dom.js";
+import { el, fill, fitted, onceAFrame, themed, whenThemed } from "./dom.js";
 import { count, measured, power } from "./format.js";
 import { nearest } from "./tile.js";
 
@@ -41,7 +41,7 @@ export class Profile {
     map.view.subscribe(() => this.draw());
     map.box.addEventListener("sized", this.draw);
     new ResizeObserver(this.draw).observe(this.box);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", this.draw);
+    whenThemed(this.box, this.draw);
   }
 
   /** The bucket that is looked at: the crosshair's, else the newest in sight. @param {Tile} tile */

@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field
 
 from gradwatch_server import schema
 from gradwatch_server.api.reading import Reader
+from gradwatch_server.receivers import AnyReceiver as Receiver
 from gradwatch_server.services import Services
-from gradwatch_server.settings import Receiver
 
 router = APIRouter(prefix="/api/v1", tags=["health"])
 

@@ -85,11 +85,19 @@ class Feed:
             await asyncio.sleep(_POLL_SECONDS)
 
     def _seen(self, since: float) -> dict[str, tuple[Any, ...]]:
-        table = schema.runs
-        query = sa.select(*table.c["id", "last_step", "sample_count", "finished_at", "last_seen_at", "attempt"])
+        """Return what was new since then of each run: its progress and its alerts, which may change without it."""
+        runs, alerts = schema.runs, schema.alerts
+        columns = runs.c["id", "last_step", "sample_count", "finished_at", "last_seen_at", "attempt"]
+        changed = sa.select(*alerts.c["run", "id", "state", "severity"]).where(
+            (alerts.c.fired_at >= since) | (alerts.c.resolved_at >= since)
+        )
         with self._engine.connect() as connection:
-            rows = connection.execute(query.where(table.c.last_seen_at >= since)).all()
-        return {row.id: tuple(row) for row in rows}
+            told: dict[str, list[tuple[Any, ...]]] = {}
+            for row in connection.execute(changed.order_by(alerts.c.id)):
+                told.setdefault(row.run, []).append(tuple(row[1:]))
+            wanted = (runs.c.last_seen_at >= since) | runs.c.id.in_(list(told))
+            rows = connection.execute(sa.select(*columns).where(wanted)).all()
+        return {row.id: (*row, told.get(row.id)) for row in rows}
 
     @staticmethod
     def _told(row: tuple[Any, ...]) -> Change:

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from gradwatch import wire
-from gradwatch_server.api import alerts, health, ingest, metrics, problem, runs, stream, tile
+from gradwatch_server.api import alerts, deliveries, health, ingest, metrics, problem, runs, stream, tile
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -55,6 +55,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         runs.router,
         tile.router,
         alerts.router,
+        deliveries.router,
         stream.router,
         metrics.router,
         health.router,

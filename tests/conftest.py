@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.processes import GradwatchServer
+
+torch.set_num_threads(1)  # tests run side by side: several threads each would wait for one another
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The application: routes, problem documents, the page, and the parts behind them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -14,7 +15,11 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from gradwatch import wire
+<<<<<<< HEAD
 from gradwatch_server.api import alerts, deliveries, health, ingest, metrics, problem, runs, stream, tile
+=======
+from gradwatch_server.api import alerts, deliveries, health, ingest, metrics, overview, problem, runs, stream, tile
+>>>>>>> main
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -50,6 +55,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         redoc_url=None,
     )
     problem.install(app)
+<<<<<<< HEAD
     for router in (
         ingest.router,
         runs.router,
@@ -61,6 +67,10 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         health.router,
     ):
         app.include_router(router)
+=======
+    for part in (ingest, runs, tile, alerts, deliveries, stream, overview, metrics, health):
+        app.include_router(part.router)
+>>>>>>> main
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
     @app.get("/", include_in_schema=False)
@@ -72,8 +82,11 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
 
     @app.middleware("http")
     async def secure(request: Request, follow: Callable[[Request], Any]) -> Response:
+        started = time.perf_counter()
         response: Response = await follow(request)
         response.headers.update(_SECURITY)
+        route = getattr(request.scope.get("route"), "path", "other")
+        request.app.state.services.requests.add(request.method, route, response.status_code, started)
         return response
 
     _describe_documents(app)

@@ -1,6 +1,6 @@
 """The parts of one server process, made together and stopped together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import sqlalchemy as sa
@@ -8,7 +8,12 @@ import sqlalchemy as sa
 from gradwatch_server.feed import Feed
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
+<<<<<<< HEAD
 from gradwatch_server.settings import Configuration, Settings
+=======
+from gradwatch_server.requests import Requests
+from gradwatch_server.settings import Settings
+>>>>>>> main
 from gradwatch_server.writer import Writer
 
 
@@ -22,6 +27,7 @@ class Services:
     ingest: Ingest
     notifier: Notifier
     feed: Feed
+    requests: Requests = field(default_factory=Requests)
     ready: bool = True
     """False from the first sign of stopping: readiness goes first."""
 

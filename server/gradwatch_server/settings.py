@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
@@ -34,10 +34,22 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Batches that may wait for the writer; beyond it: 503 with Retry-After."""
 
 
+class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much of each run ``/metrics`` tells; run-level metrics are always told."""
+
+    parameters: Literal["conspicuous", "all"] = "conspicuous"
+    """Which parameters of each active run get series of their own."""
+    conspicuous_parameters: Annotated[int, msgspec.Meta(ge=0)] = 10
+    """How many parameters of each run count as its most conspicuous."""
+    most_parameters: Annotated[int, msgspec.Meta(ge=0)] = 20_000
+    """Most parameters of all runs together; beyond it they are left out, and ``/metrics`` says how many."""
+
+
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of ``gradwatch.toml``."""
 
     limits: Limits = Limits()
+    metrics: Metrics = Metrics()
     delivery: Delivery = Delivery()
     receivers: list[AnyReceiver] = []
     """Where transitions of alerts are delivered."""

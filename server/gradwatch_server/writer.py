@@ -31,6 +31,7 @@ class Writer:
         self._thread = threading.Thread(target=self._loop, name="gradwatch-writer", daemon=True)
         self.commits = 0
         self.commit_seconds = 0.0
+        self.refused = 0
         self._thread.start()
 
     @property
@@ -50,6 +51,7 @@ class Writer:
         try:
             self._waiting.put_nowait((work, future))
         except queue.Full:
+            self.refused += 1
             detail = f"{self._waiting.maxsize} batches wait already (limits.queued_batches): send it again later"
             raise Refused(503, "Queue full", detail, retry_after_seconds=1) from None
         return future

@@ -15,11 +15,19 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from gradwatch import wire
-<<<<<<< HEAD
-from gradwatch_server.api import alerts, deliveries, health, ingest, metrics, problem, runs, stream, tile
-=======
-from gradwatch_server.api import alerts, deliveries, health, ingest, metrics, overview, problem, runs, stream, tile
->>>>>>> main
+from gradwatch_server.api import (
+    alert_deliveries,
+    alerts,
+    deliveries,
+    health,
+    ingest,
+    metrics,
+    overview,
+    problem,
+    runs,
+    stream,
+    tile,
+)
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -55,22 +63,8 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         redoc_url=None,
     )
     problem.install(app)
-<<<<<<< HEAD
-    for router in (
-        ingest.router,
-        runs.router,
-        tile.router,
-        alerts.router,
-        deliveries.router,
-        stream.router,
-        metrics.router,
-        health.router,
-    ):
-        app.include_router(router)
-=======
-    for part in (ingest, runs, tile, alerts, deliveries, stream, overview, metrics, health):
+    for part in (ingest, runs, tile, alerts, alert_deliveries, deliveries, stream, overview, metrics, health):
         app.include_router(part.router)
->>>>>>> main
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
     @app.get("/", include_in_schema=False)

@@ -8,12 +8,8 @@ import sqlalchemy as sa
 from gradwatch_server.feed import Feed
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
-<<<<<<< HEAD
-from gradwatch_server.settings import Configuration, Settings
-=======
 from gradwatch_server.requests import Requests
-from gradwatch_server.settings import Settings
->>>>>>> main
+from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.writer import Writer
 
 

@@ -65,6 +65,10 @@ class Ingest:
         self.samples = 0
         self.values = 0
 
+    def configure(self, configuration: Configuration) -> None:
+        """Use these limits, thresholds and routes from the next batch on."""
+        self._configuration, self._thresholds = configuration, configuration.thresholds()
+
     def register(self, connection: sa.Connection, run_id: str, registration: wire.Registration) -> Registered:
         """Store a run, or what its next attempt adds to it.
 

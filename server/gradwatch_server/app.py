@@ -15,7 +15,19 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from gradwatch import wire
-from gradwatch_server.api import alerts, deliveries, health, ingest, metrics, overview, problem, runs, stream, tile
+from gradwatch_server.api import (
+    alert_deliveries,
+    alerts,
+    deliveries,
+    health,
+    ingest,
+    metrics,
+    overview,
+    problem,
+    runs,
+    stream,
+    tile,
+)
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -51,7 +63,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         redoc_url=None,
     )
     problem.install(app)
-    for part in (ingest, runs, tile, alerts, deliveries, stream, overview, metrics, health):
+    for part in (ingest, runs, tile, alerts, alert_deliveries, deliveries, stream, overview, metrics, health):
         app.include_router(part.router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 

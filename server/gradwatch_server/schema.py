@@ -160,6 +160,10 @@ alerts = sa.Table(
     sa.Column("fired_at", sa.Double),
     sa.Column("resolved_at", sa.Double),
     sa.Column("resolution", sa.Text, comment="why it ended"),
+    sa.Column("flaps", sa.Integer, nullable=False, server_default="0", comment="times it came back soon"),
+    sa.Column("muted", sa.Text, comment="why it was not told; none: it was"),
+    sa.Column("acknowledged_at", sa.Double),
+    sa.Column("acknowledged_by", sa.Text),
     sa.Column("parameters", _json, nullable=False),
     sa.Column("parameters_left_out", sa.Integer, nullable=False),
     sa.Column("evidence", _json, nullable=False),
@@ -201,6 +205,20 @@ deliveries = sa.Table(
     sa.Column("error", sa.Text, nullable=False, server_default="", comment="what the last attempt failed on"),
     sa.Index(None, "receiver", "state", "due_at"),
     sa.Index(None, "alert", "receiver", "number"),
+)
+
+silences = sa.Table(
+    "silences",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("project", sa.Text, nullable=False, comment="pattern, as run and rule"),
+    sa.Column("run", sa.Text, nullable=False),
+    sa.Column("rule", sa.Text, nullable=False),
+    sa.Column("author", sa.Text, nullable=False),
+    sa.Column("comment", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("ends_at", sa.Double, nullable=False),
+    sa.Index(None, "ends_at"),
 )
 
 disabled_receivers = sa.Table(

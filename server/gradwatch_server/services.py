@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 
+import msgspec
 import sqlalchemy as sa
 
 from gradwatch_server.feed import Feed
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
 from gradwatch_server.requests import Requests
-from gradwatch_server.settings import Settings
+from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.writer import Writer
 
 
@@ -36,9 +37,15 @@ class Services:
             engine=engine,
             writer=writer,
             ingest=Ingest(configuration, settings.public_url),
-            notifier=Notifier(writer, configuration.receivers, configuration.delivery),
+            notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             feed=Feed(engine),
         )
+
+    def reload(self, configuration: Configuration) -> None:
+        """Go on with another configuration, checked already; limits of the writer's queue stay until the next start."""
+        self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
+        self.ingest.configure(configuration)
+        self.notifier.configure(configuration.receivers, configuration.delivery)
 
     def stopping(self) -> None:
         """Take the first sign of the end: no longer ready, and no stream keeps a connection open."""

@@ -67,6 +67,10 @@ def upgrade() -> None:
         sa.Column("fired_at", sa.Double(), nullable=True),
         sa.Column("resolved_at", sa.Double(), nullable=True),
         sa.Column("resolution", sa.Text(), nullable=True, comment="why it ended"),
+        sa.Column("flaps", sa.Integer(), server_default="0", nullable=False, comment="times it came back soon"),
+        sa.Column("muted", sa.Text(), nullable=True, comment="why it was not told; none: it was"),
+        sa.Column("acknowledged_at", sa.Double(), nullable=True),
+        sa.Column("acknowledged_by", sa.Text(), nullable=True),
         sa.Column("parameters", JSON, nullable=False),
         sa.Column("parameters_left_out", sa.Integer(), nullable=False),
         sa.Column("evidence", JSON, nullable=False),
@@ -196,6 +200,21 @@ def upgrade() -> None:
         batch_op.create_index(
             batch_op.f("ix_deliveries_receiver_state_due_at"), ["receiver", "state", "due_at"], unique=False
         )
+
+    op.create_table(
+        "silences",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("project", sa.Text(), nullable=False, comment="pattern, as run and rule"),
+        sa.Column("run", sa.Text(), nullable=False),
+        sa.Column("rule", sa.Text(), nullable=False),
+        sa.Column("author", sa.Text(), nullable=False),
+        sa.Column("comment", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("ends_at", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_silences")),
+    )
+    with op.batch_alter_table("silences", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_silences_ends_at"), ["ends_at"], unique=False)
 
     op.create_table(
         "disabled_receivers",

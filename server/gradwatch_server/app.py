@@ -34,13 +34,16 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         services = Services.start(settings, engine)
         app.state.services = services
-        notifying = asyncio.create_task(services.notifier.run())
+        working = [asyncio.create_task(services.notifier.run())]
+        if services.exporter is not None:
+            working.append(asyncio.create_task(services.exporter.run()))
         try:
             yield
         finally:
-            notifying.cancel()
-            with suppress(asyncio.CancelledError):
-                await notifying
+            for task in working:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
             await asyncio.to_thread(services.writer.close)
 
     app = FastAPI(

@@ -10,6 +10,7 @@ import msgspec
 
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
+from gradwatch_server.exporter import RemoteWrite
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,6 +84,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
+    remote_write: RemoteWrite | None = None
     receivers: list[Receiver] = []
     rules: dict[str, dict[str, Any]] = {}
     """Thresholds by rule; see docs/diagnosis.md."""

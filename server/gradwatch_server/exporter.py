@@ -170,7 +170,7 @@ def _labels(common: dict[str, str], metric: str, **more: str) -> tuple[tuple[str
 
 def _series(samples: list[Measured]) -> list[Series]:
     points: dict[tuple[tuple[str, str], ...], list[tuple[int, float]]] = {}
-    for measured in samples:
+    for measured in sorted(samples, key=lambda sample: sample.milliseconds):  # Prometheus drops the others in silence
         for labels, value in measured.values.items():
             points.setdefault(labels, []).append((measured.milliseconds, value))
     return [Series(labels, found) for labels, found in points.items()]

@@ -61,15 +61,19 @@ def test_a_nan_is_written_as_a_value_and_ends_no_series(tmp_path: Path) -> None:
         assert found["value"][1] == "NaN"
 
 
-def test_a_sample_that_is_too_old_is_set_aside_and_the_others_arrive(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 3600], ids=["out of order", "out of bounds"])
+def test_a_refused_sample_is_set_aside_and_the_others_arrive(tmp_path: Path, ahead: float) -> None:
     now = time.time()
     with Prometheus(tmp_path / "store") as program, _server(tmp_path, program.url) as server:
         run_id = server.register(["w"])
-        at = [now, now - 1800, now + 1]
-        samples = [_sample(step, time, 1.0) for step, time in enumerate(at)]
-        server.store(run_id, wire.Batch(id="1", samples=samples)).raise_for_status()
+        server.store(run_id, wire.Batch(id="1", samples=[_sample(0, now + ahead, 1.0)])).raise_for_status()
+        until(lambda: _count(server, "sent_samples_total") == 1, "the first sample sent")
+        if ahead:
+            run_id = server.register(["w"])  # a series without samples: what is out of bounds, not out of order
+        later = [_sample(1, now - 1800, 1.0), _sample(2, now + ahead + 1, 1.0)]
+        server.store(run_id, wire.Batch(id="2", samples=later)).raise_for_status()
         until(lambda: _count(server, "set_aside_samples_total") == 1, "one sample set aside")
-        until(lambda: _count(server, "sent_samples_total") == 2, "the others sent")
+        until(lambda: _count(server, "sent_samples_total") == 2, "the other sent")
 
 
 def test_a_store_that_is_away_is_tried_again(tmp_path: Path) -> None:
@@ -81,6 +85,17 @@ def test_a_store_that_is_away_is_tried_again(tmp_path: Path) -> None:
             until(lambda: _count(server, "sent_samples_total") == 1, "the sample sent")
             assert _count(server, "retries_total") == 2
         assert len(set(bodies)) == 1
+
+
+def test_a_batch_that_the_store_fails_on_does_not_hold_up_the_next(tmp_path: Path) -> None:
+    with WebhookReceiver([500, 500, 500, 204]) as store:
+        with _server(tmp_path, store.url.removesuffix("/hook")) as server:
+            run_id = server.register(["w"])
+            server.store(run_id, wire.Batch(id="1", samples=[_sample(1, time.time(), 1.0)])).raise_for_status()
+            until(lambda: _count(server, "set_aside_samples_total") == 1, "the sample set aside")
+            server.store(run_id, wire.Batch(id="2", samples=[_sample(2, time.time(), 1.0)])).raise_for_status()
+            until(lambda: _count(server, "sent_samples_total") == 1, "the next sample sent")
+            assert _count(server, "retries_total") == 2
 
 
 def test_the_encoding_byte_by_byte() -> None:

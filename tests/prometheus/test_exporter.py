@@ -88,14 +88,14 @@ def test_a_store_that_is_away_is_tried_again(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_the_store_fails_on_does_not_hold_up_the_next(tmp_path: Path) -> None:
-    with WebhookReceiver([500, 500, 500, 204]) as store:
-        with _server(tmp_path, store.url.removesuffix("/hook")) as server:
-            run_id = server.register(["w"])
-            server.store(run_id, wire.Batch(id="1", samples=[_sample(1, time.time(), 1.0)])).raise_for_status()
-            until(lambda: _count(server, "set_aside_samples_total") == 1, "the sample set aside")
-            server.store(run_id, wire.Batch(id="2", samples=[_sample(2, time.time(), 1.0)])).raise_for_status()
-            until(lambda: _count(server, "sent_samples_total") == 1, "the next sample sent")
-            assert _count(server, "retries_total") == 2
+    store = WebhookReceiver([500, 500, 500, 204])
+    with store, _server(tmp_path, store.url.removesuffix("/hook")) as server:
+        run_id = server.register(["w"])
+        server.store(run_id, wire.Batch(id="1", samples=[_sample(1, time.time(), 1.0)])).raise_for_status()
+        until(lambda: _count(server, "set_aside_samples_total") == 1, "the sample set aside")
+        server.store(run_id, wire.Batch(id="2", samples=[_sample(2, time.time(), 1.0)])).raise_for_status()
+        until(lambda: _count(server, "sent_samples_total") == 1, "the next sample sent")
+        assert _count(server, "retries_total") == 2
 
 
 def test_the_encoding_byte_by_byte() -> None:

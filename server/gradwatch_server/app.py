@@ -47,11 +47,16 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         services = Services.start(settings, engine)
         app.state.services = services
         notifying = asyncio.create_task(services.notifier.run())
+        exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
         try:
             yield
         finally:
             services.notifier.stop()
             await notifying
+            if exporting is not None:
+                exporting.cancel()
+                with suppress(asyncio.CancelledError):
+                    await exporting
             await asyncio.to_thread(services.writer.close)
 
     app = FastAPI(

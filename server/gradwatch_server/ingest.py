@@ -198,7 +198,8 @@ class Ingest:
     def _claim(self, connection: sa.Connection, run_id: str, batch: wire.Batch, now: float) -> bool:
         """Remember the batch's id; return False where it is known already."""
         statement = upsert(connection, schema.batches).values(run=run_id, rank=batch.rank, id=batch.id, at=now)
-        return connection.execute(statement.on_conflict_do_nothing()).rowcount > 0
+        claimed = statement.on_conflict_do_nothing().returning(schema.batches.c.id)  # psycopg counts no inserted rows
+        return connection.execute(claimed).first() is not None
 
     def _insert(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> None:
         if batch.samples:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-
 from gradwatch.environment import setting
+
 from gradwatch_server.errors import GradwatchError
 
 _TIMEOUT_SECONDS = 30.0

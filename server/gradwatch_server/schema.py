@@ -70,6 +70,9 @@ runs = sa.Table(
     sa.Column("status", sa.Text, comment="completed, failed or killed"),
     sa.Column("exit_code", sa.Integer),
     sa.Column("parameter_count", sa.Integer, nullable=False),
+    sa.Column("attempt_first_step", sa.BigInteger, comment="from here on everything is of this attempt"),
+    sa.Column("statistics", _json, nullable=False, comment="every statistic that was ever measured"),
+    sa.Column("coverage", _json, nullable=False, comment="how far the levels of each lane reach, see levels.py"),
     sa.Column("attributes", _json, nullable=False),
     sa.Column("dropped", _json, nullable=False),
     sa.Column("scalars", _json, nullable=False, comment="the latest value of each scalar"),
@@ -95,8 +98,9 @@ samples = sa.Table(
     "samples",
     metadata,
     _run(),
-    sa.Column("level", sa.SmallInteger, primary_key=True, comment="0: as measured"),
+    sa.Column("level", sa.SmallInteger, primary_key=True, comment="0: as measured; above: a bucket of them"),
     sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("last_step", sa.BigInteger, comment="of a bucket, whose numbers are in rollups"),
     sa.Column("attempt", sa.BigInteger, nullable=False),
     sa.Column("at", sa.Double, nullable=False),
     sa.Column("scalars", _json),
@@ -105,17 +109,44 @@ samples = sa.Table(
     sqlite_with_rowid=False,
 )
 
+rollups = sa.Table(
+    "rollups",
+    metadata,
+    _run(),
+    sa.Column("statistic", sa.Text, primary_key=True),
+    sa.Column("level", sa.SmallInteger, primary_key=True, comment="1 and above"),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False, comment="first of the bucket"),
+    *(sa.Column(name, Floats, nullable=False) for name in ("low", "high", "mean", "last")),
+    sa.Column("finite", Floats, nullable=False, comment="finite values; one number where all parameters agree"),
+    sa.Column("nonfinite", Floats, nullable=False, comment="NaN and infinite values; likewise"),
+    sqlite_with_rowid=False,
+)
+
 trails = sa.Table(
     "trails",
     metadata,
     _run(),
+    sa.Column("first_step", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("rank", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("batch", sa.Text, primary_key=True),
     sa.Column("attempt", sa.BigInteger, nullable=False),
-    sa.Column("first_step", sa.BigInteger, nullable=False),
-    sa.Column("last_step", sa.BigInteger, nullable=False),
+    sa.Column("arrival", sa.BigInteger, nullable=False, comment="order of the run's batches"),
     sa.Column("scalars", sa.LargeBinary, nullable=False, comment="MessagePack: name -> steps, values"),
-    sa.Index(None, "run", "first_step"),
+    sqlite_with_rowid=False,
+)
+
+scalars = sa.Table(
+    "scalars",
+    metadata,
+    _run(),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("level", sa.SmallInteger, primary_key=True, comment="1 and above; level 0 is in trails"),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False, comment="first of the bucket"),
+    sa.Column("last_step", sa.BigInteger, nullable=False),
+    *(sa.Column(name, sa.Double, comment="none: NaN") for name in ("low", "high", "mean", "last")),
+    sa.Column("finite", sa.BigInteger, nullable=False),
+    sa.Column("nonfinite", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )
 
 batches = sa.Table(

@@ -198,7 +198,8 @@ class Ingest:
     def _claim(self, connection: sa.Connection, run_id: str, batch: wire.Batch, now: float) -> bool:
         """Remember the batch's id; return False where it is known already."""
         statement = upsert(connection, schema.batches).values(run=run_id, rank=batch.rank, id=batch.id, at=now)
-        return connection.execute(statement.on_conflict_do_nothing()).rowcount > 0
+        claimed = statement.on_conflict_do_nothing().returning(schema.batches.c.id)
+        return connection.execute(claimed).one_or_none() is not None
 
     def _progress(self, run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
         latest = {name: scalar.values[-1] for name, scalar in batch.trail.items() if scalar.values}

@@ -1,15 +1,24 @@
 """The tables. Every large one has a key that begins with the run."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
 from gradwatch.wire import STATISTICS
+
+
+class _RealArray(UserDefinedType[NDArray[np.float32]]):
+    """``real[]``; vectors.py carries it between numpy and the driver."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Return the column's type in SQL."""
+        return "REAL[]"
 
 
 class Floats(TypeDecorator[NDArray[np.float32]]):
@@ -21,20 +30,18 @@ class Floats(TypeDecorator[NDArray[np.float32]]):
     def load_dialect_impl(self, dialect: sa.Dialect) -> TypeEngine[Any]:
         """Return the column type of the engine in use."""
         if dialect.name == "postgresql":
-            return dialect.type_descriptor(postgresql.ARRAY(sa.REAL))
+            return dialect.type_descriptor(_RealArray())
         return dialect.type_descriptor(sa.LargeBinary())
 
     def process_bind_param(self, value: NDArray[np.float32] | None, dialect: sa.Dialect) -> Any:
         """Return what the driver takes."""
         if value is None or dialect.name == "postgresql":
-            return value if value is None else value.tolist()
+            return value
         return value.astype("<f4", copy=False).tobytes()
 
-    def process_result_value(self, value: bytes | Sequence[float] | None, dialect: sa.Dialect) -> Any:  # noqa: ARG002
-        """Return a read-only float32 vector."""
-        if value is None:
-            return None
-        return np.frombuffer(value, "<f4") if isinstance(value, bytes) else np.asarray(value, np.float32)
+    def process_result_value(self, value: bytes | NDArray[np.float32] | None, dialect: sa.Dialect) -> Any:  # noqa: ARG002
+        """Return a float32 vector."""
+        return np.frombuffer(value, "<f4") if isinstance(value, bytes) else value
 
 
 metadata = sa.MetaData(

@@ -22,8 +22,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sa.Engine]:
-    opened = open_engine(f"sqlite:///{tmp_path_factory.mktemp('levels') / 'gradwatch.db'}")
+def engine(database_url: str) -> Iterator[sa.Engine]:
+    opened = open_engine(database_url)
     prepare(opened)
     yield opened
     opened.dispose()

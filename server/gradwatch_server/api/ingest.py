@@ -43,7 +43,7 @@ async def register_run(request: Request) -> Response:
     registration = await body.read(request, wire.Registration, services.settings.configuration.limits)
     run_id = secrets.token_hex(8) if registration.id is None else registration.id
     registered = await asyncio.wrap_future(
-        services.writer.submit(partial(services.ingest.register, run_id=run_id, registration=registration))
+        services.writer.submit(partial(services.ingest.register, run_id=run_id, registration=registration), run_id)
     )
     return _json(registered, 201 if registered.created else 200)
 
@@ -59,7 +59,7 @@ async def store_batch(request: Request, run_id: str) -> Response:
     services = _services(request)
     batch = await body.read(request, wire.Batch, services.settings.configuration.limits)
     stored = await asyncio.wrap_future(
-        services.writer.submit(partial(services.ingest.store, run_id=run_id, batch=batch))
+        services.writer.submit(partial(services.ingest.store, run_id=run_id, batch=batch), run_id)
     )
     services.notifier.wake()
     return _json(stored, 200)

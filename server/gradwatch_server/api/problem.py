@@ -4,6 +4,7 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
+import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -47,6 +48,10 @@ def install(app: FastAPI) -> None:
         made = answer(error.status_code, HTTPStatus(error.status_code).phrase, str(error.detail))
         made.headers.update(error.headers or {})
         return made
+
+    @app.exception_handler(sa.exc.OperationalError)
+    async def out_of_reach(_request: Request, error: sa.exc.OperationalError) -> Response:
+        return answer(503, "Database out of reach", f"nothing was stored: {error.orig}"[:500], retry_after_seconds=5)
 
     @app.exception_handler(Exception)
     async def broken(_request: Request, error: Exception) -> Response:

@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from gradwatch_server.database import migrate, open_engine
 from tests.postgres import postgres_database, postgres_server
 from tests.processes import GradwatchServer
+
+torch.set_num_threads(1)  # tests run side by side: several threads each would wait for one another
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def postgres_server(*options: str) -> Iterator[str]:
     binaries = _binaries()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="gradwatch-pg-", dir="/tmp") as name:  # noqa: S108
+    with tempfile.TemporaryDirectory(prefix="gradwatch-pg-", dir="/tmp") as name:
         folder = Path(name)
         folder.chmod(0o777)
         data, log = folder / "data", folder / "log"

@@ -23,6 +23,7 @@ def environment(**changes: str) -> dict[str, str]:
     """Return this process's environment without its gradwatch settings, with this tree importable."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GRADWATCH_")}
     paths = [str(ROOT / "agent"), str(ROOT / "server"), kept.get("PYTHONPATH", "")]
+    kept["OMP_NUM_THREADS"] = "1"  # tests run side by side: several threads each would wait for one another
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes
 
 

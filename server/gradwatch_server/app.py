@@ -1,8 +1,9 @@
 """The application: routes, problem documents, the page, and the parts behind them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from gradwatch import wire
-from gradwatch_server.api import alerts, health, ingest, metrics, problem, runs, stream, tile
+from gradwatch_server.api import alerts, deliveries, health, ingest, metrics, overview, problem, runs, stream, tile
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -37,9 +38,8 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         try:
             yield
         finally:
-            notifying.cancel()
-            with suppress(asyncio.CancelledError):
-                await notifying
+            services.notifier.stop()
+            await notifying
             await asyncio.to_thread(services.writer.close)
 
     app = FastAPI(
@@ -51,16 +51,8 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         redoc_url=None,
     )
     problem.install(app)
-    for router in (
-        ingest.router,
-        runs.router,
-        tile.router,
-        alerts.router,
-        stream.router,
-        metrics.router,
-        health.router,
-    ):
-        app.include_router(router)
+    for part in (ingest, runs, tile, alerts, deliveries, stream, overview, metrics, health):
+        app.include_router(part.router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
     @app.get("/", include_in_schema=False)
@@ -72,8 +64,11 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
 
     @app.middleware("http")
     async def secure(request: Request, follow: Callable[[Request], Any]) -> Response:
+        started = time.perf_counter()
         response: Response = await follow(request)
         response.headers.update(_SECURITY)
+        route = getattr(request.scope.get("route"), "path", "other")
+        request.app.state.services.requests.add(request.method, route, response.status_code, started)
         return response
 
     _describe_documents(app)

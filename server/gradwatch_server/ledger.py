@@ -1,6 +1,7 @@
 """The alerts of a run, carried from the findings into rows: alerts, transitions and deliveries of one transaction."""
 
 import secrets
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +13,7 @@ from gradwatch.wire import number, spell
 from gradwatch_server import schema
 from gradwatch_server.alerts import Alert, Transition, advance, resolve
 from gradwatch_server.diagnosis import Blame, Finding
-from gradwatch_server.settings import Receiver
+from gradwatch_server.receivers import Receiver
 
 
 class Book:
@@ -84,7 +85,7 @@ class Book:
         number = self._connection.execute(
             sa.select(sa.func.coalesce(sa.func.max(table.c.number), 0) + 1).where(table.c.alert == alert_id)
         ).scalar_one()
-        transition_id = secrets.token_hex(12)
+        transition_id, now = secrets.token_hex(12), time.time()
         self._connection.execute(
             sa.insert(table).values(
                 id=transition_id,
@@ -106,9 +107,9 @@ class Book:
                 "receiver": receiver.name,
                 "state": "due",
                 "attempts": 0,
-                "due_at": 0.0,
+                "due_at": now,
                 "leased_until": 0.0,
-                "created_at": transition.at,
+                "created_at": now,
             }
             for receiver in self._receivers
         ]

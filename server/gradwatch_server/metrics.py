@@ -1,37 +1,74 @@
 """Prometheus collectors over the database and the server's own counts: a finished run is gone at the next scrape."""
 
-from collections.abc import Iterable
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from gradwatch import wire
-from gradwatch_server import queries, schema
-from gradwatch_server.runs import load_runs
+from gradwatch_server import schema
+from gradwatch_server.alerts import SEVERITIES
+from gradwatch_server.diagnosis import RULES
 from gradwatch_server.services import Services
+from gradwatch_server.settings import Metrics
+from gradwatch_server.snapshot import Snapshot, load_active, load_snapshots
 
 _RUN_LABELS = ("run", "project", "name")
+_RUN_GAUGES = {
+    "gradwatch_run_step": "Latest step of the run.",
+    "gradwatch_run_stalled": "1 while the run has not been heard of for much longer than usual.",
+    "gradwatch_run_last_seen_timestamp_seconds": "When the run was last heard of.",
+    "gradwatch_run_last_sample_timestamp_seconds": "When the latest sample was measured.",
+    "gradwatch_run_loss": "Loss of the latest step.",
+    "gradwatch_run_learning_rate": "Learning rate at the latest sample.",
+    "gradwatch_run_step_duration_seconds": "Time that a step takes.",
+    "gradwatch_run_agent_overhead_ratio": "Share of the step's time that the agent takes.",
+    "gradwatch_run_global_grad_norm": "L2 norm of the whole gradient before clipping.",
+    "gradwatch_run_clipped_global_grad_norm": "L2 norm of the whole gradient after clipping.",
+    "gradwatch_run_grad_weight_min_ratio": "Smallest gradient to weight ratio over the parameters.",
+    "gradwatch_run_grad_weight_median_ratio": "Median gradient to weight ratio over the parameters.",
+    "gradwatch_run_grad_weight_max_ratio": "Largest gradient to weight ratio over the parameters.",
+    "gradwatch_run_attenuation_decades_per_layer": "Decades that the gradient loses a layer, from output to input.",
+    "gradwatch_run_clipped_parameters_ratio": "Share of the parameters whose gradient was clipped.",
+    "gradwatch_run_parameters": "Parameters of the run.",
+    "gradwatch_run_parameters_left_out": "Parameters of the run without series of their own.",
+    "gradwatch_run_nonfinite_parameters": "Parameters whose gradient holds a NaN or an infinity.",
+    "gradwatch_run_zero_parameters": "Parameters whose gradient is exactly zero.",
+}
+_RUN_COUNTERS = {
+    "gradwatch_run_samples": "Samples stored.",
+    "gradwatch_run_skipped_steps": "Steps that the gradient scaler skipped.",
+    "gradwatch_run_agent_dropped_samples": "Samples that the agent had to give up in this attempt.",
+    "gradwatch_run_agent_dropped_bytes": "Bytes that the agent had to give up in this attempt.",
+    "gradwatch_run_agent_errors": "Errors that the agent swallowed in this attempt.",
+}
 _SCALARS = {
-    "loss": ("gradwatch_run_loss", "Loss of the latest step."),
-    "global_grad_norm": ("gradwatch_run_global_grad_norm", "L2 norm of the whole gradient before clipping."),
-    "clipped_global_grad_norm": (
-        "gradwatch_run_clipped_global_grad_norm",
-        "L2 norm of the whole gradient after clipping.",
-    ),
-    "overhead_ratio": ("gradwatch_run_agent_overhead_ratio", "Share of the step that the agent takes."),
-    "skipped_steps": ("gradwatch_run_skipped_steps", "Steps that the gradient scaler skipped."),
+    "loss": "gradwatch_run_loss",
+    "learning_rate": "gradwatch_run_learning_rate",
+    "step_seconds": "gradwatch_run_step_duration_seconds",
+    "overhead_ratio": "gradwatch_run_agent_overhead_ratio",
+    "skipped_steps": "gradwatch_run_skipped_steps",
+}
+_PARAMETER_GAUGES = {
+    "gradwatch_parameter_grad_norm": "L2 norm of the parameter's gradient before clipping.",
+    "gradwatch_parameter_weight_norm": "L2 norm of the parameter.",
+    "gradwatch_parameter_grad_weight_ratio": "Gradient to weight ratio of the parameter.",
 }
 
 
 class RunCollector(Collector):
     """Active runs from their latest samples, and the alerts."""
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: sa.Engine, settings: Metrics) -> None:
         self._engine = engine
+        self._settings = settings
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: the families are known at scrape time."""
@@ -40,50 +77,133 @@ class RunCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Read the latest samples and the alerts."""
         with self._engine.connect() as connection:
-            active = [run for run in load_runs(connection, None, None) if run["state"] != "finished"]
-            yield from _runs(connection, active)
-            yield _alerts(connection)
+            active = load_active(connection)
+            snapshots = load_snapshots(connection, [run["id"] for run in active])
+            unhealthy = _unhealthy(connection)
+            alerts = _alerts(connection)
+        told = self._told(snapshots)
+        yield from _families(active, snapshots, told)
+        yield from _parameters(active, snapshots, told)
+        yield from _health(active, unhealthy)
+        yield alerts
+
+    def _told(self, snapshots: Mapping[str, Snapshot]) -> dict[str, list[int]]:
+        """Return the positions of the parameters of each run that get series of their own."""
+        settings = self._settings
+        share = settings.most_parameters // max(1, len(snapshots))
+        most = share if settings.parameters == "all" else min(share, settings.conspicuous_parameters)
+        return {run_id: snapshot.conspicuous(most).tolist() for run_id, snapshot in snapshots.items()}
 
 
-def _runs(connection: sa.Connection, active: list[dict[str, Any]]) -> Iterable[Metric]:
-    step = GaugeMetricFamily("gradwatch_run_step", "Latest step of the run.", labels=_RUN_LABELS)
-    seen = GaugeMetricFamily(
-        "gradwatch_run_last_seen_timestamp_seconds", "When the run was last heard of.", labels=_RUN_LABELS
-    )
-    ratios = GaugeMetricFamily(
-        "gradwatch_run_grad_weight_ratio",
-        "Gradient to weight ratio over the parameters at the latest sample.",
-        labels=(*_RUN_LABELS, "aggregate"),
-    )
-    scalars = {name: GaugeMetricFamily(metric, text, labels=_RUN_LABELS) for name, (metric, text) in _SCALARS.items()}
+def _labels(run: Mapping[str, Any]) -> list[str]:
+    return [run["id"], run["project"], run["name"]]
+
+
+def _families(
+    active: Sequence[dict[str, Any]], snapshots: Mapping[str, Snapshot], told: Mapping[str, list[int]]
+) -> Iterable[Metric]:
+    families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+    families |= {name: GaugeMetricFamily(name, text, labels=_RUN_LABELS) for name, text in _RUN_GAUGES.items()}
+    families |= {name: CounterMetricFamily(name, text, labels=_RUN_LABELS) for name, text in _RUN_COUNTERS.items()}
     for run in active:
-        labels = [run["id"], run["project"], run["name"]]
-        seen.add_metric(labels, run["last_seen_at"])
-        if run["last_step"] is not None:
-            step.add_metric(labels, run["last_step"])
-        for name, family in scalars.items():
-            if name in run["scalars"]:
-                family.add_metric(labels, wire.number(run["scalars"][name]))
-        for aggregate, value in _latest_ratios(connection, run["id"]):
-            ratios.add_metric([*labels, aggregate], value)
-    yield from (step, seen, ratios, *scalars.values())
+        values = _of_run(run)
+        snapshot = snapshots.get(run["id"])
+        if snapshot is not None:
+            values |= _of_snapshot(run["scalars"], snapshot, len(told[run["id"]]))
+        for name, value in values.items():
+            families[name].add_metric(_labels(run), value)
+    return families.values()
 
 
-def _latest_ratios(connection: sa.Connection, run_id: str) -> list[tuple[str, float]]:
-    table = schema.samples
-    row = connection.execute(
-        sa.select(*table.c["grad_norm", "weight_norm"])
-        .where(table.c.run == run_id, table.c.level == 0)
-        .order_by(table.c.step.desc())
-        .limit(1)
-    ).one_or_none()
-    if row is None or row.grad_norm is None or row.weight_norm is None:
-        return []
-    ratio = queries.ratio(row.grad_norm, row.weight_norm)
-    known = ratio[ratio != wire.MISSING]
-    if not known.size:
-        return []
-    return [("min", float(np.min(known))), ("median", float(np.median(known))), ("max", float(np.max(known)))]
+def _of_run(run: Mapping[str, Any]) -> dict[str, float]:
+    values = {
+        name: wire.number(run["scalars"][scalar]) for scalar, name in _SCALARS.items() if scalar in run["scalars"]
+    }
+    values["gradwatch_run_stalled"] = float(run["state"] == "stalled")
+    values["gradwatch_run_last_seen_timestamp_seconds"] = run["last_seen_at"]
+    values["gradwatch_run_samples"] = run["sample_count"]
+    if run["last_step"] is not None:
+        values["gradwatch_run_step"] = run["last_step"]
+    dropped = run["dropped"]
+    return values | {
+        "gradwatch_run_agent_dropped_samples": dropped.get("samples", 0),
+        "gradwatch_run_agent_dropped_bytes": dropped.get("bytes", 0),
+        "gradwatch_run_agent_errors": dropped.get("errors", 0),
+    }
+
+
+def _of_snapshot(scalars: Mapping[str, wire.Number], snapshot: Snapshot, told: int) -> dict[str, float]:
+    profile, ratios = snapshot.profile, snapshot.finite_ratios
+    norm = wire.number(scalars.get("global_grad_norm", float(np.linalg.norm(profile.gradient[profile.present]))))
+    size = len(snapshot.layout.names)
+    return {
+        "gradwatch_run_last_sample_timestamp_seconds": snapshot.reading.at,
+        "gradwatch_run_global_grad_norm": norm,
+        "gradwatch_run_clipped_global_grad_norm": wire.number(scalars.get("clipped_global_grad_norm", norm)),
+        "gradwatch_run_grad_weight_min_ratio": float(ratios.min()) if ratios.size else np.nan,
+        "gradwatch_run_grad_weight_median_ratio": float(np.median(ratios)) if ratios.size else np.nan,
+        "gradwatch_run_grad_weight_max_ratio": float(ratios.max()) if ratios.size else np.nan,
+        "gradwatch_run_attenuation_decades_per_layer": snapshot.decades_per_layer,
+        "gradwatch_run_clipped_parameters_ratio": snapshot.clipped_share,
+        "gradwatch_run_parameters": size,
+        "gradwatch_run_parameters_left_out": size - told,
+        "gradwatch_run_nonfinite_parameters": snapshot.nonfinite,
+        "gradwatch_run_zero_parameters": snapshot.zero,
+    }
+
+
+def _parameters(
+    active: Sequence[dict[str, Any]], snapshots: Mapping[str, Snapshot], told: Mapping[str, list[int]]
+) -> Iterable[Metric]:
+    labels = (*_RUN_LABELS, "parameter", "depth")
+    families = [GaugeMetricFamily(name, text, labels=labels) for name, text in _PARAMETER_GAUGES.items()]
+    for run in active:
+        for position in told.get(run["id"], []):
+            snapshot = snapshots[run["id"]]
+            layout, profile = snapshot.layout, snapshot.profile
+            if not profile.present[position]:
+                continue
+            of_parameter = [*_labels(run), layout.names[position], f"{layout.depth[position]:03d}"]
+            measured = (profile.gradient, profile.weight, profile.ratio)
+            for family, values in zip(families, measured, strict=True):
+                family.add_metric(of_parameter, float(values[position]))
+    return families
+
+
+Unhealthy = tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]
+
+
+def _unhealthy(connection: sa.Connection) -> Unhealthy:
+    """Return by (run, rule) how many parameters open alerts blame, and by (run, severity) how many alerts fire."""
+    table = schema.alerts
+    blamed: dict[tuple[str, str], int] = {}
+    firing: dict[tuple[str, str], int] = defaultdict(int)
+    for row in connection.execute(
+        sa.select(*table.c["run", "rule", "severity", "state", "parameters", "parameters_left_out"]).where(
+            table.c.state.in_(("pending", "firing"))
+        )
+    ):
+        blamed[row.run, row.rule] = len(row.parameters) + row.parameters_left_out
+        firing[row.run, row.severity] += row.state == "firing"
+    return blamed, firing
+
+
+def _health(active: Sequence[dict[str, Any]], unhealthy: Unhealthy) -> Iterable[Metric]:
+    blamed, firing = unhealthy
+    parameters = GaugeMetricFamily(
+        "gradwatch_run_unhealthy_parameters",
+        "Parameters that an open alert of the rule blames.",
+        labels=(*_RUN_LABELS, "rule"),
+    )
+    alerts = GaugeMetricFamily(
+        "gradwatch_run_firing_alerts", "Alerts of the run that fire.", labels=(*_RUN_LABELS, "severity")
+    )
+    for run in active:
+        for rule in RULES:
+            parameters.add_metric([*_labels(run), rule], blamed.get((run["id"], rule), 0))
+        for severity in SEVERITIES:
+            alerts.add_metric([*_labels(run), severity], firing.get((run["id"], severity), 0))
+    return parameters, alerts
 
 
 def _alerts(connection: sa.Connection) -> Metric:
@@ -91,12 +211,8 @@ def _alerts(connection: sa.Connection) -> Metric:
     family = GaugeMetricFamily(
         "gradwatch_alerts", "Alerts by rule, severity and state.", labels=("rule", "severity", "state")
     )
-    counts = connection.execute(
-        sa.select(*table.c["rule", "severity", "state"], sa.func.count().label("alerts")).group_by(
-            table.c.rule, table.c.severity, table.c.state
-        )
-    )
-    for row in counts:
+    groups = table.c["rule", "severity", "state"]
+    for row in connection.execute(sa.select(*groups, sa.func.count().label("alerts")).group_by(*groups)):
         family.add_metric([row.rule, row.severity, row.state], row.alerts)
     return family
 
@@ -112,32 +228,71 @@ class ServerCollector(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """Read the counts of this process."""
-        ingest, writer = self._services.ingest, self._services.writer
+        """Read the counts of this process, and the deliveries of all."""
+        services = self._services
+        ingest, writer = services.ingest, services.writer
+        build = GaugeMetricFamily("gradwatch_build_info", "The version that runs; always 1.", labels=("version",))
+        build.add_metric([metadata.version("gradwatch")], 1)
+        yield build
+        yield _requests(services)
         counts = (
             ("gradwatch_ingest_batches", "Batches stored.", ingest.batches),
             ("gradwatch_ingest_duplicate_batches", "Batches that were stored before.", ingest.duplicates),
             ("gradwatch_ingest_samples", "Samples stored.", ingest.samples),
             ("gradwatch_ingest_values", "Values of statistics stored.", ingest.values),
-            ("gradwatch_commits", "Transactions committed and synced.", writer.commits),
-            ("gradwatch_commit_seconds", "Time in transactions, with their sync to disk.", writer.commit_seconds),
+            ("gradwatch_queue_refusals", "Batches that were sent away because the queue was full.", writer.refused),
         )
         for name, text, count in counts:
             yield CounterMetricFamily(name, text, value=count)
-        yield GaugeMetricFamily("gradwatch_queued_batches", "Batches that wait for the writer.", value=writer.waiting)
-        attempts = CounterMetricFamily(
-            "gradwatch_delivery_attempts", "Attempts to deliver by receiver and result.", labels=("receiver", "result")
+        yield SummaryMetricFamily(
+            "gradwatch_commit_duration_seconds",
+            "Time in transactions, with their sync to disk.",
+            count_value=writer.commits,
+            sum_value=writer.commit_seconds,
         )
-        for (receiver, result), count in self._services.notifier.results.items():
-            attempts.add_metric([receiver, result], count)
-        yield attempts
-        table = schema.deliveries
-        with self._services.engine.connect() as connection:
-            due, dead = (
-                connection.execute(
-                    sa.select(sa.func.count()).select_from(table).where(table.c.state == state)
-                ).scalar_one()
-                for state in ("due", "dead")
+        yield GaugeMetricFamily("gradwatch_queued_batches", "Batches that wait for the writer.", value=writer.waiting)
+        configuration = services.settings.configuration
+        limit = configuration.limits.queued_batches
+        yield GaugeMetricFamily("gradwatch_queue_limit_batches", "Batches that may wait for the writer.", value=limit)
+        yield _attempts(services)
+        with services.engine.connect() as connection:
+            yield from _deliveries(
+                connection, [receiver.name for receiver in services.settings.configuration.receivers]
             )
-        yield GaugeMetricFamily("gradwatch_deliveries_due", "Deliveries that are not made yet.", value=due)
-        yield GaugeMetricFamily("gradwatch_deliveries_dead", "Deliveries that were given up.", value=dead)
+
+
+def _requests(services: Services) -> Metric:
+    family = SummaryMetricFamily(
+        "gradwatch_http_request_duration_seconds",
+        "Time until an answer began, by route.",
+        labels=("method", "route", "status"),
+    )
+    for kind, tally in list(services.requests.tallies.items()):
+        family.add_metric([kind.method, kind.route, str(kind.status)], tally.count, tally.seconds)
+    return family
+
+
+def _attempts(services: Services) -> Metric:
+    family = CounterMetricFamily(
+        "gradwatch_delivery_attempts", "Attempts to deliver by receiver and result.", labels=("receiver", "result")
+    )
+    for (receiver, result), count in list(services.notifier.results.items()):
+        family.add_metric([receiver, result], count)
+    return family
+
+
+def _deliveries(connection: sa.Connection, receivers: Sequence[str]) -> Iterable[Metric]:
+    table = schema.deliveries
+    by_state = GaugeMetricFamily(
+        "gradwatch_deliveries", "Deliveries by receiver and state.", labels=("receiver", "state")
+    )
+    groups = table.c["receiver", "state"]
+    found = {(receiver, state): 0 for receiver in receivers for state in ("due", "delivered", "dead")}
+    for row in connection.execute(sa.select(*groups, sa.func.count().label("made")).group_by(*groups)):
+        found[row.receiver, row.state] = row.made
+    for (receiver, state), count in found.items():
+        by_state.add_metric([receiver, state], count)
+    oldest = connection.execute(sa.select(sa.func.min(table.c.created_at)).where(table.c.state == "due")).scalar_one()
+    lag = 0.0 if oldest is None else max(0.0, time.time() - oldest)
+    text = "Age of the oldest delivery that is not made yet; 0 where none waits."
+    return by_state, GaugeMetricFamily("gradwatch_delivery_lag_seconds", text, value=lag)

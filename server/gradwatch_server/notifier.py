@@ -1,75 +1,91 @@
-"""The loop that delivers: claims what is due, posts it, records what came of it."""
+"""Everything that delivers: one lane a receiver, laid anew when the configuration is read again."""
 
 import asyncio
 import logging
-import time
 from collections import Counter
+from collections.abc import Sequence
 
-import httpx
-
-from gradwatch_server import outbox, webhook
-from gradwatch_server.outbox import Due
-from gradwatch_server.settings import Receiver
+from gradwatch_server import outbox
+from gradwatch_server.lane import Lane, written
+from gradwatch_server.outbox import Delivery
+from gradwatch_server.receivers import Receiver
 from gradwatch_server.writer import Writer
 
-_POLL_SECONDS = 1.0
-_AT_ONCE = 32
+_AGAIN_SECONDS = 1.0
+_BURY_SECONDS = 5.0
+_DRAIN_SECONDS = 3.0
 
 log = logging.getLogger(__name__)
 
 
 class Notifier:
-    """Delivers due deliveries for as long as it runs; woken by commits, and at least once a second."""
+    """Delivers due deliveries for as long as it runs."""
 
-    def __init__(self, writer: Writer, receivers: list[Receiver]) -> None:
+    def __init__(self, writer: Writer, receivers: Sequence[Receiver], pace: Delivery) -> None:
         self._writer = writer
-        self._receivers = {receiver.name: receiver for receiver in receivers}
-        self._work = asyncio.Event()
+        self._receivers = list(receivers)
+        self._pace = pace
+        self._lanes: list[Lane] = []
+        self._changed = asyncio.Event()
+        self._stopped = False
         self.results: Counter[tuple[str, str]] = Counter()
         """Attempts by (receiver, state they led to)."""
 
     def wake(self) -> None:
         """Look for due deliveries now."""
-        self._work.set()
+        for lane in self._lanes:
+            lane.wake()
+
+    def configure(self, receivers: Sequence[Receiver], pace: Delivery) -> None:
+        """Deliver to these receivers from now on."""
+        self._receivers, self._pace = list(receivers), pace
+        self._changed.set()
 
     async def run(self) -> None:
-        """Deliver until cancelled; an error of one round is logged and the next round tries again."""
-        async with httpx.AsyncClient(
-            timeout=webhook.TIMEOUT_SECONDS, follow_redirects=False, trust_env=False
-        ) as client:
-            while True:
-                try:
-                    delivered = await self._round(client)
-                except Exception:
-                    log.exception("a round of deliveries failed; the next one tries again")
-                    delivered = 0
-                if not delivered:
-                    await self._wait()
+        """Deliver until stopped; lanes that a new configuration replaces end when what is under way has ended."""
+        running: set[asyncio.Task[None]] = set()
+        while not self._stopped:
+            self._changed.clear()
+            self._lanes = [Lane(self._writer, each, self._pace, self.results) for each in self._receivers]
+            burying = asyncio.create_task(self._bury(sorted(each.name for each in self._receivers)))
+            for task in [asyncio.create_task(_kept(lane)) for lane in self._lanes]:
+                running.add(task)
+                task.add_done_callback(running.discard)
+            try:
+                await self._changed.wait()
+            finally:
+                burying.cancel()
+            for lane in self._lanes:
+                lane.close()
+        if running:
+            await asyncio.wait(running, timeout=_DRAIN_SECONDS)
+        for task in running:
+            task.cancel()
 
-    async def _wait(self) -> None:
+    def stop(self) -> None:
+        """Claim no more and end, with what is under way recorded where it ends within a few seconds."""
+        self._stopped = True
+        self._changed.set()
+
+    async def _bury(self, names: list[str]) -> None:
+        """Give up, every few seconds, what nobody will take."""
+        while True:
+            try:
+                buried = await written(self._writer, lambda connection: outbox.bury(connection, names))
+                if buried:
+                    log.warning("%d deliveries are dead: their receivers are disabled or gone", buried)
+            except Exception:
+                log.exception("deliveries to receivers that are gone could not be given up; the next try comes")
+            await asyncio.sleep(_BURY_SECONDS)
+
+
+async def _kept(lane: Lane) -> None:
+    """Run a lane; an error that it does not expect is logged and it starts anew."""
+    ended = False
+    while not ended:
         try:
-            await asyncio.wait_for(self._work.wait(), _POLL_SECONDS)
-        except TimeoutError:
-            return
-        finally:
-            self._work.clear()
-
-    async def _round(self, client: httpx.AsyncClient) -> int:
-        now = time.time()
-        due = await asyncio.wrap_future(self._writer.submit(lambda connection: outbox.claim(connection, now, _AT_ONCE)))
-        await asyncio.gather(*(self._deliver(client, delivery) for delivery in due))
-        return len(due)
-
-    async def _deliver(self, client: httpx.AsyncClient, due: Due) -> None:
-        started = time.time()
-        receiver = self._receivers.get(due.receiver)
-        if receiver is None:
-            answer = webhook.Answer(410, f"receiver {due.receiver!r} is no longer configured")
-        else:
-            answer = await webhook.post(client, receiver, due.id, due.payload, started)
-        state = await asyncio.wrap_future(
-            self._writer.submit(lambda connection: outbox.record(connection, due, answer, started, time.time()))
-        )
-        self.results[due.receiver, state] += 1
-        if not answer.delivered:
-            log.warning("delivery %s to %s: %s; it is %s", due.id, due.receiver, answer.error, state)
+            await lane.run()
+            ended = True
+        except Exception:
+            log.exception("a lane of deliveries broke; it starts again")
+            await asyncio.sleep(_AGAIN_SECONDS)

@@ -4,16 +4,45 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import sqlalchemy as sa
 
 from gradwatch_server import schema
-from gradwatch_server.webhook import Answer
+from gradwatch_server.answer import Answer
+from gradwatch_server.database import upsert
 
-LEASE_SECONDS = 60.0
-RETRY_SECONDS: Sequence[float] = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-"""Waiting time before each further attempt, about 3 days in all; 10% of jitter on top."""
-_PERMANENT = range(400, 500)
-_TEMPORARY = (408, 425, 429)
+_LONGEST_WAIT_SECONDS = 86_400.0
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How transitions of alerts are delivered."""
+
+    retry_seconds: Sequence[float] = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
+    """Waiting time before each further attempt (the first is made at once); after the last the delivery is dead."""
+    jitter_ratio: float = 0.1
+    """Each waiting time is lengthened by a random share of itself, at most this one."""
+    timeout_seconds: float = 10.0
+    """Longest time that one attempt may take, from name resolution to the answer."""
+    lease_seconds: float = 60.0
+    """After this time another server takes over the deliveries that a dead one had claimed."""
+    at_once: int = 32
+    """Most deliveries that are under way to one receiver."""
+    circuit_failures: int = 5
+    """Failures in a row after which a receiver is left alone for a while."""
+    circuit_seconds: float = 15.0
+    """The first such while; it doubles with each failed probe, up to 5 minutes."""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_seconds", "lease_seconds", "at_once", "circuit_failures", "circuit_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"delivery.{name} is {getattr(self, name)}: it must be more than 0")
+        if self.lease_seconds <= self.timeout_seconds:
+            raise ValueError(
+                f"delivery.lease_seconds ({self.lease_seconds:g}) must be more than delivery.timeout_seconds "
+                f"({self.timeout_seconds:g}): or two servers send the same delivery"
+            )
+        if any(seconds < 0 for seconds in self.retry_seconds) or self.jitter_ratio < 0:
+            raise ValueError("delivery.retry_seconds and delivery.jitter_ratio are not negative")
 
 
 @dataclass(frozen=True)
@@ -21,12 +50,23 @@ class Due:
     """A delivery that this server holds the lease of."""
 
     id: str
+    alert: str
     receiver: str
-    attempts: int
+    created_at: float
     payload: str
 
 
-def claim(connection: sa.Connection, now: float, most: int) -> list[Due]:
+@dataclass(frozen=True)
+class Attempt:
+    """One try of a delivery and what came of it."""
+
+    due: Due
+    answer: Answer
+    at: float
+    seconds: float
+
+
+def claim(connection: sa.Connection, receiver: str, now: float, most: int, lease_seconds: float) -> list[Due]:
     """Take up to ``most`` due deliveries; a dead server's claims come back when their lease ends.
 
     A delivery waits until those before it of the same alert and receiver are delivered or dead: a resolved alert never
@@ -44,52 +84,94 @@ def claim(connection: sa.Connection, now: float, most: int) -> list[Due]:
         .exists()
     )
     rows = connection.execute(
-        sa.select(*table.c["id", "receiver", "attempts"], schema.transitions.c.payload)
+        sa.select(*table.c["id", "alert", "receiver", "created_at"], schema.transitions.c.payload)
         .join(schema.transitions, schema.transitions.c.id == table.c.transition)
-        .where(table.c.state == "due", table.c.due_at <= now, table.c.leased_until <= now, ~blocked)
-        .order_by(table.c.created_at, table.c.id)
+        .where(table.c.receiver == receiver, table.c.state == "due", table.c.due_at <= now)
+        .where(table.c.leased_until <= now, ~blocked)
+        .order_by(table.c.due_at)
         .limit(most)
         .with_for_update(skip_locked=True, of=table)
     ).all()
     if rows:
         claimed = sa.update(table).where(table.c.id.in_([row.id for row in rows]))
-        connection.execute(claimed.values(leased_until=now + LEASE_SECONDS))
-    return [Due(row.id, row.receiver, row.attempts, row.payload) for row in rows]
+        connection.execute(claimed.values(leased_until=now + lease_seconds))
+    return [Due(row.id, row.alert, row.receiver, row.created_at, row.payload) for row in rows]
 
 
-def record(connection: sa.Connection, due: Due, answer: Answer, started: float, now: float) -> str:
-    """Write down what came of an attempt and when the next one is due; return the delivery's state."""
-    number = due.attempts + 1
+def record(connection: sa.Connection, attempt: Attempt, pace: Delivery) -> str:
+    """Write down what came of an attempt and when the next one is due; return the delivery's state.
+
+    Another server may have taken over meanwhile: what it delivered stays delivered.
+    """
+    table, tried = schema.deliveries, schema.attempts
+    before = connection.execute(
+        sa.select(*table.c["state", "attempts"]).where(table.c.id == attempt.due.id).with_for_update()
+    ).one_or_none()
+    if before is None:
+        return "deleted"
+    answer, number, ended = attempt.answer, before.attempts + 1, attempt.at + attempt.seconds
     connection.execute(
-        sa.insert(schema.attempts).values(
-            delivery=due.id,
+        sa.insert(tried).values(
+            delivery=attempt.due.id,
             number=number,
-            at=started,
-            seconds=now - started,
+            at=attempt.at,
+            seconds=attempt.seconds,
             status=answer.status,
             error=answer.error,
         )
     )
-    state, due_at = _next(number, answer, now)
+    state, due_at = ("delivered", ended) if before.state == "delivered" else _next(number, answer, ended, pace)
     connection.execute(
-        sa.update(schema.deliveries)
-        .where(schema.deliveries.c.id == due.id)
+        sa.update(table)
+        .where(table.c.id == attempt.due.id)
         .values(
             state=state,
             attempts=number,
             due_at=due_at,
             leased_until=0.0,
-            delivered_at=now if state == "delivered" else None,
+            error=answer.error,
+            delivered_at=sa.func.coalesce(table.c.delivered_at, ended) if state == "delivered" else None,
         )
     )
+    if answer.verdict == "gone":
+        disable(connection, attempt.due.receiver, "it answered 410 Gone", ended)
     return state
 
 
-def _next(number: int, answer: Answer, now: float) -> tuple[str, float]:
-    if answer.delivered:
+def _next(number: int, answer: Answer, now: float, pace: Delivery) -> tuple[str, float]:
+    if answer.verdict == "delivered":
         return "delivered", now
-    permanent = answer.status in _PERMANENT and answer.status not in _TEMPORARY
-    if permanent or number > len(RETRY_SECONDS):
+    if answer.verdict != "failed" or number > len(pace.retry_seconds):
         return "dead", now
-    wait = RETRY_SECONDS[number - 1] * random.uniform(1.0, 1.1)  # noqa: S311  # spreads retries, hides nothing
-    return "due", now + max(wait, answer.retry_after_seconds or 0.0)
+    jitter = random.uniform(1.0, 1.0 + pace.jitter_ratio)  # noqa: S311  # spreads retries, hides nothing
+    wait = max(pace.retry_seconds[number - 1] * jitter, answer.retry_after_seconds or 0.0)
+    return "due", now + min(wait, max(_LONGEST_WAIT_SECONDS, *pace.retry_seconds) * (1.0 + pace.jitter_ratio))
+
+
+def disable(connection: sa.Connection, receiver: str, reason: str, now: float) -> None:
+    """Send nothing more to a receiver until somebody enables it again."""
+    statement = upsert(connection, schema.disabled_receivers).values(name=receiver, at=now, reason=reason)
+    connection.execute(statement.on_conflict_do_nothing())
+
+
+def enable(connection: sa.Connection, receiver: str) -> bool:
+    """Send to a disabled receiver again; return False where it was not disabled."""
+    table = schema.disabled_receivers
+    return connection.execute(sa.delete(table).where(table.c.name == receiver)).rowcount > 0
+
+
+def bury(connection: sa.Connection, receivers: Sequence[str]) -> int:
+    """Give up what is due to receivers that are disabled or no longer configured; return how many deliveries."""
+    table, disabled = schema.deliveries, schema.disabled_receivers
+    off = table.c.receiver.in_(sa.select(disabled.c.name))
+    unknown = table.c.receiver.not_in(receivers)
+    error = sa.case((off, "the receiver is disabled"), else_="the receiver is no longer configured")
+    statement = sa.update(table).where(table.c.state == "due", off | unknown)
+    return connection.execute(statement.values(state="dead", error=error)).rowcount
+
+
+def replay(connection: sa.Connection, chosen: sa.ColumnElement[bool], now: float) -> int:
+    """Make deliveries due again, with the id they had; return how many."""
+    statement = sa.update(schema.deliveries).where(chosen, schema.deliveries.c.state != "due")
+    fresh = {"state": "due", "due_at": now, "leased_until": 0.0, "delivered_at": None}
+    return connection.execute(statement.values(fresh)).rowcount

@@ -236,8 +236,17 @@ deliveries = sa.Table(
     sa.Column("leased_until", sa.Double, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("delivered_at", sa.Double),
-    sa.Index(None, "state", "due_at"),
+    sa.Column("error", sa.Text, nullable=False, server_default="", comment="what the last attempt failed on"),
+    sa.Index(None, "receiver", "state", "due_at"),
     sa.Index(None, "alert", "receiver", "number"),
+)
+
+disabled_receivers = sa.Table(
+    "disabled_receivers",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
 )
 
 attempts = sa.Table(

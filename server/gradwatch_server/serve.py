@@ -14,10 +14,12 @@ import msgspec
 import uvicorn
 
 from gradwatch.environment import setting
+from gradwatch_server.addresses import EVERYWHERE
 from gradwatch_server.app import create_app
 from gradwatch_server.database import open_engine, prepare
 from gradwatch_server.errors import ConfigurationError, GradwatchError
-from gradwatch_server.settings import Configuration, Receiver, Settings
+from gradwatch_server.receivers import Webhook
+from gradwatch_server.settings import Configuration, Settings
 
 _DRAIN_SECONDS = 10
 
@@ -46,7 +48,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     if arguments.webhook is not None:
         secret = arguments.webhook_secret or setting("GRADWATCH_WEBHOOK_SECRET")
         try:
-            receiver = Receiver(name="webhook", url=arguments.webhook, secret=secret)
+            receiver = Webhook(name="webhook", url=arguments.webhook, secret=secret, allow_networks=[*EVERYWHERE])
             configuration = msgspec.structs.replace(configuration, receivers=[*configuration.receivers, receiver])
         except ValueError as error:
             raise ConfigurationError(f"--webhook: {error}") from None

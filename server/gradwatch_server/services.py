@@ -1,12 +1,13 @@
 """The parts of one server process, made together and stopped together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
 from gradwatch_server.feed import Feed
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
+from gradwatch_server.requests import Requests
 from gradwatch_server.settings import Settings
 from gradwatch_server.writer import Writer
 
@@ -21,6 +22,7 @@ class Services:
     ingest: Ingest
     notifier: Notifier
     feed: Feed
+    requests: Requests = field(default_factory=Requests)
     ready: bool = True
     """False from the first sign of stopping: readiness goes first."""
 
@@ -34,7 +36,7 @@ class Services:
             engine=engine,
             writer=writer,
             ingest=Ingest(configuration, settings.public_url),
-            notifier=Notifier(writer, configuration.receivers),
+            notifier=Notifier(writer, configuration.receivers, configuration.delivery),
             feed=Feed(engine),
         )
 

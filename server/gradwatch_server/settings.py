@@ -1,15 +1,14 @@
 """What the server can be told: one configuration file, checked whole, and the command line over it."""
 
-import base64
-import binascii
 from pathlib import Path
-from typing import Any, Self
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
+from gradwatch_server.outbox import Delivery
+from gradwatch_server.receivers import AnyReceiver
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,45 +32,24 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Batches that may wait for the writer; beyond it: 503 with Retry-After."""
 
 
-class Receiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where transitions of alerts are delivered: a signed webhook (Standard Webhooks 1.0.0)."""
+class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much of each run ``/metrics`` tells; run-level metrics are always told."""
 
-    name: str
-    url: str
-    secret: str | None = None
-    """``whsec_`` and 24 to 64 random bytes in base64; absent: the webhook is not signed."""
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"receiver {self.name!r}: url {self.url!r} is not an http or https address")
-        if self.secret is not None:
-            signing_key(self.secret)
-
-
-def signing_key(secret: str) -> bytes:
-    """Return the key bytes of a Standard Webhooks secret.
-
-    Raises:
-        ValueError: the secret is not ``whsec_`` followed by base64 of 24 to 64 bytes.
-    """
-    try:
-        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-    except binascii.Error:
-        key = b""
-    if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
-        raise ValueError(
-            "a webhook secret is 'whsec_' followed by 24 to 64 bytes in base64: "
-            "make one with: echo whsec_$(openssl rand -base64 32)"
-        )
-    return key
+    parameters: Literal["conspicuous", "all"] = "conspicuous"
+    """Which parameters of each active run get series of their own."""
+    conspicuous_parameters: Annotated[int, msgspec.Meta(ge=0)] = 10
+    """How many parameters of each run count as its most conspicuous."""
+    most_parameters: Annotated[int, msgspec.Meta(ge=0)] = 20_000
+    """Most parameters of all runs together; beyond it they are left out, and ``/metrics`` says how many."""
 
 
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of ``gradwatch.toml``."""
 
     limits: Limits = Limits()
-    receivers: list[Receiver] = []
+    metrics: Metrics = Metrics()
+    delivery: Delivery = Delivery()
+    receivers: list[AnyReceiver] = []
     rules: dict[str, dict[str, Any]] = {}
     """Thresholds by rule; see docs/diagnosis.md."""
 

@@ -38,6 +38,7 @@ class Writer:
         self._thread = threading.Thread(target=self._loop, name="gradwatch-writer", daemon=True)
         self.commits = 0
         self.commit_seconds = 0.0
+        self.refused = 0
         self._thread.start()
 
     @property
@@ -57,6 +58,7 @@ class Writer:
         try:
             self._waiting.put_nowait(_Piece(run_id, work, future))
         except queue.Full:
+            self.refused += 1
             detail = f"{self._waiting.maxsize} batches wait already (limits.queued_batches): send it again later"
             raise Refused(503, "Queue full", detail, retry_after_seconds=1) from None
         return future
@@ -89,8 +91,8 @@ class Writer:
         started = time.perf_counter()
         try:
             with writing(self._engine) as connection:
-                for piece in sorted(group, key=lambda piece: piece.run_id):
-                    settled.append(self._run(connection, piece.work, piece.future))
+                ordered = sorted(group, key=lambda piece: piece.run_id)
+                settled += [self._run(connection, piece.work, piece.future) for piece in ordered]
         except BaseException as error:  # whoever waits for the answer gets the reason
             for piece in group:
                 piece.future.set_exception(error)

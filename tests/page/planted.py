@@ -107,7 +107,7 @@ class Run:
         measured = gradients != wire.MISSING
         total = float(np.sqrt(np.sum(np.where(measured, gradients, 0.0).astype(np.float64) ** 2)))
         unit_ratio = np.where(measured, gradients / weights * 3.1, wire.MISSING).astype(np.float32)
-        clip_norm = 1.0
+        clip_norm = 0.3
         return wire.Sample(
             step=step,
             at=time.time(),
@@ -121,8 +121,9 @@ class Run:
             },
             scalars={
                 "global_grad_norm": wire.spell(total),
-                "lr": 0.1 * 0.5 * (1 + float(np.cos(np.pi * min(step, 1200) / 1200))),
-                "overhead_share": 0.004 + 0.001 * float(random.random()),
+                "clipped_global_grad_norm": wire.spell(min(total, clip_norm) if np.isfinite(total) else total),
+                "learning_rate": 0.1 * 0.5 * (1 + float(np.cos(np.pi * min(step, 1200) / 1200))),
+                "overhead_ratio": 0.004 + 0.001 * float(random.random()),
             },
         )
 
@@ -145,6 +146,11 @@ def _plant(step: int, names: list[str], gradients: NDArray[np.float32]) -> None:
         gradients[len(names) // 2 :] = np.nan
     if step % 4:
         gradients[names.index(MISSING_PARAMETER)] = wire.MISSING
+
+
+def dropped_batch(samples: int) -> wire.Batch:
+    """Return a batch that says only how many samples its agent had to give up."""
+    return wire.Batch(id=f"dropped-{samples}", attempt=1, dropped=wire.Dropped(samples=samples))
 
 
 _JSON = {"content-type": wire.JSON_TYPE}

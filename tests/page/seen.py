@@ -33,7 +33,7 @@ def plot(page: Page) -> Plot:
     """Return where the map's cells are, by the layout that the page's style fixes: gutter, alert lane and step axis."""
     box = page.locator(".map .over").bounding_box()
     assert box is not None
-    left = 150 if box["width"] >= 640 else 58
+    left = 150 if box["width"] >= 640 else 74
     return Plot(box["x"] + left, box["y"] + 18, box["width"] - left - 10, box["height"] - 18 - 24)
 
 

@@ -7,9 +7,10 @@ from playwright.sync_api import Page, expect
 
 from tests.page import planted, seen
 from tests.page.conftest import Filled, open_run
+from tests.processes import GradwatchServer
 
 NAMES = [parameter.name for parameter in planted.residual_net()]
-NAN, INFINITE, ZERO, BRIGHTEST = "#ff1fb4", "#ff5a1f", "#000000", "#fde725"
+NAN, INFINITE, ZERO, BRIGHTEST = "#b30000", "#ff66ff", "#000000", "#fde725"
 STEPS = 600
 
 
@@ -61,14 +62,14 @@ def test_zooms_to_one_step_and_back(page: Page, filled: Filled) -> None:
         page.keyboard.press("+")
     expect(page.locator(".range")).to_have_text(re.compile(r"step"))
     page.wait_for_function(
-        "new URLSearchParams(location.search).get('to') - new URLSearchParams(location.search).get('from') <= 2"
+        "() => new URLSearchParams(location.search).get('to') - new URLSearchParams(location.search).get('from') <= 2"
     )
     expect(page.locator(".readout")).to_contain_text("step 137")
 
     page.keyboard.press("0")
 
     expect(page.locator(".range")).to_have_text("whole run")
-    page.wait_for_function("!new URLSearchParams(location.search).has('from')")
+    page.wait_for_function("() => !new URLSearchParams(location.search).has('from')")
 
 
 def test_crosshair_says_what_is_under_it(page: Page, filled: Filled) -> None:
@@ -93,3 +94,38 @@ def test_every_view_is_an_address(page: Page, filled: Filled) -> None:
     expect(page.get_by_label("Of each cell")).to_have_value("min")
     expect(page.locator(".readout")).to_contain_text("step 137")
     assert page.url.endswith(query)
+
+
+def test_nothing_is_lost_where_samples_and_parameters_share_pixels(page: Page, server: GradwatchServer) -> None:
+    run = planted.Run("crowded", parameters=planted.residual_net(blocks=300), planted=True)
+    names = [parameter.name for parameter in run.parameters]
+    run_id = run.register(server.http)
+    run.send(server.http, run_id, range(planted.SPIKE_STEP - 30, planted.NAN_STEP + 2, 1))
+    open_run(page, f"{server.url}/runs/{run_id}")
+
+    plot = seen.plot(page)
+    drawn = seen.pixels(page, plot)
+    assert len(names) > 2 * plot.height
+
+    def around(name: str, step: int, past: int = planted.NAN_STEP + 2) -> seen.Pixels:
+        x, y = int(step / past * plot.width), int((names.index(name) + 0.5) / len(names) * plot.height)
+        return drawn[max(0, y - 3) : y + 4, max(0, x - 4) : x + 6]
+
+    assert seen.near(around(planted.SPIKE_PARAMETER, planted.SPIKE_STEP), BRIGHTEST).any()
+    assert seen.near(around(planted.INFINITE_PARAMETER, planted.INFINITE_STEP), INFINITE).any()
+    assert seen.near(around(planted.NAN_PARAMETER, planted.NAN_STEP), NAN).any()
+
+
+def test_a_single_bad_sample_of_thousands_is_seen(page: Page, server: GradwatchServer) -> None:
+    run = planted.Run("long", planted=True)
+    run_id = run.register(server.http)
+    run.send(server.http, run_id, range(planted.NAN_STEP + 1))
+    calm = planted.Run("long", seed=5)
+    calm.send(server.http, run_id, range(planted.NAN_STEP + 1, 4_000))
+    open_run(page, f"{server.url}/runs/{run_id}")
+
+    assert seen.plot(page).width < 1_000
+    whole = range(4_000)
+    spike, nan = planted.SPIKE_STEP, planted.NAN_STEP
+    assert seen.near(cell(page, planted.SPIKE_PARAMETER, range(spike - 4, spike + 5), whole), BRIGHTEST).any()
+    assert seen.near(cell(page, planted.NAN_PARAMETER, range(nan - 4, nan + 5), whole), NAN).any()

@@ -71,8 +71,8 @@ def test_new_runs_and_samples_appear_within_two_seconds(page: Page, server: Grad
 
     run.send(server.http, run_id, range(40))
 
-    expect(page.locator(".facts")).to_contain_text("39 steps", timeout=2_000)
-    page.wait_for_function("document.querySelector('main').dataset.drawn?.endsWith(' 0 60')", timeout=2_000)
+    expect(page.locator(".facts")).to_contain_text("step 39", timeout=2_000)
+    page.wait_for_function("() => document.querySelector('main').dataset.drawn?.endsWith(' 0 60')", timeout=2_000)
 
 
 def test_a_lost_connection_says_so_and_recovers(tolerant_page: Page, server: GradwatchServer) -> None:

@@ -3,7 +3,7 @@
 from typing import cast
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
 from gradwatch_server.metrics import RunCollector, ServerCollector
@@ -17,7 +17,8 @@ def show_metrics(request: Request) -> Response:
     """Expose what Prometheus scrapes: active runs from their latest samples, alerts, deliveries, the server itself."""
     services = cast("Services", request.app.state.services)
     registry = CollectorRegistry()
-    registry.register(RunCollector(services.engine))
+    registry.register(RunCollector(services.engine, services.settings.configuration.metrics))
     registry.register(ServerCollector(services))
+    ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(registry), headers={"content-type": content_type})

@@ -4,13 +4,19 @@ Every signal is free of scale: a ratio, a growth, a slope over depth. An absolut
 widths, learning rates and loss scales. docs/diagnosis.md says what each threshold means and why it has its default.
 """
 
-from gradwatch_server.diagnosis import dead, exploding, nonfinite, vanishing
+import numpy as np
+
+from gradwatch_server.diagnosis import dead, exploding, nonfinite, throttled, vanishing
 from gradwatch_server.diagnosis.finding import Blame, Finding
 from gradwatch_server.diagnosis.memory import Memory
 from gradwatch_server.diagnosis.reading import Layout, Reading
+from gradwatch_server.diagnosis.stalled import stalled
 from gradwatch_server.diagnosis.thresholds import Thresholds
 
-__all__ = ["Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine"]
+__all__ = ["RULES", "Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine", "stalled"]
+
+RULES = ("nonfinite", "exploding", "vanishing", "dead", "throttled")
+"""The rules that blame parameters."""
 
 
 def examine(layout: Layout, memory: Memory, reading: Reading, thresholds: Thresholds) -> tuple[Memory, list[Finding]]:
@@ -25,12 +31,15 @@ def examine(layout: Layout, memory: Memory, reading: Reading, thresholds: Thresh
     Returns:
         The memory with this sample in it, and one finding for each rule that holds now.
     """
-    profile = reading.profile(layout)
-    rules = (
-        nonfinite.find(layout, memory, reading, profile, thresholds.nonfinite),
-        exploding.find(layout, memory, reading, profile, thresholds.exploding),
-        vanishing.find(layout, memory, reading, profile, thresholds.vanishing),
-        dead.find(layout, memory, reading, profile, thresholds.dead),
-    )
-    findings = [finding for finding in rules if finding is not None]
-    return memory.after(reading, profile, findings), findings
+    with np.errstate(all="ignore"):
+        profile = reading.profile(layout)
+        explosion = exploding.sign(layout, memory, reading, profile, thresholds.exploding)
+        rules = (
+            nonfinite.find(layout, memory, reading, profile, thresholds.nonfinite),
+            exploding.find(layout, memory, reading, profile, thresholds.exploding, explosion),
+            vanishing.find(layout, memory, reading, profile, thresholds.vanishing),
+            dead.find(layout, memory, reading, profile, thresholds.dead),
+            throttled.find(layout, memory, reading, profile, thresholds.throttled),
+        )
+        findings = [finding for finding in rules if finding is not None]
+        return memory.after(layout, reading, profile, findings, suspect=explosion is not None), findings

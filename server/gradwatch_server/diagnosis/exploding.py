@@ -1,4 +1,4 @@
-"""Gradients or weights that grow out of proportion."""
+"""Gradients or weights that grow out of proportion while the run does not learn."""
 
 import math
 from dataclasses import dataclass
@@ -6,101 +6,260 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.memory import Memory
-from gradwatch_server.diagnosis.reading import Floats, Layout, Profile, Reading
+from gradwatch_server.diagnosis.memory import GROWTH_SAMPLES, Memory, growth
+from gradwatch_server.diagnosis.reading import TINY, Floats, Indices, Layout, Profile, Reading
 from gradwatch_server.diagnosis.thresholds import Exploding
 
-_NEGLIGIBLE_WEIGHT = 1e-2
-"""A weight matrix whose first norm is below this was initialised at or near zero: its growth says nothing."""
+_LEARNING = 0.2
+"""Share of the first loss by which it has to have come down for the run to count as learning."""
+_UNLEARNED = 0.8
+"""Share of the progress that has to be lost for the run to count as fallen back to where it began."""
+_MARGIN = 0.5
+"""Growth of the loss over its beginning, as a share, that noise does not explain."""
+_FEWEST = 3
+"""Of fewer matrices, half says nothing."""
+_GRAVE = 100.0
+"""Times both limits, in geometric mean: no noise does that."""
 
 
 @dataclass(frozen=True)
-class _Signs:
-    """The four signs of an explosion; any of them suffices."""
+class Sign:
+    """What is out of proportion at one sample."""
 
-    typical_ratio: float
-    growth_decades: float
-    global_ratio: float
-    loss_growth: float
-    weight_growth: float
+    summary: str
+    cause: str
+    worst: Indices
+    """Parameters to blame, worst first."""
+    values: Floats
+    """What they are blamed for, shape (parameters,)."""
+    limit: float
+    evidence: dict[str, float]
+    grave: bool = False
+    """So large that it needs no second sample."""
+    mild: bool = False
+    """So small that it has to last."""
+    fading: bool = False
+    """Perhaps on its way back: it has to last for long."""
 
-    def reason(self, limits: Exploding) -> str | None:
-        if self.typical_ratio > limits.ratio:
-            return f"half of the weight matrices have gradients over {self.typical_ratio:.3g} times their weights"
-        grown = self.growth_decades > limits.growth_decades and self.global_ratio > limits.growth_ratio
-        if grown:
-            return f"the gradient is 10^{self.growth_decades:.1f} times what is usual in this run"
-        if self.loss_growth > limits.loss_growth and self.growth_decades > limits.growth_decades / 2:
-            return f"the loss is {self.loss_growth:.3g} times what it was at the start, and the gradient grows with it"
-        not_learning = self.loss_growth > 0.9
-        if self.weight_growth > (limits.weight_growth if not_learning else limits.runaway_growth):
-            return f"half of the weight matrices are over {self.weight_growth:.3g} times as large as at the start"
+
+def sign(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+    """Look for a sign of an explosion; any of them suffices. Norms are before any clipping."""
+    if reading.scalars.get("clip_norm", 0.0) == math.inf:
+        return _clipped_away(layout, profile)
+    if profile.matrices.size:
+        for look in (_surging, _blowing_up, _out_of_proportion, _amplifying):
+            found = look(memory, profile, limits)
+            if found is not None:
+                return found
+    return _not_recovered(layout, memory, reading, profile)
+
+
+def find(
+    layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Exploding, found: Sign | None
+) -> Finding | None:
+    """Say what ``sign`` found; an explosion that has ended in NaN or Inf fires at once."""
+    if not limits.enabled or found is None:
         return None
-
-
-def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Finding | None:
-    """Look for gradients or weights that grow out of proportion; norms are before any clipping."""
-    if not limits.enabled or not profile.matrices.size:
-        return None
-    growth = _weight_growth(layout, memory, profile)
-    signs = _signs(memory, reading, profile, growth)
-    reason = signs.reason(limits)
-    if reason is None:
-        return None
-    worst = profile.matrices[np.argsort(-profile.ratio[profile.matrices], kind="stable")]
-    parameters, left_out = blame(layout.names, worst[: max(1, len(worst) // 2)], profile.ratio, limits.ratio)
+    overflowed = not profile.finite[profile.present].all() or not math.isfinite(reading.scalars.get("loss", 0.0))
+    parameters, left_out = blame(layout.names, found.worst, found.values, found.limit)
     return Finding(
         rule="exploding",
-        severity="critical",
+        severity=limits.severity(critical=overflowed or memory.losses.progress(profile.loss) < 0.5),
         first_step=memory.began("exploding", reading.step),
         parameters=parameters,
         left_out=left_out,
         evidence={
-            "median_ratio": signs.typical_ratio,
-            "growth_decades": signs.growth_decades,
-            "global_ratio": signs.global_ratio,
-            "loss_growth": signs.loss_growth,
-            "weight_growth": signs.weight_growth,
+            "global_grad_norm": profile.global_gradient,
+            "usual_grad_norm": 10**memory.usual_log_gradient if memory.log_gradients else math.nan,
+            "first_loss": memory.losses.reference,
+            "loss": reading.scalars.get("loss", math.nan),
+            **found.evidence,
         },
-        summary=reason[0].upper() + reason[1:],
-        cause=_cause(memory),
-        remedy="Lower the learning rate tenfold or warm it up, and clip adaptively: "
-        "gradwatch.attach(..., clip=gradwatch.AGC(0.01)).",
-        hold_samples=limits.hold_samples,
+        summary=found.summary,
+        cause=found.cause,
+        remedy=_remedy(reading),
+        hold_samples=_hold(found, limits, overflowed=overflowed),
         clear_samples=limits.clear_samples,
     )
 
 
-def _signs(memory: Memory, reading: Reading, profile: Profile, weight_growth: Floats) -> _Signs:
-    norm = profile.global_gradient
-    usual = memory.usual_log_gradient
-    grown = math.log10(norm) - usual if norm > 0 and not math.isnan(usual) else 0.0
-    loss, first = reading.scalars.get("loss", math.nan), memory.first_loss
-    loss_growth = loss / first if math.isfinite(loss) and first > 0 else 0.0
-    grown_weights = weight_growth[~np.isnan(weight_growth)]
-    return _Signs(
-        typical_ratio=float(np.median(profile.ratio[profile.matrices])),
-        growth_decades=grown,
-        global_ratio=norm / (profile.global_weight + 1e-12),
-        loss_growth=loss_growth,
-        weight_growth=float(np.median(grown_weights)) if grown_weights.size else 1.0,
+def _hold(found: Sign, limits: Exploding, *, overflowed: bool) -> int:
+    if overflowed or found.grave:
+        return 1
+    if found.fading:
+        return 3 * limits.mild_hold_samples
+    return limits.mild_hold_samples if found.mild else limits.hold_samples
+
+
+def _learning(memory: Memory, profile: Profile) -> bool:
+    """Return whether the loss, now and lately, lies clearly below where it began; False where none is known."""
+    losses = memory.losses
+    return min(losses.progress(profile.loss), losses.progress()) > _LEARNING and losses.relapse() < _UNLEARNED
+
+
+def _surging(memory: Memory, profile: Profile, limits: Exploding) -> Sign | None:
+    """The gradient is far above what is usual in this run, and the loss above where it began."""
+    if not memory.log_gradients or not profile.global_gradient > 0.0:
+        return None
+    decades = math.log10(profile.global_gradient) - memory.usual_log_gradient
+    losses = memory.losses
+    if math.isnan(profile.loss):
+        needed = limits.growth_decades_alone
+    elif losses.progress(profile.loss) < -_MARGIN or losses.relapse(profile.loss) > 1.0 + _MARGIN:
+        needed = limits.mild_growth_decades
+    else:
+        return None
+    if decades < max(needed, limits.growth_deviations * memory.spread_log_gradient):
+        return None
+    surge = _surge(memory, profile)
+    return Sign(
+        summary=f"The gradient is {10**decades:.3g} times what is usual in this run"
+        + (
+            ""
+            if math.isnan(profile.loss)
+            else f", and the loss is {profile.loss:.3g}, from {losses.reference:.3g} at the start"
+        ),
+        cause="The updates overshoot: the learning rate is too high for this network at this point, or a batch is far "
+        "out of range.",
+        worst=_largest(surge, profile),
+        values=10.0**surge,
+        limit=10**needed,
+        evidence={"growth_decades": decades},
+        mild=decades < limits.growth_decades,
     )
 
 
-def _weight_growth(layout: Layout, memory: Memory, profile: Profile) -> Floats:
-    """Return the growth of each weight matrix since the first sample; NaN where it began near zero."""
-    first = np.full(len(layout.names), np.nan)
-    if memory.first_weights is not None:
-        first[: len(memory.first_weights)] = memory.first_weights
-    usable = np.zeros(len(layout.names), np.bool_)
-    usable[profile.matrices] = True
-    usable &= np.nan_to_num(first) > _NEGLIGIBLE_WEIGHT
-    growth = np.full(len(layout.names), np.nan)
-    growth[usable] = profile.weight[usable] / first[usable]
-    return growth
+def _blowing_up(memory: Memory, profile: Profile, limits: Exploding) -> Sign | None:
+    """The weights grow many times over within a few samples, and nothing is learned."""
+    grown, each = growth(memory, profile)
+    recent = grown - min(memory.growths[-GROWTH_SAMPLES:], default=0.0)
+    if recent < math.log10(limits.weight_growth) or _learning(memory, profile):
+        return None
+    values = np.ones(len(profile.weight))
+    values[profile.matrices] = 10.0**each
+    return Sign(
+        summary=f"Half of the weight matrices have grown {10**recent:.3g} times over in a few samples, "
+        "and the loss has not come down",
+        cause="Each update is about as large as the weights themselves: the learning rate is too high, or a weight "
+        "decay has the wrong sign.",
+        worst=_largest(values, profile),
+        values=values,
+        limit=limits.weight_growth,
+        evidence={"weight_growth": 10**recent},
+    )
 
 
-def _cause(memory: Memory) -> str:
-    if memory.samples <= 3:
-        return "The gradients are out of proportion from the first steps: the initialisation or the learning rate."
-    return "The updates overshoot: the learning rate is too high for this network at this point, or a batch is off."
+def _out_of_proportion(memory: Memory, profile: Profile, limits: Exploding) -> Sign | None:
+    """Before anything is learned, gradients are large both against the weights and in what they do to the loss.
+
+    The ratio alone is large where the loss is a sum; the leverage alone where the loss is nearly zero.
+    """
+    ratio, leverage = profile.typical(profile.ratio), profile.typical(profile.leverage)
+    if (
+        len(profile.matrices) < _FEWEST
+        or math.isnan(leverage)
+        or memory.losses.progress(profile.loss) > 0.5
+        or memory.losses.progress() > 0.5
+    ):
+        return None
+    if ratio < limits.ratio or leverage < limits.leverage:
+        return None
+    return Sign(
+        summary=f"Half of the weight matrices have gradients over {ratio:.3g} times their weights, and nothing is "
+        "learned yet",
+        cause="Signals grow from layer to layer: the initial weights, or the inputs, are too large.",
+        worst=_largest(profile.ratio, profile),
+        values=profile.ratio,
+        limit=limits.ratio,
+        evidence={"median_ratio": ratio, "median_leverage": leverage},
+        grave=ratio / limits.ratio * leverage / limits.leverage > _GRAVE**2,
+    )
+
+
+def _amplifying(memory: Memory, profile: Profile, limits: Exploding) -> Sign | None:
+    """The gradient grows from the last layers to the first, and nothing is learned."""
+    members = profile.matrices
+    third = len(members) // 3
+    if third < 2 or _learning(memory, profile) or not profile.typical(profile.leverage) > limits.leverage:
+        return None
+    decades = math.inf
+    for measure in (profile.rms, profile.ratio):
+        logs = np.log10(np.maximum(measure[members], TINY))
+        decades = min(decades, float(np.median(logs[:third]) - np.median(logs[-third:])))
+    if decades < limits.amplification_decades:
+        return None
+    return Sign(
+        summary=f"The gradient grows by a factor of 10^{decades:.1f} from the last layers to the first",
+        cause=f"Each layer amplifies the gradient about {10 ** (decades / max(1, len(members) - third)):.2g} times: "
+        "the initial weights are too large.",
+        worst=_largest(profile.ratio, profile),
+        values=profile.ratio,
+        limit=10**limits.amplification_decades * float(np.median(profile.ratio[members[-third:]])),
+        evidence={"amplification_decades": decades, "median_leverage": profile.typical(profile.leverage)},
+    )
+
+
+def _clipped_away(layout: Layout, profile: Profile) -> Sign:
+    """The norm that clipping saw is infinite: what it left behind is nothing."""
+    matrices = layout.order[(layout.matrix & layout.trainable & profile.present)[layout.order]]
+    return Sign(
+        summary="The gradient's norm overflowed before clipping, which then scaled the gradient to zero",
+        cause="Signals grow from layer to layer until they overflow: the initial weights, the inputs or the learning "
+        "rate are far too large.",
+        worst=matrices,
+        values=np.full(len(layout.names), math.inf),
+        limit=math.inf,
+        evidence={"clip_norm": math.inf},
+        grave=True,
+    )
+
+
+def _not_recovered(layout: Layout, memory: Memory, reading: Reading, profile: Profile) -> Sign | None:
+    """There was a sign, and the loss has been as bad as at the beginning, or not finite, ever since."""
+    if memory.suspect_since is None:
+        return None
+    loss = reading.scalars.get("loss")
+    overflowed = not profile.finite[profile.present].all()
+    lost = overflowed
+    if loss is not None:
+        losses = memory.losses
+        lost |= not math.isfinite(loss) or losses.progress(loss) < -_MARGIN or losses.relapse(loss) > _UNLEARNED
+    if not lost:
+        return None
+    values = np.nan_to_num(profile.ratio, nan=math.inf if overflowed else 0.0)
+    matrices = layout.order[(layout.matrix & layout.trainable & profile.present)[layout.order]]
+    return Sign(
+        summary=f"The run has not recovered from the explosion of step {memory.suspect_since}",
+        cause="The weights are far from where they learned: the learning rate was too high, or a batch out of range.",
+        worst=matrices[np.argsort(-values[matrices], kind="stable")],
+        values=values,
+        limit=1.0,
+        evidence={"explosion_step": float(memory.suspect_since)},
+        mild=True,
+        fading=not overflowed and memory.losses.progress(loss) > -_MARGIN,
+    )
+
+
+def _surge(memory: Memory, profile: Profile) -> Floats:
+    """Return by how many decades each gradient exceeds its own usual size; 0 where nothing is known."""
+    if memory.log_usual is None:
+        return np.zeros(len(profile.gradient))
+    usual = np.full(len(profile.gradient), np.nan)
+    usual[: len(memory.log_usual)] = memory.log_usual
+    surge: Floats = np.nan_to_num(np.log10(np.maximum(profile.gradient, TINY)) - usual, nan=0.0, posinf=40.0)
+    return surge
+
+
+def _largest(values: Floats, profile: Profile) -> Indices:
+    """Return the weight matrices with the larger half of the values, largest first."""
+    order = profile.matrices[np.argsort(-np.nan_to_num(values[profile.matrices]), kind="stable")]
+    return order[: max(1, (len(order) + 1) // 2)]
+
+
+def _remedy(reading: Reading) -> str:
+    rate = reading.scalars.get("learning_rate")
+    lower = f"Lower the learning rate from {rate:.3g} to {rate / 10:.3g}" if rate else "Lower the learning rate tenfold"
+    return (
+        f"{lower} or warm it up, initialise with torch.nn.init.kaiming_normal_ or add normalisation, and clip "
+        "adaptively: gradwatch.attach(..., clip=gradwatch.AGC(0.01))."
+    )

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from gradwatch_server.diagnosis.reading import Floats, Indices
 
 MOST_BLAMED = 20
 
@@ -40,9 +39,7 @@ class Finding:
     """Samples in a row without it that resolve it."""
 
 
-def blame(
-    names: list[str], chosen: NDArray[np.intp], values: NDArray[np.floating], limit: float
-) -> tuple[list[Blame], int]:
+def blame(names: list[str], chosen: Indices, values: Floats, limit: float) -> tuple[list[Blame], int]:
     """Return the first 20 of the chosen parameters, which stand worst first, and how many are left out."""
     listed = [Blame(names[index], float(values[index]), limit) for index in chosen[:MOST_BLAMED]]
     return listed, max(0, len(chosen) - MOST_BLAMED)

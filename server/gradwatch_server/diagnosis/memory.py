@@ -2,35 +2,121 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Self
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch_server.diagnosis.finding import Finding
-from gradwatch_server.diagnosis.reading import Floats, Profile, Reading
+from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading
+
+VERSION: Final = 1
+"""Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
 
 HISTORY_SAMPLES = 64
-FIRST_SAMPLES = 5
+FIRST_SAMPLES = 8
+RECENT_SAMPLES = 5
+GROWTH_SAMPLES = 16
+_SPREAD_OF_MAD = 1.4826
+"""Standard deviations in a median absolute deviation of normal noise."""
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """How the loss has gone, and so whether the run learns."""
+
+    first: tuple[float, ...] = ()
+    recent: tuple[float, ...] = ()
+    """The last few, Inf where one was not finite."""
+    lowest: float = math.inf
+    """Least median of a few in a row."""
+
+    @property
+    def reference(self) -> float:
+        """Where the loss began; the first value alone where later ones are higher: a divergence lifts its median."""
+        return min(self.first[0], float(np.median(self.first))) if self.first else math.nan
+
+    @property
+    def now(self) -> float:
+        """Median of the last few."""
+        return float(np.median(self.recent)) if self.recent else math.nan
+
+    @property
+    def scale(self) -> float:
+        """What a change of the loss is measured by."""
+        return max(abs(self.reference), 1e-12)
+
+    def progress(self, loss: float | None = None) -> float:
+        """Return how far the loss has come down, as a share of where it began: 1 is all the way to zero.
+
+        Negative where it rose; NaN where no loss is known.
+        """
+        loss = self.now if loss is None else loss
+        return (self.reference - loss) / self.scale if self.first else math.nan
+
+    def relapse(self, loss: float | None = None) -> float:
+        """Return the share of the progress made so far that is lost again; 0 where there was next to none."""
+        loss = self.now if loss is None else loss
+        made = self.reference - self.lowest
+        if not self.first or not made > 0.1 * self.scale:
+            return 0.0
+        return (loss - self.lowest) / made
+
+    def after(self, loss: float) -> "Losses":
+        """Return the losses with one more."""
+        if math.isnan(loss):
+            return self
+        recent = (*self.recent, loss)[-RECENT_SAMPLES:]
+        now = float(np.median(recent))
+        return Losses(
+            first=(*self.first, loss) if len(self.first) < FIRST_SAMPLES and math.isfinite(loss) else self.first,
+            recent=recent,
+            lowest=min(self.lowest, now) if len(recent) >= 3 else self.lowest,
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """A run's own history.
-
-    ``log_gradients`` holds log10 of the global gradient norm of up to 64 samples at which nothing exploded, so that an
-    explosion does not become its own yardstick.
-    """
+    """A run's own history."""
 
     samples: int = 0
+    losses: Losses = Losses()
     log_gradients: tuple[float, ...] = ()
-    first_losses: tuple[float, ...] = ()
-    lowest_loss: float = math.inf
-    loss: float = math.nan
+    """log10 of the global gradient norm of up to 64 samples at which nothing exploded: an explosion does not become its
+    own yardstick."""
+    first_log_gradients: tuple[float, ...] = ()
+    growths: tuple[float, ...] = ()
+    """log10 of the typical growth of the weight matrices since the first sample, at the last few samples."""
+    best_leverage: float = 0.0
+    """The largest leverage that any weight matrix has had."""
+    best_typical_leverage: float = 0.0
+    """The largest leverage that half of the weight matrices have had."""
+    suspect_since: int | None = None
+    """Step of the first sign of an explosion that has not been taken back since."""
     first_weights: Floats | None = None
     """Weight norms at the first sample, shape (parameters,)."""
-    zero_samples: NDArray[np.int64] | None = None
-    """For each parameter, samples in a row at which its gradient was exactly zero, shape (parameters,)."""
+    log_usual: Floats | None = None
+    """Smoothed log10 of each gradient, shape (parameters,); NaN where there was none yet."""
+    quiet: Counts | None = None
+    """For each parameter, samples in a row without any gradient while others had one, shape (parameters,)."""
+    longest_quiet: Counts | None = None
+    """The longest such time that has ended, shape (parameters,)."""
+    ever: Flags | None = None
+    """True where there was a gradient other than zero at some sample, shape (parameters,)."""
+    idle: Counts | None = None
+    """For each parameter, samples in a row at which nearly all of its units had a zero gradient."""
+    weights: Floats | None = None
+    """Weight norms at the last sample."""
+    clipped_samples: int = 0
+    """Samples in a row at which nearly everything was clipped."""
+    unclipped_samples: int = 0
+    """Samples in a row at which clipping was on and did nothing."""
+    origin: tuple[int, ...] = ()
+    """Indices of the parameters that went bad first, in order of blame, while anything is not finite."""
     since: tuple[tuple[str, int], ...] = ()
     """The step at which each rule that holds began to hold."""
 
@@ -39,42 +125,175 @@ class Memory:
         return dict(self.since).get(rule, step)
 
     @property
-    def first_loss(self) -> float:
-        """Median of the first losses; NaN where none is known."""
-        return float(np.median(self.first_losses)) if self.first_losses else math.nan
+    def usual_log_gradient(self) -> float:
+        """The larger of what is usual now and what was usual at the start; NaN without history."""
+        if not self.log_gradients:
+            return math.nan
+        return max(float(np.median(self.log_gradients)), float(np.median(self.first_log_gradients)))
 
     @property
-    def usual_log_gradient(self) -> float:
-        """Median of log10 of the global gradient norm; NaN without history."""
-        return float(np.median(self.log_gradients)) if self.log_gradients else math.nan
+    def spread_log_gradient(self) -> float:
+        """Robust standard deviation of log10 of the global gradient norm."""
+        if len(self.log_gradients) < RECENT_SAMPLES:
+            return 0.0
+        history = np.array(self.log_gradients)
+        return _SPREAD_OF_MAD * float(np.median(np.abs(history - np.median(history))))
 
-    def zeros(self, profile: Profile) -> NDArray[np.int64]:
-        """Return how many samples in a row, this one included, each gradient was exactly zero."""
-        before = np.zeros(len(profile.gradient), np.int64)
-        if self.zero_samples is not None:
-            before[: len(self.zero_samples)] = self.zero_samples
-        zero = profile.present & (profile.gradient == 0.0)
-        return np.where(zero, before + 1, np.where(profile.present, 0, before))
+    def counts(self, name: str, size: int) -> Counts:
+        """Return one of the counters, grown to ``size``: a run may append parameters."""
+        return grown(getattr(self, name), size, 0)
 
-    def after(self, reading: Reading, profile: Profile, findings: Sequence[Finding]) -> "Memory":
-        """Return the memory with one more sample in it."""
-        loss = reading.scalars.get("loss", math.nan)
-        first_losses = self.first_losses
-        if math.isfinite(loss) and len(first_losses) < FIRST_SAMPLES:
-            first_losses = (*first_losses, loss)
-        rules = {finding.rule for finding in findings}
-        history = self.log_gradients
-        norm = profile.global_gradient
-        if norm > 0.0 and math.isfinite(norm) and not rules & {"exploding", "nonfinite"}:
-            history = (*history, math.log10(norm))[-HISTORY_SAMPLES:]
+    def after(
+        self, layout: Layout, reading: Reading, profile: Profile, findings: Sequence[Finding], *, suspect: bool
+    ) -> "Memory":
+        """Return the memory with one more sample in it.
+
+        Args:
+            layout: the run's parameters.
+            reading: the sample.
+            profile: what the rules share of it.
+            findings: what they found.
+            suspect: whether there is a sign of an explosion at this sample.
+        """
+        calm = not suspect and profile.global_gradient > 0.0 and bool(profile.finite[profile.present].all())
+        log_gradient = (math.log10(profile.global_gradient),) if calm else ()
+        loss = reading.scalars.get("loss")
+        first = grown(self.first_weights, len(layout.names), np.nan)
+        leverage = profile.leverage[profile.matrices]
+        typical = profile.typical(profile.leverage)
         return replace(
             self,
+            **self._quiet_after(layout, reading, profile),
             samples=self.samples + 1,
-            log_gradients=history,
-            first_losses=first_losses,
-            lowest_loss=min(self.lowest_loss, loss) if math.isfinite(loss) else self.lowest_loss,
-            loss=loss,
-            first_weights=profile.weight if self.first_weights is None else self.first_weights,
-            zero_samples=self.zeros(profile),
+            losses=self.losses.after(math.nan if loss is None else loss if math.isfinite(loss) else math.inf),
+            log_gradients=(self.log_gradients + log_gradient)[-HISTORY_SAMPLES:],
+            first_log_gradients=(self.first_log_gradients + log_gradient)[:FIRST_SAMPLES],
+            growths=(*self.growths, growth(self, profile)[0])[-GROWTH_SAMPLES:],
+            best_leverage=max(self.best_leverage, float(np.nanmax(leverage, initial=0.0))),
+            best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),
+            suspect_since=(reading.step if self.suspect_since is None else self.suspect_since) if suspect else None,
+            first_weights=np.where(np.isnan(first), profile.weight, first),
+            weights=profile.weight,
+            log_usual=_smoothed(self.log_usual, profile),
+            origin=self._origin(layout, findings),
             since=tuple((finding.rule, self.began(finding.rule, reading.step)) for finding in findings),
         )
+
+    def _quiet_after(self, layout: Layout, reading: Reading, profile: Profile) -> dict[str, Any]:
+        size = len(layout.names)
+        quiet, longest, idle = quiet_times(self, layout, reading, profile)
+        ever = grown(self.ever, size, False)
+        share = reading.vector("clipped_unit_share", size)[profile.matrices]
+        return {
+            "quiet": quiet,
+            "longest_quiet": longest,
+            "ever": ever | (profile.present & (profile.gradient != 0.0)),
+            "idle": idle,
+            "clipped_samples": self.clipped_samples + 1 if share.size and np.median(share) >= 0.95 else 0,
+            "unclipped_samples": self.unclipped_samples + 1 if share.size and (share == 0.0).all() else 0,
+        }
+
+    def _origin(self, layout: Layout, findings: Sequence[Finding]) -> tuple[int, ...]:
+        """Keep who went bad first: one step later everything is."""
+        for finding in findings:
+            if finding.rule == "nonfinite":
+                index = {name: position for position, name in enumerate(layout.names)}
+                return tuple(index[blamed.name] for blamed in finding.parameters)
+        return ()
+
+    def to_bytes(self) -> bytes:
+        """Return the memory as bytes that ``from_bytes`` reads."""
+        content = {entry.name: _packed(getattr(self, entry.name)) for entry in fields(self)}
+        return msgspec.msgpack.encode({"version": VERSION, **content})
+
+    @classmethod
+    def from_bytes(cls, body: bytes) -> Self:
+        """Return the memory that ``to_bytes`` wrote.
+
+        Raises:
+            ValueError: it was written by another version; replay the stored samples instead.
+        """
+        content = msgspec.msgpack.decode(body)
+        version = content.pop("version", None)
+        if version != VERSION:
+            raise ValueError(f"memory of version {version}, not {VERSION}: replay the run's samples")
+        losses = content.pop("losses")
+        unpacked = {name: _unpacked(value) for name, value in content.items()}
+        return cls(losses=Losses(tuple(losses[0]), tuple(losses[1]), losses[2]), **unpacked)
+
+
+def grown(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[Any]:
+    """Return a remembered vector, lengthened by ``value`` to ``size``."""
+    if vector is not None and len(vector) == size:
+        return vector
+    known = np.zeros(0, type(value)) if vector is None else vector
+    return np.concatenate([known, np.full(size - len(known), value, known.dtype)])
+
+
+def growth(memory: Memory, profile: Profile) -> tuple[float, Floats]:
+    """Return log10 of the growth of the weight matrices since the first sample: the median, and of each.
+
+    A matrix counts as at least a hundredth when it began: the growth of one that began at zero says nothing.
+    """
+    members = profile.matrices
+    if not members.size or memory.first_weights is None:
+        return 0.0, np.zeros(len(members))
+    first = grown(memory.first_weights, len(profile.weight), np.nan)[members]
+    began = np.maximum(np.where(np.isnan(first), profile.weight[members], first), TINY)
+    grew = np.log10(np.maximum(profile.weight[members], TINY) / began)
+    grew[began < 10 * EPS] = 0.0
+    return float(np.median(grew)), grew
+
+
+def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profile) -> tuple[Counts, Counts, Counts]:
+    """Return, this sample included, each parameter's quiet time, its longest that has ended, and its idle time.
+
+    A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this
+    sample but whose weight changed since the last: it steps, only not at the sampled steps.
+    """
+    size = len(layout.names)
+    quiet, longest = memory.counts("quiet", size), memory.counts("longest_quiet", size)
+    idle = memory.counts("idle", size)
+    alive = profile.present & (profile.gradient != 0.0)
+    if not alive.any():
+        return quiet, longest, idle
+    before = grown(memory.weights, size, np.nan)
+    steps = ~profile.present & (np.abs(profile.weight - before) > 1e-6 * before)
+    loud = alive | steps
+    longest = np.where(loud, np.maximum(longest, quiet), longest)
+    quiet = np.where(loud, 0, quiet + 1)
+    share = reading.vector("zero_unit_share", size)
+    idle = np.where(alive, np.where(share >= IDLE_SHARE, idle + 1, 0), idle)
+    return quiet, longest, idle
+
+
+IDLE_SHARE = 0.95
+"""Share of a parameter's units without a gradient from which it counts as idle."""
+
+
+def _smoothed(usual: Floats | None, profile: Profile) -> Floats:
+    """Return the smoothed log gradient of each parameter with this sample in it: a tenth of the way."""
+    known = profile.finite & (profile.gradient > 0.0)
+    now = np.log10(np.where(known, profile.gradient, 1.0))
+    before = grown(usual, len(now), np.nan)
+    fresh = np.where(np.isnan(before), now, 0.9 * before + 0.1 * now)
+    return np.where(known, fresh, before)
+
+
+_KINDS: Final[dict[str, type[Any]]] = {"f": np.float64, "i": np.int64, "b": np.bool_}
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, Losses):
+        return [value.first, value.recent, value.lowest]
+    if isinstance(value, np.ndarray):
+        return {"kind": value.dtype.kind, "data": value.tobytes()}
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return np.frombuffer(value["data"], _KINDS[value["kind"]])
+    if isinstance(value, list):
+        return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
+    return value

@@ -1,5 +1,6 @@
 """One sample as the rules see it, over the run's parameters as arrays."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -11,33 +12,58 @@ from gradwatch.wire import MISSING, Event, Parameter, Statistic, Vector
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Indices = NDArray[np.intp]
 
 EPS = 1e-3
 """The eps of ``ratio = grad_norm / (weight_norm + eps)``."""
+TINY = 1e-45
+"""The smallest positive float32: stands for zero on a logarithmic scale."""
+_LOOKUPS = ("Embedding", "EmbeddingBag")
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The parameters of a run, in the order of its vectors."""
+    """The parameters of a run, in the order of its vectors; all arrays of shape (parameters,)."""
 
     names: list[str]
     depth: NDArray[np.int64]
+    order: Indices
+    """Indices from input to output."""
     elements: Floats
+    units: Floats
     matrix: Flags
-    """Weights of two or more dimensions: where signals are multiplied from layer to layer."""
+    """Weights with two or more dimensions above 1: where signals are multiplied from layer to layer."""
+    lookup: Flags
+    """Embeddings: each row is used by few inputs, so that most rows have no gradient at any step."""
     trainable: Flags
+    owners: NDArray[np.int64]
+    """Number of the module that owns each parameter: equal for a weight and its bias."""
 
     @classmethod
     def of(cls, parameters: Sequence[Parameter]) -> Self:
         """Return the layout of a registered run."""
-        depth = [index if entry.depth is None else entry.depth for index, entry in enumerate(parameters)]
+        depth = np.array(
+            [index if entry.depth is None else entry.depth for index, entry in enumerate(parameters)], np.int64
+        )
+        modules: dict[str, int] = {}
+        owners = [modules.setdefault(_owner(entry.name), len(modules)) for entry in parameters]
         return cls(
             names=[entry.name for entry in parameters],
-            depth=np.array(depth, np.int64),
-            elements=np.array([float(np.prod(entry.shape, dtype=np.float64)) for entry in parameters]),
-            matrix=np.array([len(entry.shape) >= 2 for entry in parameters], np.bool_),
+            depth=depth,
+            order=np.argsort(depth, kind="stable"),
+            elements=np.array([float(math.prod(entry.shape)) for entry in parameters]),
+            units=np.array([float(entry.units) for entry in parameters]),
+            matrix=np.array([sum(size > 1 for size in entry.shape) >= 2 for entry in parameters], np.bool_),
+            lookup=np.array([entry.kind in _LOOKUPS for entry in parameters], np.bool_),
             trainable=np.array([entry.trainable for entry in parameters], np.bool_),
+            owners=np.array(owners, np.int64),
         )
+
+
+def _owner(name: str) -> str:
+    """Return the module of a parameter; layers and directions of one recurrent module are modules of their own."""
+    path, _, own = name.rpartition(".")
+    return f"{path}.{own.partition('_l')[2]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,21 +80,30 @@ class Profile:
     """``gradient / (weight + EPS)``; NaN where the gradient is missing or not finite."""
     rms: Floats
     """``gradient / sqrt(elements)``; likewise."""
-    matrices: NDArray[np.intp]
-    """Indices of weight matrices with a finite gradient, from input to output."""
-    vectors: NDArray[np.intp]
-    """Indices of biases and gains with a finite gradient, from input to output."""
+    leverage: Floats
+    """``gradient * weight / |loss|``: by how many times its relative change a parameter changes the loss, relatively.
 
-    @property
-    def global_gradient(self) -> float:
-        """L2 norm over all finite gradients."""
-        return float(np.sqrt(np.square(self.gradient[self.finite]).sum()))
+    Free of every scale (of the loss, of the weights); NaN where no loss is known. The weight counts as at least a
+    tenth of an orthonormal matrix's norm, so that matrices that start at zero are not taken for useless.
+    """
+    matrices: Indices
+    """Indices of weight matrices, embeddings apart, with a finite gradient, from input to output."""
+    vectors: Indices
+    """Indices of biases and gains with a finite gradient, from input to output."""
+    loss: float
+    """NaN where it is not known or not finite."""
+    global_gradient: float
+    """L2 norm over all finite gradients, before any clipping."""
 
     @property
     def global_weight(self) -> float:
         """L2 norm over the weights of the parameters with a finite gradient."""
         weights = self.weight[self.finite]
         return float(np.sqrt(np.square(weights[np.isfinite(weights)]).sum()))
+
+    def typical(self, values: Floats) -> float:
+        """Return the median of ``values`` over the weight matrices; NaN where there is none."""
+        return float(np.median(values[self.matrices])) if self.matrices.size else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,11 +132,24 @@ class Reading:
         gradient, weight = self.vector("grad_norm", size), self.vector("weight_norm", size)
         present = gradient != MISSING
         finite = present & np.isfinite(gradient)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratio = np.where(finite, gradient / (np.maximum(weight, 0.0) + EPS), np.nan)
-            rms = np.where(finite, gradient / np.sqrt(np.maximum(layout.elements, 1.0)), np.nan)
-        order = np.argsort(layout.depth, kind="stable")
+        loss = self.scalars.get("loss", math.nan)
+        loss = loss if math.isfinite(loss) else math.nan
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            known = np.where(finite, gradient, np.nan)
+            ratio = known / (np.maximum(weight, 0.0) + EPS)
+            rms = known / np.sqrt(np.maximum(layout.elements, 1.0))
+            leverage = known * np.maximum(weight, 0.1 * np.sqrt(layout.units)) / max(abs(loss), 1e-30)
         usable = finite & np.isfinite(weight) & layout.trainable & (layout.elements > 0)
-        matrices = order[(usable & layout.matrix)[order]]
-        vectors = order[(usable & ~layout.matrix)[order]]
-        return Profile(gradient, weight, present, finite, ratio, rms, matrices, vectors)
+        return Profile(
+            gradient=gradient,
+            weight=weight,
+            present=present,
+            finite=finite,
+            ratio=ratio,
+            rms=rms,
+            leverage=leverage if not math.isnan(loss) else np.full(size, np.nan),
+            matrices=layout.order[(usable & layout.matrix & ~layout.lookup)[layout.order]],
+            vectors=layout.order[(usable & ~layout.matrix)[layout.order]],
+            loss=loss,
+            global_gradient=float(np.sqrt(np.square(gradient[finite]).sum())),
+        )

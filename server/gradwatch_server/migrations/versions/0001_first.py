@@ -222,6 +222,7 @@ def upgrade() -> None:
         sa.Column("leased_until", sa.Double(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("delivered_at", sa.Double(), nullable=True),
+        sa.Column("error", sa.Text(), server_default="", nullable=False, comment="what the last attempt failed on"),
         sa.ForeignKeyConstraint(["alert"], ["alerts.id"], name=op.f("fk_deliveries_alert_alerts"), ondelete="CASCADE"),
         sa.ForeignKeyConstraint(
             ["transition"], ["transitions.id"], name=op.f("fk_deliveries_transition_transitions"), ondelete="CASCADE"
@@ -232,7 +233,17 @@ def upgrade() -> None:
         batch_op.create_index(
             batch_op.f("ix_deliveries_alert_receiver_number"), ["alert", "receiver", "number"], unique=False
         )
-        batch_op.create_index(batch_op.f("ix_deliveries_state_due_at"), ["state", "due_at"], unique=False)
+        batch_op.create_index(
+            batch_op.f("ix_deliveries_receiver_state_due_at"), ["receiver", "state", "due_at"], unique=False
+        )
+
+    op.create_table(
+        "disabled_receivers",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("at", sa.Double(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_disabled_receivers")),
+    )
 
     op.create_table(
         "attempts",

@@ -32,16 +32,20 @@ export async function alertsView(main, live) {
   return { close: kept(live, load) };
 }
 
-/** One alert in a list, a link to it on its run's map. @param {Alert} alert @param {string} [run] */
-export function item(alert, run) {
+/** Whether an alert still held when it ended: the run ended first. @param {Alert} alert */
+export const heldToTheEnd = (alert) => alert.state === "resolved" && (alert.resolution ?? "").startsWith("the run has ended");
+
+/** One alert in a list, a link to it on its run's map. @param {Alert} alert @param {string} [run] @param {boolean} [current] */
+export function item(alert, run, current = false) {
+  const over = alert.state === "resolved" && !heldToTheEnd(alert);
   const steps = alert.resolved_step === null ? `since step ${count(alert.first_step)}` : `steps ${count(alert.first_step)} to ${count(alert.resolved_step)}`;
   return el(
     "li",
-    { class: `alert ${alert.severity} ${alert.state}` },
+    { class: `alert ${alert.severity} ${heldToTheEnd(alert) ? "held" : alert.state}` },
     el(
       "a",
-      { href: `/runs/${alert.run}?alert=${alert.id}` },
-      el("span", { class: "row" }, el("span", { class: `chip ${alert.state === "resolved" ? "" : alert.severity}` }, alert.rule), el("span", { class: "soft" }, `${alert.state} · ${steps}`), el("time", { class: "soft", title: moment(alert.first_at) }, ago(alert.first_at))),
+      { href: `/runs/${alert.run}?alert=${alert.id}`, "aria-current": current && "true" },
+      el("span", { class: "row" }, el("span", { class: `chip ${over ? "" : alert.severity}` }, alert.rule), el("span", { class: "soft" }, `${heldToTheEnd(alert) ? "held to the end" : alert.state} · ${steps}`), el("time", { class: "soft", title: moment(alert.first_at) }, ago(alert.first_at))),
       el("span", { class: "summary" }, alert.summary),
       run && el("span", { class: "soft" }, run),
     ),
@@ -55,5 +59,5 @@ export function blamed(alert, choose) {
   );
   const more = alert.parameters_left_out ? el("p", { class: "soft" }, `and ${count(alert.parameters_left_out)} more`) : null;
   const head = el("thead", null, el("tr", null, ["Parameter", "Value", "Limit"].map((name) => el("th", { scope: "col" }, name))));
-  return rows.length ? [el("div", { class: "scroll" }, el("table", { class: "blamed" }, head, el("tbody", null, rows))), more] : [];
+  return rows.length ? [el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Blamed parameters" }, el("table", { class: "blamed" }, head, el("tbody", null, rows))), more] : [];
 }

@@ -69,3 +69,21 @@ export const tile = async (runId, query, signal) => (await ask(`${at(runId)}/til
 
 /** A number as the server spells it. @param {Measured | undefined} spelled @returns {number | null} */
 export const number = (spelled) => (spelled === null || spelled === undefined ? null : Number(spelled));
+
+/**
+ * @typedef {{id: string, receiver: string, transition: string, step: number, state: string, created_at: number,
+ *   due_at: number, delivered_at: number | null,
+ *   attempts: {number: number, at: number, seconds: number, status: number | null, error: string}[]}} Delivery
+ * @typedef {{name: string, host: string, signed: boolean, configured: boolean, due: number, delivered: number,
+ *   dead: number, last_delivered_at: number | null, last_error: string | null, last_error_at: number | null}} ReceiverHealth
+ * @typedef {{version: string, ready: boolean, database: string, runs: number, parameters: number, samples: number,
+ *   stored_batches: number, duplicate_batches: number, stored_values: number, queued_batches: number,
+ *   queue_capacity: number, commits: number, mean_commit_seconds: number | null, dropped: Record<string, number>,
+ *   receivers: ReceiverHealth[]}} Overview
+ */
+
+/** @param {string} alertId @returns {Promise<Delivery[]>} */
+export const deliveries = async (alertId) => (await ask(`/api/v1/alerts/${encodeURIComponent(alertId)}/deliveries`)).json();
+
+/** @returns {Promise<Overview>} */
+export const server = async () => (await ask("/api/v1/server")).json();

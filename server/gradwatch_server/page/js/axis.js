@@ -9,7 +9,7 @@ export const AXIS = 24; // the step axis below it
 
 /** The plot's edges: every part of a run's page has the same, so that steps line up. @param {number} width @returns {Frame} */
 export function frame(width) {
-  return { left: width >= 640 ? 150 : 58, right: 10, width };
+  return { left: width >= 640 ? 150 : 74, right: 10, width };
 }
 
 /** @param {Frame} box @param {{from: number, to: number}} range @param {number} step */

@@ -15,8 +15,8 @@ export const NOT_A_NUMBER = INFINITE + 1;
 /** For buckets without a sample at all. */
 export const NOTHING = 0xffff;
 
-/** Colours of the states, as CSS. Missing is striped grey, from the theme. */
-export const STATES = { zero: "#000000", infinite: "#ff5a1f", notANumber: "#ff1fb4" };
+/** Colours of the states, as CSS: apart from viridis and from each other for every kind of colour vision. Missing is striped grey, from the theme. */
+export const STATES = { zero: "#000000", infinite: "#ff66ff", notANumber: "#b30000" };
 
 /** @param {number} share 0 to 1 @returns {[number, number, number]} */
 export function viridis(share) {

@@ -55,7 +55,7 @@ export function controls(view) {
       button("▶", "Later steps", () => view.pan(0.5)),
       button("+", "Zoom in", () => view.zoom(0.5, centre())),
       button("−", "Zoom out", () => view.zoom(2, centre())),
-      button("All", "Show the whole run", () => view.all()),
+      button("All", "All steps", () => view.all()),
     ),
   );
 }

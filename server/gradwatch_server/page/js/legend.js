@@ -6,9 +6,9 @@ import { power } from "./format.js";
 
 const WIDTH = 180;
 
-/** @returns {{element: HTMLElement, show: (scale: {low: number, high: number}, cell: string) => void}} */
+/** @returns {{element: HTMLElement, show: (scale: {low: number, high: number}) => void}} */
 export function legend() {
-  const bar = el("canvas", { class: "bar", "aria-hidden": "true" });
+  const bar = el("canvas", { class: "ramp-bar", "aria-hidden": "true" });
   const [low, middle, high] = [el("span"), el("span"), el("span")];
   const states = [
     ["zero", "zero"],

@@ -3,10 +3,12 @@
 import * as address from "./address.js";
 import { alertsView } from "./alerts.js";
 import * as api from "./api.js";
+import { compared, compareView } from "./compare.js";
 import { el, fill } from "./dom.js";
 import { Live } from "./live.js";
 import { runView } from "./run.js";
 import { runsView } from "./runs.js";
+import { serverView } from "./server.js";
 
 /** @typedef {{close: () => void, arrive?: () => void}} Shown a view; `arrive`: its query has changed */
 
@@ -22,7 +24,8 @@ async function open(path) {
   const run = /^\/runs\/([^/]+)$/.exec(path);
   if (run) return runView(main, decodeURIComponent(run[1]), live);
   if (path === "/alerts") return alertsView(main, live);
-  return runsView(main, live);
+  if (path === "/server") return serverView(main, live);
+  return compared().length ? compareView(main, compared(), live) : runsView(main, live);
 }
 
 async function show() {

@@ -1,11 +1,13 @@
 // The layer x step map: depth downwards, steps to the right, colour is the value.
 
+import { heldToTheEnd } from "./alerts.js";
 import { AXIS, drawAxis, frame, LANE, toX } from "./axis.js";
 import { parsed } from "./colours.js";
 import { el, fitted, onceAFrame, themed } from "./dom.js";
+import { listen } from "./keys.js";
 import { drawLabels } from "./labels.js";
-import { steer } from "./steer.js";
 import { ranked, rasterise } from "./raster.js";
+import { steer } from "./steer.js";
 
 /** @typedef {import("./tile.js").Tile} Tile */
 /** @typedef {import("./view.js").View} View */
@@ -15,9 +17,10 @@ import { ranked, rasterise } from "./raster.js";
 const FONT = "12px system-ui, sans-serif";
 
 export class LayerMap {
-  /** @param {View} view */
-  constructor(view) {
+  /** @param {View} view @param {number} [least] height of the cells, at least */
+  constructor(view, least = 220) {
     this.view = view;
+    this.least = least;
     /** @type {Tile | null} */
     this.tile = null;
     /** @type {import("./raster.js").Ranked | null} */
@@ -42,7 +45,18 @@ export class LayerMap {
     new ResizeObserver(([entry]) => this.resized(entry.contentRect.width)).observe(this.box);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
     view.subscribe((now, before) => this.moved(now, before));
-    steer(this);
+    /** @type {(row: number) => void} */
+    this.hovered = () => undefined;
+    steer(this.over, view, () => this.frame, {
+      hover: (event) => this.hovered(event ? this.rowAt(event) : -1),
+      click: (event) => view.set({ parameter: this.tile?.parameters[this.rowAt(event)] ?? view.now.parameter }),
+    });
+    listen(this);
+  }
+
+  /** @param {MouseEvent} event */
+  rowAt(event) {
+    return Math.floor((event.clientY - this.over.getBoundingClientRect().top - LANE) / this.rowHeight);
   }
 
   get frame() {
@@ -72,8 +86,8 @@ export class LayerMap {
   /** @param {number} width */
   resized(width) {
     const rows = this.tile?.rows ?? 0;
-    const most = Math.max(260, Math.min(560, innerHeight * 0.56));
-    const height = LANE + AXIS + Math.round(Math.min(Math.max(rows * 14, 220), most));
+    const most = this.least < 220 ? this.least : Math.max(260, Math.min(560, innerHeight * 0.56));
+    const height = LANE + AXIS + Math.round(Math.min(Math.max(rows * 14, this.least), most));
     this.box.style.height = `${height}px`;
     this.size = { width, height };
     this.draw();
@@ -132,7 +146,7 @@ export class LayerMap {
       const right = Math.min(box.width - box.right, toX(box, now, (alert.resolved_step ?? now.end) + 0.5));
       if (right < box.left || left > box.width - box.right) continue;
       context.fillStyle = themed(alert.severity === "critical" ? "bad" : "warn");
-      context.globalAlpha = alert.state === "resolved" ? 0.45 : 1;
+      context.globalAlpha = alert.state === "resolved" && !heldToTheEnd(alert) ? 0.4 : 1;
       context.fillRect(left, 9, Math.max(2, right - left), 3);
       context.beginPath();
       context.moveTo(left - 5, 3);
@@ -146,11 +160,14 @@ export class LayerMap {
 
   /** Draw an alert's evidence: its parameters over the steps at which it held. @param {CanvasRenderingContext2D} context @param {Alert} alert @param {number} left @param {number} right */
   outline(context, alert, left, right) {
-    context.strokeStyle = themed("bad");
+    context.strokeStyle = themed("ink");
     context.lineWidth = 2;
-    for (const blamed of alert.parameters) {
-      const row = this.tile?.parameters.indexOf(blamed.name) ?? -1;
-      if (row >= 0) context.strokeRect(left, LANE + row * this.rowHeight, right - left, Math.max(3, this.rowHeight));
+    const names = new Set(alert.parameters.map(({ name }) => name));
+    const rows = this.tile?.parameters ?? [];
+    for (let row = 0; row < rows.length; row++) {
+      const first = row;
+      while (row < rows.length && names.has(rows[row])) row++;
+      if (row > first) context.strokeRect(left, LANE + first * this.rowHeight, right - left, Math.max(3, (row - first) * this.rowHeight));
     }
     context.lineWidth = 1;
   }

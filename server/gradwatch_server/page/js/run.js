@@ -1,110 +1,134 @@
 // One run: its map, and everything that hangs on the same steps.
 
-import * as address from "./address.js";
+import { Advice } from "./advice.js";
+import { alertPanel } from "./alert.js";
 import { item, sorted } from "./alerts.js";
 import * as api from "./api.js";
 import { controls } from "./controls.js";
 import { el, fill } from "./dom.js";
 import { ago, count, moment } from "./format.js";
 import { legend } from "./legend.js";
+import { keepAddress, looking } from "./looking.js";
 import { LayerMap } from "./map.js";
+import { Parameters } from "./parameters.js";
+import { Profile } from "./profile.js";
 import { readout } from "./readout.js";
 import { stateSign } from "./runs.js";
 import { TileSource } from "./source.js";
+import { Strips } from "./strips.js";
+import { Trace } from "./trace.js";
+import { valuesTable } from "./values.js";
 import { View } from "./view.js";
 
-const STATISTICS = new Set(["ratio", "grad_norm", "clipped_grad_norm", "weight_norm", "max_unit_ratio", "zero_unit_share", "nonfinite_count", "clipped_unit_share", "update_norm"]);
+const REST_MS = 300;
 
 /** @param {HTMLElement} main @param {string} runId @param {import("./live.js").Live} live */
 export async function runView(main, runId, live) {
   let run = await api.run(runId);
-  const view = new View(looking(run));
+  /** @type {api.Alert[]} */
+  let alerts = [];
+  const view = new View(looking((run.last_step ?? 0) + 1));
   const map = new LayerMap(view);
   const source = new TileSource(runId, view, () => (map.box.clientWidth || main.clientWidth) * (window.devicePixelRatio || 1));
-  const key = legend();
-  const values = readout();
+  const profile = new Profile(map, new Set(run.parameters.filter(({ shape }) => shape.length > 1).map(({ name }) => name)));
+  const parameters = new Parameters(view, run.parameters);
+  const parts = { key: legend(), values: readout(), strips: new Strips(runId, view), trace: new Trace(runId, view), advice: new Advice(runId), panel: alertPanel(view), table: valuesTable(view) };
   const header = el("div", { class: "head" });
-  const alerts = el("ul", { class: "alerts" });
+  const list = el("ul", { class: "alerts" });
   let row = -1;
+  /** @type {Promise<unknown>} */
+  let charts = Promise.resolve();
 
-  const say = () => {
-    const chosen = row >= 0 ? row : (source.tile?.parameters.indexOf(view.now.parameter ?? "") ?? -1);
-    values.show(source.tile, view.now.step, chosen);
+  const say = () => parts.values.show(source.tile, view.now.step, row >= 0 ? row : (source.tile?.parameters.indexOf(view.now.parameter ?? "") ?? -1));
+  map.hovered = (hovered) => {
+    row = hovered;
+    say();
+  };
+  const showAlerts = () => {
+    fill(list, alerts.length ? alerts.map((alert) => item(alert, undefined, alert.id === view.now.alert)) : el("li", { class: "soft" }, "No alert in this run."));
+    parts.panel.show(alerts.find((alert) => alert.id === view.now.alert));
+  };
+  const loadAlerts = async () => {
+    alerts = sorted(await api.alerts({ run: runId }));
+    map.mark(alerts);
+    parts.trace.mark(alerts);
+    showAlerts();
   };
   source.addEventListener("tile", () => {
     if (!source.tile) return;
     map.show(source.tile, source.scale);
-    key.show(source.scale, view.now.cell);
+    parts.key.show(source.scale);
+    profile.draw();
+    parameters.show(source.tile);
+    say();
     main.dataset.drawn = `${source.tile.statistic} ${source.covered.from} ${source.covered.to}`;
-    say();
+    const points = Math.min(1500, Math.max(200, source.tile.steps.length));
+    charts = Promise.allSettled([parts.strips.load(run.scalars, source.covered, points), parts.trace.load(source.covered, points), parts.advice.load(source.covered)]);
   });
-  map.over.addEventListener("row", (event) => {
-    row = /** @type {CustomEvent<number>} */ (event).detail;
+  parts.strips.box.addEventListener("shown", () => parts.table.show(parts.strips.shown));
+  view.subscribe((now, before) => {
     say();
+    if (now.alert !== before.alert) showAlerts();
   });
+  const stopAddress = keepAddress(view);
+
   const title = () => {
     document.title = `${run.name} · gradwatch`;
     fill(header, heading(run));
   };
-  const loadAlerts = async () => {
-    const listed = sorted(await api.alerts({ run: runId }));
-    map.mark(listed);
-    fill(alerts, listed.length ? listed.map((alert) => item(alert)) : el("li", { class: "soft" }, "No alert in this run."));
-  };
-  view.subscribe((now, before) => {
-    say();
-    if (now.statistic !== before.statistic || now.parameter !== before.parameter || now.pinned !== before.pinned || now.cell !== before.cell) write(view);
-    else if (now.from !== before.from || now.to !== before.to) writeSoon();
-  });
-  let writing = 0;
-  const writeSoon = () => {
-    clearTimeout(writing);
-    writing = window.setTimeout(() => write(view), 250);
-  };
-
   title();
   fill(
     main,
     header,
-    el("section", { class: "card stage", "aria-label": "Layer by step map" }, controls(view), map.box, el("div", { class: "under" }, key.element, values.element)),
-    el("section", { class: "card pad" }, el("h2", null, "Alerts"), alerts),
+    parts.panel.box,
+    el(
+      "section",
+      { class: "card stage", "aria-label": "Layer by step map" },
+      controls(view),
+      el("div", { class: "stage-body" }, el("div", null, map.box, el("div", { class: "under" }, parts.key.element, parts.values.element), parts.trace.box, parts.strips.box), el("aside", { class: "side", "aria-label": "Depth profile, alerts, advice" }, profile.box, el("section", { class: "side-part" }, el("h2", null, "Alerts"), list), parts.advice.box)),
+    ),
+    el("section", { class: "card pad" }, el("h2", null, "Parameters"), parameters.box, parts.table.box),
+    about(run),
   );
   await Promise.all([source.load(), loadAlerts()]);
 
-  const renew = async () => {
+  const stopLive = following(live, runId, async () => {
     run = await api.run(runId);
     title();
     view.grow((run.last_step ?? 0) + 1);
-    source.renew();
-    await loadAlerts();
-  };
-  const stop = live_(live, runId, renew);
+    await source.renew();
+    await Promise.all([charts, loadAlerts()]);
+  });
   return {
     close() {
-      stop();
-      clearTimeout(writing);
+      stopLive();
+      stopAddress();
       source.close();
+      parts.strips.close();
+      parts.trace.close();
       delete main.dataset.drawn;
     },
-    arrive() {
-      view.set(looking(run));
-    },
+    arrive: () => view.set(looking(view.now.end)),
   };
 }
 
-/** Load again when this run changes, at most about twice a second. @param {import("./live.js").Live} live @param {string} runId @param {() => Promise<void>} renew */
-function live_(live, runId, renew) {
+/**
+ * Load again whenever this run changes: one load at a time, and no more than half of the time.
+ * @param {import("./live.js").Live} live @param {string} runId @param {() => Promise<void>} renew
+ */
+export function following(live, runId, renew) {
   let [busy, again] = [false, false];
   const work = async () => {
-    if (busy) {
-      again = true;
-      return;
-    }
+    again = true;
+    if (busy) return;
     busy = true;
-    do {
+    while (again) {
       again = false;
+      const started = performance.now();
       await renew().catch(() => undefined);
-    } while (again);
+      const spent = performance.now() - started;
+      await new Promise((resolve) => setTimeout(resolve, Math.max(REST_MS, spent)));
+    }
     busy = false;
   };
   /** @param {Event} event */
@@ -120,43 +144,6 @@ function live_(live, runId, renew) {
   };
 }
 
-/** What the address asks to look at. @param {api.RunDetail} run @returns {import("./view.js").Looking} */
-function looking(run) {
-  const { query } = address.here();
-  const end = (run.last_step ?? 0) + 1;
-  const from = Math.min(address.whole(query, "from") ?? 0, end - 1);
-  const to = Math.min(Math.max(address.whole(query, "to") ?? end, from + 1), end);
-  const step = address.whole(query, "step");
-  const statistic = query.get("statistic") ?? "ratio";
-  const cell = query.get("cell");
-  return {
-    from,
-    to,
-    end,
-    step,
-    pinned: step,
-    parameter: query.get("parameter"),
-    statistic: STATISTICS.has(statistic) ? statistic : "ratio",
-    cell: cell === "min" || cell === "last" ? cell : "max",
-    alert: query.get("alert"),
-    following: to >= end,
-  };
-}
-
-/** @param {View} view */
-function write({ now }) {
-  const whole = now.from <= 0 && now.to >= now.end;
-  address.note({
-    from: whole ? null : Math.round(now.from),
-    to: whole || now.following ? null : Math.round(now.to),
-    step: now.pinned,
-    parameter: now.parameter,
-    statistic: now.statistic === "ratio" ? null : now.statistic,
-    cell: now.cell === "max" ? null : now.cell,
-    alert: now.alert,
-  });
-}
-
 /** @param {api.RunDetail} run */
 function heading(run) {
   const lost = Object.entries(run.dropped).filter(([, value]) => value > 0);
@@ -166,10 +153,16 @@ function heading(run) {
       "p",
       { class: "facts" },
       stateSign(run),
-      el("span", null, el("b", null, count(run.last_step)), " steps"),
+      el("span", null, "step ", el("b", null, count(run.last_step))),
       el("span", null, el("b", null, count(run.parameters.length)), " parameters"),
       el("span", { title: moment(run.last_seen_at) }, "seen ", ago(run.last_seen_at)),
       lost.length > 0 && el("span", { class: "chip warning" }, `dropped: ${lost.map(([name, value]) => `${count(value)} ${name}`).join(", ")}`),
     ),
   ];
+}
+
+/** What the agent said about itself. @param {api.RunDetail} run */
+function about(run) {
+  const listed = [["id", run.id], ["started", moment(run.started_at)], ...(run.finished_at === null ? [] : [["finished", moment(run.finished_at)]]), ...Object.entries(run.attributes)];
+  return el("details", { class: "card pad about" }, el("summary", null, "About this run"), el("dl", { class: "evidence" }, listed.flatMap(([name, value]) => [el("dt", null, name), el("dd", { class: "mono" }, value)])));
 }

@@ -47,11 +47,11 @@ export class TileSource extends EventTarget {
     return this.stale || !inside || width < covered.width * 0.67 || width > covered.width * 1.5;
   }
 
-  /** The run has new samples. */
+  /** The run has new samples. @returns {Promise<void>} */
   renew() {
     const { to, end } = this.view.now;
     this.stale ||= to >= this.covered.to || to >= end;
-    if (this.stale && !this.asking) this.load();
+    return this.stale && !this.asking ? this.load() : Promise.resolve();
   }
 
   async load() {

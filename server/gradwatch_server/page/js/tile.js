@@ -62,6 +62,12 @@ export function bucketAt(tile, step) {
   return low - 1;
 }
 
+/** The buckets that lie in a range of steps. @param {Tile} tile @param {{from: number, to: number}} range */
+export function seenBuckets(tile, { from, to }) {
+  const first = tile.lastSteps.findIndex((step) => step >= from);
+  return { first: first < 0 ? tile.steps.length : first, past: bucketAt(tile, Math.ceil(to) - 1) + 1 };
+}
+
 /** Index of the bucket nearest to a step, or -1 where there is none. @param {Tile} tile @param {number} step */
 export function nearest(tile, step) {
   const found = bucketAt(tile, step);
@@ -85,6 +91,6 @@ export function decades(tile) {
   /** @param {number} share */
   const at = (share) => finite[Math.min(finite.length - 1, Math.floor(share * finite.length))];
   const high = Math.ceil(at(0.985) + 0.1);
-  const low = Math.max(Math.floor(at(0.02)), high - 12);
+  const low = Math.max(Math.floor(at(0.02)), high - 20);
   return low > high - 3 ? { low: high - 3, high } : { low, high };
 }

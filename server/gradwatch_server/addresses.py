@@ -1,0 +1,116 @@
+"""Which addresses the server may connect to on a receiver's behalf, decided on the address itself, when connecting.
+
+A check of the host name alone is worth nothing: a name may resolve to a public address when it is checked and to
+169.254.169.254 when it is used (DNS rebinding). So the name is resolved once, every address is checked, and the
+connection goes to a checked address.
+"""
+
+import asyncio
+import socket
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Protocol
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+EVERYWHERE = ("0.0.0.0/0", "::/0")
+"""What an operator who names an address on the command line allows for it."""
+_NAT64 = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
+_IPV4_COMPATIBLE = ip_network("::/96")
+_SITE_LOCAL = ip_network("fec0::/10")
+
+
+class Resolver(Protocol):
+    """Finds the addresses of a host."""
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        """Return its addresses; raises OSError where it has none."""
+
+
+class AddressRefused(OSError):
+    """The receiver's address is in a range that is not allowed."""
+
+
+async def system_resolver(host: str, port: int) -> Sequence[str]:
+    """Ask the system."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def parse_networks(given: Iterable[str]) -> tuple[Network, ...]:
+    """Return the networks.
+
+    Raises:
+        ValueError: one of them is not a network; the text names it.
+    """
+    return tuple(ip_network(network) for network in given)
+
+
+def refusal(address: Address, allowed: Sequence[Network]) -> str | None:
+    """Return why an address is refused; none: it is public, or the configuration allows its network."""
+    meant = _embedded(address)
+    if any(network.version == each.version and each in network for network in allowed for each in (address, *meant)):
+        return None
+    for each in (address, *meant):
+        kind = _kind(each)
+        if kind is not None:
+            return kind
+    return None
+
+
+def _embedded(address: Address) -> tuple[IPv4Address, ...]:
+    """Return the IPv4 addresses that an IPv6 address stands for: mapped, compatible, 6to4, Teredo and NAT64."""
+    if isinstance(address, IPv4Address):
+        return ()
+    low = IPv4Address(int(address) & 0xFFFFFFFF)
+    if address.ipv4_mapped is not None or any(address in network for network in _NAT64):
+        return (low,)
+    if address.sixtofour is not None:
+        return (address.sixtofour,)
+    if address.teredo is not None:
+        return address.teredo
+    return (low,) if address in _IPV4_COMPATIBLE and int(address) > 1 else ()
+
+
+def _kind(address: Address) -> str | None:
+    kinds = (
+        ("unspecified", address.is_unspecified),
+        ("loopback", address.is_loopback),
+        ("link-local", address.is_link_local),
+        ("multicast", address.is_multicast),
+        ("site-local", address in _SITE_LOCAL),
+    )
+    for kind, holds in kinds:
+        if holds:
+            return kind
+    if isinstance(address, IPv6Address) and _embedded(address):
+        return None  # the address inside decides
+    return None if address.is_global and not address.is_reserved else "private or reserved"
+
+
+class Guard:
+    """Resolves a host and lets only allowed addresses pass."""
+
+    def __init__(self, allow_networks: Iterable[str], resolver: Resolver = system_resolver) -> None:
+        self._allowed = parse_networks(allow_networks)
+        self._resolver = resolver
+
+    async def resolve(self, host: str, port: int) -> list[str]:
+        """Return the addresses of a host, all of them allowed.
+
+        Raises:
+            AddressRefused: one of them is not.
+            OSError: the name is not known.
+        """
+        found = [ip_address(address) for address in await self._resolver(host, port)]
+        for address in found:
+            kind = refusal(address, self._allowed)
+            if kind is not None:
+                raise AddressRefused(
+                    f"{host} has the {kind} address {address}: if this is meant, add its network to the receiver's "
+                    "allow_networks"
+                )
+        if not found:
+            raise OSError(f"{host} has no address")
+        return [str(address) for address in found]

@@ -1,0 +1,42 @@
+"""Clipping that decides every step, or that never does anything."""
+
+import numpy as np
+
+from gradwatch_server.diagnosis.finding import Finding, blame
+from gradwatch_server.diagnosis.memory import Memory
+from gradwatch_server.diagnosis.reading import Layout, Profile, Reading
+from gradwatch_server.diagnosis.thresholds import Throttled
+
+_LEARNING = 0.2
+
+
+def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Throttled) -> Finding | None:
+    """Look for adaptive clipping that has clipped nearly everything for long, or nothing for very long."""
+    if not limits.enabled:
+        return None
+    clipped = memory.clipped_samples >= limits.clipped_samples and not memory.losses.progress() > _LEARNING
+    if not clipped and memory.unclipped_samples < limits.unclipped_samples:
+        return None
+    share = np.maximum(reading.vector("clipped_unit_share", len(layout.names)), 0.0)
+    samples = memory.clipped_samples if clipped else memory.unclipped_samples
+    worst = profile.matrices[np.argsort(-share[profile.matrices], kind="stable")]
+    parameters, left_out = blame(layout.names, worst, share, 0.95 if clipped else 0.0)
+    return Finding(
+        rule="throttled",
+        severity=limits.severity(critical=clipped),
+        first_step=memory.began("throttled", reading.step),
+        parameters=parameters,
+        left_out=left_out,
+        evidence={"samples": float(samples), "clipped_unit_share": profile.typical(share)},
+        summary=f"Clipping has scaled down nearly every unit for {samples} samples, and the loss has not come down"
+        if clipped
+        else f"Clipping has been on for {samples} samples and has not clipped anything",
+        cause="The threshold, not the gradient, sets the length of every step."
+        if clipped
+        else "The threshold lies above every gradient of this run.",
+        remedy="Double the threshold, for instance gradwatch.AGC(0.02) instead of 0.01 (the paper's grid ends at 0.16)."
+        if clipped
+        else "Halve the threshold, or turn clipping off: it costs time and does nothing.",
+        hold_samples=limits.hold_samples,
+        clear_samples=limits.clear_samples,
+    )

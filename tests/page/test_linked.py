@@ -1,0 +1,143 @@
+"""Everything on a run's page hangs on one crosshair, one parameter and one range of steps."""
+
+import re
+
+from playwright.sync_api import Page, expect
+
+from tests.page import planted, seen
+from tests.page.conftest import Filled, open_run
+from tests.processes import GradwatchServer
+
+NAMES = [parameter.name for parameter in planted.residual_net()]
+
+
+def test_profile_follows_the_crosshair_and_shows_the_attenuation(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("sigmoid-20-layers"))
+    profile = page.locator(".profile")
+    expect(profile).to_contain_text("step 599")
+
+    plot = seen.plot(page)
+    page.mouse.move(plot.x(250.5, 0, 600), plot.top + 40)
+
+    expect(profile).to_contain_text("step 250")
+    text = page.locator(".profile-fit").inner_text()
+    factor = float(re.findall(r"[^\d]([\d.]+) per layer", text)[0])
+    layers = sum(len(parameter.shape) > 1 for parameter in planted.residual_net())
+    assert 0.4 < factor < 0.7, "5.5 decades over 19 weight matrices are a factor of about 0.52"
+    assert layers == 19
+
+
+def test_strips_show_the_value_at_the_crosshair(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-nan", f"?step={planted.SPIKE_STEP}"))
+
+    norm = page.locator("figure", has_text="Global gradient norm")
+    expect(norm).to_contain_text(re.compile(r"before clipping 1\d\d"))
+    expect(norm).to_contain_text("after 0.3")
+    expect(page.locator("figure", has_text="Loss")).to_contain_text(re.compile(r"1\.\d"))
+    expect(page.locator("figure", has_text="Learning rate")).to_be_visible()
+    expect(page.locator("figure", has_text="Agent overhead")).to_be_visible()
+    hairs = page.locator(".hair:visible")
+    expect(hairs).to_have_count(4)
+    map_x = seen.plot(page).x(planted.SPIKE_STEP + 0.5, 0, 600)
+    for index in range(4):
+        box = hairs.nth(index).bounding_box()
+        assert box is not None
+        assert abs(box["x"] - map_x) < 2
+
+
+def test_choosing_a_parameter_shows_its_series_before_and_after_clipping(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-nan", "?statistic=grad_norm"))
+    expect(page.get_by_text("Choose a parameter on the map")).to_be_visible()
+    plot = seen.plot(page)
+
+    page.mouse.click(plot.x(planted.SPIKE_STEP + 0.5, 0, 600), plot.y(NAMES.index(planted.SPIKE_PARAMETER), len(NAMES)))
+
+    trace = page.locator(".trace")
+    expect(trace).to_contain_text(planted.SPIKE_PARAMETER)
+    expect(trace).to_contain_text("before clipping")
+    expect(trace).to_contain_text(re.compile(r"after [\d.]+"))
+    page.get_by_role("button", name="Clear").click()
+    expect(page.get_by_text("Choose a parameter on the map")).to_be_visible()
+
+
+def test_dragging_a_strip_pans_the_map_and_every_other_strip(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-digits", "?from=200&to=300"))
+    area = page.locator("figure", has_text="Loss").locator(".chart-area")
+    box = area.bounding_box()
+    assert box is not None
+    x, y = box["x"] + box["width"] / 2, box["y"] + 40
+    width = seen.plot(page).width
+
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x - width / 2, y, steps=5)
+    page.mouse.up()
+
+    expect(page.locator(".range")).to_have_text(re.compile(r"steps 2(49|50|51) to 3(49|50|51)"))
+    page.wait_for_function("() => new URLSearchParams(location.search).get('from') >= 248")
+
+
+def test_keys_move_the_crosshair_choose_parameters_and_pan(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-digits", "?from=100&to=200&step=150"))
+    page.locator(".map .over").focus()
+
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".readout")).to_contain_text("step 151")
+    page.keyboard.press("ArrowDown")
+    expect(page.locator(".trace")).to_contain_text("stem.weight")
+    page.keyboard.press("PageDown")
+    expect(page.locator(".range")).to_have_text("steps 150 to 249")
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("Choose a parameter on the map")).to_be_visible()
+
+
+def test_parameters_are_listed_with_the_most_conspicuous_first(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-nan", "?to=280"))
+
+    rows = page.locator(".parameters tbody tr")
+    expect(rows.nth(0)).to_contain_text(planted.SPIKE_PARAMETER)
+    expect(rows.nth(0)).to_contain_text(re.compile(r"spike .[\d,]+ at step 137"))
+    expect(rows.nth(1)).to_contain_text(planted.ZERO_PARAMETER)
+    expect(rows).to_have_count(12)
+    page.get_by_role("button", name="Show all 36").click()
+    expect(rows).to_have_count(36)
+    rows.nth(0).get_by_role("button").click()
+    expect(page.locator(".trace")).to_contain_text(planted.SPIKE_PARAMETER)
+
+
+def test_charts_are_there_as_a_table(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-nan", "?from=415&to=425"))
+
+    page.get_by_text("Charts as a table").click()
+
+    table = page.locator(".values-table table")
+    expect(table.locator("tbody tr")).to_have_count(10)
+    expect(table.locator("tbody tr").nth(5)).to_contain_text("420")
+    expect(table.locator("tbody tr").nth(5)).to_contain_text("NaN")
+
+
+def test_threshold_advice_follows_the_slider(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-digits"))
+    slider = page.get_by_label("Threshold", exact=True)
+    shares = []
+
+    for threshold in ("-2.6", "-1.7", "0"):
+        slider.fill(threshold)
+        shares.append(int(re.findall(r"clips (\d+)", slider.get_attribute("aria-valuetext") or "")[0]))
+
+    assert shares[0] > shares[1] >= shares[2] == 0
+
+
+def test_the_map_grows_while_the_run_goes_on(page: Page, server: GradwatchServer) -> None:
+    run = planted.Run("growing", seed=9)
+    run_id = run.register(server.http)
+    run.send(server.http, run_id, range(50))
+    open_run(page, f"{server.url}/runs/{run_id}")
+    expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+    run.send(server.http, run_id, range(50, 100))
+
+    page.wait_for_function("() => document.querySelector('main').dataset.drawn.endsWith(' 0 150')", timeout=2_000)
+    expect(page.locator(".facts").first).to_contain_text("step 99")
+    drawn = seen.pixels(page, seen.plot(page))
+    assert not seen.near(drawn[:, -30:], "#f0f3f7", most=4).any(), "the new half is drawn"

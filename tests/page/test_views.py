@@ -1,0 +1,219 @@
+"""Alerts, comparison, the server's own view; on every screen, for everyone."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.page import planted
+from tests.page.conftest import Filled, open_run, watch
+from tests.processes import GradwatchServer, WebhookReceiver
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "server" / "gradwatch_server" / "page"
+AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
+MOST_BYTES = 300_000
+
+
+def alert_id(server: GradwatchServer, run: str, rule: str) -> str:
+    """Return the newest alert of a rule of a run."""
+    found: str = server.get("/api/v1/alerts", run=run, rule=rule)[0]["id"]
+    return found
+
+
+def test_alert_leads_to_what_where_why_and_whom_it_was_told(page: Page, tmp_path: Path) -> None:
+    with (
+        WebhookReceiver() as receiver,
+        GradwatchServer(tmp_path / "told.db", "--webhook", receiver.url) as server,
+    ):
+        run = planted.Run("told", planted=True, seed=3)
+        run_id = run.register(server.http)
+        run.send(server.http, run_id, range(460))
+        receiver.wait(1)
+        page.goto(server.url)
+        page.get_by_role("link", name="Alerts").click()
+        entry = page.locator("li.alert.firing", has_text="nonfinite")
+        expect(entry).to_contain_text("since step 420")
+
+        entry.get_by_role("link").click()
+
+        panel = page.get_by_role("article", name="Alert")
+        expect(panel).to_contain_text("Likely cause")
+        expect(panel).to_contain_text("What to do")
+        expect(panel).to_contain_text(planted.NAN_PARAMETER)
+        expect(panel).to_contain_text("delivered")
+        expect(panel).to_contain_text("HTTP 204")
+        page.wait_for_url(re.compile(r"/runs/\w+\?alert=\w+"))
+        panel.get_by_role("button", name="Look at these steps").click()
+        expect(page.locator(".range")).to_contain_text("steps 3")
+        panel.get_by_role("button", name=planted.NAN_PARAMETER).click()
+        expect(page.locator(".trace")).to_contain_text(planted.NAN_PARAMETER)
+        panel.get_by_role("button", name="Close the alert").click()
+        expect(panel).to_be_hidden()
+
+
+def test_up_to_four_runs_are_compared(page: Page, filled: Filled) -> None:
+    page.goto(filled.url)
+    boxes = page.get_by_role("checkbox")
+    expect(boxes).to_have_count(4)
+    expect(page.get_by_role("button", name="Compare")).to_be_disabled()
+    page.get_by_label("Compare resnet-digits").check()
+    page.get_by_label("Compare sigmoid-20-layers").check()
+
+    page.get_by_role("button", name="Compare", exact=True).click()
+
+    page.wait_for_selector("main[data-drawn='2']")
+    expect(page.get_by_role("heading", name="2 runs")).to_be_visible()
+    expect(page.locator(".sides .map")).to_have_count(2)
+    expect(page.locator("figure", has_text="Loss")).to_contain_text("sigmoid-20-layers")
+    page.go_back()
+    expect(page.locator("table.runs")).to_be_visible()
+
+
+def test_server_view_tells_its_health_and_that_of_its_receivers(page: Page, tmp_path: Path) -> None:
+    with (
+        WebhookReceiver([500]) as receiver,
+        GradwatchServer(tmp_path / "health.db", "--webhook", receiver.url) as server,
+    ):
+        run = planted.Run("sick", planted=True)
+        run_id = run.register(server.http)
+        run.send(server.http, run_id, range(440))
+        receiver.wait(1)
+
+        page.goto(f"{server.url}/server")
+
+        expect(page.locator(".numbers")).to_contain_text("ready")
+        expect(page.locator(".numbers")).to_contain_text("440")
+        row = page.get_by_role("row", name=re.compile("webhook"))
+        expect(row).to_contain_text("127.0.0.1")
+        expect(row).to_contain_text(re.compile("500"), timeout=20_000)
+
+
+def test_what_agents_dropped_is_said(page: Page, server: GradwatchServer) -> None:
+    run = planted.Run("lossy")
+    run_id = run.register(server.http)
+    run.send(server.http, run_id, range(5))
+    lossy = planted.dropped_batch(samples=17)
+    assert server.store(run_id, lossy).status_code == 200
+
+    open_run(page, f"{server.url}/runs/{run_id}")
+    expect(page.locator(".facts").first).to_contain_text("dropped: 17 samples")
+    page.goto(f"{server.url}/server")
+    expect(page.locator(".numbers")).to_contain_text("17 samples")
+
+
+VIEWS = {
+    "runs": "/",
+    "run": "/runs/{run}?step=390&parameter=head.weight",
+    "alert": "/runs/{run}?alert={alert}",
+    "alerts": "/alerts",
+    "compare": "/?compare={run},{other}",
+    "server": "/server",
+}
+
+
+def address(filled: Filled, view: str) -> str:
+    run = filled.runs["resnet-nan"]
+    path = VIEWS[view].format(
+        run=run, other=filled.runs["resnet-digits"], alert=alert_id(filled.server, run, "nonfinite")
+    )
+    return filled.url + path
+
+
+def settled(page: Page, url: str) -> None:
+    """Open an address and wait until nothing is asked for any more (a stream stays open)."""
+    page.goto(url)
+    page.wait_for_function(
+        "() => document.querySelector('main h1') && document.querySelector('#connection').dataset.state === 'live'"
+    )
+    if "/runs/" in url or "compare" in url:
+        page.wait_for_selector("main[data-drawn]")
+        page.wait_for_selector(".chart-values b")
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser: Browser, filled: Filled, view: str, scheme: Any) -> None:
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 900}, color_scheme=scheme, bypass_csp=True, reduced_motion="reduce"
+    )
+    try:
+        page = context.new_page()
+        said = watch(page)
+        settled(page, address(filled, view))
+        page.add_script_tag(path=AXE)
+        found = page.evaluate("axe.run({resultTypes: ['violations']})")["violations"]
+        serious = [
+            (each["id"], [node["target"] for node in each["nodes"]][:5])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+        ]
+        assert serious == []
+        assert said == []
+    finally:
+        context.close()
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_fits_a_small_screen(browser: Browser, filled: Filled, view: str) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 740}, reduced_motion="reduce")
+    try:
+        page = context.new_page()
+        settled(page, address(filled, view))
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    finally:
+        context.close()
+
+
+def test_every_view_is_reached_by_keyboard(page: Page, filled: Filled) -> None:
+    page.goto(filled.url)
+    expect(page.locator("table.runs")).to_be_visible()
+
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
+    page.keyboard.press("Enter")
+    page.get_by_role("link", name="resnet-digits").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("main[data-drawn]")
+    expect(page.locator("main")).to_be_focused()
+
+
+def test_weighs_less_than_300_kb_and_comes_from_this_server_alone(page: Page, filled: Filled) -> None:
+    loaded: dict[str, int] = {}
+
+    def weigh(response: Any) -> None:
+        if "/api/" not in response.url:
+            loaded[response.url] = len(response.body())
+
+    page.on("response", weigh)
+    settled(page, address(filled, "run"))
+
+    assert all(url.startswith(filled.url) for url in loaded)
+    assert len(loaded) > 20
+    assert sum(loaded.values()) < MOST_BYTES
+
+
+def test_the_policy_allows_nothing_inline(filled: Filled) -> None:
+    answer = filled.server.http.get("/")
+    policy = answer.headers["content-security-policy"]
+
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"<script(?![^>]*\bsrc=)|\bstyle=|\bon\w+=", answer.text)
+
+
+def test_vendored_files_are_the_ones_their_notice_names() -> None:
+    folder = PAGE / "vendor" / "uplot"
+    notice = (folder / "NOTICE.md").read_text()
+    named = dict(re.findall(r"`([\w.]+)` sha256 `(\w{64})`", notice))
+
+    files = ("uPlot.iife.min.js", "uPlot.min.css")
+    assert named == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
+    locked = json.loads((ROOT / "package-lock.json").read_text())["packages"]["node_modules/uplot"]
+    assert locked["integrity"] in notice
+    assert locked["version"] in notice
+    assert "MIT" in (folder / "LICENSE").read_text()

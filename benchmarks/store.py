@@ -153,14 +153,14 @@ def reads(server: GradwatchServer, count: int) -> Iterator[tuple[str, float, str
     """Read the large run at every zoom; yield what, how long and the bar."""
     path, ranges = "/api/v1/runs/million", zooms(count)
 
-    def get(what: str, turn: int, **query: object) -> None:
+    def get(what: str, turn: int, **query: str | int) -> None:
         first, last = ranges[turn % len(ranges)]
-        asked = {"from_step": first, "to_step": last, **query}
+        asked: dict[str, str | int] = {"from_step": first, "to_step": last, **query}
         assert server.http.get(f"{path}/{what}", params=asked).status_code == 200
 
     yield "map 500 x 300 JSON, p95 ms", latency(lambda turn: get("map", turn, points=500)), "60"
     yield "map 500 x 300 packed, p95 ms", latency(lambda turn: get("tile", turn, points=500)), "60"
-    series = {"statistic": "ratio", "parameter": "layer3.weight", "points": 1_000}
+    series: dict[str, str | int] = {"statistic": "ratio", "parameter": "layer3.weight", "points": 1_000}
     yield "series 1,000 points, p95 ms", latency(lambda turn: get("series", turn, **series)), "60"
     yield "opening the run, p95 ms", latency(lambda _: [server.get(path), server.http.get(f"{path}/tile")], 20), "100"
 

@@ -15,7 +15,20 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from gradwatch import wire
-from gradwatch_server.api import alerts, deliveries, health, ingest, metrics, overview, problem, runs, stream, tile
+from gradwatch_server.api import (
+    access,
+    alerts,
+    deliveries,
+    health,
+    ingest,
+    metrics,
+    overview,
+    problem,
+    runs,
+    stream,
+    tile,
+)
+from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -65,7 +78,11 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
     @app.middleware("http")
     async def secure(request: Request, follow: Callable[[Request], Any]) -> Response:
         started = time.perf_counter()
-        response: Response = await follow(request)
+        try:
+            await access.check(request)
+            response: Response = await follow(request)
+        except Refused as refusal:
+            response = problem.refuse(refusal)
         response.headers.update(_SECURITY)
         route = getattr(request.scope.get("route"), "path", "other")
         request.app.state.services.requests.add(request.method, route, response.status_code, started)

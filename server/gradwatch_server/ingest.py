@@ -99,6 +99,9 @@ class Ingest:
             )
             self._insert_parameters(connection, run_id, registration.parameters, 0)
             return answer
+        if known.project != registration.project:
+            detail = f"run {run_id!r} is not in project {registration.project!r}: use another run id there"
+            raise Refused(409, "Another project", detail)
         self._extend(connection, run_id, registration, known.parameter_count)
         if registration.attempt > known.attempt:
             resumed = {
@@ -224,7 +227,7 @@ class Ingest:
 
     def _diagnose(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch) -> dict[str, Any]:
         watched = self._watch(connection, run)
-        book = ledger.Book(connection, run, self._configuration.receivers, self._public_url)
+        book = ledger.Book(connection, run, self._configuration, self._public_url)
         readings = _readings(batch, after=run.diagnosed_step)
         for reading in readings:
             watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, self._thresholds)
@@ -248,7 +251,7 @@ class Ingest:
         return _Watched(layout, memory, run.sample_count)
 
     def _finish(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
-        book = ledger.Book(connection, run, self._configuration.receivers, self._public_url)
+        book = ledger.Book(connection, run, self._configuration, self._public_url)
         book.close(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
         book.save()
         return {"finished_at": end.at, "status": end.status, "exit_code": end.exit_code}

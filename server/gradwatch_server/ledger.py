@@ -1,5 +1,6 @@
 """The alerts of a run, carried from the findings into rows: alerts, transitions and deliveries of one transaction."""
 
+import hashlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -13,18 +14,19 @@ from gradwatch.wire import number, spell
 from gradwatch_server import schema
 from gradwatch_server.alerts import Alert, Transition, advance, resolve
 from gradwatch_server.diagnosis import Blame, Finding
-from gradwatch_server.receivers import Receiver
+from gradwatch_server.routes import choose
+from gradwatch_server.settings import Configuration
 
 
 class Book:
     """The open alerts of one run within one transaction: enter what each sample shows, then save."""
 
     def __init__(
-        self, connection: sa.Connection, run: sa.Row[Any], receivers: Sequence[Receiver], public_url: str
+        self, connection: sa.Connection, run: sa.Row[Any], configuration: Configuration, public_url: str
     ) -> None:
         self._connection = connection
         self._run = run
-        self._receivers = receivers
+        self._configuration = configuration
         self._public_url = public_url
         rows = connection.execute(
             sa.select(schema.alerts).where(schema.alerts.c.run == run.id, schema.alerts.c.state != "resolved")
@@ -104,17 +106,28 @@ class Book:
                 "transition": transition_id,
                 "alert": alert_id,
                 "number": number,
-                "receiver": receiver.name,
+                "receiver": receiver,
                 "state": "due",
                 "attempts": 0,
                 "due_at": now,
                 "leased_until": 0.0,
                 "created_at": now,
             }
-            for receiver in self._receivers
+            for receiver in self._receivers(alert_id, alert.finding.rule, transition)
         ]
         if rows:
             self._connection.execute(sa.insert(schema.deliveries), rows)
+
+    def _receivers(self, alert_id: str, rule: str, transition: Transition) -> list[str]:
+        """Return whom to tell; that an alert is over, those who were told of it and no one else."""
+        known = [receiver.name for receiver in self._configuration.receivers]
+        if transition.state == "firing":
+            routes = self._configuration.routes
+            return choose(routes, known, self._run.project, rule, transition.severity)
+        table = schema.deliveries
+        told = self._connection.execute(sa.select(table.c.receiver).where(table.c.alert == alert_id).distinct())
+        names = set(told.scalars())
+        return [name for name in known if name in names]
 
     def _payload(self, alert_id: str, alert: Alert, transition: Transition) -> str:
         finding = alert.finding
@@ -124,9 +137,12 @@ class Book:
             "data": {
                 "id": alert_id,
                 "run": {"id": self._run.id, "name": self._run.name, "project": self._run.project},
+                "fingerprint": hashlib.sha256(f"{self._run.id}/{finding.rule}".encode()).hexdigest()[:16],
                 "rule": finding.rule,
                 "severity": transition.severity,
                 "state": transition.state,
+                "fired_at": alert.fired_at,
+                "resolved_at": alert.resolved_at,
                 "step": transition.step,
                 "first_step": alert.first_step,
                 "fired_step": alert.fired_step,

@@ -5,10 +5,13 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+import sqlalchemy as sa
+
 from gradwatch_server import outbox
 from gradwatch_server.lane import Lane, written
 from gradwatch_server.outbox import Delivery
-from gradwatch_server.receivers import Receiver
+from gradwatch_server.receivers import Alertmanager, Receiver
+from gradwatch_server.reminder import remind
 from gradwatch_server.writer import Writer
 
 _AGAIN_SECONDS = 1.0
@@ -21,7 +24,8 @@ log = logging.getLogger(__name__)
 class Notifier:
     """Delivers due deliveries for as long as it runs."""
 
-    def __init__(self, writer: Writer, receivers: Sequence[Receiver], pace: Delivery) -> None:
+    def __init__(self, engine: sa.Engine, writer: Writer, receivers: Sequence[Receiver], pace: Delivery) -> None:
+        self._engine = engine
         self._writer = writer
         self._receivers = list(receivers)
         self._pace = pace
@@ -47,14 +51,17 @@ class Notifier:
         while not self._stopped:
             self._changed.clear()
             self._lanes = [Lane(self._writer, each, self._pace, self.results) for each in self._receivers]
-            burying = asyncio.create_task(self._bury(sorted(each.name for each in self._receivers)))
+            aside = [asyncio.create_task(self._bury(sorted(each.name for each in self._receivers)))]
+            reminded = [each for each in self._receivers if isinstance(each, Alertmanager)]
+            aside += [asyncio.create_task(remind(self._engine, each, self._pace)) for each in reminded]
             for task in [asyncio.create_task(_kept(lane)) for lane in self._lanes]:
                 running.add(task)
                 task.add_done_callback(running.discard)
             try:
                 await self._changed.wait()
             finally:
-                burying.cancel()
+                for task in aside:
+                    task.cancel()
             for lane in self._lanes:
                 lane.close()
         if running:

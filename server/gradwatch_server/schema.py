@@ -249,6 +249,18 @@ disabled_receivers = sa.Table(
     sa.Column("reason", sa.Text, nullable=False),
 )
 
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True, comment="for people: to list and revoke"),
+    sa.Column("digest", sa.Text, nullable=False, unique=True, comment="SHA-256 of the token"),
+    sa.Column("scope", sa.Text, nullable=False, comment="ingest, read or admin"),
+    sa.Column("project", sa.Text, comment="none: every project"),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double),
+    sa.Column("revoked_at", sa.Double),
+)
+
 attempts = sa.Table(
     "attempts",
     metadata,

@@ -9,6 +9,7 @@ from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
 from gradwatch_server.requests import Requests
 from gradwatch_server.settings import Settings
+from gradwatch_server.tokens import TokenBook
 from gradwatch_server.writer import Writer
 
 
@@ -22,6 +23,7 @@ class Services:
     ingest: Ingest
     notifier: Notifier
     feed: Feed
+    tokens: TokenBook
     requests: Requests = field(default_factory=Requests)
     ready: bool = True
     """False from the first sign of stopping: readiness goes first."""
@@ -36,8 +38,9 @@ class Services:
             engine=engine,
             writer=writer,
             ingest=Ingest(configuration, settings.public_url),
-            notifier=Notifier(writer, configuration.receivers, configuration.delivery),
+            notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             feed=Feed(engine),
+            tokens=TokenBook(engine),
         )
 
     def stopping(self) -> None:

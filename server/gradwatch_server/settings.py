@@ -1,5 +1,6 @@
 """What the server can be told: one configuration file, checked whole, and the command line over it."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -9,6 +10,7 @@ from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.outbox import Delivery
 from gradwatch_server.receivers import AnyReceiver
+from gradwatch_server.routes import Route
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +52,9 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     metrics: Metrics = Metrics()
     delivery: Delivery = Delivery()
     receivers: list[AnyReceiver] = []
+    """Where transitions of alerts are delivered."""
+    routes: list[Route] = []
+    """Which alerts go where; without any, every alert goes to every receiver."""
     rules: dict[str, dict[str, Any]] = {}
     """Thresholds by rule; see docs/diagnosis.md."""
 
@@ -58,6 +63,10 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two receivers are named {name!r}: give each its own name")
+        for route in self.routes:
+            for name in route.receivers:
+                if name not in names:
+                    raise ValueError(f"a route names receiver {name!r}, which is not among [[receivers]]: add it there")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -67,7 +76,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             ConfigurationError: the file cannot be read or something in it is wrong; nothing of it is used then.
         """
         try:
-            configuration = msgspec.toml.decode(path.read_bytes(), type=cls)
+            configuration = msgspec.convert(_with_environment(msgspec.toml.decode(path.read_bytes())), cls)
             configuration.thresholds()
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"{path}: {error}") from None
@@ -80,6 +89,20 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             ValueError: a rule, a key or a value is not known; the text names it.
         """
         return Thresholds.from_table(self.rules)
+
+
+def _with_environment(value: Any) -> Any:
+    """Replace every text ``env:NAME`` by that environment variable: secrets stay out of the file."""
+    if isinstance(value, dict):
+        return {name: _with_environment(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_environment(inner) for inner in value]
+    if not isinstance(value, str) or not value.startswith("env:"):
+        return value
+    name = value.removeprefix("env:")
+    if name not in os.environ:
+        raise ValueError(f"{value!r}: the environment variable {name!r} is not set: set it before the server starts")
+    return os.environ[name]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

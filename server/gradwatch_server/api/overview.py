@@ -114,8 +114,8 @@ def _receivers(connection: sa.Connection, configured: list[Receiver]) -> list[di
 def _unused(name: str, receiver: Receiver | None) -> dict[str, Any]:
     return {
         "name": name,
-        "host": urlsplit(receiver.url).hostname or "" if receiver else "",
-        "signed": receiver is not None and receiver.secret is not None,
+        "host": urlsplit(getattr(receiver, "url", "")).hostname or "",
+        "signed": getattr(receiver, "secret", None) is not None,
         "configured": receiver is not None,
         "due": 0,
         "delivered": 0,

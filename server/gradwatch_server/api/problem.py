@@ -31,12 +31,20 @@ def answer(status: int, title: str, detail: str, retry_after_seconds: int | None
     return Response(msgspec.json.encode(body), status, headers, PROBLEM_TYPE)
 
 
+def refuse(error: Refused) -> Response:
+    """Return the problem document of a refusal; a browser asks for the token as a password."""
+    made = answer(error.status, error.title, error.detail, error.retry_after_seconds)
+    if error.status == 401:
+        made.headers["WWW-Authenticate"] = 'Basic realm="gradwatch: a token as the password", charset="UTF-8"'
+    return made
+
+
 def install(app: FastAPI) -> None:
     """Make every refusal of the app a problem document."""
 
     @app.exception_handler(Refused)
     async def refused(_request: Request, error: Refused) -> Response:
-        return answer(error.status, error.title, error.detail, error.retry_after_seconds)
+        return refuse(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> Response:

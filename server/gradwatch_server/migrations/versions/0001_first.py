@@ -246,6 +246,18 @@ def upgrade() -> None:
     )
 
     op.create_table(
+        "tokens",
+        sa.Column("id", sa.Text(), nullable=False, comment="for people: to list and revoke"),
+        sa.Column("digest", sa.Text(), nullable=False, comment="SHA-256 of the token"),
+        sa.Column("scope", sa.Text(), nullable=False, comment="ingest, read or admin"),
+        sa.Column("project", sa.Text(), nullable=True, comment="none: every project"),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("expires_at", sa.Double(), nullable=True),
+        sa.Column("revoked_at", sa.Double(), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_tokens")),
+        sa.UniqueConstraint("digest", name=op.f("uq_tokens_digest")),
+    )
+    op.create_table(
         "attempts",
         sa.Column("delivery", sa.Text(), nullable=False),
         sa.Column("number", sa.Integer(), autoincrement=False, nullable=False),

@@ -1,0 +1,125 @@
+"""E-mail by SMTP."""
+
+import asyncio
+import smtplib
+import socket
+import ssl
+from datetime import UTC, datetime
+from email.message import EmailMessage
+from email.utils import format_datetime
+from typing import Any, Literal, Self
+
+from gradwatch_server.addresses import Guard
+from gradwatch_server.answer import Answer
+from gradwatch_server.receivers.base import Message, Receiver, Way
+from gradwatch_server.receivers.chat import blamed, headline
+
+
+class Email(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="email"):
+    """Sends a plain text through an SMTP server."""
+
+    host: str
+    """The SMTP server."""
+    port: int = 587
+    """Its port."""
+    security: Literal["starttls", "tls", "none"] = "starttls"
+    """How the connection is encrypted; both forms of TLS check the certificate."""
+    sender: str
+    """The From address."""
+    to: list[str]
+    """The To addresses."""
+    username: str | None = None
+    """Absent: no login."""
+    password: str | None = None
+    """Goes with username."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.to:
+            raise ValueError(f"receiver {self.name!r}: to is empty: name at least one address")
+        if (self.username is None) != (self.password is None):
+            raise ValueError(f"receiver {self.name!r}: username and password go together: give both or neither")
+
+    def way(self, timeout_seconds: float, at_once: int) -> Way:
+        """Return the way to it."""
+        return _MailWay(self, Guard(self.allow_networks), timeout_seconds, at_once)
+
+    def mail(self, message: Message, now: float) -> EmailMessage:
+        """Return the mail of a transition; the mails of one alert are one thread."""
+        data = message.data
+        mail = EmailMessage()
+        mail["From"], mail["To"], mail["Subject"] = self.sender, ", ".join(self.to), _line(headline(data))
+        mail["Date"] = format_datetime(datetime.fromtimestamp(now, UTC))
+        mail["Message-ID"] = f"<{message.id}@gradwatch>"
+        mail["References"] = f"<{data['id']}@gradwatch>"
+        mail["Auto-Submitted"] = "auto-generated"
+        mail.set_content("\n\n".join(_paragraphs(data)) + "\n")
+        return mail
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _paragraphs(data: dict[str, Any]) -> list[str]:
+    said = [data["summary"], "\n".join(blamed(data))]
+    if data["state"] == "firing":
+        said += ["Cause: " + data["cause"], "Remedy: " + data["remedy"]]
+    else:
+        said.append(data["resolution"] or "")
+    return [paragraph for paragraph in [*said, data["url"]] if paragraph]
+
+
+class _Smtp(smtplib.SMTP):
+    """Speaks over a connection to a checked address, while certificates are checked for the host's name."""
+
+    def __init__(self, host: str, address: str, port: int, timeout_seconds: float, tls: ssl.SSLContext | None) -> None:
+        self._address = address
+        self._tls = tls
+        super().__init__(host, port, timeout=timeout_seconds)
+
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+        connection = socket.create_connection((self._address, port), timeout)
+        return connection if self._tls is None else self._tls.wrap_socket(connection, server_hostname=host)
+
+
+class _MailWay:
+    def __init__(self, receiver: Email, guard: Guard, timeout_seconds: float, at_once: int) -> None:
+        self._receiver = receiver
+        self._guard = guard
+        self._timeout_seconds = timeout_seconds
+        self._slots = asyncio.Semaphore(min(at_once, 2))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Nothing stays open between mails."""
+
+    async def send(self, message: Message, now: float) -> Answer:
+        try:
+            async with self._slots, asyncio.timeout(self._timeout_seconds):
+                addresses = await self._guard.resolve(self._receiver.host, self._receiver.port)
+                await asyncio.to_thread(self._send, addresses[0], message, now)
+        except smtplib.SMTPResponseException as error:
+            said = error.smtp_error if isinstance(error.smtp_error, str) else error.smtp_error.decode(errors="replace")
+            permanent = error.smtp_code >= 500 and not isinstance(error, smtplib.SMTPAuthenticationError)
+            return Answer(422 if permanent else None, f"SMTP {error.smtp_code} {said}"[:500])
+        except smtplib.SMTPRecipientsRefused as error:
+            return Answer(422, f"SMTP: all recipients refused: {len(error.recipients)}")
+        except TimeoutError:
+            return Answer(None, f"no answer within {self._timeout_seconds:g} s (delivery.timeout_seconds)")
+        except (OSError, smtplib.SMTPException) as error:
+            return Answer(None, f"{type(error).__name__}: {error}"[:500])
+        return Answer(250)
+
+    def _send(self, address: str, message: Message, now: float) -> None:
+        to = self._receiver
+        context = None if to.security == "none" else ssl.create_default_context()
+        over_tls = context if to.security == "tls" else None
+        with _Smtp(to.host, address, to.port, self._timeout_seconds / 2, over_tls) as smtp:
+            if to.security == "starttls":
+                smtp.starttls(context=context)
+            if to.username is not None and to.password is not None:
+                smtp.login(to.username, to.password)
+            smtp.send_message(to.mail(message, now))

@@ -1,0 +1,55 @@
+"""Reminds an Alertmanager, which keeps alerts in memory only, of what fires and of what has just been resolved."""
+
+import asyncio
+import logging
+import time
+
+import sqlalchemy as sa
+
+from gradwatch_server import schema
+from gradwatch_server.addresses import Guard
+from gradwatch_server.outbox import Delivery
+from gradwatch_server.post import Postman
+from gradwatch_server.receivers import Alertmanager, Message
+
+_RESOLVED_SECONDS = 300.0
+_MOST_ALERTS = 1_000
+
+log = logging.getLogger(__name__)
+
+
+async def remind(engine: sa.Engine, receiver: Alertmanager, pace: Delivery) -> None:
+    """Send again, for as long as it runs, what this Alertmanager has been told."""
+    async with Postman(Guard(receiver.allow_networks), pace.timeout_seconds, 1) as postman:
+        while True:
+            await asyncio.sleep(receiver.resend_seconds)
+            try:
+                told = await asyncio.to_thread(_told, engine, receiver.name, time.time())
+                if not told:
+                    continue
+                answer = await postman.post(receiver.digest(told, time.time()))
+                if answer.verdict != "delivered":
+                    log.warning("receiver %s was not reminded: %s", receiver.name, answer.error)
+            except Exception:
+                log.exception("receiver %s could not be reminded; the next time comes", receiver.name)
+
+
+def _told(engine: sa.Engine, receiver: str, now: float) -> list[Message]:
+    """Return the last delivered transition of each alert that fires, or was resolved within 5 minutes."""
+    table, transitions, alerts = schema.deliveries, schema.transitions, schema.alerts
+    later = schema.deliveries.alias("later")
+    superseded = sa.exists().where(
+        later.c.alert == table.c.alert, later.c.receiver == receiver, later.c.number > table.c.number
+    )
+    fires = (alerts.c.state == "firing") & (transitions.c.state == "firing")
+    just_resolved = (transitions.c.state == "resolved") & (table.c.delivered_at >= now - _RESOLVED_SECONDS)
+    query = (
+        sa.select(table.c.id, transitions.c.payload, table.c.created_at)
+        .join(transitions, transitions.c.id == table.c.transition)
+        .join(alerts, alerts.c.id == table.c.alert)
+        .where(table.c.receiver == receiver, table.c.state == "delivered", ~superseded, fires | just_resolved)
+        .order_by(table.c.created_at.desc())
+        .limit(_MOST_ALERTS)
+    )
+    with engine.connect() as connection:
+        return [Message(row.id, row.payload, row.created_at) for row in connection.execute(query)]

@@ -16,6 +16,7 @@ from fastapi.staticfiles import StaticFiles
 
 from gradwatch import wire
 from gradwatch_server.api import (
+    access,
     alert_deliveries,
     alerts,
     deliveries,
@@ -28,6 +29,7 @@ from gradwatch_server.api import (
     stream,
     tile,
 )
+from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -82,7 +84,11 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
     @app.middleware("http")
     async def secure(request: Request, follow: Callable[[Request], Any]) -> Response:
         started = time.perf_counter()
-        response: Response = await follow(request)
+        try:
+            await access.check(request)
+            response: Response = await follow(request)
+        except Refused as refusal:
+            response = problem.refuse(refusal)
         response.headers.update(_SECURITY)
         route = getattr(request.scope.get("route"), "path", "other")
         request.app.state.services.requests.add(request.method, route, response.status_code, started)

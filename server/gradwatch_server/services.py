@@ -11,6 +11,7 @@ from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
 from gradwatch_server.requests import Requests
 from gradwatch_server.settings import Configuration, Settings
+from gradwatch_server.tokens import TokenBook
 from gradwatch_server.writer import Writer
 
 
@@ -24,6 +25,7 @@ class Services:
     ingest: Ingest
     notifier: Notifier
     feed: Feed
+    tokens: TokenBook
     exporter: Exporter | None = None
     requests: Requests = field(default_factory=Requests)
     ready: bool = True
@@ -43,6 +45,7 @@ class Services:
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             feed=Feed(engine),
             exporter=None if remote is None else Exporter(engine, remote),
+            tokens=TokenBook(engine),
         )
 
     def reload(self, configuration: Configuration) -> None:

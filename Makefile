@@ -22,7 +22,7 @@ lint: .venv/test-installed
 	$(BIN)/ruff format --check .
 
 types: .venv/test-installed
-	$(BIN)/mypy agent server tests benchmarks
+	$(BIN)/mypy agent server tests benchmarks dashboards
 
 page: node_modules/.installed
 	npx --no-install tsc --noEmit

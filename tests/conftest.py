@@ -6,9 +6,31 @@ from pathlib import Path
 import pytest
 import torch
 
+from gradwatch_server.database import migrate, open_engine
+from tests.postgres import postgres_database, postgres_server
 from tests.processes import GradwatchServer
 
 torch.set_num_threads(1)  # tests run side by side: several threads each would wait for one another
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A real PostgreSQL; the address of a database from which others are made."""
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A migrated, empty database of each engine in turn."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path_factory.mktemp('database') / 'gradwatch.db'}"
+        return
+    with postgres_database(request.getfixturevalue("postgres")) as url:
+        engine = open_engine(url)
+        migrate(engine)
+        engine.dispose()
+        yield url
 
 
 @pytest.fixture
@@ -18,7 +40,7 @@ def server(tmp_path: Path) -> Iterator[GradwatchServer]:
 
 
 @pytest.fixture(scope="module")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GradwatchServer]:
-    """A server for tests that each use a run of their own."""
-    with GradwatchServer(tmp_path_factory.mktemp("server") / "gradwatch.db") as started:
+def shared_server(tmp_path_factory: pytest.TempPathFactory, database_url: str) -> Iterator[GradwatchServer]:
+    """A server over each engine in turn, for tests that each use a run of their own."""
+    with GradwatchServer(tmp_path_factory.mktemp("server") / "gradwatch.db", url=database_url) as started:
         yield started

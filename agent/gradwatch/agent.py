@@ -30,7 +30,7 @@ from gradwatch.buffers import Plan, Slots
 from gradwatch.collector import Collector
 from gradwatch.governor import Governor
 from gradwatch.launch import Note
-from gradwatch.layout import Arena, Layout, LayoutChangedError, Scratch, Spec
+from gradwatch.layout import Layout, LayoutChangedError, Piece, Scratch
 from gradwatch.mirrors import Logger, mirror
 from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
 from gradwatch.rounds import Clip, Reading, Registered, Repair, Round, Scalar, Update
@@ -130,6 +130,7 @@ class Binding:
         self.indices = [index for index, _ in known]
         self.index_set = frozenset(self.indices)
         self.parameters = [parameter for _, parameter in known]
+        self.sharded = any(hasattr(parameter, "to_local") for parameter in self.parameters)
         self.plans: OrderedDict[bytes, Plan] = OrderedDict()
         self.steps = 0
         self.steps_at_scaler = 0
@@ -522,7 +523,7 @@ class Agent:
         if not round_.sampled:
             return
         self._note_rates(optimizer, round_)
-        reading = self._measure(binding, round_, before_clip=False)
+        reading = self._measure(binding, round_, optimizer)
         if reading is None:
             return
         scale = getattr(optimizer, "grad_scale", None)
@@ -531,7 +532,6 @@ class Agent:
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):
             reading.found_inf = _kept(found_inf)
-        self._keep_for_update(optimizer, binding, reading.claim.plan)
         if self._weights_seen < len(self._watched):
             self._measure_other_weights(round_)
 
@@ -588,7 +588,7 @@ class Agent:
             self._next_round = round_
         if round_.sampled or (force and self._was_finite):
             round_.sampled = True
-            self._measure(binding, round_, before_clip=True)
+            self._measure(binding, round_)
 
     def _has_stepped(self, index: int) -> bool:
         """Return whether the optimizer of a parameter has stepped in the open round."""
@@ -598,8 +598,15 @@ class Agent:
             for optimizer, binding in self._bindings.items()
         )
 
-    def _measure(self, binding: Binding, round_: Round, *, before_clip: bool) -> Reading | None:
-        """Write the unit norms of the gradients that are there, and of their weights, to the round's slot."""
+    def _measure(self, binding: Binding, round_: Round, optimizer: Optimizer | None = None) -> Reading | None:
+        """Write the unit norms of the gradients that are there, and of their weights, to the round's slot.
+
+        Args:
+            binding: the parameters.
+            round_: takes the reading.
+            optimizer: about to step them; None: before they are clipped.
+        """
+        before_clip = optimizer is None
         if round_.slot is None:
             round_.slot = self._slots.take()
         if round_.slot is None:
@@ -613,7 +620,8 @@ class Agent:
         if not there:
             return None
         with torch.no_grad():
-            members, there = [local(member) for member in members], [local(grad) for grad in there]
+            if binding.sharded:
+                members, there = [local(member) for member in members], [local(grad) for grad in there]
             for attempt in range(2):
                 plan = self._plan(binding, present, members, there)
                 claim = round_.slot.claim(plan)
@@ -630,8 +638,9 @@ class Agent:
             reading = Reading(claim, before_clip)
             self._inspect(reading, there)
         round_.readings.append(reading)
-        measured = {plan.indices[position] for position in plan.measured}
-        round_.empty += [index for index in plan.indices if index not in measured]
+        round_.empty += plan.empty
+        if optimizer is not None:
+            self._keep_for_update(optimizer, binding, plan, members)
         return reading
 
     def _plan(self, binding: Binding, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor]) -> Plan:
@@ -679,12 +688,9 @@ class Agent:
         assert plan.grads is not None
         if any(arena.device.type != "cpu" for arena in plan.grads.sizes):
             return
+        if all(part.min() >= _TINY and math.isfinite(part.sum()) for part in reading.claim.raw_grads() if part.size):
+            return
         units = reading.claim.grad_units()
-        if not units.size:
-            return
-        lowest, total = float(units.min()), float(units.sum())
-        if math.isfinite(total) and lowest >= _TINY:
-            return
         by_parameter = norms(units, plan.starts)
         for place, norm in enumerate(by_parameter.tolist()):
             if math.isfinite(norm) and norm >= _TINY:
@@ -694,24 +700,19 @@ class Agent:
             grad = grad.coalesce().values() if plan.grads.specs[position].sparse else grad
             reading.repairs[plan.indices[position]] = _repair(grad)
 
-    def _keep_for_update(self, optimizer: Optimizer, binding: Binding, plan: Plan) -> None:
+    def _keep_for_update(self, optimizer: Optimizer, binding: Binding, plan: Plan, members: Sequence[Tensor]) -> None:
         """Keep a bounded part of the weights, another one at each sample, to measure its true change after the step."""
         pieces = plan.weights.pieces
         for _ in pieces:
             piece = pieces[binding.next_piece % len(pieces)]
             binding.next_piece += 1
             limit = _UPDATE_ELEMENTS.get(piece.arena.device.type, _UPDATE_ELEMENTS_ELSEWHERE)
-            specs = [plan.weights.specs[position] for position in piece.positions]
-            if sum(math.prod(spec.shape) for spec in specs) > limit or specs[0].sparse:
+            if piece.elements > limit or piece.spec.sparse:
                 continue
-            place = dict(zip(binding.indices, binding.parameters, strict=True))
-            indices = [plan.indices[position] for position in piece.positions]
-            parameters = [place[index] for index in indices]
+            parameters = [members[position] for position in piece.positions]
             with torch.no_grad():
                 before = _joined(parameters, gathered=piece.gathered)
-            self._updates.append(
-                (optimizer, functools.partial(_update, indices, parameters, specs, before, gathered=piece.gathered))
-            )
+            self._updates.append((optimizer, functools.partial(_update, plan, piece, parameters, before)))
             return
 
     def _finish_round(self) -> None:
@@ -831,27 +832,23 @@ def _repair(grad: Tensor) -> Repair:
 
 def _joined(parameters: Sequence[Tensor], *, gathered: bool) -> Tensor:
     """Return a copy of some parameters; several of one row shape as one tensor."""
-    members = [local(parameter.detach()) for parameter in parameters]
     if not gathered:
-        return members[0].clone()
-    return torch.stack(members) if members[0].dim() == 0 else torch.cat(members)
+        return parameters[0].detach().clone()
+    return torch.stack(list(parameters)) if parameters[0].dim() == 0 else torch.cat(list(parameters))
 
 
-def _update(
-    indices: Sequence[int], parameters: Sequence[Tensor], specs: Sequence[Spec], before: Tensor, *, gathered: bool
-) -> Update:
-    """Return how far the parameters have moved since ``before``."""
-    units = sum(spec.units for spec in specs)
-    starts = [sum(spec.units for spec in specs[:place]) for place in range(len(specs))]
+def _update(plan: Plan, piece: Piece, parameters: Sequence[Tensor], before: Tensor) -> Update:
+    """Return how far the parameters of one piece have moved since ``before``."""
+    units = piece.stop - piece.start
+    starts = [plan.weights.places[position][1] - piece.start for position in piece.positions]
     with torch.no_grad():
-        difference = _joined(parameters, gathered=gathered).sub_(before)
-        if not gathered:
-            arena = Arena(difference.device, specs[0].norm_dtype)
-            out = torch.empty(units, dtype=arena.dtype, device=arena.device)
-            Layout(specs, direct_bytes=0).bind({arena: out}, Scratch()).run([difference])
+        difference = _joined(parameters, gathered=piece.gathered).sub_(before)
+        if piece.gathered:
+            out = torch.linalg.vector_norm(difference.view(units, -1), dim=1, dtype=piece.arena.dtype)
         else:
-            out = torch.linalg.vector_norm(difference.view(units, -1), dim=1, dtype=specs[0].norm_dtype)
-    return Update(indices, starts, out)
+            out = torch.empty(units, dtype=piece.arena.dtype, device=piece.arena.device)
+            Layout([piece.spec], direct_bytes=0).bind({piece.arena: out}, Scratch()).run([difference])
+    return Update([plan.indices[position] for position in piece.positions], starts, out)
 
 
 def _rank() -> int:

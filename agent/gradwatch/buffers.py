@@ -32,6 +32,7 @@ class Plan:
         self.grads = None if grads is None else self.weights if same else Layout(grads)
         self.measured = [position for position, spec in enumerate(weights) if spec.units]
         """Positions of those that are not empty, in the order in which ``ordered`` gives their units."""
+        self.empty = [index for index, spec in zip(self.indices, weights, strict=True) if not spec.units]
         self.starts: list[int] = []
         start = 0
         self.measured.sort(key=lambda position: self._place(position, self.weights))
@@ -104,6 +105,12 @@ class Claim:
         assert self.plan.grads is not None
         host = self._slot.host_arrays
         return self.plan.ordered_grads({arena: host[arena][self._grad_at[arena] :] for arena in self.plan.grads.sizes})
+
+    def raw_grads(self) -> list[NDArray[Any]]:
+        """Return the same as they lie in the buffers, without a copy: in any order, float32 or float64."""
+        assert self.plan.grads is not None
+        sizes = self.plan.grads.sizes
+        return [self._slot.host_arrays[arena][self._grad_at[arena] :][:size] for arena, size in sizes.items()]
 
     def weight_units(self) -> NDArray[np.float64]:
         """Return the norms of the weights' units in the plan's order, once they have arrived."""

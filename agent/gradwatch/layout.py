@@ -91,6 +91,8 @@ class Piece:
     start: int
     stop: int
     gathered: bool
+    elements: int
+    """Of its tensors together."""
 
 
 @dataclass(slots=True)
@@ -149,8 +151,7 @@ class Bound:
             if not piece.gathered:
                 self._steps.append((piece, out, None, None))
                 continue
-            elements = sum(math.prod(layout.specs[position].shape) for position in piece.positions)
-            flat = scratch.take(piece.arena, elements)
+            flat = scratch.take(piece.arena, piece.elements)
             shape = piece.spec.shape
             target = flat.view(-1, *shape[1:]) if piece.spec.axis == "rows" and len(shape) > 1 else flat
             self._steps.append((piece, out, target, flat.view(piece.stop - piece.start, -1)))
@@ -204,7 +205,8 @@ def _pieces(specs: Sequence[Spec], direct_bytes: int | None, chunk_bytes: int | 
         arena = Arena(spec.device, spec.norm_dtype)
         start = sizes.get(arena, 0)
         stop = sizes[arena] = start + sum(specs[position].units for position in positions)
-        pieces.append(Piece(positions, spec, arena, start, stop, len(pieces) >= len(groups)))
+        elements = sum(math.prod(specs[position].shape) for position in positions)
+        pieces.append(Piece(positions, spec, arena, start, stop, len(pieces) >= len(groups), elements))
     return pieces
 
 

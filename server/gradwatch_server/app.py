@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fastapi.staticfiles import StaticFiles
 
 from gradwatch import wire
 from gradwatch_server.api import (
+    access,
     alert_deliveries,
     alerts,
     deliveries,
@@ -28,6 +29,7 @@ from gradwatch_server.api import (
     stream,
     tile,
 )
+from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -47,11 +49,16 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         services = Services.start(settings, engine)
         app.state.services = services
         notifying = asyncio.create_task(services.notifier.run())
+        exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
         try:
             yield
         finally:
             services.notifier.stop()
             await notifying
+            if exporting is not None:
+                exporting.cancel()
+                with suppress(asyncio.CancelledError):
+                    await exporting
             await asyncio.to_thread(services.writer.close)
 
     app = FastAPI(
@@ -77,7 +84,11 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
     @app.middleware("http")
     async def secure(request: Request, follow: Callable[[Request], Any]) -> Response:
         started = time.perf_counter()
-        response: Response = await follow(request)
+        try:
+            await access.check(request)
+            response: Response = await follow(request)
+        except Refused as refusal:
+            response = problem.refuse(refusal)
         response.headers.update(_SECURITY)
         route = getattr(request.scope.get("route"), "path", "other")
         request.app.state.services.requests.add(request.method, route, response.status_code, started)

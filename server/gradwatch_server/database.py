@@ -13,6 +13,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from gradwatch_server import vectors
 from gradwatch_server.errors import DatabaseError
 
 
@@ -29,7 +30,7 @@ def open_engine(url: str) -> sa.Engine:
     if parsed.get_backend_name() == "sqlite":
         return _open_sqlite(parsed)
     if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
-        return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_size=8, pool_pre_ping=True)
+        return _open_postgresql(parsed)
     raise DatabaseError(f"{parsed.drivername!r} is not a database gradwatch uses: sqlite:///FILE or postgresql://...")
 
 
@@ -42,6 +43,12 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     engine = sa.create_engine(url, pool_size=8, connect_args={"timeout": 30})
     sa.event.listen(engine, "connect", _set_pragmas)
     sa.event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _open_postgresql(url: sa.URL) -> sa.Engine:
+    engine = sa.create_engine(url.set(drivername="postgresql+psycopg"), pool_size=8, pool_pre_ping=True)
+    sa.event.listen(engine, "connect", lambda connection, _entry: vectors.prepare(connection))
     return engine
 
 

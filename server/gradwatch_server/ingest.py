@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch.wire import STATISTICS
-from gradwatch_server import diagnosis, ledger, schema
+from gradwatch_server import diagnosis, ledger, schema, shelf
 from gradwatch_server.bounds import check_batch, check_registration
 from gradwatch_server.database import upsert
 from gradwatch_server.diagnosis import Layout, Memory, Reading
@@ -99,6 +99,9 @@ class Ingest:
                     started_at=registration.started_at or now,
                     last_seen_at=now,
                     parameter_count=len(registration.parameters),
+                    attempt_first_step=0,
+                    statistics=[],
+                    coverage={},
                     attributes=registration.attributes,
                     dropped={},
                     scalars={},
@@ -106,10 +109,14 @@ class Ingest:
             )
             self._insert_parameters(connection, run_id, registration.parameters, 0)
             return answer
+        if known.project != registration.project:
+            detail = f"run {run_id!r} is not in project {registration.project!r}: use another run id there"
+            raise Refused(409, "Another project", detail)
         self._extend(connection, run_id, registration, known.parameter_count)
         if registration.attempt > known.attempt:
             resumed = {
                 "attempt": registration.attempt,
+                "attempt_first_step": None,
                 "last_step": None,
                 "diagnosed_step": None,
                 "finished_at": None,
@@ -189,8 +196,8 @@ class Ingest:
         if not self._claim(connection, run_id, batch, now):
             self.duplicates += 1
             return Stored(batch.id, 0, duplicate=True)
-        self._insert(connection, run_id, batch)
-        changes = self._progress(run, batch, now)
+        changes = shelf.put(connection, run, batch)
+        changes |= self._progress(run, batch, now)
         if batch.attempt >= run.attempt:
             changes |= self._diagnose(connection, run, batch)
             if batch.end is not None:
@@ -204,58 +211,8 @@ class Ingest:
     def _claim(self, connection: sa.Connection, run_id: str, batch: wire.Batch, now: float) -> bool:
         """Remember the batch's id; return False where it is known already."""
         statement = upsert(connection, schema.batches).values(run=run_id, rank=batch.rank, id=batch.id, at=now)
-        return connection.execute(statement.on_conflict_do_nothing()).rowcount > 0
-
-    def _insert(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> None:
-        if batch.samples:
-            self._insert_samples(connection, run_id, batch)
-        if batch.trail:
-            steps = [step for scalar in batch.trail.values() for step in scalar.steps]
-            connection.execute(
-                sa.insert(schema.trails).values(
-                    run=run_id,
-                    rank=batch.rank,
-                    batch=batch.id,
-                    attempt=batch.attempt,
-                    first_step=min(steps, default=0),
-                    last_step=max(steps, default=0),
-                    scalars=msgspec.msgpack.encode(batch.trail),
-                )
-            )
-        if batch.events:
-            rows = [{"run": run_id, **msgspec.structs.asdict(event)} for event in batch.events]
-            connection.execute(sa.insert(schema.events), rows)
-
-    def _insert_samples(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> None:
-        """Insert the samples; a newer attempt replaces what older ones measured from its first step on."""
-        table = schema.samples
-        connection.execute(
-            sa.delete(table).where(
-                table.c.run == run_id,
-                table.c.level == 0,
-                table.c.step >= min(sample.step for sample in batch.samples),
-                table.c.attempt < batch.attempt,
-            )
-        )
-        rows = [
-            {
-                "run": run_id,
-                "level": 0,
-                "step": sample.step,
-                "attempt": batch.attempt,
-                "at": sample.at,
-                "scalars": _spelled(_scalars_at(sample, batch.trail)),
-                "histograms": sample.histograms or None,
-                **{name: sample.statistics.get(name) for name in STATISTICS},
-            }
-            for sample in batch.samples
-        ]
-        insert = upsert(connection, table)
-        replaced = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
-        statement = insert.on_conflict_do_update(
-            index_elements=["run", "level", "step"], set_=replaced, where=table.c.attempt <= insert.excluded.attempt
-        )
-        connection.execute(statement, rows)
+        claimed = statement.on_conflict_do_nothing().returning(schema.batches.c.id)
+        return connection.execute(claimed).one_or_none() is not None
 
     def _progress(self, run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
         latest = {name: scalar.values[-1] for name, scalar in batch.trail.items() if scalar.values}
@@ -264,7 +221,7 @@ class Ingest:
         changes: dict[str, Any] = {
             "last_seen_at": now,
             "sample_count": run.sample_count + len(batch.samples),
-            "scalars": run.scalars | _spelled(latest),
+            "scalars": run.scalars | shelf.spelled(latest),
             "dropped": msgspec.to_builtins(batch.dropped),
         }
         if batch.samples:
@@ -334,7 +291,7 @@ def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, 
                 step=sample.step,
                 at=sample.at,
                 statistics=sample.statistics,
-                scalars=_scalars_at(sample, batch.trail),
+                scalars=shelf.scalars_at(sample, batch.trail),
                 events=[event for event in batch.events if earlier < event.step <= sample.step],
                 losses=[(step, loss) for step, loss in losses if earlier < step <= sample.step],
             )
@@ -369,16 +326,3 @@ def _stored_readings(connection: sa.Connection, run_id: str, up_to: int | None) 
         )
         for row in rows.values()
     ]
-
-
-def _scalars_at(sample: wire.Sample, trail: Mapping[str, wire.Trail]) -> dict[str, float]:
-    known = {
-        name: wire.number(scalar.values[scalar.steps.index(sample.step)])
-        for name, scalar in trail.items()
-        if sample.step in scalar.steps
-    }
-    return known | {name: wire.number(value) for name, value in sample.scalars.items()}
-
-
-def _spelled(scalars: Mapping[str, wire.Number]) -> dict[str, wire.Number]:
-    return {name: wire.spell(wire.number(value)) for name, value in scalars.items()}

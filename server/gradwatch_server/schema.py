@@ -1,15 +1,24 @@
 """The tables. Every large one has a key that begins with the run."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
 from gradwatch.wire import STATISTICS
+
+
+class _RealArray(UserDefinedType[NDArray[np.float32]]):
+    """``real[]``; vectors.py carries it between numpy and the driver."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        """Return the column's type in SQL."""
+        return "REAL[]"
 
 
 class Floats(TypeDecorator[NDArray[np.float32]]):
@@ -21,20 +30,18 @@ class Floats(TypeDecorator[NDArray[np.float32]]):
     def load_dialect_impl(self, dialect: sa.Dialect) -> TypeEngine[Any]:
         """Return the column type of the engine in use."""
         if dialect.name == "postgresql":
-            return dialect.type_descriptor(postgresql.ARRAY(sa.REAL))
+            return dialect.type_descriptor(_RealArray())
         return dialect.type_descriptor(sa.LargeBinary())
 
     def process_bind_param(self, value: NDArray[np.float32] | None, dialect: sa.Dialect) -> Any:
         """Return what the driver takes."""
         if value is None or dialect.name == "postgresql":
-            return value if value is None else value.tolist()
+            return value
         return value.astype("<f4", copy=False).tobytes()
 
-    def process_result_value(self, value: bytes | Sequence[float] | None, dialect: sa.Dialect) -> Any:  # noqa: ARG002
-        """Return a read-only float32 vector."""
-        if value is None:
-            return None
-        return np.frombuffer(value, "<f4") if isinstance(value, bytes) else np.asarray(value, np.float32)
+    def process_result_value(self, value: bytes | NDArray[np.float32] | None, dialect: sa.Dialect) -> Any:  # noqa: ARG002
+        """Return a float32 vector."""
+        return np.frombuffer(value, "<f4") if isinstance(value, bytes) else value
 
 
 metadata = sa.MetaData(
@@ -70,6 +77,9 @@ runs = sa.Table(
     sa.Column("status", sa.Text, comment="completed, failed or killed"),
     sa.Column("exit_code", sa.Integer),
     sa.Column("parameter_count", sa.Integer, nullable=False),
+    sa.Column("attempt_first_step", sa.BigInteger, comment="from here on everything is of this attempt"),
+    sa.Column("statistics", _json, nullable=False, comment="every statistic that was ever measured"),
+    sa.Column("coverage", _json, nullable=False, comment="how far the levels of each lane reach, see levels.py"),
     sa.Column("attributes", _json, nullable=False),
     sa.Column("dropped", _json, nullable=False),
     sa.Column("scalars", _json, nullable=False, comment="the latest value of each scalar"),
@@ -95,8 +105,9 @@ samples = sa.Table(
     "samples",
     metadata,
     _run(),
-    sa.Column("level", sa.SmallInteger, primary_key=True, comment="0: as measured"),
+    sa.Column("level", sa.SmallInteger, primary_key=True, comment="0: as measured; above: a bucket of them"),
     sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("last_step", sa.BigInteger, comment="of a bucket, whose numbers are in rollups"),
     sa.Column("attempt", sa.BigInteger, nullable=False),
     sa.Column("at", sa.Double, nullable=False),
     sa.Column("scalars", _json),
@@ -105,17 +116,44 @@ samples = sa.Table(
     sqlite_with_rowid=False,
 )
 
+rollups = sa.Table(
+    "rollups",
+    metadata,
+    _run(),
+    sa.Column("statistic", sa.Text, primary_key=True),
+    sa.Column("level", sa.SmallInteger, primary_key=True, comment="1 and above"),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False, comment="first of the bucket"),
+    *(sa.Column(name, Floats, nullable=False) for name in ("low", "high", "mean", "last")),
+    sa.Column("finite", Floats, nullable=False, comment="finite values; one number where all parameters agree"),
+    sa.Column("nonfinite", Floats, nullable=False, comment="NaN and infinite values; likewise"),
+    sqlite_with_rowid=False,
+)
+
 trails = sa.Table(
     "trails",
     metadata,
     _run(),
+    sa.Column("first_step", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("rank", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("batch", sa.Text, primary_key=True),
     sa.Column("attempt", sa.BigInteger, nullable=False),
-    sa.Column("first_step", sa.BigInteger, nullable=False),
-    sa.Column("last_step", sa.BigInteger, nullable=False),
+    sa.Column("arrival", sa.BigInteger, nullable=False, comment="order of the run's batches"),
     sa.Column("scalars", sa.LargeBinary, nullable=False, comment="MessagePack: name -> steps, values"),
-    sa.Index(None, "run", "first_step"),
+    sqlite_with_rowid=False,
+)
+
+scalars = sa.Table(
+    "scalars",
+    metadata,
+    _run(),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("level", sa.SmallInteger, primary_key=True, comment="1 and above; level 0 is in trails"),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False, comment="first of the bucket"),
+    sa.Column("last_step", sa.BigInteger, nullable=False),
+    *(sa.Column(name, sa.Double, comment="none: NaN") for name in ("low", "high", "mean", "last")),
+    sa.Column("finite", sa.BigInteger, nullable=False),
+    sa.Column("nonfinite", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )
 
 batches = sa.Table(
@@ -227,6 +265,18 @@ disabled_receivers = sa.Table(
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("at", sa.Double, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
+)
+
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True, comment="for people: to list and revoke"),
+    sa.Column("digest", sa.Text, nullable=False, unique=True, comment="SHA-256 of the token"),
+    sa.Column("scope", sa.Text, nullable=False, comment="ingest, read or admin"),
+    sa.Column("project", sa.Text, comment="none: every project"),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("expires_at", sa.Double),
+    sa.Column("revoked_at", sa.Double),
 )
 
 attempts = sa.Table(

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 import msgspec
+import sqlalchemy as sa
 import uvicorn
 
 from gradwatch.settings import secret
@@ -22,6 +24,7 @@ from gradwatch_server.database import open_engine, prepare
 from gradwatch_server.errors import ConfigurationError, GradwatchError
 from gradwatch_server.receivers import Webhook
 from gradwatch_server.settings import Configuration, Settings
+from gradwatch_server.tokens import count_tokens
 
 _DRAIN_SECONDS = 10
 
@@ -98,6 +101,26 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def _check_open(host: str, engine: sa.Engine) -> None:
+    """Refuse to listen to other machines while nobody has to show a token."""
+    if host == "localhost" or (host and _is_loopback(host)):
+        return
+    with engine.connect() as connection:
+        if count_tokens(connection):
+            return
+    raise ConfigurationError(
+        f"--host {host} lets other machines in, and this server has no token: make one with "
+        "gradwatch token create --scope admin (with the same database), or listen on 127.0.0.1"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _listen(settings: Settings) -> socket.socket:
     try:
         return socket.create_server(
@@ -118,6 +141,7 @@ def main(arguments: Sequence[str]) -> int:
         settings = read_settings(given)
         engine = open_engine(settings.database_url)
         prepare(engine)
+        _check_open(settings.host, engine)
         sock = _listen(settings)
     except (GradwatchError, ValueError) as error:
         print(f"gradwatch serve: {error}", file=sys.stderr)

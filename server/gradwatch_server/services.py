@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 import msgspec
 import sqlalchemy as sa
 
+from gradwatch_server.exporter import Exporter
 from gradwatch_server.feed import Feed
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
 from gradwatch_server.requests import Requests
 from gradwatch_server.settings import Configuration, Settings
+from gradwatch_server.tokens import TokenBook
 from gradwatch_server.writer import Writer
 
 
@@ -23,6 +25,8 @@ class Services:
     ingest: Ingest
     notifier: Notifier
     feed: Feed
+    tokens: TokenBook
+    exporter: Exporter | None = None
     requests: Requests = field(default_factory=Requests)
     ready: bool = True
     """False from the first sign of stopping: readiness goes first."""
@@ -31,6 +35,7 @@ class Services:
     def start(cls, settings: Settings, engine: sa.Engine) -> "Services":
         """Make the parts; the writer runs from here on."""
         configuration = settings.configuration
+        remote = configuration.remote_write
         writer = Writer(engine, configuration.limits.queued_batches)
         return cls(
             settings=settings,
@@ -39,6 +44,8 @@ class Services:
             ingest=Ingest(configuration, settings.public_url),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             feed=Feed(engine),
+            exporter=None if remote is None else Exporter(engine, remote),
+            tokens=TokenBook(engine),
         )
 
     def reload(self, configuration: Configuration) -> None:

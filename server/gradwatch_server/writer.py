@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
@@ -18,6 +18,13 @@ Work = Callable[[sa.Connection], Any]
 _MOST_IN_ONE_COMMIT = 64
 
 
+class _Piece(NamedTuple):
+    run_id: str
+    """Servers that share a PostgreSQL lock runs in this order: none waits for another in a circle."""
+    work: Work
+    future: Future[Any]
+
+
 class Writer:
     """Runs pieces of work, each in a savepoint of its own, and answers each only after the commit is on disk.
 
@@ -26,7 +33,7 @@ class Writer:
 
     def __init__(self, engine: sa.Engine, capacity: int) -> None:
         self._engine = engine
-        self._waiting: queue.Queue[tuple[Work, Future[Any]] | None] = queue.Queue(capacity)
+        self._waiting: queue.Queue[_Piece | None] = queue.Queue(capacity)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="gradwatch-writer", daemon=True)
         self.commits = 0
@@ -39,8 +46,8 @@ class Writer:
         """Pieces of work that wait now."""
         return self._waiting.qsize()
 
-    def submit(self, work: Callable[[sa.Connection], Result]) -> Future[Result]:
-        """Queue a piece of work; the future holds its result once it is on disk.
+    def submit(self, work: Callable[[sa.Connection], Result], run_id: str = "") -> Future[Result]:
+        """Queue a piece of work on a run; the future holds its result once it is on disk.
 
         Raises:
             Refused: the queue is full, or the server is stopping.
@@ -49,7 +56,7 @@ class Writer:
         if self._closed.is_set():
             raise Refused(503, "Stopping", "the server is stopping: send it again", retry_after_seconds=2)
         try:
-            self._waiting.put_nowait((work, future))
+            self._waiting.put_nowait(_Piece(run_id, work, future))
         except queue.Full:
             self.refused += 1
             detail = f"{self._waiting.maxsize} batches wait already (limits.queued_batches): send it again later"
@@ -79,16 +86,16 @@ class Writer:
             if last:
                 return
 
-    def _commit(self, group: list[tuple[Work, Future[Any]]]) -> None:
+    def _commit(self, group: list[_Piece]) -> None:
         settled: list[Callable[[], None]] = []
         started = time.perf_counter()
         try:
             with writing(self._engine) as connection:
-                for work, future in group:
-                    settled.append(self._run(connection, work, future))
+                ordered = sorted(group, key=lambda piece: piece.run_id)
+                settled += [self._run(connection, piece.work, piece.future) for piece in ordered]
         except BaseException as error:  # whoever waits for the answer gets the reason
-            for _, future in group:
-                future.set_exception(error)
+            for piece in group:
+                piece.future.set_exception(error)
             return
         self.commits += 1
         self.commit_seconds += time.perf_counter() - started

@@ -9,7 +9,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from gradwatch import wire
-from gradwatch_server.api import body, documents
+from gradwatch_server.api import access, body, documents
 from gradwatch_server.api.problem import problems
 from gradwatch_server.services import Services
 
@@ -33,7 +33,7 @@ def _services(request: Request) -> Services:
     response_model=documents.Registered,
     responses={
         200: {"model": documents.Registered, "description": "Known already"},
-        **problems(400, 409, 413, 415, 422, 503),
+        **problems(400, 401, 403, 409, 413, 415, 422, 503),
     },
     openapi_extra=_takes(wire.Registration),
 )
@@ -41,9 +41,10 @@ async def register_run(request: Request) -> Response:
     """Make a run known; with the id of a known run, start its next attempt or add parameters to it."""
     services = _services(request)
     registration = await body.read(request, wire.Registration, services.settings.configuration.limits)
+    access.check_registration(request, registration.project)
     run_id = secrets.token_hex(8) if registration.id is None else registration.id
     registered = await asyncio.wrap_future(
-        services.writer.submit(partial(services.ingest.register, run_id=run_id, registration=registration))
+        services.writer.submit(partial(services.ingest.register, run_id=run_id, registration=registration), run_id)
     )
     return _json(registered, 201 if registered.created else 200)
 
@@ -51,7 +52,7 @@ async def register_run(request: Request) -> Response:
 @router.post(
     "/runs/{run_id}/samples",
     response_model=documents.Stored,
-    responses=problems(400, 404, 413, 415, 422, 503),
+    responses=problems(400, 401, 403, 404, 413, 415, 422, 503),
     openapi_extra=_takes(wire.Batch),
 )
 async def store_batch(request: Request, run_id: str) -> Response:
@@ -59,7 +60,7 @@ async def store_batch(request: Request, run_id: str) -> Response:
     services = _services(request)
     batch = await body.read(request, wire.Batch, services.settings.configuration.limits)
     stored = await asyncio.wrap_future(
-        services.writer.submit(partial(services.ingest.store, run_id=run_id, batch=batch))
+        services.writer.submit(partial(services.ingest.store, run_id=run_id, batch=batch), run_id)
     )
     services.notifier.wake()
     return _json(stored, 200)

@@ -4,6 +4,7 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
+import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -30,12 +31,20 @@ def answer(status: int, title: str, detail: str, retry_after_seconds: int | None
     return Response(msgspec.json.encode(body), status, headers, PROBLEM_TYPE)
 
 
+def refuse(error: Refused) -> Response:
+    """Return the problem document of a refusal; a browser asks for the token as a password."""
+    made = answer(error.status, error.title, error.detail, error.retry_after_seconds)
+    if error.status == 401:
+        made.headers["WWW-Authenticate"] = 'Basic realm="gradwatch: a token as the password", charset="UTF-8"'
+    return made
+
+
 def install(app: FastAPI) -> None:
     """Make every refusal of the app a problem document."""
 
     @app.exception_handler(Refused)
     async def refused(_request: Request, error: Refused) -> Response:
-        return answer(error.status, error.title, error.detail, error.retry_after_seconds)
+        return refuse(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> Response:
@@ -47,6 +56,10 @@ def install(app: FastAPI) -> None:
         made = answer(error.status_code, HTTPStatus(error.status_code).phrase, str(error.detail))
         made.headers.update(error.headers or {})
         return made
+
+    @app.exception_handler(sa.exc.OperationalError)
+    async def out_of_reach(_request: Request, error: sa.exc.OperationalError) -> Response:
+        return answer(503, "Database out of reach", f"nothing was stored: {error.orig}"[:500], retry_after_seconds=5)
 
     @app.exception_handler(Exception)
     async def broken(_request: Request, error: Exception) -> Response:

@@ -57,16 +57,13 @@ def show_series(
             raise Refused(422, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME")
         if parameter not in names:
             raise Refused(404, "Unknown parameter", f"run {run_id!r} has no parameter {parameter!r}")
-        steps, values = queries.load(
-            connection, run_id, statistic, from_step, to_step, [names.index(parameter)], len(names)
-        )
-        buckets = queries.gather(steps, values, points)
+        column = [names.index(parameter)]
+        buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, column, points)
     else:
         if parameter is not None:
             known = ", ".join(queries.STATISTIC_NAMES)
             raise Refused(422, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
-        steps, scalars = queries.load_scalar(connection, run_id, statistic, from_step, to_step)
-        buckets = queries.gather(steps, scalars[:, None], points, missing=None)
+        buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
     spelled = wire.spell_vector if statistic in queries.STATISTIC_NAMES else wire.spell_numbers
     content = {
         "run": run_id,
@@ -100,8 +97,7 @@ def show_map(
     load_run(connection, run_id)
     listed = load_parameters(connection, run_id)
     order = sorted(range(len(listed)), key=lambda position: listed[position].depth or 0)
-    steps, values = queries.load(connection, run_id, statistic, from_step, to_step, order, len(listed))
-    buckets = queries.gather(steps, values, points)
+    buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points)
     content: dict[str, Any] = {
         "run": run_id,
         "statistic": statistic,

@@ -40,8 +40,7 @@ def show_tile(
     load_run(connection, run_id)
     listed = load_parameters(connection, run_id)
     order = sorted(range(len(listed)), key=lambda position: listed[position].depth or 0)
-    steps, values = queries.load(connection, run_id, statistic, from_step, to_step, order, len(listed))
-    buckets = queries.gather(steps, values, points)
+    buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points)
     header = {
         "statistic": statistic,
         "parameters": [listed[position].name for position in order],

@@ -1,13 +1,14 @@
 """A question to a server, and how its refusal is told."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 
-from gradwatch.environment import setting
+from gradwatch.settings import secret
 from gradwatch_server.errors import GradwatchError
 
 _TIMEOUT_SECONDS = 30.0
@@ -23,8 +24,8 @@ def ask(given: argparse.Namespace, method: str, path: str, **content: Any) -> An
     Raises:
         AskError: there is none, or it is a refusal.
     """
-    url = given.url or setting("GRADWATCH_URL") or "http://127.0.0.1:8321"
-    token = setting("GRADWATCH_TOKEN")
+    url = given.url or secret(os.environ, "GRADWATCH_URL") or "http://127.0.0.1:8321"
+    token = secret(os.environ, "GRADWATCH_TOKEN")
     headers = {} if token is None else {"authorization": f"Bearer {token}"}
     try:
         with httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False) as client:

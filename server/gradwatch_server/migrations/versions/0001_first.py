@@ -35,6 +35,14 @@ def upgrade() -> None:
         sa.Column("status", sa.Text(), nullable=True, comment="completed, failed or killed"),
         sa.Column("exit_code", sa.Integer(), nullable=True),
         sa.Column("parameter_count", sa.Integer(), nullable=False),
+        sa.Column(
+            "attempt_first_step",
+            sa.BigInteger(),
+            nullable=True,
+            comment="from here on everything is of this attempt",
+        ),
+        sa.Column("statistics", JSON, nullable=False, comment="every statistic that was ever measured"),
+        sa.Column("coverage", JSON, nullable=False, comment="how far the levels of each lane reach, see levels.py"),
         sa.Column("attributes", JSON, nullable=False),
         sa.Column("dropped", JSON, nullable=False),
         sa.Column(
@@ -126,8 +134,9 @@ def upgrade() -> None:
     op.create_table(
         "samples",
         sa.Column("run", sa.Text(), nullable=False),
-        sa.Column("level", sa.SmallInteger(), nullable=False, comment="0: as measured"),
+        sa.Column("level", sa.SmallInteger(), nullable=False, comment="0: as measured; above: a bucket of them"),
         sa.Column("step", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("last_step", sa.BigInteger(), nullable=True, comment="of a bucket, whose numbers are in rollups"),
         sa.Column("attempt", sa.BigInteger(), nullable=False),
         sa.Column("at", sa.Double(), nullable=False),
         sa.Column("scalars", JSON, nullable=True),
@@ -145,20 +154,51 @@ def upgrade() -> None:
         sqlite_with_rowid=False,
     )
     op.create_table(
+        "rollups",
+        sa.Column("run", sa.Text(), nullable=False),
+        sa.Column("statistic", sa.Text(), nullable=False),
+        sa.Column("level", sa.SmallInteger(), nullable=False, comment="1 and above"),
+        sa.Column("step", sa.BigInteger(), autoincrement=False, nullable=False, comment="first of the bucket"),
+        sa.Column("low", Floats(), nullable=False),
+        sa.Column("high", Floats(), nullable=False),
+        sa.Column("mean", Floats(), nullable=False),
+        sa.Column("last", Floats(), nullable=False),
+        sa.Column("finite", Floats(), nullable=False, comment="finite values; one number where all parameters agree"),
+        sa.Column("nonfinite", Floats(), nullable=False, comment="NaN and infinite values; likewise"),
+        sa.ForeignKeyConstraint(["run"], ["runs.id"], name=op.f("fk_rollups_run_runs"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("run", "statistic", "level", "step", name=op.f("pk_rollups")),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
         "trails",
         sa.Column("run", sa.Text(), nullable=False),
+        sa.Column("first_step", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("rank", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("batch", sa.Text(), nullable=False),
         sa.Column("attempt", sa.BigInteger(), nullable=False),
-        sa.Column("first_step", sa.BigInteger(), nullable=False),
-        sa.Column("last_step", sa.BigInteger(), nullable=False),
+        sa.Column("arrival", sa.BigInteger(), nullable=False, comment="order of the run's batches"),
         sa.Column("scalars", sa.LargeBinary(), nullable=False, comment="MessagePack: name -> steps, values"),
         sa.ForeignKeyConstraint(["run"], ["runs.id"], name=op.f("fk_trails_run_runs"), ondelete="CASCADE"),
-        sa.PrimaryKeyConstraint("run", "rank", "batch", name=op.f("pk_trails")),
+        sa.PrimaryKeyConstraint("run", "first_step", "rank", "batch", name=op.f("pk_trails")),
+        sqlite_with_rowid=False,
     )
-    with op.batch_alter_table("trails", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_trails_run_first_step"), ["run", "first_step"], unique=False)
-
+    op.create_table(
+        "scalars",
+        sa.Column("run", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("level", sa.SmallInteger(), nullable=False, comment="1 and above; level 0 is in trails"),
+        sa.Column("step", sa.BigInteger(), autoincrement=False, nullable=False, comment="first of the bucket"),
+        sa.Column("last_step", sa.BigInteger(), nullable=False),
+        sa.Column("low", sa.Double(), nullable=True, comment="none: NaN"),
+        sa.Column("high", sa.Double(), nullable=True, comment="none: NaN"),
+        sa.Column("mean", sa.Double(), nullable=True, comment="none: NaN"),
+        sa.Column("last", sa.Double(), nullable=True, comment="none: NaN"),
+        sa.Column("finite", sa.BigInteger(), nullable=False),
+        sa.Column("nonfinite", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(["run"], ["runs.id"], name=op.f("fk_scalars_run_runs"), ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("run", "name", "level", "step", name=op.f("pk_scalars")),
+        sqlite_with_rowid=False,
+    )
     op.create_table(
         "transitions",
         sa.Column("id", sa.Text(), nullable=False),
@@ -224,6 +264,18 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name=op.f("pk_disabled_receivers")),
     )
 
+    op.create_table(
+        "tokens",
+        sa.Column("id", sa.Text(), nullable=False, comment="for people: to list and revoke"),
+        sa.Column("digest", sa.Text(), nullable=False, comment="SHA-256 of the token"),
+        sa.Column("scope", sa.Text(), nullable=False, comment="ingest, read or admin"),
+        sa.Column("project", sa.Text(), nullable=True, comment="none: every project"),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("expires_at", sa.Double(), nullable=True),
+        sa.Column("revoked_at", sa.Double(), nullable=True),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_tokens")),
+        sa.UniqueConstraint("digest", name=op.f("uq_tokens_digest")),
+    )
     op.create_table(
         "attempts",
         sa.Column("delivery", sa.Text(), nullable=False),

@@ -1,0 +1,116 @@
+"""Samples gathered into buckets of neighbours, pure: no spike and no NaN is lost on the way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.wire import MISSING
+
+Floats = NDArray[np.floating[Any]]
+Steps = NDArray[np.int64]
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Buckets:
+    """Buckets of neighbouring samples, in the order of their steps; a bucket of one sample is that sample.
+
+    ``first_steps`` and ``last_steps`` have shape (buckets,), the others (buckets, parameters). ``low``, ``high`` and
+    ``mean`` are over finite values, ``last`` is the newest value as it was measured. ``finite`` and ``nonfinite`` count
+    the values that are finite, and that are NaN or infinite; neither counts a missing gradient. Where a bucket holds
+    no finite value, ``low``, ``high`` and ``mean`` are that of ``last``.
+    """
+
+    first_steps: Steps
+    last_steps: Steps
+    low: Floats
+    high: Floats
+    mean: Floats
+    last: Floats
+    finite: Counts
+    nonfinite: Counts
+
+    @classmethod
+    def of_samples(cls, steps: Steps, values: Floats, missing: float | None = MISSING) -> Self:
+        """Return one bucket a sample.
+
+        Args:
+            steps: shape (samples,), ascending.
+            values: shape (samples, parameters), float32 or float64.
+            missing: the value that stands for no measurement; none where every value is one.
+        """
+        measurable = np.isfinite(values)
+        if missing is None:
+            return cls(steps, steps, values, values, values, values, _counted(measurable), _counted(~measurable))
+        present = values != missing
+        finite = _counted(measurable & present)
+        return cls(steps, steps, values, values, values, values, finite, _counted(~measurable & present))
+
+    @classmethod
+    def concatenated(cls, parts: Sequence["Buckets"]) -> "Buckets":
+        """Return the buckets of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+    def __len__(self) -> int:
+        return len(self.first_steps)
+
+    def head(self, count: int) -> "Buckets":
+        """Return the first ``count`` buckets."""
+        return Buckets(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
+
+    def of_columns(self, columns: Sequence[int]) -> "Buckets":
+        """Return the buckets of some of the parameters, in this order."""
+        planes = ("low", "high", "mean", "last", "finite", "nonfinite")
+        picked = (getattr(self, name)[:, columns] for name in planes)
+        return Buckets(self.first_steps, self.last_steps, *picked)
+
+    def gathered(self, starts: NDArray[np.intp]) -> "Buckets":
+        """Return larger buckets, each from one of ``starts`` (ascending, the first is 0) to the next."""
+        if len(starts) == len(self) or not len(self):
+            return self
+        ends = np.append(starts[1:], len(self)) - 1
+        measured = self.finite > 0
+        infinite = self.low.dtype.type(np.inf)
+        finite = np.add.reduceat(self.finite, starts)
+        total = np.add.reduceat(np.where(measured, self.mean, 0).astype(np.float64) * self.finite, starts)
+        last = self._newest(starts, ends)
+        nothing = finite == 0
+        return Buckets(
+            self.first_steps[starts],
+            self.last_steps[ends],
+            np.where(nothing, last, np.minimum.reduceat(np.where(measured, self.low, infinite), starts)),
+            np.where(nothing, last, np.maximum.reduceat(np.where(measured, self.high, -infinite), starts)),
+            np.where(nothing, last, (total / np.maximum(finite, 1)).astype(self.mean.dtype)),
+            last,
+            finite,
+            np.add.reduceat(self.nonfinite, starts),
+        )
+
+    def _newest(self, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> Floats:
+        """Return the newest value of each larger bucket that is not missing; missing where all are."""
+        present = (self.finite > 0) | (self.nonfinite > 0)
+        if present[ends].all():
+            return self.last[ends]
+        rows = np.arange(len(self))[:, None]
+        newest = np.maximum.reduceat(np.where(present, rows, -1), starts)
+        return np.take_along_axis(self.last, np.where(newest < 0, ends[:, None], newest), axis=0)
+
+    def thinned(self, points: int) -> "Buckets":
+        """Return at most ``points`` buckets, of equal numbers of these, and at least half of ``points`` of them."""
+        size = max(1, -(-len(self) // points))
+        return self.gathered(np.arange(0, len(self), size))
+
+
+def even_starts(count: int, fan_out: int) -> NDArray[np.intp]:
+    """Return where groups of ``count`` neighbours begin: of ``fan_out`` to twice that, or one group of fewer."""
+    groups = max(1, count // fan_out)
+    return np.arange(groups) * count // groups
+
+
+def _counted(flags: NDArray[np.bool_]) -> Counts:
+    return flags.astype(np.int64)

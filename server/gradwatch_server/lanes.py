@@ -1,0 +1,284 @@
+"""The rows behind the levels: samples and their roll-ups, scalars of every step and theirs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+
+from gradwatch.wire import MISSING, STATISTICS, Trail, number
+from gradwatch_server import schema
+from gradwatch_server.buckets import Buckets, Floats
+from gradwatch_server.levels import LAST_STEP
+
+RATIO_EPS = 1e-3
+"""The eps of ``ratio = grad_norm / (weight_norm + eps)``, the same as AGC's."""
+STATISTIC_NAMES = (*STATISTICS, "ratio")
+TRAIL_STEPS = 4_096
+"""A row of a trail stays within one such stretch of steps, so that a range of steps is a range of keys."""
+
+_PLANES = ("low", "high", "mean", "last", "finite", "nonfinite")
+_decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
+
+
+def ratio(grad_norm: NDArray[np.float32], weight_norm: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return ``grad_norm / (weight_norm + eps)``; missing where the gradient is missing."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        divided = grad_norm / (weight_norm + np.float32(RATIO_EPS))
+    return np.where((grad_norm == MISSING) | (weight_norm == MISSING), np.float32(MISSING), divided)
+
+
+def measured(statistics: Sequence[str]) -> list[str]:
+    """Return what can be read of a run that measures these: the ratio where both of its parts are there."""
+    both = "grad_norm" in statistics and "weight_norm" in statistics
+    return [*statistics, "ratio"] if both else list(statistics)
+
+
+class SampleLane:
+    """The statistics of a run's parameters, side by side: buckets have statistics x parameters columns."""
+
+    fan_outs = (16, 4)
+
+    def __init__(self, connection: sa.Connection, run_id: str, names: Sequence[str], parameter_count: int) -> None:
+        self._connection = connection
+        self._run = run_id
+        self._names = list(names)
+        self._width = parameter_count
+
+    def load(self, level: int, first: int, last: int) -> Buckets:
+        """Return the buckets of a level; at level 0 those samples in which any of the statistics was measured."""
+        return self._samples(first, last) if level == 0 else self._rollups(level, first, last)
+
+    def _samples(self, first: int, last: int) -> Buckets:
+        table = schema.samples
+        stored: list[str] = [name for name in STATISTICS if name in self._needed()]
+        rows = self._connection.execute(
+            sa.select(table.c.step, *(table.c[name] for name in stored))
+            .where(table.c.run == self._run, table.c.level == 0, table.c.step.between(first, last))
+            .order_by(table.c.step)
+        ).all()
+        enough = all if len(self._names) == 1 else any
+        kept = [row for row in rows if enough(vector is not None for vector in row[1:])]
+        steps = np.array([row[0] for row in kept], np.int64)
+        planes: dict[str, Floats] = {
+            name: _stacked([row[index] for row in kept], self._width) for index, name in enumerate(stored, 1)
+        }
+        if "ratio" in self._names:
+            planes["ratio"] = ratio(planes["grad_norm"], planes["weight_norm"])
+        return Buckets.of_samples(steps, np.concatenate([planes[name] for name in self._names], axis=1))
+
+    def _needed(self) -> set[str]:
+        parts = {"grad_norm", "weight_norm"} if "ratio" in self._names else set()
+        return parts | set(self._names)
+
+    def _rollups(self, level: int, first: int, last: int) -> Buckets:
+        steps, last_steps = self._spans(level, first, last)
+        if not len(steps):
+            return self._nothing()
+        row_of = {step: index for index, step in enumerate(steps.tolist())}
+        shape = (len(steps), len(self._names) * self._width)
+        planes: list[NDArray[Any]] = [np.full(shape, MISSING, np.float32) for _ in range(4)]
+        planes += [np.zeros(shape, np.int64) for _ in range(2)]
+        table = schema.rollups
+        rows = self._connection.execute(
+            sa.select(table.c.statistic, table.c.step, *(table.c[name] for name in _PLANES)).where(
+                table.c.run == self._run,
+                table.c.statistic.in_(self._names),
+                table.c.level == level,
+                table.c.step.between(int(steps[0]), int(steps[-1])),
+            )
+        )
+        begins = {name: index * self._width for index, name in enumerate(self._names)}
+        for statistic, step, *vectors in rows:
+            begin, index = begins[statistic], row_of[step]
+            end = begin + len(vectors[0])
+            for plane, vector in zip(planes, vectors, strict=True):
+                plane[index, begin:end] = vector
+        return Buckets(steps, last_steps, *planes)
+
+    def _nothing(self) -> Buckets:
+        return Buckets.of_samples(np.empty(0, np.int64), np.empty((0, len(self._names) * self._width), np.float32))
+
+    def _spans(self, level: int, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the first and the last steps of the buckets of a level that begin in a range."""
+        table = schema.samples
+        rows = self._connection.execute(
+            sa.select(*table.c["step", "last_step"])
+            .where(table.c.run == self._run, table.c.level == level, table.c.step.between(first, last))
+            .order_by(table.c.step)
+        ).all()
+        both = np.array(rows, np.int64).reshape(-1, 2)
+        return both[:, 0], both[:, 1]
+
+    def count(self, level: int, first: int, last: int, most: int) -> int:
+        """Return how many buckets of a level begin in a range, counting no further than ``most``."""
+        return _count(self._connection, schema.samples, [schema.samples.c.run == self._run], level, first, last, most)
+
+    def insert(self, level: int, buckets: Buckets) -> None:
+        """Add buckets to a level."""
+        starts, ends = buckets.first_steps.tolist(), buckets.last_steps.tolist()
+        spans = [
+            {"run": self._run, "level": level, "step": start, "last_step": end, "attempt": 0, "at": 0.0}
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        self._connection.execute(_insert_spans, spans)
+        rows = [
+            {"run": self._run, "statistic": name, "level": level, "step": start}
+            | {plane: _packed(getattr(buckets, plane)[row, begin : begin + self._width]) for plane in _PLANES}
+            for name, begin in zip(self._names, range(0, buckets.low.shape[1], self._width), strict=True)
+            for row, start in enumerate(starts)
+        ]
+        self._connection.execute(_insert_rollups, rows)
+
+    def delete(self, level: int, first: int, last: int) -> None:
+        """Remove buckets of a level above 0."""
+        for table in (schema.samples, schema.rollups):
+            within = (table.c.run == self._run, table.c.level == level, table.c.step.between(first, last))
+            named = (table.c.statistic.in_(STATISTIC_NAMES),) if table is schema.rollups else ()
+            self._connection.execute(sa.delete(table).where(*within, *named))
+
+    def end(self, level: int) -> int:
+        """Return the last step that the buckets of a level reach; -1 where there is none."""
+        return _end(self._connection, schema.samples, [schema.samples.c.run == self._run], level)
+
+    def around(self, level: int, step: int) -> tuple[int, int]:
+        """Return the first step of the bucket that ``step`` falls into, and the last one before the next bucket."""
+        return _around(self._connection, schema.samples, [schema.samples.c.run == self._run], level, step)
+
+
+class ScalarLane:
+    """One scalar of the run, such as the loss, at every step: buckets have one column, of float64."""
+
+    fan_outs = (64, 4)
+
+    def __init__(self, connection: sa.Connection, run_id: str, name: str) -> None:
+        self._connection = connection
+        self._run = run_id
+        self._name = name
+        self._mine = [schema.scalars.c.run == run_id, schema.scalars.c.name == name]
+
+    def load(self, level: int, first: int, last: int) -> Buckets:
+        """Return the buckets of a level; of a step that was sent more than once the newest value."""
+        return self._trail(first, last) if level == 0 else self._rollups(level, first, last)
+
+    def _trail(self, first: int, last: int) -> Buckets:
+        found: dict[int, float] = {}
+        for trails in load_trails(self._connection, self._run, first, last):
+            trail = trails.get(self._name)
+            if trail is not None:
+                found |= {
+                    step: number(value)
+                    for step, value in zip(trail.steps, trail.values, strict=True)
+                    if first <= step <= last
+                }
+        steps = np.array(sorted(found), np.int64)
+        values = np.array([found[step] for step in steps.tolist()], np.float64)
+        return Buckets.of_samples(steps, values[:, None], missing=None)
+
+    def _rollups(self, level: int, first: int, last: int) -> Buckets:
+        table = schema.scalars
+        rows = self._connection.execute(
+            sa.select(table.c.step, table.c.last_step, *(table.c[name] for name in _PLANES))
+            .where(*self._mine, table.c.level == level, table.c.step.between(first, last))
+            .order_by(table.c.step)
+        ).all()
+        columns = list(zip(*rows, strict=True)) or [()] * 8
+        steps, last_steps = np.array(columns[0], np.int64), np.array(columns[1], np.int64)
+        floats: list[NDArray[Any]] = [np.array(column, np.float64)[:, None] for column in columns[2:6]]
+        counts = [np.array(column, np.int64)[:, None] for column in columns[6:]]
+        return Buckets(steps, last_steps, *floats, *counts)
+
+    def count(self, level: int, first: int, last: int, most: int) -> int:
+        """Return how many buckets of a level begin in a range, counting no further than ``most``."""
+        return _count(self._connection, schema.scalars, self._mine, level, first, last, most)
+
+    def insert(self, level: int, buckets: Buckets) -> None:
+        """Add buckets to a level."""
+        planes = {name: getattr(buckets, name)[:, 0].tolist() for name in _PLANES}
+        steps = {"step": buckets.first_steps.tolist(), "last_step": buckets.last_steps.tolist()}
+        listed = steps | planes
+        rows = [
+            {"run": self._run, "name": self._name, "level": level}
+            | {name: _nan_as_none(column[row]) for name, column in listed.items()}
+            for row in range(len(buckets))
+        ]
+        self._connection.execute(_insert_scalars, rows)
+
+    def delete(self, level: int, first: int, last: int) -> None:
+        """Remove buckets of a level above 0."""
+        table = schema.scalars
+        within = (*self._mine, table.c.level == level, table.c.step.between(first, last))
+        self._connection.execute(sa.delete(table).where(*within))
+
+    def end(self, level: int) -> int:
+        """Return the last step that the buckets of a level reach; -1 where there is none."""
+        return _end(self._connection, schema.scalars, self._mine, level)
+
+    def around(self, level: int, step: int) -> tuple[int, int]:
+        """Return the first step of the bucket that ``step`` falls into, and the last one before the next bucket."""
+        return _around(self._connection, schema.scalars, self._mine, level, step)
+
+
+_insert_spans = sa.insert(schema.samples)
+_insert_rollups = sa.insert(schema.rollups)
+_insert_scalars = sa.insert(schema.scalars)
+
+
+def load_trails(connection: sa.Connection, run_id: str, first: int, last: int) -> list[dict[str, Trail]]:
+    """Return the trails that may hold steps of a range, the newest last."""
+    table = schema.trails
+    rows = connection.execute(
+        sa.select(table.c.scalars)
+        .where(table.c.run == run_id, table.c.first_step > first - TRAIL_STEPS, table.c.first_step <= last)
+        .order_by(table.c.attempt, table.c.arrival, table.c.first_step)
+    )
+    return [_decode_trails.decode(blob) for (blob,) in rows]
+
+
+def _count(
+    connection: sa.Connection, table: sa.Table, mine: Sequence[Any], level: int, first: int, last: int, most: int
+) -> int:
+    within = (*mine, table.c.level == level, table.c.step.between(first, last))
+    few = sa.select(table.c.step).where(*within).limit(most).subquery()
+    return int(connection.execute(sa.select(sa.func.count()).select_from(few)).scalar_one())
+
+
+def _end(connection: sa.Connection, table: sa.Table, mine: Sequence[Any], level: int) -> int:
+    newest = sa.select(table.c.last_step).where(*mine, table.c.level == level).order_by(table.c.step.desc()).limit(1)
+    found = connection.execute(newest).scalar()
+    return -1 if found is None else int(found)
+
+
+def _around(connection: sa.Connection, table: sa.Table, mine: Sequence[Any], level: int, step: int) -> tuple[int, int]:
+    within = (*mine, table.c.level == level)
+    start = connection.execute(sa.select(sa.func.max(table.c.step)).where(*within, table.c.step <= step)).scalar()
+    if start is None:
+        start = connection.execute(sa.select(sa.func.min(table.c.step)).where(*within)).scalar_one()
+    following = connection.execute(
+        sa.select(sa.func.min(table.c.step)).where(*within, table.c.step > max(step, start))
+    ).scalar()
+    return start, LAST_STEP if following is None else following - 1
+
+
+def _stacked(vectors: Sequence[NDArray[np.float32] | None], width: int) -> NDArray[np.float32]:
+    """Return the vectors as rows; missing where there is none, or where it is from before the run gained parameters."""
+    if vectors and all(vector is not None and len(vector) == width for vector in vectors):
+        return np.stack([vector for vector in vectors if vector is not None])
+    rows = np.full((len(vectors), width), MISSING, np.float32)
+    for row, vector in zip(rows, vectors, strict=True):
+        if vector is not None:
+            row[: len(vector)] = vector
+    return rows
+
+
+def _packed(vector: Floats | NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the vector as it is stored: counts that agree become one number."""
+    if vector.dtype == np.int64 and len(vector) and (vector == vector[0]).all():
+        vector = vector[:1]
+    return vector.astype(np.float32, copy=False)
+
+
+def _nan_as_none(value: float) -> float | None:
+    return None if value != value else value

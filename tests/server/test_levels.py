@@ -1,0 +1,158 @@
+"""The levels: whatever order the samples came in, every range reads as if all of it had been gathered at once."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from gradwatch import wire
+from gradwatch_server import queries
+from gradwatch_server.buckets import Buckets
+from gradwatch_server.database import open_engine, prepare, writing
+from gradwatch_server.ingest import Ingest
+from gradwatch_server.settings import Configuration
+from tests.processes import sample
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def engine(database_url: str) -> Iterator[sa.Engine]:
+    opened = open_engine(database_url)
+    prepare(opened)
+    yield opened
+    opened.dispose()
+
+
+class Store:
+    """A run written through the real write path, and beside it what it must hold."""
+
+    def __init__(self, engine: sa.Engine, run: str, parameters: int = 2) -> None:
+        self.engine, self.run, self.parameters = engine, run, parameters
+        self.ingest = Ingest(Configuration(), "http://localhost")
+        self.kept: dict[int, list[float]] = {}
+        self.batches = 0
+        self.attempt = -1
+        self.resume()
+
+    def resume(self) -> None:
+        self.attempt += 1
+        self.first: int | None = None if self.attempt else 0
+        listed = [wire.Parameter(f"p{position}", [1]) for position in range(self.parameters)]
+        with writing(self.engine) as connection:
+            registration = wire.Registration(parameters=listed, attempt=self.attempt)
+            self.ingest.register(connection, self.run, registration)
+
+    def put(self, samples: dict[int, list[float]]) -> None:
+        if self.first is None or min(samples) < self.first:
+            end = 2**53 if self.first is None else self.first
+            self.kept = {step: row for step, row in self.kept.items() if not min(samples) <= step < end}
+            self.first = min(samples)
+        self.kept |= samples
+        self.batches += 1
+        listed = [sample(step, *row, loss=row[0]) for step, row in samples.items()]
+        batch = wire.Batch(id=f"b{self.batches}", attempt=self.attempt, samples=listed)
+        with writing(self.engine) as connection:
+            self.ingest.store(connection, self.run, batch)
+
+    def check(self, first: int | None, last: int | None, points: int) -> None:
+        within = sorted(step for step in self.kept if (first or 0) <= step <= (2**53 if last is None else last))
+        values = np.array([self.kept[step] for step in within], np.float32).reshape(-1, self.parameters)
+        with self.engine.connect() as connection:
+            columns = list(range(self.parameters))
+            found = queries.read_statistic(connection, self.run, "grad_norm", first, last, columns, points)
+            loss = queries.read_scalar(connection, self.run, "loss", first, last, points)
+        agrees(found, np.array(within, np.int64), values, points, wire.MISSING)
+        agrees(loss, np.array(within, np.int64), values[:, :1].astype(np.float64), points, None)
+
+
+def agrees(found: Buckets, steps: NDArray[np.int64], values: NDArray[Any], points: int, missing: float | None) -> None:
+    """Gather the samples anew, bucket by bucket, and compare; means to a rounding, everything else bit by bit."""
+    assert min(len(steps), -(-points // 3)) <= len(found) <= points
+    assert (found.first_steps[1:] > found.last_steps[:-1]).all()
+    edges = np.searchsorted(steps, found.first_steps)
+    covered = np.searchsorted(steps, found.last_steps, "right")
+    assert (edges[1:] == covered[:-1]).all()
+    if len(steps):
+        assert (edges[0], covered[-1]) == (0, len(steps))
+    for row, (begin, end) in enumerate(zip(edges, covered, strict=True)):
+        for column in range(values.shape[1]):
+            mine = values[begin:end, column]
+            there = mine if missing is None else mine[mine != missing]
+            finite = there[np.isfinite(there)]
+            last = there[-1] if len(there) else missing
+            expected: list[Any] = (
+                [finite.min(), finite.max(), finite.mean(dtype=np.float64)] if len(finite) else [last] * 3
+            )
+            assert same(found.last[row, column], last)
+            assert same(found.low[row, column], expected[0])
+            assert same(found.high[row, column], expected[1])
+            np.testing.assert_allclose(found.mean[row, column], expected[2], rtol=1e-5, atol=1e-30)
+            assert found.nonfinite[row, column] == len(there) - len(finite)
+
+
+def same(found: float, expected: float | None) -> bool:
+    return found == expected or (found != found and expected != expected)
+
+
+numbers = st.one_of(st.sampled_from([NAN, INF, wire.MISSING, 0.0]), st.floats(0, 1e6, width=32))
+rows = st.tuples(numbers.map(lambda value: 3.0 if value == wire.MISSING else value), numbers).map(list)
+batches = st.lists(
+    st.tuples(
+        st.booleans(), st.integers(0, 400), st.lists(st.tuples(st.integers(1, 5), rows), min_size=1, max_size=60)
+    ),
+    min_size=1,
+    max_size=12,
+)
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
+numbered = iter(range(10**9))
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    phases=PHASES,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(batches, st.integers(0, 400), st.integers(0, 400), st.integers(1, 40))
+def test_any_order_of_batches_reads_as_if_gathered_at_once(
+    engine: sa.Engine, sent: list[tuple[bool, int, list[tuple[int, list[float]]]]], a: int, b: int, points: int
+) -> None:
+    store = Store(engine, f"run{next(numbered)}")
+    for resumed, start, gaps in sent:
+        if resumed:
+            store.resume()
+        steps = start + np.cumsum([gap for gap, _ in gaps])
+        store.put({int(step): row for step, (_, row) in zip(steps, gaps, strict=True)})
+    store.check(None, None, points)
+    store.check(min(a, b), max(a, b), points)
+    store.check(a, None, 1)
+
+
+def test_steps_sent_backwards_one_by_one_stay_in_small_buckets(engine: sa.Engine) -> None:
+    store = Store(engine, "backwards")
+    for step in range(300, 0, -1):
+        store.put({step: [float(step), 1.0]})
+    store.check(None, None, 30)
+    store.check(17, 211, 7)
+
+
+@pytest.mark.parametrize("points", [1, 10, 500])
+def test_one_spike_and_one_nan_show_in_the_widest_view(engine: sa.Engine, points: int) -> None:
+    store = Store(engine, f"planted{points}")
+    steps = np.arange(1, 20_001)
+    for block in steps.reshape(-1, 1_000):
+        store.put({step: [1e6 if step == 12_345 else 1.0, NAN if step == 6_789 else 1.0] for step in block.tolist()})
+    store.check(None, None, points)
+    with engine.connect() as connection:
+        found = queries.read_statistic(connection, store.run, "ratio", None, None, [0, 1], points)
+    spike = int(np.searchsorted(found.last_steps, 12_345))
+    assert found.high[spike, 0] > 9e5
+    assert found.nonfinite[:, 1].tolist() == [
+        int(a <= 6_789 <= b) for a, b in zip(found.first_steps, found.last_steps, strict=True)
+    ]

@@ -94,7 +94,11 @@ def main() -> int:
         with Server(Path(folder), options.port, "http://127.0.0.1:9/nobody", "whsec_" + "A" * 32) as server:
             for case in chosen:
                 for seed in range(options.first_seed, options.first_seed + options.seeds):
-                    outcome = run(case, seed, server.url, options.every, verify=not options.skip_twins)
+                    try:
+                        outcome = run(case, seed, server.url, options.every, verify=not options.skip_twins)
+                    except httpx.HTTPError:
+                        print((Path(folder) / "server.log").read_text()[-4000:], file=sys.stderr)
+                        raise
                     print(outcome.describe(), flush=True)
                     outcomes.append(outcome)
     score = Score.of(outcomes)

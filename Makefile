@@ -3,13 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-
-.PHONY: zoo
-# Every labelled training of benchmarks/zoo through the real agent and a real server, with the table; about 15 minutes.
+# Every labelled training of benchmarks/zoo through the real agent and a real server, with the table; 5 to 15 minutes.
 zoo: .venv/test-installed
 	$(BIN)/python -m benchmarks.zoo $(ZOO)
 
-.PHONY: demo test lint types page system clean
+.PHONY: demo zoo test lint types page system clean
 
 demo: .venv/demo-installed
 	@$(BIN)/gradwatch demo $(if $(KEEP),--keep)

@@ -10,6 +10,7 @@ from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.outbox import Delivery
 from gradwatch_server.receivers import AnyReceiver
+from gradwatch_server.retention import Retention
 from gradwatch_server.routes import Route
 
 
@@ -51,6 +52,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
     delivery: Delivery = Delivery()
+    retention: Retention = Retention()
     receivers: list[AnyReceiver] = []
     """Where transitions of alerts are delivered."""
     routes: list[Route] = []

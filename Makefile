@@ -3,6 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+
+.PHONY: zoo
+# Every labelled training of benchmarks/zoo through the real agent and a real server, with the table; about 15 minutes.
+zoo: .venv/test-installed
+	$(BIN)/python -m benchmarks.zoo $(ZOO)
+
 .PHONY: demo test lint types page system clean
 
 demo: .venv/demo-installed
@@ -16,7 +22,7 @@ lint: .venv/test-installed
 	$(BIN)/ruff format --check .
 
 types: .venv/test-installed
-	$(BIN)/mypy agent server tests benchmarks
+	$(BIN)/mypy agent server tests benchmarks dashboards
 
 page: node_modules/.installed
 	npx --no-install tsc --noEmit

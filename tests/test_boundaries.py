@@ -58,7 +58,17 @@ def test_torch_is_not_capped_for_users() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["serve", "--help"], ["run", "--help"], ["flush", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["serve", "--help"],
+        ["run", "--help"],
+        ["flush", "--help"],
+        ["alerts", "--help"],
+        ["silence", "--help"],
+        ["receivers", "--help"],
+    ],
 )
 def test_every_command_explains_itself(arguments: list[str]) -> None:
     shown = subprocess.run(

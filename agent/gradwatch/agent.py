@@ -1,444 +1,902 @@
-"""The agent: attaches to a training, measures at the optimizer's steps, hands over to the sender."""
+"""Attaching to a training: the agent hears torch, measures what is due, and hands it to its threads."""
 
 import atexit
+import contextlib
+import functools
 import logging
+import math
 import os
-import re
+import platform
 import secrets
 import socket
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from importlib import metadata
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, TypeVar, cast
 
-import numpy as np
+import msgspec
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer
+from torch.optim import Optimizer
 
 from gradwatch import taps, wire
-from gradwatch.catalog import catalogue
-from gradwatch.environment import setting
+from gradwatch.automatic import script_name
+from gradwatch.buffers import Plan, Slots
+from gradwatch.collector import Collector
 from gradwatch.governor import Governor
-from gradwatch.guard import Guard
-from gradwatch.meter import Measured, Meter
-from gradwatch.post import Client
-from gradwatch.sender import Scalar, Sender
-from gradwatch.spool import Spool, folder
+from gradwatch.launch import Note
+from gradwatch.layout import Layout, LayoutChangedError, Piece, Scratch
+from gradwatch.mirrors import Logger, mirror
+from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
+from gradwatch.rounds import Clip, Reading, Registered, Repair, Round, Scalar, Update
+from gradwatch.sender import Http, Sender
+from gradwatch.settings import RUN_ID, Settings, resolve
+from gradwatch.spool import Losses, Spool, leftovers
+from gradwatch.statistics import norms
 
-log = logging.getLogger("gradwatch")
+_log = logging.getLogger("gradwatch")
 
-DEFAULT_URL = "http://127.0.0.1:8321"
-RATIO_EPS = 1e-3
-_RUN_ID = re.compile(r"[0-9a-f]{16}")
-_agents: "weakref.WeakSet[Agent]" = weakref.WeakSet()
-_WRAPPED_STEP = Optimizer.profile_hook_step(Optimizer.step).__code__
+DISARMED_AFTER: Final = 3
+"""Errors of its own after which an agent stops measuring."""
+_PLANS: Final = 8
+"""Plans kept for an optimizer: one for each set of parameters that had gradients together."""
+_UPDATE_ELEMENTS: Final = {"cpu": 1 << 20}
+_UPDATE_ELEMENTS_ELSEWHERE: Final = 1 << 25
+"""Largest part of the weights that is copied in one sample to measure its true change."""
+_TINY: Final = 1e-18
+"""Norms below may have lost squares to underflow in float32."""
+_ORDER_STEPS: Final = 3
+"""Steps after which the order of the gradients is no longer waited for."""
+
+_alive: "weakref.WeakSet[Agent]" = weakref.WeakSet()
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def attach(
-    model: nn.Module | Sequence[nn.Module],
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    model: nn.Module | Iterable[nn.Module],
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    *,
     url: str | None = None,
     token: str | None = None,
     project: str | None = None,
     run: str | None = None,
     every: int | None = None,
     overhead_budget: float = 0.01,
+    clip: None = None,
 ) -> "Agent":
-    """Watch the gradients of a training from here on.
-
-    What is not given comes from the environment (``GRADWATCH_URL``, ``GRADWATCH_TOKEN``, ``GRADWATCH_PROJECT``,
-    ``GRADWATCH_RUN``, ``GRADWATCH_EVERY``), then from the defaults.
+    """Watch the gradients of ``model`` from now on and report them to the server at ``url``.
 
     Args:
-        model: a module or a list of them; of several, names begin with the module's class.
-        optimizer: one, a list, or none for every optimizer that steps these parameters.
-        url: address of the server; ``http://127.0.0.1:8321`` by default.
-        token: ingest token of the server, where it asks for one.
-        project: what the run belongs to; ``default`` by default.
-        run: a name for the run, or the id of an earlier run that this one resumes.
-        every: steps between samples; none: as often as ``overhead_budget`` allows.
-        overhead_budget: largest share of the training's time that the agent may take.
+        model: a module or several.
+        optimizer: one, several, or None: every optimizer that steps the model's parameters.
+        url: the server; None: ``GRADWATCH_URL``, else http://127.0.0.1:8321.
+        token: bearer token; None: ``GRADWATCH_TOKEN`` or the file ``GRADWATCH_TOKEN_FILE`` names.
+        project: what the run belongs to; None: ``GRADWATCH_PROJECT``, else ``default``.
+        run: a name (None: ``GRADWATCH_RUN``, else the script and the time), or the id of an earlier run (``run-`` and
+            16 hexadecimal digits), which is then resumed as a new attempt.
+        every: steps between samples; None: ``GRADWATCH_EVERY``, else as ``overhead_budget`` allows.
+        overhead_budget: the agent's largest share of the step time, 0.01 for 1%.
+        clip: None.
+
+    Returns:
+        The agent, already watching. Attached again to the same parameters (in a notebook), it replaces the earlier one.
 
     Raises:
-        ValueError: an argument cannot be right; the text names it. After that, nothing of the agent raises.
+        SettingsError: an argument cannot be used.
+        TypeError: ``model`` or ``optimizer`` is not one.
     """
-    every = every if every is not None else _every_from_environment()
-    if every is not None and every < 1:
-        raise ValueError(f"every={every}: the number of steps between samples is at least 1")
-    if not 0 < overhead_budget <= 1:
-        raise ValueError(f"overhead_budget={overhead_budget}: a share of the step's time, above 0 and at most 1")
+    if clip is not None:
+        raise TypeError(f"clip={clip!r} is not known: adaptive clipping is not part of this version")
     models = [model] if isinstance(model, nn.Module) else list(model)
-    if not models or not all(isinstance(entry, nn.Module) for entry in models):
-        raise ValueError(f"model: a torch.nn.Module or a list of them, not {type(model).__name__}")
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else None if optimizer is None else list(optimizer)
-    return Agent(
-        models,
-        optimizers,
-        url=url or setting("GRADWATCH_URL") or DEFAULT_URL,
-        token=token or setting("GRADWATCH_TOKEN"),
-        project=project or setting("GRADWATCH_PROJECT") or "default",
-        run=run or setting("GRADWATCH_RUN"),
-        governor=Governor(every, overhead_budget),
-    )
+    if not models or not all(isinstance(module, nn.Module) for module in models):
+        raise TypeError(f"model must be a torch.nn.Module or several of them, not {model!r:.80}")
+    settings = resolve(url=url, token=token, project=project, run=run, every=every, overhead_budget=overhead_budget)
+    return Agent(models, _optimizers(optimizer), settings)
 
 
-def _every_from_environment() -> int | None:
-    given = setting("GRADWATCH_EVERY")
+def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] | None:
     if given is None:
         return None
-    if not given.isdecimal():
-        raise ValueError(f"GRADWATCH_EVERY={given!r} is not a number of steps")
-    return int(given)
+    several = [given] if isinstance(given, Optimizer) or hasattr(given, "param_groups") else list(given)
+    inner = []
+    for optimizer in several:
+        # Accelerate and Lightning hand out wrappers; the optimizer inside is the one that steps.
+        while isinstance(
+            wrapped := getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None), Optimizer
+        ):
+            optimizer = wrapped
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, several of them or None, not {optimizer!r:.80}"
+            )
+        inner.append(optimizer)
+    return inner
 
 
-@dataclass
-class _Clipped:
-    """What ``clip_grad_norm_`` did before this step."""
+class Binding:
+    """What an agent knows of one optimizer, or of one list of parameters."""
 
-    parameters: set[int]
-    max_norm: float
-    total_norm: Tensor
+    def __init__(self, parameters: Sequence[Tensor], index_of: dict[int, int]) -> None:
+        self.signature: tuple[int, ...] = ()
+        self.all = list(parameters)
+        known = [(index_of[id(parameter)], parameter) for parameter in parameters if id(parameter) in index_of]
+        self.indices = [index for index, _ in known]
+        self.index_set = frozenset(self.indices)
+        self.parameters = [parameter for _, parameter in known]
+        self.sharded = any(hasattr(parameter, "to_local") for parameter in self.parameters)
+        self.plans: OrderedDict[bytes, Plan] = OrderedDict()
+        self.steps = 0
+        self.steps_at_scaler = 0
+        self.next_piece = 0
+
+    def same(self, parameters: Sequence[Tensor]) -> bool:
+        """Return whether it was made for exactly these tensors."""
+        return len(parameters) == len(self.all) and all(a is b for a, b in zip(parameters, self.all, strict=True))
 
 
-@dataclass
-class _Round:
-    """One step as it comes together: every optimizer that takes part steps once."""
+def _guarded(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R | None]:
+    """Telemetry never raises into training: errors are counted and shipped, and after some the agent disarms."""
 
-    step: int
-    sampled: bool
-    started: float
-    optimizers: list[int] = field(default_factory=list)
-    covered: set[int] = field(default_factory=set)
-    """Ids of the parameters that have been measured."""
-    measured: list[Measured] = field(default_factory=list)
-    learning_rates: list[float] = field(default_factory=list)
-    clipped: list[_Clipped] = field(default_factory=list)
-    scalars: dict[str, float] = field(default_factory=dict)
-    agent_seconds: float = 0.0
+    @functools.wraps(method)
+    def guarded(self: Any, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
+        if not self.watching:
+            return None
+        started = time.perf_counter()
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:  # the agent's guard
+            self.failed(error)
+            if Agent.raises_own_errors:
+                raise
+            return None
+        finally:
+            self.spent_seconds += time.perf_counter() - started
+
+    return cast("Callable[Concatenate[Any, _P], _R | None]", guarded)
 
 
 class Agent:
-    """Watches one training; made by ``attach``. A context manager that closes at its end."""
+    """Watches one training. Made by ``attach``; also a context manager that closes itself.
 
-    run_id: str
-    run_url: str
-    outcome: tuple[str, int | None] = ("completed", None)
-    """How the run ends when the agent is closed: status and exit code."""
+    Attributes:
+        run_id: id of the run, ``run-`` and 16 hexadecimal digits.
+        run_url: where its page is.
+    """
+
+    raises_own_errors: ClassVar[bool] = False
+    """For tests: raise the agent's own errors instead of counting them."""
 
     def __init__(
         self,
         models: Sequence[nn.Module],
         optimizers: Sequence[Optimizer] | None,
+        settings: Settings,
         *,
-        url: str,
-        token: str | None,
-        project: str,
-        run: str | None,
-        governor: Governor,
+        ends_run: bool = True,
     ) -> None:
-        self._attempt = time.time_ns() // 1_000_000
-        resumed = run is not None and _RUN_ID.fullmatch(run)
-        self.run_id = run if run is not None and resumed else secrets.token_hex(8)
-        self.run_url = f"{url.rstrip('/')}/runs/{self.run_id}"
-        self._tracked = catalogue(models)
-        self._ids = {id(entry.parameter) for entry in self._tracked}
-        self._meter = Meter(self._tracked, RATIO_EPS)
-        self._governor = governor
-        self._optimizers = None if optimizers is None else weakref.WeakSet(optimizers)
-        self._known: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
-        self._active = True
-        self._step = 0
-        self._emitted = 0
-        self._round: _Round | None = None
-        self._clipped: list[_Clipped] = []
-        self._scalars: dict[str, float] = {}
-        self._pending: list[Callable[[], bool]] = []
-        self._guard = Guard(self._disarm, reraise=os.environ.get("GRADWATCH_RERAISE") == "1")
-        spool = Spool.of(folder(), url, self.run_id, self._attempt)
-        self._sender = Sender(Client(url, token), spool, self.run_id, self._attempt)
-        self._sender.put(
-            wire.Registration(
-                id=self.run_id,
-                project=project,
-                name="" if resumed else run or _default_name(),
-                parameters=[entry.describe(depth) for depth, entry in enumerate(self._tracked)],
-                started_at=time.time(),
-                attempt=self._attempt,
-                attributes=_attributes(),
-            )
+        self._ends_run = ends_run
+        """Whether closing it ends the run; under ``gradwatch run`` the exit status of the command does."""
+        resumed = settings.run is not None and RUN_ID.fullmatch(settings.run) is not None
+        self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
+        self.run_url = f"{settings.url}/runs/{self.run_id}"
+        self.watching = _rank() == 0
+        self.spent_seconds = 0.0
+        """Of the training thread, since the agent was attached."""
+        self._models = [weakref.ref(model) for model in models]
+        self._watched: list[Watched] = []
+        self._index_of: dict[int, int] = {}
+        self._optimizers = None if optimizers is None else [weakref.ref(optimizer) for optimizer in optimizers]
+        self._bindings: weakref.WeakKeyDictionary[Optimizer, Binding] = weakref.WeakKeyDictionary()
+        self._expected = None if optimizers is None else {id(optimizer): 0 for optimizer in optimizers}
+        """Ids of the optimizers that make a round, with the step at which each was last seen; None: not known yet."""
+        self._clip_binding: Binding | None = None
+        self._governor = Governor(settings.every_steps, settings.overhead_budget_ratio)
+        self._due = True
+        self._in_trouble = False
+        self._was_finite = True
+        self._step = _resumed_step(optimizers or []) if resumed else 0
+        self._round: Round | None = None
+        self._pending_losses: list[Tensor] = []
+        self._pending_clips: list[Clip] = []
+        self._next_round: Round | None = None
+        self._pending_value_clip = False
+        self._logged: dict[str, Scalar] = {}
+        self._scaled: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._scaler: weakref.ref[Any] | None = None
+        self._updates: list[tuple[Optimizer, Callable[[], Update]]] = []
+        self._weights_seen = 0
+        self._depths: list[int] = []
+        self._finished_at = 0.0
+        self._spent_before = 0.0
+        self._background_before = 0.0
+        self._order: ReadyOrder | None = None
+        self._closed = not self.watching
+        self._lock = threading.Lock()
+        self.losses = Losses()
+        if self.watching:
+            self._start(models, settings, resumed=resumed)
+
+    def _start(self, models: Sequence[nn.Module], settings: Settings, *, resumed: bool) -> None:
+        self._slots = Slots()
+        self._spool = Spool(
+            settings.spool_directory, url=settings.url, run=self.run_id, losses=self.losses, warn=self._warn
         )
+        attempt = time.time_ns() // 1_000_000
+        template = wire.Registration(
+            project=settings.project,
+            name="" if resumed else settings.run or _automatic_name(),
+            parameters=[],
+            id=self.run_id,
+            started_at=attempt / 1000,
+            attempt=attempt,
+            attributes=_attributes(),
+        )
+        self._http = Http(settings.url, settings.token)
+        self._sender = Sender(self._spool, self._http, self.losses, self._warn, idle=self._adopt)
+        self._settings = settings
+        self._adopted = False
+        self._collector = Collector(
+            self._spool,
+            self._slots,
+            self.losses,
+            template,
+            written=self._sender.notify,
+            trouble=self._note_trouble,
+            failed=self.failed,
+        )
+        self._discover()
+        self._replace_earlier()
+        self._register()
+        if not any(is_compiled(model) for model in models):
+            parameters = ((index, watched.parameter()) for index, watched in enumerate(self._watched))
+            self._order = ReadyOrder((index, parameter) for index, parameter in parameters if parameter is not None)
+        self._collector.start()
+        self._sender.start()
         taps.listen(self)
+        _tell_the_launcher(self.run_id, settings.url, attempt)
         atexit.register(self.close)
-        _agents.add(self)
+        _alive.add(self)
 
     def log(self, **scalars: float | Tensor) -> None:
-        """Add scalars, such as ``loss=...``, to the next step; a tensor is read without waiting for its device."""
-        with self._guard("taking scalars"):
-            for name, value in scalars.items():
-                if isinstance(value, Tensor):
-                    self._read(name, value, self._step + 1)
-                else:
-                    self._scalars[name] = float(value)
+        """Add numbers to the next step, one for each name; a tensor is not waited for.
 
-    def close(self, timeout_seconds: float = 10) -> None:
-        """Deliver what is left, for at most this long, and detach; what remains waits on disk. Idempotent."""
-        self._end(timeout_seconds)
+        Raises:
+            TypeError: a value is neither a number nor a tensor of one element.
+        """
+        for name, value in scalars.items():
+            if isinstance(value, Tensor):
+                if value.numel() != 1:
+                    raise TypeError(f"log({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
+                self._logged[name] = _kept(value)
+            elif isinstance(value, int | float):
+                self._logged[name] = float(value)
+            else:
+                raise TypeError(f"log({name}=...) takes a number or a tensor of one element, not {value!r:.80}")
+
+    def mirror(self, logger: Logger, **options: Any) -> None:
+        """Write the numbers of the whole run into the logger that the user already has, too.
+
+        Args:
+            logger: ``tensorboard``, ``wandb`` or ``mlflow``.
+            options: passed to the logger.
+
+        Raises:
+            ValueError: the logger is not known.
+            ModuleNotFoundError: it is not installed.
+        """
+        target = mirror(logger, **options)
+        if not self._closed:
+            self._collector.add_mirror(target)
+
+    @property
+    def background_seconds(self) -> float:
+        """Return the processor time of the agent's own threads."""
+        return self._collector.seconds + self._sender.seconds
+
+    @property
+    def interval_steps(self) -> int:
+        """Return the steps from one sample to the next, as it was last."""
+        return self._governor.interval_steps
+
+    def watches(self, parameters: Iterable[int]) -> bool:
+        """Return whether it watches exactly the parameters with these ids."""
+        return self._index_of.keys() == set(parameters)
+
+    def close(self, timeout_seconds: float = 10.0, *, status: str | None = None, exit_code: int | None = None) -> None:
+        """Stop watching, deliver what is there and finish the run; idempotent.
+
+        What the server does not take within the timeout stays in the spool, which the next agent on this machine or
+        ``gradwatch flush`` delivers.
+
+        Args:
+            timeout_seconds: longest time to wait for the server.
+            status: ``completed``, ``failed`` or ``killed``; None: whether an exception is ending the interpreter.
+            exit_code: of the process, where known.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        deadline = time.monotonic() + timeout_seconds
+        if self.watching:
+            self._finish_round()
+        self.watching = False
+        taps.leave(self)
+        atexit.unregister(self.close)
+        if self._order is not None:
+            self._order.close()
+        ending = status or ("failed" if hasattr(sys, "last_value") else "completed")
+        end = wire.End(at=time.time(), status=ending, exit_code=exit_code) if self._ends_run else None
+        self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
+        self._sender.finish(max(deadline - time.monotonic(), 0.0))
+        self._spool.close()
+        self._http.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self.outcome = ("failed", None)
-        self._end(10)
+        self.close(status="completed" if kind is None else "failed")
 
-    def _end(self, timeout_seconds: float) -> None:
-        if self._sender.closed:
+    def failed(self, error: Exception) -> None:
+        """Count an error of the agent's own; after some, stop measuring and say so once."""
+        self.losses.errors += 1
+        _log.debug("gradwatch: an error of the agent", exc_info=error)
+        if self.losses.errors < DISARMED_AFTER or not self.watching:
             return
-        self._active = False
-        taps.ignore(self)
-        atexit.unregister(self.close)
-        with self._guard("closing"):
-            if self._round is not None:
-                self._emit(self._round)
-            for pending in self._pending:
-                deadline = time.monotonic() + timeout_seconds
-                while not pending() and time.monotonic() < deadline:
-                    time.sleep(0.001)
-            status, exit_code = self.outcome
-            self._sender.put(wire.End(at=time.time(), status=status, exit_code=exit_code))
-            self._sender.errors = self._guard.errors
-        self._sender.close(timeout_seconds)
+        self.watching = False
+        reason = f"{type(error).__name__}: {error}"
+        _log.warning("gradwatch stops watching this run after %d errors of its own: %s", DISARMED_AFTER, reason)
+        self._collector.put(wire.Event(step=self._step, at=time.time(), kind="disarmed", message=reason))
 
-    def _disarm(self, reason: str) -> None:
-        self._active = False
-        self._sender.put(wire.Event(step=self._step, at=time.time(), kind="disarmed", message=reason[:2000]))
-
-    def forget(self) -> None:
-        """In a forked child: the sender's thread is not here, and the parent goes on reporting."""
-        self._active = False
-        self._sender.abandon()
-
-    # What the taps tell
-
-    def on_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Measure before an optimizer steps; with a closure, after the closure's first evaluation."""
-        if not self._active:
+    @_guarded
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> taps.Arguments | None:
+        """An optimizer is about to step."""
+        binding = self._bind(optimizer)
+        if binding is None:
             return None
-        with self._guard("taking note of a step"):
-            if not self._watches(optimizer) or _is_nested(optimizer):
-                return None
-            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-            if closure is None or not callable(closure):
-                self._before(optimizer)
-                return None
-            wrapped = self._after_first_evaluation(optimizer, closure)
-            if "closure" in kwargs:
-                return args, kwargs | {"closure": wrapped}
-            return (args[0], wrapped, *args[2:]), kwargs
+        binding.steps += 1
+        round_ = self._enter(optimizer)
+        closure = kwargs.get("closure") or next((argument for argument in args[1:] if callable(argument)), None)
+        if closure is None:
+            self._observe(optimizer, binding, round_)
+            return None
+        return self._with_closure(optimizer, binding, round_, closure, args, kwargs)
 
-    def on_backward(self, loss: Tensor) -> None:
-        """Keep the loss of this step; the last one where there are several."""
-        if self._active:
-            with self._guard("reading the loss"):
-                self._read("loss", loss, self._step + 1)
+    @_guarded
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped."""
+        if self._round is None or id(optimizer) not in self._round.stepped:
+            return
+        for owner, update in self._updates:
+            if owner is optimizer:
+                self._round.updates.append(update())
+        self._updates = [(owner, update) for owner, update in self._updates if owner is not optimizer]
+        self._pending_losses.clear()  # of a closure that was evaluated again
+        self._pending_clips.clear()
+        if self._complete(self._round):
+            self._finish_round()
 
-    def on_clip(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
-        """Keep the norm that clipping returns: what is measured afterwards is after clipping."""
-        if self._active:
-            with self._guard("reading the norm that clipping returned"):
-                chosen = {id(parameter) for parameter in parameters}
-                if chosen & self._ids:
-                    self._clipped.append(_Clipped(chosen, float(max_norm), total_norm.detach()))
-                    self._read("clip_norm", total_norm, self._step + 1)
+    @_guarded
+    def before_backward(self) -> object:
+        """Note the state of some gradients: whose loss it is shows afterwards."""
+        return self._marks()
 
-    def _watches(self, optimizer: Optimizer) -> bool:
-        if self._optimizers is not None:
-            return optimizer in self._optimizers
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        known = self._known.get(optimizer)
-        if known is None or known[0] != size:
-            steps = any(id(parameter) in self._ids for group in optimizer.param_groups for parameter in group["params"])
-            known = self._known[optimizer] = (size, steps)
-        return known[1]
+    @_guarded
+    def after_backward(self, scalars: Sequence[Tensor], before: object) -> None:
+        """Gradients of these scalars were accumulated."""
+        if before is not None and self._marks() == before:
+            return  # the loss of another model
+        for scalar in scalars:
+            if self._scaled is not None and self._scaled[0]() is scalar:
+                self._pending_losses.append(self._scaled[1])
+            else:
+                self._pending_losses.append(_kept(scalar))
 
-    def _after_first_evaluation(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
-        evaluated = False
+    @_guarded
+    def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
+        """A loss scaler multiplied ``original``."""
+        self._scaled = weakref.ref(scaled), _kept(original)
+        self._scaler = weakref.ref(scaler)
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            nonlocal evaluated
-            loss = closure(*args, **kwargs)
-            if not evaluated and self._active:
-                evaluated = True
-                with self._guard("taking note of a step"):
-                    self._before(optimizer)
-            return loss
+    @_guarded
+    def after_scaler_step(self, optimizer: Optimizer) -> None:
+        """A loss scaler stepped ``optimizer``, or skipped it because it found Inf."""
+        binding = self._bind(optimizer)
+        if binding is None:
+            return
+        fired = binding.steps != binding.steps_at_scaler
+        binding.steps_at_scaler = binding.steps
+        if fired:
+            return
+        round_ = self._enter(optimizer)
+        round_.sampled = False
+        round_.skipped = True
+        self._take_pending(round_)
+        if self._complete(round_):
+            self._finish_round()
 
-        return watched
+    @_guarded
+    def before_norm_clip(self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float) -> None:
+        """Gradients are about to be clipped by their total norm."""
+        binding = self._bind_parameters(parameters)
+        if not binding.indices:
+            return
+        clip = Clip(_kept(total_norm), max_norm, binding.index_set)
+        # Clipping by NaN or Inf wipes out which gradient it came from: measure before, where it can be seen.
+        if not _finite(clip.total_norm):
+            self._measure_before_clip(binding, force=True)
+        self._pending_clips.append(clip)
 
-    # One step
+    @_guarded
+    def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients are about to be clipped by value."""
+        binding = self._bind_parameters(parameters)
+        if binding.indices:
+            self._pending_value_clip = True
+            self._measure_before_clip(binding, force=False)
 
-    def _before(self, optimizer: Optimizer) -> None:
-        started = time.perf_counter()
-        current = self._round
-        if current is None or id(optimizer) in current.optimizers:
-            current = self._next_round(current, started)
-        current.optimizers.append(id(optimizer))
-        current.clipped += self._clipped
-        current.scalars |= self._scalars
-        self._clipped, self._scalars = [], {}
-        if current.sampled:
-            self._measure(current, optimizer)
-        self._pending = [pending for pending in self._pending if not pending()]
-        spent = time.perf_counter() - started
-        current.agent_seconds += spent
-        self._governor.spent_seconds += spent
-        if current.sampled and len(current.covered) >= len(self._ids):
-            self._emit(current)
+    @_guarded
+    def after_zero_grad(self, optimizer: Optimizer) -> None:
+        """The gradients are forgotten, and so is the loss that they belonged to."""
+        if self._pending_losses and self._bind(optimizer) is not None:
+            self._pending_losses.clear()
+            self._pending_clips.clear()
 
-    def _next_round(self, last: _Round | None, now: float) -> _Round:
-        if last is not None:
-            self._emit(last)
-            self._governor.stepped(now - last.started)
-        self._step += 1
-        self._round = _Round(self._step, self._governor.due(self._step, now), now)
+    def _marks(self) -> list[tuple[int, int]] | None:
+        """Return what changes when gradients are accumulated, for some parameters; None where it must not be asked."""
+        if len(taps.listeners()) < 2:
+            return None
+        marks = []
+        for place in {0, len(self._watched) // 2, len(self._watched) - 1}:
+            parameter = self._watched[place].parameter() if self._watched else None
+            grad = None if parameter is None else parameter.grad
+            marks.append((id(grad), 0 if grad is None else grad._version))  # noqa: SLF001
+        return marks
+
+    def _with_closure(
+        self,
+        optimizer: Optimizer,
+        binding: Binding,
+        round_: Round,
+        closure: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> taps.Arguments:
+        """Return the arguments with a closure that measures after its first evaluation: before it is no gradient."""
+        observed = False
+
+        @functools.wraps(closure)
+        def measured(*given: Any, **named: Any) -> Any:
+            nonlocal observed
+            result = closure(*given, **named)
+            if not observed:
+                observed = True
+                self._observe_guarded(optimizer, binding, round_)
+            return result
+
+        if kwargs.get("closure") is not None:
+            return args, {**kwargs, "closure": measured}
+        return tuple(measured if argument is closure else argument for argument in args), kwargs
+
+    @_guarded
+    def _observe_guarded(self, optimizer: Optimizer, binding: Binding, round_: Round) -> None:
+        self._observe(optimizer, binding, round_)
+
+    def _enter(self, optimizer: Optimizer) -> Round:
+        """Return the round that this step belongs to, a new one where the optimizer has already stepped in it."""
+        if self._round is not None and id(optimizer) in self._round.stepped:
+            if self._expected is None:
+                self._expected = dict.fromkeys(self._round.stepped, self._step)
+            self._finish_round()
+        if self._round is None:
+            self._step += 1
+            self._round = self._next_round or Round(self._step, time.time(), self._due)
+            self._next_round = None
+            self._round.step = self._step
+        self._round.stepped.add(id(optimizer))
+        if self._expected is not None:
+            self._expected[id(optimizer)] = self._step
         return self._round
 
-    def _measure(self, current: _Round, optimizer: Optimizer) -> None:
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} & self._ids
-        chosen = own - current.covered
-        if chosen:
-            scale = getattr(optimizer, "grad_scale", None)
-            everything = len(chosen) == len(self._ids)
-            current.measured += self._meter.measure(None if everything else chosen, scale)
-            current.covered |= chosen
-        current.learning_rates += [float(group["lr"]) for group in optimizer.param_groups if _is_plain(group.get("lr"))]
+    def _complete(self, round_: Round) -> bool:
+        """Return whether every optimizer has stepped that usually does."""
+        return self._expected is not None and self._expected.keys() <= round_.stepped
 
-    def _emit(self, current: _Round) -> None:
-        """Hand a complete step over; its numbers are read when they have arrived."""
-        if self._round is not current or current.step == self._emitted:
+    def _observe(self, optimizer: Optimizer, binding: Binding, round_: Round) -> None:
+        """Take note of what belongs to this step, and measure where it is due."""
+        self._take_pending(round_)
+        finite = all(map(_finite, round_.losses)) and all(_finite(clip.total_norm) for clip in round_.clips)
+        if not finite and self._was_finite:
+            round_.sampled = True
+            self._in_trouble = True
+        self._was_finite = finite
+        if not round_.sampled:
             return
-        self._emitted = current.step
-        for name, value in current.scalars.items():
-            self._sender.put(Scalar(name, current.step, value))
-        if not current.sampled:
+        self._note_rates(optimizer, round_)
+        reading = self._measure(binding, round_, optimizer)
+        if reading is None:
             return
-        at = time.time()
+        scale = getattr(optimizer, "grad_scale", None)
+        if isinstance(scale, Tensor):
+            reading.scale = _kept(scale)
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            reading.found_inf = _kept(found_inf)
+        if self._weights_seen < len(self._watched):
+            self._measure_other_weights(round_)
+
+    def _take_pending(self, round_: Round) -> None:
+        round_.losses += self._pending_losses
+        round_.clips += self._pending_clips
+        round_.value_clipped |= self._pending_value_clip
+        self._pending_losses = []
+        self._pending_clips = []
+        self._pending_value_clip = False
+        if self._logged:
+            round_.logged.update(self._logged)
+            self._logged = {}
+
+    def _note_rates(self, optimizer: Optimizer, round_: Round) -> None:
+        for group in optimizer.param_groups:
+            count = sum(name.startswith("learning_rate") for name in round_.scalars)
+            rate = group.get("lr")
+            if rate is not None:
+                name = f"learning_rate.{count}" if count else "learning_rate"
+                round_.scalars[name] = _kept(rate) if isinstance(rate, Tensor) else float(rate)
+        scaler = self._scaler() if self._scaler is not None else None
+        scale = getattr(scaler, "_scale", None)
+        if isinstance(scale, Tensor):
+            round_.scalars["loss_scale"] = _kept(scale)
+
+    def _bind(self, optimizer: Optimizer) -> Binding | None:
+        """Return what is known of ``optimizer``; None where it steps nothing that is watched."""
+        if self._optimizers is not None and not any(known() is optimizer for known in self._optimizers):
+            return None
+        binding = self._bindings.get(optimizer)
+        signature = tuple(len(group["params"]) for group in optimizer.param_groups)
+        if binding is None or binding.signature != signature:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            if any(id(parameter) not in self._index_of for parameter in parameters) and self._discover():
+                self._register()
+            old = binding
+            binding = self._bindings[optimizer] = Binding(parameters, self._index_of)
+            binding.signature = signature
+            if old is not None:
+                binding.steps, binding.steps_at_scaler = old.steps, old.steps_at_scaler
+        return binding if binding.indices else None
+
+    def _bind_parameters(self, parameters: Sequence[Tensor]) -> Binding:
+        binding = self._clip_binding
+        if binding is None or not binding.same(parameters):
+            binding = self._clip_binding = Binding(parameters, self._index_of)
+        return binding
+
+    def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
+        round_ = self._round
+        if round_ is None or any(self._has_stepped(index) for index in binding.indices[:1]):
+            round_ = self._next_round or Round(self._step + 1, time.time(), self._due)
+            self._next_round = round_
+        if round_.sampled or (force and self._was_finite):
+            round_.sampled = True
+            self._measure(binding, round_)
+
+    def _has_stepped(self, index: int) -> bool:
+        """Return whether the optimizer of a parameter has stepped in the open round."""
+        assert self._round is not None
+        return any(
+            id(optimizer) in self._round.stepped and index in binding.index_set
+            for optimizer, binding in self._bindings.items()
+        )
+
+    def _measure(self, binding: Binding, round_: Round, optimizer: Optimizer | None = None) -> Reading | None:
+        """Write the unit norms of the gradients that are there, and of their weights, to the round's slot.
+
+        Args:
+            binding: the parameters.
+            round_: takes the reading.
+            optimizer: about to step them; None: before they are clipped.
+        """
+        before_clip = optimizer is None
+        if round_.slot is None:
+            round_.slot = self._slots.take()
+        if round_.slot is None:
+            self.losses.samples += 1
+            round_.sampled = False
+            return None
+        grads = [parameter.grad for parameter in binding.parameters]
+        present = bytes(grad is not None for grad in grads)
+        members = [parameter for parameter, grad in zip(binding.parameters, grads, strict=True) if grad is not None]
+        there = [grad for grad in grads if grad is not None]
+        if not there:
+            return None
+        with torch.no_grad():
+            if binding.sharded:
+                members, there = [local(member) for member in members], [local(grad) for grad in there]
+            for attempt in range(2):
+                plan = self._plan(binding, present, members, there)
+                claim = round_.slot.claim(plan)
+                assert claim.grads is not None
+                try:
+                    claim.grads.run(there)
+                    claim.weights.run(members)
+                    break
+                except (LayoutChangedError, RuntimeError):
+                    # A gradient has become sparse, or changed its type or device: plan anew, once.
+                    binding.plans.clear()
+                    if attempt:
+                        raise
+            reading = Reading(claim, before_clip)
+            self._inspect(reading, there)
+        round_.readings.append(reading)
+        round_.empty += plan.empty
+        if optimizer is not None:
+            self._keep_for_update(optimizer, binding, plan, members)
+        return reading
+
+    def _plan(self, binding: Binding, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor]) -> Plan:
+        plan = binding.plans.get(present)
+        if plan is not None:
+            return plan
+        indices = [index for index, there in zip(binding.indices, present, strict=True) if there]
+        watched = [self._watched[index] for index in indices]
+        plan = Plan(
+            indices,
+            [known.spec(grad) for known, grad in zip(watched, grads, strict=True)],
+            [known.spec(member) for known, member in zip(watched, members, strict=True)],
+        )
+        binding.plans[present] = plan
+        if len(binding.plans) > _PLANS:
+            binding.plans.popitem(last=False)
+        return plan
+
+    def _measure_other_weights(self, round_: Round) -> None:
+        """Measure, once, the weights that this round did not: frozen ones, and those of other optimizers."""
+        measured = {index for reading in round_.readings for index in reading.claim.plan.indices}
+        others = [
+            (index, parameter)
+            for index, watched in enumerate(self._watched)
+            if index not in measured and (parameter := watched.parameter()) is not None
+        ]
+        self._weights_seen = len(self._watched)
+        if not others or round_.slot is None:
+            return
+        with torch.no_grad():
+            members = [local(parameter) for _, parameter in others]
+            specs = [self._watched[index].spec(member) for (index, _), member in zip(others, members, strict=True)]
+            plan = Plan([index for index, _ in others], None, specs)
+            claim = round_.slot.claim(plan)
+            claim.weights.run(members)
+            round_.readings.append(Reading(claim, before_clip=False))
+
+    def _inspect(self, reading: Reading, grads: Sequence[Tensor]) -> None:
+        """Count non-finite elements, and sum anew where float32 squares overflow or vanish.
+
+        On the CPU what was just written can be read at no cost; elsewhere it would mean to wait, and a non-finite
+        gradient counts its non-finite units.
+        """
+        plan = reading.claim.plan
+        assert plan.grads is not None
+        if any(arena.device.type != "cpu" for arena in plan.grads.sizes):
+            return
+        if all(part.min() >= _TINY and math.isfinite(part.sum()) for part in reading.claim.raw_grads() if part.size):
+            return
+        units = reading.claim.grad_units()
+        by_parameter = norms(units, plan.starts)
+        for place, norm in enumerate(by_parameter.tolist()):
+            if math.isfinite(norm) and norm >= _TINY:
+                continue
+            position = plan.measured[place]
+            grad = grads[position]
+            grad = grad.coalesce().values() if plan.grads.specs[position].sparse else grad
+            reading.repairs[plan.indices[position]] = _repair(grad)
+
+    def _keep_for_update(self, optimizer: Optimizer, binding: Binding, plan: Plan, members: Sequence[Tensor]) -> None:
+        """Keep a bounded part of the weights, another one at each sample, to measure its true change after the step."""
+        pieces = plan.weights.pieces
+        for _ in pieces:
+            piece = pieces[binding.next_piece % len(pieces)]
+            binding.next_piece += 1
+            limit = _UPDATE_ELEMENTS.get(piece.arena.device.type, _UPDATE_ELEMENTS_ELSEWHERE)
+            if piece.elements > limit or piece.spec.sparse:
+                continue
+            parameters = [members[position] for position in piece.positions]
+            with torch.no_grad():
+                before = _joined(parameters, gathered=piece.gathered)
+            self._updates.append((optimizer, functools.partial(_update, plan, piece, parameters, before)))
+            return
+
+    def _finish_round(self) -> None:
+        """Hand the round over and decide whether the next one is sampled."""
+        round_ = self._round
+        if round_ is None:
+            return
+        self._round = None
+        self._updates.clear()
+        if round_.slot is not None:
+            round_.slot.send()
         now = time.perf_counter()
-        self._governor.sampled(current.step, now, current.agent_seconds)
-        scalars: dict[str, wire.Number] = {
-            "agent_seconds": current.agent_seconds,
-            "interval_steps": float(self._governor.interval_steps),
-            "overhead_ratio": self._governor.overhead_ratio,
-            "step_seconds": self._governor.step_seconds,
-        }
-        for index, rate in enumerate(dict.fromkeys(current.learning_rates)):
-            scalars["learning_rate" if index == 0 else f"learning_rate.{index}"] = rate
+        step_seconds = now - self._finished_at if self._finished_at else 0.0
+        self._finished_at = now
+        background = self.background_seconds
+        round_.agent_seconds = self.spent_seconds - self._spent_before
+        self._spent_before = self.spent_seconds
+        self._governor.stepped(
+            step_seconds, round_.agent_seconds, background - self._background_before, sampled=round_.sampled
+        )
+        self._background_before = background
+        if self._in_trouble:
+            self._in_trouble = False
+            self._governor.trouble()
+        self._due = self._governor.due()
+        if round_.sampled:
+            round_.scalars["step_seconds"] = self._governor.step_seconds
+            round_.scalars["overhead_ratio"] = self._governor.overhead_ratio
+            round_.scalars["interval_steps"] = float(self._governor.interval_steps)
+        self._collector.put(round_)
+        self._learn_order()
+        if self._expected is not None:
+            self._expected = {key: step for key, step in self._expected.items() if step > self._step - 100}
 
-        def arrived() -> bool:
-            if not all(measured.ready() for measured in current.measured):
-                return False
-            self._sender.put(lambda: self._sample(current, at, scalars))
-            return True
-
-        if not arrived():
-            self._pending.append(arrived)
-
-    def _sample(self, current: _Round, at: float, scalars: dict[str, wire.Number]) -> wire.Sample:
-        """Put a sample together, on the sender's thread."""
-        statistics = self._meter.blank()
-        for measured in current.measured:
-            measured.fill(statistics)
-        known = statistics["grad_norm"] != wire.MISSING
-        for clipped in current.clipped:
-            self._undo_clipping(statistics, clipped, known)
-        norms = statistics["grad_norm"][known].astype(np.float64)
-        scalars["global_grad_norm"] = float(np.sqrt(np.square(norms).sum()))
-        if "clipped_grad_norm" in statistics:
-            after = statistics["clipped_grad_norm"][known].astype(np.float64)
-            scalars["clipped_global_grad_norm"] = float(np.sqrt(np.square(after).sum()))
-        return wire.Sample(step=current.step, at=at, statistics=statistics, scalars=scalars)
-
-    def _undo_clipping(
-        self,
-        statistics: dict[wire.Statistic, wire.Vector],
-        clipped: _Clipped,
-        known: np.ndarray[Any, np.dtype[np.bool_]],
-    ) -> None:
-        """Turn what was measured after ``clip_grad_norm_`` back into what it was before."""
-        statistics.setdefault("clipped_grad_norm", statistics["grad_norm"].copy())
-        total = float(clipped.total_norm)
-        if not np.isfinite(total):
+    def _learn_order(self) -> None:
+        if self._order is None or not (self._order.known or self._step >= _ORDER_STEPS):
             return
-        factor = max(1.0, (total + 1e-6) / clipped.max_norm) if clipped.max_norm > 0 else 1.0
-        ours = np.array([id(entry.parameter) in clipped.parameters for entry in self._tracked]) & known
-        for name in ("grad_norm", "max_unit_ratio"):
-            statistics[name][ours] *= np.float32(factor)
+        self._order.close()
+        known = self._order.known
+        depths = self._order.depths(len(self._watched))
+        self._order = None
+        if known:
+            self._depths = depths
+            self._register()
 
-    def _read(self, name: str, value: Tensor, step: int) -> None:
-        """Keep a scalar tensor: on the CPU its number is there, elsewhere it is copied and read when it has arrived."""
-        scalar = value.detach().reshape(())
-        if scalar.device.type == "cpu":
-            self._scalars[name] = float(scalar.float().numpy())
+    def _discover(self) -> bool:
+        """Look for parameters that are not known yet; return whether there were any."""
+        models = [model for reference in self._models if (model := reference()) is not None]
+        new = []
+        names = {watched.name for watched in self._watched}
+        for watched in walk(models):
+            parameter = watched.parameter()
+            known = self._index_of.get(id(parameter))
+            if known is None or self._watched[known].parameter() is not parameter:
+                new.append((watched, parameter))
+        for watched, parameter in new:
+            if watched.name in names:
+                continue
+            self._index_of[id(parameter)] = len(self._watched)
+            self._watched.append(watched)
+        self._clip_binding = None
+        return bool(new)
+
+    def _register(self) -> None:
+        depths = self._depths
+        depths += range(len(depths), len(self._watched))
+        self._collector.put(Registered(tuple(self._watched), tuple(depths)))
+
+    def _replace_earlier(self) -> None:
+        """Close the agent that watches exactly these parameters: a notebook cell was run again."""
+        for other in taps.listeners():
+            if isinstance(other, Agent) and other.watches(self._index_of):
+                other.close(timeout_seconds=1.0)
+
+    def _adopt(self) -> None:
+        """Deliver, once, what dead processes left for this server on this machine."""
+        if self._adopted:
             return
-        host = torch.empty((), dtype=torch.float32, pin_memory=True)
-        host.copy_(scalar, non_blocking=True)
-        done = torch.Event(scalar.device.type)
-        done.record()
+        self._adopted = True
+        for leftover in leftovers(self._settings.spool_directory):
+            if leftover.url == self._settings.url:
+                Sender(leftover, self._http, self.losses, self._warn).deliver(time.monotonic() + 30)
 
-        def arrived() -> bool:
-            if not done.query():
-                return False
-            self._sender.put(Scalar(name, step, float(host.numpy())))
-            return True
+    def _note_trouble(self) -> None:
+        self._in_trouble = True
 
-        self._pending.append(arrived)
+    def forget_after_fork(self) -> None:
+        """Be inert in a forked child: the threads and the spool are the parent's."""
+        self.watching = False
+        self._closed = True
+        self._spool.abandon_after_fork()
 
-
-def _forget_all() -> None:
-    for agent in list(_agents):
-        agent.forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)
+    def _warn(self, text: str) -> None:
+        _log.warning("gradwatch: %s", text)
 
 
-def _is_plain(rate: object) -> bool:
-    return isinstance(rate, float | int) or (isinstance(rate, Tensor) and rate.device.type == "cpu")
+def _kept(scalar: Tensor) -> Tensor:
+    """Return a copy of a number that stays on its device, whatever becomes of the original."""
+    kept = scalar.detach()
+    with torch.no_grad():
+        return kept.clone() if kept.dtype in (torch.float32, torch.float64) else kept.float()
 
 
-def _is_nested(optimizer: Optimizer) -> bool:
-    """Return whether this step is called from within a step of the same optimizer: ``super().step()``."""
-    outermost = True
-    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001  # the one way to know what called
-    while frame is not None:
-        if frame.f_code is _WRAPPED_STEP:
-            if not outermost and frame.f_locals.get("self") is optimizer:
-                return True
-            outermost = False
-        frame = frame.f_back
-    return False
+def _finite(kept: Tensor) -> bool:
+    """Return False for a NaN or Inf that can be seen without waiting: on the CPU."""
+    return kept.device.type != "cpu" or bool(math.isfinite(kept.numpy().item()))
 
 
-def _default_name() -> str:
-    script = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
-    return f"{script or 'run'}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+def _repair(grad: Tensor) -> Repair:
+    with torch.no_grad():
+        nonfinite = torch.isfinite(grad).logical_not_().sum()
+        if nonfinite.numpy().item():
+            return Repair(nonfinite)
+        wide = torch.complex128 if grad.is_complex() else torch.float64
+        return Repair(nonfinite, torch.linalg.vector_norm(grad, dtype=wide))
+
+
+def _joined(parameters: Sequence[Tensor], *, gathered: bool) -> Tensor:
+    """Return a copy of some parameters; several of one row shape as one tensor."""
+    if not gathered:
+        return parameters[0].detach().clone()
+    return torch.stack(list(parameters)) if parameters[0].dim() == 0 else torch.cat(list(parameters))
+
+
+def _update(plan: Plan, piece: Piece, parameters: Sequence[Tensor], before: Tensor) -> Update:
+    """Return how far the parameters of one piece have moved since ``before``."""
+    units = piece.stop - piece.start
+    starts = [plan.weights.places[position][1] - piece.start for position in piece.positions]
+    with torch.no_grad():
+        difference = _joined(parameters, gathered=piece.gathered).sub_(before)
+        if piece.gathered:
+            out = torch.linalg.vector_norm(difference.view(units, -1), dim=1, dtype=piece.arena.dtype)
+        else:
+            out = torch.empty(units, dtype=piece.arena.dtype, device=piece.arena.device)
+            Layout([piece.spec], direct_bytes=0).bind({piece.arena: out}, Scratch()).run([difference])
+    return Update([plan.indices[position] for position in piece.positions], starts, out)
+
+
+def _rank() -> int:
+    """Return the rank of this process: in data parallel training the gradients are equal, and rank 0 reports."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdigit() else 0
+
+
+def _resumed_step(optimizers: Sequence[Optimizer]) -> int:
+    """Return the step that a restored optimizer says it has made; 0 where it says nothing that can be read."""
+    steps = [0]
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            step = state.get("step") if isinstance(state, dict) else None
+            if isinstance(step, Tensor) and step.device.type == "cpu" and step.numel() == 1:
+                steps.append(int(step.numpy().item()))
+            elif isinstance(step, int):
+                steps.append(step)
+    return max(steps)
+
+
+def _automatic_name() -> str:
+    return f"{script_name(sys.argv[0] if sys.argv else '')} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def _tell_the_launcher(run: str, url: str, attempt: int) -> None:
+    """Leave a note for ``gradwatch run``, which finishes the run with the exit status of the command."""
+    folder = os.environ.get("GRADWATCH_LAUNCH")
+    if folder:
+        note = Note(run=run, url=url, attempt=attempt, pid=os.getpid())
+        with contextlib.suppress(OSError):
+            (Path(folder) / f"{attempt}-{run}.json").write_bytes(msgspec.json.encode(note))
 
 
 def _attributes() -> dict[str, str]:
     return {
         "host": socket.gethostname(),
-        "python": sys.version.split()[0],
+        "pid": str(os.getpid()),
+        "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "gradwatch": metadata.version("gradwatch"),
-        "command": " ".join(sys.argv)[:500],
     }
+
+
+def _forget_after_fork() -> None:
+    for agent in list(_alive):
+        agent.forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

@@ -29,6 +29,9 @@ COMMANDS = {
     "prune": Entry("gradwatch_server.prune", "server", "remove the runs whose time is over"),
     "run": Entry("gradwatch.launch", "agent", "run a training command with the agent attached, its code untouched"),
     "flush": Entry("gradwatch.flush", "agent", "deliver what is left in the spool of this machine"),
+    "alerts": Entry("gradwatch_server.console.alerts", "server", "list alerts, or acknowledge one"),
+    "silence": Entry("gradwatch_server.console.silence", "server", "have alerts not told for a while"),
+    "receivers": Entry("gradwatch_server.console.receivers", "server", "list, test, enable receivers of alerts"),
     "demo": Entry(
         "gradwatch.demo", "demo", "train four small networks, three of them sick, and watch the alerts arrive"
     ),

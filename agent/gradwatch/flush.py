@@ -1,36 +1,44 @@
-"""``gradwatch flush``: deliver what agents that are gone have left in the spool of this machine."""
+"""``gradwatch flush``: deliver what agents on this machine left in the spool."""
 
 import argparse
+import os
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import closing
-from pathlib import Path
 
-from gradwatch.environment import setting
-from gradwatch.post import Client, deliver
-from gradwatch.spool import abandoned, folder
+from gradwatch.sender import Http, Sender
+from gradwatch.settings import resolve
+from gradwatch.spool import Leftover, Losses, leftovers
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Deliver every abandoned spool; return 0 only if nothing is left."""
-    parser = argparse.ArgumentParser(prog="gradwatch flush", description=__doc__)
-    parser.add_argument("--spool-dir", type=Path, help="where the spools lie (default: $GRADWATCH_SPOOL_DIR, ~/.cache)")
-    parser.add_argument("--url", help="deliver to this server instead of the one that each spool was meant for")
-    parser.add_argument("--timeout-seconds", type=float, default=60.0, help="longest time to take (default: 60)")
-    given = parser.parse_args(arguments)
-    directory = given.spool_dir or folder()
-    deadline = time.monotonic() + given.timeout_seconds
-    left = spools = 0
-    for spool in abandoned(directory):
-        spools += 1
-        with closing(spool), closing(Client(given.url or spool.url, setting("GRADWATCH_TOKEN"))) as client:
-            delivered, refused, reason = deliver(spool, client, deadline)
-        lost = f", {refused} refused by the server" if refused else ""
-        print(f"run {spool.run_id}: {delivered} documents delivered to {given.url or spool.url}{lost}")
-        if reason:
-            left += 1
-            print(f"run {spool.run_id}: the rest stays in {spool.path}: {reason}", file=sys.stderr)
-    if not spools:
-        print(f"nothing waits in {directory}")
-    return 1 if left else 0
+    """Deliver every spool that no living process owns; the exit code is 1 where something stays behind."""
+    parser = argparse.ArgumentParser(
+        prog="gradwatch flush", description="Deliver what agents on this machine left in the spool."
+    )
+    parser.add_argument("--url", help="deliver to this server instead of the one the run was meant for")
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait for an answer (default 10)")
+    options = parser.parse_args(arguments)
+    settings = resolve(url=options.url)
+    stayed = 0
+    for leftover in leftovers(settings.spool_directory):
+        url = (options.url and settings.url) or os.environ.get("GRADWATCH_URL", "").rstrip("/") or leftover.url
+        waiting = leftover.pending
+        left = deliver(leftover, url, settings.token, timeout_seconds=options.timeout)
+        stayed += left
+        _say(f"{leftover.run}: {waiting - left} of {waiting} documents delivered to {url}")
+    if stayed:
+        _say(f"{stayed} documents stay in {settings.spool_directory}; run gradwatch flush again when the server is up")
+    return 1 if stayed else 0
+
+
+def deliver(leftover: Leftover, url: str, token: str | None, *, timeout_seconds: float = 10.0) -> int:
+    """Deliver one spool and return how many documents stay behind."""
+    http = Http(url, token)
+    sender = Sender(leftover, http, Losses(), _say, timeout_seconds=timeout_seconds)
+    sender.deliver()
+    http.close()
+    return leftover.pending
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"gradwatch: {text}\n")

@@ -1,70 +1,99 @@
-"""Which steps are sampled: as many as the overhead budget allows."""
+"""The governor: when to sample, so that the agent stays within its share of the training time. Pure."""
 
-import math
-from dataclasses import dataclass
+from collections import deque
+from statistics import median
+from typing import Final
 
-BURST_STEPS = 20
-"""Steps that are all sampled at the start and after a sign of trouble."""
-LONGEST_SECONDS = 30.0
-"""There is at least one sample in this time."""
-_WEIGHT = 0.1
+BURST_STEPS: Final = 20
+"""Samples at full rate after the start and after a sign of trouble."""
+LONGEST_GAP_SECONDS: Final = 30.0
+"""A sample is taken at least this often, whatever it costs."""
+_REMEMBERED: Final = 32
 
 
-@dataclass
 class Governor:
-    """Chooses the interval between samples from what it measures: its own time and the time of a step.
+    """Decides which steps are sampled.
+
+    Time is an account: each step pays ``budget_ratio`` of the time it took into it, all that the agent does is taken
+    from it, and a sample is due while it is not overdrawn. The interval between samples follows from what they cost.
 
     Args:
-        every: a fixed interval in steps; none: governed.
-        budget: largest share of a step's time that the agent may take, such as 0.01.
+        every_steps: a fixed interval, or None to let the account decide.
+        budget_ratio: the agent's share of the step time.
+        burst_steps: samples at full rate to begin with.
     """
 
-    every: int | None
-    budget: float
-    step_seconds: float = 0.0
-    sample_seconds: float = 0.0
-    spent_seconds: float = 0.0
-    """The agent's own time in all, on the training thread."""
-    elapsed_seconds: float = 0.0
-    _last_sample_at: float = -math.inf
-    _next_step: int = 0
-    _burst_until: int = BURST_STEPS
+    def __init__(self, every_steps: int | None, budget_ratio: float, burst_steps: int = BURST_STEPS) -> None:
+        self._every_steps = every_steps
+        self._budget_ratio = budget_ratio
+        self._burst = burst_steps
+        self._balance_seconds = 0.0
+        self._steps: deque[float] = deque(maxlen=_REMEMBERED)
+        self._samples: deque[float] = deque(maxlen=_REMEMBERED)
+        self._rests: deque[float] = deque(maxlen=_REMEMBERED)
+        self._since_sample_steps = 0
+        self._since_sample_seconds = 0.0
+        self._last_interval_steps = 1
+
+    def due(self) -> bool:
+        """Return whether the next step is to be sampled."""
+        if self._every_steps is not None:
+            return self._since_sample_steps + 1 >= self._every_steps or not self._samples
+        if self._burst > 0 or self._since_sample_seconds >= LONGEST_GAP_SECONDS:
+            return True
+        return self._balance_seconds >= 0
+
+    def stepped(self, step_seconds: float, agent_seconds: float, background_seconds: float, sampled: bool) -> None:
+        """Book one step.
+
+        Args:
+            step_seconds: since the step before, all included; 0 for the first.
+            agent_seconds: of these, the agent's on the training thread.
+            background_seconds: processor time of the agent's other threads meanwhile.
+            sampled: whether the step was sampled.
+        """
+        if step_seconds:
+            self._steps.append(step_seconds)
+        cost = agent_seconds + background_seconds
+        # A step that waited for an evaluation pays no more than a usual one: credit must not pile up.
+        paid = self._budget_ratio * min(step_seconds, 4 * self.step_seconds)
+        self._balance_seconds = min(self._balance_seconds + paid - cost, 0.0)
+        if sampled:
+            self._samples.append(agent_seconds)
+            self._last_interval_steps = self._since_sample_steps + 1
+            self._since_sample_steps = 0
+            self._since_sample_seconds = 0.0
+            self._burst -= self._burst > 0
+        else:
+            self._rests.append(agent_seconds)
+            self._since_sample_steps += 1
+            self._since_sample_seconds += step_seconds
+
+    def trouble(self) -> None:
+        """Sample at full rate for a while; not again before the account has recovered from the last time."""
+        if self._burst <= 0 and self._balance_seconds >= 0:
+            self._burst = BURST_STEPS
+
+    @property
+    def step_seconds(self) -> float:
+        """Return the typical time of a step, 0 where none is known."""
+        return median(self._steps) if self._steps else 0.0
+
+    @property
+    def sample_seconds(self) -> float:
+        """Return the typical time of the agent in a sampled step on the training thread."""
+        return median(self._samples) if self._samples else 0.0
 
     @property
     def interval_steps(self) -> int:
-        """The interval in force."""
-        if self.every is not None:
-            return self.every
-        if not self.step_seconds or not self.sample_seconds:
-            return 1
-        return max(1, math.ceil(self.sample_seconds / (self.budget * self.step_seconds)))
+        """Return the number of steps from one sample to the next, as it was last."""
+        return self._every_steps or self._last_interval_steps
 
     @property
     def overhead_ratio(self) -> float:
-        """The agent's share of the training's time so far, 0 to 1."""
-        return self.spent_seconds / self.elapsed_seconds if self.elapsed_seconds else 0.0
-
-    def alarm(self, step: int) -> None:
-        """Sample every step for a while: something looks wrong."""
-        self._burst_until = max(self._burst_until, step + BURST_STEPS)
-
-    def due(self, step: int, now: float) -> bool:
-        """Return whether this step is to be sampled; ``step`` counts from 1, ``now`` is monotonic seconds."""
-        if self.every is None and step <= self._burst_until:
-            return True
-        return step >= self._next_step or (self.every is None and now - self._last_sample_at >= LONGEST_SECONDS)
-
-    def sampled(self, step: int, now: float, seconds: float) -> None:
-        """Take note of a sample and of the time that it took."""
-        self.sample_seconds = _smoothed(self.sample_seconds, seconds)
-        self._last_sample_at = now
-        self._next_step = step + self.interval_steps
-
-    def stepped(self, seconds: float) -> None:
-        """Take note of the time from one step to the next."""
-        self.step_seconds = _smoothed(self.step_seconds, seconds)
-        self.elapsed_seconds += seconds
-
-
-def _smoothed(before: float, now: float) -> float:
-    return now if before == 0.0 else (1 - _WEIGHT) * before + _WEIGHT * now
+        """Return the agent's typical share of the step time on the training thread."""
+        if not self._steps or not self.step_seconds:
+            return 0.0
+        rest = median(self._rests) if self._rests else 0.0
+        interval = self.interval_steps
+        return (self.sample_seconds + rest * (interval - 1)) / interval / self.step_seconds

@@ -1,49 +1,141 @@
-"""``gradwatch run -- python train.py``: the agent attached to a training whose code is left as it is.
+"""``gradwatch run -- python train.py``: the agent attached to a command whose code is untouched.
 
-The command runs in place of this process, with a folder in front of PYTHONPATH whose ``sitecustomize`` waits for torch:
-signals, standard streams and the exit code are the command's own.
+The command gets a folder with a ``sitecustomize`` on its PYTHONPATH, which reaches its child processes and the workers
+of ``torchrun`` and ``accelerate launch``. In each process that imports ``torch.optim``, the first optimizer that steps
+is watched. The run is finished with the exit status of the command.
 """
 
 import argparse
 import os
-import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Final
 
-SITE = Path(__file__).parent / "site"
+import msgspec
+
+from gradwatch import wire
+from gradwatch.flush import deliver
+from gradwatch.settings import SettingsError, resolve
+from gradwatch.spool import Losses, Spool, leftovers
+
+_FOLDER: Final = Path(__file__).parent / "autoload"
+_PASSED_ON: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that only the launcher gets; those of the terminal reach the command by themselves."""
+
+
+class Note(msgspec.Struct, frozen=True):
+    """What an agent under the launcher tells it, so that the launcher can finish its run."""
+
+    run: str
+    url: str
+    attempt: int
+    pid: int
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Replace this process by the command; return only if it cannot be started."""
-    program, command, environment = _prepared(arguments)
-    if program is None:
-        print(f"gradwatch run: {command[0]!r} is not a program on the PATH", file=sys.stderr)
-        return 127
-    sys.stdout.flush()
-    return os.execve(program, command, environment)  # noqa: S606  # no shell: the user's own command, as given
-
-
-def _prepared(arguments: Sequence[str]) -> tuple[str | None, list[str], dict[str, str]]:
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="gradwatch run", usage="gradwatch run [options] -- COMMAND ...", description="Watch a training command."
+        prog="gradwatch run",
+        usage="gradwatch run [--url URL] [--project P] [--run NAME] [--every N] -- python train.py ...",
+        description="Run a training command with the agent attached, its code untouched.",
     )
-    parser.add_argument("--url", help="address of the server (default: $GRADWATCH_URL or http://127.0.0.1:8321)")
-    parser.add_argument("--project", help="project of the run")
-    parser.add_argument("--run", help="name of the run (default: that of the script)")
-    parser.add_argument("--every", type=int, help="steps between samples (default: by the overhead budget)")
+    parser.add_argument("--url", help="the server")
+    parser.add_argument("--project", help="what the run belongs to")
+    parser.add_argument("--run", help="name of the run, or the id of one to resume")
+    parser.add_argument("--every", type=int, help="steps between samples; default: as 1%% of the time allows")
     parser.add_argument("command", nargs=argparse.REMAINDER)
-    given = parser.parse_args(arguments)
-    command = given.command[1:] if given.command[:1] == ["--"] else given.command
+    options = parser.parse_args(arguments)
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
-        parser.error("name the command to run: gradwatch run -- python train.py")
-    if given.every is not None and given.every < 1:
-        parser.error(f"--every {given.every}: the number of steps between samples is at least 1")
-    environment = os.environ | {"GRADWATCH_ATTACH": "1"}
-    for name, value in (("URL", given.url), ("PROJECT", given.project), ("RUN", given.run), ("EVERY", given.every)):
-        if value is not None:
-            environment[f"GRADWATCH_{name}"] = str(value)
-    package = str(Path(__file__).parent.parent)
-    paths = [str(SITE), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), package]
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    return shutil.which(command[0]), command, environment
+        parser.error("there is no command: gradwatch run -- python train.py ...")
+    try:
+        settings = resolve(url=options.url, project=options.project, run=options.run, every=options.every)
+    except SettingsError as error:
+        parser.error(str(error))
+    with tempfile.TemporaryDirectory(prefix="gradwatch-") as folder:
+        given = {
+            "GRADWATCH_URL": settings.url,
+            "GRADWATCH_PROJECT": settings.project,
+            "GRADWATCH_RUN": settings.run,
+            "GRADWATCH_EVERY": None if settings.every_steps is None else str(settings.every_steps),
+            "GRADWATCH_LAUNCH": folder,
+        }
+        status = _run(command, surroundings(os.environ, given))
+        _finish(Path(folder), status)
+    return _end_like(status)
+
+
+def surroundings(environment: Mapping[str, str], given: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the environment of the command: ours, with the folder first on PYTHONPATH and what was given."""
+    path = os.pathsep.join(filter(None, (str(_FOLDER), environment.get("PYTHONPATH"))))
+    kept = {name: value for name, value in given.items() if value is not None}
+    return {**environment, **kept, "PYTHONPATH": path}
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run the command on our own standard streams, passing signals on, and return its status as ``Popen`` gives it."""
+    try:
+        process = subprocess.Popen(command, env=environment)
+    except OSError as error:
+        sys.stderr.write(f"gradwatch run: {command[0]}: {error.strerror}\n")
+        return 127 if isinstance(error, FileNotFoundError) else 126
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    # The terminal sends Ctrl-C to the command as well: it decides what becomes of it.
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before[signal.SIGQUIT] = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+    try:
+        return process.wait()
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def _finish(folder: Path, status: int) -> None:
+    """End the runs that agents left open, and deliver what is still in their spools."""
+    try:
+        notes = [msgspec.json.decode(path.read_bytes(), type=Note) for path in sorted(folder.glob("*.json"))]
+        if not notes:
+            return
+        settings = resolve()
+        ending = "completed" if status == 0 else "killed" if status < 0 else "failed"
+        for note in notes:
+            end = wire.End(at=time.time(), status=ending, exit_code=status)
+            batch = wire.Batch(id=f"end-{note.pid}-{note.attempt}", attempt=note.attempt, end=end)
+            spool = Spool(settings.spool_directory, url=note.url, run=note.run, losses=Losses(), warn=_say)
+            spool.append("batch", wire.encode(batch))
+            spool.close()
+        ours = {note.run for note in notes}
+        for leftover in leftovers(settings.spool_directory):
+            if leftover.run in ours:
+                deliver(leftover, leftover.url, settings.token, timeout_seconds=3.0)
+    except Exception as error:  # the command's exit code is what counts
+        sys.stderr.write(f"gradwatch: the run cannot be finished: {type(error).__name__}: {error}\n")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"gradwatch: {text}\n")
+
+
+def _end_like(status: int) -> int:
+    """Return the exit code; a command that a signal killed takes the launcher with it, so that its parent sees it."""
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL) if -status not in (signal.SIGKILL, signal.SIGSTOP) else None
+        os.kill(os.getpid(), -status)
+    return status
+
+
+def watch_automatically() -> None:
+    """Attach at the first backward pass of this process. Called when ``torch.optim`` has been imported."""
+    from gradwatch.automatic import Waiting
+
+    Waiting()

@@ -1,240 +1,274 @@
-"""The thread that ships: gathers what the training thread hands over, spools it, delivers it in order."""
+"""The sender: delivers the spool to the server in order, from a thread of its own, for as long as it takes."""
 
-import logging
+import email.utils
+import json
 import random
-import secrets
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+import urllib3
 
 from gradwatch import wire
-from gradwatch.post import Client, Reply, Verdict, deliver
-from gradwatch.spool import Entry, Spool, abandoned
+from gradwatch.spool import Entry, Losses
 
-log = logging.getLogger("gradwatch")
+CLOSING_PAUSE_SECONDS: Final = 0.2
+"""Between attempts while the agent is being closed, for as long as its timeout allows."""
+FIRST_PAUSE_SECONDS: Final = 0.25
+LONGEST_PAUSE_SECONDS: Final = 30.0
+REFUSED_PAUSE_SECONDS: Final = 60.0
+"""Between attempts while the token is refused."""
 
-GATHER_SECONDS = 0.2
-"""What arrives within this time shares a batch."""
-MOST_SAMPLES = 256
-"""In one batch."""
-MOST_WAITING = 4096
-"""Items that may wait between the training thread and this one; further ones are dropped and counted."""
-_REQUEST_SECONDS = 10.0
-_FIRST_RETRY_SECONDS = 0.5
-_LONGEST_RETRY_SECONDS = 30.0
+Verdict = Literal["committed", "unknown_run", "poison", "refused", "later"]
+"""What an answer means for the document: see ``judge``."""
 
 
-@dataclass
-class Scalar:
-    """One scalar of one step, sampled or not."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one document."""
 
-    name: str
-    step: int
-    value: float
-
-
-Item = wire.Sample | wire.Event | wire.End | wire.Registration | Scalar
-Deferred = Callable[[], Item | None]
-"""Made on the training thread, evaluated on this one; returns none where it has nothing to tell."""
+    verdict: Verdict
+    reason: str = ""
+    retry_after_seconds: float | None = None
 
 
-@dataclass
-class _Gathered:
-    """The parts of the next batch."""
+class Queue(Protocol):
+    """Where documents wait: the spool of this agent, or one left behind by a dead process."""
 
-    samples: list[wire.Sample] = field(default_factory=list)
-    events: list[wire.Event] = field(default_factory=list)
-    trail: dict[str, tuple[list[int], list[wire.Number]]] = field(default_factory=dict)
-    end: wire.End | None = None
+    run: str
 
-    def add(self, item: Item) -> None:
-        match item:
-            case wire.Sample():
-                self.samples.append(item)
-            case wire.Event():
-                self.events.append(item)
-            case wire.End():
-                self.end = item
-            case Scalar():
-                steps, values = self.trail.setdefault(item.name, ([], []))
-                steps.append(item.step)
-                values.append(item.value)
-            case wire.Registration():
-                raise AssertionError("a registration is a document of its own")
+    def first(self) -> Entry | None:
+        """Return the oldest document."""
 
-    def __bool__(self) -> bool:
-        return bool(self.samples or self.events or self.trail or self.end)
+    def forget(self, entry: Entry) -> None:
+        """Remove a document."""
+
+
+class Transport(Protocol):
+    """The way to the server: one method, so that a test can have another."""
+
+    def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
+        """Deliver one document."""
+
+
+class Http:
+    """The way to the server over HTTP.
+
+    Args:
+        url: root of the server.
+        token: bearer token, None where the server wants none.
+    """
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self._url = url
+        self._pool = urllib3.PoolManager(num_pools=1, maxsize=1, retries=False)
+        self._headers = {"Content-Type": wire.MESSAGEPACK_TYPE, "Accept": wire.JSON_TYPE, "User-Agent": "gradwatch"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+
+    def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
+        """Deliver one document; whatever goes wrong on the way is an answer, too."""
+        timeout = urllib3.Timeout(total=max(timeout_seconds, 0.01))
+        try:
+            response = self._pool.request(
+                "POST", self._url + path, body=body, headers=self._headers, timeout=timeout, redirect=False
+            )
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            return Answer("later", f"{type(error).__name__}: {error}")
+        return judge(response.status, response.headers, response.data)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._pool.clear()
+
+
+def judge(status: int, headers: Mapping[str, str], body: bytes) -> Answer:
+    """Return what the server's answer means.
+
+    A 2xx counts only with a JSON object: a captive portal or a wrong server also says 200.
+    """
+    reason = f"{status} {_reason(body)}".strip()
+    if 200 <= status < 300:
+        return Answer("committed") if _object(body) is not None else Answer("later", f"{status} without a JSON object")
+    if status in (404, 409):
+        return Answer("unknown_run", reason)
+    if status in (401, 403):
+        return Answer("refused", reason)
+    if status in (400, 413, 415, 422):
+        return Answer("poison", reason)
+    return Answer("later", reason, _retry_after_seconds(headers.get("Retry-After"), time.time()))
 
 
 class Sender:
-    """Delivers one run from a thread of its own; ``put`` never waits and never raises."""
+    """Delivers a queue until it is told to finish.
 
-    def __init__(self, client: Client, spool: Spool, run_id: str, attempt: int) -> None:
-        self._client = client
-        self._spool = spool
-        self._run_id = run_id
-        self._attempt = attempt
-        self._items: deque[Item | Deferred] = deque()
+    Args:
+        queue: what to deliver.
+        transport: the way to the server.
+        losses: what the server will never take is counted here.
+        warn: called with a text; once for each kind of trouble.
+        timeout_seconds: how long an answer may take.
+        chance: source of the jitter, uniform in [0, 1).
+        idle: called when everything is delivered; delivers what others left behind.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        transport: Transport,
+        losses: Losses,
+        warn: Callable[[str], None],
+        *,
+        timeout_seconds: float = 10.0,
+        chance: Callable[[], float] | None = None,
+        idle: Callable[[], None] | None = None,
+    ) -> None:
+        self._queue = queue
+        self._transport = transport
+        self._losses = losses
+        self._warn = warn
+        self._timeout_seconds = timeout_seconds
+        self._chance = chance or random.Random(time.time_ns()).random  # noqa: S311 -- jitter, and never the user's generator
+        self._idle = idle
+        self._registration: Entry | None = None
+        self._failures = 0
+        self._warned: set[str] = set()
         self._wake = threading.Event()
         self._deadline: float | None = None
-        self._registration: bytes | None = None
-        self._retry_seconds = 0.0
-        self._next_attempt = 0.0
-        self._left = False
-        self._reached = False
-        self._inherited = False
-        self._warned: set[str] = set()
-        self._dropped_samples = 0
-        self._dropped_bytes = 0
-        self.errors = 0
-        self._thread = threading.Thread(target=self._run, name="gradwatch-sender", daemon=True)
+        """Monotonic time at which to stop; None: go on."""
+        self.seconds = 0.0
+        """Processor time that the thread has taken."""
+        self._thread = threading.Thread(target=self._work, name="gradwatch-sender", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
-    def put(self, item: Item | Deferred) -> None:
-        """Hand over what is to be shipped."""
-        if len(self._items) >= MOST_WAITING:
-            self._dropped_samples += 1
-            return
-        self._items.append(item)
+    def notify(self) -> None:
+        """There is something new in the queue."""
+        self._wake.set()
 
-    def close(self, timeout_seconds: float) -> bool:
-        """Deliver what waits, for at most this long; return whether all of it was delivered."""
+    def finish(self, timeout_seconds: float) -> None:
+        """Deliver what is there and stop; a server that does not answer is not waited for beyond the timeout."""
         self._deadline = time.monotonic() + timeout_seconds
         self._wake.set()
-        self._thread.join(timeout_seconds + 1.0)
-        return not self._thread.is_alive() and not self._left
+        self._thread.join(timeout_seconds + 0.2)
 
-    @property
-    def closed(self) -> bool:
-        """Return whether ``close`` has been called."""
-        return self._deadline is not None
+    def deliver(self, deadline: float | None = None) -> bool:
+        """Deliver the queue in this thread, without pauses; return whether it is empty.
 
-    def abandon(self) -> None:
-        """In a forked child: there is no thread here, and the spool is the parent's."""
-        self._deadline = 0.0
-        self._items.clear()
+        Args:
+            deadline: monotonic time to stop at.
+        """
+        while (entry := self._queue.first()) is not None:
+            left = self._timeout_seconds if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return False
+            answer = self._offer(entry, min(left, self._timeout_seconds))
+            if answer.verdict not in ("committed", "poison"):
+                return False
+        return True
 
-    def _run(self) -> None:
-        try:
-            while True:
-                self._wake.wait(
-                    GATHER_SECONDS if self._retry_seconds == 0 else min(self._retry_seconds, GATHER_SECONDS)
-                )
-                last = self.closed
-                self._gather()
-                self._deliver(last=last)
-                if not last and self._reached and not self._inherited and self._spool.first() is None:
-                    self._inherit()
-                if last and not self._items:
-                    break
-        except Exception:
-            log.warning("gradwatch ships no more: its sender has failed", exc_info=True)
-        finally:
-            self._left = self._spool.first() is not None
-            if self._left:
-                self._warn("left", f"{self._client.url} was not reached: what is left waits in {self._spool.path}")
-            self._spool.close()
-            self._client.close()
-
-    def _gather(self) -> None:
-        gathered = _Gathered()
-        while self._items:
-            made = self._items.popleft()
-            item = made() if callable(made) else made
-            if item is None:
+    def _work(self) -> None:
+        while True:
+            self.seconds = time.thread_time()
+            entry = self._queue.first()
+            left = self._timeout_seconds if self._deadline is None else self._deadline - time.monotonic()
+            if self._deadline is not None and (entry is None or left <= 0):
+                return
+            if entry is None:
+                if self._idle is not None:
+                    self._idle()
+                self._wake.wait()
+                self._wake.clear()
                 continue
-            if isinstance(item, wire.Registration):
-                self._spool_batch(gathered)
-                gathered = _Gathered()
-                self._registration = wire.encode(item)
-                self._spool.append("run", 0, self._registration)
-                continue
-            gathered.add(item)
-            if len(gathered.samples) >= MOST_SAMPLES:
-                self._spool_batch(gathered)
-                gathered = _Gathered()
-        self._spool_batch(gathered)
+            answer = self._offer(entry, min(left, self._timeout_seconds))
+            if answer.verdict in ("committed", "poison"):
+                self._failures = 0
+            elif self._deadline is not None:
+                time.sleep(min(CLOSING_PAUSE_SECONDS, max(left, 0.0)))  # a server that is being restarted comes back
+            else:
+                self._pause(answer)
 
-    def _spool_batch(self, gathered: _Gathered) -> None:
-        if not gathered:
-            return
-        batch = wire.Batch(
-            id=secrets.token_hex(8),
-            attempt=self._attempt,
-            samples=gathered.samples,
-            trail={name: wire.Trail(steps=steps, values=values) for name, (steps, values) in gathered.trail.items()},
-            events=gathered.events,
-            dropped=wire.Dropped(
-                samples=self._dropped_samples + self._spool.dropped_samples,
-                bytes=self._dropped_bytes + self._spool.dropped_bytes,
-                errors=self.errors,
-            ),
-            end=gathered.end,
-        )
-        self._spool.append("batch", len(batch.samples), wire.encode(batch))
-        if self._spool.broken is not None:
-            self._warn("spool", f"no disk for what is not delivered yet, so it is kept in memory: {self._spool.broken}")
+    def _offer(self, entry: Entry, timeout_seconds: float) -> Answer:
+        """Send one document and draw the consequences, all but the pause."""
+        answer = self._post(entry, timeout_seconds)
+        if answer.verdict == "unknown_run":
+            answer = self._register_and_post(entry, answer, timeout_seconds)
+        if answer.verdict == "committed":
+            self._queue.forget(entry)
+        elif answer.verdict == "poison":
+            self._losses.samples += entry.samples
+            self._losses.bytes += len(entry.body)
+            self._queue.forget(entry)
+            self._warn_once("poison", f"the server refuses a {entry.kind}, which is dropped: {answer.reason}")
+        elif answer.verdict == "refused":
+            self._warn_once("refused", f"the server refuses the token: {answer.reason}; set GRADWATCH_TOKEN")
+        else:
+            self._warn_once("later", f"the server cannot be reached, measurements wait in the spool: {answer.reason}")
+        return answer
 
-    def _deliver(self, *, last: bool) -> None:
-        started = time.monotonic()
-        while (entry := self._spool.first()) is not None:
-            if not last and self._next_attempt > time.monotonic():
-                return
-            reply = self._send(entry)
-            if reply.verdict is Verdict.LATER and last and self._remaining() > 0:
-                threading.Event().wait(min(0.1, self._remaining()))
-            if not self._settle(entry, reply, last=last):
-                return
-            if not last and time.monotonic() - started > GATHER_SECONDS and self._items:
-                return
+    def _post(self, entry: Entry, timeout_seconds: float) -> Answer:
+        if entry.kind == "batch":
+            return self._transport.post(f"/api/v1/runs/{self._queue.run}/samples", entry.body, timeout_seconds)
+        self._registration = entry
+        answer = self._transport.post("/api/v1/runs", entry.body, timeout_seconds)
+        return Answer("poison", answer.reason) if answer.verdict == "unknown_run" else answer
 
-    def _inherit(self) -> None:
-        """Deliver what agents that are gone have left for this server, once the way to it is known to be free."""
-        self._inherited = True
-        for spool in abandoned(self._spool.path.parent):
-            with closing(spool):
-                if spool.url == self._spool.url:
-                    deliver(spool, self._client, time.monotonic() + _REQUEST_SECONDS)
+    def _register_and_post(self, entry: Entry, answer: Answer, timeout_seconds: float) -> Answer:
+        """The server does not know the run (it lost its database, or the address is wrong): register, try once more."""
+        if self._registration is None:
+            return Answer("later", answer.reason)
+        registered = self._post(self._registration, timeout_seconds)
+        if registered.verdict != "committed":
+            return registered if registered.verdict == "refused" else Answer("later", registered.reason)
+        again = self._post(entry, timeout_seconds)
+        return Answer("later", again.reason) if again.verdict == "unknown_run" else again
 
-    def _remaining(self) -> float:
-        return _REQUEST_SECONDS if self._deadline is None else self._deadline - time.monotonic()
+    def _pause(self, answer: Answer) -> None:
+        """Wait until the next attempt is due, or until the end has come."""
+        self._failures += 1
+        exponential = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(self._failures - 1, 16))
+        seconds = exponential * (0.5 + self._chance() / 2)
+        if answer.verdict == "refused":
+            seconds = REFUSED_PAUSE_SECONDS
+        elif answer.retry_after_seconds is not None:
+            seconds = answer.retry_after_seconds
+        until = time.monotonic() + seconds
+        while self._deadline is None and (left := until - time.monotonic()) > 0:
+            self._wake.wait(min(left, 1.0))
+            self._wake.clear()
 
-    def _send(self, entry: Entry) -> Reply:
-        seconds = min(_REQUEST_SECONDS, self._remaining())
-        if entry.kind == "run":
-            return self._client.register(entry.body, seconds)
-        return self._client.store(self._run_id, entry.body, seconds)
-
-    def _settle(self, entry: Entry, reply: Reply, *, last: bool) -> bool:
-        """Act on an answer; return whether the next document may follow at once."""
-        if reply.verdict is Verdict.ACKNOWLEDGED:
-            self._spool.remove(entry)
-            self._retry_seconds = 0.0
-            self._reached = True
-            return True
-        if reply.verdict is Verdict.REFUSED:
-            self._spool.remove(entry)
-            self._dropped_samples += entry.samples
-            self._dropped_bytes += len(entry.body)
-            self._warn("refused", f"the server refuses what is sent, which is lost: {reply.reason}")
-            return True
-        if reply.verdict is Verdict.UNKNOWN_RUN and self._registration is not None:
-            again = self._client.register(self._registration, min(_REQUEST_SECONDS, self._remaining()))
-            if again.verdict is Verdict.ACKNOWLEDGED:
-                return True
-        self._warn("later", f"{self._client.url} does not take what is sent, which is kept meanwhile: {reply.reason}")
-        if last:
-            return self._remaining() > 0
-        self._retry_seconds = min(max(2 * self._retry_seconds, _FIRST_RETRY_SECONDS), _LONGEST_RETRY_SECONDS)
-        jittered = self._retry_seconds * random.Random().uniform(0.8, 1.2)  # noqa: S311  # spreads retries, no secret
-        self._next_attempt = time.monotonic() + max(jittered, reply.retry_after_seconds or 0.0)
-        return False
-
-    def _warn(self, kind: str, text: str) -> None:
-        """Warn once of each kind of trouble."""
+    def _warn_once(self, kind: str, text: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            log.warning("gradwatch: %s", text)
+            self._warn(text)
+
+
+def _object(body: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _reason(body: bytes) -> str:
+    content = _object(body) or {}
+    return str(content.get("detail") or content.get("title") or body[:200].decode("utf-8", "replace"))
+
+
+def _retry_after_seconds(header: str | None, now: float) -> float | None:
+    """Return the pause that ``Retry-After`` asks for, in seconds or as a date; at most an hour."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - now
+        except ValueError:
+            return None
+    return min(max(seconds, 0.0), 3600.0)

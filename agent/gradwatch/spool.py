@@ -1,188 +1,344 @@
-"""What is not acknowledged yet, on disk: one SQLite file an agent, which whoever comes later can deliver."""
+"""The spool: what was measured waits here, in order and on disk, until the server has acknowledged it.
+
+One SQLite file for each agent, in WAL mode with full synchronisation, written off the training thread. The file is
+owned through a lock beside it, so that the next agent on the machine (or ``gradwatch flush``) can tell what a dead
+process left behind. Where the disk cannot be written the spool goes on in memory.
+"""
 
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Final, Literal, NamedTuple
 
-MOST_BYTES = 256 * 1024 * 1024
-"""Room for one agent's spool on disk."""
-MOST_BYTES_IN_MEMORY = 64 * 1024 * 1024
-"""Room where no disk takes it."""
+import msgspec
+
+from gradwatch import wire
+
+Kind = Literal["registration", "batch"]
+
+DISK_LIMIT_BYTES: Final = 256 << 20
+MEMORY_LIMIT_BYTES: Final = 64 << 20
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS origin (url TEXT NOT NULL, run TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS entry (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, samples INTEGER NOT NULL, body BLOB NOT NULL
+);
+"""
 
 
 class Entry(NamedTuple):
-    """One document that waits."""
+    """One document that waits for the server."""
 
     number: int
-    kind: str
-    """``run`` or ``batch``."""
+    kind: Kind
     samples: int
     body: bytes
 
 
-def folder() -> Path:
-    """Return where spools lie: ``GRADWATCH_SPOOL_DIR``, or the user's cache."""
-    chosen = os.environ.get("GRADWATCH_SPOOL_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradwatch"
+@dataclass(slots=True)
+class Losses:
+    """What had to be given up, counted over the attempt: shipped with every batch."""
+
+    samples: int = 0
+    bytes: int = 0
+    errors: int = 0
+
+    def counted(self) -> wire.Dropped:
+        """Return the counts as the wire carries them."""
+        return wire.Dropped(samples=self.samples, bytes=self.bytes, errors=self.errors)
 
 
 class Spool:
-    """A bounded queue of documents of one run; used by one thread.
+    """Documents of one run in the order in which they must be delivered. Safe to use from several threads.
 
-    On disk where that is possible (WAL, synced), in memory otherwise: ``broken`` then says why. Over its bound the
-    oldest batches go first; ``dropped_samples`` and ``dropped_bytes`` count them.
+    Args:
+        directory: where the file is made.
+        url: the server that they are for.
+        run: the run's id.
+        losses: what is thinned out is counted here.
+        warn: called once, with the reason, when the disk cannot be used.
+        limit_bytes: size over which the oldest samples are thinned.
     """
 
-    def __init__(self, path: Path, url: str, run_id: str) -> None:
-        self.path = path
-        self.url = url
-        self.run_id = run_id
-        self.broken: str | None = None
-        self.dropped_samples = 0
-        self.dropped_bytes = 0
-        self._database: sqlite3.Connection | None = None
-        self._lock: int | None = None
-        self._memory: list[Entry] = []
-        self._number = 0
-        self._bytes = 0
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        url: str,
+        run: str,
+        losses: Losses,
+        warn: Callable[[str], None],
+        limit_bytes: int = DISK_LIMIT_BYTES,
+    ) -> None:
+        self.run = run
+        self._losses = losses
+        self._warn = warn
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._acknowledged: list[int] = []
+        self._held: int | None = None
+        self.path: Path | None = directory / f"{run}-{os.getpid()}-{os.urandom(3).hex()}.db"
         try:
-            self._open()
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._held = _own(self.path)
+            self._connection = _open(self.path)
+            self._connection.execute("INSERT INTO origin VALUES (?, ?)", (url, run))
+            self._connection.commit()
         except (OSError, sqlite3.Error) as error:
-            self._give_up_disk(error)
+            self._remove_file()
+            self._go_on_in_memory(error, [])
+        self._bytes = 0
+        self._pending = 0
 
-    @classmethod
-    def of(cls, directory: Path, url: str, run_id: str, attempt: int) -> Self:
-        """Return the spool of an agent's attempt."""
-        return cls(directory / f"{run_id}-{attempt}.spool", url, run_id)
+    @property
+    def pending(self) -> int:
+        """Return the number of documents that wait."""
+        return self._pending
 
-    def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path)
-        if self._lock is None:
-            raise OSError(f"{self.path} is in use by another process")
-        self._database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = FULL")
-        self._database.execute("CREATE TABLE IF NOT EXISTS target (url TEXT, run TEXT)")
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS waiting (number INTEGER PRIMARY KEY, kind TEXT, samples INTEGER, body BLOB)"
-        )
-        if self._database.execute("SELECT count(*) FROM target").fetchone()[0] == 0:
-            self._database.execute("INSERT INTO target VALUES (?, ?)", (self.url, self.run_id))
-        number, size = self._database.execute("SELECT max(number), sum(length(body)) FROM waiting").fetchone()
-        self._number, self._bytes = number or 0, size or 0
+    @property
+    def pending_bytes(self) -> int:
+        """Return their size."""
+        return self._bytes
 
-    def _give_up_disk(self, error: Exception) -> None:
-        self.broken = f"{self.path}: {error}"
-        if self._database is not None:
-            with suppress(sqlite3.Error):
-                rows = self._database.execute("SELECT number, kind, samples, body FROM waiting ORDER BY number")
-                self._memory = [Entry(*row) for row in rows]
-            with suppress(sqlite3.Error):
-                self._database.close()
-            self._database = None
-
-    def append(self, kind: str, samples: int, body: bytes) -> None:
-        """Keep a document until it is acknowledged."""
-        self._number += 1
-        entry = Entry(self._number, kind, samples, body)
-        if self._database is not None:
-            try:
-                self._database.execute("INSERT INTO waiting VALUES (?, ?, ?, ?)", entry)
-            except sqlite3.Error as error:
-                self._give_up_disk(error)
-        if self._database is None:
-            self._memory.append(entry)
-        self._bytes += len(body)
-        self._thin()
-
-    def _thin(self) -> None:
-        most = MOST_BYTES_IN_MEMORY if self._database is None else MOST_BYTES
-        while self._bytes > most:
-            oldest = next((entry for entry in self._entries() if entry.kind == "batch"), None)
-            if oldest is None:
-                return
-            self.dropped_samples += oldest.samples
-            self.dropped_bytes += len(oldest.body)
-            self.remove(oldest)
+    def append(self, kind: Kind, body: bytes, samples: int = 0) -> None:
+        """Put a document at the end; it is on disk when this returns."""
+        with self._lock:
+            row = (kind, samples, body)
+            self._write(
+                lambda: self._connection.execute("INSERT INTO entry (kind, samples, body) VALUES (?, ?, ?)", row)
+            )
+            self._pending += 1
+            self._bytes += len(body)
+            if self._bytes > self._limit_bytes:
+                self._thin()
 
     def first(self) -> Entry | None:
-        """Return the document that waits longest."""
-        return next(self._entries(), None)
+        """Return the oldest document, None where nothing waits."""
+        with self._lock:
+            after = self._acknowledged[-1] if self._acknowledged else 0
+            return _first(self._connection, after)
 
-    def _entries(self) -> Iterator[Entry]:
-        if self._database is None:
-            yield from list(self._memory)
-            return
-        try:
-            rows = self._database.execute(
-                "SELECT number, kind, samples, body FROM waiting ORDER BY number LIMIT 2"
-            ).fetchall()
-        except sqlite3.Error as error:
-            self._give_up_disk(error)
-            rows = self._memory
-        yield from (Entry(*row) for row in rows)
-
-    def remove(self, entry: Entry) -> None:
-        """Forget an acknowledged document."""
-        self._bytes -= len(entry.body)
-        if self._database is not None:
-            try:
-                self._database.execute("DELETE FROM waiting WHERE number = ?", (entry.number,))
-            except sqlite3.Error as error:
-                self._give_up_disk(error)
-        self._memory = [kept for kept in self._memory if kept.number != entry.number]
+    def forget(self, entry: Entry) -> None:
+        """The server has committed ``entry``, or it is given up: it is removed with the next write."""
+        with self._lock:
+            self._acknowledged.append(entry.number)
+            self._pending -= 1
+            self._bytes -= len(entry.body)
 
     def close(self) -> None:
-        """Leave what waits on disk; where nothing does, leave nothing."""
-        empty = self.first() is None
-        if self._database is not None:
+        """Write what is open; an empty spool leaves no file behind."""
+        with self._lock:
             with suppress(sqlite3.Error):
-                self._database.close()
-            self._database = None
-            if empty:
-                for suffix in ("", "-wal", "-shm"):
-                    with suppress(OSError):
-                        self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-        if self._lock is not None:
-            if empty:
+                self._write(lambda: None)
+                self._connection.close()
+            if self._pending <= 0:
+                self._remove_file()
+            self._let_go()
+
+    def abandon_after_fork(self) -> None:
+        """Let go of the lock file in a forked child, without touching the parent's database."""
+        self._let_go()
+
+    def _write(self, change: Callable[[], object]) -> None:
+        try:
+            change()
+            self._clear_acknowledged()
+            self._connection.commit()
+        except sqlite3.Error as error:
+            if self.path is None:
+                raise
+            self._go_on_in_memory(error, self._rescued())
+            change()
+            self._connection.commit()
+
+    def _clear_acknowledged(self) -> None:
+        # A registration stays as long as the file: who finds it must be able to make the run known again.
+        if not self._acknowledged:
+            return
+        self._connection.executemany(
+            "DELETE FROM entry WHERE kind = 'batch' AND number = ?", [(number,) for number in self._acknowledged]
+        )
+        del self._acknowledged[:-1]
+
+    def _rescued(self) -> list[Entry]:
+        after = self._acknowledged[-1] if self._acknowledged else 0
+        with suppress(sqlite3.Error):
+            self._connection.rollback()
+            rows = self._connection.execute("SELECT * FROM entry WHERE number > ? ORDER BY number", (after,)).fetchall()
+            return [Entry(*row) for row in rows]
+        return []
+
+    def _go_on_in_memory(self, error: Exception, entries: list[Entry]) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        self._warn(f"the spool {self.path} cannot be used ({reason}); going on in memory, bounded and counted")
+        self.path = None
+        self._limit_bytes = min(self._limit_bytes, MEMORY_LIMIT_BYTES)
+        self._connection = sqlite3.connect(":memory:", check_same_thread=False)
+        self._connection.executescript(_SCHEMA)
+        self._connection.executemany("INSERT INTO entry VALUES (?, ?, ?, ?)", entries)
+        after = max([entry.number for entry in entries] + self._acknowledged, default=0)
+        self._connection.execute("INSERT INTO sqlite_sequence VALUES ('entry', ?)", (after,))
+        self._connection.commit()
+
+    def _thin(self) -> None:
+        """Drop every second sample of the older half, until under the limit; trails and events stay while they can."""
+        while self._bytes > self._limit_bytes:
+            numbers = [
+                number
+                for (number,) in self._connection.execute(
+                    "SELECT number FROM entry WHERE kind = 'batch' AND samples > 0 AND number > ? ORDER BY number",
+                    (self._acknowledged[-1] if self._acknowledged else 0,),
+                )
+            ]
+            before = self._bytes
+            for number in numbers[1 : max(2, len(numbers) // 2)]:
+                self._thin_entry(number)
+            if self._bytes == before:
+                self._drop_oldest()
+            if self._bytes == before:
+                break
+        self._write(lambda: None)
+
+    def _thin_entry(self, number: int) -> None:
+        """Drop every second sample of one batch; of a single one, let the number decide."""
+        (body,) = self._connection.execute("SELECT body FROM entry WHERE number = ?", (number,)).fetchone()
+        batch = wire.decode(body, wire.Batch)
+        kept = [sample for place, sample in enumerate(batch.samples) if (place + number) % 2]
+        thinned = msgspec.structs.replace(batch, samples=kept)
+        smaller = wire.encode(thinned)
+        self._losses.samples += len(batch.samples) - len(kept)
+        self._losses.bytes += len(body) - len(smaller)
+        self._bytes -= len(body) - len(smaller)
+        row = (len(kept), smaller, number)
+        self._connection.execute("UPDATE entry SET samples = ?, body = ? WHERE number = ?", row)
+
+    def _drop_oldest(self) -> None:
+        """Give up whole batches, oldest first, where thinning is not enough."""
+        after = self._acknowledged[-1] if self._acknowledged else 0
+        rows = self._connection.execute(
+            "SELECT number, samples, length(body) FROM entry "
+            "WHERE kind = 'batch' AND number > ? ORDER BY number LIMIT 64",
+            (after,),
+        ).fetchall()
+        for number, samples, size in rows[1:]:
+            if self._bytes <= self._limit_bytes:
+                return
+            self._connection.execute("DELETE FROM entry WHERE number = ?", (number,))
+            self._losses.samples += samples
+            self._losses.bytes += size
+            self._bytes -= size
+            self._pending -= 1
+
+    def _remove_file(self) -> None:
+        if self.path is None:
+            return
+        for suffix in ("", "-wal", "-shm", ".lock"):
+            with suppress(OSError):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+
+class Leftover:
+    """The spool that a dead process left behind, owned by this one while it is being delivered."""
+
+    def __init__(self, path: Path, held: int, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._held = held
+        self._connection = connection
+        row = connection.execute("SELECT url, run FROM origin").fetchone()
+        self.url: str = row[0] if row else ""
+        self.run: str = row[1] if row else ""
+
+    @property
+    def pending(self) -> int:
+        """Return the number of documents that wait."""
+        (count,) = self._connection.execute("SELECT count(*) FROM entry").fetchone()
+        return int(count)
+
+    def first(self) -> Entry | None:
+        """Return the oldest document, None where nothing waits."""
+        return _first(self._connection, 0)
+
+    def forget(self, entry: Entry) -> None:
+        """Remove ``entry``."""
+        self._connection.execute("DELETE FROM entry WHERE number = ?", (entry.number,))
+        self._connection.commit()
+
+    def close(self) -> None:
+        """Let go; an empty spool leaves no file behind."""
+        empty = not self.pending
+        self._connection.close()
+        if empty:
+            for suffix in ("", "-wal", "-shm", ".lock"):
                 with suppress(OSError):
-                    _lock_path(self.path).unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = None
+                    Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        os.close(self._held)
 
 
-def _lock_path(path: Path) -> Path:
-    return path.with_suffix(".lock")
-
-
-def _locked(path: Path) -> int | None:
-    """Return a descriptor that holds the spool's lock, or none where a living process holds it."""
-    descriptor = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+@contextmanager
+def _owned(path: Path) -> Iterator[Leftover | None]:
+    held = None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def abandoned(directory: Path) -> Iterator[Spool]:
-    """Yield the spools in a folder whose agents are gone; each is to be closed."""
-    for path in sorted(directory.glob("*.spool")):
-        with suppress(OSError, sqlite3.Error):
-            held = _locked(path)
-            if held is None:
-                continue
+        held = _own(path)
+        leftover = Leftover(path, held, _open(path))
+    except (OSError, sqlite3.Error):
+        if held is not None:
             os.close(held)
-            with sqlite3.connect(path) as database:
-                target = database.execute("SELECT url, run FROM target").fetchone()
-            database.close()
-            if target is not None:
-                yield Spool(path, *target)
+        yield None
+        return
+    try:
+        yield leftover
+    finally:
+        leftover.close()
+
+
+def leftovers(directory: Path) -> Iterator[Leftover]:
+    """Yield each spool in ``directory`` that no living process owns, oldest first; the next lets go of it."""
+    try:
+        paths = sorted(directory.glob("*.db"), key=lambda path: path.stat().st_mtime)
+    except OSError:
+        return
+    for path in paths:
+        with _owned(path) as leftover:
+            if leftover is not None:
+                yield leftover
+
+
+def _own(path: Path) -> int:
+    """Take the lock beside ``path`` and return its descriptor; the system lets go of it when the process dies.
+
+    Raises:
+        OSError: another process owns it, or the folder cannot be written.
+    """
+    held = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise
+    return held
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    connection = sqlite3.connect(path, check_same_thread=False, timeout=5)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.executescript(_SCHEMA)
+    return connection
+
+
+def _first(connection: sqlite3.Connection, after: int) -> Entry | None:
+    query = "SELECT number, kind, samples, body FROM entry WHERE number > ? ORDER BY number LIMIT 1"
+    row = connection.execute(query, (after,)).fetchone()
+    return Entry(*row) if row else None

@@ -1,97 +1,256 @@
-"""Taps into torch: optimizer steps, the loss that ``backward()`` starts from, the norm that clipping returns.
+"""The places where torch is listened to: optimizer steps, clipping, loss scaling, backward.
 
-They are put in with the first agent and taken out with the last one. Everything goes through the module globals that
-torch's own functions look up when they are called, so that it does not matter how user code imported them.
+They are set when the first agent attaches and taken away when the last one leaves. All of them are global to the
+process, and none touches a model: a watched model can be copied, pickled, compiled and sharded as if it were not.
 """
 
 import functools
-import threading
-from collections.abc import Callable
-from typing import Any, Protocol
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+_OPTIMIZER_FILE: Final = Optimizer.profile_hook_step.__code__.co_filename
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Listener(Protocol):
-    """What an agent hears."""
+    """What an agent hears. None of these may raise, all but ``before_step`` return nothing."""
 
-    def on_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An optimizer is about to step."""
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """An optimizer is about to step; returned arguments replace its own."""
 
-    def on_backward(self, loss: Tensor) -> None:
-        """``backward()`` is called on a scalar."""
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped."""
 
-    def on_clip(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
-        """``clip_grad_norm_`` is about to scale gradients to ``max_norm`` where ``total_norm`` exceeds it."""
+    def before_backward(self) -> object:
+        """Gradients are about to be accumulated; what is returned comes back afterwards."""
+
+    def after_backward(self, scalars: Sequence[Tensor], before: object) -> None:
+        """Gradients of these scalars were accumulated."""
+
+    def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
+        """A loss scaler multiplied ``original``."""
+
+    def after_scaler_step(self, optimizer: Optimizer) -> None:
+        """A loss scaler had its chance to step ``optimizer``, or skipped it."""
+
+    def before_norm_clip(self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float) -> None:
+        """Gradients are about to be clipped by their total norm."""
+
+    def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients are about to be clipped by value."""
+
+    def after_zero_grad(self, optimizer: Optimizer) -> None:
+        """An optimizer forgot its gradients."""
 
 
-_lock = threading.Lock()
-_listeners: list[Listener] = []
-_removers: list[Callable[[], None]] = []
+_listeners: tuple[Listener, ...] = ()
+_undo: list[Callable[[], None]] = []
+_stepping: dict[int, int] = {}
+"""For each optimizer in the middle of a step, the id of the frame of torch's outermost wrapper."""
 
 
 def listen(listener: Listener) -> None:
-    """Put the taps in, or share those that are in."""
-    with _lock:
-        if not _listeners:
-            _removers.append(register_optimizer_step_pre_hook(_step).remove)
-            _replace(torch.autograd, "backward", _tapped_backward)
-            if hasattr(clip_grad, "_clip_grads_with_norm_"):
-                _replace(clip_grad, "_clip_grads_with_norm_", _tapped_clip)
-        _listeners.append(listener)
+    """Add a listener; the first one sets the taps."""
+    global _listeners
+    if not _listeners:
+        _set()
+    _listeners = (*_listeners, listener)
 
 
-def ignore(listener: Listener) -> None:
-    """Stop telling this listener; the last one takes the taps out."""
-    with _lock:
-        if listener in _listeners:
-            _listeners.remove(listener)
-        if not _listeners:
-            while _removers:
-                _removers.pop()()
+def leave(listener: Listener) -> None:
+    """Remove a listener; the last one takes the taps away. Idempotent."""
+    global _listeners
+    had = bool(_listeners)
+    _listeners = tuple(other for other in _listeners if other is not listener)
+    if had and not _listeners:
+        while _undo:
+            _undo.pop()()
 
 
-def _replace(module: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(module, name)
-    tapped = make(original)
-    setattr(module, name, tapped)
-
-    def restore() -> None:
-        if getattr(module, name) is tapped:  # somebody else may have wrapped it since
-            setattr(module, name, original)
-
-    _removers.append(restore)
+def listeners() -> tuple[Listener, ...]:
+    """Return those who listen now."""
+    return _listeners
 
 
-def _step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _deaf() -> None:
+    """A forked child (a DataLoader worker) does not measure: it attaches for itself if it trains."""
+    global _listeners
+    _listeners = ()
+    while _undo:
+        _undo.pop()()
+
+
+os.register_at_fork(after_in_child=_deaf)
+
+
+def _set() -> None:
+    # A compiled step must not be traced into the agent: it breaks the graph around the hooks instead.
+    _undo.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_step)).remove)
+    _undo.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)).remove)
+    _replace(torch.autograd, "backward", _backward)
+    _replace(torch.amp.GradScaler, "scale", _scale)
+    _replace(torch.amp.GradScaler, "step", _scaler_step)
+    _replace(Optimizer, "zero_grad", _zero_grad)
+    _replace_inside(clip_grad.clip_grad_value_, _clip_by_value)
+    if hasattr(clip_grad, "_clip_grads_with_norm_"):
+        _replace_inside(clip_grad._clip_grads_with_norm_, _clip_by_norm)
+    else:
+        _replace_inside(clip_grad.clip_grad_norm_, _measure_and_clip_by_norm)
+
+
+def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Put ``wrapper`` around an attribute. If somebody wraps it again, ours stays inside and merely calls through."""
+    original = getattr(owner, name)
+    ours = _bound(wrapper, original)
+    setattr(owner, name, ours)
+
+    def undo() -> None:
+        if getattr(owner, name) is ours:
+            setattr(owner, name, original)
+
+    _undo.append(undo)
+
+
+def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    wrapper = torch.compiler.disable(wrapper)
+
+    @functools.wraps(original)
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs) if _listeners else original(*args, **kwargs)
+
+    return ours
+
+
+def _replace_inside(function: Any, wrapper: Callable[..., Any]) -> None:
+    """Put ``wrapper`` around the function that torch's ``_no_grad`` decorator holds.
+
+    The clipping functions are imported by name all over (``from torch.nn.utils import clip_grad_norm_``): a name
+    replaced in torch's modules would not reach those who imported it before. The decorator's cell reaches all.
+    """
+    for cell in function.__closure__ or ():
+        original = cell.cell_contents
+        if callable(original):
+            cell.cell_contents = _bound(wrapper, original)
+            _undo.append(functools.partial(setattr, cell, "cell_contents", original))
+            return
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    caller = _torchs_wrapper()
+    outer = _stepping.get(id(optimizer))
+    if outer is not None and caller is not None and _is_within(caller, outer):
+        return None  # a subclass called ``super().step()``: the outer step was announced
+    _stepping[id(optimizer)] = id(caller)
     changed = None
     for listener in _listeners:
-        answer = listener.on_step(optimizer, args, kwargs)
+        answer = listener.before_step(optimizer, args, kwargs)
         if answer is not None:
-            args, kwargs = changed = answer
+            changed = args, kwargs = answer
     return changed
 
 
-def _tapped_backward(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(tensors, Tensor) and tensors.numel() == 1:
-            for listener in _listeners:
-                listener.on_backward(tensors)
-        return original(tensors, *args, **kwargs)
-
-    return backward
+def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    if _stepping.get(id(optimizer)) != id(_torchs_wrapper()):
+        return
+    del _stepping[id(optimizer)]
+    for listener in _listeners:
+        listener.after_step(optimizer)
 
 
-def _tapped_clip(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def clip(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> Any:
-        listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+def _torchs_wrapper() -> FrameType | None:
+    """Return the frame of torch's wrapper of one ``step``; None where the step is compiled."""
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001
+    for _ in range(8):
+        if frame is None or (frame.f_code.co_name == "wrapper" and frame.f_code.co_filename == _OPTIMIZER_FILE):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _is_within(frame: FrameType, outer: int) -> bool:
+    """Return whether the call of ``frame`` was made, at any depth, within the frame whose id is ``outer``.
+
+    A step that raised never announced its end: the id that it left is not on the stack any more.
+    """
+    code = frame.f_code
+    above = frame.f_back
+    while above is not None:
+        if id(above) == outer and above.f_code is code:
+            return True
+        above = above.f_back
+    return False
+
+
+def _backward(original: Callable[..., Any], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+    before = [listener.before_backward() for listener in _listeners]
+    result = original(tensors, grad_tensors, *args, **kwargs)
+    if grad_tensors is None:
+        several = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        scalars = [tensor for tensor in several if isinstance(tensor, Tensor) and tensor.numel() == 1]
+        for listener, marks in zip(_listeners, before, strict=False):
+            listener.after_backward(scalars, marks)
+    return result
+
+
+def _scale(original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
+    result = original(scaler, outputs)
+    if isinstance(outputs, Tensor) and outputs.numel() == 1:
         for listener in _listeners:
-            listener.on_clip(listed, max_norm, total_norm)
-        return original(listed, max_norm, total_norm, *args, **kwargs)
+            listener.scaled(scaler, outputs, result)
+    return result
 
-    return clip
+
+def _scaler_step(original: Callable[..., Any], scaler: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    result = original(scaler, optimizer, *args, **kwargs)
+    if scaler.is_enabled():
+        for listener in _listeners:
+            listener.after_scaler_step(optimizer)
+    return result
+
+
+def _zero_grad(original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    result = original(optimizer, *args, **kwargs)
+    for listener in _listeners:
+        listener.after_zero_grad(optimizer)
+    return result
+
+
+def _several(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _clip_by_norm(
+    original: Callable[..., Any], parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    several = _several(parameters)
+    for listener in _listeners:
+        listener.before_norm_clip(several, total_norm, float(max_norm))
+    return original(several, max_norm, total_norm, *args, **kwargs)
+
+
+def _measure_and_clip_by_norm(
+    original: Callable[..., Any], parameters: Any, max_norm: float, *args: Any, **kwargs: Any
+) -> Any:
+    """Torch before 2.6 measures and clips in one function: it is heard when it is done."""
+    several = _several(parameters)
+    total_norm = original(several, max_norm, *args, **kwargs)
+    for listener in _listeners:
+        listener.before_norm_clip(several, total_norm, float(max_norm))
+    return total_norm
+
+
+def _clip_by_value(original: Callable[..., Any], parameters: Any, *args: Any, **kwargs: Any) -> Any:
+    several = _several(parameters)
+    for listener in _listeners:
+        listener.before_value_clip(several)
+    return original(several, *args, **kwargs)

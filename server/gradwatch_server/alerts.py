@@ -2,6 +2,8 @@
 
 One alert a run and rule. A finding that holds for ``hold_samples`` samples in a row fires; a firing alert that does not
 hold for ``clear_samples`` samples in a row resolves; a pending one that stops holding is forgotten without a word.
+One that flaps is damped: each time it fires again within 10 minutes of having resolved, it takes twice as many clear
+samples to resolve, up to 16 times as many.
 """
 
 from dataclasses import dataclass, replace
@@ -11,6 +13,8 @@ from gradwatch_server.diagnosis import Finding
 
 State = Literal["pending", "firing", "resolved"]
 SEVERITIES = ("warning", "critical")
+FLAP_SECONDS = 600.0
+_MOST_DOUBLINGS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,8 @@ class Alert:
     first_at: float
     held: int = 1
     clear: int = 0
+    flaps: int = 0
+    """How often it came back soon after it had resolved."""
     fired_step: int | None = None
     fired_at: float | None = None
     resolved_step: int | None = None
@@ -47,7 +53,7 @@ def advance(
     """Take one sample's finding of a rule into account.
 
     Args:
-        alert: the alert as it stands; none where the rule does not hold.
+        alert: the alert as it stands, or its last one, resolved; none where the rule never held.
         finding: what the rule found at this sample; none: it does not hold.
         step: the sample's step.
         at: the sample's time, Unix seconds.
@@ -55,12 +61,14 @@ def advance(
     Returns:
         The alert as it stands now (none: forgotten) and the transition to tell, if there is one.
     """
+    flaps = 0
     if alert is not None and alert.state == "resolved":
+        flaps = alert.flaps + 1 if at - (alert.resolved_at or 0.0) <= FLAP_SECONDS else 0
         alert = None
     if finding is None:
         return _without(alert, step, at)
     if alert is None:
-        started = Alert(state="pending", finding=finding, first_step=finding.first_step, first_at=at)
+        started = Alert(state="pending", finding=finding, first_step=finding.first_step, first_at=at, flaps=flaps)
         return _fire_when_held(started, step, at)
     if alert.state == "pending":
         return _fire_when_held(replace(alert, finding=finding, held=alert.held + 1), step, at)
@@ -80,7 +88,7 @@ def _fire_when_held(alert: Alert, step: int, at: float) -> tuple[Alert, Transiti
 def _without(alert: Alert | None, step: int, at: float) -> tuple[Alert | None, Transition | None]:
     if alert is None or alert.state == "pending":
         return None, None
-    if alert.clear + 1 < alert.finding.clear_samples:
+    if alert.clear + 1 < alert.finding.clear_samples * 2 ** min(alert.flaps, _MOST_DOUBLINGS):
         return replace(alert, clear=alert.clear + 1), None
     return resolve(alert, step, at, "the condition is gone")
 

@@ -18,6 +18,7 @@ from fastapi.staticfiles import StaticFiles
 from gradwatch import wire
 from gradwatch_server.api import (
     access,
+    alert_deliveries,
     alerts,
     deliveries,
     health,
@@ -52,12 +53,17 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         app.state.services = services
         notifying = asyncio.create_task(services.notifier.run())
         pruning = asyncio.create_task(_prune(services))
+        exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
         try:
             yield
         finally:
             pruning.cancel()
             services.notifier.stop()
             await notifying
+            if exporting is not None:
+                exporting.cancel()
+                with suppress(asyncio.CancelledError):
+                    await exporting
             await asyncio.to_thread(services.writer.close)
 
     app = FastAPI(
@@ -69,7 +75,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         redoc_url=None,
     )
     problem.install(app)
-    for part in (ingest, runs, tile, alerts, deliveries, stream, overview, metrics, health):
+    for part in (ingest, runs, tile, alerts, alert_deliveries, deliveries, stream, overview, metrics, health):
         app.include_router(part.router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 

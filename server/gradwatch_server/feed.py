@@ -33,12 +33,17 @@ class Feed:
         self._closed = False
 
     async def listen(self) -> AsyncIterator[list[Change]]:
-        """Yield the runs that have changed, an empty list where nothing has for a while; ends when the server stops."""
+        """Yield the runs that have changed, an empty list where nothing has for a while; ends when the server stops.
+
+        It begins with what changed just before, so that nothing falls between a page's first look and its stream.
+        """
         queue: asyncio.Queue[list[Change] | None] = asyncio.Queue()
         self._listeners.add(queue)
         if self._poller is None:
-            self._known = await asyncio.to_thread(self._seen, time.time() - _OVERLAP_SECONDS)
+            self._known = {}
             self._poller = asyncio.create_task(self._poll())
+        elif self._known:
+            queue.put_nowait([self._told(row) for row in self._known.values()])
         try:
             while not self._closed:
                 try:
@@ -70,7 +75,6 @@ class Feed:
 
     async def _poll(self) -> None:
         while True:
-            await asyncio.sleep(_POLL_SECONDS)
             with suppress(sa.exc.SQLAlchemyError):  # the database is out of reach: readiness says so, streams wait
                 seen = await asyncio.to_thread(self._seen, time.time() - _OVERLAP_SECONDS)
                 changes = [self._told(seen[run]) for run in seen if self._known.get(run) != seen[run]]
@@ -78,13 +82,22 @@ class Feed:
                 if changes:
                     for queue in self._listeners:
                         queue.put_nowait(changes)
+            await asyncio.sleep(_POLL_SECONDS)
 
     def _seen(self, since: float) -> dict[str, tuple[Any, ...]]:
-        table = schema.runs
-        query = sa.select(*table.c["id", "last_step", "sample_count", "finished_at", "last_seen_at", "attempt"])
+        """Return what was new since then of each run: its progress and its alerts, which may change without it."""
+        runs, alerts = schema.runs, schema.alerts
+        columns = runs.c["id", "last_step", "sample_count", "finished_at", "last_seen_at", "attempt"]
+        changed = sa.select(*alerts.c["run", "id", "state", "severity"]).where(
+            (alerts.c.fired_at >= since) | (alerts.c.resolved_at >= since)
+        )
         with self._engine.connect() as connection:
-            rows = connection.execute(query.where(table.c.last_seen_at >= since)).all()
-        return {row.id: tuple(row) for row in rows}
+            told: dict[str, list[tuple[Any, ...]]] = {}
+            for row in connection.execute(changed.order_by(alerts.c.id)):
+                told.setdefault(row.run, []).append(tuple(row[1:]))
+            wanted = (runs.c.last_seen_at >= since) | runs.c.id.in_(list(told))
+            rows = connection.execute(sa.select(*columns).where(wanted)).all()
+        return {row.id: (*row, told.get(row.id)) for row in rows}
 
     @staticmethod
     def _told(row: tuple[Any, ...]) -> Change:

@@ -3,7 +3,7 @@
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -21,6 +21,8 @@ from gradwatch_server.settings import Configuration
 
 _REPLAYED_SAMPLES = 128
 _RUNS_IN_MEMORY = 256
+_LOSSES_KEPT = 1_024
+"""Between two samples."""
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -46,6 +48,8 @@ class _Watched:
     layout: Layout
     memory: Memory
     sample_count: int
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """Step and loss of the steps since the last sample, which may have come in earlier batches."""
 
 
 class Ingest:
@@ -64,6 +68,10 @@ class Ingest:
         self.duplicates = 0
         self.samples = 0
         self.values = 0
+
+    def configure(self, configuration: Configuration) -> None:
+        """Use these limits, thresholds and routes from the next batch on."""
+        self._configuration, self._thresholds = configuration, configuration.thresholds()
 
     def register(self, connection: sa.Connection, run_id: str, registration: wire.Registration) -> Registered:
         """Store a run, or what its next attempt adds to it.
@@ -228,7 +236,10 @@ class Ingest:
     def _diagnose(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch) -> dict[str, Any]:
         watched = self._watch(connection, run)
         book = ledger.Book(connection, run, self._configuration, self._public_url)
-        readings = _readings(batch, after=run.diagnosed_step)
+        losses = sorted([*watched.losses, *_losses(batch)])
+        readings = _readings(batch, run.diagnosed_step, losses)
+        watched.losses = [(step, loss) for step, loss in losses if not readings or step > readings[-1].step]
+        watched.losses = watched.losses[-_LOSSES_KEPT:]
         for reading in readings:
             watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, self._thresholds)
             book.enter(findings, reading.step, reading.at)
@@ -266,20 +277,33 @@ def load_parameters(connection: sa.Connection, run_id: str) -> list[wire.Paramet
     ]
 
 
-def _readings(batch: wire.Batch, after: int | None) -> list[Reading]:
+def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, float]]) -> list[Reading]:
     """Return what the rules have not seen yet, in the order of the steps."""
-    ordered = sorted(batch.samples, key=lambda sample: sample.step)
-    return [
-        Reading(
-            step=sample.step,
-            at=sample.at,
-            statistics=sample.statistics,
-            scalars=shelf.scalars_at(sample, batch.trail),
-            events=[event for event in batch.events if event.step == sample.step],
+    readings = []
+    earlier = -1 if after is None else after
+    for sample in sorted(batch.samples, key=lambda sample: sample.step):
+        if after is not None and sample.step <= after:
+            continue
+        readings.append(
+            Reading(
+                step=sample.step,
+                at=sample.at,
+                statistics=sample.statistics,
+                scalars=shelf.scalars_at(sample, batch.trail),
+                events=[event for event in batch.events if earlier < event.step <= sample.step],
+                losses=[(step, loss) for step, loss in losses if earlier < step <= sample.step],
+            )
         )
-        for sample in ordered
-        if after is None or sample.step > after
-    ]
+        earlier = sample.step
+    return readings
+
+
+def _losses(batch: wire.Batch) -> list[tuple[int, float]]:
+    """Return step and loss of every step that the batch tells of."""
+    if "loss" not in batch.trail:
+        return []
+    trail = batch.trail["loss"]
+    return [(step, wire.number(loss)) for step, loss in zip(trail.steps, trail.values, strict=True)]
 
 
 def _stored_readings(connection: sa.Connection, run_id: str) -> list[Reading]:

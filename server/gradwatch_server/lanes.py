@@ -120,8 +120,7 @@ class SampleLane:
             .where(table.c.run == self._run, table.c.level == level, table.c.step.between(first, last))
             .order_by(table.c.step)
         ).all()
-        both = np.array(rows, np.int64).reshape(-1, 2)
-        return both[:, 0], both[:, 1]
+        return np.array([row[0] for row in rows], np.int64), np.array([row[1] for row in rows], np.int64)
 
     def count(self, level: int, first: int, last: int, most: int) -> int:
         """Return how many buckets of a level begin in a range, counting no further than ``most``."""

@@ -11,7 +11,7 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch.wire import number, spell
-from gradwatch_server import schema
+from gradwatch_server import schema, silences
 from gradwatch_server.alerts import Alert, Transition, advance, resolve
 from gradwatch_server.diagnosis import Blame, Finding
 from gradwatch_server.routes import choose
@@ -30,20 +30,52 @@ class Book:
         self._public_url = public_url
         rows = connection.execute(
             sa.select(schema.alerts).where(schema.alerts.c.run == run.id, schema.alerts.c.state != "resolved")
-        )
+        ).all()
         self._open: dict[str, tuple[str, Alert]] = {row.rule: (row.id, _from_row(row)) for row in rows}
         self._stored = {alert_id for alert_id, _ in self._open.values()}
         self._closed: list[tuple[str, Alert]] = []
+        self._resolved: dict[str, Alert] = {}
         self._told: list[tuple[str, Alert, Transition]] = []
         self._changed: set[str] = set()
+        self._muted: dict[str, str | None] = {row.id: row.muted for row in rows}
+        self._silences = silences.load(connection, time.time()) if self._open else None
 
     def enter(self, findings: Sequence[Finding], step: int, at: float) -> None:
         """Advance every open alert, and those that begin, by one sample."""
         found = {finding.rule: finding for finding in findings}
-        for rule in sorted(found.keys() | self._open.keys()):
-            alert_id, before = self._open.get(rule, (secrets.token_hex(8), None))
+        rules = found.keys() | self._open.keys()
+        for rule in sorted(rules, key=lambda rule: (rule in silences.INHIBITS, rule)):
+            alert_id, before = self._open.get(rule) or (secrets.token_hex(8), self._last(rule))
             after, transition = advance(before, found.get(rule), step, at)
             self._put(rule, alert_id, after, transition)
+        for rule, (alert_id, alert) in self._open.items():
+            if self._muted.get(alert_id) is not None and self._mute(rule) is None:
+                self._told.append((alert_id, alert, Transition("firing", alert.finding.severity, step, at)))
+                self._set_muted(alert_id, None)
+
+    def _last(self, rule: str) -> Alert | None:
+        """Return the last alert of a rule that has resolved."""
+        if rule in self._resolved:
+            return self._resolved[rule]
+        table = schema.alerts
+        row = self._connection.execute(
+            sa.select(table)
+            .where(table.c.run == self._run.id, table.c.rule == rule, table.c.state == "resolved")
+            .order_by(table.c.resolved_at.desc())
+            .limit(1)
+        ).one_or_none()
+        return None if row is None else _from_row(row)
+
+    def _mute(self, rule: str) -> str | None:
+        """Return why an alert of this run is not told now."""
+        if self._silences is None:
+            self._silences = silences.load(self._connection, time.time())
+        firing = [other for other, (_, alert) in self._open.items() if alert.state == "firing"]
+        return silences.muted(self._silences, firing, self._run.project, self._run.id, rule)
+
+    def _set_muted(self, alert_id: str, reason: str | None) -> None:
+        self._muted[alert_id] = reason
+        self._changed.add(alert_id)
 
     def close(self, step: int, at: float, reason: str) -> None:
         """End every open alert: firing ones resolve with the reason, pending ones are forgotten."""
@@ -56,9 +88,13 @@ class Book:
     def _put(self, rule: str, alert_id: str, after: Alert | None, transition: Transition | None) -> None:
         before = self._open.pop(rule, None)
         if after is not None and transition is not None:
-            self._told.append((alert_id, after, transition))
+            if transition.state == "firing" and (reason := self._mute(rule)) is not None:
+                self._set_muted(alert_id, reason)
+            else:
+                self._told.append((alert_id, after, transition))
         if after is not None and after.state == "resolved":
             self._closed.append((alert_id, after))
+            self._resolved[rule] = after
         elif after is not None:
             self._open[rule] = (alert_id, after)
         if (before[1] if before else None) != after:
@@ -73,7 +109,7 @@ class Book:
         for alert_id, alert in current:
             if alert_id not in self._changed:
                 continue
-            row = _to_row(alert)
+            row = _to_row(alert) | {"muted": self._muted.get(alert_id)}
             if alert_id in self._stored:
                 statement = sa.update(schema.alerts).where(schema.alerts.c.id == alert_id)
                 self._connection.execute(statement.values(row))
@@ -172,6 +208,7 @@ def _to_row(alert: Alert) -> dict[str, Any]:
         "state": alert.state,
         "held": alert.held,
         "clear": alert.clear,
+        "flaps": alert.flaps,
         "first_step": alert.first_step,
         "fired_step": alert.fired_step,
         "resolved_step": alert.resolved_step,
@@ -211,6 +248,8 @@ def _from_row(row: sa.Row[Any]) -> Alert:
         first_at=row.first_at,
         held=row.held,
         clear=row.clear,
+        flaps=row.flaps,
+        resolved_at=row.resolved_at,
         fired_step=row.fired_step,
         fired_at=row.fired_at,
     )

@@ -254,6 +254,7 @@ class ServerCollector(Collector):
         configuration = services.settings.configuration
         limit = configuration.limits.queued_batches
         yield GaugeMetricFamily("gradwatch_queue_limit_batches", "Batches that may wait for the writer.", value=limit)
+        yield from _written(services)
         yield _attempts(services)
         with services.engine.connect() as connection:
             yield from _deliveries(
@@ -270,6 +271,18 @@ def _requests(services: Services) -> Metric:
     for kind, tally in list(services.requests.tallies.items()):
         family.add_metric([kind.method, kind.route, str(kind.status)], tally.count, tally.seconds)
     return family
+
+
+def _written(services: Services) -> Iterable[Metric]:
+    if services.exporter is None:
+        return
+    counts = services.exporter.counts
+    for name, text, count in (
+        ("sent_samples", "Samples that the time-series store took.", counts.sent),
+        ("set_aside_samples", "Samples that the time-series store refused.", counts.set_aside),
+        ("retries", "Requests that were sent again.", counts.retries),
+    ):
+        yield CounterMetricFamily(f"gradwatch_remote_write_{name}", text, value=count)
 
 
 def _attempts(services: Services) -> Metric:

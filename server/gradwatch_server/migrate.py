@@ -1,12 +1,13 @@
 """``gradwatch migrate``: bring the schema of a database to this version."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from gradwatch.environment import setting
+from gradwatch.settings import secret
 from gradwatch_server.database import migrate, open_engine
 from gradwatch_server.errors import DatabaseError
 
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--database-url", help="(default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)")
     given = parser.parse_args(arguments).database_url
     try:
-        engine = open_engine(given or setting("GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db")
+        engine = open_engine(given or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db")
         migrate(engine)
     except (DatabaseError, ValueError, sa.exc.OperationalError) as error:
         print(f"gradwatch migrate: {error}", file=sys.stderr)

@@ -83,11 +83,12 @@ def claim(connection: sa.Connection, receiver: str, now: float, most: int, lease
         )
         .exists()
     )
+    off = sa.exists().where(schema.disabled_receivers.c.name == receiver)
     rows = connection.execute(
         sa.select(*table.c["id", "alert", "receiver", "created_at"], schema.transitions.c.payload)
         .join(schema.transitions, schema.transitions.c.id == table.c.transition)
         .where(table.c.receiver == receiver, table.c.state == "due", table.c.due_at <= now)
-        .where(table.c.leased_until <= now, ~blocked)
+        .where(table.c.leased_until <= now, ~blocked, ~off)
         .order_by(table.c.due_at)
         .limit(most)
         .with_for_update(skip_locked=True, of=table)

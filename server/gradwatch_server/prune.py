@@ -1,11 +1,12 @@
 """``gradwatch prune``: remove the runs whose time is over, now."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradwatch.environment import setting
+from gradwatch.settings import secret
 from gradwatch_server.database import open_engine, prepare, writing
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.retention import delete_overdue
@@ -20,7 +21,9 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         retention = Configuration.load(given.config).retention
-        engine = open_engine(given.database_url or setting("GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db")
+        engine = open_engine(
+            given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
+        )
         prepare(engine)
         with writing(engine) as connection:
             gone = delete_overdue(connection, retention)

@@ -113,7 +113,6 @@ samples = sa.Table(
     sa.Column("scalars", _json),
     sa.Column("histograms", _json),
     *(sa.Column(name, Floats) for name in STATISTICS),
-    sqlite_with_rowid=False,
 )
 
 rollups = sa.Table(
@@ -126,7 +125,6 @@ rollups = sa.Table(
     *(sa.Column(name, Floats, nullable=False) for name in ("low", "high", "mean", "last")),
     sa.Column("finite", Floats, nullable=False, comment="finite values; one number where all parameters agree"),
     sa.Column("nonfinite", Floats, nullable=False, comment="NaN and infinite values; likewise"),
-    sqlite_with_rowid=False,
 )
 
 trails = sa.Table(
@@ -198,6 +196,10 @@ alerts = sa.Table(
     sa.Column("fired_at", sa.Double),
     sa.Column("resolved_at", sa.Double),
     sa.Column("resolution", sa.Text, comment="why it ended"),
+    sa.Column("flaps", sa.Integer, nullable=False, server_default="0", comment="times it came back soon"),
+    sa.Column("muted", sa.Text, comment="why it was not told; none: it was"),
+    sa.Column("acknowledged_at", sa.Double),
+    sa.Column("acknowledged_by", sa.Text),
     sa.Column("parameters", _json, nullable=False),
     sa.Column("parameters_left_out", sa.Integer, nullable=False),
     sa.Column("evidence", _json, nullable=False),
@@ -239,6 +241,20 @@ deliveries = sa.Table(
     sa.Column("error", sa.Text, nullable=False, server_default="", comment="what the last attempt failed on"),
     sa.Index(None, "receiver", "state", "due_at"),
     sa.Index(None, "alert", "receiver", "number"),
+)
+
+silences = sa.Table(
+    "silences",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("project", sa.Text, nullable=False, comment="pattern, as run and rule"),
+    sa.Column("run", sa.Text, nullable=False),
+    sa.Column("rule", sa.Text, nullable=False),
+    sa.Column("author", sa.Text, nullable=False),
+    sa.Column("comment", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("ends_at", sa.Double, nullable=False),
+    sa.Index(None, "ends_at"),
 )
 
 disabled_receivers = sa.Table(

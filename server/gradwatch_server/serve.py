@@ -1,12 +1,14 @@
 """``gradwatch serve``: the server on its own, or behind a proxy."""
 
 import argparse
+import asyncio
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,7 +17,7 @@ import msgspec
 import sqlalchemy as sa
 import uvicorn
 
-from gradwatch.environment import setting
+from gradwatch.settings import secret
 from gradwatch_server.addresses import EVERYWHERE
 from gradwatch_server.app import create_app
 from gradwatch_server.database import open_engine, prepare
@@ -25,6 +27,8 @@ from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.tokens import count_tokens
 
 _DRAIN_SECONDS = 10
+
+log = logging.getLogger(__name__)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,27 +53,45 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     """
     configuration = Configuration() if arguments.config is None else Configuration.load(arguments.config)
     if arguments.webhook is not None:
-        secret = arguments.webhook_secret or setting("GRADWATCH_WEBHOOK_SECRET")
+        signed_with = arguments.webhook_secret or secret(os.environ, "GRADWATCH_WEBHOOK_SECRET")
         try:
-            receiver = Webhook(name="webhook", url=arguments.webhook, secret=secret, allow_networks=[*EVERYWHERE])
+            receiver = Webhook(name="webhook", url=arguments.webhook, secret=signed_with, allow_networks=[*EVERYWHERE])
             configuration = msgspec.structs.replace(configuration, receivers=[*configuration.receivers, receiver])
         except ValueError as error:
             raise ConfigurationError(f"--webhook: {error}") from None
     elif arguments.webhook_secret is not None:
         raise ConfigurationError("--webhook-secret signs what --webhook delivers: give --webhook URL as well")
-    database_url = arguments.database_url or setting("GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
+    database_url = arguments.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
     return Settings(database_url=database_url, host=arguments.host, port=arguments.port, configuration=configuration)
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, ended by its own choice: after a signal it finishes what it has taken and exits with 0."""
 
+    def __init__(self, config: uvicorn.Config, read_again: Callable[[], Configuration]) -> None:
+        super().__init__(config)
+        self._read_again = read_again
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to ``handle_exit``, and do not raise them again afterwards."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle_exit)
+        signal.signal(signal.SIGHUP, self.reload)
         yield
+
+    def reload(self, *_: object) -> None:
+        """Read the configuration again; where anything in it is wrong, the old one stays, whole."""
+        services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
+        if services is None:
+            return
+        try:
+            configuration = self._read_again()
+        except ConfigurationError as error:
+            log.error("the configuration was not read again, the old one stays: %s", error)  # noqa: TRY400
+            return
+        asyncio.get_running_loop().call_soon_threadsafe(services.reload, configuration)
+        log.info("the configuration was read again")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Tell the application at the first signal: an open stream would keep uvicorn waiting."""
@@ -115,7 +137,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # its lines carry addresses with their query strings
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
-        settings = read_settings(_parser().parse_args(arguments))
+        given = _parser().parse_args(arguments)
+        settings = read_settings(given)
         engine = open_engine(settings.database_url)
         prepare(engine)
         _check_open(settings.host, engine)
@@ -132,7 +155,8 @@ def main(arguments: Sequence[str]) -> int:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_DRAIN_SECONDS,
-        )
+        ),
+        lambda: read_settings(given).configuration,
     )
     print(f"gradwatch serves on {settings.public_url} (database {engine.url.render_as_string()})", flush=True)
     server.run(sockets=[sock])

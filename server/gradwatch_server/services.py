@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass, field
 
+import msgspec
 import sqlalchemy as sa
 
+from gradwatch_server.exporter import Exporter
 from gradwatch_server.feed import Feed
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
 from gradwatch_server.requests import Requests
-from gradwatch_server.settings import Settings
+from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.tokens import TokenBook
 from gradwatch_server.writer import Writer
 
@@ -24,6 +26,7 @@ class Services:
     notifier: Notifier
     feed: Feed
     tokens: TokenBook
+    exporter: Exporter | None = None
     requests: Requests = field(default_factory=Requests)
     ready: bool = True
     """False from the first sign of stopping: readiness goes first."""
@@ -32,6 +35,7 @@ class Services:
     def start(cls, settings: Settings, engine: sa.Engine) -> "Services":
         """Make the parts; the writer runs from here on."""
         configuration = settings.configuration
+        remote = configuration.remote_write
         writer = Writer(engine, configuration.limits.queued_batches)
         return cls(
             settings=settings,
@@ -40,8 +44,15 @@ class Services:
             ingest=Ingest(configuration, settings.public_url),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             feed=Feed(engine),
+            exporter=None if remote is None else Exporter(engine, remote),
             tokens=TokenBook(engine),
         )
+
+    def reload(self, configuration: Configuration) -> None:
+        """Go on with another configuration, checked already; limits of the writer's queue stay until the next start."""
+        self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
+        self.ingest.configure(configuration)
+        self.notifier.configure(configuration.receivers, configuration.delivery)
 
     def stopping(self) -> None:
         """Take the first sign of the end: no longer ready, and no stream keeps a connection open."""

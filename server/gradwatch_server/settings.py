@@ -8,6 +8,7 @@ import msgspec
 
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
+from gradwatch_server.exporter import RemoteWrite
 from gradwatch_server.outbox import Delivery
 from gradwatch_server.receivers import AnyReceiver
 from gradwatch_server.retention import Retention
@@ -51,6 +52,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
+    remote_write: RemoteWrite | None = None
     delivery: Delivery = Delivery()
     retention: Retention = Retention()
     receivers: list[AnyReceiver] = []

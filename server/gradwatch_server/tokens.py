@@ -6,6 +6,7 @@ database and a leaked one by scanners. Only its SHA-256 is kept. Where no token 
 
 import argparse
 import hashlib
+import os
 import secrets
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import sqlalchemy as sa
 
-from gradwatch.environment import setting
+from gradwatch.settings import secret
 from gradwatch_server import schema
 from gradwatch_server.database import open_engine, prepare, writing
 from gradwatch_server.errors import DatabaseError, Refused
@@ -146,7 +147,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run ``gradwatch token``; return the exit code."""
     given = _parser().parse_args(arguments)
     try:
-        engine = open_engine(given.database_url or setting("GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db")
+        engine = open_engine(
+            given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
+        )
         prepare(engine)
         with writing(engine) as connection:
             return _run(connection, given)

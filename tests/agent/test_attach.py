@@ -1,263 +1,220 @@
-"""``attach`` on real trainings, read back from a real server."""
+"""The essentials: attach, train, and what was measured is at the server; the training does not notice."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import optimizer as torch_optimizer
 
 import gradwatch
-from tests.agent.truth import norms
-from tests.processes import GradwatchServer
+from gradwatch import wire
+
+from .conftest import Server
 
 
-@pytest.fixture(autouse=True)
-def _own_spool(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRADWATCH_SPOOL_DIR", str(tmp_path / "spool"))
-    monkeypatch.setenv("GRADWATCH_RERAISE", "1")
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
-def _network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    optimizer.zero_grad()
+    loss: Tensor = model(torch.randn(4, 5)).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
-def _batches(count: int) -> Iterable[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 5, generator=generator) for _ in range(count)]
+def truth(model: nn.Module) -> dict[str, float]:
+    return {name: float(p.grad.double().norm()) for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _stored(server: GradwatchServer, agent: gradwatch.Agent, statistic: str) -> NDArray[np.float64]:
-    """Return a statistic as the server shows it, shape (samples, parameters) in the order of registration."""
-    seen = server.get(f"/api/v1/runs/{agent.run_id}/map", statistic=statistic)
-    spelled = {None: -1.0, "NaN": np.nan, "Infinity": np.inf}
-    return np.array([[spelled[v] if isinstance(v, str | None) else v for v in row] for row in seen["last"]])
-
-
-def test_what_the_server_shows_is_what_the_optimizer_saw(shared_server: GradwatchServer) -> None:
-    model = _network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    gradients, weights, losses = [], [], []
-    with gradwatch.attach(model, optimizer, url=shared_server.url, project="numbers", run="plain", every=1) as agent:
-        for batch in _batches(6):
-            optimizer.zero_grad()
-            loss = model(batch).square().mean()
-            loss.backward()
-            gradients.append(norms(model.parameters(), gradients=True))
-            weights.append(norms(model.parameters(), gradients=False))
-            losses.append(loss.item())
-            optimizer.step()
-    run = shared_server.get(f"/api/v1/runs/{agent.run_id}")
-    assert agent.run_url == f"{shared_server.url}/runs/{agent.run_id}"
-    assert (run["project"], run["name"], run["state"], run["last_step"]) == ("numbers", "plain", "finished", 6)
-    assert [entry["name"] for entry in run["parameters"]] == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    assert [entry["units"] for entry in run["parameters"]] == [7, 1, 3, 1]
-    assert run["dropped"] == {"samples": 0, "bytes": 0, "errors": 0}
-    np.testing.assert_allclose(_stored(shared_server, agent, "grad_norm"), gradients, rtol=1e-5)
-    np.testing.assert_allclose(_stored(shared_server, agent, "weight_norm"), weights, rtol=1e-5)
-    ratios = np.array(gradients) / (np.array(weights) + 1e-3)
-    np.testing.assert_allclose(_stored(shared_server, agent, "ratio"), ratios, rtol=1e-5)
-    series = shared_server.get(f"/api/v1/runs/{agent.run_id}/series", statistic="loss")
-    assert series["steps"] == [1, 2, 3, 4, 5, 6]
-    np.testing.assert_allclose(series["last"], losses, rtol=1e-6)
-
-
-def test_clipping_is_shown_before_and_after(shared_server: GradwatchServer) -> None:
-    from torch.nn.utils import clip_grad_norm_
-
-    model = _network()
+def test_what_is_measured_arrives_and_is_true(server: Server) -> None:
+    model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before, after = [], []
-    with gradwatch.attach(model, optimizer, url=shared_server.url, every=1) as agent:
-        for batch in _batches(3):
-            optimizer.zero_grad()
-            (100 * model(batch).square().mean()).backward()
-            before.append(norms(model.parameters(), gradients=True))
-            clip_grad_norm_(model.parameters(), 0.5)
-            after.append(norms(model.parameters(), gradients=True))
-            optimizer.step()
-    np.testing.assert_allclose(_stored(shared_server, agent, "grad_norm"), before, rtol=1e-4)
-    np.testing.assert_allclose(_stored(shared_server, agent, "clipped_grad_norm"), after, rtol=1e-5)
-    series = shared_server.get(f"/api/v1/runs/{agent.run_id}/series", statistic="clip_norm")
-    np.testing.assert_allclose(series["last"], np.sqrt(np.square(before).sum(1)), rtol=1e-5)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1, project="p", run="first") as agent:
+        assert re.fullmatch(r"run-[0-9a-f]{16}", agent.run_id)
+        assert agent.run_url == f"{server.url}/runs/{agent.run_id}"
+        losses, truths, weights = {}, {}, {}
+        for place in range(1, 4):
+            weights[place] = {name: float(p.detach().double().norm()) for name, p in model.named_parameters()}
+            losses[place] = float(step(model, optimizer))
+            truths[place] = truth(model)
+    registration = server.registrations[0]
+    assert (registration.project, registration.name, registration.id) == ("p", "first", agent.run_id)
+    described = registration.parameters[0]
+    assert (described.name, described.shape, described.units, described.kind) == ("0.weight", [7, 5], 7, "Linear")
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+    for place in losses:
+        assert server.values("grad_norm", place) == pytest.approx(truths[place], rel=1e-6)
+        assert server.values("weight_norm", place) == pytest.approx(weights[place], rel=1e-6)
+    assert server.trail("loss") == pytest.approx(losses)
+    assert server.scalar("learning_rate") == pytest.approx(0.1)
+    assert server.scalar("global_grad_norm", 3) == pytest.approx(np.sqrt(sum(v**2 for v in truths[3].values())))
+    end = server.batches[-1].end
+    assert end is not None
+    assert end.status == "completed"
+    assert {batch.attempt for batch in server.batches} == {registration.attempt}
+    assert abs(registration.attempt / 1000 - time.time()) < 60
 
 
-class _Nested(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:
-        return super().step(closure)
+def test_depth_is_the_order_from_input_to_output(server: Server) -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(7, 3)
+            self.first = nn.Linear(5, 7)
 
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.first(x).tanh())
+            return out
 
-def test_a_subclass_that_calls_super_counts_once(shared_server: GradwatchServer) -> None:
-    model = _network()
-    optimizer = _Nested(model.parameters(), lr=0.1)
-    with gradwatch.attach(model, optimizer, url=shared_server.url, every=1) as agent:
-        for batch in _batches(4):
-            optimizer.zero_grad()
-            model(batch).mean().backward()
-            optimizer.step()
-    assert shared_server.get(f"/api/v1/runs/{agent.run_id}")["last_step"] == 4
-
-
-def test_a_closure_is_measured_after_its_first_evaluation(shared_server: GradwatchServer) -> None:
-    model = _network()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
-    first: list[NDArray[np.float64]] = []
-    with gradwatch.attach(model, optimizer, url=shared_server.url, every=1) as agent:
-        for batch in _batches(3):
-            fresh = True
-
-            def closure(batch: Tensor = batch) -> Tensor:
-                nonlocal fresh
-                optimizer.zero_grad()
-                loss = model(batch).square().mean()
-                loss.backward()
-                if fresh:
-                    first.append(norms(model.parameters(), gradients=True))
-                    fresh = False
-                return torch.as_tensor(loss)
-
-            optimizer.step(closure)
-    np.testing.assert_allclose(_stored(shared_server, agent, "grad_norm"), first, rtol=1e-5)
-
-
-def test_accumulation_counts_optimizer_steps(shared_server: GradwatchServer) -> None:
-    model = _network()
+    model = Backwards()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    truth = []
-    with gradwatch.attach(model, optimizer, url=shared_server.url, every=1) as agent:
-        for index, batch in enumerate(_batches(8), 1):
-            (model(batch).square().mean() / 4).backward()
-            if index % 4 == 0:
-                truth.append(norms(model.parameters(), gradients=True))
-                optimizer.step()
-                optimizer.zero_grad()
-    np.testing.assert_allclose(_stored(shared_server, agent, "grad_norm"), truth, rtol=1e-5)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1):
+        step(model, optimizer)
+    assert [parameter.depth for parameter in server.registrations[0].parameters] == [0, 1, 2, 3]
+    depths = {parameter.name: parameter.depth or 0 for parameter in server.registrations[-1].parameters}
+    assert max(depths["first.weight"], depths["first.bias"]) < min(depths["last.weight"], depths["last.bias"])
 
 
-def test_several_optimizers_make_one_round(shared_server: GradwatchServer) -> None:
-    model = _network()
-    halves = [torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.Adam(model[2].parameters(), lr=0.1)]
-    truth = []
-    with gradwatch.attach(model, url=shared_server.url, every=1) as agent:
-        for batch in _batches(3):
-            model.zero_grad()
-            model(batch).square().mean().backward()
-            truth.append(norms(model.parameters(), gradients=True))
-            for optimizer in halves:
-                optimizer.step()
-    np.testing.assert_allclose(_stored(shared_server, agent, "grad_norm"), truth, rtol=1e-5)
-    assert shared_server.get(f"/api/v1/runs/{agent.run_id}")["last_step"] == 3
-
-
-def test_a_missing_gradient_is_missing_and_a_tied_parameter_counts_once(shared_server: GradwatchServer) -> None:
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False), "unused": nn.Linear(2, 2)})
-    model["head"].weight = model["embed"].weight
-    frozen = model["unused"].bias
-    frozen.requires_grad_(False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with gradwatch.attach(model, optimizer, url=shared_server.url, every=1) as agent:
-        model["head"](model["embed"](torch.tensor([1, 2]))).square().mean().backward()
-        truth = norms(model.parameters(), gradients=True)
-        optimizer.step()
-    assert truth.tolist()[1:] == [-1.0, -1.0]
-    np.testing.assert_allclose(_stored(shared_server, agent, "grad_norm"), [truth], rtol=1e-5)
-    run = shared_server.get(f"/api/v1/runs/{agent.run_id}")
-    assert [entry["name"] for entry in run["parameters"]] == ["embed.weight", "unused.weight", "unused.bias"]
-    assert [entry["trainable"] for entry in run["parameters"]] == [True, True, False]
-
-
-class _Odd(nn.Module):
-    """A sparse table, a scalar, a vector in bfloat16 and a complex one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(2.0))
-        self.short = nn.Parameter(torch.full((300,), 300.0, dtype=torch.bfloat16))
-        self.phase = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
-        self.table = nn.Embedding(10, 3, sparse=True)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        found = self.table(rows).square().sum() * self.scale + self.short.float().square().sum()
-        return torch.as_tensor(found + self.phase.abs().sum())
-
-
-def test_sparse_complex_half_precision_and_scalar_parameters(shared_server: GradwatchServer) -> None:
-    torch.manual_seed(0)
-    model = _Odd()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with gradwatch.attach(model, optimizer, url=shared_server.url, every=1) as agent:
-        model(torch.tensor([1, 1, 4])).backward()
-        truth = norms(model.parameters(), gradients=True)
-        optimizer.step()
-    np.testing.assert_allclose(_stored(shared_server, agent, "grad_norm"), [truth], rtol=1e-5)
-
-
-def test_nonfinite_gradients_are_counted_exactly(shared_server: GradwatchServer) -> None:
-    model = _network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with gradwatch.attach(model, optimizer, url=shared_server.url, every=1) as agent:
-        model(next(iter(_batches(1)))).mean().backward()
-        gradient = next(model.parameters()).grad
-        assert gradient is not None
-        gradient[0, :2] = float("nan")
-        gradient[3, 1] = float("inf")
-        optimizer.step()
-    assert _stored(shared_server, agent, "nonfinite_count").tolist() == [[3.0, 0.0, 0.0, 0.0]]
-    assert np.isnan(_stored(shared_server, agent, "grad_norm")[0, 0])
-
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
-    "sgd-foreach": lambda parameters: torch.optim.SGD(parameters, lr=0.1, foreach=True),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
-    "adamw-fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
-    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.01),
-    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
-    "radam": lambda parameters: torch.optim.RAdam(parameters, lr=0.01),
+OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "SGD foreach=False": lambda p: torch.optim.SGD(p, lr=0.05, foreach=False),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_is_bit_identical_with_the_agent(shared_server: GradwatchServer, name: str) -> None:
-    def train(watch: bool) -> list[bytes]:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(5, 16), nn.Dropout(0.5), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
-        optimizer = OPTIMIZERS[name](list(model.parameters()))
-        agent = gradwatch.attach(model, optimizer, url=shared_server.url, every=1) if watch else None
-        for batch in _batches(20):
-            optimizer.zero_grad()
-            model(batch).square().mean().backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+@pytest.mark.parametrize("every", [1, 3, None])
+def test_training_is_bit_identical(server: Server, name: str, every: int | None) -> None:
+    def train(*, watched: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.Dropout(0.3), nn.ReLU(), nn.Linear(9, 3))
+        optimizer = OPTIMIZERS[name](model.parameters())
+        agent = gradwatch.attach(model, optimizer, url=server.url, every=every) if watched else None
+        for _ in range(12):
+            step(model, optimizer)
         if agent is not None:
             agent.close()
-            assert shared_server.get(f"/api/v1/runs/{agent.run_id}")["sample_count"] == 20
-        return [tensor.numpy().tobytes() for tensor in model.state_dict().values()]
+        return [parameter.detach().clone() for parameter in model.parameters()]
 
-    assert train(watch=True) == train(watch=False)
+    before = torch.get_rng_state(), torch.get_num_threads()
+    plain, watched = train(watched=False), train(watched=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+    assert torch.get_num_threads() == before[1]
+    assert server.samples
 
 
-def test_closing_twice_and_leaving_no_trace(shared_server: GradwatchServer) -> None:
-    backward, hooks = torch.autograd.backward, len(torch_optimizer._global_optimizer_pre_hooks)
-    model = _network()
+def test_log_adds_to_the_next_step(server: Server) -> None:
+    model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    agent = gradwatch.attach(model, optimizer, url=shared_server.url)
-    assert torch.autograd.backward is not backward
-    agent.close()
-    agent.close()
-    assert torch.autograd.backward is backward
-    assert len(torch_optimizer._global_optimizer_pre_hooks) == hooks
+    with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
+        step(model, optimizer)
+        agent.log(loss=7.5, accuracy=torch.tensor(0.25))
+        step(model, optimizer)
+        with pytest.raises(TypeError, match=r"log\(norms=...\) takes one number"):
+            agent.log(norms=torch.zeros(3))
+    assert server.trail("accuracy") == {2: 0.25}
+    assert server.trail("loss")[2] == 7.5
+
+
+def test_a_run_can_be_resumed_by_its_id(server: Server) -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    with gradwatch.attach(model, optimizer, url=server.url, every=1) as first:
+        step(model, optimizer)
+        step(model, optimizer)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1, run=first.run_id) as second:
+        step(model, optimizer)
+    assert second.run_id == first.run_id
+    attempts = sorted({registration.attempt for registration in server.registrations})
+    assert len(attempts) == 2
+    assert [sample.step for batch in server.batches if batch.attempt == attempts[1] for sample in batch.samples] == [3]
+
+
+def test_arguments_win_over_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("from-file\n", encoding="utf-8")
+    monkeypatch.setenv("GRADWATCH_URL", server.url)
+    monkeypatch.setenv("GRADWATCH_PROJECT", "environment")
+    monkeypatch.setenv("GRADWATCH_RUN", "named")
+    monkeypatch.setenv("GRADWATCH_EVERY", "2")
+    monkeypatch.setenv("GRADWATCH_TOKEN_FILE", str(secret))
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, optimizer, project="argument"):
+        for _ in range(5):
+            step(model, optimizer)
+    assert (server.registrations[0].project, server.registrations[0].name) == ("argument", "named")
+    assert [sample.step for sample in server.samples] == [1, 3, 5]
+    assert server.requests[0][1]["Authorization"] == "Bearer from-file"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [({"every": 0}, "every=0"), ({"overhead_budget": 0.0}, "overhead_budget=0.0"), ({"model": []}, "model")],
+    ("arguments", "text"),
+    [
+        ({"url": "ftp://x"}, "url 'ftp://x' must start with http"),
+        ({"every": 0}, "every=0 must be at least 1"),
+        ({"overhead_budget": 0.0}, r"overhead_budget=0.0 must be over 0"),
+    ],
 )
-def test_wrong_arguments_are_named(arguments: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        gradwatch.attach(**({"model": _network()} | arguments))
+def test_unusable_arguments_are_named(arguments: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        gradwatch.attach(network(), **arguments)  # type: ignore[arg-type]
+
+
+def test_wrong_objects_are_named() -> None:
+    with pytest.raises(TypeError, match="model must be a torch"):
+        gradwatch.attach([torch.zeros(3)])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="optimizer must be a torch"):
+        gradwatch.attach(network(), [3])  # type: ignore[list-item]
+
+
+def test_without_a_gradient_is_a_state_of_its_own(server: Server) -> None:
+    model = network()
+    unused = nn.Linear(2, 2)
+    model.add_module("unused", nn.Identity())
+    model[3].add_module("inner", unused)
+    model[0].bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1):
+        step(model, optimizer)
+    norms = server.values("grad_norm")
+    assert {name for name, value in norms.items() if value == wire.MISSING} == {
+        "0.bias",
+        "unused.inner.weight",
+        "unused.inner.bias",
+    }
+    assert server.values("weight_norm")["unused.inner.weight"] == pytest.approx(
+        float(unused.weight.detach().double().norm())
+    )
+
+
+def test_a_dead_server_costs_nothing_and_loses_nothing(server: Server, tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    server.answer = lambda *_: (500, {}, b"{}")
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
+    for _ in range(5):
+        step(model, optimizer)
+    server.wait(lambda: len(server.requests) >= 2)
+    server.answer = None
+    agent.close()
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    assert not list((tmp_path / "spool").iterdir())
+
+
+def test_torch_is_loaded_only_where_it_is_used() -> None:
+    import subprocess
+
+    code = "import sys, gradwatch, gradwatch.wire, gradwatch.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code.replace("gradwatch.cli", "torch")], check=False).returncode == 1

@@ -1,4 +1,4 @@
-"""``gradwatch run``: the agent attached to programs that know nothing of it."""
+"""``gradwatch run``: the command does not notice, and its gradients are at the server."""
 
 import os
 import signal
@@ -8,121 +8,133 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import GradwatchServer, environment
+from .conftest import Server
 
 SCRIPT = """
-import sys
-import torch
+import sys, torch
 from torch import nn
-
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-for _ in range(12):
+for _ in range(5):
     optimizer.zero_grad()
-    model(torch.randn(5, 4)).square().mean().backward()
+    model(torch.ones(2, 3)).sum().backward()
     optimizer.step()
-print("weights", sum(p.sum().item() for p in model.parameters()))
+print("out", file=sys.stdout)
+print("err", file=sys.stderr)
 """
+
+
+def launch(server: Server, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from gradwatch.cli import main; sys.exit(main())",
+            "run",
+            "--url",
+            server.url,
+            "--every",
+            "1",
+            "--",
+            *command,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "train.py"
-    path.write_text(SCRIPT)
+    path.write_text(SCRIPT, encoding="utf-8")
     return path
 
 
-def _run(
-    server: GradwatchServer, tmp_path: Path, *command: str, options: tuple[str, ...] = (), **changes: str
-) -> subprocess.CompletedProcess[str]:
-    given = [sys.executable, "-m", "gradwatch", "run", "--url", server.url, "--every", "1", *options, "--", *command]
-    surroundings = environment(GRADWATCH_SPOOL_DIR=str(tmp_path / "spool"), **changes)
-    return subprocess.run(given, env=surroundings, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+def test_a_script_is_watched_under_its_name(server: Server, script: Path) -> None:
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "err\n")
+    assert server.registrations[0].name.startswith("train ")
+    assert server.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("completed", 0)
 
 
-def test_a_plain_script_is_watched_and_left_as_it_is(server: GradwatchServer, tmp_path: Path, script: Path) -> None:
-    bare = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
-    watched = _run(server, tmp_path, sys.executable, str(script), options=("--project", "zero"))
-    assert (watched.returncode, watched.stdout, watched.stderr) == (0, bare.stdout, "")
-    (run,) = server.get("/api/v1/runs", project="zero")
-    assert run["name"].startswith("train-")
-    assert (run["state"], run["status"], run["exit_code"]) == ("finished", "completed", 0)
-    assert (run["last_step"], run["sample_count"]) == (12, 12)
-    names = [entry["name"] for entry in server.get(f"/api/v1/runs/{run['id']}")["parameters"]]
-    assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    assert server.get(f"/api/v1/runs/{run['id']}/series", statistic="loss")["steps"] == list(range(1, 13))
+def test_the_exit_code_is_the_commands_and_ends_the_run(server: Server, script: Path) -> None:
+    script.write_text(f"{SCRIPT}\nsys.exit(7)", encoding="utf-8")
+    assert launch(server, sys.executable, str(script)).returncode == 7
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("failed", 7)
+    assert len(server.samples) == 5
 
 
-def test_a_module_is_watched(server: GradwatchServer, tmp_path: Path, script: Path) -> None:
-    assert _run(server, tmp_path, sys.executable, "-m", "train", options=("--run", "as-module")).returncode == 0
-    (run,) = server.get("/api/v1/runs")
-    assert (run["name"], run["last_step"]) == ("as-module", 12)
+def test_a_signal_kills_as_ever_and_nothing_is_lost(server: Server, script: Path) -> None:
+    script.write_text(f"{SCRIPT}\nimport time, os, signal\ntime.sleep(1)\nos.kill(os.getpid(), 15)", encoding="utf-8")
+    assert launch(server, sys.executable, str(script)).returncode == -signal.SIGTERM
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("killed", -signal.SIGTERM)
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("line", "code"), [("sys.exit(7)", 7), ("raise ValueError('ours')", 1)])
-def test_the_exit_code_is_the_commands_own(
-    server: GradwatchServer, tmp_path: Path, script: Path, line: str, code: int
-) -> None:
-    script.write_text(f"{SCRIPT}\n{line}\n")
-    assert _run(server, tmp_path, sys.executable, str(script)).returncode == code
-    (run,) = server.get("/api/v1/runs")
-    assert (run["state"], run["status"], run["exit_code"]) == ("finished", "failed", code)
-
-
-def test_a_signal_is_the_commands_own(server: GradwatchServer, tmp_path: Path, script: Path) -> None:
-    script.write_text(f"{SCRIPT}\nimport os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
-    assert _run(server, tmp_path, sys.executable, str(script)).returncode == -signal.SIGTERM
-
-
-def test_the_users_own_sitecustomize_still_runs(server: GradwatchServer, tmp_path: Path, script: Path) -> None:
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "sitecustomize.py").write_text(
-        "import os\nprint('mine first') if 'GRADWATCH_ATTACH' in os.environ else None\n"
+def test_a_module_and_the_users_own_sitecustomize(server: Server, script: Path, tmp_path: Path) -> None:
+    package = tmp_path / "trainer"
+    package.mkdir()
+    (package / "__main__.py").write_text(SCRIPT, encoding="utf-8")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os; 'GRADWATCH_LAUNCH' in os.environ and print('mine')", encoding="utf-8"
     )
-    paths = os.pathsep.join([str(own), environment()["PYTHONPATH"]])
-    watched = _run(server, tmp_path, sys.executable, str(script), PYTHONPATH=paths)
-    assert watched.stdout.startswith("mine first\nweights")
-    assert len(server.get("/api/v1/runs")) == 1
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = launch(server, sys.executable, "-m", "trainer", PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "mine\nout\n"
+    assert server.registrations[0].name.startswith("trainer ")
+    assert len(server.samples) == 5
 
 
-def test_a_program_without_torch_never_loads_it(server: GradwatchServer, tmp_path: Path) -> None:
-    seen = _run(
-        server, tmp_path, sys.executable, "-c", "import sys; print('torch' in sys.modules, 'msgspec' in sys.modules)"
+def test_torch_is_not_imported_for_those_who_do_not(server: Server) -> None:
+    done = launch(server, sys.executable, "-c", "import sys; print('torch' in sys.modules, 'gradwatch' in sys.modules)")
+    assert done.stdout == "False False\n"
+    assert not server.requests
+
+
+def test_a_command_that_does_not_exist(server: Server) -> None:
+    done = launch(server, "no-such-command")
+    assert done.returncode == 127
+    assert "no-such-command" in done.stderr
+
+
+def test_torchrun(server: Server, script: Path) -> None:
+    done = launch(
+        server, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)
     )
-    assert seen.stdout == "False False\n"
-    assert server.get("/api/v1/runs") == []
+    assert done.returncode == 0, done.stderr
+    assert len({registration.id for registration in server.registrations}) == 1
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
 
 
-def test_what_cannot_be_started_is_named(server: GradwatchServer, tmp_path: Path) -> None:
-    missing = _run(server, tmp_path, "no-such-program")
-    assert missing.returncode == 127
-    assert "'no-such-program' is not a program on the PATH" in missing.stderr
-    nothing = _run(server, tmp_path)
-    assert nothing.returncode == 2
-    assert "name the command to run" in nothing.stderr
-
-
-def test_of_two_ranks_under_torchrun_the_first_reports(server: GradwatchServer, tmp_path: Path, script: Path) -> None:
+def test_parameters_without_modules_take_the_optimizers_names(server: Server, script: Path) -> None:
     script.write_text(
-        SCRIPT.replace("torch.manual_seed(0)", "torch.distributed.init_process_group('gloo')").replace(
-            "optimizer =", "model = nn.parallel.DistributedDataParallel(model)\noptimizer ="
-        )
-        + "torch.distributed.destroy_process_group()\n"
+        "import torch\n"
+        "w = torch.ones(2, 3, requires_grad=True)\n"
+        "o = torch.optim.SGD([('layer.w', w)], lr=0.1)\n"
+        "w.sum().backward()\no.step()\n",
+        encoding="utf-8",
     )
-    watched = _run(
-        server,
-        tmp_path,
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
+    assert launch(server, sys.executable, str(script)).returncode == 0
+    assert server.names == ["layer.w"]
+    assert server.values("grad_norm")["layer.w"] == pytest.approx(6**0.5)
+
+
+def test_a_program_that_attaches_by_itself_is_watched_once(server: Server, script: Path) -> None:
+    script.write_text(
+        SCRIPT.replace("for _ in", "import gradwatch\nagent = gradwatch.attach(model, optimizer)\nfor _ in"),
+        encoding="utf-8",
     )
-    assert watched.returncode == 0, watched.stderr
-    (run,) = server.get("/api/v1/runs")
-    assert run["last_step"] == 12
-    names = [entry["name"] for entry in server.get(f"/api/v1/runs/{run['id']}")["parameters"]]
-    assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stderr) == (0, "err\n")
+    assert len({registration.id for registration in server.registrations}) == 1
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import schema
 from tests.page import planted
 from tests.page.conftest import Filled
 from tests.processes import GradwatchServer, sample
@@ -72,6 +74,31 @@ def test_the_stream_tells_of_a_commit_within_two_seconds_and_ends_with_the_serve
         assert list(lines)[-1:] in ([], [""])
         assert server.stop() == 0
         assert time.monotonic() - started < 5.0, "an open stream does not hold the server up"
+
+
+def test_the_stream_tells_of_an_alert_that_changed_while_its_run_was_silent(server: GradwatchServer) -> None:
+    run = server.register(("weight",))
+    now = time.time()
+    alert = {
+        **dict.fromkeys(("rule", "severity", "summary", "cause", "remedy"), "a"),
+        **dict.fromkeys(("held", "clear", "hold_samples", "clear_samples", "first_step", "parameters_left_out"), 1),
+        "id": "silent",
+        "run": run,
+        "state": "firing",
+        "first_at": now,
+        "fired_at": now,
+        "parameters": [],
+        "evidence": {},
+    }
+    with server.http.stream("GET", "/api/v1/stream") as stream:
+        lines = (line for line in stream.iter_lines() if line.startswith("data: "))
+        assert run in next(lines)
+        engine = sa.create_engine(f"sqlite:///{server.database}", connect_args={"timeout": 30})
+        with engine.begin() as connection:
+            connection.execute(sa.insert(schema.alerts).values(alert))
+        engine.dispose()
+
+        assert run in next(lines)
 
 
 def test_deliveries_of_an_unknown_alert_are_not_found(server: GradwatchServer) -> None:

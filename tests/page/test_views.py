@@ -217,3 +217,22 @@ def test_vendored_files_are_the_ones_their_notice_names() -> None:
     assert locked["integrity"] in notice
     assert locked["version"] in notice
     assert "MIT" in (folder / "LICENSE").read_text()
+
+
+def test_colours_follow_the_system_between_light_and_dark(page: Page, filled: Filled) -> None:
+    page.emulate_media(color_scheme="light")
+    settled(page, address(filled, "run"))
+    ink = "getComputedStyle(document.body).color"
+    light = (page.evaluate(ink), page.locator(".map .base").screenshot())
+
+    page.emulate_media(color_scheme="dark")
+
+    page.wait_for_function("() => getComputedStyle(document.body).color === 'rgb(231, 234, 240)'")
+    expect(page.locator(".map .base")).to_be_visible()
+    assert (page.evaluate(ink), page.locator(".map .base").screenshot()) != light
+
+
+def test_reduced_motion_leaves_nothing_moving(page: Page, filled: Filled) -> None:
+    settled(page, address(filled, "run"))
+
+    assert page.evaluate("document.getAnimations().length") == 0

@@ -189,7 +189,7 @@ def test_mail_arrives_and_a_refused_recipient_is_final(tmp_path: Path) -> None:
             assert mail["Subject"] == "CRITICAL: nonfinite in vision / res<net>"
             assert mail["To"] == "team@example.com"
             assert "first.weight: NaN" in mail.get_content()
-            until(lambda: "gradwatch_deliveries_dead 1.0" in server.http.get("/metrics").text)
+            until(lambda: server.get("/api/v1/deliveries", receiver="lost", state="dead"))
             assert len(smtp.mails) == 1
 
 

@@ -1,17 +1,22 @@
 """Alerts: what is or was wrong, where, since when, why and what to do."""
 
+import time
 from typing import Annotated, Any, Literal
 
+import msgspec
 import sqlalchemy as sa
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query, Request
 
-from gradwatch_server import schema
+from gradwatch_server import schema, silences
 from gradwatch_server.api import documents
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
+from gradwatch_server.api.writing import written
+from gradwatch_server.errors import Refused
 
 router = APIRouter(prefix="/api/v1", tags=["alerts"])
 
+AlertId = Annotated[str, Path(alias="id", max_length=64)]
 Text = Annotated[str | None, Query(max_length=512)]
 
 
@@ -32,3 +37,50 @@ def list_alerts(
     if project is not None:
         query = query.join(schema.runs, schema.runs.c.id == table.c.run).where(schema.runs.c.project == project)
     return [dict(row) for row in connection.execute(query).mappings()]
+
+
+@router.get("/alerts/{id}", response_model=documents.Alert, responses=problems(404, 422))
+def show_alert(connection: Reader, alert_id: AlertId) -> Any:
+    """Show one alert."""
+    return _load(connection, alert_id)
+
+
+@router.post("/alerts/{id}/acknowledge", response_model=documents.Alert, responses=problems(404, 409, 422, 503))
+async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement: documents.Acknowledgement) -> Any:
+    """Say who takes care of a firing alert."""
+
+    def work(connection: sa.Connection) -> Any:
+        alert = _load(connection, alert_id)
+        if alert["state"] != "firing":
+            raise Refused(409, "Alert does not fire", f"alert {alert_id!r} is {alert['state']}, not firing")
+        taken = {"acknowledged_at": time.time(), "acknowledged_by": acknowledgement.author}
+        connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(taken))
+        return alert | taken
+
+    return await written(request, work)
+
+
+def _load(connection: sa.Connection, alert_id: str) -> dict[str, Any]:
+    row = connection.execute(sa.select(schema.alerts).where(schema.alerts.c.id == alert_id)).mappings().one_or_none()
+    if row is None:
+        raise Refused(404, "Unknown alert", f"alert {alert_id!r} is not known here: GET /api/v1/alerts lists them")
+    return dict(row)
+
+
+@router.get("/silences", response_model=list[documents.Silence], responses=problems())
+def list_silences(connection: Reader) -> Any:
+    """List the silences that hold now, the one that ends first first."""
+    return [msgspec.structs.asdict(silence) for silence in silences.load(connection, time.time())]
+
+
+@router.post("/silences", response_model=documents.Silence, status_code=201, responses=problems(422, 503))
+async def add_silence(request: Request, silence: documents.NewSilence) -> Any:
+    """Have alerts not told for a while; they are kept and shown all the same."""
+    added = await written(request, lambda connection: silences.add(connection, time.time(), **silence.model_dump()))
+    return msgspec.structs.asdict(added)
+
+
+@router.delete("/silences/{id}", status_code=204, responses=problems(404, 422, 503))
+async def end_silence(request: Request, silence_id: Annotated[str, Path(alias="id", max_length=64)]) -> None:
+    """End a silence now; what still fires is told at the run's next sample."""
+    await written(request, lambda connection: silences.end(connection, silence_id, time.time()))

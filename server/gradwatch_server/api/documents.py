@@ -9,6 +9,9 @@ Measured = Number | None
 """None: the parameter had no gradient in this round."""
 
 
+AnyDocument = dict[str, Any]
+
+
 class Problem(BaseModel):
     """An RFC 9457 problem document: what is wrong and the way out."""
 
@@ -152,6 +155,10 @@ class Alert(BaseModel):
     fired_at: float | None
     resolved_at: float | None
     resolution: str | None = Field(description="why it ended")
+    muted: str | None = Field(description="why nobody was told: a silence or another rule; null: it was told")
+    flaps: int = Field(description="times it came back within 10 minutes of having resolved")
+    acknowledged_at: float | None = Field(description="Unix seconds")
+    acknowledged_by: str | None
     parameters: list[Blame] = Field(description="worst first")
     parameters_left_out: int
     evidence: dict[str, Number]
@@ -160,10 +167,79 @@ class Alert(BaseModel):
     remedy: str
 
 
+class Acknowledgement(BaseModel):
+    """Somebody takes care of an alert."""
+
+    author: str = Field(min_length=1, max_length=200)
+
+
+class NewSilence(BaseModel):
+    """What is not told for a while; patterns may have ``*`` and ``?``."""
+
+    project: str = Field("*", max_length=512)
+    run: str = Field("*", max_length=512)
+    rule: str = Field("*", max_length=512)
+    author: str = Field(min_length=1, max_length=200)
+    comment: str = Field("", max_length=2_000)
+    ends_at: float = Field(description="Unix seconds", le=1e11)
+
+
+class Silence(NewSilence):
+    """A silence that holds."""
+
+    id: str
+    created_at: float = Field(description="Unix seconds")
+
+
+class Attempt(BaseModel):
+    """One try of a delivery."""
+
+    number: int
+    at: float = Field(description="Unix seconds")
+    seconds: float
+    status: int | None = Field(description="HTTP status; null: no answer")
+    error: str
+
+
+class Delivery(BaseModel):
+    """One transition to one receiver."""
+
+    id: str = Field(description="the webhook-id")
+    alert: str
+    number: int = Field(description="order within the alert")
+    receiver: str
+    state: Literal["due", "delivered", "dead"]
+    attempts: int
+    created_at: float = Field(description="Unix seconds")
+    due_at: float = Field(description="Unix seconds: when the next attempt is made")
+    delivered_at: float | None = Field(description="Unix seconds")
+    error: str = Field(description="what the last attempt failed on")
+
+
+class DeliveryDetail(Delivery):
+    """One delivery with what was sent and every attempt."""
+
+    payload: AnyDocument
+    log: list[Attempt]
+
+
+class Replayed(BaseModel):
+    """Deliveries that are due again."""
+
+    deliveries: int
+
+
+class Receiver(BaseModel):
+    """Where transitions go; its address and its secrets are not shown."""
+
+    name: str
+    type: str
+    disabled: str | None = Field(description="why nothing is sent there; null: it is in use")
+    due: int
+    dead: int
+
+
 class Health(BaseModel):
     """Whether the server lives, or is ready to take requests."""
 
     status: str
-
-
-AnyDocument = dict[str, Any]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.memory import GROWTH_SAMPLES, Memory, growth
+from gradwatch_server.diagnosis.memory import Memory, growth
 from gradwatch_server.diagnosis.reading import TINY, Floats, Indices, Layout, Profile, Reading
 from gradwatch_server.diagnosis.thresholds import Exploding
 
@@ -16,6 +16,8 @@ _UNLEARNED = 0.8
 """Share of the progress that has to be lost for the run to count as fallen back to where it began."""
 _MARGIN = 0.5
 """Growth of the loss over its beginning, as a share, that noise does not explain."""
+_ROSE = 2.0
+"""Growth of the loss over its beginning, as a share, just before it overflows: an explosion, not a faulty operation."""
 _FEWEST = 3
 """Of fewer matrices, half says nothing."""
 _GRAVE = 100.0
@@ -48,7 +50,7 @@ def sign(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
         return _clipped_away(layout, profile)
     if profile.matrices.size:
         for look in (_surging, _blowing_up, _out_of_proportion, _amplifying):
-            found = look(memory, profile, limits)
+            found = look(memory, reading, profile, limits)
             if found is not None:
                 return found
     return _not_recovered(layout, memory, reading, profile)
@@ -97,7 +99,7 @@ def _learning(memory: Memory, profile: Profile) -> bool:
     return min(losses.progress(profile.loss), losses.progress()) > _LEARNING and losses.relapse() < _UNLEARNED
 
 
-def _surging(memory: Memory, profile: Profile, limits: Exploding) -> Sign | None:
+def _surging(memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
     """The gradient is far above what is usual in this run, and the loss above where it began."""
     if not memory.log_gradients or not profile.global_gradient > 0.0:
         return None
@@ -129,10 +131,11 @@ def _surging(memory: Memory, profile: Profile, limits: Exploding) -> Sign | None
     )
 
 
-def _blowing_up(memory: Memory, profile: Profile, limits: Exploding) -> Sign | None:
+def _blowing_up(memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
     """The weights grow many times over within a few samples, and nothing is learned."""
     grown, each = growth(memory, profile)
-    recent = grown - min(memory.growths[-GROWTH_SAMPLES:], default=0.0)
+    earlier = [value for step, value in memory.growths if reading.step - step <= limits.weight_growth_steps]
+    recent = max(grown - min(earlier, default=grown), grown - math.log10(limits.runaway_growth / limits.weight_growth))
     if recent < math.log10(limits.weight_growth) or _learning(memory, profile):
         return None
     values = np.ones(len(profile.weight))
@@ -149,7 +152,7 @@ def _blowing_up(memory: Memory, profile: Profile, limits: Exploding) -> Sign | N
     )
 
 
-def _out_of_proportion(memory: Memory, profile: Profile, limits: Exploding) -> Sign | None:
+def _out_of_proportion(memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
     """Before anything is learned, gradients are large both against the weights and in what they do to the loss.
 
     The ratio alone is large where the loss is a sum; the leverage alone where the loss is nearly zero.
@@ -176,7 +179,7 @@ def _out_of_proportion(memory: Memory, profile: Profile, limits: Exploding) -> S
     )
 
 
-def _amplifying(memory: Memory, profile: Profile, limits: Exploding) -> Sign | None:
+def _amplifying(memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
     """The gradient grows from the last layers to the first, and nothing is learned."""
     members = profile.matrices
     third = len(members) // 3
@@ -216,10 +219,11 @@ def _clipped_away(layout: Layout, profile: Profile) -> Sign:
 
 def _not_recovered(layout: Layout, memory: Memory, reading: Reading, profile: Profile) -> Sign | None:
     """There was a sign, and the loss has been as bad as at the beginning, or not finite, ever since."""
-    if memory.suspect_since is None:
+    overflowed = not profile.finite[profile.present].all()
+    since = memory.suspect_since if memory.suspect_since is not None else _rose_before(memory, reading)
+    if since is None:
         return None
     loss = reading.scalars.get("loss")
-    overflowed = not profile.finite[profile.present].all()
     lost = overflowed
     if loss is not None:
         losses = memory.losses
@@ -229,15 +233,29 @@ def _not_recovered(layout: Layout, memory: Memory, reading: Reading, profile: Pr
     values = np.nan_to_num(profile.ratio, nan=math.inf if overflowed else 0.0)
     matrices = layout.order[(layout.matrix & layout.trainable & profile.present)[layout.order]]
     return Sign(
-        summary=f"The run has not recovered from the explosion of step {memory.suspect_since}",
+        summary=f"The run has not recovered from the explosion of step {since}",
         cause="The weights are far from where they learned: the learning rate was too high, or a batch out of range.",
         worst=matrices[np.argsort(-values[matrices], kind="stable")],
         values=values,
         limit=1.0,
-        evidence={"explosion_step": float(memory.suspect_since)},
+        evidence={"explosion_step": float(since)},
         mild=True,
         fading=not overflowed and memory.losses.progress(loss) > -_MARGIN,
     )
+
+
+def _rose_before(memory: Memory, reading: Reading) -> int | None:
+    """Return the step from which the loss rose far above its beginning before it was no longer finite, if it did.
+
+    Where samples are sparse, an explosion is over before one of them sees it; the losses between them tell.
+    """
+    finite = True
+    rose = None
+    for step, loss in reading.losses:
+        finite &= math.isfinite(loss)
+        if finite and rose is None and memory.losses.progress(loss) < -_ROSE:
+            rose = step
+    return None if finite else rose
 
 
 def _surge(memory: Memory, profile: Profile) -> Floats:

@@ -89,8 +89,8 @@ class Memory:
     """log10 of the global gradient norm of up to 64 samples at which nothing exploded: an explosion does not become its
     own yardstick."""
     first_log_gradients: tuple[float, ...] = ()
-    growths: tuple[float, ...] = ()
-    """log10 of the typical growth of the weight matrices since the first sample, at the last few samples."""
+    growths: tuple[tuple[int, float], ...] = ()
+    """Step, and log10 of the typical growth of the weight matrices since the first sample, of the last few samples."""
     best_leverage: float = 0.0
     """The largest leverage that any weight matrix has had."""
     best_typical_leverage: float = 0.0
@@ -157,7 +157,9 @@ class Memory:
         """
         calm = not suspect and profile.global_gradient > 0.0 and bool(profile.finite[profile.present].all())
         log_gradient = (math.log10(profile.global_gradient),) if calm else ()
-        loss = reading.scalars.get("loss")
+        losses = self.losses
+        for loss in reading.every_loss():
+            losses = losses.after(loss if math.isfinite(loss) else math.inf)
         first = grown(self.first_weights, len(layout.names), np.nan)
         leverage = profile.leverage[profile.matrices]
         typical = profile.typical(profile.leverage)
@@ -165,10 +167,10 @@ class Memory:
             self,
             **self._quiet_after(layout, reading, profile),
             samples=self.samples + 1,
-            losses=self.losses.after(math.nan if loss is None else loss if math.isfinite(loss) else math.inf),
+            losses=losses,
             log_gradients=(self.log_gradients + log_gradient)[-HISTORY_SAMPLES:],
             first_log_gradients=(self.first_log_gradients + log_gradient)[:FIRST_SAMPLES],
-            growths=(*self.growths, growth(self, profile)[0])[-GROWTH_SAMPLES:],
+            growths=(*self.growths, (reading.step, growth(self, profile)[0]))[-GROWTH_SAMPLES:],
             best_leverage=max(self.best_leverage, float(np.nanmax(leverage, initial=0.0))),
             best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),
             suspect_since=(reading.step if self.suspect_since is None else self.suspect_since) if suspect else None,

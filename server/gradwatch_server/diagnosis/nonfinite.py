@@ -41,7 +41,7 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     return Finding(
         rule="nonfinite",
         severity=limits.severity(critical=bool(bad.any() or bad_weight.any())),
-        first_step=memory.began("nonfinite", reading.step),
+        first_step=memory.began("nonfinite", _first_step(reading)),
         parameters=parameters,
         left_out=left_out,
         evidence={
@@ -57,6 +57,11 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
         hold_samples=limits.hold_samples,
         clear_samples=limits.clear_samples,
     )
+
+
+def _first_step(reading: Reading) -> int:
+    """Return the first step whose loss was not finite, or the sample's."""
+    return min((step for step, loss in reading.losses if not math.isfinite(loss)), default=reading.step)
 
 
 def _named(reading: Reading) -> str | None:

@@ -117,6 +117,13 @@ class Reading:
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Scalars of the run at this step, the loss among them."""
     events: Sequence[Event] = ()
+    losses: Sequence[tuple[int, float]] = ()
+    """Step and loss of every step since the last sample, this one included, where the agent told them."""
+
+    def every_loss(self) -> list[float]:
+        """Return the losses since the last sample, at least this step's, where any is known."""
+        told = [loss for _, loss in self.losses]
+        return told or ([self.scalars["loss"]] if "loss" in self.scalars else [])
 
     def vector(self, name: Statistic, size: int) -> Floats:
         """Return a statistic, shape (size,), float64; all missing where it was not measured."""

@@ -51,8 +51,11 @@ class Exploding(Rule, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Gradient to weight ratio that half of the weight matrices exceed before anything is learned; both are needed."""
     amplification_decades: Decades = 1.0
     """Growth of the gradient from the last layers to the first, in powers of ten, with the leverage above its limit."""
-    weight_growth: Annotated[float, msgspec.Meta(gt=1.0)] = 3.0
-    """Growth of half of the weight matrices within 16 samples, while nothing is learned."""
+    weight_growth: Annotated[float, msgspec.Meta(gt=1.0)] = 4.0
+    """Growth of half of the weight matrices within ``weight_growth_steps``, while nothing is learned."""
+    weight_growth_steps: Samples = 20
+    runaway_growth: Annotated[float, msgspec.Meta(gt=1.0)] = 10.0
+    """The same since the first sample, however long it took."""
     clear_samples: Samples = 10
 
 
@@ -63,6 +66,9 @@ class Vanishing(Rule, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fewest layers over which fading means anything."""
     attenuation_decades: Decades = 4.0
     """How far the gradient of the first third of the layers lies below that of the last third, in powers of ten."""
+    stuck_decades: Decades = 3.0
+    """The same where nothing is learned and the fading is as steady as ``stuck_order``."""
+    stuck_order: Share = 0.9
     critical_decades: Decades = 6.0
     """From here on it is critical, whatever the loss does."""
     order: Share = 0.7

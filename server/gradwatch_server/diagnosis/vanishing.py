@@ -36,21 +36,24 @@ class Fading:
     starved: Indices
     abrupt: bool = False
     """Most of it happens between two layers, as behind a head or a gain that starts at zero."""
+    mild: bool = False
+    """Less than what alarms by itself."""
 
 
 def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Vanishing) -> Finding | None:
     """Look for gradients that fade with depth, and for gradients that are negligible everywhere."""
     if not limits.enabled:
         return None
+    stuck = not memory.losses.progress() > _STUCK or memory.losses.relapse() > _UNLEARNED
     fading = max(
         (
-            fade(profile, _not_dead(layout, memory, profile, members), limits)
+            fade(profile, _not_dead(layout, memory, profile, members), limits, stuck=stuck)
             for members in (profile.matrices, profile.vectors)
         ),
         key=lambda found: found.decades,
     )
     learning = memory.losses.progress() > _LEARNING and memory.losses.relapse() < _UNLEARNED
-    if fading.decades >= limits.attenuation_decades and not (fading.abrupt and learning):
+    if fading.decades > 0.0 and not (fading.abrupt and learning):
         return _fading(layout, memory, reading, profile, limits, fading)
     return _starved(layout, memory, reading, profile, limits) or _collapsed(layout, memory, reading, profile, limits)
 
@@ -76,7 +79,7 @@ def _not_dead(layout: Layout, memory: Memory, profile: Profile, members: Indices
     return members if stuck and not fed_by_zero and at_the_input else living
 
 
-def fade(profile: Profile, members: Indices, limits: Vanishing) -> Fading:
+def fade(profile: Profile, members: Indices, limits: Vanishing, *, stuck: bool = False) -> Fading:
     """Measure how the gradient fades over these parameters.
 
     Ratio and RMS must both fade: the first alone is misled by weights that start at zero, the second by layers of
@@ -86,17 +89,20 @@ def fade(profile: Profile, members: Indices, limits: Vanishing) -> Fading:
     if len(members) < limits.layers:
         return none
     third = max(1, len(members) // 3)
-    decades = math.inf
+    decades, order = math.inf, 1.0
     for measure in (profile.rms, profile.ratio):
         logs = np.log10(np.maximum(measure[members], TINY))
         decades = min(decades, float(np.median(logs[-third:]) - np.median(logs[:third])))
-        if decades < limits.attenuation_decades or _rank_correlation(logs) < limits.order:
-            return none
+        order = min(order, _rank_correlation(logs) if decades > 0.0 else 0.0)
+    mild = stuck and decades >= limits.stuck_decades and order >= limits.stuck_order
+    if not mild and (decades < limits.attenuation_decades or order < limits.order):
+        return none
     logs = np.log10(np.maximum(profile.rms[members], TINY))
     slope = float(np.polyfit(np.arange(len(members)), logs, 1)[0])
     steps = np.diff(np.convolve(logs, np.full(3, 1 / 3), "valid") if len(logs) > 9 else logs)
     abrupt = bool(steps.max() > _ABRUPT_SHARE * decades)
-    return Fading(decades, slope, members[logs < np.median(logs[-third:]) - limits.attenuation_decades], abrupt)
+    starved = members[logs < np.median(logs[-third:]) - min(decades, limits.attenuation_decades)]
+    return Fading(decades, slope, starved, abrupt, mild=decades < limits.attenuation_decades)
 
 
 def _rank_correlation(values: Floats) -> float:
@@ -130,7 +136,7 @@ def _fading(
         "activations, or weights that are initialised too small.",
         remedy="Use ReLU or GELU with He initialisation (torch.nn.init.kaiming_normal_), or add residual connections "
         "or normalisation between the layers.",
-        hold_samples=limits.hold_samples * (_PATIENCE if fading.abrupt else 1),
+        hold_samples=limits.hold_samples * (_PATIENCE if fading.abrupt else 2 if fading.mild else 1),
         clear_samples=limits.clear_samples,
     )
 

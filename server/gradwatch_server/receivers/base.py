@@ -67,6 +67,7 @@ class WebReceiver(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A receiver that takes an HTTP POST."""
 
     url: str
+    """Its http or https address; it is never logged or shown."""
     headers: dict[str, str] = {}
     """Further request headers, such as ``Authorization``."""
 

@@ -11,6 +11,7 @@ class PagerDuty(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Triggers and resolves an incident for each alert."""
 
     url: str = "https://events.pagerduty.com/v2/enqueue"
+    """PagerDuty's address; in Europe ``https://events.eu.pagerduty.com/v2/enqueue``."""
     routing_key: str
     """The integration's key."""
 

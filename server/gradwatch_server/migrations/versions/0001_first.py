@@ -75,6 +75,10 @@ def upgrade() -> None:
         sa.Column("fired_at", sa.Double(), nullable=True),
         sa.Column("resolved_at", sa.Double(), nullable=True),
         sa.Column("resolution", sa.Text(), nullable=True, comment="why it ended"),
+        sa.Column("flaps", sa.Integer(), server_default="0", nullable=False, comment="times it came back soon"),
+        sa.Column("muted", sa.Text(), nullable=True, comment="why it was not told; none: it was"),
+        sa.Column("acknowledged_at", sa.Double(), nullable=True),
+        sa.Column("acknowledged_by", sa.Text(), nullable=True),
         sa.Column("parameters", JSON, nullable=False),
         sa.Column("parameters_left_out", sa.Integer(), nullable=False),
         sa.Column("evidence", JSON, nullable=False),
@@ -147,7 +151,6 @@ def upgrade() -> None:
         sa.Column("update_norm", Floats(), nullable=True),
         sa.ForeignKeyConstraint(["run"], ["runs.id"], name=op.f("fk_samples_run_runs"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run", "level", "step", name=op.f("pk_samples")),
-        sqlite_with_rowid=False,
     )
     op.create_table(
         "rollups",
@@ -163,7 +166,6 @@ def upgrade() -> None:
         sa.Column("nonfinite", Floats(), nullable=False, comment="NaN and infinite values; likewise"),
         sa.ForeignKeyConstraint(["run"], ["runs.id"], name=op.f("fk_rollups_run_runs"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run", "statistic", "level", "step", name=op.f("pk_rollups")),
-        sqlite_with_rowid=False,
     )
     op.create_table(
         "trails",
@@ -236,6 +238,21 @@ def upgrade() -> None:
         batch_op.create_index(
             batch_op.f("ix_deliveries_receiver_state_due_at"), ["receiver", "state", "due_at"], unique=False
         )
+
+    op.create_table(
+        "silences",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("project", sa.Text(), nullable=False, comment="pattern, as run and rule"),
+        sa.Column("run", sa.Text(), nullable=False),
+        sa.Column("rule", sa.Text(), nullable=False),
+        sa.Column("author", sa.Text(), nullable=False),
+        sa.Column("comment", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("ends_at", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_silences")),
+    )
+    with op.batch_alter_table("silences", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_silences_ends_at"), ["ends_at"], unique=False)
 
     op.create_table(
         "disabled_receivers",

@@ -24,7 +24,8 @@ export function note(changes) {
     else query.set(name, String(value));
   }
   const text = query.toString();
-  if (text !== new URLSearchParams(location.search).toString()) history.replaceState(null, "", text ? `${path}?${text}` : path);
+  if (text !== new URLSearchParams(location.search).toString())
+    history.replaceState(null, "", text ? `${path}?${text}` : path);
 }
 
 /** Let links of this page change the view in place. @param {() => void} show */

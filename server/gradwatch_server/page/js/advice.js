@@ -1,7 +1,7 @@
 // Threshold advice: how much AGC would have clipped at each threshold, from what was measured, nothing being clipped.
 
 import * as api from "./api.js";
-import { el, fill, fitted, themed } from "./dom.js";
+import { el, fill, fitted, themed, whenThemed } from "./dom.js";
 import { measured } from "./format.js";
 import { decoded } from "./tile.js";
 
@@ -30,11 +30,26 @@ export class Advice {
     this.loaded = -Infinity;
     this.covered = { from: -1, to: -1 };
     this.canvas = el("canvas", { class: "advice-curve", role: "img", "aria-label": "Clip rate against threshold" });
-    this.slider = el("input", { type: "range", min: LEAST, max: MOST, step: 0.01, value: Math.log10(0.02), "aria-label": "Threshold", oninput: () => this.paint() });
+    this.slider = el("input", {
+      type: "range",
+      min: LEAST,
+      max: MOST,
+      step: 0.01,
+      value: Math.log10(0.02),
+      "aria-label": "Threshold",
+      oninput: () => this.paint(),
+    });
     this.text = el("p", { role: "status" });
-    this.box = el("section", { class: "side-part advice", hidden: true }, el("h2", null, "Threshold advice"), this.canvas, this.slider, this.text);
+    this.box = el(
+      "section",
+      { class: "side-part advice", hidden: true },
+      el("h2", null, "Threshold advice"),
+      this.canvas,
+      this.slider,
+      this.text,
+    );
     new ResizeObserver(() => this.paint()).observe(this.box);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.paint());
+    whenThemed(this.box, () => this.paint());
   }
 
   /** @param {{from: number, to: number}} covered */
@@ -42,7 +57,12 @@ export class Advice {
     const now = performance.now();
     if (now - this.loaded < AGAIN_MS && covered.from === this.covered.from) return;
     [this.loaded, this.covered] = [now, covered];
-    const body = await api.tile(this.runId, { statistic: "max_unit_ratio", from_step: covered.from, to_step: covered.to, points: 200 });
+    const body = await api.tile(this.runId, {
+      statistic: "max_unit_ratio",
+      from_step: covered.from,
+      to_step: covered.to,
+      points: 200,
+    });
     const tile = decoded(body);
     this.ordered = tile.last.filter((value) => value >= 0 && Number.isFinite(value)).sort();
     this.box.hidden = this.ordered.length === 0;
@@ -79,6 +99,13 @@ export class Advice {
     context.fill();
     const share = rate > 0 && rate < 0.01 ? "under 1" : String(Math.round(rate * 100));
     this.slider.setAttribute("aria-valuetext", `${measured(10 ** log)} clips ${share} %`);
-    fill(this.text, "A threshold of ", el("b", null, measured(10 ** log)), " would have clipped ", el("b", null, `${share} %`), " of the parameters at a sample, in at least one unit.");
+    fill(
+      this.text,
+      "A threshold of ",
+      el("b", null, measured(10 ** log)),
+      " would have clipped ",
+      el("b", null, `${share} %`),
+      " of the parameters at a sample, in at least one unit.",
+    );
   }
 }

@@ -24,7 +24,10 @@ export async function alertsView(main, live) {
   const load = async () => {
     const [alerts, runs] = await Promise.all([api.alerts({}), api.runs()]);
     const names = new Map(runs.map((run) => [run.id, `${run.project} / ${run.name}`]));
-    fill(list, sorted(alerts).map((alert) => item(alert, names.get(alert.run) ?? alert.run)));
+    fill(
+      list,
+      sorted(alerts).map((alert) => item(alert, names.get(alert.run) ?? alert.run)),
+    );
     none.hidden = alerts.length > 0;
   };
   await load();
@@ -33,19 +36,29 @@ export async function alertsView(main, live) {
 }
 
 /** Whether an alert still held when it ended: the run ended first. @param {Alert} alert */
-export const heldToTheEnd = (alert) => alert.state === "resolved" && (alert.resolution ?? "").startsWith("the run has ended");
+export const heldToTheEnd = (alert) =>
+  alert.state === "resolved" && (alert.resolution ?? "").startsWith("the run has ended");
 
 /** One alert in a list, a link to it on its run's map. @param {Alert} alert @param {string} [run] @param {boolean} [current] */
 export function item(alert, run, current = false) {
   const over = alert.state === "resolved" && !heldToTheEnd(alert);
-  const steps = alert.resolved_step === null ? `since step ${count(alert.first_step)}` : `steps ${count(alert.first_step)} to ${count(alert.resolved_step)}`;
+  const steps =
+    alert.resolved_step === null
+      ? `since step ${count(alert.first_step)}`
+      : `steps ${count(alert.first_step)} to ${count(alert.resolved_step)}`;
   return el(
     "li",
     { class: `alert ${alert.severity} ${heldToTheEnd(alert) ? "held" : alert.state}` },
     el(
       "a",
       { href: `/runs/${alert.run}?alert=${alert.id}`, "aria-current": current && "true" },
-      el("span", { class: "row" }, el("span", { class: `chip ${over ? "" : alert.severity}` }, alert.rule), el("span", { class: "soft" }, `${heldToTheEnd(alert) ? "held to the end" : alert.state} · ${steps}`), el("time", { class: "soft", title: moment(alert.first_at) }, ago(alert.first_at))),
+      el(
+        "span",
+        { class: "row" },
+        el("span", { class: `chip ${over ? "" : alert.severity}` }, alert.rule),
+        el("span", { class: "soft" }, `${heldToTheEnd(alert) ? "held to the end" : alert.state} · ${steps}`),
+        el("time", { class: "soft", title: moment(alert.first_at) }, ago(alert.first_at)),
+      ),
       el("span", { class: "summary" }, alert.summary),
       run && el("span", { class: "soft" }, run),
     ),
@@ -55,9 +68,34 @@ export function item(alert, run, current = false) {
 /** The parameters that an alert blames, as a table. @param {Alert} alert @param {(name: string) => void} choose */
 export function blamed(alert, choose) {
   const rows = alert.parameters.map((each) =>
-    el("tr", null, el("th", { scope: "row" }, el("button", { class: "plain mono", onclick: () => choose(each.name) }, each.name)), el("td", null, measured(each.value)), el("td", null, measured(each.limit))),
+    el(
+      "tr",
+      null,
+      el("th", { scope: "row" }, el("button", { class: "plain mono", onclick: () => choose(each.name) }, each.name)),
+      el("td", null, measured(each.value)),
+      el("td", null, measured(each.limit)),
+    ),
   );
-  const more = alert.parameters_left_out ? el("p", { class: "soft" }, `and ${count(alert.parameters_left_out)} more`) : null;
-  const head = el("thead", null, el("tr", null, ["Parameter", "Value", "Limit"].map((name) => el("th", { scope: "col" }, name))));
-  return rows.length ? [el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Blamed parameters" }, el("table", { class: "blamed" }, head, el("tbody", null, rows))), more] : [];
+  const more = alert.parameters_left_out
+    ? el("p", { class: "soft" }, `and ${count(alert.parameters_left_out)} more`)
+    : null;
+  const head = el(
+    "thead",
+    null,
+    el(
+      "tr",
+      null,
+      ["Parameter", "Value", "Limit"].map((name) => el("th", { scope: "col" }, name)),
+    ),
+  );
+  return rows.length
+    ? [
+        el(
+          "div",
+          { class: "scroll", tabindex: 0, role: "region", "aria-label": "Blamed parameters" },
+          el("table", { class: "blamed" }, head, el("tbody", null, rows)),
+        ),
+        more,
+      ]
+    : [];
 }

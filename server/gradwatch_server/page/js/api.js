@@ -83,7 +83,8 @@ export const number = (spelled) => (spelled === null || spelled === undefined ? 
  */
 
 /** @param {string} alertId @returns {Promise<Delivery[]>} */
-export const deliveries = async (alertId) => (await ask(`/api/v1/alerts/${encodeURIComponent(alertId)}/deliveries`)).json();
+export const deliveries = async (alertId) =>
+  (await ask(`/api/v1/alerts/${encodeURIComponent(alertId)}/deliveries`)).json();
 
 /** @returns {Promise<Overview>} */
 export const server = async () => (await ask("/api/v1/server")).json();

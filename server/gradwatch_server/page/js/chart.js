@@ -2,8 +2,9 @@
 
 import { frame, ticks, toX } from "./axis.js";
 import { STATES } from "./colours.js";
-import { el, fill, onceAFrame, themed } from "./dom.js";
-import { measured, power } from "./format.js";
+import { el, fill, onceAFrame, themed, whenThemed } from "./dom.js";
+import { measured } from "./format.js";
+import { joined, logarithmic, maker, padded } from "./scales.js";
 import { steer } from "./steer.js";
 
 /** @typedef {import("./api.js").Series} Series */
@@ -11,7 +12,6 @@ import { steer } from "./steer.js";
 /** @typedef {import("uplot")} Plot */
 
 const HEIGHT = 92;
-const maker = () => /** @type {typeof import("uplot")} */ (Reflect.get(globalThis, "uPlot"));
 
 export class Chart {
   /** @param {import("./view.js").View} view @param {string} title @param {{log?: boolean, height?: number}} [kind] */
@@ -39,14 +39,17 @@ export class Chart {
       this.width = entry.contentRect.width;
       this.remake();
     }).observe(this.area);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", this.remake);
+    whenThemed(this.box, this.remake);
     steer(this.area, view, () => frame(this.width));
   }
 
   /** @param {Line[]} lines @param {number[]} [limits] drawn across */
   show(lines, limits = []) {
     this.limits = limits;
-    const same = this.plot && lines.length === this.lines.length && lines.every((line, index) => line.label === this.lines[index].label);
+    const same =
+      this.plot &&
+      lines.length === this.lines.length &&
+      lines.every((line, index) => line.label === this.lines[index].label);
     this.lines = lines;
     if (same && this.plot) {
       this.plot.setData(/** @type {any} */ (joined(lines, Boolean(this.kind.log))), false);
@@ -68,7 +71,11 @@ export class Chart {
     this.plot?.destroy();
     this.plot = null;
     if (!this.width || !this.lines.length) return;
-    this.plot = new (maker())(this.options(), /** @type {any} */ (joined(this.lines, Boolean(this.kind.log))), this.area);
+    this.plot = new (maker())(
+      this.options(),
+      /** @type {any} */ (joined(this.lines, Boolean(this.kind.log))),
+      this.area,
+    );
     this.moved();
   }
 
@@ -86,14 +93,35 @@ export class Chart {
       cursor: { show: false },
       scales: {
         x: { time: false, auto: false, range: () => [this.view.now.from, this.view.now.to] },
-        y: { distr: this.kind.log ? 3 : 1, range: (_plot, low, high) => padded(low, high, Boolean(this.kind.log), this.limits) },
+        y: {
+          distr: this.kind.log ? 3 : 1,
+          range: (_plot, low, high) => padded(low, high, Boolean(this.kind.log), this.limits),
+        },
       },
       axes: [
-        { size: 0, gap: 0, grid, ticks: { show: false }, values: () => [], splits: () => ticks(this.view.now.from, this.view.now.to, this.width / 110) },
-        { size: left, stroke: soft, grid, font, ticks: { show: false }, space: 26, ...(this.kind.log ? logarithmic : { values: (_plot, splits) => splits.map(measured) }) },
+        {
+          size: 0,
+          gap: 0,
+          grid,
+          ticks: { show: false },
+          values: () => [],
+          splits: () => ticks(this.view.now.from, this.view.now.to, this.width / 110),
+        },
+        {
+          size: left,
+          stroke: soft,
+          grid,
+          font,
+          ticks: { show: false },
+          space: 26,
+          ...(this.kind.log ? logarithmic : { values: (_plot, splits) => splits.map(measured) }),
+        },
       ],
       series: [{}, ...this.lines.flatMap((line) => drawn(themed(line.colour)))],
-      bands: this.lines.map((line, index) => ({ series: [index * 3 + 2, index * 3 + 1], fill: `color-mix(in srgb, ${themed(line.colour)} 22%, transparent)` })),
+      bands: this.lines.map((line, index) => ({
+        series: [index * 3 + 2, index * 3 + 1],
+        fill: `color-mix(in srgb, ${themed(line.colour)} 22%, transparent)`,
+      })),
       hooks: { draw: [(plot) => this.drawNonfinite(plot), (plot) => this.drawLimits(plot)] },
     };
   }
@@ -109,7 +137,12 @@ export class Chart {
         if (!bad || series.last_steps[index] < this.view.now.from || series.steps[index] >= this.view.now.to) return;
         const left = plot.valToPos(series.steps[index], "x", true);
         const right = plot.valToPos(series.last_steps[index] + 1, "x", true);
-        ctx.fillRect(Math.floor(left), bbox.top + bbox.height - 4 * pixel, Math.max(2 * pixel, Math.ceil(right) - Math.floor(left)), 4 * pixel);
+        ctx.fillRect(
+          Math.floor(left),
+          bbox.top + bbox.height - 4 * pixel,
+          Math.max(2 * pixel, Math.ceil(right) - Math.floor(left)),
+          4 * pixel,
+        );
       });
     }
     ctx.restore();
@@ -142,9 +175,21 @@ export class Chart {
     this.plot.setScale("x", { min: from, max: to });
     const seen = step !== null && step >= from && step < to;
     this.hair.hidden = !seen;
-    if (seen) this.hair.style.left = `${toX(frame(this.width), this.view.now, step + Math.min(0.5, (to - from) / 40))}px`;
+    if (seen)
+      this.hair.style.left = `${toX(frame(this.width), this.view.now, step + Math.min(0.5, (to - from) / 40))}px`;
     const at = seen ? step : to - 1;
-    fill(this.values, this.lines.map((line) => el("span", null, el("i", { class: `dot ${line.colour}` }), this.lines.length > 1 && `${line.label} `, el("b", null, valueAt(line.series, at)))));
+    fill(
+      this.values,
+      this.lines.map((line) =>
+        el(
+          "span",
+          null,
+          el("i", { class: `dot ${line.colour}` }),
+          this.lines.length > 1 && `${line.label} `,
+          el("b", null, valueAt(line.series, at)),
+        ),
+      ),
+    );
     this.area.setAttribute("aria-label", `${this.title}: ${this.values.textContent}`);
     this.area.setAttribute("role", "img");
   }
@@ -167,36 +212,3 @@ function drawn(colour) {
   const edge = { stroke: "transparent", width: 0, points: { show: false }, spanGaps: false };
   return [{ ...edge }, { ...edge }, { stroke: colour, width: 1.5, points: { show: false }, spanGaps: false }];
 }
-
-/** The lines' series on one x: steps in the middle of their own width. @param {Line[]} lines @param {boolean} log */
-function joined(lines, log) {
-  /** @param {import("./api.js").Measured[]} values */
-  const finite = (values) => values.map((value) => (typeof value === "number" && (!log || value > 0) ? value : null));
-  const tables = lines.map(({ series }) => [series.steps.map((step, index) => (step + series.last_steps[index] + 1) / 2), finite(series.min), finite(series.max), finite(series.mean)]);
-  if (tables.length === 1) return tables[0];
-  return maker().join(/** @type {any} */ (tables), tables.map((table) => table.map(() => 2)));
-}
-
-/** @param {number | null} low @param {number | null} high @param {boolean} log @param {number[]} limits @returns {[number, number]} */
-function padded(low, high, log, limits) {
-  if (low === null || high === null) return [0.1, 1];
-  [low, high] = [Math.min(low, ...limits), Math.max(high, ...limits)];
-  if (log) return low === high ? [low / 3, high * 3] : [low / 1.3, high * 1.3];
-  const room = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
-  return [low >= 0 && low - room < 0 ? 0 : low - room, high + room];
-}
-
-/** An axis of whole decades, at most about four; within one decade of its 1, 2 and 5. @type {Pick<import("uplot").Axis, "splits" | "values" | "filter">} */
-const logarithmic = {
-  splits: (_plot, _axis, low, high) => {
-    const [first, last] = [Math.ceil(Math.log10(low) - 1e-9), Math.floor(Math.log10(high) + 1e-9)];
-    if (last <= first) return [-1, 0, 1].flatMap((decade) => [1, 2, 5].map((unit) => unit * 10 ** (Math.floor(Math.log10(low)) + decade + 1))).filter((value) => value >= low && value <= high);
-    const stride = Math.ceil((last - first + 1) / 4);
-    return Array.from({ length: Math.floor((last - first) / stride) + 1 }, (_, index) => 10 ** (first + index * stride));
-  },
-  values: (_plot, splits) => splits.map((value) => (isDecade(value) ? power(Math.round(Math.log10(value))) : measured(value))),
-  filter: (_plot, splits) => splits,
-};
-
-/** @param {number} value */
-const isDecade = (value) => Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-6;

@@ -29,11 +29,22 @@ export async function compareView(main, ids, live) {
   const end = Math.max(...runs.map((run) => (run.last_step ?? 0) + 1));
   const view = new View(looking(end));
   const key = legend();
-  const curves = CURVES.map((curve) => ({ ...curve, chart: new Chart(view, curve.title, { log: curve.log, height: 170 }) }));
+  const curves = CURVES.map((curve) => ({
+    ...curve,
+    chart: new Chart(view, curve.title, { log: curve.log, height: 170 }),
+  }));
   /** @type {Side[]} */
   const sides = runs.map((run) => {
     const map = new LayerMap(view, 170);
-    return { run, map, source: new TileSource(run.id, view, () => (map.box.clientWidth || main.clientWidth / 2) * (window.devicePixelRatio || 1)) };
+    return {
+      run,
+      map,
+      source: new TileSource(
+        run.id,
+        view,
+        () => (map.box.clientWidth || main.clientWidth / 2) * (window.devicePixelRatio || 1),
+      ),
+    };
   });
   const paint = () => {
     const scales = sides.filter(({ source }) => source.tile?.steps.length).map(({ source }) => source.scale);
@@ -54,9 +65,41 @@ export async function compareView(main, ids, live) {
 
   fill(
     main,
-    el("div", { class: "head" }, el("div", null, el("p", { class: "soft crumb" }, el("a", { href: "/" }, "Runs"), " / compare"), el("h1", null, `${runs.length} runs`))),
-    el("section", { class: "card stage" }, controls(view), curves.map(({ chart }) => chart.box), el("div", { class: "under" }, key.element)),
-    el("div", { class: "sides" }, sides.map(({ run, map }, index) => el("section", { class: "card stage" }, el("h2", { class: "side-name" }, el("i", { class: `dot ${COLOURS[index]}` }), el("a", { href: `/runs/${run.id}` }, run.name), stateSign(run)), map.box))),
+    el(
+      "div",
+      { class: "head" },
+      el(
+        "div",
+        null,
+        el("p", { class: "soft crumb" }, el("a", { href: "/" }, "Runs"), " / compare"),
+        el("h1", null, `${runs.length} runs`),
+      ),
+    ),
+    el(
+      "section",
+      { class: "card stage" },
+      controls(view),
+      curves.map(({ chart }) => chart.box),
+      el("div", { class: "under" }, key.element),
+    ),
+    el(
+      "div",
+      { class: "sides" },
+      sides.map(({ run, map }, index) =>
+        el(
+          "section",
+          { class: "card stage" },
+          el(
+            "h2",
+            { class: "side-name" },
+            el("i", { class: `dot ${COLOURS[index]}` }),
+            el("a", { href: `/runs/${run.id}` }, run.name),
+            stateSign(run),
+          ),
+          map.box,
+        ),
+      ),
+    ),
   );
   await Promise.all([...sides.map(({ source }) => source.load()), loadCurves()]);
   const stops = sides.map((side) =>

@@ -18,14 +18,18 @@ const FAR_DECADES = 2;
 /** The most conspicuous first. @param {Tile} tile @param {Span} span @returns {Finding[]} */
 export function findings(tile, span) {
   const found = tile.parameters.map((name, row) => described(tile, name, row, span));
-  const logs = found.filter(({ last }) => last > 0 && Number.isFinite(last)).map(({ last }) => Math.log10(last)).sort((a, b) => a - b);
+  const logs = found
+    .filter(({ last }) => last > 0 && Number.isFinite(last))
+    .map(({ last }) => Math.log10(last))
+    .sort((a, b) => a - b);
   const centre = logs[logs.length >> 1] ?? 0;
   for (const each of found) {
     if (each.score >= 50 || !(each.last > 0)) continue;
     const away = Math.log10(each.last) - centre;
     each.score += Math.abs(away);
     if (each.reason === "" && Math.abs(away) > FAR_DECADES) {
-      each.reason = away < 0 ? `${power(Math.round(-away))} below the median` : `${power(Math.round(away))} above the median`;
+      each.reason =
+        away < 0 ? `${power(Math.round(-away))} below the median` : `${power(Math.round(away))} above the median`;
       each.tone = "warning";
     }
   }
@@ -59,7 +63,13 @@ function described(tile, name, row, { first, past }) {
   if (nonfinite) return says(200 - badAt / buckets, `not finite from step ${badStep}`, "critical");
   if (missing === buckets) return says(60, "never had a gradient", "warning");
   if (zeros === buckets - missing) return says(59, "always exactly zero", "warning");
-  if (median > 0 && max / median > SPIKE) return says(50 + Math.log10(max / median), `spike ×${Math.round(max / median).toLocaleString("en-US")} at step ${spikeStep}`, "warning");
-  if (zeros > buckets / 10) return says(40, `exactly zero in ${Math.round((100 * zeros) / buckets)} % of the samples`, "warning");
+  if (median > 0 && max / median > SPIKE)
+    return says(
+      50 + Math.log10(max / median),
+      `spike ×${Math.round(max / median).toLocaleString("en-US")} at step ${spikeStep}`,
+      "warning",
+    );
+  if (zeros > buckets / 10)
+    return says(40, `exactly zero in ${Math.round((100 * zeros) / buckets)} % of the samples`, "warning");
   return says(0, missing > buckets / 2 ? "often missing" : "", "");
 }

@@ -27,12 +27,19 @@ const CELLS = [
 /** @param {View} view */
 export function controls(view) {
   const statistic = choice("Statistic", STATISTICS, view.now.statistic, (value) => view.set({ statistic: value }));
-  const cell = choice("Of each cell", CELLS, view.now.cell, (value) => view.set({ cell: /** @type {"max"} */ (value) }));
+  const cell = choice("Of each cell", CELLS, view.now.cell, (value) =>
+    view.set({ cell: /** @type {"max"} */ (value) }),
+  );
   const range = el("output", { class: "range soft" });
   const show = () => {
     const { from, to, end } = view.now;
     const [first, last] = [Math.max(0, Math.floor(from)), Math.min(end, Math.ceil(to)) - 1];
-    range.textContent = from <= 0 && to >= end ? "whole run" : first >= last ? `step ${count(first)}` : `steps ${count(first)} to ${count(last)}`;
+    range.textContent =
+      from <= 0 && to >= end
+        ? "whole run"
+        : first >= last
+          ? `step ${count(first)}`
+          : `steps ${count(first)} to ${count(last)}`;
     statistic.value = view.now.statistic;
     cell.value = view.now.cell;
   };
@@ -61,11 +68,16 @@ export function controls(view) {
 }
 
 /** @param {string} text @param {string} label @param {() => void} press */
-const button = (text, label, press) => el("button", { type: "button", "aria-label": label, title: label, onclick: press }, text);
+const button = (text, label, press) =>
+  el("button", { type: "button", "aria-label": label, title: label, onclick: press }, text);
 
 /** @param {string} label @param {[string, string][]} options @param {string} value @param {(value: string) => void} chosen */
 function choice(label, options, value, chosen) {
-  const made = el("select", { "aria-label": label, oninput: () => chosen(made.value) }, options.map(([name, text]) => el("option", { value: name }, text)));
+  const made = el(
+    "select",
+    { "aria-label": label, oninput: () => chosen(made.value) },
+    options.map(([name, text]) => el("option", { value: name }, text)),
+  );
   made.value = value;
   return made;
 }

@@ -70,3 +70,13 @@ export function onceAFrame(work) {
     });
   };
 }
+
+/**
+ * Draw again when the colours change between light and dark, for as long as the element is on the page.
+ * @param {Element} element @param {() => void} draw
+ */
+export function whenThemed(element, draw) {
+  const scheme = matchMedia("(prefers-color-scheme: dark)");
+  const changed = () => (element.isConnected ? draw() : scheme.removeEventListener("change", changed));
+  scheme.addEventListener("change", changed);
+}

@@ -52,7 +52,8 @@ export function drawLabels(context, names, top, rowHeight, place, theme) {
   for (const group of groups(names, rowHeight)) {
     const y = top + ((group.first + group.past) / 2) * rowHeight;
     context.strokeStyle = theme.line;
-    if (group.past - group.first > 1) bracket(context, place.left - 5, top + group.first * rowHeight, top + group.past * rowHeight);
+    if (group.past - group.first > 1)
+      bracket(context, place.left - 5, top + group.first * rowHeight, top + group.past * rowHeight);
     if (y - free < LINE - 1) continue;
     const chosen = place.chosen >= group.first && place.chosen < group.past;
     context.fillStyle = chosen ? theme.ink : theme.soft;

@@ -15,8 +15,15 @@ export function legend() {
     ["infinite", "Inf"],
     ["nan", "NaN"],
     ["missing", "missing"],
-  ].map(([kind, text]) => el("span", { class: "state-key" }, el("i", { class: `swatch ${kind}`, "aria-hidden": "true" }), text));
-  const element = el("div", { class: "legend" }, el("div", { class: "ramp" }, bar, el("div", { class: "ends" }, low, middle, high)), el("div", { class: "states" }, states));
+  ].map(([kind, text]) =>
+    el("span", { class: "state-key" }, el("i", { class: `swatch ${kind}`, "aria-hidden": "true" }), text),
+  );
+  const element = el(
+    "div",
+    { class: "legend" },
+    el("div", { class: "ramp" }, bar, el("div", { class: "ends" }, low, middle, high)),
+    el("div", { class: "states" }, states),
+  );
   document.documentElement.style.setProperty("--zero", STATES.zero);
   document.documentElement.style.setProperty("--infinite", STATES.infinite);
   document.documentElement.style.setProperty("--nan", STATES.notANumber);

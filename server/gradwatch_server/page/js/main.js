@@ -48,8 +48,18 @@ async function show() {
     else shown = opened;
     if (!first) main.focus({ preventScroll: true });
   } catch (error) {
-    const [title, text] = error instanceof api.Refused ? [error.title, error.message] : ["Cannot show this", String(error)];
-    fill(main, el("div", { class: "empty" }, el("h1", null, title), el("p", null, text), el("p", null, el("a", { href: "/" }, "All runs"))));
+    const [title, text] =
+      error instanceof api.Refused ? [error.title, error.message] : ["Cannot show this", String(error)];
+    fill(
+      main,
+      el(
+        "div",
+        { class: "empty" },
+        el("h1", null, title),
+        el("p", null, text),
+        el("p", null, el("a", { href: "/" }, "All runs")),
+      ),
+    );
   }
 }
 

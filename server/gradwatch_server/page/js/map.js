@@ -3,7 +3,7 @@
 import { heldToTheEnd } from "./alerts.js";
 import { AXIS, drawAxis, frame, LANE, toX } from "./axis.js";
 import { parsed } from "./colours.js";
-import { el, fitted, onceAFrame, themed } from "./dom.js";
+import { el, fitted, onceAFrame, themed, whenThemed } from "./dom.js";
 import { listen } from "./keys.js";
 import { drawLabels } from "./labels.js";
 import { ranked, rasterise } from "./raster.js";
@@ -43,7 +43,7 @@ export class LayerMap {
     this.drawOver = onceAFrame(() => this.paintOver());
     this.size = { width: 0, height: 0 };
     new ResizeObserver(([entry]) => this.resized(entry.contentRect.width)).observe(this.box);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+    whenThemed(this.box, () => this.draw());
     view.subscribe((now, before) => this.moved(now, before));
     /** @type {(row: number) => void} */
     this.hovered = () => undefined;
@@ -131,7 +131,10 @@ export class LayerMap {
     this.bitmap.height = high;
     const surface = /** @type {CanvasRenderingContext2D} */ (this.bitmap.getContext("2d"));
     const image = surface.createImageData(wide, high);
-    rasterise(this.source, image, this.view.now.from, this.view.now.to, [parsed(themed("missing")), parsed(themed("missing-line"))]);
+    rasterise(this.source, image, this.view.now.from, this.view.now.to, [
+      parsed(themed("missing")),
+      parsed(themed("missing-line")),
+    ]);
     surface.putImageData(image, 0, 0);
     context.imageSmoothingEnabled = false;
     context.drawImage(this.bitmap, left, LANE, plot.width, plot.height);
@@ -167,7 +170,13 @@ export class LayerMap {
     for (let row = 0; row < rows.length; row++) {
       const first = row;
       while (row < rows.length && names.has(rows[row])) row++;
-      if (row > first) context.strokeRect(left, LANE + first * this.rowHeight, right - left, Math.max(3, (row - first) * this.rowHeight));
+      if (row > first)
+        context.strokeRect(
+          left,
+          LANE + first * this.rowHeight,
+          right - left,
+          Math.max(3, (row - first) * this.rowHeight),
+        );
     }
     context.lineWidth = 1;
   }
@@ -182,11 +191,15 @@ export class LayerMap {
       const row = this.tile.parameters.indexOf(now.parameter);
       const y = LANE + row * this.rowHeight;
       context.strokeStyle = themed("ink");
-      if (row >= 0) context.strokeRect(box.left - 0.5, y - 0.5, box.width - box.left - box.right + 1, this.rowHeight + 1);
+      if (row >= 0)
+        context.strokeRect(box.left - 0.5, y - 0.5, box.width - box.left - box.right + 1, this.rowHeight + 1);
     }
     if (now.step === null || now.step < now.from || now.step >= now.to) return;
     const x = Math.round(toX(box, now, now.step + Math.min(0.5, (now.to - now.from) / 40))) + 0.5;
-    for (const [colour, wide] of /** @type {[string, number][]} */ ([["rgb(0 0 0 / 55%)", 3], ["#ffffff", 1]])) {
+    for (const [colour, wide] of /** @type {[string, number][]} */ ([
+      ["rgb(0 0 0 / 55%)", 3],
+      ["#ffffff", 1],
+    ])) {
       context.strokeStyle = colour;
       context.lineWidth = wide;
       context.beginPath();

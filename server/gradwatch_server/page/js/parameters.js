@@ -8,7 +8,15 @@ import { drawSpark } from "./sparks.js";
 import { nearest, seenBuckets } from "./tile.js";
 
 const FEW = 12;
-const HEAD = ["Parameter", "Shape", "Over the steps in view", "At the crosshair", "Smallest", "Largest", "Why it stands here"];
+const HEAD = [
+  "Parameter",
+  "Shape",
+  "Over the steps in view",
+  "At the crosshair",
+  "Smallest",
+  "Largest",
+  "Why it stands here",
+];
 
 export class Parameters {
   /** @param {import("./view.js").View} view @param {import("./api.js").Parameter[]} parameters */
@@ -22,9 +30,22 @@ export class Parameters {
     this.more = el("button", { type: "button", onclick: () => this.toggle() });
     /** @type {{row: number, cell: HTMLElement, line: HTMLElement, name: string}[]} */
     this.lines = [];
-    const head = el("tr", null, HEAD.map((name) => el("th", { scope: "col" }, name)));
+    const head = el(
+      "tr",
+      null,
+      HEAD.map((name) => el("th", { scope: "col" }, name)),
+    );
     const caption = el("caption", { class: "hidden-text" }, "Parameters, the most conspicuous first");
-    this.box = el("div", null, el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Parameters" }, el("table", { class: "parameters" }, caption, el("thead", null, head), this.rows)), this.more);
+    this.box = el(
+      "div",
+      null,
+      el(
+        "div",
+        { class: "scroll", tabindex: 0, role: "region", "aria-label": "Parameters" },
+        el("table", { class: "parameters" }, caption, el("thead", null, head), this.rows),
+      ),
+      this.more,
+    );
     let due = 0;
     view.subscribe((now, before) => {
       if (now.from !== before.from || now.to !== before.to) {
@@ -50,7 +71,10 @@ export class Parameters {
     this.more.hidden = found.length <= FEW;
     this.more.textContent = this.all ? "Show the most conspicuous" : `Show all ${count(found.length)}`;
     this.lines = [];
-    fill(this.rows, seen.map((finding) => this.line(tile, finding, span)));
+    fill(
+      this.rows,
+      seen.map((finding) => this.line(tile, finding, span)),
+    );
     this.values();
     this.chosen();
   }
@@ -58,11 +82,23 @@ export class Parameters {
   /** @param {import("./tile.js").Tile} tile @param {import("./conspicuous.js").Finding} finding @param {import("./conspicuous.js").Span} span */
   line(tile, finding, { first, past }) {
     const parameter = this.shapes.get(finding.name);
-    const canvas = el("canvas", { class: "spark", role: "img", "aria-label": `${finding.name} over the steps in view` });
-    const [low, high] = [tile.min, tile.max].map((plane) => Array.from({ length: past - first }, (_, index) => plane[(first + index) * tile.rows + finding.row]).map((value) => (value === -1 ? null : value)));
+    const canvas = el("canvas", {
+      class: "spark",
+      role: "img",
+      "aria-label": `${finding.name} over the steps in view`,
+    });
+    const [low, high] = [tile.min, tile.max].map((plane) =>
+      Array.from({ length: past - first }, (_, index) => plane[(first + index) * tile.rows + finding.row]).map(
+        (value) => (value === -1 ? null : value),
+      ),
+    );
     drawSpark(canvas, low, high, true);
     const cell = el("td", { class: "mono" });
-    const name = el("button", { type: "button", class: "plain mono", onclick: () => this.view.set({ parameter: finding.name }) }, finding.name);
+    const name = el(
+      "button",
+      { type: "button", class: "plain mono", onclick: () => this.view.set({ parameter: finding.name }) },
+      finding.name,
+    );
     const line = el(
       "tr",
       null,

@@ -2,7 +2,7 @@
 
 import { AXIS, LANE } from "./axis.js";
 import { STATES } from "./colours.js";
-import { el, fill, fitted, onceAFrame, themed } from "./dom.js";
+import { el, fill, fitted, onceAFrame, themed, whenThemed } from "./dom.js";
 import { count, measured, power } from "./format.js";
 import { nearest } from "./tile.js";
 
@@ -41,7 +41,7 @@ export class Profile {
     map.view.subscribe(() => this.draw());
     map.box.addEventListener("sized", this.draw);
     new ResizeObserver(this.draw).observe(this.box);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", this.draw);
+    whenThemed(this.box, this.draw);
   }
 
   /** The bucket that is looked at: the crosshair's, else the newest in sight. @param {Tile} tile */
@@ -61,7 +61,8 @@ export class Profile {
     const { low, high } = scale;
     const plot = { top: LANE, bottom: height - AXIS, left: EDGE, right: width - EDGE };
     /** @param {number} value */
-    const x = (value) => plot.left + (Math.min(Math.max((Math.log10(value) - low) / (high - low), -0.03), 1.03)) * (plot.right - plot.left);
+    const x = (value) =>
+      plot.left + Math.min(Math.max((Math.log10(value) - low) / (high - low), -0.03), 1.03) * (plot.right - plot.left);
     /** @param {number} row */
     const y = (row) => plot.top + (row + 0.5) * this.map.rowHeight;
     this.paintGrid(context, plot, low, high);
@@ -110,7 +111,13 @@ export class Profile {
       const value = tile.last[bucket * tile.rows + row];
       if (value === -1) continue;
       const sound = value > 0 && Number.isFinite(value);
-      context.fillStyle = sound ? themed("accent") : Number.isNaN(value) ? STATES.notANumber : value ? STATES.infinite : themed("ink");
+      context.fillStyle = sound
+        ? themed("accent")
+        : Number.isNaN(value)
+          ? STATES.notANumber
+          : value
+            ? STATES.infinite
+            : themed("ink");
       context.globalAlpha = sound && !this.matrices.has(tile.parameters[row]) ? 0.4 : 1;
       const at = sound ? x(value) : value === 0 ? plot.left - 6 : plot.right + 6;
       context.beginPath();

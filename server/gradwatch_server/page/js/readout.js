@@ -9,7 +9,9 @@ import { nearest } from "./tile.js";
 /** What one cell holds, as text. @param {Tile} tile @param {number} bucket @param {number} row */
 export function cellText(tile, bucket, row) {
   const cell = bucket * tile.rows + row;
-  const [low, high, last] = [tile.min[cell], tile.max[cell], tile.last[cell]].map((value) => (value === -1 ? null : value));
+  const [low, high, last] = [tile.min[cell], tile.max[cell], tile.last[cell]].map((value) =>
+    value === -1 ? null : value,
+  );
   const bad = tile.nonfinite[cell];
   if (tile.steps[bucket] === tile.lastSteps[bucket] || high === null) return measured(last);
   const range = low === high ? measured(high) : `${measured(low)} to ${measured(high)}`;
@@ -30,11 +32,19 @@ export function readout() {
     element,
     show(tile, step, row) {
       const bucket = tile && step !== null ? nearest(tile, step) : -1;
-      const text = !tile || bucket < 0 ? "" : `${bucketText(tile, bucket)}|${tile.parameters[row] ?? ""}|${tile.parameters[row] ? cellText(tile, bucket, row) : ""}`;
+      const text =
+        !tile || bucket < 0
+          ? ""
+          : `${bucketText(tile, bucket)}|${tile.parameters[row] ?? ""}|${tile.parameters[row] ? cellText(tile, bucket, row) : ""}`;
       if (text === said) return;
       said = text;
       const [steps, name, value] = text.split("|");
-      fill(element, steps && el("span", null, steps), name && el("b", { class: "mono" }, name), value && el("strong", null, value));
+      fill(
+        element,
+        steps && el("span", null, steps),
+        name && el("b", { class: "mono" }, name),
+        value && el("strong", null, value),
+      );
     },
   };
 }

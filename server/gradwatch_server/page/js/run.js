@@ -29,23 +29,48 @@ export async function runView(main, runId, live) {
   let alerts = [];
   const view = new View(looking((run.last_step ?? 0) + 1));
   const map = new LayerMap(view);
-  const source = new TileSource(runId, view, () => (map.box.clientWidth || main.clientWidth) * (window.devicePixelRatio || 1));
-  const profile = new Profile(map, new Set(run.parameters.filter(({ shape }) => shape.length > 1).map(({ name }) => name)));
+  const source = new TileSource(
+    runId,
+    view,
+    () => (map.box.clientWidth || main.clientWidth) * (window.devicePixelRatio || 1),
+  );
+  const profile = new Profile(
+    map,
+    new Set(run.parameters.filter(({ shape }) => shape.length > 1).map(({ name }) => name)),
+  );
   const parameters = new Parameters(view, run.parameters);
-  const parts = { key: legend(), values: readout(), strips: new Strips(runId, view), trace: new Trace(runId, view), advice: new Advice(runId), panel: alertPanel(view), table: valuesTable(view) };
+  const parts = {
+    key: legend(),
+    values: readout(),
+    strips: new Strips(runId, view),
+    trace: new Trace(runId, view),
+    advice: new Advice(runId),
+    panel: alertPanel(view),
+    table: valuesTable(view),
+  };
   const header = el("div", { class: "head" });
   const list = el("ul", { class: "alerts" });
   let row = -1;
   /** @type {Promise<unknown>} */
   let charts = Promise.resolve();
 
-  const say = () => parts.values.show(source.tile, view.now.step, row >= 0 ? row : (source.tile?.parameters.indexOf(view.now.parameter ?? "") ?? -1));
+  const say = () =>
+    parts.values.show(
+      source.tile,
+      view.now.step,
+      row >= 0 ? row : (source.tile?.parameters.indexOf(view.now.parameter ?? "") ?? -1),
+    );
   map.hovered = (hovered) => {
     row = hovered;
     say();
   };
   const showAlerts = () => {
-    fill(list, alerts.length ? alerts.map((alert) => item(alert, undefined, alert.id === view.now.alert)) : el("li", { class: "soft" }, "No alert in this run."));
+    fill(
+      list,
+      alerts.length
+        ? alerts.map((alert) => item(alert, undefined, alert.id === view.now.alert))
+        : el("li", { class: "soft" }, "No alert in this run."),
+    );
     parts.panel.show(alerts.find((alert) => alert.id === view.now.alert));
   };
   const loadAlerts = async () => {
@@ -63,7 +88,11 @@ export async function runView(main, runId, live) {
     say();
     main.dataset.drawn = `${source.tile.statistic} ${source.covered.from} ${source.covered.to}`;
     const points = Math.min(1500, Math.max(200, source.tile.steps.length));
-    charts = Promise.allSettled([parts.strips.load(run.scalars, source.covered, points), parts.trace.load(source.covered, points), parts.advice.load(source.covered)]);
+    charts = Promise.allSettled([
+      parts.strips.load(run.scalars, source.covered, points),
+      parts.trace.load(source.covered, points),
+      parts.advice.load(source.covered),
+    ]);
   });
   parts.strips.box.addEventListener("shown", () => parts.table.show(parts.strips.shown));
   view.subscribe((now, before) => {
@@ -85,7 +114,25 @@ export async function runView(main, runId, live) {
       "section",
       { class: "card stage", "aria-label": "Layer by step map" },
       controls(view),
-      el("div", { class: "stage-body" }, el("div", null, map.box, el("div", { class: "under" }, parts.key.element, parts.values.element), parts.trace.box, parts.strips.box), el("aside", { class: "side", "aria-label": "Depth profile, alerts, advice" }, profile.box, el("section", { class: "side-part" }, el("h2", null, "Alerts"), list), parts.advice.box)),
+      el(
+        "div",
+        { class: "stage-body" },
+        el(
+          "div",
+          null,
+          map.box,
+          el("div", { class: "under" }, parts.key.element, parts.values.element),
+          parts.trace.box,
+          parts.strips.box,
+        ),
+        el(
+          "aside",
+          { class: "side", "aria-label": "Depth profile, alerts, advice" },
+          profile.box,
+          el("section", { class: "side-part" }, el("h2", null, "Alerts"), list),
+          parts.advice.box,
+        ),
+      ),
     ),
     el("section", { class: "card pad" }, el("h2", null, "Parameters"), parameters.box, parts.table.box),
     about(run),
@@ -148,7 +195,12 @@ export function following(live, runId, renew) {
 function heading(run) {
   const lost = Object.entries(run.dropped).filter(([, value]) => value > 0);
   return [
-    el("div", null, el("p", { class: "soft crumb" }, el("a", { href: "/" }, "Runs"), " / ", run.project), el("h1", null, run.name)),
+    el(
+      "div",
+      null,
+      el("p", { class: "soft crumb" }, el("a", { href: "/" }, "Runs"), " / ", run.project),
+      el("h1", null, run.name),
+    ),
     el(
       "p",
       { class: "facts" },
@@ -156,13 +208,32 @@ function heading(run) {
       el("span", null, "step ", el("b", null, count(run.last_step))),
       el("span", null, el("b", null, count(run.parameters.length)), " parameters"),
       el("span", { title: moment(run.last_seen_at) }, "seen ", ago(run.last_seen_at)),
-      lost.length > 0 && el("span", { class: "chip warning" }, `dropped: ${lost.map(([name, value]) => `${count(value)} ${name}`).join(", ")}`),
+      lost.length > 0 &&
+        el(
+          "span",
+          { class: "chip warning" },
+          `dropped: ${lost.map(([name, value]) => `${count(value)} ${name}`).join(", ")}`,
+        ),
     ),
   ];
 }
 
 /** What the agent said about itself. @param {api.RunDetail} run */
 function about(run) {
-  const listed = [["id", run.id], ["started", moment(run.started_at)], ...(run.finished_at === null ? [] : [["finished", moment(run.finished_at)]]), ...Object.entries(run.attributes)];
-  return el("details", { class: "card pad about" }, el("summary", null, "About this run"), el("dl", { class: "evidence" }, listed.flatMap(([name, value]) => [el("dt", null, name), el("dd", { class: "mono" }, value)])));
+  const listed = [
+    ["id", run.id],
+    ["started", moment(run.started_at)],
+    ...(run.finished_at === null ? [] : [["finished", moment(run.finished_at)]]),
+    ...Object.entries(run.attributes),
+  ];
+  return el(
+    "details",
+    { class: "card pad about" },
+    el("summary", null, "About this run"),
+    el(
+      "dl",
+      { class: "evidence" },
+      listed.flatMap(([name, value]) => [el("dt", null, name), el("dd", { class: "mono" }, value)]),
+    ),
+  );
 }

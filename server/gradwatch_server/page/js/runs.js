@@ -19,13 +19,32 @@ export async function runsView(main, live) {
   let runs = [];
   const chosen = new Set();
   const sparks = new Sparks();
-  const search = el("input", { type: "search", placeholder: "Search runs", "aria-label": "Search runs", value: query.get("q") ?? "" });
+  const search = el("input", {
+    type: "search",
+    placeholder: "Search runs",
+    "aria-label": "Search runs",
+    value: query.get("q") ?? "",
+  });
   const state = select("State", ["", "running", "stalled", "finished"], query.get("state") ?? "");
   const project = select("Project", [""], "");
-  const compare = el("button", { class: "action", disabled: true, onclick: () => address.go(`/?compare=${[...chosen].join(",")}`) }, "Compare");
+  const compare = el(
+    "button",
+    { class: "action", disabled: true, onclick: () => address.go(`/?compare=${[...chosen].join(",")}`) },
+    "Compare",
+  );
   const rows = el("tbody");
-  const head = el("tr", null, COLUMNS.map((name) => el("th", { scope: "col" }, name || el("span", { class: "hidden-text" }, "Compare"))));
-  const table = el("table", { class: "runs" }, el("caption", { class: "hidden-text" }, "Runs, the one seen last first"), el("thead", null, head), rows);
+  const head = el(
+    "tr",
+    null,
+    COLUMNS.map((name) => el("th", { scope: "col" }, name || el("span", { class: "hidden-text" }, "Compare"))),
+  );
+  const table = el(
+    "table",
+    { class: "runs" },
+    el("caption", { class: "hidden-text" }, "Runs, the one seen last first"),
+    el("thead", null, head),
+    rows,
+  );
   const none = el("div", { class: "empty", hidden: true });
   /** @type {Map<string, HTMLTableRowElement>} */
   const made = new Map();
@@ -58,8 +77,18 @@ export async function runsView(main, live) {
     runs = await api.runs();
     const names = [...new Set(runs.map((run) => run.project))].sort();
     const kept = project.value || (query.get("project") ?? "");
-    if (names.join("\n") !== [...project.options].slice(1).map((option) => option.value).join("\n")) {
-      fill(project, el("option", { value: "" }, "All projects"), names.map((name) => el("option", { value: name }, name)));
+    if (
+      names.join("\n") !==
+      [...project.options]
+        .slice(1)
+        .map((option) => option.value)
+        .join("\n")
+    ) {
+      fill(
+        project,
+        el("option", { value: "" }, "All projects"),
+        names.map((name) => el("option", { value: name }, name)),
+      );
       project.value = names.includes(kept) ? kept : "";
     }
     list();
@@ -69,7 +98,12 @@ export async function runsView(main, live) {
   await load();
   fill(
     main,
-    el("div", { class: "head" }, el("h1", null, "Runs"), el("div", { class: "tools" }, search, project, state, compare)),
+    el(
+      "div",
+      { class: "head" },
+      el("h1", null, "Runs"),
+      el("div", { class: "tools" }, search, project, state, compare),
+    ),
     el("div", { class: "card scroll" }, table, none),
   );
   return { close: kept(live, load) };
@@ -79,7 +113,13 @@ export async function runsView(main, live) {
 export function kept(live, load) {
   let due = 0;
   const soon = () => {
-    due ||= window.setTimeout(() => load().catch(() => undefined).finally(() => (due = 0)), 700);
+    due ||= window.setTimeout(
+      () =>
+        load()
+          .catch(() => undefined)
+          .finally(() => (due = 0)),
+      700,
+    );
   };
   live.addEventListener("runs", soon);
   live.addEventListener("again", soon);
@@ -94,7 +134,11 @@ export function kept(live, load) {
 
 /** @param {string} label @param {string[]} values @param {string} value */
 function select(label, values, value) {
-  const made = el("select", { "aria-label": label }, values.map((each) => el("option", { value: each }, each || `All ${label.toLowerCase()}s`)));
+  const made = el(
+    "select",
+    { "aria-label": label },
+    values.map((each) => el("option", { value: each }, each || `All ${label.toLowerCase()}s`)),
+  );
   made.value = value;
   return made;
 }
@@ -103,13 +147,28 @@ function select(label, values, value) {
 function matches(run, search, state, project) {
   const text = `${run.project} ${run.name} ${run.id}`.toLowerCase();
   if (state && run.state !== state) return false;
-  return (!project || run.project === project) && search.toLowerCase().split(/\s+/).every((word) => text.includes(word));
+  return (
+    (!project || run.project === project) &&
+    search
+      .toLowerCase()
+      .split(/\s+/)
+      .every((word) => text.includes(word))
+  );
 }
 
 /** @param {Run} run @param {Sparks} sparks @param {(id: string, on: boolean) => void} toggle */
 function begun(run, sparks, toggle) {
-  const box = el("input", { type: "checkbox", "aria-label": `Compare ${run.name}`, oninput: () => toggle(run.id, box.checked) });
-  const row = el("tr", { "data-run": run.id }, el("td", { class: "choose" }, box), el("th", { scope: "row" }, el("a", { href: `/runs/${run.id}` })));
+  const box = el("input", {
+    type: "checkbox",
+    "aria-label": `Compare ${run.name}`,
+    oninput: () => toggle(run.id, box.checked),
+  });
+  const row = el(
+    "tr",
+    { "data-run": run.id },
+    el("td", { class: "choose" }, box),
+    el("th", { scope: "row" }, el("a", { href: `/runs/${run.id}` })),
+  );
   for (const name of COLUMNS.slice(2)) row.append(el("td", { "data-label": name }));
   sparks.watch(row, run.id);
   return row;
@@ -123,8 +182,14 @@ function renew(row, run, sparks) {
   fill(state, stateSign(run));
   step.textContent = count(run.last_step);
   if (!loss.firstChild) loss.append(sparks.canvas(run.id), el("span", { class: "value" }));
-  /** @type {HTMLElement} */ (loss.lastElementChild).textContent = "loss" in run.scalars ? measured(run.scalars.loss) : "–";
-  fill(rule, run.worst_rule ? el("span", { class: `chip ${run.worst_severity}` }, run.worst_rule) : el("span", { class: "soft" }, "none"));
+  /** @type {HTMLElement} */ (loss.lastElementChild).textContent =
+    "loss" in run.scalars ? measured(run.scalars.loss) : "–";
+  fill(
+    rule,
+    run.worst_rule
+      ? el("span", { class: `chip ${run.worst_severity}` }, run.worst_rule)
+      : el("span", { class: "soft" }, "none"),
+  );
   seen.textContent = ago(run.last_seen_at);
   seen.title = moment(run.last_seen_at);
   sparks.changed(run.id, run.last_step);
@@ -139,5 +204,11 @@ export function stateSign(run) {
 /** What to do where nothing has reported yet. */
 function welcome() {
   const code = `import gradwatch\nagent = gradwatch.attach(model, optimizer, url="${location.origin}")`;
-  return el("div", { class: "welcome" }, el("h2", null, "No run has reported yet"), el("p", null, "Add this before the training loop:"), el("pre", { tabindex: 0 }, code));
+  return el(
+    "div",
+    { class: "welcome" },
+    el("h2", null, "No run has reported yet"),
+    el("p", null, "Add this before the training loop:"),
+    el("pre", { tabindex: 0 }, code),
+  );
 }

@@ -12,8 +12,22 @@ export async function serverView(main, live) {
   const receivers = el("div");
   const load = async () => {
     const server = await api.server();
-    fill(numbers, facts(server).flatMap(([name, value, tone]) => el("div", { class: tone ?? "" }, el("dt", null, name), el("dd", null, value))));
-    fill(receivers, server.receivers.length ? table(server.receivers) : el("p", { class: "soft" }, "No receiver is configured: alerts are shown here and told to no one. Start with --webhook URL, or list receivers in gradwatch.toml."));
+    fill(
+      numbers,
+      facts(server).flatMap(([name, value, tone]) =>
+        el("div", { class: tone ?? "" }, el("dt", null, name), el("dd", null, value)),
+      ),
+    );
+    fill(
+      receivers,
+      server.receivers.length
+        ? table(server.receivers)
+        : el(
+            "p",
+            { class: "soft" },
+            "No receiver is configured: alerts are shown here and told to no one. Start with --webhook URL, or list receivers in gradwatch.toml.",
+          ),
+    );
   };
   await load();
   fill(
@@ -28,7 +42,10 @@ export async function serverView(main, live) {
 /** @param {api.Overview} server @returns {[string, string, string?][]} */
 function facts(server) {
   const lost = Object.values(server.dropped).reduce((sum, value) => sum + value, 0);
-  const words = Object.entries(server.dropped).filter(([, value]) => value > 0).map(([name, value]) => `${count(value)} ${name}`).join(", ");
+  const words = Object.entries(server.dropped)
+    .filter(([, value]) => value > 0)
+    .map(([name, value]) => `${count(value)} ${name}`)
+    .join(", ");
   return [
     ["State", server.ready ? "ready" : "stopping", server.ready ? "good" : "warning"],
     ["Version", server.version],
@@ -36,7 +53,11 @@ function facts(server) {
     ["Runs", count(server.runs)],
     ["Samples taken in", count(server.samples)],
     ["Values since start", count(server.stored_values)],
-    ["Queue", `${count(server.queued_batches)} of ${count(server.queue_capacity)}`, server.queued_batches > server.queue_capacity / 2 ? "warning" : ""],
+    [
+      "Queue",
+      `${count(server.queued_batches)} of ${count(server.queue_capacity)}`,
+      server.queued_batches > server.queue_capacity / 2 ? "warning" : "",
+    ],
     ["Mean commit", server.mean_commit_seconds === null ? "–" : `${(server.mean_commit_seconds * 1000).toFixed(1)} ms`],
     ["Repeated batches", count(server.duplicate_batches)],
     ["Dropped by agents", lost ? words : "nothing", lost ? "warning" : ""],
@@ -50,7 +71,12 @@ function table(receivers) {
     el(
       "tr",
       null,
-      el("th", { scope: "row" }, each.name, !each.configured && el("span", { class: "soft" }, " (no longer configured)")),
+      el(
+        "th",
+        { scope: "row" },
+        each.name,
+        !each.configured && el("span", { class: "soft" }, " (no longer configured)"),
+      ),
       el("td", null, each.host || "–"),
       el("td", null, each.signed ? "yes" : "no"),
       el("td", null, count(each.delivered)),
@@ -60,5 +86,22 @@ function table(receivers) {
       el("td", null, each.last_error === null ? "none" : `${each.last_error}, ${ago(each.last_error_at ?? 0)}`),
     ),
   );
-  return el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Receivers" }, el("table", null, el("thead", null, el("tr", null, head.map((name) => el("th", { scope: "col" }, name)))), el("tbody", null, rows)));
+  return el(
+    "div",
+    { class: "scroll", tabindex: 0, role: "region", "aria-label": "Receivers" },
+    el(
+      "table",
+      null,
+      el(
+        "thead",
+        null,
+        el(
+          "tr",
+          null,
+          head.map((name) => el("th", { scope: "col" }, name)),
+        ),
+      ),
+      el("tbody", null, rows),
+    ),
+  );
 }

@@ -65,7 +65,12 @@ export class TileSource extends EventTarget {
     const first = Math.max(0, Math.floor(from - width * MARGIN));
     const last = Math.ceil(to + width * MARGIN);
     const share = (Math.min(last, end) - first) / width;
-    const query = { statistic, from_step: first, to_step: last, points: Math.max(50, Math.ceil(this.pixels() * share)) };
+    const query = {
+      statistic,
+      from_step: first,
+      to_step: last,
+      points: Math.max(50, Math.ceil(this.pixels() * share)),
+    };
     try {
       const tile = decoded(await api.tile(this.runId, query, asking.signal));
       this.tile = tile;

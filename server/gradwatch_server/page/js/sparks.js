@@ -98,7 +98,9 @@ export function drawSpark(canvas, low, high, logarithmic = false) {
   });
   context.stroke();
   context.fillStyle = themed("bad");
-  low.forEach((value, index) => value !== null && !Number.isFinite(value) && context.fillRect(x(index) - 1, HEIGHT - 4, 3, 4));
+  low.forEach(
+    (value, index) => value !== null && !Number.isFinite(value) && context.fillRect(x(index) - 1, HEIGHT - 4, 3, 4),
+  );
 }
 
 /** @param {Map<string, HTMLElement>} made @param {string} id @param {HTMLElement} row */

@@ -48,7 +48,10 @@ export class Strips {
   /** The charts for what this run has reported. @param {Record<string, api.Num>} scalars @returns {Plan[]} */
   plans(scalars) {
     const planned = new Set(PLANS.flatMap((plan) => plan.lines.map(([name]) => name)));
-    const own = Object.keys(scalars).filter((name) => !planned.has(name) && !OTHERS_LEFT_OUT.has(name)).sort().slice(0, 12);
+    const own = Object.keys(scalars)
+      .filter((name) => !planned.has(name) && !OTHERS_LEFT_OUT.has(name))
+      .sort()
+      .slice(0, 12);
     return [...PLANS, ...own.map((name) => /** @type {Plan} */ ({ title: name, lines: [[name, name, "accent"]] }))]
       .map((plan) => ({ ...plan, lines: plan.lines.filter(([name]) => name in scalars) }))
       .filter((plan) => plan.lines.length);
@@ -62,8 +65,15 @@ export class Strips {
     const query = { from_step: covered.from, to_step: covered.to, points };
     for (const plan of this.plans(scalars)) {
       try {
-        const series = await Promise.all(plan.lines.map(([name]) => api.series(this.runId, { statistic: name, ...query }, asking.signal)));
-        const lines = plan.lines.map(([name, label, colour], index) => ({ name, label, colour, series: series[index] }));
+        const series = await Promise.all(
+          plan.lines.map(([name]) => api.series(this.runId, { statistic: name, ...query }, asking.signal)),
+        );
+        const lines = plan.lines.map(([name, label, colour], index) => ({
+          name,
+          label,
+          colour,
+          series: series[index],
+        }));
         for (const { name, series: each } of lines) this.shown.set(name, each);
         const chart = this.chart(plan);
         chart.scale(plan.log ?? wide(series));

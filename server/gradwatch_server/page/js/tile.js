@@ -42,7 +42,10 @@ export function decoded(body) {
  * @param {number[]} steps @param {number[]} lastSteps
  */
 function ends(steps, lastSteps) {
-  const strides = steps.slice(1).map((step, index) => step - lastSteps[index]).sort((a, b) => a - b);
+  const strides = steps
+    .slice(1)
+    .map((step, index) => step - lastSteps[index])
+    .sort((a, b) => a - b);
   const usual = strides[strides.length >> 1] ?? 1;
   return steps.map((_, index) => {
     const own = lastSteps[index] + usual;

@@ -16,7 +16,11 @@ export class Trace {
     this.view = view;
     this.name = el("b", { class: "mono" });
     this.close_ = el("button", { type: "button", onclick: () => view.set({ parameter: null }) }, "Clear");
-    this.hint = el("p", { class: "soft hint" }, "Choose a parameter on the map or in the table below to see its series.");
+    this.hint = el(
+      "p",
+      { class: "soft hint" },
+      "Choose a parameter on the map or in the table below to see its series.",
+    );
     this.chart = new Chart(view, "", { log: true, height: 150 });
     this.limit = el("span", { class: "limit" });
     this.head = el("p", { class: "trace-head" }, this.name, this.close_, this.limit);
@@ -28,7 +32,8 @@ export class Trace {
     /** @type {AbortController | null} */
     this.asking = null;
     view.subscribe((now, before) => {
-      if (now.parameter !== before.parameter || now.statistic !== before.statistic) this.load(this.covered, this.points);
+      if (now.parameter !== before.parameter || now.statistic !== before.statistic)
+        this.load(this.covered, this.points);
     });
   }
 
@@ -41,7 +46,9 @@ export class Trace {
   blaming() {
     const { statistic, parameter } = this.view.now;
     const found = this.alerts.filter(({ rule }) => OF_RATIO.has(rule) && statistic === "ratio");
-    return found.flatMap(({ rule, parameters }) => parameters.filter(({ name }) => name === parameter).map(({ limit }) => ({ rule, limit: Number(limit) })));
+    return found.flatMap(({ rule, parameters }) =>
+      parameters.filter(({ name }) => name === parameter).map(({ limit }) => ({ rule, limit: Number(limit) })),
+    );
   }
 
   rules() {
@@ -50,7 +57,9 @@ export class Trace {
 
   /** @returns {number[]} */
   limits() {
-    return [...new Set(this.blaming().map(({ limit }) => limit))].filter((limit) => limit > 0 && Number.isFinite(limit));
+    return [...new Set(this.blaming().map(({ limit }) => limit))].filter(
+      (limit) => limit > 0 && Number.isFinite(limit),
+    );
   }
 
   /** @param {{from: number, to: number}} covered @param {number} points */
@@ -66,14 +75,23 @@ export class Trace {
     const asking = new AbortController();
     this.asking = asking;
     /** @param {string} each */
-    const ask = (each) => api.series(this.runId, { statistic: each, parameter, from_step: covered.from, to_step: covered.to, points }, asking.signal);
+    const ask = (each) =>
+      api.series(
+        this.runId,
+        { statistic: each, parameter, from_step: covered.from, to_step: covered.to, points },
+        asking.signal,
+      );
     const after = Reflect.get(AFTER, statistic);
     try {
       const [own, clipped] = await Promise.all([ask(statistic), after ? ask(after) : null]);
       const lines = [{ label: clipped?.steps.length ? "before clipping" : statistic, colour: "accent", series: own }];
       if (clipped?.steps.length) lines.push({ label: "after", colour: "second", series: clipped });
       this.chart.show(lines, this.limits());
-      fill(this.limit, this.chart.limits.length > 0 && `limit of ${this.rules().join(", ")}: ${this.chart.limits.map(measured).join(", ")}`);
+      fill(
+        this.limit,
+        this.chart.limits.length > 0 &&
+          `limit of ${this.rules().join(", ")}: ${this.chart.limits.map(measured).join(", ")}`,
+      );
     } catch (error) {
       if (!asking.signal.aborted) this.chart.show([]);
     }

@@ -10,7 +10,12 @@ export function valuesTable(view) {
   /** @type {Map<string, import("./api.js").Series>} */
   let shown = new Map();
   const holder = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Charts as a table" });
-  const box = el("details", { class: "values-table", ontoggle: () => make() }, el("summary", null, "Charts as a table"), holder);
+  const box = el(
+    "details",
+    { class: "values-table", ontoggle: () => make() },
+    el("summary", null, "Charts as a table"),
+    holder,
+  );
   let due = 0;
   const make = () => {
     if (!box.open) return;
@@ -19,9 +24,38 @@ export function valuesTable(view) {
     const longest = [...shown.values()].sort((a, b) => b.steps.length - a.steps.length)[0];
     const steps = (longest?.steps ?? []).filter((step) => step >= from && step < to);
     const stride = Math.ceil(steps.length / MOST_ROWS) || 1;
-    const rows = steps.filter((_, index) => index % stride === 0).map((step) => el("tr", null, el("th", { scope: "row" }, count(step)), names.map((name) => el("td", { class: "mono" }, at(shown.get(name), step)))));
-    const caption = stride > 1 ? `every ${stride}th of ${count(steps.length)} points in view` : `${count(steps.length)} points in view`;
-    fill(holder, el("table", null, el("caption", { class: "soft" }, caption), el("thead", null, el("tr", null, ["Step", ...names].map((name) => el("th", { scope: "col" }, name)))), el("tbody", null, rows)));
+    const rows = steps
+      .filter((_, index) => index % stride === 0)
+      .map((step) =>
+        el(
+          "tr",
+          null,
+          el("th", { scope: "row" }, count(step)),
+          names.map((name) => el("td", { class: "mono" }, at(shown.get(name), step))),
+        ),
+      );
+    const caption =
+      stride > 1
+        ? `every ${stride}th of ${count(steps.length)} points in view`
+        : `${count(steps.length)} points in view`;
+    fill(
+      holder,
+      el(
+        "table",
+        null,
+        el("caption", { class: "soft" }, caption),
+        el(
+          "thead",
+          null,
+          el(
+            "tr",
+            null,
+            ["Step", ...names].map((name) => el("th", { scope: "col" }, name)),
+          ),
+        ),
+        el("tbody", null, rows),
+      ),
+    );
   };
   const soon = () => {
     clearTimeout(due);

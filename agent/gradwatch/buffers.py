@@ -1,0 +1,225 @@
+"""Buffers that carry unit norms from the device to the collector without either side waiting for the other."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradwatch.layout import Arena, Bound, Layout, Scratch, Spec
+
+_BUDGET_BYTES: Final = 32 << 20
+_FEWEST: Final = 4
+_MOST: Final = 128
+
+
+class Plan:
+    """How a set of parameters with gradients is measured, and how its buffers are read.
+
+    Args:
+        indices: of the parameters in the registration.
+        grads: specifications of their gradients; None where only the weights are measured.
+        weights: of themselves.
+    """
+
+    def __init__(self, indices: Sequence[int], grads: Sequence[Spec] | None, weights: Sequence[Spec]) -> None:
+        self.indices = list(indices)
+        self.weights = Layout(weights)
+        same = grads is not None and tuple(grads) == self.weights.specs
+        self.grads = None if grads is None else self.weights if same else Layout(grads)
+        self.measured = [position for position, spec in enumerate(weights) if spec.units]
+        """Positions of those that are not empty, in the order in which ``ordered`` gives their units."""
+        self.empty = [index for index, spec in zip(self.indices, weights, strict=True) if not spec.units]
+        self.starts: list[int] = []
+        start = 0
+        self.measured.sort(key=lambda position: self._place(position, self.weights))
+        for position in self.measured:
+            self.starts.append(start)
+            start += weights[position].units
+        self._weight_order = None if len(self.weights.sizes) < 2 else self._order(self.weights)
+        self._grad_order = self._weight_order if same or self.grads is None else self._order(self.grads)
+
+    def sizes(self) -> dict[Arena, int]:
+        """Return the room that it needs in each arena, gradients and weights together."""
+        sizes = dict(self.weights.sizes)
+        for arena, size in (self.grads.sizes if self.grads is not None else {}).items():
+            sizes[arena] = sizes.get(arena, 0) + size
+        return sizes
+
+    def ordered_grads(self, arenas: dict[Arena, NDArray[Any]]) -> NDArray[np.float64]:
+        """Return the norms of the gradients' units from the buffers they were written to."""
+        assert self.grads is not None
+        return _read(self.grads, self._grad_order, arenas)
+
+    def ordered_weights(self, arenas: dict[Arena, NDArray[Any]]) -> NDArray[np.float64]:
+        """Return the norms of the weights' units, in the same order."""
+        return _read(self.weights, self._weight_order, arenas)
+
+    @staticmethod
+    def _place(position: int, layout: Layout) -> tuple[int, int]:
+        arena, offset = layout.places[position]
+        return list(layout.sizes).index(arena), offset
+
+    def _order(self, layout: Layout) -> NDArray[np.intp]:
+        """Return where each unit lies in the concatenated arenas of ``layout``."""
+        base: dict[Arena, int] = {}
+        total = 0
+        for arena, size in layout.sizes.items():
+            base[arena] = total
+            total += size
+        spans = []
+        for position in self.measured:
+            arena, offset = layout.places[position]
+            spans.append(np.arange(layout.specs[position].units) + base[arena] + offset)
+        return np.concatenate(spans) if spans else np.zeros(0, np.intp)
+
+
+def _read(layout: Layout, order: NDArray[np.intp] | None, arenas: dict[Arena, NDArray[Any]]) -> NDArray[np.float64]:
+    parts = [arenas[arena][:size] for arena, size in layout.sizes.items()]
+    joined = np.concatenate(parts, dtype=np.float64) if parts else np.zeros(0)
+    return joined if order is None else joined[order]
+
+
+class Claim:
+    """A part of a slot: the gradients' and the weights' unit norms of one plan."""
+
+    def __init__(self, plan: Plan, slot: "Slot", grad_at: dict[Arena, int], weight_at: dict[Arena, int]) -> None:
+        self.plan = plan
+        self._slot = slot
+        self._grad_at = grad_at
+        self._weight_at = weight_at
+        device = slot.device
+        self.weights: Bound = plan.weights.bind(
+            {arena: device[arena][weight_at[arena] :] for arena in plan.weights.sizes}, slot.scratch
+        )
+        self.grads: Bound | None = None
+        if plan.grads is not None:
+            views = {arena: device[arena][grad_at[arena] :] for arena in plan.grads.sizes}
+            self.grads = plan.grads.bind(views, slot.scratch)
+
+    def grad_units(self) -> NDArray[np.float64]:
+        """Return the norms of the gradients' units in the plan's order, once they have arrived."""
+        assert self.plan.grads is not None
+        host = self._slot.host_arrays
+        return self.plan.ordered_grads({arena: host[arena][self._grad_at[arena] :] for arena in self.plan.grads.sizes})
+
+    def raw_grads(self) -> list[NDArray[Any]]:
+        """Return the same as they lie in the buffers, without a copy: in any order, float32 or float64."""
+        assert self.plan.grads is not None
+        sizes = self.plan.grads.sizes
+        return [self._slot.host_arrays[arena][self._grad_at[arena] :][:size] for arena, size in sizes.items()]
+
+    def weight_units(self) -> NDArray[np.float64]:
+        """Return the norms of the weights' units in the plan's order, once they have arrived."""
+        host = self._slot.host_arrays
+        places = {arena: host[arena][self._weight_at[arena] :] for arena in self.plan.weights.sizes}
+        return self.plan.ordered_weights(places)
+
+
+class Slot:
+    """The buffers of one sample: on the device, and where the device is not the CPU, pinned on the host."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self.scratch = scratch
+        self.device: dict[Arena, Tensor] = {}
+        self.host: dict[Arena, Tensor] = {}
+        self.host_arrays: dict[Arena, NDArray[Any]] = {}
+        self._used: dict[Arena, int] = {}
+        self._claims: dict[tuple[int, tuple[int, ...]], Claim] = {}
+        self._events: list[Any] = []
+
+    def claim(self, plan: Plan) -> Claim:
+        """Return room for ``plan`` behind what was claimed before in this round."""
+        sizes = plan.sizes()
+        at = tuple(self._used.get(arena, 0) for arena in sizes)
+        claim = self._claims.get((id(plan), at))
+        if claim is None or claim.plan is not plan:
+            self._make_room(sizes)
+            grad_at = {arena: self._used.get(arena, 0) for arena in sizes}
+            grads = plan.grads.sizes if plan.grads is not None else {}
+            weight_at = {arena: grad_at[arena] + grads.get(arena, 0) for arena in sizes}
+            if len(self._claims) >= 4096:
+                self._claims.clear()
+            claim = self._claims[id(plan), at] = Claim(plan, self, grad_at, weight_at)
+        for arena, size in sizes.items():
+            self._used[arena] = self._used.get(arena, 0) + size
+        return claim
+
+    def send(self) -> None:
+        """Start the copy to the host of what was written; it is not waited for."""
+        for arena, tensor in self.device.items():
+            if tensor.device.type == "cpu":
+                continue
+            used = self._used.get(arena, 0)
+            self.host[arena][:used].copy_(tensor[:used], non_blocking=True)
+            event = torch.Event(tensor.device.type)
+            event.record()
+            self._events.append(event)
+
+    def arrived(self) -> bool:
+        """Return whether the copy is complete, without waiting for it."""
+        return all(event.query() for event in self._events)
+
+    def reset(self) -> None:
+        """Forget the round."""
+        self._used.clear()
+        self._events.clear()
+
+    @property
+    def bytes(self) -> int:
+        """Return its size."""
+        return sum(tensor.nbytes for tensor in self.device.values())
+
+    def _make_room(self, sizes: dict[Arena, int]) -> None:
+        for arena, size in sizes.items():
+            needed = self._used.get(arena, 0) + size
+            old = self.device.get(arena)
+            if old is not None and old.numel() >= needed:
+                continue
+            grown = torch.zeros(
+                max(needed, 2 * old.numel() if old is not None else 256), dtype=arena.dtype, device=arena.device
+            )
+            if old is not None:
+                # What this round has written is carried over, the views of the old buffer are not used again.
+                grown[: old.numel()].copy_(old)
+                self._claims.clear()
+            self.device[arena] = grown
+            on_cpu = arena.device.type == "cpu"
+            self.host[arena] = grown if on_cpu else torch.zeros_like(grown, device="cpu").pin_memory()
+            self.host_arrays[arena] = self.host[arena].numpy()
+
+
+class Slots:
+    """A bounded supply of slots: taken by the training thread, given back by the collector."""
+
+    def __init__(self) -> None:
+        self._scratch = Scratch()
+        self._free: deque[Slot] = deque()
+        self._made = 0
+        self._limit = _MOST
+
+    def take(self) -> Slot | None:
+        """Return a free slot; None where all are on their way, which costs this sample."""
+        try:
+            slot = self._free.popleft()
+        except IndexError:
+            if self._made >= self._limit:
+                return None
+            slot = Slot(self._scratch)
+            self._made += 1
+        if slot.bytes:
+            self._limit = max(_FEWEST, min(_MOST, _BUDGET_BYTES // slot.bytes))
+        slot.reset()
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """Return a slot that was read."""
+        self._free.append(slot)
+
+    @property
+    def scarce(self) -> bool:
+        """Return whether more than half of the slots are on their way."""
+        return self._made - len(self._free) > self._limit // 2

@@ -1,0 +1,388 @@
+"""The collector: turns what the training thread handed over into batches in the spool, on a thread of its own."""
+
+import math
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradwatch import wire
+from gradwatch.buffers import Slots
+from gradwatch.mirrors import Mirror
+from gradwatch.rounds import Clip, Ended, Message, Reading, Registered, Round, Scalar, Update
+from gradwatch.spool import Losses, Spool
+from gradwatch.statistics import ByParameter, by_parameter, clip_coefficient, norms
+
+POLL_SECONDS: Final = 0.1
+LARGEST_BATCH_BYTES: Final = 4 << 20
+LONGEST_QUEUE: Final = 20_000
+"""Steps that may wait for the collector; more are counted as dropped."""
+_BACKLOG: Final = 8
+"""Documents in the spool from which batches grow, since the server is the slower side."""
+_GROWN_BATCH_SECONDS: Final = 2.0
+_JUMP: Final = 10.0
+"""A global gradient norm this many times the usual one is a sign of trouble."""
+
+
+class Collector:
+    """Reads rounds, composes samples, writes batches.
+
+    Args:
+        spool: where batches go.
+        slots: where read buffers are given back.
+        losses: what had to be given up is counted here.
+        template: the registration without its parameters.
+        written: called after each write to the spool.
+        trouble: called at a sign of trouble: a non-finite number, a jump of the gradient norm.
+        failed: called with an exception of this thread.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        slots: Slots,
+        losses: Losses,
+        template: wire.Registration,
+        *,
+        written: Callable[[], None],
+        trouble: Callable[[], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._spool = spool
+        self._slots = slots
+        self._losses = losses
+        self._template = template
+        self._written = written
+        self._trouble = trouble
+        self._failed = failed
+        self._messages: deque[Message] = deque()
+        self._wake = threading.Event()
+        self._stop = False
+        self._mirrors: tuple[Mirror, ...] = ()
+        self._composer = Composer(losses)
+        self._batch = _Batch()
+        self.seconds = 0.0
+        """Processor time that this thread has taken."""
+        self._thread = threading.Thread(target=self._work, name="gradwatch-collector", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def put(self, message: Message) -> None:
+        """Take a message from the training thread; never waits."""
+        if len(self._messages) >= LONGEST_QUEUE and isinstance(message, Round):
+            self._losses.samples += message.sampled
+            if message.slot is not None:
+                self._slots.give_back(message.slot)
+            return
+        self._messages.append(message)
+        if self._slots.scarce:
+            self._wake.set()
+
+    def add_mirror(self, mirror: Mirror) -> None:
+        """Write the numbers of the whole run there, too."""
+        self._mirrors = (*self._mirrors, mirror)
+
+    def finish(self, end: wire.End | None, timeout_seconds: float) -> None:
+        """Write what is there, with ``end``, and stop the thread."""
+        self._messages.append(Ended(end))
+        self._stop = True
+        self._wake.set()
+        self._thread.join(timeout_seconds)
+
+    def _work(self) -> None:
+        while True:
+            stopping = self._stop
+            try:
+                self._drain(wait=stopping)
+                self._flush(force=stopping)
+            except Exception as error:
+                self._failed(error)
+            self.seconds = time.thread_time()
+            if stopping:
+                for mirror in self._mirrors:
+                    mirror.close()
+                return
+            self._wake.wait(POLL_SECONDS)
+            self._wake.clear()
+
+    def _drain(self, *, wait: bool) -> None:
+        while self._messages:
+            message = self._messages[0]
+            if isinstance(message, Round) and message.slot is not None and not _arrived(message, wait=wait):
+                return
+            self._messages.popleft()
+            self._take(message)
+            if self._batch.bytes >= LARGEST_BATCH_BYTES:
+                self._flush(force=True)
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Registered):
+            self._flush(force=True)
+            described = [watched.described(message.depths[place]) for place, watched in enumerate(message.watched)]
+            registration = msgspec.structs.replace(self._template, parameters=described)
+            self._spool.append("registration", wire.encode(registration))
+            self._composer.registered(len(described))
+            self._written()
+        elif isinstance(message, wire.Event):
+            self._batch.events.append(message)
+        elif isinstance(message, Ended):
+            self._batch.end = message.end
+        else:
+            self._take_round(message)
+
+    def _take_round(self, message: Round) -> None:
+        try:
+            sample, trail, events = self._composer.compose(message)
+        finally:
+            if message.slot is not None:
+                self._slots.give_back(message.slot)
+        for name, value in trail.items():
+            self._batch.trail.setdefault(name, []).append((message.step, value))
+        self._batch.events.extend(events)
+        self._batch.bytes += 16 * len(trail)
+        if sample is not None:
+            self._batch.samples.append(sample)
+            self._batch.bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
+        if self._composer.troubled:
+            self._trouble()
+        scalars = {} if sample is None else {name: wire.number(value) for name, value in sample.scalars.items()}
+        for mirror in self._mirrors:
+            mirror.write(message.step, {**scalars, **trail})
+
+    def _flush(self, *, force: bool) -> None:
+        batch = self._batch
+        if batch.empty:
+            return
+        behind = self._spool.pending > _BACKLOG
+        if not force and behind and time.monotonic() - batch.opened_at < _GROWN_BATCH_SECONDS:
+            return
+        self._batch = _Batch()
+        document = wire.Batch(
+            id=secrets.token_hex(8),
+            attempt=self._template.attempt,
+            samples=batch.samples,
+            trail={
+                name: wire.Trail(steps=[step for step, _ in pairs], values=[wire.spell(value) for _, value in pairs])
+                for name, pairs in batch.trail.items()
+            },
+            events=batch.events,
+            dropped=self._losses.counted(),
+            end=batch.end,
+        )
+        self._spool.append("batch", wire.encode(document), len(batch.samples))
+        self._written()
+
+
+class _Batch:
+    """A batch that is being filled."""
+
+    def __init__(self) -> None:
+        self.samples: list[wire.Sample] = []
+        self.trail: dict[str, list[tuple[int, float]]] = {}
+        self.events: list[wire.Event] = []
+        self.end: wire.End | None = None
+        self.bytes = 0
+        self.opened_at = time.monotonic()
+
+    @property
+    def empty(self) -> bool:
+        return not (self.samples or self.trail or self.events or self.end is not None)
+
+
+class Composer:
+    """Computes the statistics of samples from what was read.
+
+    Args:
+        losses: source of the counts that each sample carries.
+    """
+
+    def __init__(self, losses: Losses) -> None:
+        self._losses = losses
+        self._weight_norm = np.zeros(0, np.float32)
+        self._usual_norm = 0.0
+        self._was_finite = True
+        self.skipped_steps = 0
+        self.troubled = False
+        """Whether the last round showed a sign of trouble."""
+
+    def registered(self, count: int) -> None:
+        """There are ``count`` parameters from now on."""
+        self._weight_norm = np.append(self._weight_norm, np.zeros(count - self._weight_norm.size, np.float32))
+
+    def compose(self, round_: Round) -> tuple[wire.Sample | None, dict[str, float], list[wire.Event]]:
+        """Return the sample of a round (None where it has none), its numbers of every step, and its events."""
+        trail = {name: number(value) for name, value in round_.logged.items()}
+        if round_.losses:
+            trail.setdefault("loss", sum(map(number, round_.losses)))
+        if round_.clips:
+            trail["clip_norm"] = number(round_.clips[-1].total_norm)
+        events: list[wire.Event] = []
+        readings = [
+            reading for reading in round_.readings if reading.found_inf is None or not number(reading.found_inf)
+        ]
+        if round_.skipped or len(readings) < len(round_.readings):
+            self.skipped_steps += 1
+            events.append(
+                wire.Event(
+                    step=round_.step, at=round_.at, kind="skipped_step", message="the loss scaler skipped this step"
+                )
+            )
+        self.troubled = bool(events) or not all(map(math.isfinite, trail.values()))
+        sample = self._sample(round_, readings) if readings else None
+        if sample is not None:
+            self._watch(float(sample.scalars["global_grad_norm"]))
+        return sample, trail, events
+
+    def _watch(self, norm: float) -> None:
+        finite = math.isfinite(norm)
+        self.troubled |= self._was_finite and not finite
+        self._was_finite = finite
+        if finite:
+            self.troubled |= 0 < self._usual_norm * _JUMP < norm
+            self._usual_norm = norm if not self._usual_norm else 0.95 * self._usual_norm + 0.05 * norm
+
+    def _sample(self, round_: Round, readings: Sequence[Reading]) -> wire.Sample:
+        vectors = _Vectors(self._weight_norm.size)
+        coefficients = _coefficients(round_.clips, self._weight_norm.size)
+        clipped = bool(round_.clips) or round_.value_clipped
+        for reading in sorted(readings, key=lambda reading: reading.before_clip):
+            self._enter(reading, vectors, coefficients, clipped=clipped)
+        for index in round_.empty:
+            vectors.set_zero(index)
+        for update in round_.updates:
+            _enter_update(update, vectors)
+        vectors.weight_norm = self._weight_norm.copy()
+        statistics = vectors.statistics(clipped=clipped, updated=bool(round_.updates))
+        return wire.Sample(
+            step=round_.step,
+            at=round_.at,
+            statistics=statistics,
+            scalars={name: wire.spell(value) for name, value in self._scalars(round_, statistics).items()},
+        )
+
+    def _enter(
+        self, reading: Reading, vectors: "_Vectors", coefficients: NDArray[np.float64], *, clipped: bool
+    ) -> None:
+        plan = reading.claim.plan
+        indices = np.array([plan.indices[position] for position in plan.measured], np.intp)
+        weight_units = reading.claim.weight_units()
+        if plan.grads is None:
+            self._weight_norm[indices] = norms(weight_units, plan.starts)
+            return
+        measured = by_parameter(reading.claim.grad_units(), weight_units, plan.starts)
+        grad_norm, nonfinite = _repaired(measured, indices, reading)
+        scale = 1.0 if reading.scale is None else number(reading.scale)
+        with np.errstate(all="ignore"):
+            now = grad_norm / scale
+            factor = 1.0 if reading.before_clip else coefficients[indices]
+            vectors.grad_norm[indices] = now / factor
+            vectors.max_unit_ratio[indices] = measured.max_unit_ratio / scale / factor
+            if clipped and not reading.before_clip:
+                vectors.clipped_grad_norm[indices] = now
+        vectors.zero_unit_share[indices] = measured.zero_unit_share
+        vectors.nonfinite_count[indices] = nonfinite
+        self._weight_norm[indices] = measured.weight_norm
+
+    def _scalars(self, round_: Round, statistics: dict[wire.Statistic, wire.Vector]) -> dict[str, float]:
+        scalars = {name: number(value) for name, value in round_.scalars.items()}
+        scalars["global_grad_norm"] = _total(statistics["grad_norm"])
+        if "clipped_grad_norm" in statistics:
+            scalars["clipped_global_grad_norm"] = _total(statistics["clipped_grad_norm"])
+        scalars["skipped_steps"] = float(self.skipped_steps)
+        scalars["agent_seconds"] = round_.agent_seconds
+        scalars["dropped_samples"] = float(self._losses.samples)
+        scalars["dropped_bytes"] = float(self._losses.bytes)
+        return scalars
+
+
+class _Vectors:
+    """The statistics of one sample while they are filled in, each of shape (parameters,)."""
+
+    def __init__(self, count: int) -> None:
+        self.grad_norm, self.clipped_grad_norm, self.max_unit_ratio, self.zero_unit_share, self.nonfinite_count = (
+            np.full(count, wire.MISSING, np.float32) for _ in range(5)
+        )
+        self.update_norm = np.full(count, wire.MISSING, np.float32)
+        self.weight_norm = np.zeros(count, np.float32)
+
+    def set_zero(self, index: int) -> None:
+        for vector in (
+            self.grad_norm,
+            self.clipped_grad_norm,
+            self.max_unit_ratio,
+            self.zero_unit_share,
+            self.nonfinite_count,
+        ):
+            vector[index] = 0.0
+
+    def statistics(self, *, clipped: bool, updated: bool) -> dict[wire.Statistic, wire.Vector]:
+        statistics: dict[wire.Statistic, wire.Vector] = {
+            "grad_norm": self.grad_norm,
+            "weight_norm": self.weight_norm,
+            "max_unit_ratio": self.max_unit_ratio,
+            "zero_unit_share": self.zero_unit_share,
+            "nonfinite_count": self.nonfinite_count,
+        }
+        if clipped:
+            statistics["clipped_grad_norm"] = self.clipped_grad_norm
+        if updated:
+            statistics["update_norm"] = self.update_norm
+        return statistics
+
+
+def number(value: Scalar) -> float:
+    """Return a scalar as a float; one on a device is waited for, in this thread only."""
+    return float(value.detach().cpu().reshape(())) if isinstance(value, Tensor) else float(value)
+
+
+def _arrived(round_: Round, *, wait: bool) -> bool:
+    assert round_.slot is not None
+    deadline = time.monotonic() + 5.0
+    while not (arrived := round_.slot.arrived()) and wait and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return arrived
+
+
+def _repaired(
+    measured: ByParameter, indices: NDArray[np.intp], reading: Reading
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return norms and counts of non-finite elements, with what unit norms could not say put right."""
+    grad_norm, nonfinite = measured.grad_norm, measured.nonfinite_units
+    if not reading.repairs:
+        return grad_norm, nonfinite
+    place = {int(index): position for position, index in enumerate(indices)}
+    for index, repair in reading.repairs.items():
+        nonfinite[place[index]] = count = number(repair.nonfinite)
+        if repair.norm is not None and not count:
+            grad_norm[place[index]] = number(repair.norm)
+    return grad_norm, nonfinite
+
+
+def _coefficients(clips: Sequence[Clip], count: int) -> NDArray[np.float64]:
+    """Return what each parameter's gradient was multiplied by before the step, shape (parameters,)."""
+    coefficients = np.ones(count)
+    for clip in clips:
+        coefficient = clip_coefficient(number(clip.total_norm), clip.max_norm)
+        chosen = slice(None) if clip.indices is None else np.fromiter(clip.indices, np.intp, len(clip.indices))
+        coefficients[chosen] *= coefficient
+    return coefficients
+
+
+def _enter_update(update: Update, vectors: _Vectors) -> None:
+    units = update.units.detach().cpu().double().numpy()
+    vectors.update_norm[list(update.indices)] = norms(units, update.starts)
+
+
+def _total(vector: wire.Vector) -> float:
+    present = vector[vector != wire.MISSING].astype(np.float64)
+    with np.errstate(all="ignore"):
+        return float(np.sqrt(np.sum(present * present)))

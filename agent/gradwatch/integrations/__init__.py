@@ -1,0 +1,1 @@
+"""The agent in the training loops of others: each module needs the library it is named after."""

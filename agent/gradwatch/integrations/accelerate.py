@@ -1,0 +1,27 @@
+"""The agent with Accelerate: ``agent = gradwatch.integrations.accelerate.watch(accelerator, model, optimizer)``."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+
+from gradwatch.agent import Agent, attach
+
+
+def watch(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    **options: Any,
+) -> Agent:
+    """Attach to what ``accelerator.prepare`` returned; ``accelerator.end_training`` is followed by ``agent.close``.
+
+    Args:
+        accelerator: gives the model inside its wrappers.
+        model: as prepared.
+        optimizer: as prepared, or None: every optimizer that steps the model.
+        options: those of ``gradwatch.attach``.
+    """
+    return attach(accelerator.unwrap_model(model), optimizer, **options)

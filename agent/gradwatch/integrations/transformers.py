@@ -1,0 +1,40 @@
+"""The agent in the Hugging Face Trainer: ``Trainer(..., callbacks=[GradwatchCallback()])``."""
+
+from typing import Any
+
+from torch import nn
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
+
+from gradwatch.agent import Agent, attach
+
+
+class GradwatchCallback(TrainerCallback):
+    """Attaches when training begins, closes when it ends.
+
+    Args:
+        options: those of ``gradwatch.attach``; the run is named after ``run_name`` of the training arguments.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self.agent: Agent | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Attach to every optimizer that steps the model."""
+        if model is not None:
+            self.agent = attach(model, **{"run": args.run_name or None, **self._options})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Finish the run."""
+        if self.agent is not None:
+            self.agent.close()

@@ -1,0 +1,281 @@
+"""Unit norms of many tensors in few operators: the one pass that monitoring and clipping share.
+
+A unit is one output row of a tensor (its other dims are reduced); a vector, a gain or a scalar is one unit. Small
+tensors whose rows have one shape are gathered in a scratch buffer of cache size and reduced together; a large one is
+reduced where it lies, since copying it would cost more than launching for it. What comes out is a flat buffer of unit
+norms; a tensor's own norm is the norm of its unit norms, which stays right to 1e-6 where a single float32 sum over the
+whole tensor reads low (0.15% at 26 million elements on the CPU).
+
+Nothing here reads a number back from a device.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Axis = Literal["rows", "transposed", "whole"]
+"""Where the units of a tensor lie: dim 0, dim 1 (transposed convolutions), or the tensor is one unit."""
+
+WIDEST_ROW: Final = 1 << 16
+"""Elements that one float32 sum may take; wider units are summed in blocks."""
+_BLOCK: Final = 1 << 12
+
+_DIRECT_BYTES: Final = {"cpu": 1 << 19}
+"""From this size a tensor is reduced where it lies. Measured on 2 CPU cores: copying costs 0.7 of reading, a launch
+3 microseconds. On an accelerator a launch costs what reading about 16 MiB costs."""
+_DIRECT_BYTES_ELSEWHERE: Final = 1 << 24
+_CHUNK_BYTES: Final = {"cpu": 1 << 22}
+"""Size of the scratch buffer: what stays in the cache of a CPU."""
+_CHUNK_BYTES_ELSEWHERE: Final = 1 << 26
+
+
+class LayoutChangedError(RuntimeError):
+    """A tensor has no longer the shape that the layout was made for: make a new one."""
+
+
+class Spec(NamedTuple):
+    """What of a tensor decides how it is reduced."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    axis: Axis = "rows"
+    groups: int = 1
+    """Of a transposed convolution."""
+    sparse: bool = False
+
+    @property
+    def units(self) -> int:
+        """Return the number of units; 0 where the tensor is empty."""
+        if not math.prod(self.shape):
+            return 0
+        if self.axis == "whole" or len(self.shape) < 2:
+            return 1
+        return self.shape[1] * self.groups if self.axis == "transposed" else self.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Return the number of elements in one unit."""
+        return math.prod(self.shape) // max(self.units, 1)
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """Return the type in which its norms are summed: float64 for double precision, float32 for all others."""
+        return torch.float64 if self.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def spec_of(tensor: Tensor, axis: Axis, groups: int = 1) -> Spec:
+    """Return the specification of ``tensor``."""
+    return Spec(tuple(tensor.shape), tensor.dtype, tensor.device, axis, groups, tensor.layout != torch.strided)
+
+
+class Arena(NamedTuple):
+    """A kind of buffer that unit norms are written to: one for each device and type."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One reduction: some tensors of a list, and the part of the arena that takes their unit norms."""
+
+    positions: tuple[int, ...]
+    spec: Spec
+    """Of the first of them."""
+    arena: Arena
+    start: int
+    stop: int
+    gathered: bool
+    elements: int
+    """Of its tensors together."""
+
+
+@dataclass(slots=True)
+class Scratch:
+    """The buffers that rows are gathered in, one for each device and type, shared by all layouts of an agent."""
+
+    buffers: dict[Arena, Tensor] = field(default_factory=dict)
+
+    def take(self, arena: Arena, elements: int) -> Tensor:
+        """Return ``elements`` elements of uninitialised scratch, shape (elements,)."""
+        buffer = self.buffers.get(arena)
+        if buffer is None or buffer.numel() < elements:
+            size = max(elements, _chunk_bytes(arena.device) // arena.dtype.itemsize)
+            buffer = self.buffers[arena] = torch.empty(size, dtype=arena.dtype, device=arena.device)
+        return buffer[:elements]
+
+
+class Layout:
+    """How the unit norms of a list of tensors are computed, and where each lands.
+
+    Args:
+        specs: one for each tensor, in the order in which ``run`` gets them.
+        direct_bytes: tensors of this size or more are reduced where they lie; None: by device.
+        chunk_bytes: how much is gathered at once; None: by device.
+    """
+
+    def __init__(
+        self, specs: Sequence[Spec], *, direct_bytes: int | None = None, chunk_bytes: int | None = None
+    ) -> None:
+        self.specs = tuple(specs)
+        self.pieces = _pieces(self.specs, direct_bytes, chunk_bytes)
+        self.sizes: dict[Arena, int] = {}
+        """Unit norms in each arena."""
+        self.places: list[tuple[Arena, int]] = [(Arena(spec.device, spec.norm_dtype), 0) for spec in self.specs]
+        """For each tensor, its arena and where its first unit norm lies there."""
+        for piece in self.pieces:
+            offset = piece.start
+            for position in piece.positions:
+                self.places[position] = (piece.arena, offset)
+                offset += self.specs[position].units
+            self.sizes[piece.arena] = max(self.sizes.get(piece.arena, 0), piece.stop)
+
+    def bind(self, arenas: dict[Arena, Tensor], scratch: Scratch) -> "Bound":
+        """Return this layout writing to ``arenas``: each of shape (sizes[arena],) or longer."""
+        return Bound(self, arenas, scratch)
+
+
+class Bound:
+    """A layout with its buffers; the views of them are made once. No view of a user's tensor is ever kept."""
+
+    def __init__(self, layout: Layout, arenas: dict[Arena, Tensor], scratch: Scratch) -> None:
+        self.layout = layout
+        self._steps: list[tuple[Piece, Tensor, Tensor | None, Tensor | None]] = []
+        for piece in layout.pieces:
+            out = arenas[piece.arena][piece.start : piece.stop]
+            if not piece.gathered:
+                self._steps.append((piece, out, None, None))
+                continue
+            flat = scratch.take(piece.arena, piece.elements)
+            shape = piece.spec.shape
+            target = flat.view(-1, *shape[1:]) if piece.spec.axis == "rows" and len(shape) > 1 else flat
+            self._steps.append((piece, out, target, flat.view(piece.stop - piece.start, -1)))
+
+    def run(self, tensors: Sequence[Tensor]) -> None:
+        """Write the unit norms of ``tensors``, which must be of the layout's specification, in its order.
+
+        Raises:
+            LayoutChangedError: a tensor has another shape now.
+        """
+        for piece, out, target, rows in self._steps:
+            if target is None or rows is None:
+                _reduce_in_place(tensors[piece.positions[0]], piece.spec, out)
+                continue
+            shape = target.shape
+            members = [tensors[position] for position in piece.positions]
+            if piece.spec.shape == ():
+                torch.stack(members, out=target)
+            else:
+                torch.cat(members, out=target)
+            if target.shape != shape:
+                raise LayoutChangedError(f"{len(members)} tensors make {tuple(target.shape)}, not {tuple(shape)}")
+            torch.linalg.vector_norm(rows, dim=1, out=out)
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    return _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
+
+
+def _pieces(specs: Sequence[Spec], direct_bytes: int | None, chunk_bytes: int | None) -> list[Piece]:
+    alone: list[int] = []
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for position, spec in enumerate(specs):
+        limit = (
+            direct_bytes if direct_bytes is not None else _DIRECT_BYTES.get(spec.device.type, _DIRECT_BYTES_ELSEWHERE)
+        )
+        if not spec.units:
+            continue
+        if not _can_be_gathered(spec) or math.prod(spec.shape) * spec.norm_dtype.itemsize >= limit:
+            alone.append(position)
+        else:
+            one_unit = spec.axis == "whole" or len(spec.shape) < 2
+            row = spec.shape if one_unit else spec.shape[1:]
+            alike.setdefault((spec.device, spec.dtype, one_unit, row), []).append(position)
+    groups = [(position,) for position in alone]
+    gathered = [part for members in alike.values() for part in _chunks(specs, members, chunk_bytes)]
+    sizes: dict[Arena, int] = {}
+    pieces: list[Piece] = []
+    for positions in [*groups, *gathered]:
+        spec = specs[positions[0]]
+        arena = Arena(spec.device, spec.norm_dtype)
+        start = sizes.get(arena, 0)
+        stop = sizes[arena] = start + sum(specs[position].units for position in positions)
+        elements = sum(math.prod(specs[position].shape) for position in positions)
+        pieces.append(Piece(positions, spec, arena, start, stop, len(pieces) >= len(groups), elements))
+    return pieces
+
+
+def _can_be_gathered(spec: Spec) -> bool:
+    plain = spec.dtype.is_floating_point and spec.dtype.itemsize > 1 and not spec.sparse
+    in_order = spec.axis == "rows" or len(spec.shape) == 1
+    return plain and in_order and spec.width <= WIDEST_ROW
+
+
+def _chunks(specs: Sequence[Spec], members: Sequence[int], chunk_bytes: int | None) -> list[tuple[int, ...]]:
+    spec = specs[members[0]]
+    limit = (chunk_bytes or _chunk_bytes(spec.device)) // spec.norm_dtype.itemsize
+    chunks: list[list[int]] = []
+    elements = limit
+    for position in members:
+        size = math.prod(specs[position].shape)
+        if elements + size > limit:
+            chunks.append([])
+            elements = 0
+        chunks[-1].append(position)
+        elements += size
+    return [tuple(chunk) for chunk in chunks]
+
+
+def _reduce_in_place(tensor: Tensor, spec: Spec, out: Tensor) -> None:
+    if spec.sparse:
+        _reduce_sparse(tensor, out)
+        return
+    rows = _by_unit(tensor, spec)
+    if spec.width > WIDEST_ROW:
+        _reduce_wide(rows, spec, out)
+        return
+    wanted = None if rows.dtype == spec.norm_dtype else spec.norm_dtype
+    torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.dim())), dtype=wanted, out=out)
+
+
+def _by_unit(tensor: Tensor, spec: Spec) -> Tensor:
+    """Return a real floating-point view or copy with the units along dim 0 and two dims or more."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    elif not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+        tensor = tensor.to(spec.norm_dtype)
+    if spec.units == 1:
+        return tensor.reshape(1, -1)
+    if spec.axis != "transposed":
+        return tensor if tensor.dim() > 1 else tensor.reshape(-1, 1)
+    if spec.groups == 1:
+        return tensor.transpose(0, 1)
+    by_group = tensor.reshape(spec.groups, -1, *tensor.shape[1:])
+    return by_group.transpose(1, 2).flatten(0, 1)
+
+
+def _reduce_wide(rows: Tensor, spec: Spec, out: Tensor) -> None:
+    flat = rows.reshape(spec.units, -1)
+    blocks, rest = divmod(flat.shape[1], _BLOCK)
+    body = flat[:, : blocks * _BLOCK].reshape(spec.units, blocks, _BLOCK)
+    wanted = None if flat.dtype == spec.norm_dtype else spec.norm_dtype
+    norms = torch.linalg.vector_norm(body, dim=2, dtype=wanted)
+    if rest:
+        tail = torch.linalg.vector_norm(flat[:, blocks * _BLOCK :], dim=1, keepdim=True, dtype=wanted)
+        norms = torch.cat((norms, tail), dim=1)
+    torch.linalg.vector_norm(norms, dim=1, out=out)
+
+
+def _reduce_sparse(tensor: Tensor, out: Tensor) -> None:
+    """Write the row norms of a sparse COO tensor; rows that it does not hold are 0."""
+    held = tensor.coalesce()
+    indices, values = held.indices(), held.values()
+    if torch.is_complex(values):
+        values = torch.view_as_real(values)
+    squares = values.to(out.dtype).square().reshape(values.shape[0], -1).sum(1)
+    out.zero_().index_add_(0, indices[0] if out.numel() > 1 else torch.zeros_like(indices[0]), squares).sqrt_()

@@ -1,0 +1,181 @@
+"""The parameters of a model: their names, their units, the modules that own them."""
+
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradwatch import wire
+from gradwatch.layout import Axis, Spec, spec_of
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put into names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watched:
+    """A parameter that is watched. It is held weakly: the agent never keeps a model alive."""
+
+    name: str
+    parameter: "weakref.ref[Tensor]"
+    shape: tuple[int, ...]
+    dtype: str
+    units: int
+    trainable: bool
+    kind: str
+    """Type of the owning module."""
+    axis: Axis
+    groups: int
+
+    def described(self, depth: int) -> wire.Parameter:
+        """Return the parameter as it is registered."""
+        return wire.Parameter(
+            name=self.name,
+            shape=list(self.shape),
+            dtype=self.dtype,
+            depth=depth,
+            units=self.units,
+            trainable=self.trainable,
+            kind=self.kind,
+        )
+
+    def spec(self, tensor: Tensor) -> Spec:
+        """Return how ``tensor``, this parameter or its gradient, is reduced."""
+        return spec_of(tensor, self.axis, self.groups)
+
+
+def walk(models: Sequence[nn.Module]) -> Iterator[Watched]:
+    """Yield every parameter once, tied ones under their first name, in the order of registration."""
+    seen: set[int] = set()
+    for place, model in enumerate(models):
+        root = unwrapped(model)
+        prefix = f"{place}." if len(models) > 1 else ""
+        for path, module in root.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                yield watched(
+                    _WRAPPERS.sub("", f"{prefix}{path}.{name}" if path else f"{prefix}{name}"), parameter, module
+                )
+
+
+def watched(name: str, parameter: Tensor, owner: nn.Module | None) -> Watched:
+    """Return ``parameter`` under ``name``; its units follow the type of its owner."""
+    axis, groups = _axis(parameter, owner)
+    local_tensor = local(parameter)
+    return Watched(
+        name=name,
+        parameter=weakref.ref(parameter),
+        shape=tuple(parameter.shape),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        units=spec_of(local_tensor, axis, groups).units,
+        trainable=parameter.requires_grad,
+        kind=type(owner).__name__ if owner is not None else "",
+        axis=axis,
+        groups=groups,
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DataParallel and DistributedDataParallel, whose only child is named ``module``."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether ``torch.compile`` runs the model or a part of it."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor (no collective), any other tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    part: Tensor = to_local() if to_local is not None else tensor
+    return part
+
+
+def _axis(parameter: Tensor, owner: nn.Module | None) -> tuple[Axis, int]:
+    if parameter.dim() < 2:
+        return "whole", 1
+    if isinstance(owner, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return "transposed", owner.groups
+    if type(owner).__name__.endswith("Norm"):
+        return "whole", 1
+    return "rows", 1
+
+
+class ReadyOrder:
+    """The order in which gradients become ready, learnt in the first backward passes: output first.
+
+    It needs a hook on each parameter; they are removed when the order is known. A compiled model makes all its
+    gradients ready at once, in an order that says nothing: it is not asked, and registration order is kept.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[int, Tensor]]) -> None:
+        self._ready: dict[int, int] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        for index, parameter in parameters:
+            if parameter.requires_grad and parameter.is_leaf:
+                register: Callable[[_Ready], torch.utils.hooks.RemovableHandle] = (
+                    parameter.register_post_accumulate_grad_hook
+                )
+                self._handles.append(register(_Ready(self._ready, index)))
+
+    @property
+    def known(self) -> bool:
+        """Return whether a backward pass was seen."""
+        return bool(self._ready)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def depths(self, count: int) -> list[int]:
+        """Return the depth of each of ``count`` parameters, 0 at the input."""
+        return depths(list(self._ready), count)
+
+
+class _Ready:
+    """Notes its parameter the first time; at module level, so that a parameter carrying it can still be pickled."""
+
+    def __init__(self, ready: dict[int, int], index: int) -> None:
+        self._ready = ready
+        self._index = index
+
+    def __call__(self, _parameter: Tensor) -> None:
+        self._ready.setdefault(self._index, len(self._ready))
+
+
+def depths(ready: Sequence[int], count: int) -> list[int]:
+    """Return the depth of each parameter from the order in which gradients became ready.
+
+    A parameter without a gradient stands behind its predecessor in registration order.
+
+    Args:
+        ready: indices of parameters, the first ready first; each at most once.
+        count: number of parameters.
+    """
+    if len(ready) < 2 or list(ready) == sorted(ready):
+        return list(range(count))
+    order = list(reversed(ready))
+    place = {index: position for position, index in enumerate(order)}
+    key: list[tuple[int, int]] = []
+    last = -1
+    for index in range(count):
+        last = place.get(index, last)
+        key.append((last, index if index not in place else -1))
+    ranked = sorted(range(count), key=key.__getitem__)
+    result = [0] * count
+    for depth, index in enumerate(ranked):
+        result[index] = depth
+    return result

@@ -1,0 +1,96 @@
+"""What the training thread hands over after each step: numbers still on the device, nothing computed yet."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from gradwatch import wire
+from gradwatch.buffers import Claim, Slot
+from gradwatch.model import Watched
+
+Scalar = float | Tensor
+
+
+@dataclass(slots=True)
+class Clip:
+    """One call of ``clip_grad_norm_``."""
+
+    total_norm: Tensor
+    max_norm: float
+    indices: frozenset[int] | None = None
+    """Of the parameters that it scaled; only known where the step is sampled."""
+
+
+@dataclass(slots=True)
+class Repair:
+    """What unit norms cannot say about one gradient."""
+
+    nonfinite: Scalar
+    """Elements that are NaN or infinite."""
+    norm: Scalar | None = None
+    """Its norm in float64, where squares overflow or vanish in float32."""
+
+
+@dataclass(slots=True)
+class Reading:
+    """Unit norms of the parameters that one optimizer steps."""
+
+    claim: Claim
+    before_clip: bool
+    scale: Tensor | None = None
+    """What the gradients are multiplied by, with a fused optimizer under a loss scaler."""
+    found_inf: Tensor | None = None
+    repairs: dict[int, Repair] = field(default_factory=dict)
+    """By index."""
+
+
+@dataclass(slots=True)
+class Update:
+    """Change of some parameters over the step: unit norms of the differences."""
+
+    indices: Sequence[int]
+    starts: Sequence[int]
+    units: Tensor
+
+
+@dataclass(slots=True)
+class Round:
+    """One step."""
+
+    step: int
+    at: float
+    sampled: bool
+    slot: Slot | None = None
+    stepped: set[int] = field(default_factory=set)
+    """Ids of the optimizers that have stepped."""
+    readings: list[Reading] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    """Their sum is the loss whose gradient was applied."""
+    clips: list[Clip] = field(default_factory=list)
+    value_clipped: bool = False
+    logged: dict[str, Scalar] = field(default_factory=dict)
+    scalars: dict[str, Scalar] = field(default_factory=dict)
+    updates: list[Update] = field(default_factory=list)
+    empty: list[int] = field(default_factory=list)
+    """Indices of parameters without elements that have a gradient."""
+    skipped: bool = False
+    agent_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Registered:
+    """The parameters of the run, from now on."""
+
+    watched: Sequence[Watched]
+    depths: Sequence[int]
+
+
+@dataclass(slots=True)
+class Ended:
+    """The attempt is over."""
+
+    end: wire.End | None
+
+
+Message = Round | Registered | Ended | wire.Event

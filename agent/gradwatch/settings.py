@@ -1,0 +1,99 @@
+"""Where the agent reports to: explicit arguments first, then the environment, then the defaults."""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+DEFAULT_URL: Final = "http://127.0.0.1:8321"
+RUN_ID: Final = re.compile(r"run-[0-9a-f]{16}")
+"""The form of a run's id. ``run=`` in this form resumes that run as a new attempt; anything else is a name."""
+
+
+class SettingsError(ValueError):
+    """An argument or an environment variable that cannot be used; the text names it, its value and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What ``attach`` was told, checked once."""
+
+    url: str = DEFAULT_URL
+    token: str | None = field(default=None, repr=False)
+    project: str = "default"
+    run: str | None = None
+    every_steps: int | None = None
+    """Steps between samples; None: governed by ``overhead_budget_ratio``."""
+    overhead_budget_ratio: float = 0.01
+    """Largest share of the step time that the agent may take."""
+    spool_directory: Path
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise SettingsError(f"url {self.url!r} must start with http:// or https://")
+        if self.every_steps is not None and self.every_steps < 1:
+            raise SettingsError(f"every={self.every_steps} must be at least 1 step, or None to let the budget decide")
+        if not 0 < self.overhead_budget_ratio <= 1 or math.isnan(self.overhead_budget_ratio):
+            raise SettingsError(
+                f"overhead_budget={self.overhead_budget_ratio} must be over 0 and at most 1 (0.01 is 1%)"
+            )
+
+
+def resolve(
+    *,
+    url: str | None = None,
+    token: str | None = None,
+    project: str | None = None,
+    run: str | None = None,
+    every: int | None = None,
+    overhead_budget: float = 0.01,
+    environment: Mapping[str, str] | None = None,
+) -> Settings:
+    """Return the settings for these arguments, completed from the environment where an argument is None.
+
+    Raises:
+        SettingsError: a value cannot be used.
+    """
+    given = os.environ if environment is None else environment
+    return Settings(
+        url=(url or given.get("GRADWATCH_URL") or DEFAULT_URL).rstrip("/"),
+        token=token or secret(given, "GRADWATCH_TOKEN"),
+        project=project or given.get("GRADWATCH_PROJECT") or "default",
+        run=run or given.get("GRADWATCH_RUN") or None,
+        every_steps=_steps(given.get("GRADWATCH_EVERY")) if every is None else every,
+        overhead_budget_ratio=overhead_budget,
+        spool_directory=spool_directory(given),
+    )
+
+
+def secret(environment: Mapping[str, str], name: str) -> str | None:
+    """Return the secret in ``name``, or in the file that ``name_FILE`` names."""
+    if environment.get(name):
+        return environment[name]
+    path = environment.get(f"{name}_FILE")
+    if not path:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip() or None
+    except OSError as error:
+        raise SettingsError(f"{name}_FILE={path} cannot be read: {error.strerror}") from None
+
+
+def spool_directory(environment: Mapping[str, str]) -> Path:
+    """Return where unsent measurements wait: ``GRADWATCH_SPOOL_DIR``, else the user's cache directory."""
+    if environment.get("GRADWATCH_SPOOL_DIR"):
+        return Path(environment["GRADWATCH_SPOOL_DIR"]).expanduser()
+    cache = environment.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path("~/.cache").expanduser()) / "gradwatch"
+
+
+def _steps(text: str | None) -> int | None:
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise SettingsError(f"GRADWATCH_EVERY={text!r} must be a whole number of steps") from None

@@ -1,0 +1,38 @@
+"""Writes the dashboards: ``python -m dashboards.build``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+from dashboards import alerts, fleet, run, server
+
+FOLDER = Path(__file__).parent / "grafana"
+
+
+def written() -> dict[str, str]:
+    """Return the text of each dashboard's file by its name."""
+    boards = (fleet.build(), run.build(), alerts.build(), server.build())
+    encoder = JSONEncoder(sort_keys=True, indent=2, ensure_ascii=False)
+    texts = {}
+    for board in (board.build() for board in boards):
+        document = json.loads(encoder.encode(board))
+        _strip(document)
+        texts[f"{board.uid}.json"] = json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    return texts
+
+
+def _strip(document: dict[str, Any]) -> None:
+    """Take out what the SDK writes by itself and Grafana's types do not know."""
+    for variable in document["templating"].get("list", []):
+        for key in ("auto", "auto_count", "auto_min"):  # they belong to variables of another type
+            variable.pop(key, None)
+    for panel in document["panels"]:
+        if panel["type"] == "table":
+            panel["options"].pop("footer", None)
+
+
+if __name__ == "__main__":
+    for name, text in written().items():
+        (FOLDER / name).write_text(text)

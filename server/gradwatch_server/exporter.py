@@ -1,0 +1,176 @@
+"""Every sample at full resolution to a time-series store: Prometheus, VictoriaMetrics, Mimir, Thanos."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+import sqlalchemy as sa
+
+from gradwatch import wire
+from gradwatch_server import schema, timeseries
+from gradwatch_server.timeseries import Series
+
+_POLL_SECONDS = 1.0
+_SAMPLES_AT_ONCE = 20
+_TIMEOUT_SECONDS = 30.0
+_LONGEST_WAIT_SECONDS = 60.0
+_SPLIT_AFTER = 3
+"""Answers of 5xx to one batch before it is split: Prometheus 2.42 says 500 where a sample is too old."""
+
+log = logging.getLogger(__name__)
+
+
+class RemoteWrite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where samples are written to, besides the database."""
+
+    url: str
+    """Such as ``http://prometheus:9090/api/v1/write``."""
+    backlog_seconds: float = 3600.0
+    """How far back samples are sent when the server starts; what is there already is set aside by the store."""
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"remote_write.url {self.url!r} is not an http or https address")
+
+
+@dataclass
+class Counts:
+    """What became of samples; one counts with all its parameters."""
+
+    sent: int = 0
+    set_aside: int = 0
+    retries: int = 0
+
+
+@dataclass
+class Exporter:
+    """Follows the samples of every run that reports and writes them out; the database is its queue."""
+
+    engine: sa.Engine
+    settings: RemoteWrite
+    counts: Counts = field(default_factory=Counts)
+    _sent: dict[tuple[str, int], int] = field(default_factory=dict)
+    """The last step that was dealt with, by run and attempt."""
+    _since: float = field(default_factory=time.time)
+
+    async def run(self) -> None:
+        """Write until cancelled; an error of one round is logged and the next round tries again."""
+        async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, trust_env=False) as client:
+            while True:
+                try:
+                    written = await self._round(client)
+                except sa.exc.SQLAlchemyError:
+                    log.exception("the samples to write out cannot be read; the next round tries again")
+                    written = 0
+                if not written:
+                    await asyncio.sleep(_POLL_SECONDS)
+
+    async def _round(self, client: httpx.AsyncClient) -> int:
+        batches = await asyncio.to_thread(self._waiting)
+        for (run_id, attempt), samples in batches.items():
+            await self._write(client, samples)
+            self._sent[run_id, attempt] = samples[-1].step
+        return len(batches)
+
+    def _waiting(self) -> dict[tuple[str, int], list["Measured"]]:
+        """Return the next samples of each run and attempt."""
+        start = self._since - self.settings.backlog_seconds
+        runs, samples = schema.runs, schema.samples
+        with self.engine.connect() as connection:
+            reporting = connection.execute(sa.select(runs).where(runs.c.last_seen_at >= start)).all()
+            found = {}
+            for run in reporting:
+                rows = connection.execute(
+                    sa.select(samples)
+                    .where(
+                        samples.c.run == run.id,
+                        samples.c.level == 0,
+                        samples.c.attempt == run.attempt,
+                        samples.c.at >= start,
+                        samples.c.step > self._sent.get((run.id, run.attempt), -1),
+                    )
+                    .order_by(samples.c.step)
+                    .limit(_SAMPLES_AT_ONCE)
+                ).all()
+                if rows:
+                    names = _parameters(connection, run.id)
+                    found[run.id, run.attempt] = [Measured.of(run, names, row) for row in rows]
+            return found
+
+    async def _write(self, client: httpx.AsyncClient, samples: list["Measured"]) -> None:
+        """Write samples; those that the store refuses are split until the ones at fault are set aside alone."""
+        accepted = await self._post(client, timeseries.encode(_series(samples)))
+        if accepted:
+            self.counts.sent += len(samples)
+        elif len(samples) > 1:
+            half = len(samples) // 2
+            await self._write(client, samples[:half])
+            await self._write(client, samples[half:])
+        else:
+            self.counts.set_aside += 1
+
+    async def _post(self, client: httpx.AsyncClient, body: bytes) -> bool:
+        """Post until the store takes the body or refuses it; return whether it took it."""
+        wait, errors = 0.5, 0
+        while True:
+            try:
+                answer = await client.post(self.settings.url, content=body, headers=timeseries.HEADERS)
+            except httpx.TransportError as error:
+                log.warning("remote write to %s: %s; again in %.1f s", self.settings.url, error, wait)
+            else:
+                if answer.is_success:
+                    return True
+                log.warning("remote write: %s %.200s", answer.status_code, answer.text)
+                errors += answer.status_code == 500
+                if (answer.status_code < 500 and answer.status_code != 429) or errors == _SPLIT_AFTER:
+                    return False
+            self.counts.retries += 1
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+
+
+def _parameters(connection: sa.Connection, run_id: str) -> list[tuple[str, str]]:
+    table = schema.parameters
+    query = sa.select(*table.c["name", "depth"]).where(table.c.run == run_id).order_by(table.c.position)
+    return [(row.name, f"{row.depth:03d}") for row in connection.execute(query)]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One sample as points: the labels of each series and its value."""
+
+    step: int
+    milliseconds: int
+    values: dict[tuple[tuple[str, str], ...], float]
+
+    @classmethod
+    def of(cls, run: sa.Row[Any], parameters: list[tuple[str, str]], row: sa.Row[Any]) -> "Measured":
+        """Return the points of a stored sample."""
+        common = {"run": run.id, "project": run.project, "name": run.name}
+        values = {_labels(common, "step"): float(row.step)}
+        for name, value in (row.scalars or {}).items():
+            values[_labels(common, "scalar", scalar=name)] = wire.number(value)
+        for statistic in wire.STATISTICS:
+            vector = getattr(row, statistic)
+            for position in [] if vector is None else np.flatnonzero(vector != wire.MISSING).tolist():
+                parameter, depth = parameters[position]
+                labels = _labels(common, statistic, parameter=parameter, depth=depth)
+                values[labels] = float(vector[position])
+        return cls(row.step, round(row.at * 1000), values)
+
+
+def _labels(common: dict[str, str], metric: str, **more: str) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted({"__name__": f"gradwatch_sample_{metric}", **common, **more}.items()))
+
+
+def _series(samples: list[Measured]) -> list[Series]:
+    points: dict[tuple[tuple[str, str], ...], list[tuple[int, float]]] = {}
+    for measured in sorted(samples, key=lambda sample: sample.milliseconds):  # Prometheus drops the others in silence
+        for labels, value in measured.values.items():
+            points.setdefault(labels, []).append((measured.milliseconds, value))
+    return [Series(labels, found) for labels, found in points.items()]

@@ -1,0 +1,166 @@
+"""Unit norms against float64 numpy, and what the pass costs in operators and never does: wait for the device."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.agent import models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradwatch
+from gradwatch.buffers import Plan, Slots
+from gradwatch.layout import Arena, Axis, Layout, Scratch, spec_of
+
+from .conftest import Server
+
+
+def unit_norms(tensors: Sequence[Tensor], axis: Axis = "rows", **sizes: int) -> list[np.ndarray[Any, Any]]:
+    layout = Layout([spec_of(tensor, axis) for tensor in tensors], **sizes)
+    arenas = {arena: torch.zeros(size, dtype=arena.dtype) for arena, size in layout.sizes.items()}
+    layout.bind(arenas, Scratch()).run(tensors)
+    return [
+        arenas[arena][start : start + spec.units].numpy() if spec.units else np.zeros(0)
+        for (arena, start), spec in zip(layout.places, layout.specs, strict=True)
+    ]
+
+
+SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=5).map(tuple)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shapes=st.lists(SHAPES, min_size=1, max_size=8),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    direct=st.sampled_from([0, 64, 1 << 20]),
+)
+def test_rows_of_any_shape_equal_numpy(shapes: list[tuple[int, ...]], dtype: torch.dtype, direct: int) -> None:
+    generator = torch.Generator().manual_seed(len(shapes))
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    for tensor, got in zip(tensors, unit_norms(tensors, direct_bytes=direct, chunk_bytes=256), strict=True):
+        exact = tensor.double().numpy().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
+        assert got == pytest.approx(np.linalg.norm(exact, axis=1), rel=1e-6)
+
+
+def test_two_rows_by_hand() -> None:
+    (got,) = unit_norms([torch.tensor([[3.0, 4.0], [5.0, 12.0]])])
+    assert got.tolist() == [5.0, 13.0]
+
+
+@pytest.mark.parametrize("shape", [(100_000_000,), (1, 30_000_001), (10_000, 10_000), (7, 200_003)])
+def test_large_tensors_are_right_to_1e_5(shape: tuple[int, ...]) -> None:
+    tensor = torch.empty(shape).uniform_(-1, 1)
+    (got,) = unit_norms([tensor])
+    exact = math.sqrt(sum(float(part.double().square().sum()) for part in tensor.reshape(-1).split(1 << 22)))
+    assert math.sqrt(float((got.astype(np.float64) ** 2).sum())) == pytest.approx(exact, rel=1e-5)
+
+
+def test_memory_that_is_not_contiguous() -> None:
+    channels_last = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    expanded = torch.ones(1).expand(6, 7)
+    got = unit_norms([channels_last, expanded])
+    assert got[0] == pytest.approx(channels_last.flatten(1).norm(dim=1).numpy(), rel=1e-6)
+    assert got[1] == pytest.approx(np.full(6, math.sqrt(7)), rel=1e-6)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are launched, and refuses those that wait for the device."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "item")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        assert name.partition(".")[0] not in self.WAITING, name
+        self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watcher_of_operators_can_fail() -> None:
+    with Operators(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        torch.ones(1).sum().item()
+
+
+@pytest.mark.parametrize("loop", ["plain", "clipped", "scaled", "closure"])
+def test_nothing_in_the_hooks_waits_for_the_device(server: Server, loop: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=loop == "scaled")
+    scaler = torch.amp.GradScaler("cpu", enabled=loop == "scaled")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(torch.ones(2, 5)).square().mean()
+        scaler.scale(loss).backward()
+        return loss
+
+    with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
+        for _ in range(4):
+            with Operators():
+                if loop == "closure":
+                    optimizer.step(closure)
+                    continue
+                closure()
+                if loop == "clipped":
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                if loop == "scaled":
+                    scaler.step(optimizer)
+                    scaler.update()
+                else:
+                    optimizer.step()
+        assert agent.losses.errors == 0
+    assert len(server.samples) == 4
+
+
+@pytest.mark.parametrize("name", models.SHAPES)
+def test_operators_grow_with_the_widths_not_with_the_parameters(name: str) -> None:
+    """The layout for accelerators, where a launch is dear: at most 8 for each unit width and 20 more."""
+    shapes = models.SHAPES[name]()
+    tensors = [torch.zeros(1).expand(shape) for shape in shapes]
+    specs = [spec_of(tensor, "rows") for tensor in tensors]
+    widths = {spec.width for spec in specs}
+    counts = {}
+    for form, (direct, chunk) in {"accelerator": (1 << 24, 1 << 26), "cpu": (1 << 19, 1 << 22)}.items():
+        layout = Layout(specs, direct_bytes=direct, chunk_bytes=chunk)
+        arenas = {arena: torch.zeros(size, dtype=arena.dtype) for arena, size in layout.sizes.items()}
+        bound = layout.bind(arenas, Scratch())
+        with Operators() as operators, torch.no_grad():
+            bound.run(tensors)
+            bound.run(tensors)
+        counts[form] = len(operators.names)
+    print(f"{name}: {len(shapes)} parameters, {len(widths)} widths, bar {8 * len(widths) + 20}, operators {counts}")
+    assert counts["accelerator"] <= 8 * len(widths) + 20
+
+
+def test_slots_are_bounded_and_come_back() -> None:
+    slots = Slots()
+    plan = Plan([0], [spec_of(torch.zeros(3, 2), "rows")], [spec_of(torch.zeros(3, 2), "rows")])
+    taken = [slot for slot in iter(slots.take, None) if slot.claim(plan).plan is plan]
+    assert 4 <= len(taken) <= 128
+    slots.give_back(taken[0])
+    assert slots.take() is taken[0]
+
+
+def test_a_plan_reads_back_what_was_written() -> None:
+    weights = [torch.randn(3, 2), torch.randn(4), torch.randn(2, 2, dtype=torch.float64)]
+    grads = [torch.randn(3, 2).to_sparse(1), torch.randn(4), torch.randn(2, 2, dtype=torch.float64)]
+    plan = Plan([0, 1, 2], [spec_of(g, "rows") for g in grads], [spec_of(w, "rows") for w in weights])
+    slot = Slots().take()
+    assert slot is not None
+    claim = slot.claim(plan)
+    assert claim.grads is not None
+    claim.grads.run(grads)
+    claim.weights.run(weights)
+    order = [plan.indices[position] for position in plan.measured]
+    expected = {"grads": claim.grad_units(), "weights": claim.weight_units()}
+    for tensors, got in zip((grads, weights), expected.values(), strict=True):
+        rows = [tensors[i].to_dense().double().reshape(tensors[i].shape[0] if i != 1 else 1, -1) for i in order]
+        assert got == pytest.approx(np.concatenate([row.norm(dim=1).numpy() for row in rows]), rel=1e-6)
+    assert isinstance(next(iter(plan.sizes())), Arena)

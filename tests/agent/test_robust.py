@@ -1,0 +1,412 @@
+"""What must never reach the training: dead servers, full disks, forks, signals, errors of the agent's own."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import gradwatch
+from gradwatch import flush, wire
+from gradwatch.agent import Agent
+from gradwatch.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
+from gradwatch.spool import Entry, Losses, Spool, leftovers
+
+from .conftest import OwnErrors, Server
+
+
+def train(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> list[float]:
+    """Train and return what each step of the optimizer took, in seconds."""
+    taken = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(4, 5)).sum().backward()
+        started = time.perf_counter()
+        optimizer.step()
+        taken.append(time.perf_counter() - started)
+    assert agent.losses.errors == 0
+    return taken
+
+
+def network() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    return model, torch.optim.SGD(model.parameters(), lr=0.0)
+
+
+@pytest.fixture
+def hanging() -> Iterator[str]:
+    """A server that accepts connections and never answers."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(16)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.fixture
+def refusing() -> str:
+    """The address of nobody."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_steps_are_not_delayed_whatever_the_server_does(server: Server, hanging: str, refusing: str) -> None:
+    """No step is delayed by more than 50 ms: the fastest of three tries counts, since the machine is shared."""
+    answers = iter([(500, {}, b"no"), (200, {"Content-Type": "text/html"}, b"<html>"), (302, {}, b"")] * 1000)
+    server.answer = lambda *_: next(answers)
+    for url in (refusing, hanging, server.url):
+        model, optimizer = network()
+        agent = gradwatch.attach(model, optimizer, url=url, every=1)
+        train(agent, model, optimizer)
+        assert min(max(train(agent, model, optimizer, 30)) for _ in range(3)) < 0.05
+        started = time.monotonic()
+        agent.close(timeout_seconds=0.5)
+        assert time.monotonic() - started < 5
+    assert not server.samples
+
+
+def test_what_a_dead_server_leaves_behind_flush_delivers(
+    server: Server, refusing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=refusing, every=1)
+    train(agent, model, optimizer)
+    agent.close(timeout_seconds=1)
+    assert flush.main(["--url", refusing]) == 1
+    assert "stay in" in capsys.readouterr().err
+    assert flush.main(["--url", server.url]) == 0
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    assert server.registrations[0].id == agent.run_id
+    assert flush.main(["--url", server.url]) == 0
+    assert len(server.samples) == 5
+
+
+def test_the_next_agent_delivers_what_the_last_one_left(server: Server) -> None:
+    server.answer = lambda *_: (503, {}, b"{}")
+    model, optimizer = network()
+    first = gradwatch.attach(model, optimizer, url=server.url, every=1)
+    train(first, model, optimizer)
+    first.close(timeout_seconds=0.5)
+    assert not server.samples
+    server.answer = None
+    with gradwatch.attach(model, optimizer, url=server.url, every=1) as second:
+        server.wait(lambda: len(server.samples) == 5)
+    assert {registration.id for registration in server.registrations} == {first.run_id, second.run_id}
+
+
+@pytest.mark.parametrize("kind", ["file instead of a folder", "device"])
+def test_a_spool_that_cannot_be_written(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, own_errors: OwnErrors
+) -> None:
+    if kind == "device":
+        path = Path("/dev/full")
+        monkeypatch.setenv("GRADWATCH_SPOOL_DIR", str(path))
+    else:
+        path = tmp_path / "occupied"
+        path.write_text("")
+        monkeypatch.setenv("GRADWATCH_SPOOL_DIR", str(path))
+    model, optimizer = network()
+    with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
+        train(agent, model, optimizer)
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    assert own_errors.warnings == 1
+
+
+def spool(tmp_path: Path, limit_bytes: int = 1 << 20) -> tuple[Spool, Losses, list[str]]:
+    losses, warned = Losses(), list[str]()
+    made = Spool(tmp_path, url="http://u", run="run-x", losses=losses, warn=warned.append, limit_bytes=limit_bytes)
+    return made, losses, warned
+
+
+def batch(step: int, count: int = 1) -> bytes:
+    samples = [wire.Sample(step=step + place, at=0.0, scalars={"x": 1.0}) for place in range(count)]
+    trail = {"loss": wire.Trail(steps=[step], values=[1.0])}
+    return wire.encode(wire.Batch(id=str(step), samples=samples, trail=trail))
+
+
+def test_the_spool_thins_the_oldest_and_counts(tmp_path: Path) -> None:
+    made, losses, _ = spool(tmp_path, limit_bytes=20_000)
+    size = len(batch(1000, 10))
+    written = 20_000 // size + 30
+    for place in range(written):
+        made.append("batch", batch(1000 + 10 * place, 10), 10)
+    kept: list[wire.Batch] = []
+    while (entry := made.first()) is not None:
+        kept.append(wire.decode(entry.body, wire.Batch))
+        made.forget(entry)
+    steps = [sample.step for one in kept for sample in one.samples]
+    assert steps == sorted(steps)
+    assert len(steps) + losses.samples == 10 * written
+    assert losses.bytes > 0
+    assert kept[-1].id == str(1000 + 10 * (written - 1))
+    assert len(kept[-1].samples) == 10
+    assert any(one.trail and len(one.samples) < 10 for one in kept)
+    made.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_disk_fills_up_later(tmp_path: Path) -> None:
+    made, losses, warned = spool(tmp_path)
+    made.append("batch", batch(1), 1)
+    (pages,) = made._connection.execute("PRAGMA page_count").fetchone()
+    made._connection.execute(f"PRAGMA max_page_count = {pages}")  # what a full disk looks like to SQLite
+    for step in range(2, 60):
+        made.append("batch", batch(step, 20), 20)
+    assert len(warned) == 1
+    assert "full" in warned[0]
+    steps = []
+    while (entry := made.first()) is not None:
+        steps.append(int(wire.decode(entry.body, wire.Batch).id))
+        made.forget(entry)
+    assert steps == list(range(1, 60))
+    assert losses.samples == 0
+
+
+def test_a_spool_of_the_living_is_left_alone(tmp_path: Path) -> None:
+    made, _, _ = spool(tmp_path)
+    made.append("batch", batch(1), 1)
+    assert [left.run for left in leftovers(tmp_path)] == []
+    made.close()
+    assert [(left.run, left.pending) for left in leftovers(tmp_path)] == [("run-x", 1)]
+
+
+class Scripted:
+    """A transport that answers from a list, and notes what it got."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = list(answers)
+        self.paths: list[str] = []
+        self.at: list[float] = []
+        self.done = threading.Event()
+
+    def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
+        self.paths.append(path)
+        self.at.append(time.monotonic())
+        answer = self.answers.pop(0) if self.answers else Answer("committed")
+        if not self.answers:
+            self.done.set()
+        return answer
+
+
+class Listed:
+    """A queue in a list."""
+
+    run = "run-x"
+
+    def __init__(self, *entries: Entry) -> None:
+        self.entries = list(entries)
+
+    def first(self) -> Entry | None:
+        return self.entries[0] if self.entries else None
+
+    def forget(self, entry: Entry) -> None:
+        self.entries.remove(entry)
+
+
+REGISTRATION = Entry(1, "registration", 0, b"r")
+BATCHES = [Entry(number, "batch", 3, b"bbb") for number in (2, 3)]
+
+
+def test_an_unknown_run_is_registered_again_and_the_batch_resent() -> None:
+    transport = Scripted(Answer("committed"), Answer("unknown_run"), Answer("committed"), Answer("committed"))
+    queue = Listed(REGISTRATION, *BATCHES)
+    assert Sender(queue, transport, Losses(), print).deliver()
+    samples = "/api/v1/runs/run-x/samples"
+    assert transport.paths == ["/api/v1/runs", samples, "/api/v1/runs", samples, samples]
+
+
+def test_poison_is_set_aside_counted_and_said_once() -> None:
+    said: list[str] = []
+    losses = Losses()
+    transport = Scripted(Answer("committed"), Answer("poison", "422 bad"), Answer("poison", "413"))
+    assert Sender(Listed(REGISTRATION, *BATCHES), transport, losses, said.append).deliver()
+    assert (losses.samples, losses.bytes, len(said)) == (6, 6, 1)
+
+
+def test_it_backs_off_and_honours_retry_after() -> None:
+    transport = Scripted(*[Answer("later")] * 3, Answer("later", retry_after_seconds=0.7), Answer("committed"))
+    queue = Listed(REGISTRATION)
+    sender = Sender(queue, transport, Losses(), lambda _text: None, chance=lambda: 1.0)
+    sender.start()
+    assert transport.done.wait(20)
+    sender.finish(5)
+    assert not queue.entries
+    gaps = [after - before for before, after in zip(transport.at, transport.at[1:], strict=False)]
+    for gap, least in zip(gaps, [1, 2, 4], strict=False):
+        assert gap >= least * FIRST_PAUSE_SECONDS * 0.99
+    assert gaps[3] >= 0.69
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "verdict"),
+    [
+        (200, b"{}", "committed"),
+        (201, b'{"id": "x"}', "committed"),
+        (200, b"<html>log in</html>", "later"),
+        (200, b"", "later"),
+        (204, b"", "later"),
+        (302, b"", "later"),
+        (400, b"{}", "poison"),
+        (413, b"{}", "poison"),
+        (422, b"{}", "poison"),
+        (401, b"{}", "refused"),
+        (404, b"{}", "unknown_run"),
+        (409, b"{}", "unknown_run"),
+        (429, b"{}", "later"),
+        (500, b"{}", "later"),
+    ],
+)
+def test_what_answers_mean(status: int, body: bytes, verdict: str) -> None:
+    assert judge(status, {}, body).verdict == verdict
+
+
+def test_retry_after_as_seconds_date_and_nonsense() -> None:
+    assert judge(429, {"Retry-After": "3"}, b"").retry_after_seconds == 3.0
+    assert judge(429, {"Retry-After": "soon"}, b"").retry_after_seconds is None
+    assert judge(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"").retry_after_seconds == 0.0
+    assert judge(503, {"Retry-After": "1e9"}, b"").retry_after_seconds == 3600.0
+
+
+def test_it_disarms_after_three_errors_and_says_why(
+    server: Server, monkeypatch: pytest.MonkeyPatch, own_errors: OwnErrors
+) -> None:
+    monkeypatch.setattr(Agent, "raises_own_errors", False)
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
+    agent._slots = None  # type: ignore[assignment]
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(torch.ones(4, 5)).sum().backward()
+        optimizer.step()
+    assert not agent.watching
+    assert agent.losses.errors == 3
+    agent.close()
+    assert [event.kind for event in server.events] == ["disarmed"]
+    assert "NoneType" in server.events[0].message
+    assert server.batches[-1].dropped.errors == 3
+    assert (own_errors.warnings, len(own_errors.seen)) == (1, 3)
+    own_errors.seen.clear()
+
+
+class Numbers(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.ones(5)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_do_not_disturb_the_agent(server: Server, method: str) -> None:
+    model, optimizer = network()
+    with gradwatch.attach(model, optimizer, url=server.url, every=1):
+        loader = DataLoader(Numbers(), batch_size=2, num_workers=2, multiprocessing_context=method)
+        for inputs in loader:
+            optimizer.zero_grad()
+            model(inputs).sum().backward()
+            optimizer.step()
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4]
+    assert len([batch for batch in server.batches if batch.end]) == 1
+
+
+def _train_in_child(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(4, 5)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_training_is_not_reported_twice(server: Server) -> None:
+    torch.set_num_threads(1)
+    model, optimizer = network()
+    with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
+        train(agent, model, optimizer, 2)
+        child = multiprocessing.get_context("fork").Process(target=_train_in_child, args=(model, optimizer))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        train(agent, model, optimizer, 1)
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+
+
+_PROGRAM = """
+import os, signal, sys, torch, gradwatch
+from torch import nn
+model = nn.Linear(5, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+agent = gradwatch.attach(model, optimizer, every=1)
+for _ in range(5):
+    optimizer.zero_grad(); model(torch.ones(4, 5)).sum().backward(); optimizer.step()
+"""
+
+
+def program(url: str, ending: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "GRADWATCH_URL": url}
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM + ending],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize(("ending", "status", "code"), [("", "completed", 0), ("raise ValueError", "failed", 1)])
+def test_the_interpreters_end_delivers(server: Server, ending: str, status: str, code: int) -> None:
+    running = program(server.url, ending)
+    running.communicate(timeout=60)
+    assert running.returncode == code
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    end = server.batches[-1].end
+    assert end is not None
+    assert end.status == status
+
+
+def test_sigterm_kills_as_ever_and_the_spool_has_it_all(server: Server, refusing: str) -> None:
+    running = program(refusing, "import time; time.sleep(1); print('ready', flush=True); signal.pause()")
+    assert running.stdout is not None
+    assert running.stdout.readline() == "ready\n"
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=60)
+    assert running.returncode == -signal.SIGTERM
+    assert flush.main(["--url", server.url]) == 0
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+
+
+def test_a_clock_that_jumps_does_not_disturb(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = network()
+    with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
+        train(agent, model, optimizer, 2)
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        train(agent, model, optimizer, 2)
+    monkeypatch.undo()
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4]
+
+
+def test_close_is_idempotent_and_leaves_torch_as_it_was(server: Server) -> None:
+    from torch.nn.utils import clip_grad
+    from torch.optim import optimizer as optimizer_module
+
+    def state() -> list[object]:
+        cells = [cell.cell_contents for cell in clip_grad.clip_grad_value_.__closure__ or ()]
+        return [torch.autograd.backward, torch.optim.Optimizer.zero_grad, torch.amp.GradScaler.step, *cells]
+
+    before = state()
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
+    assert state() != before
+    agent.close()
+    agent.close()
+    assert state() == before
+    assert not optimizer_module._global_optimizer_pre_hooks

@@ -1,0 +1,603 @@
+"""Every kind of training in which a naive hook shows wrong numbers, each against a truth computed by hand."""
+
+import copy
+import io
+import math
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+import gradwatch
+from gradwatch import wire
+
+from .conftest import Server
+
+
+class Two(nn.Module):
+    """Two vectors whose gradients are what the test says: loss = sum(weight * gradient)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 2.0]]))
+        self.b = nn.Parameter(torch.tensor([4.0]))
+
+    def forward(self, a: list[list[float]], b: float) -> Tensor:
+        return (self.a * torch.tensor(a)).sum() + (self.b * b).sum()
+
+
+GRAD_A = [[3.0, 0.0, 4.0], [0.0, 0.0, 0.0]]
+"""Norm 5; second unit zero."""
+
+
+def watch(model: nn.Module, server: Server, optimizer: Any = None) -> gradwatch.Agent:
+    return gradwatch.attach(model, optimizer, url=server.url, every=1)
+
+
+def test_statistics_worked_by_hand(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        optimizer.step()
+    assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+    assert server.values("weight_norm") == pytest.approx({"a": math.sqrt(13), "b": 4.0})
+    assert server.values("max_unit_ratio") == pytest.approx({"a": 5 / 3, "b": 3.0})
+    assert server.values("zero_unit_share") == {"a": 0.5, "b": 0.0}
+    assert server.values("nonfinite_count") == {"a": 0.0, "b": 0.0}
+    assert server.scalar("global_grad_norm") == 13.0
+    # One piece of the weights at a sample: lr 0.5 moves a by 2.5, b by 6.
+    updates = server.values("update_norm")
+    assert (updates["a"], updates["b"]) in [(2.5, wire.MISSING), (wire.MISSING, 6.0)]
+
+
+def test_update_norm_goes_round(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            optimizer.step()
+    seen = [server.values("update_norm", step) for step in (1, 2)]
+    assert {name: max(values[name] for values in seen) for name in ("a", "b")} == {"a": 2.5, "b": 6.0}
+
+
+def test_clipping_by_norm_reports_before_and_after(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        clip_grad_norm_(model.parameters(), 6.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        model(GRAD_A, 12.0).backward()
+        clip_grad_norm_(model.parameters(), 100.0)
+        optimizer.step()
+    assert server.values("grad_norm", 1) == pytest.approx({"a": 5.0, "b": 12.0})
+    assert server.values("clipped_grad_norm", 1) == pytest.approx({"a": 2.5, "b": 6.0})
+    assert server.scalar("global_grad_norm", 1) == pytest.approx(13.0)
+    assert server.scalar("clipped_global_grad_norm", 1) == pytest.approx(6.5)
+    assert server.values("grad_norm", 2) == server.values("clipped_grad_norm", 2) == {"a": 5.0, "b": 12.0}
+    assert server.trail("clip_norm") == {1: 13.0, 2: 13.0}
+
+
+def test_clipping_by_norm_of_a_part(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        clip_grad_norm_([model.b], 3.0)
+        optimizer.step()
+    assert server.values("grad_norm") == pytest.approx({"a": 5.0, "b": 12.0})
+    assert server.values("clipped_grad_norm") == pytest.approx({"a": 5.0, "b": 3.0})
+
+
+def test_clipping_by_value_reports_before_and_after(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            clip_grad_value_(model.parameters(), 3.0)
+            optimizer.step()
+    for step in (1, 2):
+        assert server.values("grad_norm", step) == pytest.approx({"a": 5.0, "b": 12.0})
+        assert server.values("clipped_grad_norm", step) == pytest.approx({"a": math.sqrt(18), "b": 3.0})
+
+
+def test_clipping_does_not_wipe_out_where_the_nan_came_from(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        model(GRAD_A, math.nan).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        assert model.a.grad is not None
+        assert bool(model.a.grad.isnan().all())  # torch spread it over everything
+        optimizer.step()
+    norms = server.values("grad_norm")
+    assert norms["a"] == 5.0
+    assert math.isnan(norms["b"])
+    assert server.values("nonfinite_count") == {"a": 0.0, "b": 1.0}
+    assert math.isnan(server.trail("clip_norm")[1])
+
+
+def test_the_first_bad_step_is_sampled_even_if_none_was_due(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1000):
+        for step in range(1, 8):
+            optimizer.zero_grad()
+            model(GRAD_A, math.inf if step >= 5 else 1.0).backward()
+            optimizer.step()
+    assert [sample.step for sample in server.samples] == [1, 5]
+    assert [step for step, loss in server.trail("loss").items() if not math.isfinite(loss)] == [5, 6, 7]
+
+
+def test_nonfinite_elements_are_counted_exactly(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        model([[math.nan, math.inf, 1.0], [-math.inf, 2.0, 2.0]], 1e30).backward()
+        optimizer.step()
+    assert server.values("nonfinite_count") == {"a": 3.0, "b": 0.0}
+    assert server.values("grad_norm")["b"] == pytest.approx(1e30)  # its square is not a float32
+
+
+def test_vanishing_below_what_float32_can_square(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        model([[3e-30, 0.0, 4e-30], [0.0, 0.0, 0.0]], 0.0).backward()
+        optimizer.step()
+    assert server.values("grad_norm") == pytest.approx({"a": 5e-30, "b": 0.0})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_scaling_is_taken_out(server: Server, fused: bool) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    with watch(model, server, optimizer):
+        for value in (12.0, math.inf, 12.0):
+            optimizer.zero_grad()
+            scaler.scale(model(GRAD_A, value)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert [sample.step for sample in server.samples] == [1, 3]
+    assert server.values("grad_norm", 1) == server.values("grad_norm", 3) == {"a": 5.0, "b": 12.0}
+    assert (server.scalar("loss_scale", 1), server.scalar("loss_scale", 3)) == (1024.0, 512.0)
+    assert server.scalar("skipped_steps", 3) == 1.0
+    assert [(event.kind, event.step) for event in server.events] == [("skipped_step", 2)]
+    assert server.trail("loss")[1] == pytest.approx(3 + 8 + 48)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_scaling_with_clipping(server: Server, fused: bool) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model, server, optimizer):
+        scaler.scale(model(GRAD_A, 12.0)).backward()
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(model.parameters(), 6.5)
+        scaler.step(optimizer)
+        scaler.update()
+    assert server.values("grad_norm") == pytest.approx({"a": 5.0, "b": 12.0})
+    assert server.values("clipped_grad_norm") == pytest.approx({"a": 2.5, "b": 6.0})
+
+
+def test_closures_are_measured_after_their_first_evaluation(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    evaluations = 0
+
+    def closure() -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        optimizer.zero_grad()
+        loss: Tensor = ((model.a**2).sum() + (model.b**2).sum()) / 2
+        loss.backward()
+        return loss
+
+    with watch(model, server, optimizer):
+        for _ in range(2):
+            first = model.a.detach().norm().item(), model.b.detach().norm().item()
+            optimizer.step(closure)
+    assert evaluations > 2
+    assert [sample.step for sample in server.samples] == [1, 2]
+    assert server.values("grad_norm", 1) == pytest.approx({"a": math.sqrt(13), "b": 4.0})
+    assert server.trail("loss")[1] == pytest.approx((13 + 16) / 2)
+    assert server.values("grad_norm", 2) == pytest.approx({"a": first[0], "b": first[1]}, rel=1e-5)
+
+
+def test_a_subclass_that_calls_super_counts_once(server: Server) -> None:
+    class Outer(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise ValueError("user code")
+            return super().step(closure)
+
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # SGD.step itself is hooked from now on
+    model = Two()
+    optimizer = Outer(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        for step in range(4):
+            optimizer.fails = step == 1
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            if optimizer.fails:
+                with pytest.raises(ValueError, match="user code"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4]
+
+
+def test_accumulation_counts_steps_and_sums_the_loss(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        for _ in range(2):
+            for _ in range(4):
+                (model(GRAD_A, 12.0) / 4).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [sample.step for sample in server.samples] == [1, 2]
+    assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+    assert server.trail("loss") == pytest.approx({1: 59.0, 2: 59.0})
+
+
+def test_several_optimizers_make_one_round(server: Server) -> None:
+    model = Two()
+    first, second = torch.optim.SGD([model.a], lr=0.25), torch.optim.SGD([model.b], lr=0.5)
+    with watch(model, server):
+        for _ in range(3):
+            model.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            first.step()
+            second.step()
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+    assert server.values("grad_norm", 2) == {"a": 5.0, "b": 12.0}
+    assert (server.scalar("learning_rate"), server.scalar("learning_rate.1")) == (0.25, 0.5)
+
+
+def test_an_optimizer_over_part_of_the_model(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD([model.b], lr=0.5)
+    elsewhere = nn.Linear(2, 2)
+    other = torch.optim.SGD(elsewhere.parameters(), lr=0.5)
+    with watch(model, server):
+        model(GRAD_A, 12.0).backward()
+        elsewhere(torch.ones(2)).sum().backward()
+        other.step()
+        optimizer.step()
+    assert server.values("grad_norm") == {"a": wire.MISSING, "b": 12.0}
+    assert server.values("weight_norm") == pytest.approx({"a": math.sqrt(13), "b": 4.0})
+
+
+def test_optimizer_in_backward(server: Server) -> None:
+    model = Two()
+    optimizers = {parameter: torch.optim.SGD([parameter], lr=0.0) for parameter in model.parameters()}
+
+    def apply(parameter: Tensor) -> None:
+        optimizers[parameter].step()  # type: ignore[index]
+        optimizers[parameter].zero_grad()  # type: ignore[index]
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(apply)
+    with watch(model, server):
+        for _ in range(3):
+            model(GRAD_A, 12.0).backward()
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+    assert server.values("grad_norm", 1) == server.values("grad_norm", 3) == {"a": 5.0, "b": 12.0}
+
+
+def test_tied_frozen_and_later_unfrozen(server: Server) -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False), nn.Linear(3, 2))
+    model[1].weight = model[0].weight
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, server, optimizer):
+        for frozen in (True, False):
+            model[2].requires_grad_(not frozen)
+            optimizer.zero_grad()
+            model(torch.ones(3)).sum().backward()
+            optimizer.step()
+    assert server.names == ["0.weight", "2.weight", "2.bias"]
+    assert [parameter.trainable for parameter in server.registrations[0].parameters] == [True, False, False]
+    assert server.values("grad_norm", 1)["2.weight"] == wire.MISSING
+    assert server.values("grad_norm", 2)["2.bias"] == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_sparse_gradients(server: Server, clip: bool) -> None:
+    model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 2))
+    sparse, dense = torch.optim.SGD(model[0].parameters(), lr=0.0), torch.optim.SGD(model[1].parameters(), lr=0.0)
+    index = torch.tensor([1, 4, 1])
+    with watch(model, server):
+        for _ in range(2):
+            model.zero_grad()
+            model(index).sum().backward()
+            if clip:
+                clip_grad_norm_(model[1].parameters(), 1.0)
+            sparse.step()
+            dense.step()
+    linear = model[1]
+    assert isinstance(linear, nn.Linear)
+    row = linear.weight.detach().sum(0)
+    assert server.values("grad_norm")["0.weight"] == pytest.approx(float(row.norm()) * math.sqrt(5), rel=1e-6)
+    assert server.values("zero_unit_share")["0.weight"] == pytest.approx(4 / 6)
+    assert server.registrations[0].parameters[0].units == 6
+
+
+def test_complex_empty_and_zero_dimensional(server: Server) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.complex = nn.Parameter(torch.tensor([[3 + 4j, 0j], [0j, 2j]]))
+            self.empty = nn.Parameter(torch.zeros(0, 3))
+            self.none = nn.Parameter(torch.zeros(3, 0))
+            self.scalar = nn.Parameter(torch.tensor(2.0))
+            self.gain = nn.Parameter(torch.tensor(3.0))
+            self.wide = nn.Parameter(torch.tensor([[6.0, 8.0]], dtype=torch.float64))
+
+        def forward(self) -> Tensor:
+            return (
+                (self.complex * self.complex.conj()).real.sum() / 2
+                + self.empty.sum()
+                + self.none.sum()
+                + 7 * self.scalar
+                + 5 * self.gain
+                + self.wide.sum()
+            )
+
+    model = Odd()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, foreach=False)
+    with watch(model, server, optimizer):
+        model().backward()
+        optimizer.step()
+    expected = {"complex": math.sqrt(29), "empty": 0.0, "none": 0.0, "scalar": 7.0, "gain": 5.0, "wide": math.sqrt(2)}
+    assert server.values("grad_norm") == pytest.approx(expected)
+    assert server.values("weight_norm") == pytest.approx({**expected, "scalar": 2.0, "gain": 3.0, "wide": 10.0})
+    assert [parameter.units for parameter in server.registrations[0].parameters] == [2, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(server: Server, dtype: torch.dtype) -> None:
+    model = nn.Linear(300, 200).to(dtype)
+    model.weight.data.fill_(1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        model.weight.grad = torch.full_like(model.weight, 1000.0)
+        model.bias.grad = torch.full_like(model.bias, 60000.0)
+        optimizer.step()
+    thousand = float(torch.tensor(1000.0, dtype=dtype))
+    large = float(torch.tensor(60000.0, dtype=dtype))
+    assert server.values("grad_norm") == pytest.approx(
+        {"weight": thousand * math.sqrt(60000), "bias": large * math.sqrt(200)}, rel=1e-6
+    )
+    assert server.values("weight_norm")["weight"] == pytest.approx(math.sqrt(60000))
+
+
+def test_parameters_added_and_removed_later(server: Server) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(2)).sum().backward()
+        optimizer.step()
+
+    with watch(model, server, optimizer):
+        step()
+        model.append(nn.Linear(2, 3, bias=False))
+        optimizer.add_param_group({"params": model[1].parameters()})
+        step()
+        del optimizer.param_groups[1]
+        step()
+    assert server.names == ["0.weight", "1.weight"]
+    assert [len(sample.statistics["grad_norm"]) for sample in server.samples] == [1, 2, 2]
+    assert server.values("grad_norm", 2)["1.weight"] > 0
+    assert server.values("grad_norm", 3)["1.weight"] == wire.MISSING
+
+
+@pytest.mark.parametrize("what", ["model", "step"])
+def test_compiled(server: Server, what: str) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with warnings.catch_warnings(), watch(model, server, optimizer):
+        warnings.simplefilter("ignore")
+        forward: Any = torch.compile(model, backend="aot_eager") if what == "model" else model
+        step = torch.compile(optimizer.step, backend="eager") if what == "step" else optimizer.step
+        for _ in range(3):
+            optimizer.zero_grad()
+            (forward.a * torch.tensor(GRAD_A)).sum().backward() if what == "step" else forward(GRAD_A, 12.0).backward()
+            step()
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+    assert server.names == ["a", "b"]
+    assert server.values("grad_norm")["a"] == 5.0
+
+
+def test_a_compiled_model_keeps_its_names_and_registration_order(server: Server) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled: Any = torch.compile(model, backend="aot_eager")
+        optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1)
+        with watch(compiled, server, optimizer):
+            compiled(torch.ones(3)).sum().backward()
+            optimizer.step()
+    assert server.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    depths = [parameter.depth or 0 for parameter in server.registrations[-1].parameters]
+    assert max(depths[:2]) < min(depths[2:])
+
+
+def test_a_watched_model_copies_and_pickles(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        for place in range(2):
+            twin = copy.deepcopy(model)
+            buffer = io.BytesIO()
+            torch.save(model, buffer)
+            buffer.seek(0)
+            assert torch.equal(torch.load(buffer, weights_only=False).a, model.a)
+            twin(GRAD_A, 99.0).backward()
+            torch.optim.SGD(twin.parameters(), lr=1.0).step()
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            optimizer.step()
+            assert place + 1 == 1 or not model.a._post_accumulate_grad_hooks
+    assert [sample.step for sample in server.samples] == [1, 2]
+    assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+
+
+def test_retain_graph_and_double_backward(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        loss = (model.a**2).sum() + (model.b**3).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        (gradient,) = torch.autograd.grad((model.b**3).sum(), model.b, create_graph=True)
+        (gradient**2).sum().backward()  # (3 b^2)^2 = 9 b^4, derivative 36 b^3
+        optimizer.step()
+    assert server.values("grad_norm", 1) == pytest.approx({"a": 4 * math.sqrt(13), "b": 96.0})
+    assert server.values("grad_norm", 2) == pytest.approx({"a": wire.MISSING, "b": 36 * 64})
+    assert server.trail("loss") == pytest.approx({1: 2 * (13 + 64), 2: 48.0**2})
+
+
+def test_an_exception_between_backward_and_step(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        for step in range(3):
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            if step != 1:
+                optimizer.step()
+    assert [sample.step for sample in server.samples] == [1, 2]
+    assert server.trail("loss") == {1: 59.0, 2: 59.0}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adam(p, lr=0.0, foreach=False),
+        lambda p: torch.optim.Adam(p, lr=torch.tensor(0.0), capturable=False, foreach=False),
+        lambda p: torch.optim.AdamW(p, lr=0.0, fused=True),
+        lambda p: torch.optim.SGD(p, lr=0.0, foreach=True),
+    ],
+)
+def test_forms_of_optimizers(server: Server, make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    model = Two()
+    optimizer = make(model.parameters())
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        optimizer.step()
+    assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+    assert server.scalar("learning_rate") == 0.0
+
+
+def test_transposed_and_grouped_convolutions(server: Server) -> None:
+    transposed = nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False)
+    model = nn.Sequential(transposed, nn.Conv2d(6, 4, 3, groups=2), nn.LayerNorm([3, 3]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        model(torch.randn(2, 4, 3, 3)).square().sum().backward()
+        optimizer.step()
+    assert {p.name: p.units for p in server.registrations[0].parameters} == {
+        "0.weight": 6,
+        "1.weight": 4,
+        "1.bias": 1,
+        "2.weight": 1,
+        "2.bias": 1,
+    }
+    assert transposed.weight.grad is not None
+    grad, weight = np.asarray(transposed.weight.grad.double()), np.asarray(transposed.weight.detach().double())
+    ratios = []
+    for group in range(2):
+        for out in range(3):
+            unit = np.s_[group * 2 : group * 2 + 2, out]
+            ratios.append(float(np.linalg.norm(grad[unit])) / max(float(np.linalg.norm(weight[unit])), 1e-3))
+    assert server.values("max_unit_ratio")["0.weight"] == pytest.approx(max(ratios), rel=1e-6)
+
+
+def test_two_agents_at_once(server: Server) -> None:
+    first, second = Two(), nn.Linear(2, 1, bias=False)
+    one, two = torch.optim.SGD(first.parameters(), lr=0.0), torch.optim.SGD(second.parameters(), lr=0.0)
+    with watch(first, server) as a, watch(second, server) as b:
+        for _ in range(2):
+            one.zero_grad()
+            first(GRAD_A, 12.0).backward()
+            second(torch.ones(2)).sum().backward()
+            one.step()
+            two.step()
+    by_run = {registration.id: registration for registration in server.registrations}
+    assert [p.name for p in by_run[a.run_id].parameters] == ["a", "b"]
+    assert [p.name for p in by_run[b.run_id].parameters] == ["weight"]
+    own = [batch for batch in server.batches if batch.samples and len(batch.samples[0].statistics["grad_norm"]) == 2]
+    trails = [batch.trail["loss"] for batch in own]
+    assert dict(pair for trail in trails for pair in zip(trail.steps, trail.values, strict=True)) == {1: 59.0, 2: 59.0}
+
+
+def test_repeated_attach_replaces_the_earlier_agent(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    first = watch(model, server, optimizer)
+    with watch(model, server, optimizer) as second:
+        assert not first.watching
+        model(GRAD_A, 12.0).backward()
+        optimizer.step()
+    assert first.run_id != second.run_id
+    assert len(server.samples) == 1
+
+
+_DDP = """
+import os, sys
+import torch, torch.distributed as dist
+from torch import nn
+import gradwatch
+rank, port, url = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = nn.parallel.DistributedDataParallel(nn.Linear(2, 1, bias=False))
+model.module.weight.data.fill_(1.0)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+with gradwatch.attach(model, optimizer, url=url, every=1):
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.tensor([[3.0 + 2 * rank, 4.0 + 0 * rank]])).sum().backward()
+        optimizer.step()
+dist.destroy_process_group()
+"""
+
+
+def test_data_parallel_rank_0_reports(server: Server) -> None:
+    import subprocess
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", _DDP, str(rank), port, server.url]) for rank in range(2)
+    ]
+    assert [process.wait(60) for process in ranks] == [0, 0]
+    assert {registration.id for registration in server.registrations} == {server.registrations[0].id}
+    assert server.names == ["weight"]
+    # The mean of (3, 4) and (5, 4) is (4, 4).
+    assert server.values("grad_norm") == pytest.approx({"weight": math.sqrt(32)})
+    assert [sample.step for sample in server.samples] == [1, 2]

@@ -1,0 +1,91 @@
+"""Dead: cut off, beside the path, idle; and what is only quiet for a while."""
+
+import numpy as np
+import pytest
+
+from gradwatch.wire import MISSING
+from tests.diagnosis.ticks import LAYERS, Watch, held, network
+
+ALIVE = 0.1
+
+
+def gradients(**changes: float) -> list[float]:
+    """Return gradients that are alive but for those named, as ``w0`` or ``b3``."""
+    values = [ALIVE] * (2 * LAYERS)
+    for name, value in changes.items():
+        values[2 * int(name[1:]) + (name[0] == "b")] = value
+    return values
+
+
+@pytest.mark.parametrize("value", [0.0, MISSING])
+def test_the_layer_nearest_to_the_output_is_blamed_first(value: float) -> None:
+    watch = Watch()
+    cut = gradients(w0=value, b0=value, w1=value, b1=value)
+    found = [watch.tick(cut, loss=2.3) for _ in range(12)]
+    assert found[-1]["dead"].parameters[0].name == "1.bias"
+    assert [blame.name for blame in found[-1]["dead"].parameters] == ["1.bias", "1.weight", "0.bias", "0.weight"]
+    assert held(found, "dead").index(True) == (3 if value == 0.0 else 11)
+
+
+def test_a_head_that_takes_turns_is_alive() -> None:
+    watch = Watch()
+    for index in range(100):
+        value = ALIVE if index % 2 else MISSING
+        assert not watch.tick(gradients(w7=value, b7=value), loss=2.3 * 0.99**index)
+
+
+def test_patience_follows_what_has_been_seen() -> None:
+    """Quiet for 8 of 9 samples is usual here; quiet for more than four times that is not."""
+    watch = Watch()
+    for index in range(90):
+        value = ALIVE if index % 9 == 8 else 0.0
+        assert not watch.tick(gradients(w3=value, b3=value), loss=2.3 * 0.99**index)
+    found = [watch.tick(gradients(w3=0.0, b3=0.0), loss=0.9) for _ in range(40)]
+    assert held(found, "dead").index(True) == 4 * 8 - 1
+
+
+def test_a_parameter_whose_weight_moves_between_samples_is_alive() -> None:
+    watch = Watch()
+    for index in range(60):
+        weights = np.full(2 * LAYERS, 3.0)
+        weights[6:8] += 0.01 * index
+        assert not watch.tick(gradients(w3=MISSING, b3=MISSING), weights=list(weights), loss=2.3 * 0.99**index)
+
+
+def test_samples_without_any_gradient_do_not_count() -> None:
+    watch = Watch()
+    watch.learn(10)
+    for _ in range(50):
+        assert "dead" not in watch.tick(0.0, loss=0.0)
+
+
+def test_a_bias_before_a_norm_is_not_dead() -> None:
+    watch = Watch()
+    for index in range(60):
+        assert not watch.tick(gradients(b3=0.0), loss=2.3 * 0.99**index)
+
+
+def test_frozen_is_not_dead() -> None:
+    parameters = network()
+    frozen = [type(entry)(entry.name, entry.shape, units=entry.units, trainable=False) for entry in parameters[:8]]
+    watch = Watch([*frozen, *parameters[8:]])
+    for index in range(60):
+        assert not watch.tick([MISSING] * 8 + [ALIVE] * 8, loss=2.3 * 0.99**index)
+
+
+def test_a_layer_with_hardly_a_unit_left_is_idle() -> None:
+    watch = Watch()
+    share = [0.0] * (2 * LAYERS)
+    share[4] = 31 / 32
+    found = [watch.tick(ALIVE, loss=2.3, zero_unit_share=share) for _ in range(6)]
+    assert held(found, "dead") == [False] * 4 + [True] * 2
+    assert found[-1]["dead"].parameters[0].name == "2.weight"
+
+
+@pytest.mark.parametrize("position", [14])
+def test_the_last_layer_may_choose_its_rows(position: int) -> None:
+    share = [0.0] * (2 * LAYERS)
+    share[position] = 1.0 - 1e-3
+    watch = Watch()
+    for index in range(30):
+        assert not watch.tick(ALIVE, loss=2.3 * 0.99**index, zero_unit_share=share)

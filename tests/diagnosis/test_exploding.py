@@ -1,0 +1,113 @@
+"""Exploding: surge, blow-up, out of proportion, amplification; spikes that recover, and overflow."""
+
+import math
+
+import pytest
+
+from gradwatch_server.alerts import Alert, advance
+from tests.diagnosis.ticks import LAYERS, Watch, fading
+
+
+def test_a_surge_with_a_rising_loss() -> None:
+    watch = Watch()
+    watch.learn(30)
+    found = [watch.tick(0.1 * 20 ** (1 + index), loss=2.3 * 3 ** (index + 1)) for index in range(4)]
+    assert all("exploding" in each for each in found)
+    assert found[-1]["exploding"].first_step == 31
+
+
+def test_a_growing_gradient_with_a_falling_loss_leaves_a_saddle() -> None:
+    watch = Watch()
+    for index in range(100):
+        assert not watch.tick(1e-4 * 1.1**index, loss=2.3 - 0.02 * index)
+
+
+def test_a_spike_that_recovers_does_not_fire() -> None:
+    watch = Watch()
+    watch.learn(40)
+    alert: Alert | None = None
+    pattern = [(8.0, 9.0), (3.0, 5.0), (0.5, 0.9), (0.1, 0.7), (0.1, 0.7)]
+    for gradient, loss in pattern:
+        found = watch.tick(gradient, loss=loss)
+        alert, transition = advance(alert, found.get("exploding"), watch.step, 0.0)
+        assert transition is None
+    assert alert is None
+
+
+def test_a_run_that_does_not_recover_goes_on_holding() -> None:
+    watch = Watch()
+    watch.learn(40)
+    watch.tick(500.0, loss=900.0)
+    found = [watch.tick(0.1, loss=40.0) for _ in range(30)]
+    assert all("exploding" in each for each in found)
+    assert not watch.tick(0.1, loss=0.7)
+
+
+def test_a_warm_restart_is_not_an_explosion() -> None:
+    """After convergence to 1e-3, gradient and loss jump by two decades, but not above where the run began."""
+    watch = Watch()
+    watch.learn(250, rate=0.97)
+    for loss in (0.3, 0.5, 0.6, 0.4, 0.3, 0.2):
+        assert not watch.tick(0.2, loss=loss)
+
+
+def test_out_of_proportion_from_the_first_sample() -> None:
+    finding = Watch().tick(3e5, weights=30.0, loss=3e5)["exploding"]
+    assert finding.evidence["median_leverage"] == pytest.approx(30.0, rel=1e-3)
+    assert finding.evidence["median_ratio"] == pytest.approx(1e4, rel=1e-3)
+
+
+def test_a_loss_that_is_a_sum_is_in_proportion() -> None:
+    """A thousand times the loss and the gradient: the ratio is large, the leverage as it was."""
+    assert not Watch().tick(100.0, loss=2300.0)
+
+
+def test_gradients_that_grow_towards_the_input() -> None:
+    gradients = fading(-0.4, first=1.0)
+    assert "exploding" in Watch().tick(gradients, weights=30.0, loss=4.0)
+
+
+def test_weights_that_multiply() -> None:
+    watch = Watch()
+    for index in range(4):
+        found = watch.tick(0.1, weights=3.0 * 2.0**index, loss=2.4)
+    assert "exploding" in found
+
+
+def test_weights_that_multiply_while_the_loss_falls_are_fine() -> None:
+    watch = Watch()
+    for index in range(40):
+        assert not watch.tick(0.1, weights=3.0 * 1.1**index, loss=2.3 * 0.95**index)
+
+
+def test_an_explosion_that_overflows_fires_at_once() -> None:
+    watch = Watch()
+    watch.learn(20)
+    watch.tick(1e4, loss=1e5)
+    found = watch.tick(math.nan, loss=math.nan)
+    assert found["exploding"].hold_samples == 1
+    assert "step 21" in found["nonfinite"].cause
+
+
+def test_losses_between_samples_tell_an_explosion_from_a_faulty_operation() -> None:
+    for between, expected in (([1.0, 30.0, 5e6, math.nan], True), ([1.0, 0.9, math.nan, math.nan], False)):
+        watch = Watch(every=4)
+        watch.learn(20)
+        losses = [(watch.step + 1 + index, loss) for index, loss in enumerate(between)]
+        found = watch.tick(math.nan, loss=math.nan, losses=losses)
+        assert ("exploding" in found) is expected
+        assert found["nonfinite"].first_step == next(step for step, loss in losses if math.isnan(loss))
+
+
+def test_clipping_to_nothing_is_an_explosion() -> None:
+    found = Watch().tick(0.0, loss=1e18, clip_norm=math.inf)
+    assert found["exploding"].hold_samples == 1
+
+
+def test_an_explosion_is_not_its_own_yardstick() -> None:
+    watch = Watch()
+    watch.learn(20)
+    for _ in range(200):
+        found = watch.tick(1e4, loss=1e5)
+    assert "exploding" in found
+    assert watch.memory.usual_log_gradient == pytest.approx(math.log10(0.1 * (2 * LAYERS) ** 0.5), abs=1e-6)

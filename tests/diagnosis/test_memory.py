@@ -1,0 +1,94 @@
+"""The memory: bounded, the same kept, stored or replayed; and the rules' cost and limits."""
+
+import json
+import math
+import time
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradwatch.wire import MISSING, Parameter
+from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, examine
+from tests.diagnosis.ticks import LAYERS, Watch, network
+
+VALUES = st.sampled_from([MISSING, 0.0, 1e-30, 1e-9, 0.1, 1.0, 1e6, 1e30, math.inf, math.nan])
+
+
+def _reading(step: int, gradients: list[float], weights: list[float], loss: float | None) -> Reading:
+    scalars = {} if loss is None else {"loss": loss}
+    statistics: Any = {"grad_norm": np.array(gradients, np.float32), "weight_norm": np.array(weights, np.float32)}
+    return Reading(step=step, at=0.0, statistics=statistics, scalars=scalars)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(VALUES, min_size=12, max_size=12),
+            st.lists(st.sampled_from([0.0, 1e-9, 1.0, 1e20, math.nan, math.inf]), min_size=12, max_size=12),
+            st.one_of(st.none(), st.sampled_from([0.0, -3.0, 2.3, 1e30, math.inf, math.nan])),
+        ),
+        max_size=12,
+    )
+)
+def test_whatever_comes_the_rules_answer_and_memory_survives_storage(
+    samples: list[tuple[list[float], list[float], float | None]],
+) -> None:
+    layout = Layout.of(network(6))
+    kept = stored = Memory()
+    for step, (gradients, weights, loss) in enumerate(samples):
+        reading = _reading(step, gradients, weights, loss)
+        kept, findings = examine(layout, kept, reading, Thresholds())
+        stored, again = examine(layout, Memory.from_bytes(stored.to_bytes()), reading, Thresholds())
+        assert msgspec.msgpack.encode(findings) == msgspec.msgpack.encode(again)
+        assert kept.to_bytes() == stored.to_bytes()
+        for finding in findings:
+            assert len(finding.parameters) <= 20
+            assert finding.summary and finding.cause and finding.remedy  # noqa: PT018
+            json.dumps([finding.evidence, finding.first_step, finding.left_out])
+
+
+def test_memory_is_bounded_and_earlier_memories_stay_as_they_were() -> None:
+    watch = Watch()
+    watch.learn(20)
+    before = watch.memory.to_bytes()
+    kept = watch.memory
+    watch.learn(500, loss=1.2, rate=0.999)
+    assert kept.to_bytes() == before
+    assert len(watch.memory.to_bytes()) < 20_000
+
+
+def test_a_memory_of_another_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="version 99, not 1: replay"):
+        Memory.from_bytes(msgspec.msgpack.encode({"version": 99}))
+
+
+def test_a_run_may_append_parameters() -> None:
+    watch = Watch()
+    watch.learn(5)
+    longer = Watch(network(LAYERS + 2))
+    longer.memory, longer.step = watch.memory, watch.step
+    longer.learn(5, loss=1.9)
+
+
+def test_more_than_twenty_are_counted() -> None:
+    finding = Watch(network(15)).tick(math.nan, loss=math.nan)["nonfinite"]
+    assert (len(finding.parameters), finding.left_out) == (20, 10)
+
+
+@pytest.mark.parametrize(("size", "most_seconds"), [(300, 0.004), (2_000, 0.02)])
+def test_a_sample_costs_little(size: int, most_seconds: float) -> None:
+    """A quarter of the bound on a free machine; the best of many, since others use it too."""
+    parameters = [Parameter(f"{index}.weight", [64, 64], units=64) for index in range(size)]
+    layout, memory, best = Layout.of(parameters), Memory(), math.inf
+    gradients = np.random.default_rng(0).lognormal(-2, 1, (40, size)).astype(np.float32)
+    for step, row in enumerate(gradients):
+        reading = _reading(step, list(row), [3.0] * size, 2.3 * 0.99**step)
+        started = time.perf_counter()
+        memory, _ = examine(layout, memory, reading, Thresholds())
+        best = min(best, time.perf_counter() - started)
+    assert best < most_seconds

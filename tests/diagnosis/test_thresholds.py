@@ -1,0 +1,46 @@
+"""The configuration of the rules: what is wrong is named, with its value and the way out."""
+
+from typing import Any
+
+import pytest
+
+from gradwatch_server.diagnosis import Thresholds
+from tests.diagnosis.ticks import Watch, fading
+
+
+def test_a_table_changes_what_it_names() -> None:
+    thresholds = Thresholds.from_table({"vanishing": {"attenuation_decades": 9, "stuck_decades": 9.0}})
+    assert thresholds.vanishing.attenuation_decades == 9.0
+    assert thresholds.exploding == Thresholds().exploding
+    assert "vanishing" not in Watch(thresholds=thresholds).tick(fading(1.0), loss=2.3)
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ({"vanish": {}}, "rules.vanish: there is no such rule; the rules are dead, exploding"),
+        ({"dead": {"samples": 3}}, "rules.dead.samples: there is no such key; the keys are branch_samples"),
+        ({"dead": {"cut_samples": 0}}, "rules.dead.cut_samples = 0: expected `int` >= 1; the default is 4"),
+        ({"dead": {"enabled": "no"}}, "rules.dead.enabled = 'no': expected `bool`, got `str`; the default is True"),
+        ({"dead": 3}, "rules.dead = 3: a table of thresholds"),
+        ({"dead": {"highest_severity": "fatal"}}, "rules.dead.highest_severity = 'fatal'"),
+    ],
+)
+def test_what_is_wrong_is_named(table: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match="rules") as caught:
+        Thresholds.from_table(table)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["vanishing", "exploding", "nonfinite", "dead", "throttled"])
+def test_every_rule_can_be_switched_off(rule: str) -> None:
+    thresholds = Thresholds.from_table({rule: {"enabled": False}})
+    watch = Watch(thresholds=thresholds)
+    for gradients in (fading(1.0), [float("nan")] * 16, [0.0] * 8 + [0.1] * 8, [1e6] * 16):
+        for _ in range(15):
+            assert rule not in watch.tick(gradients, loss=2.3)
+
+
+def test_a_severity_can_be_held_down() -> None:
+    thresholds = Thresholds.from_table({"vanishing": {"highest_severity": "warning"}})
+    assert Watch(thresholds=thresholds).tick(fading(1.0), loss=2.3)["vanishing"].severity == "warning"

@@ -1,0 +1,47 @@
+"""Throttled: clipping that decides every step. Stalled: a silence much longer than usual."""
+
+import numpy as np
+import pytest
+
+from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, examine, stalled
+from gradwatch_server.diagnosis.thresholds import Stalled
+from tests.diagnosis.ticks import LAYERS, network
+
+
+@pytest.mark.parametrize(
+    ("share", "rate", "samples", "expected"),
+    [
+        (1.0, 1.0, 110, True),
+        (1.0, 0.98, 110, False),
+        (0.5, 1.0, 110, False),
+        (0.0, 0.99, 1010, True),
+        (0.0, 0.99, 500, False),
+    ],
+)
+def test_throttled(share: float, rate: float, samples: int, expected: bool) -> None:
+    layout, memory, rules = Layout.of(network()), Memory(), set[str]()
+    size = 2 * LAYERS
+    for step in range(samples):
+        reading = Reading(
+            step=step,
+            at=0.0,
+            statistics={
+                "grad_norm": np.full(size, 0.1, np.float32),
+                "weight_norm": np.full(size, 3.0, np.float32),
+                "clipped_unit_share": np.full(size, share, np.float32),
+            },
+            scalars={"loss": 2.3 * rate**step},
+        )
+        memory, findings = examine(layout, memory, reading, Thresholds())
+        rules = {finding.rule for finding in findings}
+    assert ("throttled" in rules) is expected
+
+
+@pytest.mark.parametrize(
+    ("usual", "silence", "expected"),
+    [(None, 119.0, False), (None, 121.0, True), (1.0, 121.0, True), (60.0, 1199.0, False), (60.0, 1201.0, True)],
+)
+def test_stalled_knows_the_usual_interval(usual: float | None, silence: float, expected: bool) -> None:
+    finding = stalled(1000.0, usual, 1000.0 + silence, 42, Stalled())
+    assert (finding is not None) is expected
+    assert finding is None or finding.first_step == 42

@@ -1,0 +1,95 @@
+"""A handful of the zoo's trainings through the real agent; all of it is ``make zoo``."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, vanishing
+from benchmarks.zoo.case import Case, holds, train
+from benchmarks.zoo.receiver import Recorder
+
+import gradwatch
+from gradwatch import wire
+from gradwatch_server.alerts import Alert, advance
+from gradwatch_server.diagnosis import Finding, Layout, Memory, Reading, Thresholds, examine
+
+ALL = {case.name: case for part in (healthy, vanishing, dead, exploding, nonfinite, second) for case in part.CASES}
+FAST_HEALTHY = (
+    "rezero",
+    "lora",
+    "two-heads",
+    "noisy-labels",
+    "weight-decay-only",
+    "raw-regression",
+    "hinge",
+    "deep-linear",
+)
+FAST_SICK = (
+    "deep-tanh-small-init",
+    "saturated-outputs",
+    "negative-bias",
+    "detached",
+    "large-init",
+    "hidden-chaotic-tanh",
+    "bad-batch",
+    "root-of-zero",
+)
+
+
+@pytest.fixture(autouse=True)
+def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADWATCH_SPOOL_DIR", str(tmp_path))
+    torch.set_num_threads(1)
+
+
+def watched(case: Case, seed: int) -> list[tuple[int, Finding]]:
+    """Train under the agent; return the alerts that fire with their steps."""
+    with Recorder() as recorder:
+        training = case.build(seed)
+        agent = gradwatch.attach(training.model, None, url=recorder.url, every=1)
+        result = train(training, case.steps, case.onset)
+        agent.close(timeout_seconds=30)
+    assert holds(case, result)
+    assert recorder.registration is not None
+    layout, memory = Layout.of(recorder.registration.parameters), Memory()
+    alerts: dict[str, Alert | None] = {}
+    fired = []
+    losses = {step: loss for batch in recorder.batches for step, loss in _losses(batch)}
+    for batch in recorder.batches:
+        for sample in batch.samples:
+            scalars = {name: wire.number(value) for name, value in sample.scalars.items()}
+            scalars["loss"] = losses[sample.step]
+            reading = Reading(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
+            memory, findings = examine(layout, memory, reading, Thresholds())
+            found = {finding.rule: finding for finding in findings}
+            for rule in found.keys() | alerts.keys():
+                alerts[rule], transition = advance(alerts.get(rule), found.get(rule), sample.step, sample.at)
+                if transition is not None and transition.state == "firing":
+                    fired.append((sample.step, found[rule]))
+    return fired
+
+
+def _losses(batch: wire.Batch) -> list[tuple[int, float]]:
+    trail = batch.trail.get("loss")
+    return [] if trail is None else list(zip(trail.steps, map(wire.number, trail.values), strict=True))
+
+
+@pytest.mark.parametrize("name", FAST_HEALTHY)
+def test_healthy_runs_stay_quiet(name: str) -> None:
+    assert watched(ALL[name], seed=3) == []
+
+
+@pytest.mark.parametrize("name", FAST_SICK)
+def test_sick_runs_alert(name: str) -> None:
+    case = ALL[name]
+    hits = [(step, finding) for step, finding in watched(case, seed=3) if finding.rule == case.rule]
+    step, finding = hits[0]
+    assert case.onset <= step <= case.onset + 12
+    assert case.blames(finding.parameters[0].name)
+
+
+def test_the_set_is_what_it_says() -> None:
+    assert len(ALL) >= 40
+    sick = [case for case in ALL.values() if case.rule is not None]
+    assert all(case.twin is not None for case in sick)
+    assert {case.rule for case in sick} == {"vanishing", "dead", "exploding", "nonfinite"}

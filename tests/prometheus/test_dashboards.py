@@ -1,0 +1,212 @@
+"""The dashboards: in step with their code, valid by Grafana's own types, and every query of theirs returns rows."""
+
+import copy
+import json
+import math
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import sqlalchemy as sa
+from dashboards.build import FOLDER, written
+from dashboards.frame import TITLES
+
+from gradwatch import wire
+from gradwatch_server.database import migrate, open_engine
+from tests.processes import ROOT, GradwatchServer, WebhookReceiver, sample
+from tests.prometheus.postgres import Postgres
+from tests.prometheus.programs import Prometheus, scraping, until
+
+Board = dict[str, Any]
+BOARDS: dict[str, Board] = {name: json.loads(text) for name, text in written().items()}
+PANELS = [(name, panel) for name, board in BOARDS.items() for panel in board["panels"]]
+TARGETS = [(f"{name} {panel['title']}", target) for name, panel in PANELS for target in panel["targets"]]
+EXPRESSIONS = {f"{title} {target['refId']}": target["expr"] for title, target in TARGETS if "expr" in target}
+STATEMENTS = {title: target["rawSql"] for title, target in TARGETS if "rawSql" in target}
+STATEMENTS |= {
+    f"{name} variable {variable['name']}": variable["query"]
+    for name, board in BOARDS.items()
+    for variable in board.get("templating", {}).get("list", [])
+}
+STATEMENTS |= {
+    f"{name} annotation {annotation['name']}": annotation["target"]["rawSql"]
+    for name, board in BOARDS.items()
+    for annotation in board.get("annotations", {}).get("list", [])
+}
+
+
+def _in_step(folder: Path) -> bool:
+    return {file.name: file.read_text() for file in folder.glob("*.json")} == written()
+
+
+def test_the_files_are_in_step_with_the_code() -> None:
+    assert _in_step(FOLDER), "run: python -m dashboards.build"
+
+
+def test_a_file_out_of_step_is_found(tmp_path: Path) -> None:
+    for name, text in written().items():
+        (tmp_path / name).write_text(text.replace("now-1h", "now-2h"))
+    assert not _in_step(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "panel"), PANELS, ids=lambda value: value if isinstance(value, str) else None)
+def test_every_panel_says_what_it_shows(name: str, panel: Board) -> None:
+    defaults = panel["fieldConfig"]["defaults"]
+    assert panel["description"].endswith(".")
+    assert defaults["unit"]
+    assert defaults["thresholds"]["steps"]
+
+
+def test_the_dashboards_link_to_each_other() -> None:
+    for board in BOARDS.values():
+        targets = {link["url"] for link in board["links"]}
+        assert targets == {f"/d/{uid}" for uid in TITLES if uid != board["uid"]}
+
+
+# Grafana's own types
+
+
+@pytest.fixture(scope="module")
+def schema() -> Board:
+    generator = ROOT / "node_modules" / ".bin" / "ts-json-schema-generator"
+    command = [str(generator), "--path", "dashboards/types.ts", "--no-type-check"]
+    generated = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    described: Board = json.loads(generated.stdout)
+    return described
+
+
+def _faults(schema: Board, board: Board) -> list[str]:
+    """Return where a dashboard, or a panel in it, is not what Grafana's types say."""
+    board = copy.deepcopy(board)
+    for annotation in board.get("annotations", {}).get("list", []):
+        del annotation["target"]  # a query of its data source, which the type says it "should" be; run below
+    found = _check(schema, "Board", board)
+    for panel in board["panels"]:
+        kind = panel["type"].capitalize()
+        custom = panel["fieldConfig"]["defaults"].get("custom", {})
+        found += _check(schema, f"{kind}Options", panel["options"])
+        if f"{kind}Custom" in schema["definitions"]:
+            found += _check(schema, f"{kind}Custom", custom)
+    return found
+
+
+def _check(schema: Board, kind: str, document: Board) -> list[str]:
+    validator = jsonschema.Draft7Validator({**schema, "$ref": f"#/definitions/{kind}"})
+    return [f"{kind} {error.json_path}: {error.message[:300]}" for error in validator.iter_errors(document)]
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_dashboard_is_valid_by_grafanas_types(schema: Board, name: str) -> None:
+    assert _faults(schema, BOARDS[name]) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("titel",), "misspelt"),
+        (("panels", 8, "options", "legnd"), {}),
+        (("panels", 6, "fieldConfig", "defaults", "custom", "drawStyle"), "crayon"),
+        (("panels", 6, "fieldConfig", "defaults", "thresholds", "mode"), "relative"),
+        (("templating", "list", 0, "type"), "queery"),
+    ],
+)
+def test_a_fault_in_a_dashboard_is_found(schema: Board, path: tuple[Any, ...], value: object) -> None:
+    board = copy.deepcopy(BOARDS["gradwatch-run.json"])
+    place: Any = board
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert _faults(schema, board)
+
+
+# Every query, on the real thing
+
+
+class _Seen:
+    """What the queries are run on: a server on PostgreSQL with two runs, scraped by a Prometheus."""
+
+    def __init__(self, run_id: str, engine: sa.Engine, prometheus: Prometheus) -> None:
+        self.run_id, self.engine, self.prometheus = run_id, engine, prometheus
+
+    def expand(self, expression: str) -> str:
+        """Return PromQL with Grafana's variables in it replaced."""
+        values = {"$__rate_interval": "30s", "$project": "vision", "$run": self.run_id}
+        for variable, value in values.items():
+            expression = expression.replace(variable, value)
+        return expression
+
+    def rows(self, statement: str) -> list[Any]:
+        """Return what a statement with Grafana's macros in it yields."""
+        start, end = 1_000_000_000, int(time.time()) + 3600
+        statement = re.sub(r"\$__unixEpochFilter\(([\w.]+)\)", rf"\1 >= {start} AND \1 <= {end}", statement)
+        statement = statement.replace("$__unixEpochFrom()", str(start)).replace("$__unixEpochTo()", str(end))
+        statement = statement.replace("${run:sqlstring}", f"'{self.run_id}'").replace(
+            "${project:sqlstring}", "'vision'"
+        )
+        assert "$" not in statement, statement
+        with self.engine.connect() as connection:
+            return list(connection.exec_driver_sql(statement.replace("%", "%%")).all())
+
+
+def _train(server: GradwatchServer, first: int) -> str:
+    """Send a sound run and one that turns ill; return the second's id."""
+    names = ["stem.weight", "body.weight", "head.weight"]
+    for run, head in (("sound", 0.1), ("ill", math.nan)):
+        run_id = f"run-{run}"
+        if first == 0:
+            server.register(names, id=run_id, project="vision", name=run)
+        samples = [
+            sample(step, 0.1, 0.2, head, loss=1.0, global_grad_norm=0.3, overhead_ratio=0.01, skipped_steps=0)
+            for step in range(first, first + 5)
+        ]
+        for measured in samples:
+            measured.statistics["clipped_grad_norm"] = measured.statistics["grad_norm"]
+        server.store(run_id, wire.Batch(id=str(first), samples=samples)).raise_for_status()
+    return "run-ill"
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Seen]:
+    folder = tmp_path_factory.mktemp("seen")
+    with Postgres(folder) as postgres, WebhookReceiver([500]) as receiver:
+        engine = open_engine(postgres.url)
+        migrate(engine)
+        engine.dispose()
+        options = ["--database-url", postgres.url, "--webhook", receiver.url]
+        with (
+            GradwatchServer(folder / "gradwatch.db", *options) as server,
+            Prometheus(folder / "prometheus", scraping(server.url)) as prometheus,
+        ):
+            run_id = _train(server, 0)
+            until(lambda: prometheus.query(f'gradwatch_run_step{{run="{run_id}"}} == 4'), "first scrape")
+            _train(server, 5)
+            until(lambda: prometheus.query("increase(gradwatch_ingest_batches_total[1m]) > 0"), "second scrape")
+            until(lambda: prometheus.query("rate(gradwatch_delivery_attempts_total[1m])"), "attempts to deliver")
+            yield _Seen(run_id, engine, prometheus)
+        engine.dispose()
+
+
+@pytest.mark.parametrize("title", EXPRESSIONS)
+def test_every_promql_returns_rows(seen: _Seen, title: str) -> None:
+    expanded = seen.expand(EXPRESSIONS[title])
+    assert seen.prometheus.query(expanded), expanded
+
+
+@pytest.mark.parametrize("title", STATEMENTS)
+def test_every_sql_returns_rows(seen: _Seen, title: str) -> None:
+    assert seen.rows(STATEMENTS[title]), STATEMENTS[title]
+
+
+def test_a_query_of_something_unknown_returns_none(seen: _Seen) -> None:
+    assert not seen.prometheus.query("gradwatch_run_looss")
+    assert not seen.rows("SELECT 1 FROM runs WHERE project IN (${project:sqlstring}) AND id = 'unknown'")
+
+
+def test_rows_sort_by_depth(seen: _Seen) -> None:
+    layers = [row[0] for row in seen.rows(STATEMENTS["gradwatch-run.json Depth profile"])]
+    assert layers == ["000 · stem.weight", "001 · body.weight", "002 · head.weight"]

@@ -1,0 +1,93 @@
+"""The commands for alerts, silences and receivers, and the configuration read again."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from gradwatch import wire
+from tests.processes import GradwatchServer, WebhookReceiver, environment, sample
+
+NAN = float("nan")
+
+
+def command(*arguments: str, code: int = 0, url: str = "") -> str:
+    """Run the command; return what it prints."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "gradwatch", *arguments],
+        env=environment(GRADWATCH_URL=url),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == code, ran.stdout + ran.stderr
+    return ran.stdout + ran.stderr
+
+
+def hook(name: str, url: str, more: str = 'allow_networks = ["127.0.0.0/8"]') -> str:
+    return f'[[receivers]]\nname = "{name}"\ntype = "webhook"\nurl = "{url}"\n{more}\n'
+
+
+def test_alerts_and_silences_from_the_command_line(server: GradwatchServer) -> None:
+    assert "no alerts" in command("alerts", url=server.url)
+    run = server.register(["a"])
+    server.store(run, wire.Batch(id="b", samples=[sample(1, NAN)]))
+    (alert,) = server.get("/api/v1/alerts")
+    assert f"{alert['id']}  firing    critical  nonfinite" in command("alerts", "--state", "firing", url=server.url)
+    assert "acknowledged by kim" in command("alerts", "--ack", alert["id"], "--author", "kim", url=server.url)
+    added = command("silence", "--for", "2h", "--rule", "dead", "--author", "kim", url=server.url)
+    (silence,) = server.get("/api/v1/silences")
+    assert 7_000 < silence["ends_at"] - time.time() < 7_300
+    assert (silence["rule"], silence["author"]) == ("dead", "kim")
+    assert command("silence", url=server.url) == added
+    assert "has ended" in command("silence", "--end", silence["id"], url=server.url)
+    assert "404" in command("silence", "--end", silence["id"], url=server.url, code=1)
+    assert "is not a duration: write 30m" in command("silence", "--for", "soon", url=server.url, code=2)
+    assert "is the server running?" in command("alerts", url="http://127.0.0.1:1", code=1)
+
+
+def test_a_receiver_is_tested_before_it_is_needed(tmp_path: Path) -> None:
+    config = tmp_path / "gradwatch.toml"
+    with WebhookReceiver(statuses=[204, 403]) as receiver:
+        config.write_text(hook("ops", receiver.url + "?key=hidden") + hook("public", receiver.url, ""))
+        assert "ops: delivered, status 204" in command("receivers", "test", "ops", "--config", str(config))
+        assert json.loads(receiver.requests[0][1])["data"]["run"]["project"] == "test"
+        assert "ops: refused, status 403" in command("receivers", "test", "ops", "--config", str(config), code=1)
+        refused = command("receivers", "test", "public", "--config", str(config), code=1)
+        assert "has the loopback address 127.0.0.1" in refused
+        assert "hidden" not in refused
+        missing = command("receivers", "test", "nobody", "--config", str(config), code=1)
+        assert "has no receiver 'nobody'; it has: ops, public" in missing
+
+
+def test_sighup_reads_the_configuration_again_whole_or_not_at_all(tmp_path: Path) -> None:
+    config = tmp_path / "gradwatch.toml"
+    with WebhookReceiver() as first, WebhookReceiver() as second:
+        config.write_text(hook("first", first.url + "?key=hidden"))
+        with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config)) as server:
+            config.write_text(hook("second", second.url) + '[[routes]]\nreceivers = ["third"]\n')
+            _reload(server, "a route names receiver 'third'")
+            _fall_ill(server)
+            first.wait(1)
+            config.write_text(hook("second", second.url))
+            _reload(server, "the configuration was read again")
+            assert "second  webhook  in use  0 due  0 dead" in command("receivers", url=server.url)
+            _fall_ill(server)
+            second.wait(1)
+            assert len(first.requests) == 1
+            assert "hidden" not in server.log.read_text()
+
+
+def _fall_ill(server: GradwatchServer) -> None:
+    server.store(server.register(["a"]), wire.Batch(id="b", samples=[sample(1, NAN)]))
+
+
+def _reload(server: GradwatchServer, logged: str) -> None:
+    server.process.send_signal(signal.SIGHUP)
+    for _ in range(400):
+        if logged in server.log.read_text():
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError(server.log.read_text())

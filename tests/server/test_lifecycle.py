@@ -1,0 +1,111 @@
+"""Silences, inhibition, acknowledgement, damping: what is told, and what is kept but not told."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradwatch import wire
+from gradwatch_server.silences import Silence, muted
+from tests.processes import GradwatchServer, WebhookReceiver, sample
+
+NAN = float("nan")
+
+
+def ill(step: int) -> wire.Batch:
+    return wire.Batch(id=f"ill{step}", samples=[sample(step, NAN)])
+
+
+def told(receiver: WebhookReceiver, count: int) -> list[tuple[str, str]]:
+    data = [json.loads(body)["data"] for _, body in receiver.wait(count)]
+    return [(entry["run"]["name"], entry["state"]) for entry in data]
+
+
+def _silence(**changes: Any) -> Silence:
+    fields = {"id": "s", "project": "*", "run": "*", "rule": "*", "author": "kim", "comment": ""}
+    return Silence(**{**fields, **changes}, created_at=0.0, ends_at=1.0)
+
+
+@pytest.mark.parametrize(
+    ("silences", "firing", "rule", "why"),
+    [
+        ([], [], "exploding", None),
+        ([], ["nonfinite"], "exploding", "inhibited by nonfinite"),
+        ([], ["nonfinite"], "vanishing", "inhibited by nonfinite"),
+        ([], ["nonfinite"], "dead", None),
+        ([], ["stalled"], "exploding", None),
+        ([], ["exploding"], "nonfinite", None),
+        ([_silence()], [], "dead", "silence s by kim"),
+        ([_silence(rule="dead")], [], "exploding", None),
+        ([_silence(rule="ex*")], [], "exploding", "silence s by kim"),
+        ([_silence(project="audio")], [], "exploding", None),
+        ([_silence(run="r1", project="vis?on")], [], "exploding", "silence s by kim"),
+    ],
+)
+def test_what_is_muted(silences: list[Silence], firing: list[str], rule: str, why: str | None) -> None:
+    assert muted(silences, firing, "vision", "r1", rule) == why
+
+
+def test_a_silenced_alert_is_kept_and_told_when_the_silence_ends(tmp_path: Path) -> None:
+    with (
+        WebhookReceiver() as receiver,
+        GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
+    ):
+        silence = {"project": "vision", "author": "kim", "comment": "known", "ends_at": time.time() + 3600}
+        added = server.http.post("/api/v1/silences", json=silence)
+        assert added.status_code == 201
+        assert [entry["id"] for entry in server.get("/api/v1/silences")] == [added.json()["id"]]
+        quiet = server.register(["a"], project="vision", name="quiet")
+        loud = server.register(["a"], project="audio", name="loud")
+        for run in (quiet, loud):
+            server.store(run, ill(1))
+        assert told(receiver, 1) == [("loud", "firing")]
+        (alert,) = server.get("/api/v1/alerts", run=quiet)
+        assert (alert["state"], alert["muted"]) == ("firing", f"silence {added.json()['id']} by kim")
+        assert server.http.delete(f"/api/v1/silences/{added.json()['id']}").status_code == 204
+        assert server.http.delete(f"/api/v1/silences/{added.json()['id']}").status_code == 404
+        server.store(quiet, ill(2))
+        assert told(receiver, 2)[1] == ("quiet", "firing")
+        server.store(quiet, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
+        assert told(receiver, 3)[2] == ("quiet", "resolved")
+        assert server.get("/api/v1/alerts", run=quiet)[0]["muted"] is None
+
+
+def test_who_was_not_told_that_it_fired_is_not_told_that_it_is_over(tmp_path: Path) -> None:
+    with (
+        WebhookReceiver() as receiver,
+        GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
+    ):
+        server.http.post("/api/v1/silences", json={"run": "q*", "author": "kim", "ends_at": time.time() + 3600})
+        quiet, loud = server.register(["a"], id="quiet", name="quiet"), server.register(["a"], name="loud")
+        for run in (quiet, loud):
+            server.store(run, ill(1))
+            server.store(run, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
+        assert told(receiver, 2) == [("loud", "firing"), ("loud", "resolved")]
+        assert len(server.get("/api/v1/deliveries")) == 2
+        assert server.get("/api/v1/alerts", run=quiet)[0]["state"] == "resolved"
+
+
+def test_somebody_takes_care(server: GradwatchServer) -> None:
+    run = server.register(["a"])
+    server.store(run, ill(1))
+    (alert,) = server.get("/api/v1/alerts", run=run)
+    path = f"/api/v1/alerts/{alert['id']}/acknowledge"
+    assert server.http.post(path, json={"author": "kim"}).json()["acknowledged_by"] == "kim"
+    assert server.get(f"/api/v1/alerts/{alert['id']}")["acknowledged_by"] == "kim"
+    server.store(run, ill(2))
+    assert server.get(f"/api/v1/alerts/{alert['id']}")["acknowledged_by"] == "kim"
+    server.store(run, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
+    assert server.http.post(path, json={"author": "kim"}).status_code == 409
+    assert server.http.post("/api/v1/alerts/none/acknowledge", json={"author": "kim"}).status_code == 404
+
+
+def test_an_alert_that_comes_back_soon_takes_longer_to_resolve(server: GradwatchServer) -> None:
+    run = server.register(["a"])
+    for time_around, first in enumerate((1, 101)):
+        server.store(run, ill(first))
+        server.store(run, wire.Batch(id=f"well{first}", samples=[sample(first + 1 + at, 1.0) for at in range(30)]))
+        alert = server.get("/api/v1/alerts", run=run)[0]
+        assert (alert["flaps"], alert["resolved_step"] - first) == ((0, 5), (1, 10))[time_around]

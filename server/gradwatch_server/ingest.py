@@ -19,7 +19,9 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.runs import RUN_ENDED
 from gradwatch_server.settings import Configuration
 
-_REPLAYED_SAMPLES = 128
+_REPLAYED_FIRST_SAMPLES = 16
+"""How a run began is what its later samples are compared with."""
+_REPLAYED_LAST_SAMPLES = 112
 _RUNS_IN_MEMORY = 256
 _LOSSES_KEPT = 1_024
 """Between two samples."""
@@ -257,7 +259,7 @@ class Ingest:
             return watched
         layout = Layout.of(load_parameters(connection, run.id))
         memory = Memory()
-        for reading in _stored_readings(connection, run.id):
+        for reading in _stored_readings(connection, run.id, run.diagnosed_step):
             memory, _ = diagnosis.examine(layout, memory, reading, self._thresholds)
         return _Watched(layout, memory, run.sample_count)
 
@@ -306,14 +308,15 @@ def _losses(batch: wire.Batch) -> list[tuple[int, float]]:
     return [(step, wire.number(loss)) for step, loss in zip(trail.steps, trail.values, strict=True)]
 
 
-def _stored_readings(connection: sa.Connection, run_id: str) -> list[Reading]:
+def _stored_readings(connection: sa.Connection, run_id: str, up_to: int | None) -> list[Reading]:
+    """Return the first and last samples that have been diagnosed: the batch at hand is stored, but not due yet."""
+    if up_to is None:
+        return []
     table = schema.samples
-    rows = connection.execute(
-        sa.select(table)
-        .where(table.c.run == run_id, table.c.level == 0)
-        .order_by(table.c.step.desc())
-        .limit(_REPLAYED_SAMPLES)
-    ).mappings()
+    known = sa.select(table).where(table.c.run == run_id, table.c.level == 0, table.c.step <= up_to)
+    first = connection.execute(known.order_by(table.c.step).limit(_REPLAYED_FIRST_SAMPLES)).mappings().all()
+    last = connection.execute(known.order_by(table.c.step.desc()).limit(_REPLAYED_LAST_SAMPLES)).mappings().all()
+    rows = {row["step"]: row for row in (*first, *reversed(last))}
     return [
         Reading(
             step=row["step"],
@@ -321,5 +324,5 @@ def _stored_readings(connection: sa.Connection, run_id: str) -> list[Reading]:
             statistics={name: row[name] for name in STATISTICS if row[name] is not None},
             scalars={name: wire.number(value) for name, value in (row["scalars"] or {}).items()},
         )
-        for row in reversed(rows.all())
+        for row in rows.values()
     ]

@@ -3,11 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# Every labelled training of benchmarks/zoo through the real agent and a real server, with the table; 5 to 15 minutes.
-zoo: .venv/test-installed
-	$(BIN)/python -m benchmarks.zoo $(ZOO)
 
-.PHONY: demo zoo test lint types page system clean
+.PHONY: demo test lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page
 
 demo: .venv/demo-installed
 	@$(BIN)/gradwatch demo $(if $(KEEP),--keep)
@@ -48,6 +45,14 @@ system:
 node_modules/.installed: package.json package-lock.json
 	@npm ci --silent --no-audit --no-fund
 	@touch $@
+
+# Every labelled training of benchmarks/zoo through the real agent and a real server, with the table; about 15 minutes.
+zoo: .venv/test-installed
+	$(BIN)/python -m benchmarks.zoo $(ZOO)
+
+# Ours and the peers' side by side in one run, as ratios; on a quiet machine.
+bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed
+	$(BIN)/python -m benchmarks.$*
 
 clean:
 	rm -rf .venv node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis gradwatch-demo

@@ -1,21 +1,24 @@
 """Real servers and receivers, started by the tests themselves on free ports."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import numpy as np
 
 from gradwatch import wire
 
+Result = TypeVar("Result")
 ROOT = Path(__file__).parent.parent
 
 
@@ -25,6 +28,12 @@ def environment(**changes: str) -> dict[str, str]:
     paths = [str(ROOT / "agent"), str(ROOT / "server"), kept.get("PYTHONPATH", "")]
     kept["OMP_NUM_THREADS"] = "1"  # tests run side by side: several threads each would wait for one another
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes
+
+
+def run_apart(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine in a thread of its own: the browser's event loop may hold this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 class GradwatchServer:

@@ -4,11 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradwatch.agc import adaptive_clip_grad_
     from gradwatch.agent import Agent, attach
 
-__all__ = ["Agent", "attach"]
+__all__ = ["Agent", "adaptive_clip_grad_", "attach"]
 
-_HOMES = {"Agent": "gradwatch.agent", "attach": "gradwatch.agent"}
+_HOMES = {
+    "Agent": "gradwatch.agent",
+    "adaptive_clip_grad_": "gradwatch.agc",
+    "attach": "gradwatch.agent",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -62,7 +62,6 @@ _R = TypeVar("_R")
 def attach(
     model: nn.Module | Iterable[nn.Module],
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    *,
     url: str | None = None,
     token: str | None = None,
     project: str | None = None,
@@ -83,7 +82,7 @@ def attach(
             16 hexadecimal digits), which is then resumed as a new attempt.
         every: steps between samples; None: ``GRADWATCH_EVERY``, else as ``overhead_budget`` allows.
         overhead_budget: the agent's largest share of the step time, 0.01 for 1%.
-        clip: None.
+        clip: None in this version; ``gradwatch.adaptive_clip_grad_`` clips.
 
     Returns:
         The agent, already watching. Attached again to the same parameters (in a notebook), it replaces the earlier one.
@@ -93,7 +92,10 @@ def attach(
         TypeError: ``model`` or ``optimizer`` is not one.
     """
     if clip is not None:
-        raise TypeError(f"clip={clip!r} is not known: adaptive clipping is not part of this version")
+        raise TypeError(
+            f"clip={clip!r}: the agent does not clip in this version; "
+            f"call gradwatch.adaptive_clip_grad_(model, {clip!r}) before optimizer.step()"
+        )
     models = [model] if isinstance(model, nn.Module) else list(model)
     if not models or not all(isinstance(module, nn.Module) for module in models):
         raise TypeError(f"model must be a torch.nn.Module or several of them, not {model!r:.80}")

@@ -174,9 +174,11 @@ class Sender:
     def _work(self) -> None:
         while True:
             self.seconds = time.thread_time()
-            entry = self._queue.first()
             left = self._timeout_seconds if self._deadline is None else self._deadline - time.monotonic()
-            if self._deadline is not None and (entry is None or left <= 0):
+            if left <= 0:
+                return  # the spool may be closed by now
+            entry = self._queue.first()
+            if self._deadline is not None and entry is None:
                 return
             if entry is None:
                 if self._idle is not None:

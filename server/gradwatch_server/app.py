@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ from gradwatch_server.api import (
     tile,
 )
 from gradwatch_server.errors import Refused
+from gradwatch_server.retention import delete_overdue
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
 PAGE = Path(__file__).parent / "page"
+_PRUNE_SECONDS = 3_600
 _SECURITY = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     "X-Content-Type-Options": "nosniff",
@@ -49,10 +52,12 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         services = Services.start(settings, engine)
         app.state.services = services
         notifying = asyncio.create_task(services.notifier.run())
+        pruning = asyncio.create_task(_prune(services))
         exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
         try:
             yield
         finally:
+            pruning.cancel()
             services.notifier.stop()
             await notifying
             if exporting is not None:
@@ -96,6 +101,16 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
 
     _describe_documents(app)
     return app
+
+
+async def _prune(services: Services) -> None:
+    """Remove the runs whose time is over, now and once an hour, for as long as the server runs."""
+    retention = services.settings.configuration.retention
+    while True:
+        with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach: in an hour
+            work = partial(delete_overdue, retention=retention)
+            await asyncio.wrap_future(services.writer.submit(work))
+        await asyncio.sleep(_PRUNE_SECONDS)
 
 
 def _describe_documents(app: FastAPI) -> None:

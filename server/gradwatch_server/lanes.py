@@ -77,26 +77,37 @@ class SampleLane:
         steps, last_steps = self._spans(level, first, last)
         if not len(steps):
             return self._nothing()
-        row_of = {step: index for index, step in enumerate(steps.tolist())}
-        shape = (len(steps), len(self._names) * self._width)
-        planes: list[NDArray[Any]] = [np.full(shape, MISSING, np.float32) for _ in range(4)]
-        planes += [np.zeros(shape, np.int64) for _ in range(2)]
         table = schema.rollups
         rows = self._connection.execute(
-            sa.select(table.c.statistic, table.c.step, *(table.c[name] for name in _PLANES)).where(
+            sa.select(table.c.statistic, table.c.step, *(table.c[name] for name in _PLANES))
+            .where(
                 table.c.run == self._run,
                 table.c.statistic.in_(self._names),
                 table.c.level == level,
                 table.c.step.between(int(steps[0]), int(steps[-1])),
             )
-        )
-        begins = {name: index * self._width for index, name in enumerate(self._names)}
-        for statistic, step, *vectors in rows:
-            begin, index = begins[statistic], row_of[step]
-            end = begin + len(vectors[0])
-            for plane, vector in zip(planes, vectors, strict=True):
-                plane[index, begin:end] = vector
+            .order_by(table.c.statistic, table.c.step)
+        ).all()
+        found: dict[str, list[sa.Row[Any]]] = {name: [] for name in self._names}
+        for row in rows:
+            found[row[0]].append(row)
+        parts = [self._planes(steps, found[name]) for name in self._names]
+        planes = [np.concatenate(plane, axis=1) if len(plane) > 1 else plane[0] for plane in zip(*parts, strict=True)]
         return Buckets(steps, last_steps, *planes)
+
+    def _planes(self, steps: NDArray[np.int64], rows: Sequence[Any]) -> list[NDArray[Any]]:
+        """Return low, high, mean, last and both counts of one statistic, each of shape (steps, parameters)."""
+        known = [len(row[2]) for row in rows]
+        planes = [_stacked([row[index] for row in rows], self._width) for index in range(2, 6)]
+        planes += [_counts([row[index] for row in rows], known, self._width) for index in (6, 7)]
+        if len(rows) == len(steps):
+            return planes
+        at = np.searchsorted(steps, np.array([row[1] for row in rows], np.int64))
+        whole: list[NDArray[Any]] = [np.full((len(steps), self._width), MISSING, np.float32) for _ in range(4)]
+        whole += [np.zeros((len(steps), self._width), np.int64) for _ in range(2)]
+        for plane, part in zip(whole, planes, strict=True):
+            plane[at] = part
+        return whole
 
     def _nothing(self) -> Buckets:
         return Buckets.of_samples(np.empty(0, np.int64), np.empty((0, len(self._names) * self._width), np.float32))
@@ -109,8 +120,7 @@ class SampleLane:
             .where(table.c.run == self._run, table.c.level == level, table.c.step.between(first, last))
             .order_by(table.c.step)
         ).all()
-        both = np.array(rows, np.int64).reshape(-1, 2)
-        return both[:, 0], both[:, 1]
+        return np.array([row[0] for row in rows], np.int64), np.array([row[1] for row in rows], np.int64)
 
     def count(self, level: int, first: int, last: int, most: int) -> int:
         """Return how many buckets of a level begin in a range, counting no further than ``most``."""
@@ -262,14 +272,25 @@ def _around(connection: sa.Connection, table: sa.Table, mine: Sequence[Any], lev
     return start, LAST_STEP if following is None else following - 1
 
 
-def _stacked(vectors: Sequence[NDArray[np.float32] | None], width: int) -> NDArray[np.float32]:
+def _stacked(vectors: Sequence[NDArray[np.float32] | None], width: int) -> NDArray[Any]:
     """Return the vectors as rows; missing where there is none, or where it is from before the run gained parameters."""
-    if vectors and all(vector is not None and len(vector) == width for vector in vectors):
-        return np.stack([vector for vector in vectors if vector is not None])
+    known = [vector for vector in vectors if vector is not None and len(vector) == width]
+    if known and len(known) == len(vectors):
+        return np.concatenate(known).reshape(len(known), width)
     rows = np.full((len(vectors), width), MISSING, np.float32)
     for row, vector in zip(rows, vectors, strict=True):
         if vector is not None:
             row[: len(vector)] = vector
+    return rows
+
+
+def _counts(vectors: Sequence[NDArray[np.float32]], known: Sequence[int], width: int) -> NDArray[Any]:
+    """Return stored counts as rows; one number stands for all parameters that the run had then, ``known`` of them."""
+    if vectors and all(len(vector) == 1 for vector in vectors) and min(known) == width:
+        return np.repeat(np.concatenate(vectors)[:, None].astype(np.int64), width, axis=1)
+    rows = np.zeros((len(vectors), width), np.int64)
+    for row, vector, count in zip(rows, vectors, known, strict=True):
+        row[:count] = vector
     return rows
 
 

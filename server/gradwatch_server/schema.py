@@ -113,7 +113,6 @@ samples = sa.Table(
     sa.Column("scalars", _json),
     sa.Column("histograms", _json),
     *(sa.Column(name, Floats) for name in STATISTICS),
-    sqlite_with_rowid=False,
 )
 
 rollups = sa.Table(
@@ -126,7 +125,6 @@ rollups = sa.Table(
     *(sa.Column(name, Floats, nullable=False) for name in ("low", "high", "mean", "last")),
     sa.Column("finite", Floats, nullable=False, comment="finite values; one number where all parameters agree"),
     sa.Column("nonfinite", Floats, nullable=False, comment="NaN and infinite values; likewise"),
-    sqlite_with_rowid=False,
 )
 
 trails = sa.Table(

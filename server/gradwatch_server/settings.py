@@ -11,6 +11,7 @@ from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.exporter import RemoteWrite
 from gradwatch_server.outbox import Delivery
 from gradwatch_server.receivers import AnyReceiver
+from gradwatch_server.retention import Retention
 from gradwatch_server.routes import Route
 
 
@@ -53,6 +54,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     metrics: Metrics = Metrics()
     remote_write: RemoteWrite | None = None
     delivery: Delivery = Delivery()
+    retention: Retention = Retention()
     receivers: list[AnyReceiver] = []
     """Where transitions of alerts are delivered."""
     routes: list[Route] = []

@@ -1,6 +1,5 @@
 """Where deliveries may connect to: decided on the address, when connecting."""
 
-import asyncio
 from collections.abc import Sequence
 from ipaddress import ip_address
 
@@ -8,7 +7,7 @@ import pytest
 
 from gradwatch_server.addresses import AddressRefused, Guard, parse_networks, refusal
 from gradwatch_server.post import Letter, Postman
-from tests.processes import WebhookReceiver
+from tests.processes import WebhookReceiver, run_apart
 
 REFUSED = [
     ("0.0.0.0", "unspecified"),
@@ -96,7 +95,7 @@ class Names:
 def test_one_refused_address_among_public_ones_refuses_the_host() -> None:
     guard = Guard([], Names(["8.8.8.8", "10.0.0.1"]))
     with pytest.raises(AddressRefused, match=r"has the private or reserved address 10\.0\.0\.1: .* allow_networks"):
-        asyncio.run(guard.resolve("example.com", 443))
+        run_apart(guard.resolve("example.com", 443))
 
 
 def test_a_name_is_resolved_once_for_each_connection_and_goes_to_what_was_checked() -> None:
@@ -114,7 +113,7 @@ def test_a_name_is_resolved_once_for_each_connection_and_goes_to_what_was_checke
                 second = await postman.post(Letter(f"http://rebound.example:{port}", b"{}", {}))
             return first.status, second.error
 
-        status, error = asyncio.run(post_twice())
+        status, error = run_apart(post_twice())
         assert status == 204
         assert "link-local address 169.254.169.254" in error
         assert len(receiver.requests) == 1
@@ -130,7 +129,7 @@ def test_every_spelling_of_loopback_is_refused_on_the_wire(host: str) -> None:
                 port = receiver.url.split(":")[2].partition("/")[0]
                 return (await postman.post(Letter(f"http://{host}:{port}/hook?token=abc", b"{}", {}))).error
 
-        error = asyncio.run(post())
+        error = run_apart(post())
         assert "AddressRefused" in error or "gaierror" in error
         assert "abc" not in error
         assert receiver.requests == []

@@ -11,8 +11,10 @@ import pytest
 
 from gradwatch import wire
 from gradwatch_server.console.receivers import _test_payload
+from gradwatch_server.exporter import RemoteWrite
 from gradwatch_server.outbox import Delivery
 from gradwatch_server.receivers import AnyReceiver
+from gradwatch_server.retention import Retention
 from gradwatch_server.routes import Route
 from gradwatch_server.settings import Configuration, Limits, Metrics
 from tests.processes import ROOT, GradwatchServer, WebhookReceiver, sample
@@ -65,6 +67,8 @@ def test_every_setting_is_documented_and_nothing_else() -> None:
     structs: dict[str, Any] = {
         "`[limits]`": Limits,
         "`[metrics]`": Metrics,
+        "`[remote_write]`": RemoteWrite,
+        "`[retention]`": Retention,
         "`[delivery]`": Delivery,
         "`[[routes]]`": Route,
     }
@@ -75,7 +79,7 @@ def test_every_setting_is_documented_and_nothing_else() -> None:
         assert sections.pop(title) == {field.name for field in msgspec.structs.fields(struct)}, title
     assert sections == {"`[rules]`": set()}
     assert {field.name for field in msgspec.structs.fields(Configuration)} == {
-        *("limits", "metrics", "delivery", "receivers", "routes", "rules"),
+        *("limits", "metrics", "remote_write", "retention", "delivery", "receivers", "routes", "rules"),
     }
 
 

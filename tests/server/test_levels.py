@@ -156,3 +156,16 @@ def test_one_spike_and_one_nan_show_in_the_widest_view(engine: sa.Engine, points
     assert found.nonfinite[:, 1].tolist() == [
         int(a <= 6_789 <= b) for a, b in zip(found.first_steps, found.last_steps, strict=True)
     ]
+
+
+def test_a_parameter_that_came_later_is_missing_before(engine: sa.Engine) -> None:
+    store = Store(engine, "gained", parameters=1)
+    store.put({step: [float(step)] for step in range(1, 41)})
+    early, store.parameters = store.kept, 3
+    listed = [wire.Parameter(f"p{position}", [1]) for position in range(3)]
+    with writing(engine) as connection:
+        store.ingest.register(connection, store.run, wire.Registration(parameters=listed))
+    store.kept = {step: [*row, wire.MISSING, wire.MISSING] for step, row in early.items()}
+    store.put({step: [1.0, float(step), 2.0] for step in range(41, 101)})
+    for points in (1, 5, 12, 100):
+        store.check(None, None, points)

@@ -92,6 +92,32 @@ class Series(BaseModel):
     nonfinite: list[int] = Field(description="values of each bucket that are NaN or infinite")
 
 
+class Profile(BaseModel):
+    """One statistic of all parameters in the order of depth, gathered over a range of samples."""
+
+    run: str
+    statistic: str
+    parameters: list[str]
+    first_step: int
+    last_step: int
+    min: list[Measured]
+    max: list[Measured]
+    mean: list[Measured]
+    last: list[Measured]
+    nonfinite: list[int]
+
+
+class Latest(BaseModel):
+    """Everything measured at the newest sample of a run."""
+
+    run: str
+    step: int
+    at: float = Field(description="Unix seconds")
+    parameters: list[str]
+    statistics: dict[str, list[Measured]]
+    scalars: dict[str, Number]
+
+
 class Map(BaseModel):
     """One statistic of all parameters: rows are buckets of samples, columns are parameters in the order of depth."""
 

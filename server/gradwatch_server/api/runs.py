@@ -1,9 +1,11 @@
 """What is known of runs: lists, series, maps."""
 
-from typing import Annotated, Any, Literal
+import asyncio
+from functools import partial
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch import wire
 from gradwatch_server import queries
@@ -12,7 +14,9 @@ from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import load_parameters
+from gradwatch_server.retention import delete_run
 from gradwatch_server.runs import RunState, load_run, load_runs
+from gradwatch_server.services import Services
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 
@@ -110,3 +114,70 @@ def show_map(
         "nonfinite": buckets.nonfinite.tolist(),
     }
     return Response(msgspec.json.encode(content), media_type=wire.JSON_TYPE)
+
+
+@router.get(
+    "/runs/{id}/profile",
+    response_class=Response,
+    responses={200: {"model": documents.Profile}, **problems(401, 403, 404, 422)},
+)
+def show_profile(
+    connection: Reader,
+    run_id: RunId,
+    statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
+    from_step: Step = None,
+    to_step: Step = None,
+) -> Response:
+    """One statistic of all parameters in the order of depth, gathered over a range; of one step: both ends the same."""
+    load_run(connection, run_id)
+    listed = load_parameters(connection, run_id)
+    order = sorted(range(len(listed)), key=lambda position: listed[position].depth or 0)
+    found = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, 1)
+    if not len(found):
+        raise Refused(404, "No samples", f"run {run_id!r} has no sample of {statistic!r} in this range: widen it")
+    content = {
+        "run": run_id,
+        "statistic": statistic,
+        "parameters": [listed[position].name for position in order],
+        "first_step": int(found.first_steps[0]),
+        "last_step": int(found.last_steps[0]),
+        "min": wire.spell_vector(found.low[0]),
+        "max": wire.spell_vector(found.high[0]),
+        "mean": wire.spell_vector(found.mean[0]),
+        "last": wire.spell_vector(found.last[0]),
+        "nonfinite": found.nonfinite[0].tolist(),
+    }
+    return Response(msgspec.json.encode(content), media_type=wire.JSON_TYPE)
+
+
+@router.get(
+    "/runs/{id}/latest",
+    response_class=Response,
+    responses={200: {"model": documents.Latest}, **problems(401, 403, 404, 422)},
+)
+def show_latest(connection: Reader, run_id: RunId) -> Response:
+    """Everything measured at the newest sample, in the order of the run's parameters."""
+    load_run(connection, run_id)
+    newest = queries.read_latest(connection, run_id)
+    if newest is None:
+        raise Refused(404, "No samples", f"run {run_id!r} has no sample yet")
+    vectors = {name: getattr(newest, name) for name in wire.STATISTICS}
+    content = {
+        "run": run_id,
+        "step": newest.step,
+        "at": newest.at,
+        "parameters": [known.name for known in load_parameters(connection, run_id)],
+        "statistics": {name: wire.spell_vector(vector) for name, vector in vectors.items() if vector is not None},
+        "scalars": newest.scalars,
+    }
+    return Response(msgspec.json.encode(content), media_type=wire.JSON_TYPE)
+
+
+@router.delete("/runs/{id}", status_code=204, responses=problems(401, 403, 404, 422, 503))
+async def remove_run(request: Request, run_id: RunId) -> Response:
+    """Remove a run with everything that is known of it; its alerts and deliveries go as well."""
+    services = cast("Services", request.app.state.services)
+    work = partial(delete_run, run_id=run_id)
+    if not await asyncio.wrap_future(services.writer.submit(work, run_id)):
+        raise Refused(404, "Unknown run", f"run {run_id!r} is not known here: GET /api/v1/runs lists those that are")
+    return Response(status_code=204)

@@ -279,5 +279,5 @@ def _remedy(reading: Reading) -> str:
     lower = f"Lower the learning rate from {rate:.3g} to {rate / 10:.3g}" if rate else "Lower the learning rate tenfold"
     return (
         f"{lower} or warm it up, initialise with torch.nn.init.kaiming_normal_ or add normalisation, and clip "
-        "adaptively: gradwatch.attach(..., clip=gradwatch.AGC(0.01))."
+        "adaptively: gradwatch.adaptive_clip_grad_(model, 0.01) before optimizer.step()."
     )

@@ -34,7 +34,7 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
         cause="The threshold, not the gradient, sets the length of every step."
         if clipped
         else "The threshold lies above every gradient of this run.",
-        remedy="Double the threshold, for instance gradwatch.AGC(0.02) instead of 0.01 (the paper's grid ends at 0.16)."
+        remedy="Double the threshold, for instance 0.02 instead of 0.01 (the paper's grid ends at 0.16)."
         if clipped
         else "Halve the threshold, or turn clipping off: it costs time and does nothing.",
         hold_samples=limits.hold_samples,

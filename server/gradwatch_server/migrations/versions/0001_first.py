@@ -151,7 +151,6 @@ def upgrade() -> None:
         sa.Column("update_norm", Floats(), nullable=True),
         sa.ForeignKeyConstraint(["run"], ["runs.id"], name=op.f("fk_samples_run_runs"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run", "level", "step", name=op.f("pk_samples")),
-        sqlite_with_rowid=False,
     )
     op.create_table(
         "rollups",
@@ -167,7 +166,6 @@ def upgrade() -> None:
         sa.Column("nonfinite", Floats(), nullable=False, comment="NaN and infinite values; likewise"),
         sa.ForeignKeyConstraint(["run"], ["runs.id"], name=op.f("fk_rollups_run_runs"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run", "statistic", "level", "step", name=op.f("pk_rollups")),
-        sqlite_with_rowid=False,
     )
     op.create_table(
         "trails",

@@ -1,0 +1,225 @@
+"""Adaptive clipping against an independent oracle in float64, and its properties."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gradwatch import adaptive_clip_grad_
+
+Array = NDArray[np.float64]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def _oracle(grad: Array, weight: Array, clip: float, eps: float, axis: int | None) -> Array:
+    """Clip by loops: one unit at a time, as the paper says it."""
+    if axis is None or grad.ndim < 2:
+        return _unit(grad, weight, clip, eps)
+    grads, weights = np.moveaxis(grad, axis, 0), np.moveaxis(weight, axis, 0)
+    return np.moveaxis(np.stack([_unit(g, w, clip, eps) for g, w in zip(grads, weights, strict=True)]), 0, axis)
+
+
+def _unit(grad: Array, weight: Array, clip: float, eps: float) -> Array:
+    norm = np.sqrt((grad**2).sum())
+    limit = clip * max(np.sqrt((weight**2).sum()), eps)
+    return grad * (limit / norm) if np.isfinite(norm) and norm > limit else grad
+
+
+def _parameter(weight: Tensor, grad: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(weight.clone())
+    parameter.grad = grad.clone()
+    return parameter
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _float64(tensor: Tensor) -> Array:
+    return tensor.detach().to(torch.float64).numpy()
+
+
+SHAPES = st.lists(st.lists(st.integers(1, 5), max_size=5), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=150)
+@given(SHAPES, st.sampled_from(list(TOLERANCE)), st.floats(1e-3, 1.0), st.integers(0, 2**31))
+def test_it_equals_the_oracle(shapes: list[list[int]], dtype: torch.dtype, clip: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [
+        _parameter(torch.randn(shape, generator=generator).to(dtype), torch.randn(shape, generator=generator).to(dtype))
+        for shape in shapes
+    ]
+    expected = [_oracle(_float64(_grad(p)), _float64(p), clip, 1e-3, 0) for p in parameters]
+    adaptive_clip_grad_(parameters, clip)
+    for parameter, truth in zip(parameters, expected, strict=True):
+        np.testing.assert_allclose(_float64(_grad(parameter)), truth, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
+    "linear": (lambda: nn.Linear(5, 7), 0),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3), 0),
+    "conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), 0),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), 0),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3), 1),
+    "embedding": (lambda: nn.Embedding(9, 4), 0),
+    "layer norm": (lambda: nn.LayerNorm((3, 5)), None),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_units_follow_the_layers_type(kind: str) -> None:
+    torch.manual_seed(0)
+    make, axis = LAYERS[kind]
+    layer = make()
+    for parameter in layer.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    expected = {
+        name: _oracle(_float64(_grad(p)), _float64(p), 0.02, 1e-3, axis if p.dim() > 1 else None)
+        for name, p in layer.named_parameters()
+    }
+    adaptive_clip_grad_(layer, 0.02)
+    for name, parameter in layer.named_parameters():
+        np.testing.assert_allclose(_float64(_grad(parameter)), expected[name], rtol=2e-6, atol=1e-9)
+
+
+def test_a_grouped_transposed_convolution_has_units_by_group() -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False)
+    layer.weight.grad = torch.randn_like(layer.weight)
+    weight, grad = _float64(layer.weight), _float64(layer.weight.grad)
+    halves = [_oracle(g, w, 0.02, 1e-3, 1) for g, w in zip(np.split(grad, 2), np.split(weight, 2), strict=True)]
+    adaptive_clip_grad_(layer, 0.02)
+    np.testing.assert_allclose(_float64(layer.weight.grad), np.concatenate(halves), rtol=2e-6)
+
+
+def test_two_numbers_worked_by_hand() -> None:
+    weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [6.0, 8.0]])
+    parameter = _parameter(weight, torch.tensor([[30.0, 40.0], [3.0, 4.0], [0.03, 0.04]]))
+    adaptive_clip_grad_([parameter], clip=0.1)
+    # ||w|| = 5, limit 0.5; ||w|| = 0, limit 0.1 * 1e-3; ||w|| = 10, limit 1: left alone
+    torch.testing.assert_close(_grad(parameter), torch.tensor([[0.3, 0.4], [6e-5, 8e-5], [0.03, 0.04]]))
+
+
+def test_per_tensor_it_is_the_formula_of_the_course() -> None:
+    torch.manual_seed(0)
+    parameter = _parameter(torch.randn(4, 3), torch.randn(4, 3))
+    weight, grad = _float64(parameter), _float64(_grad(parameter))
+    ratio = float(np.linalg.norm(grad) / (np.linalg.norm(weight) + 1e-3))
+    adaptive_clip_grad_([parameter], clip=0.05, granularity="tensor")
+    np.testing.assert_allclose(_float64(_grad(parameter)), grad * min(1.0, 0.05 / ratio), rtol=2e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**31), st.floats(1e-3, 2.0))
+def test_it_is_idempotent_never_lengthens_and_keeps_directions(seed: int, clip: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(6, 5, generator=generator)
+    grad = torch.randn(6, 5, generator=generator) * torch.logspace(-4, 2, 6)[:, None]
+    parameter = _parameter(weight, grad)
+    adaptive_clip_grad_([parameter], clip)
+    once = _grad(parameter).clone()
+    assert (once.norm(dim=1) <= grad.norm(dim=1) * (1 + 1e-6)).all()
+    torch.testing.assert_close(nn.functional.cosine_similarity(once, grad), torch.ones(6))
+    below = grad.norm(dim=1) <= clip * weight.norm(dim=1).clamp(min=1e-3) * (1 - 1e-5)
+    assert torch.equal(once[below], grad[below])
+    adaptive_clip_grad_([parameter], clip)
+    torch.testing.assert_close(_grad(parameter), once, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_and_does_not_spread(bad: float) -> None:
+    grad = torch.full((3, 4), 5.0)
+    grad[1, 2] = bad
+    parameter = _parameter(torch.ones(3, 4), grad)
+    adaptive_clip_grad_([parameter], clip=0.1)
+    clipped = _grad(parameter)
+    torch.testing.assert_close(clipped[1], grad[1], equal_nan=True)
+    torch.testing.assert_close(clipped[0], torch.full((4,), 0.1))
+    torch.testing.assert_close(clipped[2], torch.full((4,), 0.1))
+
+
+def test_a_zero_weight_still_trains() -> None:
+    parameter = _parameter(torch.zeros(2, 2), torch.ones(2, 2))
+    adaptive_clip_grad_([parameter], clip=0.1)
+    assert (_grad(parameter) > 0).all()
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    weight = torch.ones(1, 4096, dtype=torch.float16)
+    parameter = _parameter(weight, torch.full((1, 4096), 2000.0, dtype=torch.float16))
+    adaptive_clip_grad_([parameter], clip=0.1)
+    torch.testing.assert_close(_grad(parameter), torch.full((1, 4096), 0.1, dtype=torch.float16), rtol=2e-3, atol=0)
+
+
+def test_sparse_rows_are_clipped_as_dense_ones() -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(8, 3, sparse=True)
+    rows = torch.tensor([1, 5, 1])
+    (table(rows) * torch.randn(3, 3)).sum().backward()
+    assert table.weight.grad is not None
+    expected = _oracle(_float64(table.weight.grad.to_dense()), _float64(table.weight), 0.01, 1e-3, 0)
+    adaptive_clip_grad_(table, 0.01)
+    np.testing.assert_allclose(_float64(table.weight.grad.to_dense()), expected, rtol=2e-6)
+
+
+def test_each_row_of_each_expert_is_a_unit_where_that_is_asked() -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.register_parameter("experts", _parameter(torch.randn(2, 3, 4), torch.randn(2, 3, 4)))
+    (parameter,) = model.parameters()
+    weight, grad = _float64(parameter), _float64(_grad(parameter))
+    adaptive_clip_grad_(model, 0.02, experts=["experts"])
+    expected = [_oracle(g, w, 0.02, 1e-3, 0) for g, w in zip(grad, weight, strict=True)]
+    np.testing.assert_allclose(_float64(_grad(parameter)), np.stack(expected), rtol=2e-6)
+
+
+def test_what_is_excluded_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = [_grad(parameter).clone() for parameter in model.parameters()]
+    adaptive_clip_grad_(model, 0.01, exclude=["2.*", model[0].get_parameter("weight")])
+    same = [torch.equal(old, _grad(new)) for old, new in zip(before, model.parameters(), strict=True)]
+    assert same == [True, False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: adaptive_clip_grad_(nn.Linear(2, 2), exclude=["haed.*"]), "'haed.*' matches no parameter"),
+        (lambda: adaptive_clip_grad_(nn.Linear(2, 2), clip=0.0), "clip=0.0"),
+        (lambda: adaptive_clip_grad_([], clip=float("nan")), "clip=nan"),
+        (lambda: adaptive_clip_grad_([], eps=-1.0), "eps=-1.0"),
+        (lambda: adaptive_clip_grad_([], granularity="row"), "granularity='row'"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_right_is_named(call: Callable[[], object], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason.replace("*", r"\*")):
+        call()
+
+
+def test_a_gradient_is_not_copied() -> None:
+    parameter = _parameter(torch.ones(3, 3), torch.ones(3, 3))
+    address = _grad(parameter).data_ptr()
+    adaptive_clip_grad_([parameter], 0.01)
+    assert _grad(parameter).data_ptr() == address
+
+
+def test_lambda_is_monotone() -> None:
+    torch.manual_seed(0)
+    weight, grad = torch.randn(5, 4), torch.randn(5, 4)
+    norms = []
+    for clip in (0.01, 0.02, 0.04, 0.08, 0.16):
+        parameter = _parameter(weight, grad)
+        adaptive_clip_grad_([parameter], clip)
+        norms.append(_grad(parameter).norm().item())
+    assert all(lower <= higher for lower, higher in pairwise(norms))

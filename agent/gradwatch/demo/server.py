@@ -9,6 +9,7 @@ from typing import Self
 
 import urllib3
 
+_PORTS = (8321, 0)
 _START_SECONDS = 20.0
 _RESTART_SECONDS = 1.0
 
@@ -16,15 +17,15 @@ _RESTART_SECONDS = 1.0
 class Server:
     """``gradwatch serve`` as a child process on an embedded database; a context manager."""
 
-    def __init__(self, folder: Path, port: int, webhook: str, secret: str) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, folder: Path, webhook: str, secret: str) -> None:
         self._log = folder / "server.log"
         database = f"sqlite:///{folder / 'gradwatch.db'}"
-        self._command = [sys.executable, "-m", "gradwatch", "serve", "--port", str(port), "--database-url", database]
+        self._command = [sys.executable, "-m", "gradwatch", "serve", "--database-url", database]
         self._command += ["--webhook", webhook, "--webhook-secret", secret]
         self._http = urllib3.PoolManager(timeout=2.0, retries=False)
         self._closing = threading.Event()
-        self._process = self._start()
+        self._process, self.url = self._begin()
+        self._command += ["--port", self.url.rpartition(":")[2]]
         self._watch = threading.Thread(target=self._keep_alive, name="demo-server", daemon=True)
 
     def __enter__(self) -> Self:
@@ -41,6 +42,19 @@ class Server:
     def wait(self) -> None:
         """Wait until the server ends."""
         self._watch.join()
+
+    def _begin(self) -> tuple[subprocess.Popen[bytes], str]:
+        """Start on the usual port, or on a free one where another server has it; the server itself says which."""
+        for port in _PORTS:
+            with self._log.open("ab") as log:
+                process = subprocess.Popen([*self._command, "--port", str(port)], stdout=subprocess.PIPE, stderr=log)
+            assert process.stdout is not None
+            with process.stdout as announced:
+                words = announced.readline().decode().split()
+            if words[:3] == ["gradwatch", "serves", "on"]:
+                return process, words[3]
+            process.wait()
+        raise RuntimeError(f"the server did not start; its log: {self._log.read_text()}")
 
     def _start(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:

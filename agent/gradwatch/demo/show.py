@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -21,7 +20,6 @@ from gradwatch.demo.networks import CASES, Case, train
 from gradwatch.demo.receiver import Alert, Receiver
 from gradwatch.demo.server import Server
 
-_PORT = 8321
 _ALERT_SECONDS = 20.0
 _RED, _YELLOW, _GREEN, _DIM, _BOLD, _PLAIN = "\033[31m", "\033[33m", "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 
@@ -82,7 +80,7 @@ def show(folder: Path, *, keep: bool) -> int:
     started = time.monotonic()
     with (
         Receiver(secret, lambda alert: screen.say(_line(screen, alert))) as receiver,
-        Server(folder, _free_port(), receiver.url, secret) as server,
+        Server(folder, receiver.url, secret) as server,
     ):
         screen.say(f"gradwatch server on {server.url}, data in {folder}/, webhooks to {receiver.url}\n")
         outcomes = [_watch(case, server.url, screen) for case in CASES]
@@ -174,14 +172,3 @@ def _get(url: str, path: str) -> Any:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
-
-
-def _free_port() -> int:
-    """Return the usual port, or a free one where it is taken."""
-    for port in (_PORT, 0):
-        try:
-            with socket.create_server(("127.0.0.1", port)) as probe:
-                return int(probe.getsockname()[1])
-        except OSError:
-            continue
-    raise RuntimeError("no port is free on 127.0.0.1")

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +54,8 @@ _TINY: Final = 1e-18
 """Norms below may have lost squares to underflow in float32."""
 _ORDER_STEPS: Final = 3
 """Steps after which the order of the gradients is no longer waited for."""
+_SCALED: Final = 16
+"""Scaled losses that are remembered."""
 _LOOKS: Final = 5
 _LOOKS_CLIPPING: Final = 100
 """Backward passes whose graph is searched for the classifier: a head may be trained only now and then."""
@@ -190,7 +193,8 @@ class Agent:
         self._next_round: Round | None = None
         self._pending_value_clip = False
         self._logged: dict[str, Scalar] = {}
-        self._scaled: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._scaled: deque[tuple[weakref.ref[Tensor], Tensor]] = deque(maxlen=_SCALED)
+        """Scaled losses that may still be propagated, with what they were."""
         self._scaler: weakref.ref[Any] | None = None
         self._updates: list[tuple[Optimizer, Callable[[], Update]]] = []
         self._weights_seen = 0
@@ -391,15 +395,13 @@ class Agent:
         if before is not None and self._marks() == before:
             return  # the loss of another model
         for scalar in scalars:
-            if self._scaled is not None and self._scaled[0]() is scalar:
-                self._pending_losses.append(self._scaled[1])
-            else:
-                self._pending_losses.append(_kept(scalar))
+            original = next((original for scaled, original in self._scaled if scaled() is scalar), None)
+            self._pending_losses.append(_kept(scalar) if original is None else original)
 
     @_guarded
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """A loss scaler multiplied ``original``."""
-        self._scaled = weakref.ref(scaled), _kept(original)
+        self._scaled.append((weakref.ref(scaled), _kept(original)))
         self._scaler = weakref.ref(scaler)
 
     @_guarded
@@ -691,7 +693,9 @@ class Agent:
             position = plan.measured[place]
             grad = grads[position]
             grad = grad.coalesce().values() if plan.grads.specs[position].sparse else grad
-            reading.repairs[plan.indices[position]] = _repair(grad)
+            repair = _repair(grad, norm)
+            if repair is not None:
+                reading.repairs[plan.indices[position]] = repair
 
     def _keep_for_update(self, optimizer: Optimizer, binding: Binding, plan: Plan, members: Sequence[Tensor]) -> None:
         """Keep a bounded part of the weights, another one at each sample, to measure its true change after the step."""
@@ -848,13 +852,21 @@ def _finite(kept: Tensor) -> bool:
     return kept.device.type != "cpu" or bool(math.isfinite(kept.numpy().item()))
 
 
-def _repair(grad: Tensor) -> Repair:
+def _repair(grad: Tensor, norm: float) -> Repair | None:
+    """Return what a norm in float32 does not say; None where it said all: there is nothing but zeros."""
     with torch.no_grad():
-        nonfinite = torch.isfinite(grad).logical_not_().sum()
-        if nonfinite.numpy().item():
-            return Repair(nonfinite)
+        if not math.isfinite(norm):
+            nonfinite = grad.numel() - int(torch.count_nonzero(torch.isfinite(grad)).numpy().item())
+            if nonfinite:
+                return Repair(float(nonfinite))
+        elif not any(bound.numpy().item() for bound in torch.aminmax(_real(grad))):
+            return None
         wide = torch.complex128 if grad.is_complex() else torch.float64
-        return Repair(nonfinite, torch.linalg.vector_norm(grad, dtype=wide))
+        return Repair(0.0, torch.linalg.vector_norm(grad, dtype=wide))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _joined(parameters: Sequence[Tensor], *, gathered: bool) -> Tensor:

@@ -207,10 +207,13 @@ def _backward(original: Callable[..., Any], tensors: Any, grad_tensors: Any = No
 
 
 def _scale(original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
+    outputs = outputs if isinstance(outputs, Tensor) else tuple(outputs)
     result = original(scaler, outputs)
-    if isinstance(outputs, Tensor) and outputs.numel() == 1:
-        for listener in _listeners:
-            listener.scaled(scaler, outputs, result)
+    pairs = [(outputs, result)] if isinstance(outputs, Tensor) else zip(outputs, result, strict=True)
+    for output, scaled in pairs:
+        if isinstance(output, Tensor) and output.numel() == 1:
+            for listener in _listeners:
+                listener.scaled(scaler, output, scaled)
     return result
 
 

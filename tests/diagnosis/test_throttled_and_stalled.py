@@ -13,6 +13,7 @@ from tests.diagnosis.ticks import LAYERS, network
     [
         (1.0, 1.0, 110, True),
         (1.0, 0.98, 110, False),
+        (1.0, 0.98, 510, True),
         (0.5, 1.0, 110, False),
         (0.0, 0.99, 1010, True),
         (0.0, 0.99, 500, False),

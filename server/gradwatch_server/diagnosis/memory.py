@@ -185,14 +185,20 @@ class Memory:
         size = len(layout.names)
         quiet, longest, idle = quiet_times(self, layout, reading, profile)
         ever = grown(self.ever, size, False)
-        share = reading.vector("clipped_unit_share", size)[profile.matrices]
+        shares = reading.vector("clipped_unit_share", size)
+        all_shares, matrices = shares[shares >= 0.0], shares[profile.matrices]
+        matrices = matrices[matrices >= 0.0]
+        if matrices.size > 1 and matrices[-1] == 0.0:
+            matrices = matrices[:-1]  # the classifier, which adaptive clipping leaves alone
+        decided = bool(matrices.size) and float(np.median(matrices)) >= CLIPPED_SHARE
+        idle_clip = bool(all_shares.size) and float(all_shares.max()) == 0.0
         return {
             "quiet": quiet,
             "longest_quiet": longest,
             "ever": ever | (profile.present & (profile.gradient != 0.0)),
             "idle": idle,
-            "clipped_samples": self.clipped_samples + 1 if share.size and np.median(share) >= 0.95 else 0,
-            "unclipped_samples": self.unclipped_samples + 1 if share.size and (share == 0.0).all() else 0,
+            "clipped_samples": self.clipped_samples + 1 if decided else 0,
+            "unclipped_samples": self.unclipped_samples + 1 if idle_clip else 0,
         }
 
     def _origin(self, layout: Layout, findings: Sequence[Finding]) -> tuple[int, ...]:
@@ -269,6 +275,8 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     return quiet, longest, idle
 
 
+CLIPPED_SHARE = 0.95
+"""Share of a matrix's units that are clipped from which the threshold, not the gradient, decides its step."""
 IDLE_SHARE = 0.95
 """Share of a parameter's units without a gradient from which it counts as idle."""
 

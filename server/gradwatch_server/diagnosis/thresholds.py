@@ -102,6 +102,8 @@ class Throttled(Rule, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     clipped_samples: Samples = 100
     """Samples in a row at which half of the weight matrices have nearly all units clipped, while nothing is learned."""
+    learning_clipped_samples: Samples = 500
+    """The same while the loss comes down: the threshold still sets the length of every step."""
     unclipped_samples: Samples = 1_000
     """Samples in a row at which adaptive clipping was on and clipped nothing."""
     highest_severity: Literal["warning", "critical"] = "warning"

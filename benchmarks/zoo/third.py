@@ -31,7 +31,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # noqa: ARG002  # the signature is the base class's
+    def step(self, closure: Any = None) -> Any:  # noqa: ARG002  # the signature is the base class's
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -150,7 +150,8 @@ class Vae(nn.Module):
         mean, spread = self.encode(images).chunk(2, 1)
         drawn = mean + (0.5 * spread).exp() * torch.randn_like(mean)
         rebuilt = F.binary_cross_entropy_with_logits(self.decode(drawn), images, reduction="none").sum(1)
-        return (rebuilt + 0.5 * (mean.square() + spread.exp() - spread - 1).sum(1)).mean()
+        loss: Tensor = (rebuilt + 0.5 * (mean.square() + spread.exp() - spread - 1).sum(1)).mean()
+        return loss
 
 
 def vae(seed: int) -> Training:
@@ -307,12 +308,12 @@ def sharpness_aware(seed: int) -> Training:
             length = torch.stack([slope.norm() for slope in slopes]).norm() + 1e-12
             climbs = [0.05 * slope / length for slope in slopes]
             for parameter, climb in zip(model.parameters(), climbs, strict=True):
-                parameter += climb
+                parameter.add_(climb)
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         with torch.no_grad():
             for parameter, climb in zip(model.parameters(), climbs, strict=True):
-                parameter -= climb
+                parameter.sub_(climb)
         optimizer.step()
         return float(loss.detach())
 

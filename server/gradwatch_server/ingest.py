@@ -14,7 +14,7 @@ from gradwatch.wire import STATISTICS
 from gradwatch_server import diagnosis, ledger, schema, shelf
 from gradwatch_server.bounds import check_batch, check_registration
 from gradwatch_server.database import upsert
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds
+from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, nonfinite
 from gradwatch_server.errors import Refused
 from gradwatch_server.runs import RUN_ENDED
 from gradwatch_server.settings import Configuration
@@ -250,6 +250,7 @@ class Ingest:
             watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, thresholds)
             book.enter(findings, reading.step, reading.at)
             book.enter_silence(None, reading.step, now)
+        self._name_module(connection, run.id, watched, book)
         book.save()
         watched.sample_count = run.sample_count + len(batch.samples)
         self._watched[run.id] = watched
@@ -257,6 +258,21 @@ class Ingest:
         while len(self._watched) > _RUNS_IN_MEMORY:
             self._watched.popitem(last=False)
         return {"diagnosed_step": readings[-1].step} if readings else {}
+
+    @staticmethod
+    def _name_module(connection: sa.Connection, run_id: str, watched: _Watched, book: ledger.Book) -> None:
+        """Have the alert for non-finite numbers name the module that the agent found, whichever of them came first."""
+        first_step = book.began(nonfinite.RULE)
+        if first_step is None:
+            return
+        table = schema.events
+        since = first_step - watched.memory.every_steps
+        known = table.c.run == run_id, table.c.kind == nonfinite.EVENT, table.c.step >= since
+        order = table.c.step, table.c.id
+        event = connection.execute(sa.select(table).where(*known).order_by(*order).limit(1)).one_or_none()
+        if event is not None:
+            names = watched.layout.names
+            book.refine(nonfinite.RULE, lambda found: nonfinite.refine(found, names, event.parameter, event.message))
 
     def _watch(self, connection: sa.Connection, run: sa.Row[Any], thresholds: Thresholds) -> _Watched:
         watched = self._watched.pop(run.id, None)
@@ -297,7 +313,6 @@ def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, 
                 at=sample.at,
                 statistics=sample.statistics,
                 scalars=shelf.scalars_at(sample, batch.trail),
-                events=[event for event in batch.events if earlier < event.step <= sample.step],
                 losses=[(step, loss) for step, loss in losses if earlier < step <= sample.step],
             )
         )

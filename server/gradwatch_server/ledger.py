@@ -3,7 +3,8 @@
 import hashlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -53,6 +54,21 @@ class Book:
         if finding is not None or stalled.RULE in self._open:
             self._advance(stalled.RULE, finding, step, at)
         self.unmute(step, at)
+
+    def refine(self, rule: str, refined: Callable[[Finding], Finding]) -> None:
+        """Change what the open alert of a rule says; what this transaction is about to tell says it too."""
+        if rule not in self._open:
+            return
+        alert_id, before = self._open[rule]
+        after = replace(before, finding=refined(before.finding))
+        if after != before:
+            self._open[rule] = (alert_id, after)
+            self._changed.add(alert_id)
+            self._told = [(told, after if told == alert_id else alert, change) for told, alert, change in self._told]
+
+    def began(self, rule: str) -> int | None:
+        """Return the first step of the open alert of a rule."""
+        return self._open[rule][1].first_step if rule in self._open else None
 
     def unmute(self, step: int, at: float) -> None:
         """Tell of what fires and is no longer silenced."""

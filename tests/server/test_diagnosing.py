@@ -55,3 +55,41 @@ def test_clipping_that_decides_everything_or_nothing_is_told(
         better = [_clipped(step, 0.3) for step in range(1101, 1111)]
         shared_server.store(run, wire.Batch(id="better", samples=better))
         assert shared_server.get("/api/v1/alerts", run=run)[0]["state"] == "resolved"
+
+
+NAN = float("nan")
+NAMED = wire.Event(step=4, at=1_790_000_004.0, kind="nonfinite_module", parameter="inner.norm", message="0/0")
+
+
+@pytest.mark.parametrize("order", ["with the sample", "before the sample", "after the alert"])
+def test_the_module_that_the_agent_names_is_blamed_whenever_the_event_comes(
+    shared_server: GradwatchServer, order: str
+) -> None:
+    run = shared_server.register(["stem.weight", "inner.linear.weight", "head.weight"])
+    calm = wire.Batch(id="calm", samples=[sample(step, 0.1, 0.1, 0.1, loss=2.0) for step in (1, 2)])
+    ill = wire.Batch(id="ill", samples=[sample(4, NAN, NAN, NAN, loss=NAN)])
+    event = wire.Batch(id="event", events=[NAMED])
+    batches = {
+        "with the sample": [calm, msgspec.structs.replace(ill, events=[NAMED])],
+        "before the sample": [calm, event, ill],
+        "after the alert": [calm, ill, event],
+    }
+    for batch in batches[order]:
+        assert shared_server.store(run, batch).status_code == 200
+    later = wire.Batch(id="later", samples=[sample(step, NAN, NAN, NAN, loss=NAN) for step in (5, 6)])
+    shared_server.store(run, later)
+    (alert,) = shared_server.get("/api/v1/alerts", run=run)
+    assert (alert["rule"], alert["first_step"], alert["fired_step"]) == ("nonfinite", 4, 4)
+    assert [entry["name"] for entry in alert["parameters"]] == ["inner.linear.weight", "head.weight", "stem.weight"]
+    assert alert["cause"] == "The first result that was not finite came out of inner.norm: 0/0."
+
+
+def test_where_it_began_stays_blamed_when_all_is_bad(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["stem.weight", "inner.weight", "head.weight"])
+    first = wire.Batch(id="first", samples=[sample(1, NAN, NAN, 0.1, loss=2.0)])
+    for batch in (first, wire.Batch(id="second", samples=[sample(2, NAN, NAN, NAN, weight_norm=NAN, loss=NAN)])):
+        shared_server.store(run, batch)
+    (alert,) = shared_server.get("/api/v1/alerts", run=run)
+    assert [entry["name"] for entry in alert["parameters"]] == ["inner.weight", "stem.weight", "head.weight"]
+    assert alert["evidence"]["nonfinite_gradients"] == 2.0
+    assert "just after inner.weight" in alert["cause"]

@@ -12,7 +12,7 @@ from gradwatch_server.diagnosis.memory import Memory
 from gradwatch_server.diagnosis.reading import Layout, Reading
 from gradwatch_server.diagnosis.thresholds import Thresholds
 
-__all__ = ["RULES", "Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine", "stalled"]
+__all__ = ["RULES", "Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine", "nonfinite", "stalled"]
 
 RULES = ("nonfinite", "exploding", "vanishing", "dead", "throttled")
 """The rules that blame parameters."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gradwatch_server.diagnosis.finding import Finding
 from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
 
 HISTORY_SAMPLES = 64
@@ -115,14 +115,17 @@ class Memory:
     """Samples in a row at which nearly everything was clipped."""
     unclipped_samples: int = 0
     """Samples in a row at which clipping was on and did nothing."""
-    origin: tuple[int, ...] = ()
-    """Indices of the parameters that went bad first, in order of blame, while anything is not finite."""
     since: tuple[tuple[str, int], ...] = ()
     """The step at which each rule that holds began to hold."""
 
     def began(self, rule: str, step: int) -> int:
         """Return the step at which a rule began to hold that holds at ``step``."""
         return dict(self.since).get(rule, step)
+
+    @property
+    def every_steps(self) -> int:
+        """Steps between the last two samples; 1 where there were none."""
+        return self.growths[-1][0] - self.growths[-2][0] if len(self.growths) > 1 else 1
 
     @property
     def usual_log_gradient(self) -> float:
@@ -177,7 +180,6 @@ class Memory:
             first_weights=np.where(np.isnan(first), profile.weight, first),
             weights=profile.weight,
             log_usual=_smoothed(self.log_usual, profile),
-            origin=self._origin(layout, findings),
             since=tuple((finding.rule, self.began(finding.rule, reading.step)) for finding in findings),
         )
 
@@ -200,14 +202,6 @@ class Memory:
             "clipped_samples": self.clipped_samples + 1 if decided else 0,
             "unclipped_samples": self.unclipped_samples + 1 if idle_clip else 0,
         }
-
-    def _origin(self, layout: Layout, findings: Sequence[Finding]) -> tuple[int, ...]:
-        """Keep who went bad first: one step later everything is."""
-        for finding in findings:
-            if finding.rule == "nonfinite":
-                index = {name: position for position, name in enumerate(layout.names)}
-                return tuple(index[blamed.name] for blamed in finding.parameters)
-        return ()
 
     def to_bytes(self) -> bytes:
         """Return the memory as bytes that ``from_bytes`` reads."""

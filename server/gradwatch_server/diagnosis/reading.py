@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.wire import MISSING, Event, Parameter, Statistic, Vector
+from gradwatch.wire import MISSING, Parameter, Statistic, Vector
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -116,7 +116,6 @@ class Reading:
     statistics: Mapping[Statistic, Vector]
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Scalars of the run at this step, the loss among them."""
-    events: Sequence[Event] = ()
     losses: Sequence[tuple[int, float]] = ()
     """Step and loss of every step since the last sample, this one included, where the agent told them."""
 

@@ -355,7 +355,7 @@ def deep_softsign(seed: int, gain: float = 0.3) -> Training:
     return plain(model, torch.optim.Adam(model.parameters(), lr=1e-4), data.digits(seed))
 
 
-def softmax_scale(seed: int, scale: float = 300.0) -> Training:
+def softmax_scale(seed: int, scale: float = 1e6) -> Training:
     """Squared error on the odds of logits that are far too large."""
     seeded(seed)
     model = perceptron(64, 64, 64, 10)

@@ -53,7 +53,6 @@ class Book:
         """Advance the alert for stalling, which goes by the server's clock; no finding: the run is heard of."""
         if finding is not None or stalled.RULE in self._open:
             self._advance(stalled.RULE, finding, step, at)
-        self.unmute(step, at)
 
     def refine(self, rule: str, refined: Callable[[Finding], Finding]) -> None:
         """Change what the open alert of a rule says; what this transaction is about to tell says it too."""

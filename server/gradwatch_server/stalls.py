@@ -2,14 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 
-from gradwatch_server import ledger, schema, silences
+from gradwatch_server import ledger, schema
 from gradwatch_server.diagnosis import Finding, stalled
 from gradwatch_server.errors import Refused
 from gradwatch_server.settings import Configuration
@@ -58,8 +57,7 @@ class Stalls:
         """Return the runs whose alert is to be advanced."""
         with self._engine.connect() as connection:
             rows = connection.execute(_open_runs()).all()
-            silenced = silences.load(connection, now) if any(row.muted is not None for row in rows) else []
-        return [row.id for row in rows if self._is_due(row, self._finding(row, now)) or _is_untold(row, silenced)]
+        return [row.id for row in rows if self._is_due(row, self._finding(row, now))]
 
     def _finding(self, row: sa.Row[Any], now: float) -> Finding | None:
         limits = self._configuration.thresholds(row.project).stalled
@@ -81,17 +79,10 @@ class Stalls:
         if run is None or row is None:
             return
         finding = self._finding(row, now)
-        book = ledger.Book(connection, run, self._configuration, self._public_url)
         if self._is_due(row, finding):
+            book = ledger.Book(connection, run, self._configuration, self._public_url)
             book.enter_silence(finding, run.last_step or 0, now)
-        else:
-            book.unmute(run.last_step or 0, now)
-        book.save()
-
-
-def _is_untold(row: sa.Row[Any], silenced: Sequence[silences.Silence]) -> bool:
-    """Return whether an alert that was silenced is not any more."""
-    return row.muted is not None and silences.muted(silenced, [], row.project, row.id, stalled.RULE) is None
+            book.save()
 
 
 def _open_runs() -> sa.Select[Any]:
@@ -100,7 +91,7 @@ def _open_runs() -> sa.Select[Any]:
     mine = (alerts.c.run == runs.c.id) & (alerts.c.rule == stalled.RULE) & (alerts.c.state != "resolved")
     columns = runs.c["id", "project", "last_seen_at", "usual_interval_seconds", "last_step"]
     return (
-        sa.select(*columns, alerts.c.state.label("alert_state"), *alerts.c["fired_at", "muted"])
+        sa.select(*columns, alerts.c.state.label("alert_state"), alerts.c.fired_at)
         .outerjoin(alerts, mine)
         .where(runs.c.finished_at.is_(None))
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch_server.diagnosis.finding import Finding
-from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading
+from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading, any_of
 
 VERSION: Final = 2
 """Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
@@ -251,7 +251,8 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     """Return, this sample included, each parameter's quiet time, its longest that has ended, and its idle time.
 
     A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this
-    sample but whose weight changed since the last: it steps, only not at the sampled steps.
+    sample but whose weight changed since the last, or whose weight grew between samples that lie apart (momentum runs
+    out and weight decay shrinks): its module steps, only not at the sampled steps.
     """
     size = len(layout.names)
     quiet, longest = memory.counts("quiet", size), memory.counts("longest_quiet", size)
@@ -260,8 +261,10 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     if not alive.any():
         return quiet, longest, idle
     before = grown(memory.weights, size, np.nan)
-    steps = ~profile.present & (np.abs(profile.weight - before) > 1e-6 * before)
-    loud = alive | steps
+    apart = memory.samples > 0 and bool(memory.growths) and reading.step - memory.growths[-1][0] > 1
+    change = profile.weight - before
+    steps = np.where(profile.present & ~apart, False, np.where(profile.present, change, np.abs(change)) > 1e-6 * before)
+    loud = alive | any_of(layout.owners, steps)
     longest = np.where(loud, np.maximum(longest, quiet), longest)
     quiet = np.where(loud, 0, quiet + 1)
     share = reading.vector("zero_unit_share", size)

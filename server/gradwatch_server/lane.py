@@ -90,7 +90,7 @@ class Lane:
             task.add_done_callback(self._under_way.discard)
 
     def _turn(self, connection: sa.Connection, settled: list[Attempt], room: int) -> tuple[list[Due], list[str]]:
-        states = [outbox.record(connection, attempt, self._pace) for attempt in settled]
+        states = outbox.record(connection, settled, self._pace) if settled else []
         if room <= 0:
             return [], states
         return outbox.claim(connection, self._receiver.name, time.time(), room, self._pace.lease_seconds), states

@@ -1,8 +1,9 @@
 """Deliveries as rows: claimed with a lease, recorded with every attempt, in order for each alert and receiver."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -79,7 +80,7 @@ def claim(connection: sa.Connection, receiver: str, now: float, most: int, lease
             earlier.c.alert == table.c.alert,
             earlier.c.receiver == table.c.receiver,
             earlier.c.number < table.c.number,
-            earlier.c.state == "due",
+            earlier.c.state.not_in(("delivered", "dead")),  # "due" would tempt PostgreSQL to the index by due_at
         )
         .exists()
     )
@@ -99,44 +100,53 @@ def claim(connection: sa.Connection, receiver: str, now: float, most: int, lease
     return [Due(row.id, row.alert, row.receiver, row.created_at, row.payload) for row in rows]
 
 
-def record(connection: sa.Connection, attempt: Attempt, pace: Delivery) -> str:
-    """Write down what came of an attempt and when the next one is due; return the delivery's state.
+def record(connection: sa.Connection, made: Sequence[Attempt], pace: Delivery) -> list[str]:
+    """Write down what came of attempts and when the next ones are due; return the deliveries' states.
 
     Another server may have taken over meanwhile: what it delivered stays delivered.
     """
-    table, tried = schema.deliveries, schema.attempts
-    before = connection.execute(
-        sa.select(*table.c["state", "attempts"]).where(table.c.id == attempt.due.id).with_for_update()
-    ).one_or_none()
-    if before is None:
-        return "deleted"
-    answer, number, ended = attempt.answer, before.attempts + 1, attempt.at + attempt.seconds
-    connection.execute(
-        sa.insert(tried).values(
-            delivery=attempt.due.id,
-            number=number,
-            at=attempt.at,
-            seconds=attempt.seconds,
-            status=answer.status,
-            error=answer.error,
-        )
-    )
-    state, due_at = ("delivered", ended) if before.state == "delivered" else _next(number, answer, ended, pace)
-    connection.execute(
-        sa.update(table)
-        .where(table.c.id == attempt.due.id)
-        .values(
-            state=state,
-            attempts=number,
-            due_at=due_at,
-            leased_until=0.0,
-            error=answer.error,
-            delivered_at=sa.func.coalesce(table.c.delivered_at, ended) if state == "delivered" else None,
-        )
-    )
-    if answer.verdict == "gone":
-        disable(connection, attempt.due.receiver, "it answered 410 Gone", ended)
-    return state
+    table = schema.deliveries
+    ids = [attempt.due.id for attempt in made]
+    rows = connection.execute(
+        sa.select(*table.c["id", "state", "attempts", "delivered_at"])
+        .where(table.c.id.in_(ids))
+        .order_by(table.c.id)
+        .with_for_update()
+    ).mappings()
+    known = {row["id"]: dict(row) for row in rows}
+    tries = []
+    for attempt in made:
+        if attempt.due.id in known:
+            known[attempt.due.id] |= _outcome(known[attempt.due.id], attempt, pace)
+            tries.append(_try(known[attempt.due.id]["attempts"], attempt))
+    if tries:
+        connection.execute(sa.insert(schema.attempts), tries)
+        changed = sa.update(table).where(table.c.id == sa.bindparam("of"))
+        connection.execute(changed, [row | {"of": row["id"], "leased_until": 0.0} for row in known.values()])
+    for attempt in made:
+        if attempt.answer.verdict == "gone":
+            disable(connection, attempt.due.receiver, "it answered 410 Gone", attempt.at + attempt.seconds)
+    return [known[each]["state"] if each in known else "deleted" for each in ids]
+
+
+def _outcome(before: Mapping[str, Any], attempt: Attempt, pace: Delivery) -> dict[str, Any]:
+    """Return what changes of a delivery."""
+    number, ended = before["attempts"] + 1, attempt.at + attempt.seconds
+    delivered = before["state"] == "delivered"
+    state, due_at = ("delivered", ended) if delivered else _next(number, attempt.answer, ended, pace)
+    return {
+        "state": state,
+        "attempts": number,
+        "due_at": due_at,
+        "error": attempt.answer.error,
+        "delivered_at": (before["delivered_at"] or ended) if state == "delivered" else None,
+    }
+
+
+def _try(number: int, attempt: Attempt) -> dict[str, Any]:
+    answer = attempt.answer
+    made = {"delivery": attempt.due.id, "number": number, "at": attempt.at, "seconds": attempt.seconds}
+    return made | {"status": answer.status, "error": answer.error}
 
 
 def _next(number: int, answer: Answer, now: float, pace: Delivery) -> tuple[str, float]:

@@ -53,11 +53,13 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         app.state.services = services
         notifying = asyncio.create_task(services.notifier.run())
         pruning = asyncio.create_task(_prune(services))
+        telling = asyncio.create_task(services.untold.run())
         exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
         try:
             yield
         finally:
             pruning.cancel()
+            telling.cancel()
             services.notifier.stop()
             await notifying
             if exporting is not None:

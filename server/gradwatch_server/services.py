@@ -12,6 +12,7 @@ from gradwatch_server.notifier import Notifier
 from gradwatch_server.requests import Requests
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.tokens import TokenBook
+from gradwatch_server.untold import Untold
 from gradwatch_server.writer import Writer
 
 
@@ -24,6 +25,7 @@ class Services:
     writer: Writer
     ingest: Ingest
     notifier: Notifier
+    untold: Untold
     feed: Feed
     tokens: TokenBook
     exporter: Exporter | None = None
@@ -43,6 +45,7 @@ class Services:
             writer=writer,
             ingest=Ingest(configuration, settings.public_url),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
+            untold=Untold(engine, writer, configuration, settings.public_url),
             feed=Feed(engine),
             exporter=None if remote is None else Exporter(engine, remote),
             tokens=TokenBook(engine),
@@ -52,6 +55,7 @@ class Services:
         """Go on with another configuration, checked already; limits of the writer's queue stay until the next start."""
         self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
         self.ingest.configure(configuration)
+        self.untold.configure(configuration)
         self.notifier.configure(configuration.receivers, configuration.delivery)
 
     def stopping(self) -> None:

@@ -47,7 +47,7 @@ def show_alert(connection: Reader, alert_id: AlertId) -> Any:
 
 @router.post("/alerts/{id}/acknowledge", response_model=documents.Alert, responses=problems(404, 409, 422, 503))
 async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement: documents.Acknowledgement) -> Any:
-    """Say who takes care of a firing alert."""
+    """Say who takes care of a firing alert: from now on only its end is told, not that it has become worse."""
 
     def work(connection: sa.Connection) -> Any:
         alert = _load(connection, alert_id)
@@ -56,6 +56,21 @@ async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement
         taken = {"acknowledged_at": time.time(), "acknowledged_by": acknowledgement.author}
         connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(taken))
         return alert | taken
+
+    return await written(request, work)
+
+
+@router.delete("/alerts/{id}/acknowledge", response_model=documents.Alert, responses=problems(404, 409, 422, 503))
+async def withdraw_acknowledgement(request: Request, alert_id: AlertId) -> Any:
+    """Say that nobody takes care of an alert after all; what was not told meanwhile is told now."""
+
+    def work(connection: sa.Connection) -> Any:
+        alert = _load(connection, alert_id)
+        if alert["acknowledged_by"] is None:
+            raise Refused(409, "Not acknowledged", f"nobody has acknowledged alert {alert_id!r}")
+        nobody = {"acknowledged_at": None, "acknowledged_by": None}
+        connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(nobody))
+        return alert | nobody
 
     return await written(request, work)
 
@@ -82,5 +97,5 @@ async def add_silence(request: Request, silence: documents.NewSilence) -> Any:
 
 @router.delete("/silences/{id}", status_code=204, responses=problems(404, 422, 503))
 async def end_silence(request: Request, silence_id: Annotated[str, Path(alias="id", max_length=64)]) -> None:
-    """End a silence now; what still fires is told at the run's next sample."""
+    """End a silence now; what still fires is told within about a second."""
     await written(request, lambda connection: silences.end(connection, silence_id, time.time()))

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ _LOOK_SECONDS = 1.0
 
 
 class Untold:
-    """Looks once a second for alerts that nothing keeps quiet any more: no silence, no acknowledgement, no other rule."""
+    """Looks once a second for alerts that no silence, acknowledgement or other rule keeps quiet any more."""
 
     def __init__(self, engine: sa.Engine, writer: Writer, configuration: Configuration, public_url: str) -> None:
         self._engine = engine
@@ -45,10 +44,10 @@ class Untold:
         """Return the runs with an alert that was not told and that nothing keeps quiet any more."""
         alerts, runs = schema.alerts, schema.runs
         columns = alerts.c["run", "rule", "acknowledged_by"]
-        untold = sa.select(*columns, runs.c.project).join(runs, runs.c.id == alerts.c.run)
+        untold: sa.Select[Any] = sa.select(*columns, runs.c.project).join(runs, runs.c.id == alerts.c.run)
         with self._engine.connect() as connection:
             quiet = untold.where(alerts.c.state == "firing", alerts.c.muted.is_not(None))
-            rows: Sequence[sa.Row[Any]] = connection.execute(quiet).all()
+            rows = connection.execute(quiet).all()
             if not rows:
                 return []
             silenced = silences.load(connection, now)

@@ -156,7 +156,7 @@ class Alert(BaseModel):
     resolved_at: float | None
     resolution: str | None = Field(description="why it ended")
     muted: str | None = Field(
-        description="why it, or its becoming worse, was not told: a silence, another rule, an acknowledgement; null: told"
+        description="why it, or its escalation, was not told: a silence, another rule, an acknowledgement; null: told"
     )
     flaps: int = Field(description="times it came back within 10 minutes of having resolved")
     acknowledged_at: float | None = Field(description="Unix seconds")

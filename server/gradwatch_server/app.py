@@ -107,8 +107,8 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
 
 async def _prune(services: Services) -> None:
     """Remove the runs whose time is over, now and once an hour, for as long as the server runs."""
-    retention = services.settings.configuration.retention
     while True:
+        retention = services.settings.configuration.retention
         with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach: in an hour
             work = partial(delete_overdue, retention=retention)
             await asyncio.wrap_future(services.writer.submit(work))

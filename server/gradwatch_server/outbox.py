@@ -13,6 +13,8 @@ from gradwatch_server.answer import Answer
 from gradwatch_server.database import upsert
 
 _LONGEST_WAIT_SECONDS = 86_400.0
+_UNKNOWN_SECONDS = 3_600.0
+"""How long what nobody takes stays due: another server, or this one's next configuration, may know the receiver."""
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +29,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     lease_seconds: float = 60.0
     """After this time another server takes over the deliveries that a dead one had claimed."""
     at_once: int = 32
-    """Most deliveries that are under way to one receiver."""
+    """Most deliveries that are under way to one receiver; to one by mail or Apprise 2."""
     circuit_failures: int = 5
     """Failures in a row after which a receiver is left alone for a while."""
     circuit_seconds: float = 15.0
@@ -171,12 +173,12 @@ def enable(connection: sa.Connection, receiver: str) -> bool:
     return connection.execute(sa.delete(table).where(table.c.name == receiver)).rowcount > 0
 
 
-def bury(connection: sa.Connection, receivers: Sequence[str]) -> int:
-    """Give up what is due to receivers that are disabled or no longer configured; return how many deliveries."""
+def bury(connection: sa.Connection, receivers: Sequence[str], now: float) -> int:
+    """Give up what is due to receivers that are disabled, or that nobody knows for an hour; return how many."""
     table, disabled = schema.deliveries, schema.disabled_receivers
     off = table.c.receiver.in_(sa.select(disabled.c.name))
-    unknown = table.c.receiver.not_in(receivers)
-    error = sa.case((off, "the receiver is disabled"), else_="the receiver is no longer configured")
+    unknown = table.c.receiver.not_in(receivers) & (table.c.due_at <= now - _UNKNOWN_SECONDS)
+    error = sa.case((off, "the receiver is disabled"), else_="the receiver is not configured")
     statement = sa.update(table).where(table.c.state == "due", off | unknown)
     return connection.execute(statement.values(state="dead", error=error)).rowcount
 

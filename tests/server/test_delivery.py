@@ -2,11 +2,18 @@
 
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
+import pytest
+import sqlalchemy as sa
+
 from gradwatch import wire
-from gradwatch_server.answer import Answer
+from gradwatch_server import outbox, schema
+from gradwatch_server.answer import Answer, retry_after
 from gradwatch_server.circuit import Circuit
+from gradwatch_server.database import open_engine, writing
 from tests.postgres import migrated_database
 from tests.processes import GradwatchServer, WebhookReceiver, sample
 from tests.server.hook import Hook, configuration, fill, full, outcomes_locked, settled
@@ -179,6 +186,9 @@ def test_busy_is_asked_again_when_it_says_and_gone_is_left_alone(tmp_path: Path)
             ids = [headers["webhook-id"] for headers, _ in moved.requests]
             assert ids[0] == ids[1] != ids[2]
             assert len(server.get("/api/v1/deliveries", state="dead")) == 4
+            metrics = server.http.get("/metrics").text
+            assert 'gradwatch_deliveries{receiver="wrong",state="dead"} 2.0' in metrics
+            assert 'gradwatch_deliveries{receiver="moved",state="dead"} 0.0' in metrics
             states = {entry["name"]: entry["disabled"] for entry in server.get("/api/v1/receivers")}
             assert states == {"gone": "it answered 410 Gone", "wrong": None, "moved": None}
             _bring_back(server, gone)
@@ -197,6 +207,61 @@ def _bring_back(server: GradwatchServer, gone: WebhookReceiver) -> None:
     shown = server.get(f"/api/v1/deliveries/{gone.requests[0][0]['webhook-id']}")
     assert (shown["state"], [entry["status"] for entry in shown["log"]]) == ("delivered", [410, 204])
     assert shown["payload"]["type"] == "alert.firing"
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_waited_for(tmp_path: Path, status: int) -> None:
+    with WebhookReceiver(statuses=[status, 204], headers={"retry-after": "2"}) as receiver:
+        config = tmp_path / "gradwatch.toml"
+        config.write_text(configuration("retry_seconds = [0.1]", busy=receiver.url))
+        with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config)) as server:
+            run = server.register(["a"])
+            server.store(run, wire.Batch(id="b", samples=[sample(1, NAN)]))
+            receiver.wait(2)
+            settled(server)
+            first, second = server.get(f"/api/v1/deliveries/{receiver.requests[0][0]['webhook-id']}")["log"]
+            assert [(entry["number"], entry["status"]) for entry in (first, second)] == [(1, status), (2, 204)]
+            assert first["error"] == f"HTTP {status}"
+            assert second["at"] - first["at"] >= 2
+
+
+def test_retry_after_is_read_in_both_forms() -> None:
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    assert retry_after("120") == 120
+    assert 95 < (retry_after(later) or 0) <= 100
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert [retry_after(value) for value in (None, "", "soon", "-5", "1.5")] == [None] * 5
+
+
+def test_a_redirection_is_a_failure_and_is_not_followed(tmp_path: Path) -> None:
+    """Whoever controls a receiver must not send the server anywhere else."""
+    with WebhookReceiver() as inside, WebhookReceiver(statuses=[302, 307, 308, 301, 303]) as moved:
+        moved.headers = {"location": inside.url}
+        config = tmp_path / "gradwatch.toml"
+        config.write_text(configuration(f"retry_seconds = {[0.05] * 4}\ncircuit_failures = 9", moved=moved.url))
+        with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config)) as server:
+            run = server.register(["a"])
+            server.store(run, wire.Batch(id="b", samples=[sample(1, NAN)]))
+            settled(server)
+            (delivery,) = server.get("/api/v1/deliveries")
+            log = server.get(f"/api/v1/deliveries/{delivery['id']}")["log"]
+            assert (delivery["state"], [entry["status"] for entry in log]) == ("dead", [302, 307, 308, 301, 303])
+            assert inside.requests == []
+
+
+def test_what_nobody_takes_is_given_up_after_an_hour_and_what_another_server_may_take_is_not(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'gradwatch.db'}"
+    with GradwatchServer(tmp_path / "gradwatch.db") as server:
+        run = server.register(["a"])
+    fill(url, run, ["known", "unknown", "disabled"])
+    engine = open_engine(url)
+    with writing(engine) as connection:
+        outbox.disable(connection, "disabled", "it answered 410 Gone", 0.0)
+        assert outbox.bury(connection, ["known", "disabled"], 3_599.0) == 1
+        assert outbox.bury(connection, ["known", "disabled"], 3_600.0) == 1
+        rows = connection.execute(sa.select(*schema.deliveries.c["receiver", "state"])).all()
+    engine.dispose()
+    assert {row.receiver: row.state for row in rows} == {"known": "due", "unknown": "dead", "disabled": "dead"}
 
 
 def test_a_circuit_opens_probes_and_closes() -> None:

@@ -95,6 +95,36 @@ def test_when_a_silence_ends_what_still_fires_is_told_by_the_clock(tmp_path: Pat
         assert delivery["created_at"] >= ends_at
 
 
+def test_exploding_is_not_told_while_nonfinite_fires_and_is_told_when_that_is_over(tmp_path: Path) -> None:
+    """An explosion that overflows for one sample; after it the numbers are finite again, and the loss still bad."""
+    calm = [sample(step, *[1.0] * 4, loss=1.0) for step in range(1, 31)]
+    grown = [sample(step, *[1e4] * 4, loss=50.0) for step in (31, 32)]
+    overflown = sample(33, *[NAN] * 4, loss=NAN)
+    finite = [sample(step, *[1e4] * 4, loss=50.0) for step in range(34, 40)]
+    with (
+        WebhookReceiver() as receiver,
+        GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
+    ):
+        run = server.register([f"layer{number}.weight" for number in range(4)])
+        server.store(run, wire.Batch(id="b1", samples=[*calm, *grown, overflown]))
+        muted_by = {alert["rule"]: (alert["state"], alert["muted"]) for alert in server.get("/api/v1/alerts")}
+        assert muted_by == {"nonfinite": ("firing", None), "exploding": ("firing", "inhibited by nonfinite")}
+        receiver.wait(1)
+        assert len(server.get("/api/v1/deliveries")) == 1
+        server.store(run, wire.Batch(id="b2", samples=finite))
+        data = [json.loads(body)["data"] for _, body in receiver.wait(3)]
+        assert (data[0]["rule"], data[0]["state"]) == ("nonfinite", "firing")
+        assert {(entry["rule"], entry["state"]) for entry in data[1:]} == {
+            ("nonfinite", "resolved"),
+            ("exploding", "firing"),
+        }
+        server.store(run, wire.Batch(id="b3", end=wire.End(at=1_790_000_100.0, status="failed")))
+        last = json.loads(receiver.wait(4)[3][1])["data"]
+        assert (last["rule"], last["state"], last["resolution"]) == (
+            *("exploding", "resolved", "the run has ended: failed"),
+        )
+
+
 def test_who_was_not_told_that_it_fired_is_not_told_that_it_is_over(tmp_path: Path) -> None:
     with (
         WebhookReceiver() as receiver,

@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import sqlalchemy as sa
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch_server import schema, silences
 from gradwatch_server.api import documents
+from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
 from gradwatch_server.api.writing import written
@@ -20,23 +21,27 @@ AlertId = Annotated[str, Path(alias="id", max_length=64)]
 Text = Annotated[str | None, Query(max_length=512)]
 
 
-@router.get("/alerts", response_model=list[documents.Alert], responses=problems(422))
+@router.get("/alerts", response_model=list[documents.Alert], responses=problems(404, 422))
 def list_alerts(
+    request: Request,
+    response: Response,
     connection: Reader,
     run: Text = None,
     project: Text = None,
     rule: Text = None,
     state: Literal["pending", "firing", "resolved"] | None = None,
+    limit: Limit = 1_000,
+    before: Before = None,
 ) -> Any:
-    """List alerts, the newest first."""
+    """List alerts, the newest first: by the time of the sample at which they began."""
     table = schema.alerts
-    query = sa.select(table).order_by(table.c.first_at.desc(), table.c.id)
+    query = sa.select(table)
     for column, wanted in ((table.c.run, run), (table.c.rule, rule), (table.c.state, state)):
         if wanted is not None:
             query = query.where(column == wanted)
     if project is not None:
         query = query.join(schema.runs, schema.runs.c.id == table.c.run).where(schema.runs.c.project == project)
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return read_page(connection, query, (table.c.first_at, table.c.id), before, limit, (request, response))
 
 
 @router.get("/alerts/{id}", response_model=documents.Alert, responses=problems(404, 422))

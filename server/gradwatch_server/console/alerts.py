@@ -11,7 +11,7 @@ from gradwatch_server.console.question import ask, parser, told
 
 def main(arguments: Sequence[str]) -> int:
     """List alerts, or say who takes care of one."""
-    options = parser("alerts", "List alerts, or acknowledge one.")
+    options = parser("alerts", "List alerts, the newest 1,000, or acknowledge one.")
     options.add_argument("--project")
     options.add_argument("--run", help="a run's id")
     options.add_argument("--state", choices=("pending", "firing", "resolved"), help="(default: all)")

@@ -54,12 +54,14 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         notifying = asyncio.create_task(services.notifier.run())
         pruning = asyncio.create_task(_prune(services))
         watching = asyncio.create_task(services.stalls.run())
+        telling = asyncio.create_task(services.untold.run())
         exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
         try:
             yield
         finally:
             pruning.cancel()
             watching.cancel()
+            telling.cancel()
             services.notifier.stop()
             await notifying
             if exporting is not None:
@@ -107,8 +109,8 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
 
 async def _prune(services: Services) -> None:
     """Remove the runs whose time is over, now and once an hour, for as long as the server runs."""
-    retention = services.settings.configuration.retention
     while True:
+        retention = services.settings.configuration.retention
         with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach: in an hour
             work = partial(delete_overdue, retention=retention)
             await asyncio.wrap_future(services.writer.submit(work))

@@ -71,19 +71,26 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, read_again: Callable[[], Configuration]) -> None:
         super().__init__(config)
         self._read_again = read_again
+        self._asked_early = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to ``handle_exit``, and do not raise them again afterwards."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle_exit)
-        signal.signal(signal.SIGHUP, self.reload)
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start; what was asked for meanwhile is done then."""
+        await super().startup(sockets)
+        if self._asked_early:
+            self.reload()
 
     def reload(self, *_: object) -> None:
         """Read the configuration again; where anything in it is wrong, the old one stays, whole."""
         services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
         if services is None:
+            self._asked_early = True
             return
         try:
             configuration = self._read_again()
@@ -158,6 +165,7 @@ def main(arguments: Sequence[str]) -> int:
         ),
         lambda: read_settings(given).configuration,
     )
+    signal.signal(signal.SIGHUP, server.reload)  # from here on: whoever reads the next line may send it
     print(f"gradwatch serves on {settings.public_url} (database {engine.url.render_as_string()})", flush=True)
     server.run(sockets=[sock])
     engine.dispose()

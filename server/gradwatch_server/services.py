@@ -14,6 +14,7 @@ from gradwatch_server.requests import Requests
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.stalls import Stalls
 from gradwatch_server.tokens import TokenBook
+from gradwatch_server.untold import Untold
 from gradwatch_server.writer import Writer
 
 
@@ -27,6 +28,7 @@ class Services:
     ingest: Ingest
     notifier: Notifier
     stalls: Stalls
+    untold: Untold
     feed: Feed
     tokens: TokenBook
     exporter: Exporter | None = None
@@ -47,6 +49,7 @@ class Services:
             ingest=Ingest(configuration, settings.public_url),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             stalls=Stalls(engine, writer, configuration, settings.public_url, time.time()),
+            untold=Untold(engine, writer, configuration, settings.public_url),
             feed=Feed(engine),
             exporter=None if remote is None else Exporter(engine, remote),
             tokens=TokenBook(engine),
@@ -57,6 +60,7 @@ class Services:
         self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
         self.ingest.configure(configuration)
         self.stalls.configure(configuration)
+        self.untold.configure(configuration)
         self.notifier.configure(configuration.receivers, configuration.delivery)
 
     def stopping(self) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
 from gradwatch_server.diagnosis.memory import IDLE_SHARE, Counts, Memory, quiet_times
-from gradwatch_server.diagnosis.reading import TINY, Flags, Indices, Layout, Profile, Reading
+from gradwatch_server.diagnosis.reading import TINY, Flags, Indices, Layout, Profile, Reading, median
 from gradwatch_server.diagnosis.thresholds import Dead
 
 _FADED_DECADES = 2.5
@@ -21,10 +21,13 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     if not limits.enabled or not alive.any():
         return None
     quiet, longest, idle = quiet_times(memory, layout, reading, profile)
-    candidates = layout.trainable & (layout.elements > 0) & ~alive & ~_follows(layout, alive)
+    candidates = layout.trainable & (layout.elements > 0) & ~alive
+    if candidates.any():
+        candidates &= ~_follows(layout, alive)
     patience = limits.patience * longest
     cut = candidates & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present
-    cut &= _cut_off(layout, profile, alive)
+    if cut.any():
+        cut &= _cut_off(layout, profile, alive)
     branch = candidates & (quiet >= np.maximum(limits.branch_samples, patience))
     idling = _idling(layout, profile, idle, limits)
     dead = cut | branch
@@ -75,7 +78,7 @@ def _cut_off(layout: Layout, profile: Profile, alive: Flags) -> Flags:
         return np.ones(len(layout.names), np.bool_)
     first = int(np.argmax(living))
     logs = np.log10(np.maximum(profile.rms[matrices[living]], TINY))
-    faded = len(logs) >= 3 and float(np.median(logs[-max(1, len(logs) // 3) :]) - logs[0]) > _FADED_DECADES
+    faded = len(logs) >= 3 and median(logs[-max(1, len(logs) // 3) :]) - logs[0] > _FADED_DECADES
     before: Flags = layout.depth < layout.depth[matrices[first]]
     return before if not faded else np.zeros(len(layout.names), np.bool_)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
 from gradwatch_server.diagnosis.memory import Memory, growth
-from gradwatch_server.diagnosis.reading import TINY, Floats, Indices, Layout, Profile, Reading
+from gradwatch_server.diagnosis.reading import TINY, Floats, Indices, Layout, Profile, Reading, median
 from gradwatch_server.diagnosis.thresholds import Exploding
 
 _LEARNING = 0.2
@@ -188,7 +188,7 @@ def _amplifying(memory: Memory, _reading: Reading, profile: Profile, limits: Exp
     decades = math.inf
     for measure in (profile.rms, profile.ratio):
         logs = np.log10(np.maximum(measure[members], TINY))
-        decades = min(decades, float(np.median(logs[:third]) - np.median(logs[-third:])))
+        decades = min(decades, median(logs[:third]) - median(logs[-third:]))
     if decades < limits.amplification_decades:
         return None
     return Sign(
@@ -197,7 +197,7 @@ def _amplifying(memory: Memory, _reading: Reading, profile: Profile, limits: Exp
         "the initial weights are too large.",
         worst=_largest(profile.ratio, profile),
         values=profile.ratio,
-        limit=10**limits.amplification_decades * float(np.median(profile.ratio[members[-third:]])),
+        limit=10**limits.amplification_decades * median(profile.ratio[members[-third:]]),
         evidence={"amplification_decades": decades, "median_leverage": profile.typical(profile.leverage)},
     )
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Final, Self
 
 import msgspec
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch_server.diagnosis.finding import Finding
-from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading
+from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading, median
 
 VERSION: Final = 1
 """Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
@@ -35,15 +36,15 @@ class Losses:
     lowest: float = math.inf
     """Least median of a few in a row."""
 
-    @property
+    @cached_property
     def reference(self) -> float:
         """Where the loss began; the first value alone where later ones are higher: a divergence lifts its median."""
-        return min(self.first[0], float(np.median(self.first))) if self.first else math.nan
+        return min(self.first[0], median(self.first)) if self.first else math.nan
 
-    @property
+    @cached_property
     def now(self) -> float:
         """Median of the last few."""
-        return float(np.median(self.recent)) if self.recent else math.nan
+        return median(self.recent) if self.recent else math.nan
 
     @property
     def scale(self) -> float:
@@ -71,7 +72,7 @@ class Losses:
         if math.isnan(loss):
             return self
         recent = (*self.recent, loss)[-RECENT_SAMPLES:]
-        now = float(np.median(recent))
+        now = median(recent)
         return Losses(
             first=(*self.first, loss) if len(self.first) < FIRST_SAMPLES and math.isfinite(loss) else self.first,
             recent=recent,
@@ -124,12 +125,12 @@ class Memory:
         """Return the step at which a rule began to hold that holds at ``step``."""
         return dict(self.since).get(rule, step)
 
-    @property
+    @cached_property
     def usual_log_gradient(self) -> float:
         """The larger of what is usual now and what was usual at the start; NaN without history."""
         if not self.log_gradients:
             return math.nan
-        return max(float(np.median(self.log_gradients)), float(np.median(self.first_log_gradients)))
+        return max(median(self.log_gradients), median(self.first_log_gradients))
 
     @property
     def spread_log_gradient(self) -> float:
@@ -137,7 +138,7 @@ class Memory:
         if len(self.log_gradients) < RECENT_SAMPLES:
             return 0.0
         history = np.array(self.log_gradients)
-        return _SPREAD_OF_MAD * float(np.median(np.abs(history - np.median(history))))
+        return _SPREAD_OF_MAD * median(np.abs(history - median(history)))
 
     def counts(self, name: str, size: int) -> Counts:
         """Return one of the counters, grown to ``size``: a run may append parameters."""
@@ -191,7 +192,7 @@ class Memory:
             "longest_quiet": longest,
             "ever": ever | (profile.present & (profile.gradient != 0.0)),
             "idle": idle,
-            "clipped_samples": self.clipped_samples + 1 if share.size and np.median(share) >= 0.95 else 0,
+            "clipped_samples": self.clipped_samples + 1 if share.size and median(share) >= 0.95 else 0,
             "unclipped_samples": self.unclipped_samples + 1 if share.size and (share == 0.0).all() else 0,
         }
 
@@ -244,7 +245,7 @@ def growth(memory: Memory, profile: Profile) -> tuple[float, Floats]:
     began = np.maximum(np.where(np.isnan(first), profile.weight[members], first), TINY)
     grew = np.log10(np.maximum(profile.weight[members], TINY) / began)
     grew[began < 10 * EPS] = 0.0
-    return float(np.median(grew)), grew
+    return median(grew), grew
 
 
 def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profile) -> tuple[Counts, Counts, Counts]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.memory import IDLE_SHARE, Counts, Memory, quiet_times
+from gradwatch_server.diagnosis.memory import IDLE_SHARE, Counts, Memory, QuietTimes
 from gradwatch_server.diagnosis.reading import TINY, Flags, Indices, Layout, Profile, Reading, median
 from gradwatch_server.diagnosis.thresholds import Dead
 
@@ -15,12 +15,14 @@ _GRAVE_SHARE = 1 / 3
 """Share of the weight matrices from which it is critical."""
 
 
-def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Dead) -> Finding | None:
+def find(
+    layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Dead, times: QuietTimes
+) -> Finding | None:
     """Look for gradients that have been exactly zero, or missing, for many samples in a row while others were not."""
     alive = profile.finite & (profile.gradient > 0.0)
     if not limits.enabled or not alive.any():
         return None
-    quiet, longest, idle = quiet_times(memory, layout, reading, profile)
+    quiet, longest, idle = times
     candidates = layout.trainable & (layout.elements > 0) & ~alive
     if candidates.any():
         candidates &= ~_follows(layout, alive)

@@ -103,7 +103,6 @@ def _surging(memory: Memory, _reading: Reading, profile: Profile, limits: Explod
     """The gradient is far above what is usual in this run, and the loss above where it began."""
     if not memory.log_gradients or not profile.global_gradient > 0.0:
         return None
-    decades = math.log10(profile.global_gradient) - memory.usual_log_gradient
     losses = memory.losses
     if math.isnan(profile.loss):
         needed = limits.growth_decades_alone
@@ -111,7 +110,8 @@ def _surging(memory: Memory, _reading: Reading, profile: Profile, limits: Explod
         needed = limits.mild_growth_decades
     else:
         return None
-    if decades < max(needed, limits.growth_deviations * memory.spread_log_gradient):
+    decades = math.log10(profile.global_gradient) - memory.usual_log_gradient
+    if decades < needed or decades < limits.growth_deviations * memory.spread_log_gradient:
         return None
     surge = _surge(memory, profile)
     return Sign(

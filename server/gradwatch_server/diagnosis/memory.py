@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -145,7 +145,14 @@ class Memory:
         return grown(getattr(self, name), size, 0)
 
     def after(
-        self, layout: Layout, reading: Reading, profile: Profile, findings: Sequence[Finding], *, suspect: bool
+        self,
+        layout: Layout,
+        reading: Reading,
+        profile: Profile,
+        findings: Sequence[Finding],
+        quiet: "QuietTimes",
+        *,
+        suspect: bool,
     ) -> "Memory":
         """Return the memory with one more sample in it.
 
@@ -154,6 +161,7 @@ class Memory:
             reading: the sample.
             profile: what the rules share of it.
             findings: what they found.
+            quiet: what ``quiet_times`` says of it.
             suspect: whether there is a sign of an explosion at this sample.
         """
         calm = not suspect and profile.global_gradient > 0.0 and bool(profile.finite[profile.present].all())
@@ -166,7 +174,7 @@ class Memory:
         typical = profile.typical(profile.leverage)
         return replace(
             self,
-            **self._quiet_after(layout, reading, profile),
+            **self._quiet_after(layout, reading, profile, quiet),
             samples=self.samples + 1,
             losses=losses,
             log_gradients=(self.log_gradients + log_gradient)[-HISTORY_SAMPLES:],
@@ -182,9 +190,9 @@ class Memory:
             since=tuple((finding.rule, self.began(finding.rule, reading.step)) for finding in findings),
         )
 
-    def _quiet_after(self, layout: Layout, reading: Reading, profile: Profile) -> dict[str, Any]:
+    def _quiet_after(self, layout: Layout, reading: Reading, profile: Profile, times: "QuietTimes") -> dict[str, Any]:
         size = len(layout.names)
-        quiet, longest, idle = quiet_times(self, layout, reading, profile)
+        quiet, longest, idle = times
         ever = grown(self.ever, size, False)
         share = reading.vector("clipped_unit_share", size)[profile.matrices]
         return {
@@ -225,6 +233,16 @@ class Memory:
         return cls(losses=Losses(tuple(losses[0]), tuple(losses[1]), losses[2]), **unpacked)
 
 
+class QuietTimes(NamedTuple):
+    """For how many samples each parameter has been without a gradient, all of shape (parameters,)."""
+
+    quiet: Counts
+    longest: Counts
+    """The longest such time that has ended."""
+    idle: Counts
+    """For how long nearly all of its units have been."""
+
+
 def grown(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[Any]:
     """Return a remembered vector, lengthened by ``value`` to ``size``."""
     if vector is not None and len(vector) == size:
@@ -248,8 +266,8 @@ def growth(memory: Memory, profile: Profile) -> tuple[float, Floats]:
     return median(grew), grew
 
 
-def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profile) -> tuple[Counts, Counts, Counts]:
-    """Return, this sample included, each parameter's quiet time, its longest that has ended, and its idle time.
+def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profile) -> QuietTimes:
+    """Return the times of each parameter, this sample included.
 
     A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this
     sample but whose weight changed since the last: it steps, only not at the sampled steps.
@@ -259,7 +277,7 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     idle = memory.counts("idle", size)
     alive = profile.present & (profile.gradient != 0.0)
     if not alive.any():
-        return quiet, longest, idle
+        return QuietTimes(quiet, longest, idle)
     before = grown(memory.weights, size, np.nan)
     steps = ~profile.present & (np.abs(profile.weight - before) > 1e-6 * before)
     loud = alive | steps
@@ -267,7 +285,7 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     quiet = np.where(loud, 0, quiet + 1)
     share = reading.vector("zero_unit_share", size)
     idle = np.where(alive, np.where(share >= IDLE_SHARE, idle + 1, 0), idle)
-    return quiet, longest, idle
+    return QuietTimes(quiet, longest, idle)
 
 
 IDLE_SHARE = 0.95

@@ -1,5 +1,6 @@
 """Refusals as problem+json."""
 
+import sqlite3
 from http import HTTPStatus
 from typing import Any
 
@@ -39,6 +40,12 @@ def refuse(error: Refused) -> Response:
     return made
 
 
+def _is_full(error: sa.exc.OperationalError) -> bool:
+    """Return whether the database has no more room: SQLITE_FULL, or PostgreSQL's disk_full."""
+    full = getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return full or getattr(error.orig, "sqlstate", None) == "53100"
+
+
 def install(app: FastAPI) -> None:
     """Make every refusal of the app a problem document."""
 
@@ -59,6 +66,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(sa.exc.OperationalError)
     async def out_of_reach(_request: Request, error: sa.exc.OperationalError) -> Response:
+        if _is_full(error):
+            detail = f"nothing was stored: {error.orig}; make room on the database's disk, then send it again"
+            return answer(507, "Disk full", detail[:500], retry_after_seconds=30)
         return answer(503, "Database out of reach", f"nothing was stored: {error.orig}"[:500], retry_after_seconds=5)
 
     @app.exception_handler(Exception)

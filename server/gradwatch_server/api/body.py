@@ -4,7 +4,7 @@ import asyncio
 import io
 import zlib
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import zstandard
@@ -127,9 +127,28 @@ def _decode(body: bytes, document: type[Document], content_type: str, most: int)
     try:
         packed = _packed_bytes(body) if content_type == wire.MESSAGEPACK_TYPE else 0
         _check_loose(len(body) - packed, most)
-        return wire.decode(body, document, content_type)
+        return _decode_numbers(body, document, content_type)
     except (wire.WireError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(400, "Malformed document", str(error)) from None
+
+
+def _decode_numbers(body: bytes, document: type[Document], content_type: str) -> Document:
+    """Return the document; in JSON, 2.0 is the whole number 2, as JSON Schema has it."""
+    try:
+        return wire.decode(body, document, content_type)
+    except wire.WireError as error:
+        if content_type != wire.JSON_TYPE or "Expected `int`, got `float`" not in str(error):
+            raise
+    return wire.decode(msgspec.json.encode(_whole(msgspec.json.decode(body))), document, content_type)
+
+
+def _whole(value: Any) -> Any:
+    """Return a document in which every number that is whole is an int."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_loose(size: int, most: int) -> None:

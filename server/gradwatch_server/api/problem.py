@@ -1,5 +1,6 @@
 """Refusals as problem+json."""
 
+import re
 import sqlite3
 from http import HTTPStatus
 from typing import Any
@@ -46,6 +47,14 @@ def _is_full(error: sa.exc.OperationalError) -> bool:
     return full or getattr(error.orig, "sqlstate", None) == "53100"
 
 
+def _methods_of(app: FastAPI, path: str) -> list[str]:
+    """Return the methods that a path of the API takes, whichever routes they are on."""
+    for template, operations in app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
+            return sorted(method.upper() for method in operations)
+    return []
+
+
 def install(app: FastAPI) -> None:
     """Make every refusal of the app a problem document."""
 
@@ -59,9 +68,11 @@ def install(app: FastAPI) -> None:
         return answer(422, "Invalid request", faults)
 
     @app.exception_handler(HTTPException)
-    async def http(_request: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
         made = answer(error.status_code, HTTPStatus(error.status_code).phrase, str(error.detail))
         made.headers.update(error.headers or {})
+        if error.status_code == 405 and (methods := _methods_of(app, request.url.path)):
+            made.headers["Allow"] = ", ".join(methods)
         return made
 
     @app.exception_handler(sa.exc.OperationalError)

@@ -9,18 +9,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
-from gradwatch import wire
 from gradwatch_server.api import (
     access,
     alert_deliveries,
     alerts,
     deliveries,
+    description,
     health,
     ingest,
     metrics,
@@ -68,7 +67,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
                 exporting.cancel()
                 with suppress(asyncio.CancelledError):
                     await exporting
-            await asyncio.to_thread(services.writer.close)
+            await asyncio.to_thread(services.writer.close, settings.configuration.limits.drain_seconds)
 
     app = FastAPI(
         title="gradwatch",
@@ -103,7 +102,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         request.app.state.services.requests.add(request.method, route, response.status_code, started)
         return response
 
-    _describe_documents(app)
+    description.complete(app)
     return app
 
 
@@ -115,24 +114,3 @@ async def _prune(services: Services) -> None:
             work = partial(delete_overdue, retention=retention)
             await asyncio.wrap_future(services.writer.submit(work))
         await asyncio.sleep(_PRUNE_SECONDS)
-
-
-def _describe_documents(app: FastAPI) -> None:
-    """Add the wire format's documents to the OpenAPI description."""
-    made = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            described = made()
-            _, components = msgspec.json.schema_components(
-                [wire.Registration, wire.Batch], schema_hook=_vector_schema, ref_template="#/components/schemas/{name}"
-            )
-            described["components"]["schemas"] = components | described["components"]["schemas"]
-        return app.openapi_schema or {}
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _vector_schema(_kind: type) -> dict[str, Any]:
-    element = {"anyOf": [{"type": "number"}, {"type": "null"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
-    return {"type": "array", "items": element, "description": "one value for each parameter; null: missing"}

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -23,10 +23,9 @@ from gradwatch_server.app import create_app
 from gradwatch_server.database import open_engine, prepare
 from gradwatch_server.errors import ConfigurationError, GradwatchError
 from gradwatch_server.receivers import Webhook
+from gradwatch_server.services import Services
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.tokens import count_tokens
-
-_DRAIN_SECONDS = 10
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +100,24 @@ class _Server(uvicorn.Server):
         log.info("the configuration was read again")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Tell the application at the first signal: an open stream would keep uvicorn waiting."""
+        """Take the first signal as the wish to finish what was taken, a second one as the wish to stop now."""
         services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
-        if services is not None:
-            services.stopping()
-        super().handle_exit(sig, frame)
+        if services is None or not services.ready:
+            super().handle_exit(sig, frame)
+            return
+        services.stopping()
+        asyncio.get_running_loop().call_soon_threadsafe(self._drain, services, sig, frame)
+
+    def _drain(self, services: Services, sig: int, frame: FrameType | None) -> None:
+        """Keep answering, that it is not ready above all, until everything that was taken is on disk."""
+
+        async def drain() -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(services.settings.configuration.limits.drain_seconds):
+                    await services.room.emptied()
+            super(_Server, self).handle_exit(sig, frame)
+
+        self._draining = asyncio.create_task(drain())
 
 
 def _check_open(host: str, engine: sa.Engine) -> None:
@@ -161,7 +173,7 @@ def main(arguments: Sequence[str]) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=_DRAIN_SECONDS,
+            timeout_graceful_shutdown=1,
         ),
         lambda: read_settings(given).configuration,
     )

@@ -93,7 +93,7 @@ def list_silences(connection: Reader) -> Any:
     return [msgspec.structs.asdict(silence) for silence in silences.load(connection, time.time())]
 
 
-@router.post("/silences", response_model=documents.Silence, status_code=201, responses=problems(422, 503))
+@router.post("/silences", response_model=documents.Silence, status_code=201, responses=problems(409, 422, 503))
 async def add_silence(request: Request, silence: documents.NewSilence) -> Any:
     """Have alerts not told for a while; they are kept and shown all the same."""
     added = await written(request, lambda connection: silences.add(connection, time.time(), **silence.model_dump()))

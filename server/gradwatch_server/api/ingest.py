@@ -41,7 +41,7 @@ async def register_run(request: Request) -> Response:
     """Make a run known; with the id of a known run, start its next attempt or add parameters to it."""
     services = _services(request)
     registration = await body.read(request, wire.Registration, services.settings.configuration.limits)
-    access.check_registration(request, registration.project)
+    access.check_named_project(request, registration.project)
     run_id = secrets.token_hex(8) if registration.id is None else registration.id
     registered = await asyncio.wrap_future(
         services.writer.submit(partial(services.ingest.register, run_id=run_id, registration=registration), run_id)

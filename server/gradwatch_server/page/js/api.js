@@ -29,6 +29,16 @@ export class Refused extends Error {
 }
 
 /**
+ * @typedef {{login: boolean, scope: "read" | "admin" | null, project: string | null}} Session what this page may do
+ */
+
+/** What was told last; nothing can be done before. @type {Session} */
+export let session = { login: true, scope: null, project: null };
+
+/** Fires on the window where the server asks for a token. */
+export const LOCKED = "gradwatch:locked";
+
+/**
  * @param {string} path
  * @param {Record<string, string | number | null | undefined>} [query]
  * @param {AbortSignal} [signal]
@@ -37,23 +47,59 @@ export class Refused extends Error {
 async function ask(path, query = {}, signal) {
   const given = Object.entries(query).filter(([, value]) => value !== null && value !== undefined);
   const search = new URLSearchParams(given.map(([name, value]) => [name, String(value)])).toString();
-  const answer = await fetch(search ? `${path}?${search}` : path, { signal });
+  return checked(await fetch(search ? `${path}?${search}` : path, { signal }));
+}
+
+/** @param {"POST" | "DELETE"} method @param {string} path @param {object} [document] @returns {Promise<Response>} */
+async function send(method, path, document) {
+  const headers = document ? { "content-type": "application/json" } : undefined;
+  return checked(await fetch(path, { method, headers, body: document && JSON.stringify(document) }));
+}
+
+/** @param {Response} answer */
+async function checked(answer) {
   if (answer.ok) return answer;
   const problem = await answer.json().catch(() => ({}));
+  if (answer.status === 401 && session.scope) dispatchEvent(new Event(LOCKED));
   throw new Refused(answer.status, problem.title ?? answer.statusText, problem.detail ?? "");
 }
+
+const SESSION = "/api/v1/session";
+
+/** Ask what this page may do. @returns {Promise<Session>} */
+export async function renewSession() {
+  session = await (await ask(SESSION)).json();
+  return session;
+}
+
+/** @param {string} token @returns {Promise<Session>} */
+export async function logIn(token) {
+  session = await (await send("POST", SESSION, { token })).json();
+  return session;
+}
+
+/** Forget the token. @returns {Promise<unknown>} */
+export const logOut = () => send("DELETE", SESSION);
+
+/** Whether this page may change anything. */
+export const mayChange = () => session.scope === "admin";
+
+/** Where changes are told. */
+export const streamAddress = () =>
+  session.project === null ? "/api/v1/stream" : `/api/v1/stream?${new URLSearchParams({ project: session.project })}`;
 
 /** @param {string} runId */
 const at = (runId) => `/api/v1/runs/${encodeURIComponent(runId)}`;
 
 /** @returns {Promise<Run[]>} */
-export const runs = async () => (await ask("/api/v1/runs")).json();
+export const runs = async () => (await ask("/api/v1/runs", { project: session.project })).json();
 
 /** @param {string} runId @returns {Promise<RunDetail>} */
 export const run = async (runId) => (await ask(at(runId))).json();
 
 /** @param {Record<string, string | null>} query @returns {Promise<Alert[]>} */
-export const alerts = async (query) => (await ask("/api/v1/alerts", query)).json();
+export const alerts = async (query) =>
+  (await ask("/api/v1/alerts", { project: session.project, ...query })).json();
 
 /**
  * @param {string} runId @param {Record<string, string | number | null>} query @param {AbortSignal} [signal]

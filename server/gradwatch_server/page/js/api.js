@@ -16,7 +16,10 @@
  *   state: "pending" | "firing" | "resolved", first_step: number, fired_step: number | null,
  *   resolved_step: number | null, first_at: number, fired_at: number | null, resolved_at: number | null,
  *   resolution: string | null, parameters: {name: string, value: Num, limit: Num}[], parameters_left_out: number,
- *   evidence: Record<string, Num>, summary: string, cause: string, remedy: string}} Alert
+ *   evidence: Record<string, Num>, summary: string, cause: string, remedy: string, muted: string | null,
+ *   flaps: number, acknowledged_at: number | null, acknowledged_by: string | null}} Alert
+ * @typedef {{project: string, run: string, rule: string, author: string, comment: string, ends_at: number}} NewSilence
+ * @typedef {NewSilence & {id: string, created_at: number}} Silence
  */
 
 export class Refused extends Error {
@@ -121,16 +124,43 @@ export const number = (spelled) => (spelled === null || spelled === undefined ? 
  *   due_at: number, delivered_at: number | null,
  *   attempts: {number: number, at: number, seconds: number, status: number | null, error: string}[]}} Delivery
  * @typedef {{name: string, host: string, signed: boolean, configured: boolean, due: number, delivered: number,
- *   dead: number, last_delivered_at: number | null, last_error: string | null, last_error_at: number | null}} ReceiverHealth
+ *   dead: number, last_delivered_at: number | null, last_error: string | null, last_error_at: number | null,
+ *   disabled: string | null}} ReceiverHealth
  * @typedef {{version: string, ready: boolean, database: string, runs: number, parameters: number, samples: number,
  *   stored_batches: number, duplicate_batches: number, stored_values: number, queued_batches: number,
  *   queue_capacity: number, commits: number, mean_commit_seconds: number | null, dropped: Record<string, number>,
  *   receivers: ReceiverHealth[]}} Overview
  */
 
+/** @param {string} alertId */
+const ofAlert = (alertId) => `/api/v1/alerts/${encodeURIComponent(alertId)}`;
+
 /** @param {string} alertId @returns {Promise<Delivery[]>} */
-export const deliveries = async (alertId) =>
-  (await ask(`/api/v1/alerts/${encodeURIComponent(alertId)}/deliveries`)).json();
+export const deliveries = async (alertId) => (await ask(`${ofAlert(alertId)}/deliveries`)).json();
+
+/** @param {string} alertId @param {string} author @returns {Promise<unknown>} */
+export const acknowledge = (alertId, author) => send("POST", `${ofAlert(alertId)}/acknowledge`, { author });
+
+/** @returns {Promise<Silence[]>} */
+export const silences = async () => (session.project === null ? (await ask("/api/v1/silences")).json() : []);
+
+/** @param {Partial<NewSilence>} silence @returns {Promise<unknown>} */
+export const addSilence = (silence) => send("POST", "/api/v1/silences", silence);
+
+/** @param {string} silenceId @returns {Promise<unknown>} */
+export const endSilence = (silenceId) => send("DELETE", `/api/v1/silences/${encodeURIComponent(silenceId)}`);
+
+/** @param {string} deliveryId @returns {Promise<unknown>} */
+export const replay = (deliveryId) => send("POST", `/api/v1/deliveries/${encodeURIComponent(deliveryId)}/replay`);
+
+/** @param {string} name */
+const ofReceiver = (name) => `/api/v1/receivers/${encodeURIComponent(name)}`;
+
+/** Send everything again that was given up. @param {string} name @returns {Promise<unknown>} */
+export const replayDead = (name) => send("POST", `${ofReceiver(name)}/replay`);
+
+/** @param {string} name @returns {Promise<unknown>} */
+export const enable = (name) => send("POST", `${ofReceiver(name)}/enable`);
 
 /** @returns {Promise<Overview>} */
 export const server = async () => (await ask("/api/v1/server")).json();

@@ -141,3 +141,27 @@ def test_the_map_grows_while_the_run_goes_on(page: Page, server: GradwatchServer
     expect(page.locator(".facts").first).to_contain_text("step 99")
     drawn = seen.pixels(page, seen.plot(page))
     assert not seen.near(drawn[:, -30:], "#f0f3f7", most=4).any(), "the new half is drawn"
+
+
+def test_the_limit_of_a_rule_is_drawn_where_it_belongs(page: Page, filled: Filled) -> None:
+    (alert,) = filled.server.get(
+        "/api/v1/alerts", run=filled.runs["sigmoid-20-layers"], rule="vanishing", state="firing"
+    )
+    (limit,) = (each["limit"] for each in alert["parameters"] if each["name"] == "stem.weight")
+    elements = 32 * 3 * 3 * 3
+
+    open_run(page, filled.run("sigmoid-20-layers", "?parameter=stem.weight&statistic=grad_norm"))
+
+    told = page.locator(".trace .limit")
+    expect(told).to_contain_text("limit of vanishing: ")
+    shown = float(told.inner_text().rpartition(" ")[2])
+    assert abs(shown / (limit * elements**0.5) - 1) < 0.05, "per element there, of the whole norm here"
+    page.get_by_label("Statistic").select_option("ratio")
+    expect(told).to_have_text("")
+
+
+def test_one_parameter_is_one_parameter(page: Page, server: GradwatchServer) -> None:
+    run = server.register(("only.weight",))
+    page.goto(f"{server.url}/runs/{run}")
+
+    expect(page.locator(".facts").first).to_contain_text("1 parameterseen")

@@ -105,8 +105,11 @@ export function actions(alert, run, done) {
   };
 }
 
-/** Silences as a list, each with the button that ends it. @param {api.Silence[]} silences @param {() => Promise<unknown>} done */
-export function silenceList(silences, done) {
+/**
+ * Silences as a list, each with the button that ends it.
+ * @param {api.Silence[]} silences @param {() => Promise<unknown>} done @param {Map<string, string>} names of runs by id
+ */
+export function silenceList(silences, done, names) {
   return el(
     "ul",
     { class: "silences" },
@@ -123,16 +126,16 @@ export function silenceList(silences, done) {
         el("span", { class: "chip" }, "silenced"),
         el("span", null, "by ", el("b", null, silence.author), ` until ${moment(silence.ends_at)}`),
         silence.comment && el("span", null, `“${silence.comment}”`),
-        el("span", { class: "soft" }, patterns(silence)),
+        el("span", { class: "soft" }, patterns(silence, names)),
         api.mayChange() && button,
       );
     }),
   );
 }
 
-/** @param {api.Silence} silence */
-function patterns({ project, run, rule }) {
-  const given = Object.entries({ project, run, rule }).filter(([, pattern]) => pattern !== "*");
+/** @param {api.Silence} silence @param {Map<string, string>} names */
+function patterns({ project, run, rule }, names) {
+  const given = Object.entries({ project, run: names.get(run) ?? run, rule }).filter(([, pattern]) => pattern !== "*");
   return given.length ? given.map((pair) => pair.join(" ")).join(", ") : "every alert";
 }
 

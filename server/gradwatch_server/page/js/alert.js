@@ -25,6 +25,7 @@ export function alertPanel(view, run, changed) {
     const key = JSON.stringify(alert);
     if (key === drawn) return;
     drawn = key;
+    box.classList.toggle("warning", alert.severity === "warning");
     fill(
       content,
       el(
@@ -87,7 +88,7 @@ export function alertPanel(view, run, changed) {
           ? delivered(deliveries, () => tell(alert))
           : el("p", { class: "soft" }, alert.muted ? "Told to no one." : "Told to no one: no receiver is configured."),
       );
-      fill(silences, covering.length > 0 && silenceList(covering, renew));
+      fill(silences, covering.length > 0 && silenceList(covering, renew, new Map([[alert.run, run().name]])));
     }
     if (box.isConnected && deliveries.some(({ state }) => state === "due"))
       timer = window.setTimeout(() => tell(alert), AGAIN_MS);

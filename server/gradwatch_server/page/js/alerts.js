@@ -35,7 +35,7 @@ export async function alertsView(main, live) {
     none.hidden = alerts.length > 0;
     held.hidden = silences.length === 0;
     const key = JSON.stringify(silences);
-    if (key !== shownSilences) fill(held, el("h2", null, "Silences"), silenceList(silences, load));
+    if (key !== shownSilences) fill(held, el("h2", null, "Silences"), silenceList(silences, load, names));
     shownSilences = key;
   };
   await load();
@@ -83,7 +83,7 @@ export function blamed(alert, choose) {
       null,
       el("th", { scope: "row" }, el("button", { class: "plain mono", onclick: () => choose(each.name) }, each.name)),
       el("td", null, measured(each.value)),
-      el("td", null, measured(each.limit)),
+      el("td", null, each.limit === "Infinity" ? "finite" : measured(each.limit)),
     ),
   );
   const more = alert.parameters_left_out

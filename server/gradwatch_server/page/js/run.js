@@ -43,7 +43,7 @@ export async function runView(main, runId, live) {
     key: legend(),
     values: readout(),
     strips: new Strips(runId, view),
-    trace: new Trace(runId, view),
+    trace: new Trace(runId, view, run.parameters),
     advice: new Advice(runId),
     panel: alertPanel(
       view,

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server import schema, timeseries
+from gradwatch_server.addresses import check_address
 from gradwatch_server.timeseries import Series
 
 _POLL_SECONDS = 1.0
@@ -34,8 +35,7 @@ class RemoteWrite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How far back samples are sent when the server starts; what is there already is set aside by the store."""
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"remote_write.url {self.url!r} is not an http or https address")
+        check_address("remote_write.url", self.url)
 
 
 @dataclass

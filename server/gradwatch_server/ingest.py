@@ -71,8 +71,9 @@ class Ingest:
         self.samples = 0
         self.values = 0
 
-    def configure(self, configuration: Configuration) -> None:
-        """Use these limits, thresholds and routes from the next batch on."""
+    def configure(self, configuration: Configuration, public_url: str) -> None:
+        """Use these limits, thresholds, routes and links from the next batch on."""
+        self._public_url = public_url
         self._configuration, self._thresholds = configuration, configuration.thresholds()
 
     def register(self, connection: sa.Connection, run_id: str, registration: wire.Registration) -> Registered:

@@ -66,9 +66,10 @@ _PARAMETER_GAUGES = {
 class RunCollector(Collector):
     """Active runs from their latest samples, and the alerts."""
 
-    def __init__(self, engine: sa.Engine, settings: Metrics) -> None:
+    def __init__(self, engine: sa.Engine, settings: Metrics, public_url: str) -> None:
         self._engine = engine
         self._settings = settings
+        self._public_url = public_url
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: the families are known at scrape time."""
@@ -82,10 +83,18 @@ class RunCollector(Collector):
             unhealthy = _unhealthy(connection)
             alerts = _alerts(connection)
         told = self._told(snapshots)
+        yield self._pages(active)
         yield from _families(active, snapshots, told)
         yield from _parameters(active, snapshots, told)
         yield from _health(active, unhealthy)
         yield alerts
+
+    def _pages(self, active: Sequence[dict[str, Any]]) -> Metric:
+        text = "Where the run's page is; always 1."
+        family = GaugeMetricFamily("gradwatch_run_info", text, labels=(*_RUN_LABELS, "url"))
+        for run in active:
+            family.add_metric([*_labels(run), f"{self._public_url}/runs/{run['id']}"], 1)
+        return family
 
     def _told(self, snapshots: Mapping[str, Snapshot]) -> dict[str, list[int]]:
         """Return the positions of the parameters of each run that get series of their own."""

@@ -51,7 +51,7 @@ class Services:
     def reload(self, configuration: Configuration) -> None:
         """Go on with another configuration, checked already; limits of the writer's queue stay until the next start."""
         self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
-        self.ingest.configure(configuration)
+        self.ingest.configure(configuration, self.settings.public_url)
         self.notifier.configure(configuration.receivers, configuration.delivery)
 
     def stopping(self) -> None:

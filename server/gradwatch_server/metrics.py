@@ -290,6 +290,7 @@ def _written(services: Services) -> Iterable[Metric]:
         ("sent_samples", "Samples that the time-series store took.", counts.sent),
         ("set_aside_samples", "Samples that the time-series store refused.", counts.set_aside),
         ("retries", "Requests that were sent again.", counts.retries),
+        ("errors", "Rounds that ended in an error that nobody foresaw.", counts.errors),
     ):
         yield CounterMetricFamily(f"gradwatch_remote_write_{name}", text, value=count)
 

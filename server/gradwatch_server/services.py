@@ -44,7 +44,7 @@ class Services:
             ingest=Ingest(configuration, settings.public_url),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             feed=Feed(engine),
-            exporter=None if remote is None else Exporter(engine, remote),
+            exporter=None if remote is None else Exporter(engine, writer, remote),
             tokens=TokenBook(engine),
         )
 

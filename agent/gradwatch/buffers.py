@@ -34,11 +34,14 @@ class Plan:
         """Positions of those that are not empty, in the order in which ``ordered`` gives their units."""
         self.empty = [index for index, spec in zip(self.indices, weights, strict=True) if not spec.units]
         self.starts: list[int] = []
+        """Where the units of each of them begin."""
         start = 0
         self.measured.sort(key=lambda position: self._place(position, self.weights))
         for position in self.measured:
             self.starts.append(start)
             start += weights[position].units
+        self.units = [weights[position].units for position in self.measured]
+        """Number of units of each of them."""
         self._weight_order = None if len(self.weights.sizes) < 2 else self._order(self.weights)
         self._grad_order = self._weight_order if same or self.grads is None else self._order(self.grads)
 
@@ -92,13 +95,15 @@ class Claim:
         self._grad_at = grad_at
         self._weight_at = weight_at
         device = slot.device
-        self.weights: Bound = plan.weights.bind(
-            {arena: device[arena][weight_at[arena] :] for arena in plan.weights.sizes}, slot.scratch
-        )
+        self.weight_arenas = {arena: device[arena][weight_at[arena] :] for arena in plan.weights.sizes}
+        """Where the weights' unit norms are written, on their device."""
+        self.weights: Bound = plan.weights.bind(self.weight_arenas, slot.scratch)
+        self.grad_arenas: dict[Arena, Tensor] = {}
+        """Where those of the gradients are."""
         self.grads: Bound | None = None
         if plan.grads is not None:
-            views = {arena: device[arena][grad_at[arena] :] for arena in plan.grads.sizes}
-            self.grads = plan.grads.bind(views, slot.scratch)
+            self.grad_arenas = {arena: device[arena][grad_at[arena] :] for arena in plan.grads.sizes}
+            self.grads = plan.grads.bind(self.grad_arenas, slot.scratch)
 
     def grad_units(self) -> NDArray[np.float64]:
         """Return the norms of the gradients' units in the plan's order, once they have arrived."""

@@ -195,6 +195,25 @@ def test_loss_scaling_with_clipping(server: Server, fused: bool) -> None:
     assert server.values("clipped_grad_norm") == pytest.approx({"a": 2.5, "b": 6.0})
 
 
+def test_the_loss_is_unscaled_however_it_was_scaled(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model, server, optimizer):
+        both = scaler.scale([model(GRAD_A, 1.0), model(GRAD_A, 2.0)])
+        torch.autograd.backward(both)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        first, second = scaler.scale(model(GRAD_A, 1.0)), scaler.scale(model(GRAD_A, 2.0))
+        second.backward()
+        first.backward()
+        scaler.step(optimizer)
+    with torch.no_grad():
+        expected = float(model(GRAD_A, 1.0) + model(GRAD_A, 2.0))
+    assert server.trail("loss") == pytest.approx({1: expected, 2: expected})
+
+
 def test_closures_are_measured_after_their_first_evaluation(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)

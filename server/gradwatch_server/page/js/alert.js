@@ -130,7 +130,7 @@ function standing(alert) {
       el(
         "span",
         { class: "chip good", title: moment(alert.acknowledged_at) },
-        `acknowledged by ${alert.acknowledged_by}, ${ago(alert.acknowledged_at ?? 0)}`,
+        `acknowledged by ${alert.acknowledged_by}`,
       ),
     alert.muted !== null && el("span", { class: "chip" }, `not told: ${alert.muted}`),
     alert.flaps > 0 && el("span", { class: "soft" }, `came back ${alert.flaps === 1 ? "once" : `${alert.flaps} times`}`),

@@ -116,6 +116,15 @@ export const series = async (runId, query, signal) => (await ask(`${at(runId)}/s
  */
 export const tile = async (runId, query, signal) => (await ask(`${at(runId)}/tile`, query, signal)).arrayBuffer();
 
+/**
+ * @typedef {{from_step: number | null, to_step: number | null, samples: number, thresholds: number[], shares: number[],
+ *   thirds: {first: number[], middle: number[], last: number[]}, steps: number[], rates: number[][],
+ *   clip: number | null, recommended: number | null, reason: string}} ClipAdvice
+ */
+
+/** @param {string} runId @param {Record<string, number>} query @returns {Promise<ClipAdvice>} */
+export const clipAdvice = async (runId, query) => (await ask(`${at(runId)}/clip-advice`, query)).json();
+
 /** A number as the server spells it. @param {Measured | undefined} spelled @returns {number | null} */
 export const number = (spelled) => (spelled === null || spelled === undefined ? null : Number(spelled));
 

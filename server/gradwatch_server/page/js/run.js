@@ -44,7 +44,7 @@ export async function runView(main, runId, live) {
     values: readout(),
     strips: new Strips(runId, view),
     trace: new Trace(runId, view, run.parameters),
-    advice: new Advice(runId),
+    advice: new Advice(runId, view),
     panel: alertPanel(
       view,
       () => run,
@@ -128,6 +128,7 @@ export async function runView(main, runId, live) {
           el("div", { class: "under" }, parts.key.element, parts.values.element),
           parts.trace.box,
           parts.strips.box,
+          parts.advice.chart.box,
         ),
         el(
           "aside",
@@ -158,6 +159,7 @@ export async function runView(main, runId, live) {
       source.close();
       parts.strips.close();
       parts.trace.close();
+      parts.advice.close();
       delete main.dataset.drawn;
     },
     arrive: () => view.set(looking(view.now.end)),

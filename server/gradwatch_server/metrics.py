@@ -17,7 +17,6 @@ from gradwatch_server import schema
 from gradwatch_server.alerts import SEVERITIES
 from gradwatch_server.diagnosis import RULES
 from gradwatch_server.services import Services
-from gradwatch_server.settings import Metrics
 from gradwatch_server.snapshot import Snapshot, load_active, load_snapshots
 
 _RUN_LABELS = ("run", "project", "name")
@@ -66,10 +65,11 @@ _PARAMETER_GAUGES = {
 class RunCollector(Collector):
     """Active runs from their latest samples, and the alerts."""
 
-    def __init__(self, engine: sa.Engine, settings: Metrics, public_url: str) -> None:
-        self._engine = engine
-        self._settings = settings
-        self._public_url = public_url
+    def __init__(self, services: Services) -> None:
+        self._engine = services.engine
+        self._settings = services.settings.configuration.metrics
+        self._public_url = services.settings.public_url
+        self._layouts = services.layouts
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: the families are known at scrape time."""
@@ -79,7 +79,7 @@ class RunCollector(Collector):
         """Read the latest samples and the alerts."""
         with self._engine.connect() as connection:
             active = load_active(connection)
-            snapshots = load_snapshots(connection, [run["id"] for run in active])
+            snapshots = load_snapshots(connection, [run["id"] for run in active], self._layouts)
             unhealthy = _unhealthy(connection)
             alerts = _alerts(connection)
         told = self._told(snapshots)

@@ -11,6 +11,7 @@ from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
 from gradwatch_server.requests import Requests
 from gradwatch_server.settings import Configuration, Settings
+from gradwatch_server.snapshot import Layouts
 from gradwatch_server.tokens import TokenBook
 from gradwatch_server.writer import Writer
 
@@ -27,6 +28,7 @@ class Services:
     feed: Feed
     tokens: TokenBook
     exporter: Exporter | None = None
+    layouts: Layouts = field(default_factory=Layouts)
     requests: Requests = field(default_factory=Requests)
     ready: bool = True
     """False from the first sign of stopping: readiness goes first."""

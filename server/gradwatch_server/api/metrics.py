@@ -16,9 +16,8 @@ router = APIRouter(tags=["metrics"])
 def show_metrics(request: Request) -> Response:
     """Expose what Prometheus scrapes: active runs from their latest samples, alerts, deliveries, the server itself."""
     services = cast("Services", request.app.state.services)
-    settings = services.settings
     registry = CollectorRegistry()
-    registry.register(RunCollector(services.engine, settings.configuration.metrics, settings.public_url))
+    registry.register(RunCollector(services))
     registry.register(ServerCollector(services))
     ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

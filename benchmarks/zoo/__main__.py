@@ -83,7 +83,6 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1, help="steps between samples (default: 1)")
     parser.add_argument("--skip-twins", action="store_true", help="do not train the repaired twins of sick cases")
-    parser.add_argument("--port", type=int, default=8329)
     options = parser.parse_args()
     chosen = [case for case in CASES if not options.case or any(part in case.name for part in options.case)]
     torch.set_num_threads(1)
@@ -91,7 +90,7 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADWATCH_SPOOL_DIR"] = folder
-        with Server(Path(folder), options.port, "http://127.0.0.1:9/nobody", "whsec_" + "A" * 32) as server:
+        with Server(Path(folder), "http://127.0.0.1:9/nobody", "whsec_" + "A" * 32) as server:
             for case in chosen:
                 for seed in range(options.first_seed, options.first_seed + options.seeds):
                     try:

@@ -26,6 +26,7 @@ from gradwatch_server.api import (
     overview,
     problem,
     runs,
+    session,
     stream,
     tile,
 )
@@ -78,16 +79,13 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         redoc_url=None,
     )
     problem.install(app)
-    for part in (ingest, runs, tile, alerts, alert_deliveries, deliveries, stream, overview, metrics, health):
+    parts = (session, ingest, runs, tile, alerts, alert_deliveries, deliveries, stream, overview, metrics, health)
+    for part in parts:
         app.include_router(part.router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
-    @app.get("/", include_in_schema=False)
-    @app.get("/runs/{run_id}", include_in_schema=False)
-    @app.get("/alerts", include_in_schema=False)
-    @app.get("/server", include_in_schema=False)
-    def page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads its own address
-        return FileResponse(PAGE / "index.html")
+    for address in access.VIEWS:
+        app.add_api_route(address, _page, include_in_schema=False)
 
     @app.middleware("http")
     async def secure(request: Request, follow: Callable[[Request], Any]) -> Response:
@@ -104,6 +102,10 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
 
     description.complete(app)
     return app
+
+
+def _page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads its own address
+    return FileResponse(PAGE / "index.html")
 
 
 async def _prune(services: Services) -> None:

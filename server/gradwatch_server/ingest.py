@@ -72,9 +72,10 @@ class Ingest:
         self.samples = 0
         self.values = 0
 
-    def configure(self, configuration: Configuration) -> None:
-        """Use these limits, thresholds and routes from the next batch on."""
+    def configure(self, configuration: Configuration, public_url: str) -> None:
+        """Use these limits, thresholds, routes and links from the next batch on."""
         self._configuration = configuration
+        self._public_url = public_url
 
     def register(self, connection: sa.Connection, run_id: str, registration: wire.Registration) -> Registered:
         """Store a run, or what its next attempt adds to it.

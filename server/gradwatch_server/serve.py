@@ -60,6 +60,12 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
             raise ConfigurationError(f"--webhook: {error}") from None
     elif arguments.webhook_secret is not None:
         raise ConfigurationError("--webhook-secret signs what --webhook delivers: give --webhook URL as well")
+    public_url = os.environ.get("GRADWATCH_PUBLIC_URL")
+    if public_url:
+        try:
+            configuration = msgspec.structs.replace(configuration, public_url=public_url)
+        except ValueError as error:
+            raise ConfigurationError(f"GRADWATCH_PUBLIC_URL: {error}") from None
     database_url = arguments.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
     return Settings(database_url=database_url, host=arguments.host, port=arguments.port, configuration=configuration)
 
@@ -178,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
         lambda: read_settings(given).configuration,
     )
     signal.signal(signal.SIGHUP, server.reload)  # from here on: whoever reads the next line may send it
-    print(f"gradwatch serves on {settings.public_url} (database {engine.url.render_as_string()})", flush=True)
+    print(f"gradwatch serves on {settings.address} (database {engine.url.render_as_string()})", flush=True)
     server.run(sockets=[sock])
     engine.dispose()
     return 0

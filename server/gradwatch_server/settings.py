@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
+from gradwatch_server.addresses import check_address
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.exporter import RemoteWrite
@@ -76,6 +77,8 @@ class Project(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of ``gradwatch.toml``."""
 
+    public_url: str | None = None
+    """Where people reach the page, such as ``https://gradwatch.example.org``; absent: where the server listens."""
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
     remote_write: RemoteWrite | None = None
@@ -91,6 +94,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What is different for some projects, by their name."""
 
     def __post_init__(self) -> None:
+        if self.public_url is not None:
+            check_address("public_url", self.public_url)
         names = [receiver.name for receiver in self.receivers]
         for name in names:
             if names.count(name) > 1:
@@ -157,6 +162,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def public_url(self) -> str:
-        """Where people reach the page; links in alerts begin with it."""
+        """Where people reach the page; links in alerts, metrics and answers to agents begin with it."""
+        return (self.configuration.public_url or self.address).rstrip("/")
+
+    @property
+    def address(self) -> str:
+        """Where the server listens."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"

@@ -53,12 +53,14 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         app.state.services = services
         notifying = asyncio.create_task(services.notifier.run())
         pruning = asyncio.create_task(_prune(services))
+        watching = asyncio.create_task(services.stalls.run())
         telling = asyncio.create_task(services.untold.run())
         exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
         try:
             yield
         finally:
             pruning.cancel()
+            watching.cancel()
             telling.cancel()
             services.notifier.stop()
             await notifying

@@ -1,5 +1,6 @@
 """The parts of one server process, made together and stopped together."""
 
+import time
 from dataclasses import dataclass, field
 
 import msgspec
@@ -11,6 +12,7 @@ from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
 from gradwatch_server.requests import Requests
 from gradwatch_server.settings import Configuration, Settings
+from gradwatch_server.stalls import Stalls
 from gradwatch_server.tokens import TokenBook
 from gradwatch_server.untold import Untold
 from gradwatch_server.writer import Writer
@@ -25,6 +27,7 @@ class Services:
     writer: Writer
     ingest: Ingest
     notifier: Notifier
+    stalls: Stalls
     untold: Untold
     feed: Feed
     tokens: TokenBook
@@ -45,6 +48,7 @@ class Services:
             writer=writer,
             ingest=Ingest(configuration, settings.public_url),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
+            stalls=Stalls(engine, writer, configuration, settings.public_url, time.time()),
             untold=Untold(engine, writer, configuration, settings.public_url),
             feed=Feed(engine),
             exporter=None if remote is None else Exporter(engine, remote),
@@ -55,6 +59,7 @@ class Services:
         """Go on with another configuration, checked already; limits of the writer's queue stay until the next start."""
         self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
         self.ingest.configure(configuration)
+        self.stalls.configure(configuration)
         self.untold.configure(configuration)
         self.notifier.configure(configuration.receivers, configuration.delivery)
 

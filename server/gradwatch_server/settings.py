@@ -47,6 +47,13 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Most parameters of all runs together; beyond it they are left out, and ``/metrics`` says how many."""
 
 
+class Project(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is different for one project."""
+
+    rules: dict[str, dict[str, Any]] = {}
+    """Thresholds by rule, over those of all projects."""
+
+
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of ``gradwatch.toml``."""
 
@@ -61,6 +68,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Which alerts go where; without any, every alert goes to every receiver."""
     rules: dict[str, dict[str, Any]] = {}
     """Thresholds by rule; see docs/diagnosis.md."""
+    projects: dict[str, Project] = {}
+    """What is different for some projects, by their name."""
 
     def __post_init__(self) -> None:
         names = [receiver.name for receiver in self.receivers]
@@ -81,18 +90,28 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """
         try:
             configuration = msgspec.convert(_with_environment(msgspec.toml.decode(path.read_bytes())), cls)
-            configuration.thresholds()
+            configuration.check_rules()
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"{path}: {error}") from None
         return configuration
 
-    def thresholds(self) -> Thresholds:
-        """Return the thresholds of the rules with the file's changes.
+    def check_rules(self) -> None:
+        """Look at the thresholds of all projects.
 
         Raises:
             ValueError: a rule, a key or a value is not known; the text names it.
         """
-        return Thresholds.from_table(self.rules)
+        Thresholds.from_table(self.rules)
+        for name, project in self.projects.items():
+            try:
+                Thresholds.from_table(project.rules)
+            except ValueError as error:
+                raise ValueError(f"projects.{name}.{error}") from None
+
+    def thresholds(self, project: str) -> Thresholds:
+        """Return the thresholds of the rules for a project, with the file's changes; they have been checked."""
+        own = self.projects.get(project, Project()).rules
+        return Thresholds.from_table({rule: self.rules.get(rule, {}) | own.get(rule, {}) for rule in self.rules | own})
 
 
 def _with_environment(value: Any) -> Any:

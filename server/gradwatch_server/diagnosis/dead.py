@@ -4,7 +4,7 @@ import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
 from gradwatch_server.diagnosis.memory import IDLE_SHARE, Counts, Memory, quiet_times
-from gradwatch_server.diagnosis.reading import TINY, Flags, Indices, Layout, Profile, Reading
+from gradwatch_server.diagnosis.reading import TINY, Flags, Indices, Layout, Profile, Reading, any_of, largest_of
 from gradwatch_server.diagnosis.thresholds import Dead
 
 _FADED_DECADES = 2.5
@@ -22,7 +22,9 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
         return None
     quiet, longest, idle = quiet_times(memory, layout, reading, profile)
     candidates = layout.trainable & (layout.elements > 0) & ~alive & ~_follows(layout, alive)
-    patience = limits.patience * longest
+    rhythm = np.max([longest, *(largest_of(sets, longest) for sets in layout.peers)], axis=0)
+    candidates &= ~any_of(layout.choice, alive)
+    patience = limits.patience * rhythm
     cut = candidates & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present
     cut &= _cut_off(layout, profile, alive)
     branch = candidates & (quiet >= np.maximum(limits.branch_samples, patience))
@@ -36,7 +38,8 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     parameters, left_out = blame(layout.names, worst, values, float(quiet[chosen].min() or limits.idle_samples))
     missing = bool((dead & ~profile.present).any())
     matrices = layout.matrix & layout.trainable
-    grave = (missing or bool(cut.any())) and float((dead & matrices).sum()) >= _GRAVE_SHARE * float(matrices.sum())
+    steady = dead & (rhythm == 0)  # what comes and goes may be out of use, which is no catastrophe
+    grave = (missing or bool(cut.any())) and float((steady & matrices).sum()) >= _GRAVE_SHARE * float(matrices.sum())
     return Finding(
         rule="dead",
         severity=limits.severity(critical=grave),

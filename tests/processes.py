@@ -71,14 +71,15 @@ class GradwatchServer:
     def kill(self) -> None:
         """End it with SIGKILL: nothing can be tidied up."""
         self.process.send_signal(signal.SIGKILL)
-        self._reap()
+        self.ended()
 
     def stop(self) -> int:
         """End it with SIGTERM; return its exit code."""
         self.process.terminate()
-        return self._reap()
+        return self.ended()
 
-    def _reap(self) -> int:
+    def ended(self) -> int:
+        """Wait for its end; return its exit code."""
         code = self.process.wait(30)
         assert self.process.stdout is not None
         self.process.stdout.close()

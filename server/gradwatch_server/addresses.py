@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Protocol
+from urllib.parse import urlsplit
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -101,6 +102,23 @@ def _kind(address: Address) -> str | None:
         return None  # the address inside decides
     public = address.is_global and not address.is_reserved and not _within(address, _SPECIAL)
     return None if public else "private or reserved"
+
+
+def check_address(setting: str, address: str) -> None:
+    """Check that an address is one that can be asked: http or https, a host, a port that exists.
+
+    Raises:
+        ValueError: it is not; the text names the setting and shows no password.
+    """
+    try:
+        parts = urlsplit(address)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        fine = fine and not any(character.isspace() or ord(character) < 32 for character in address)
+    except ValueError:  # a bracket that is not closed, a port beyond 65535
+        fine = False
+    if not fine:
+        shown = address.rpartition("@")[2] if "@" in address else address
+        raise ValueError(f"{setting} {shown!r} is not an http or https address with a host: http://host:port/path")
 
 
 class Guard:

@@ -279,6 +279,15 @@ tokens = sa.Table(
     sa.Column("revoked_at", sa.Double),
 )
 
+written = sa.Table(
+    "written",
+    metadata,
+    sa.Column("run", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("store", sa.Text, primary_key=True, comment="digest of the address that is written to"),
+    sa.Column("attempt", sa.BigInteger, nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False, comment="of the last sample that was dealt with"),
+)
+
 attempts = sa.Table(
     "attempts",
     metadata,

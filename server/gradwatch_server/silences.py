@@ -44,11 +44,11 @@ def add(connection: sa.Connection, now: float, **fields: Any) -> Silence:
     """Write a silence.
 
     Raises:
-        Refused: 422 where it has ended already.
+        Refused: 409 where it has ended already.
     """
     silence = Silence(id=secrets.token_hex(6), created_at=now, **fields)
     if silence.ends_at <= now:
-        raise Refused(422, "Silence has ended", f"ends_at {silence.ends_at:.0f} is not after now ({now:.0f})")
+        raise Refused(409, "Silence has ended", f"ends_at {silence.ends_at:.0f} is not after now ({now:.0f})")
     connection.execute(sa.insert(schema.silences).values(msgspec.structs.asdict(silence)))
     return silence
 

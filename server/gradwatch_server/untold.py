@@ -25,9 +25,10 @@ class Untold:
         self._configuration = configuration
         self._public_url = public_url
 
-    def configure(self, configuration: Configuration) -> None:
-        """Use these receivers and routes from the next look on."""
+    def configure(self, configuration: Configuration, public_url: str) -> None:
+        """Use these receivers, routes and links from the next look on."""
         self._configuration = configuration
+        self._public_url = public_url
 
     async def run(self) -> None:
         """Look for as long as the server runs."""

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch_server import schema, silences
 from gradwatch_server.api import documents
+from gradwatch_server.api.access import check_named_project
 from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
@@ -93,9 +94,10 @@ def list_silences(connection: Reader) -> Any:
     return [msgspec.structs.asdict(silence) for silence in silences.load(connection, time.time())]
 
 
-@router.post("/silences", response_model=documents.Silence, status_code=201, responses=problems(422, 503))
+@router.post("/silences", response_model=documents.Silence, status_code=201, responses=problems(409, 422, 503))
 async def add_silence(request: Request, silence: documents.NewSilence) -> Any:
     """Have alerts not told for a while; they are kept and shown all the same."""
+    check_named_project(request, silence.project)
     added = await written(request, lambda connection: silences.add(connection, time.time(), **silence.model_dump()))
     return msgspec.structs.asdict(added)
 

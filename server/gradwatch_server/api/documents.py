@@ -58,7 +58,7 @@ class Run(BaseModel):
     dropped: dict[str, int] = Field(description="what the agent had to give up: samples, bytes, errors")
 
 
-class Parameter(BaseModel):
+class KnownParameter(BaseModel):
     """One parameter of a run."""
 
     name: str
@@ -74,7 +74,7 @@ class RunDetail(Run):
     """One training job with its parameters, in the order of depth."""
 
     attributes: dict[str, str]
-    parameters: list[Parameter]
+    parameters: list[KnownParameter]
 
 
 class Series(BaseModel):

@@ -20,8 +20,8 @@ _ROSE = 2.0
 """Growth of the loss over its beginning, as a share, just before it overflows: an explosion, not a faulty operation."""
 _FEWEST = 3
 """Of fewer matrices, half says nothing."""
-_GRAVE = 100.0
-"""Times both limits, in geometric mean: no noise does that."""
+_GRAVE = 20.0
+"""Times both limits, in geometric mean: sixty times further than the noisiest healthy run."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def sign(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     if reading.scalars.get("clip_norm", 0.0) == math.inf:
         return _clipped_away(layout, profile)
     if profile.matrices.size:
-        for look in (_surging, _blowing_up, _out_of_proportion, _amplifying, _swelling):
+        for look in (_surging, _blowing_up, _out_of_proportion, _amplifying, _swelling, _diverged):
             found = look(memory, reading, profile, limits)
             if found is not None:
                 return found
@@ -225,6 +225,28 @@ def _swelling(_memory: Memory, _reading: Reading, profile: Profile, limits: Expl
         values=profile.ratio,
         limit=limits.ratio,
         evidence={"swelling_decades": decades},
+    )
+
+
+def _diverged(memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+    """The loss of every step has been far above its beginning for long, and the weights have grown.
+
+    Where samples lie apart the explosion itself may be over before any of them.
+    """
+    grown, each = growth(memory, profile)
+    if grown < math.log10(limits.risen_growth) or not memory.losses.risen(limits.loss_rise, limits.loss_rise_steps):
+        return None
+    values = np.ones(len(profile.weight))
+    values[profile.matrices] = 10.0**each
+    return Sign(
+        summary=f"The loss has been more than {1 + limits.loss_rise:.3g} times where it began for "
+        f"{limits.loss_rise_steps} steps, and the weights have grown {10**grown:.3g} times over",
+        cause="The updates overshoot: the learning rate is too high for this network.",
+        worst=_largest(values, profile),
+        values=values,
+        limit=limits.risen_growth,
+        evidence={"weight_growth": 10**grown, "usual_loss": memory.losses.now},
+        grave=True,
     )
 
 

@@ -18,6 +18,7 @@ VERSION: Final = 2
 HISTORY_SAMPLES = 64
 FIRST_SAMPLES = 8
 RECENT_SAMPLES = 5
+LATELY_STEPS = 64
 GROWTH_SAMPLES = 16
 _SPREAD_OF_MAD = 1.4826
 """Standard deviations in a median absolute deviation of normal noise."""
@@ -34,6 +35,8 @@ class Losses:
     """The last few, Inf where one was not finite."""
     lowest: float = math.inf
     """Least median of a few in a row."""
+    lately: tuple[float, ...] = ()
+    """The last medians of a few in a row, one a step."""
 
     @property
     def reference(self) -> float:
@@ -76,7 +79,17 @@ class Losses:
             first=(*self.first, loss) if len(self.first) < FIRST_SAMPLES and math.isfinite(loss) else self.first,
             recent=recent,
             lowest=min(self.lowest, now) if len(recent) >= 3 else self.lowest,
+            lately=(*self.lately, now)[-LATELY_STEPS:],
         )
+
+    def risen(self, share: float, steps: int) -> bool:
+        """Return whether each of the last ``steps`` medians lies above where the loss began by this share of it.
+
+        False for a loss that began at or below zero somewhere: it does not measure how bad the run is.
+        """
+        if len(self.lately) < steps or not self.first or min(self.first) <= 0.0:
+            return False
+        return min(self.lately[-steps:]) > (1.0 + share) * self.reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +234,7 @@ class Memory:
             raise ValueError(f"memory of version {version}, not {VERSION}: replay the run's samples")
         losses = content.pop("losses")
         unpacked = {name: _unpacked(value) for name, value in content.items()}
-        return cls(losses=Losses(tuple(losses[0]), tuple(losses[1]), losses[2]), **unpacked)
+        return cls(losses=Losses(tuple(losses[0]), tuple(losses[1]), losses[2], tuple(losses[3])), **unpacked)
 
 
 def grown(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[Any]:
@@ -252,7 +265,8 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
 
     A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this
     sample but whose weight changed since the last, or whose weight grew between samples that lie apart (momentum runs
-    out and weight decay shrinks): its module steps, only not at the sampled steps.
+    out and weight decay shrinks): its module steps, only not at the sampled steps. A weight that has not changed at all
+    between samples that lie apart has been quiet for all steps between them, and counts up to three times.
     """
     size = len(layout.names)
     quiet, longest = memory.counts("quiet", size), memory.counts("longest_quiet", size)
@@ -261,17 +275,20 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     if not alive.any():
         return quiet, longest, idle
     before = grown(memory.weights, size, np.nan)
-    apart = memory.samples > 0 and bool(memory.growths) and reading.step - memory.growths[-1][0] > 1
+    gap = reading.step - memory.growths[-1][0] if memory.growths else 1
     change = profile.weight - before
-    steps = np.where(profile.present & ~apart, False, np.where(profile.present, change, np.abs(change)) > 1e-6 * before)
-    loud = alive | any_of(layout.owners, steps)
+    moved = np.where(profile.present, change, np.abs(change)) > 1e-6 * before
+    loud = alive | any_of(layout.owners, moved & ~profile.present if gap == 1 else moved)
     longest = np.where(loud, np.maximum(longest, quiet), longest)
-    quiet = np.where(loud, 0, quiet + 1)
+    still = np.abs(change) <= 1e-6 * before
+    quiet = np.where(loud, 0, quiet + np.where(still, min(max(gap, 1), _MOST_STEPS), 1))
     share = reading.vector("zero_unit_share", size)
     idle = np.where(alive, np.where(share >= IDLE_SHARE, idle + 1, 0), idle)
     return quiet, longest, idle
 
 
+_MOST_STEPS = 3
+"""How many of the steps between two samples count, at most."""
 CLIPPED_SHARE = 0.95
 """Share of a matrix's units that are clipped from which the threshold, not the gradient, decides its step."""
 IDLE_SHARE = 0.95
@@ -292,7 +309,7 @@ _KINDS: Final[dict[str, type[Any]]] = {"f": np.float64, "i": np.int64, "b": np.b
 
 def _packed(value: Any) -> Any:
     if isinstance(value, Losses):
-        return [value.first, value.recent, value.lowest]
+        return [value.first, value.recent, value.lowest, value.lately]
     if isinstance(value, np.ndarray):
         return {"kind": value.dtype.kind, "data": value.tobytes()}
     return value

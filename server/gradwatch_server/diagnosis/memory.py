@@ -264,8 +264,9 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     """Return, this sample included, each parameter's quiet time, its longest that has ended, and its idle time.
 
     A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this
-    sample but whose weight changed since the last, or whose weight grew between samples that lie apart (momentum runs
-    out and weight decay shrinks): its module steps, only not at the sampled steps. A weight that has not changed at all
+    sample but whose weight changed since the last: its module steps, only not at the sampled steps. Likewise one that
+    never had a gradient at a sample and whose weight grew between samples that lie apart; where there was one before,
+    momentum runs out, and weight decay shrinks. A weight that has not changed at all
     between samples that lie apart has been quiet for all steps between them, and counts up to three times.
     """
     size = len(layout.names)
@@ -278,7 +279,8 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     gap = reading.step - memory.growths[-1][0] if memory.growths else 1
     change = profile.weight - before
     moved = np.where(profile.present, change, np.abs(change)) > 1e-6 * before
-    loud = alive | any_of(layout.owners, moved & ~profile.present if gap == 1 else moved)
+    elsewhere = ~profile.present if gap == 1 else ~profile.present | ~grown(memory.ever, size, False)
+    loud = alive | any_of(layout.owners, moved & elsewhere)
     longest = np.where(loud, np.maximum(longest, quiet), longest)
     still = np.abs(change) <= 1e-6 * before
     quiet = np.where(loud, 0, quiet + np.where(still, min(max(gap, 1), _MOST_STEPS), 1))

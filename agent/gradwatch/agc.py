@@ -16,10 +16,12 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from operator import is_
+from typing import Final, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -88,6 +90,9 @@ def check_clip(clip: object) -> float:
         raise ValueError(f"clip={clip!r}: the largest ratio of gradient to weight is a number above 0, such as 0.01")
     return float(clip)
 
+
+_PLANS: Final = 8
+"""Plans kept for a module or list: one for each set of parameters that had gradients together."""
 
 _T = TypeVar("_T")
 
@@ -218,6 +223,11 @@ class _Part:
             else:
                 self._dense.append((position, spec, _shaped(factors, spec)))
         self._views = [view for _, _, view in self._dense]
+        in_order = sorted(self._spans, key=self._spans.__getitem__)
+        self._starts = np.array([self._spans[position][0] for position in in_order], np.intp)
+        rank = {position: place for place, position in enumerate(in_order)}
+        self._ranks = [rank[position] for position, _, _ in self._dense]
+        """Where each dense tensor comes in the order of the starts."""
 
     @property
     def places(self) -> dict[int, range]:
@@ -281,13 +291,13 @@ class _Part:
 
     def _apply_where_needed(self, tensors: Sequence[Tensor]) -> None:
         """On the CPU the factors can be read at no cost: tensors in which nothing is clipped are not touched."""
-        factors = self._factors.numpy()
-        if not self._dense or not factors.min() < 1.0:
+        if not self._dense or not self._factors.min().numpy().item() < 1.0:
             return
+        smallest = np.minimum.reduceat(self._factors.numpy(), self._starts).tolist()
         touched = [
             (_broadcastable(tensors[position], spec), view)
-            for position, spec, view in self._dense
-            if factors[slice(*self._spans[position])].min() < 1.0
+            for (position, spec, view), rank in zip(self._dense, self._ranks, strict=True)
+            if smallest[rank] < 1.0
         ]
         if touched:
             torch._foreach_mul_([tensor for tensor, _ in touched], [view for _, view in touched])
@@ -303,7 +313,7 @@ def _bases(layout: Layout) -> dict[Arena, int]:
 
 def _broadcastable(tensor: Tensor, spec: Spec) -> Tensor:
     """Return a view of a gradient that its shaped factors multiply."""
-    if tensor.is_complex():
+    if spec.dtype.is_complex:
         tensor = torch.view_as_real(tensor)
     return tensor.unflatten(0, (spec.groups, -1)) if spec.axis == "transposed" and spec.groups > 1 else tensor
 
@@ -349,13 +359,24 @@ def adaptive_clip_grad_(
     Raises:
         ValueError: an option cannot be right, or a pattern matches nothing; the text names it.
     """
-    agc = AGC(clip, eps, granularity, tuple(_several(exclude)), experts if isinstance(experts, str) else tuple(experts))
-    listed = parameters if isinstance(parameters, nn.Module) else _listed(parameters)
-    prepared = next((known for known in _prepared if known.fits(listed, agc)), None)
+    named = (experts,) if isinstance(experts, str) else tuple(experts)
+    agc = AGC(clip, eps, granularity, tuple(_several(exclude)), named)
+    given = parameters if isinstance(parameters, nn.Module) else _listed(parameters)
+    options = _options(agc)
+    prepared = next((known for known in _prepared if known.fits(given, options)), None)
     if prepared is None:
-        prepared = _Prepared(listed, agc)
+        prepared = _Prepared(given, agc)
         _prepared.appendleft(prepared)
     prepared.clip()
+
+
+Options = tuple[object, ...]
+
+
+def _options(agc: AGC) -> Options:
+    """Return what two calls have to agree in; parameters by their ids."""
+    named = (*(agc.exclude or ()), None, *agc.experts)
+    return (agc.clip, agc.eps, agc.granularity, *(id(entry) if isinstance(entry, Tensor) else entry for entry in named))
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -366,54 +387,56 @@ class _Prepared:
     """What is known of a module or list that is clipped step after step: walked once, checked at each step."""
 
     def __init__(self, parameters: nn.Module | list[Tensor], agc: AGC) -> None:
-        self._agc = agc
+        self._options = _options(agc)
+        self._agc = replace(agc, exclude=())
         self._module = weakref.ref(parameters) if isinstance(parameters, nn.Module) else None
-        self._owners: list[tuple[weakref.ref[nn.Module], tuple[int, ...]]] = []
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._children: list[int] = []
+        self._owned: list[int] = []
         self._forms: list[tuple[Axis, int]]
         if isinstance(parameters, nn.Module):
             known = list(walk([parameters]))
             names = [entry.name for entry in known]
             tensors = [tensor for entry in known if (tensor := entry.parameter()) is not None]
             self._forms = [(entry.axis, entry.groups) for entry in known]
-            self._owners = [(weakref.ref(module), _size(module)) for module in parameters.modules()]
+            modules = list(parameters.modules())
+            self._modules = [weakref.ref(module) for module in modules]
+            self._children, self._owned = _parts(modules)
         else:
             names = [str(index) for index in range(len(parameters))]
             tensors = parameters
             self._forms = [("rows", 1)] * len(tensors)
         self._parameters = [weakref.ref(tensor) for tensor in tensors]
+        self._sharded = any(local(tensor) is not tensor for tensor in tensors)
         self._spared = agc.spared(names, tensors) or set()
         for index in agc.stacked(names, tensors):
             self._forms[index] = ("experts", 1)
         self._plans: dict[bytes, _Plan] = {}
 
-    def fits(self, parameters: nn.Module | list[Tensor], agc: AGC) -> bool:
+    def fits(self, parameters: nn.Module | list[Tensor], options: Options) -> bool:
         """Return whether this was prepared for exactly these, and they have not changed their parts since."""
-        if self._agc.exclude or agc != self._agc:
+        if options != self._options:
             return False
-        if isinstance(parameters, nn.Module):
-            return (
-                self._module is not None
-                and self._module() is parameters
-                and all((owner := known()) is not None and _size(owner) == size for known, size in self._owners)
-            )
-        return (
-            self._module is None
-            and len(parameters) == len(self._parameters)
-            and all(known() is tensor for known, tensor in zip(self._parameters, parameters, strict=True))
-        )
+        if not isinstance(parameters, nn.Module):
+            known = [reference() for reference in self._parameters]
+            return self._module is None and len(known) == len(parameters) and all(map(is_, known, parameters))
+        if self._module is None or self._module() is not parameters:
+            return False
+        modules = [module for reference in self._modules if (module := reference()) is not None]
+        return len(modules) == len(self._modules) and _parts(modules) == (self._children, self._owned)
 
     def clip(self) -> None:
         """Clip the gradients that are there."""
-        members = [known() for known in self._parameters]
-        there = [
-            (index, member, member.grad)
-            for index, member in enumerate(members)
-            if member is not None and member.grad is not None
-        ]
-        if not there:
+        members = [member for reference in self._parameters if (member := reference()) is not None]
+        every = [member.grad for member in members]
+        present = bytes(grad is not None for grad in every)
+        grads = [grad for grad in every if grad is not None]
+        weights = [member for member, grad in zip(members, every, strict=True) if grad is not None]
+        if not grads:
             return
-        grads, weights = [local(grad) for _, _, grad in there], [local(member) for _, member, _ in there]
-        present = bytes(member is not None and member.grad is not None for member in members)
+        there = weights
+        if self._sharded:
+            grads, weights = [local(grad) for grad in grads], [local(weight) for weight in weights]
         plan = self._plans.get(present)
         if plan is not None:
             try:
@@ -421,27 +444,26 @@ class _Prepared:
             except RuntimeError:  # a gradient or weight has another shape, layout or device than before
                 plan = None
         if plan is None:
-            indices = [index for index, _, _ in there]
-            splits = [split_of(member, *self._forms[index], self._agc.granularity) for index, member, _ in there]
-            plan = self._plans[present] = self._plan(indices, grads, weights, splits)
+            indices = [index for index, held in enumerate(present) if held]
+            forms = [self._forms[index] for index in indices]
+            plan = _Plan(
+                [spec_of(grad, *form) for grad, form in zip(grads, forms, strict=True)],
+                [spec_of(weight, *form) for weight, form in zip(weights, forms, strict=True)],
+                [split_of(tensor, *form, self._agc.granularity) for tensor, form in zip(there, forms, strict=True)],
+                {position for position, index in enumerate(indices) if index in self._spared},
+                self._agc,
+            )
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[present] = plan
             plan.measure(grads, weights)
         plan.scale(grads)
 
-    def _plan(
-        self, indices: Sequence[int], grads: Sequence[Tensor], weights: Sequence[Tensor], splits: list[Split | None]
-    ) -> "_Plan":
-        forms = [self._forms[index] for index in indices]
-        return _Plan(
-            [spec_of(grad, *form) for grad, form in zip(grads, forms, strict=True)],
-            [spec_of(weight, *form) for weight, form in zip(weights, forms, strict=True)],
-            splits,
-            {position for position, index in enumerate(indices) if index in self._spared},
-            self._agc,
-        )
 
-
-def _size(module: nn.Module) -> tuple[int, ...]:
-    return (len(module._modules), *map(id, module._parameters.values()))  # noqa: SLF001  # a walk would cost more
+def _parts(modules: Iterable[nn.Module]) -> tuple[list[int], list[int]]:
+    """Return how many children each module has, and the ids of all parameters: what shows a change at little cost."""
+    children = [len(module._modules) for module in modules]  # noqa: SLF001  # a walk would cost more
+    return children, [id(parameter) for module in modules for parameter in module._parameters.values()]  # noqa: SLF001
 
 
 class _Plan:

@@ -72,9 +72,10 @@ class Ingest:
         self.samples = 0
         self.values = 0
 
-    def configure(self, configuration: Configuration) -> None:
-        """Use these limits, thresholds and routes from the next batch on."""
+    def configure(self, configuration: Configuration, public_url: str) -> None:
+        """Use these limits, thresholds, routes and links from the next batch on."""
         self._configuration = configuration
+        self._public_url = public_url
 
     def register(self, connection: sa.Connection, run_id: str, registration: wire.Registration) -> Registered:
         """Store a run, or what its next attempt adds to it.
@@ -196,7 +197,6 @@ class Ingest:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         check_batch(batch, run.parameter_count, self._configuration.limits)
         if not self._claim(connection, run_id, batch, now):
-            self.duplicates += 1
             return Stored(batch.id, 0, duplicate=True)
         changes = shelf.put(connection, run, batch)
         changes |= self._progress(run, batch, now)
@@ -205,10 +205,16 @@ class Ingest:
             if batch.end is not None:
                 changes |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
         connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(changes))
+        return Stored(batch.id, len(batch.samples), duplicate=False)
+
+    def count(self, stored: Stored, batch: wire.Batch) -> None:
+        """Count a batch that is on disk."""
+        if stored.duplicate:
+            self.duplicates += 1
+            return
         self.batches += 1
         self.samples += len(batch.samples)
         self.values += sum(vector.size for sample in batch.samples for vector in sample.statistics.values())
-        return Stored(batch.id, len(batch.samples), duplicate=False)
 
     def _claim(self, connection: sa.Connection, run_id: str, batch: wire.Batch, now: float) -> bool:
         """Remember the batch's id; return False where it is known already."""

@@ -39,6 +39,7 @@ class Book:
         self._told: list[tuple[str, Alert, Transition]] = []
         self._changed: set[str] = set()
         self._muted: dict[str, str | None] = {row.id: row.muted for row in rows}
+        self._acknowledged: dict[str, str | None] = {row.id: row.acknowledged_by for row in rows}
         self._silences = silences.load(connection, time.time()) if self._open else None
 
     def enter(self, findings: Sequence[Finding], step: int, at: float) -> None:
@@ -70,11 +71,16 @@ class Book:
         return self._open[rule][1].first_step if rule in self._open else None
 
     def unmute(self, step: int, at: float) -> None:
-        """Tell of what fires and is no longer silenced."""
+        """Tell of what fires, was not told, and is no longer to be kept quiet."""
         for rule, (alert_id, alert) in self._open.items():
-            if self._muted.get(alert_id) is not None and self._mute(rule) is None:
+            before = self._muted.get(alert_id)
+            if before is None:
+                continue
+            reason = self._mute(rule, alert_id)
+            if reason is None:
                 self._told.append((alert_id, alert, Transition("firing", alert.finding.severity, step, at)))
-                self._set_muted(alert_id, None)
+            if reason != before:
+                self._set_muted(alert_id, reason)
 
     def _advance(self, rule: str, finding: Finding | None, step: int, at: float) -> None:
         alert_id, before = self._open.get(rule) or (secrets.token_hex(8), self._last(rule))
@@ -94,12 +100,13 @@ class Book:
         ).one_or_none()
         return None if row is None else _from_row(row)
 
-    def _mute(self, rule: str) -> str | None:
+    def _mute(self, rule: str, alert_id: str) -> str | None:
         """Return why an alert of this run is not told now."""
         if self._silences is None:
             self._silences = silences.load(self._connection, time.time())
         firing = [other for other, (_, alert) in self._open.items() if alert.state == "firing"]
-        return silences.muted(self._silences, firing, self._run.project, self._run.id, rule)
+        acknowledged_by = self._acknowledged.get(alert_id)
+        return silences.muted(self._silences, firing, self._run.project, self._run.id, rule, acknowledged_by)
 
     def _set_muted(self, alert_id: str, reason: str | None) -> None:
         self._muted[alert_id] = reason
@@ -116,7 +123,7 @@ class Book:
     def _put(self, rule: str, alert_id: str, after: Alert | None, transition: Transition | None) -> None:
         before = self._open.pop(rule, None)
         if after is not None and transition is not None:
-            if transition.state == "firing" and (reason := self._mute(rule)) is not None:
+            if transition.state == "firing" and (reason := self._mute(rule, alert_id)) is not None:
                 self._set_muted(alert_id, reason)
             else:
                 self._told.append((alert_id, after, transition))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
+from gradwatch_server.addresses import check_address
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.exporter import RemoteWrite
@@ -14,26 +15,45 @@ from gradwatch_server.receivers import AnyReceiver
 from gradwatch_server.retention import Retention
 from gradwatch_server.routes import Route
 
+MOST_SAMPLES = 10_000
+"""In one batch, whatever the limits say."""
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much one request and the server may hold; beyond it a request is refused and says which limit."""
 
     body_bytes: int = 8 * 1024 * 1024
     """Largest body as it arrives."""
-    decoded_bytes: int = 32 * 1024 * 1024
+    decoded_bytes: int = 16 * 1024 * 1024
     """Largest body after decompression."""
+    loose_bytes: int = 4 * 1024 * 1024
+    """Largest part of a batch that is not packed vectors, for it grows many times over in memory; JSON is all that."""
     parameters: int = 100_000
     """Most parameters a run may have."""
     name_characters: int = 512
     """Longest project, run, parameter or scalar name."""
-    samples_per_batch: int = 1_000
+    samples_per_batch: Annotated[int, msgspec.Meta(ge=1, le=MOST_SAMPLES)] = 1_000
     """Most samples in one batch."""
     scalars_per_batch: int = 100_000
     """Most values of scalars in one batch."""
+    events_per_batch: int = 20_000
+    """Most events in one batch."""
     scalar_names: int = 256
     """Most different scalar names in one batch."""
     queued_batches: int = 1_000
     """Batches that may wait for the writer; beyond it: 503 with Retry-After."""
+    queued_batches_per_run: int = 16
+    """Batches of one run that may wait; an agent sends the next after the answer. Beyond it: 429 with Retry-After."""
+    held_bytes: int = 64 * 1024 * 1024
+    """Bodies that are being received or wait for the writer, together; beyond it: 503 with Retry-After."""
+    drain_seconds: float = 10.0
+    """Time in which a server that was told to stop answers what it has taken; it is not ready, but still listens."""
+
+    def __post_init__(self) -> None:
+        if self.held_bytes < max(self.body_bytes, self.decoded_bytes):
+            raise ValueError(
+                f"held_bytes = {self.held_bytes} has no room for one body: it is at least body_bytes and decoded_bytes"
+            )
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,6 +77,8 @@ class Project(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of ``gradwatch.toml``."""
 
+    public_url: str | None = None
+    """Where people reach the page, such as ``https://gradwatch.example.org``; absent: where the server listens."""
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
     remote_write: RemoteWrite | None = None
@@ -72,6 +94,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What is different for some projects, by their name."""
 
     def __post_init__(self) -> None:
+        if self.public_url is not None:
+            check_address("public_url", self.public_url)
         names = [receiver.name for receiver in self.receivers]
         for name in names:
             if names.count(name) > 1:
@@ -138,6 +162,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def public_url(self) -> str:
-        """Where people reach the page; links in alerts begin with it."""
+        """Where people reach the page; links in alerts, metrics and answers to agents begin with it."""
+        return (self.configuration.public_url or self.address).rstrip("/")
+
+    @property
+    def address(self) -> str:
+        """Where the server listens."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"

@@ -34,9 +34,10 @@ class Stalls:
         self._public_url = public_url
         self._awake_since = self._looked_at = now
 
-    def configure(self, configuration: Configuration) -> None:
-        """Use these thresholds and routes from the next look on."""
+    def configure(self, configuration: Configuration, public_url: str) -> None:
+        """Use these thresholds, routes and links from the next look on."""
         self._configuration = configuration
+        self._public_url = public_url
 
     async def run(self) -> None:
         """Look for as long as the server runs."""

@@ -79,9 +79,10 @@ def test_every_setting_is_documented_and_nothing_else() -> None:
     sections = _sections()
     for title, struct in structs.items():
         assert sections.pop(title) == {field.name for field in msgspec.structs.fields(struct)}, title
-    assert sections == {"`[rules]`": set(), "`[projects]`": set()}
+    assert sections == {"`[rules]`": set(), "`[projects]`": set(), "Top level": {"public_url"}}
     assert {field.name for field in msgspec.structs.fields(Configuration)} == {
-        *("limits", "metrics", "remote_write", "retention", "delivery", "receivers", "routes", "rules", "projects"),
+        *("public_url", "limits", "metrics", "remote_write", "retention", "delivery", "receivers", "routes", "rules"),
+        "projects",
     }
 
 

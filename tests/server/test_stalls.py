@@ -95,7 +95,7 @@ class Watched:
     def __init__(self, url: str) -> None:
         self.engine = open_engine(url)
         prepare(self.engine)
-        self.writer = Writer(self.engine, 8)
+        self.writer = Writer(self.engine, 8, 8)
         configuration = Configuration()
         ingest = Ingest(configuration, "http://here")
         registration = wire.Registration(parameters=[wire.Parameter("w", [4, 4], units=4)])
@@ -113,7 +113,7 @@ class Watched:
             return connection.execute(sa.select(schema.alerts.c.state)).scalar_one_or_none() == "firing"
 
     def close(self) -> None:
-        self.writer.close()
+        self.writer.close(5.0)
         self.engine.dispose()
 
 

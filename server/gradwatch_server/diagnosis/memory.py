@@ -3,14 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Self
+from functools import cached_property
+from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch_server.diagnosis.finding import Finding
-from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading, any_of
+from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading, any_of, median
 
 VERSION: Final = 2
 """Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
@@ -38,15 +39,15 @@ class Losses:
     lately: tuple[float, ...] = ()
     """The last medians of a few in a row, one a step."""
 
-    @property
+    @cached_property
     def reference(self) -> float:
         """Where the loss began; the first value alone where later ones are higher: a divergence lifts its median."""
-        return min(self.first[0], float(np.median(self.first))) if self.first else math.nan
+        return min(self.first[0], median(self.first)) if self.first else math.nan
 
-    @property
+    @cached_property
     def now(self) -> float:
         """Median of the last few."""
-        return float(np.median(self.recent)) if self.recent else math.nan
+        return median(self.recent) if self.recent else math.nan
 
     @property
     def scale(self) -> float:
@@ -74,7 +75,7 @@ class Losses:
         if math.isnan(loss):
             return self
         recent = (*self.recent, loss)[-RECENT_SAMPLES:]
-        now = float(np.median(recent))
+        now = median(recent)
         return Losses(
             first=(*self.first, loss) if len(self.first) < FIRST_SAMPLES and math.isfinite(loss) else self.first,
             recent=recent,
@@ -140,12 +141,12 @@ class Memory:
         """Steps between the last two samples; 1 where there were none."""
         return self.growths[-1][0] - self.growths[-2][0] if len(self.growths) > 1 else 1
 
-    @property
+    @cached_property
     def usual_log_gradient(self) -> float:
         """The larger of what is usual now and what was usual at the start; NaN without history."""
         if not self.log_gradients:
             return math.nan
-        return max(float(np.median(self.log_gradients)), float(np.median(self.first_log_gradients)))
+        return max(median(self.log_gradients), median(self.first_log_gradients))
 
     @property
     def spread_log_gradient(self) -> float:
@@ -153,14 +154,21 @@ class Memory:
         if len(self.log_gradients) < RECENT_SAMPLES:
             return 0.0
         history = np.array(self.log_gradients)
-        return _SPREAD_OF_MAD * float(np.median(np.abs(history - np.median(history))))
+        return _SPREAD_OF_MAD * median(np.abs(history - median(history)))
 
     def counts(self, name: str, size: int) -> Counts:
         """Return one of the counters, grown to ``size``: a run may append parameters."""
         return grown(getattr(self, name), size, 0)
 
     def after(
-        self, layout: Layout, reading: Reading, profile: Profile, findings: Sequence[Finding], *, suspect: bool
+        self,
+        layout: Layout,
+        reading: Reading,
+        profile: Profile,
+        findings: Sequence[Finding],
+        quiet: "QuietTimes",
+        *,
+        suspect: bool,
     ) -> "Memory":
         """Return the memory with one more sample in it.
 
@@ -169,6 +177,7 @@ class Memory:
             reading: the sample.
             profile: what the rules share of it.
             findings: what they found.
+            quiet: what ``quiet_times`` says of it.
             suspect: whether there is a sign of an explosion at this sample.
         """
         calm = not suspect and profile.global_gradient > 0.0 and bool(profile.finite[profile.present].all())
@@ -181,7 +190,7 @@ class Memory:
         typical = profile.typical(profile.leverage)
         return replace(
             self,
-            **self._quiet_after(layout, reading, profile),
+            **self._quiet_after(layout, reading, profile, quiet),
             samples=self.samples + 1,
             losses=losses,
             log_gradients=(self.log_gradients + log_gradient)[-HISTORY_SAMPLES:],
@@ -196,16 +205,16 @@ class Memory:
             since=tuple((finding.rule, self.began(finding.rule, reading.step)) for finding in findings),
         )
 
-    def _quiet_after(self, layout: Layout, reading: Reading, profile: Profile) -> dict[str, Any]:
+    def _quiet_after(self, layout: Layout, reading: Reading, profile: Profile, times: "QuietTimes") -> dict[str, Any]:
         size = len(layout.names)
-        quiet, longest, idle = quiet_times(self, layout, reading, profile)
+        quiet, longest, idle = times
         ever = grown(self.ever, size, False)
         shares = reading.vector("clipped_unit_share", size)
         all_shares, matrices = shares[shares >= 0.0], shares[profile.matrices]
         matrices = matrices[matrices >= 0.0]
         if matrices.size > 1 and matrices[-1] == 0.0:
             matrices = matrices[:-1]  # the classifier, which adaptive clipping leaves alone
-        decided = bool(matrices.size) and float(np.median(matrices)) >= CLIPPED_SHARE
+        decided = bool(matrices.size) and median(matrices) >= CLIPPED_SHARE
         idle_clip = bool(all_shares.size) and float(all_shares.max()) == 0.0
         return {
             "quiet": quiet,
@@ -237,6 +246,16 @@ class Memory:
         return cls(losses=Losses(tuple(losses[0]), tuple(losses[1]), losses[2], tuple(losses[3])), **unpacked)
 
 
+class QuietTimes(NamedTuple):
+    """For how many samples each parameter has been without a gradient, all of shape (parameters,)."""
+
+    quiet: Counts
+    longest: Counts
+    """The longest such time that has ended."""
+    idle: Counts
+    """For how long nearly all of its units have been."""
+
+
 def grown(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[Any]:
     """Return a remembered vector, lengthened by ``value`` to ``size``."""
     if vector is not None and len(vector) == size:
@@ -257,11 +276,11 @@ def growth(memory: Memory, profile: Profile) -> tuple[float, Floats]:
     began = np.maximum(np.where(np.isnan(first), profile.weight[members], first), TINY)
     grew = np.log10(np.maximum(profile.weight[members], TINY) / began)
     grew[began < 10 * EPS] = 0.0
-    return float(np.median(grew)), grew
+    return median(grew), grew
 
 
-def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profile) -> tuple[Counts, Counts, Counts]:
-    """Return, this sample included, each parameter's quiet time, its longest that has ended, and its idle time.
+def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profile) -> QuietTimes:
+    """Return the times of each parameter, this sample included.
 
     A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this
     sample but whose weight changed since the last: its module steps, only not at the sampled steps. Likewise one that
@@ -274,7 +293,7 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     idle = memory.counts("idle", size)
     alive = profile.present & (profile.gradient != 0.0)
     if not alive.any():
-        return quiet, longest, idle
+        return QuietTimes(quiet, longest, idle)
     before = grown(memory.weights, size, np.nan)
     gap = reading.step - memory.growths[-1][0] if memory.growths else 1
     change = profile.weight - before
@@ -286,7 +305,7 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     quiet = np.where(loud, 0, quiet + np.where(still, min(max(gap, 1), _MOST_STEPS), 1))
     share = reading.vector("zero_unit_share", size)
     idle = np.where(alive, np.where(share >= IDLE_SHARE, idle + 1, 0), idle)
-    return quiet, longest, idle
+    return QuietTimes(quiet, longest, idle)
 
 
 _MOST_STEPS = 3

@@ -18,6 +18,8 @@ _MARGIN = 0.5
 """Growth of the loss over its beginning, as a share, that noise does not explain."""
 _ROSE = 2.0
 """Growth of the loss over its beginning, as a share, just before it overflows: an explosion, not a faulty operation."""
+_BURST = 3
+"""Losses in a row that are no single outlier."""
 _FEWEST = 3
 """Of fewer matrices, half says nothing."""
 _GRAVE = 20.0
@@ -49,7 +51,7 @@ def sign(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     if reading.scalars.get("clip_norm", 0.0) == math.inf:
         return _clipped_away(layout, profile)
     if profile.matrices.size:
-        for look in (_surging, _blowing_up, _out_of_proportion, _amplifying, _swelling, _diverged):
+        for look in (_burst, _surging, _blowing_up, _out_of_proportion, _amplifying, _swelling, _diverged):
             found = look(memory, reading, profile, limits)
             if found is not None:
                 return found
@@ -246,6 +248,26 @@ def _diverged(memory: Memory, _reading: Reading, profile: Profile, limits: Explo
         values=values,
         limit=limits.risen_growth,
         evidence={"weight_growth": 10**grown, "usual_loss": memory.losses.now},
+        grave=True,
+    )
+
+
+def _burst(memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+    """Between two samples the loss was, for several steps in a row, many decades above its beginning."""
+    if not memory.losses.first or min(memory.losses.first) <= 0.0:
+        return None
+    highest = memory.losses.reference * 10**limits.loss_surge_decades
+    beyond = [loss > highest for _, loss in reading.losses]
+    if not any(all(beyond[first : first + _BURST]) for first in range(len(beyond) - _BURST + 1)):
+        return None
+    largest = max(loss for _, loss in reading.losses)
+    return Sign(
+        summary=f"Between two samples the loss rose to {largest:.3g}, from {memory.losses.reference:.3g} at the start",
+        cause="The updates overshoot: the learning rate, or the inputs, are too large for this network.",
+        worst=_largest(profile.ratio, profile),
+        values=profile.ratio,
+        limit=limits.ratio,
+        evidence={"largest_loss": largest},
         grave=True,
     )
 

@@ -209,7 +209,7 @@ class Memory:
         size = len(layout.names)
         quiet, longest, idle = times
         ever = grown(self.ever, size, False)
-        shares = reading.vector("clipped_unit_share", size)
+        shares = reading.clipped_share(size)
         all_shares, matrices = shares[shares >= 0.0], shares[profile.matrices]
         matrices = matrices[matrices >= 0.0]
         if matrices.size > 1 and matrices[-1] == 0.0:

@@ -198,6 +198,15 @@ class Reading:
             vector[: len(found)] = found
         return vector
 
+    def clipped_share(self, size: int) -> Floats:
+        """Return the share of clipped units among those that have a gradient, shape (size,); MISSING if not measured.
+
+        A unit without a gradient, such as a ReLU that no input of the batch activates, is never scaled down.
+        """
+        clipped, silent = self.vector("clipped_unit_share", size), self.vector("zero_unit_share", size)
+        living = 1.0 - np.clip(silent, 0.0, 1.0)
+        return np.where(clipped > 0.0, np.minimum(clipped / np.maximum(living, 1e-6), 1.0), clipped)
+
     def profile(self, layout: Layout) -> Profile:
         """Return what the rules share."""
         size = len(layout.names)

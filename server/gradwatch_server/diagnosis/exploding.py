@@ -101,14 +101,14 @@ def _learning(memory: Memory, profile: Profile) -> bool:
     return min(losses.progress(profile.loss), losses.progress()) > _LEARNING and losses.relapse() < _UNLEARNED
 
 
-def _surging(memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+def _surging(memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
     """The gradient is far above what is usual in this run, and the loss above where it began."""
     if not memory.log_gradients or not profile.global_gradient > 0.0:
         return None
-    losses = memory.losses
+    losses, loss = memory.losses, reading.settled_loss(profile.loss)
     if math.isnan(profile.loss):
         needed = limits.growth_decades_alone
-    elif losses.progress(profile.loss) < -_MARGIN or losses.relapse(profile.loss) > 1.0 + _MARGIN:
+    elif losses.progress(loss) < -_MARGIN or losses.relapse(loss) > 1.0 + _MARGIN:
         needed = limits.mild_growth_decades
     else:
         return None

@@ -18,6 +18,7 @@ EPS = 1e-3
 """The eps of ``ratio = grad_norm / (weight_norm + eps)``."""
 TINY = 1e-45
 """The smallest positive float32: stands for zero on a logarithmic scale."""
+_SETTLED = 5
 _LOOKUPS = ("Embedding", "EmbeddingBag")
 
 
@@ -189,6 +190,11 @@ class Reading:
         """Return the losses since the last sample, at least this step's, where any is known."""
         told = [loss for _, loss in self.losses]
         return told or ([self.scalars["loss"]] if "loss" in self.scalars else [])
+
+    def settled_loss(self, loss: float) -> float:
+        """Return the median of the last five losses where every step's are known, else ``loss``: no single spike."""
+        told = [told if math.isfinite(told) else math.inf for _, told in self.losses[-_SETTLED:]]
+        return median(told) if len(told) == _SETTLED else loss
 
     def vector(self, name: Statistic, size: int) -> Floats:
         """Return a statistic, shape (size,), float64; all missing where it was not measured."""

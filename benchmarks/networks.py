@@ -42,6 +42,7 @@ class _Gpt(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.tokens.weight
+        nn.init.normal_(self.tokens.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
@@ -92,6 +93,7 @@ def _perceptron() -> nn.Module:
 class Network:
     """One of the four, with a batch for it."""
 
+    key: str
     name: str
     build: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
@@ -108,10 +110,15 @@ class Network:
         self.loss(model, inputs, targets).backward()
         return model, inputs, targets
 
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of its parameters."""
+        with torch.device("meta"):
+            return [tuple(parameter.shape) for parameter in self.build().parameters()]
+
 
 NETWORKS = (
-    Network("GPT-2-like", _Gpt, lambda: (torch.randint(50_257, (2, 128)), torch.randint(50_257, (2, 128)))),
-    Network("conv net", _convolutions, lambda: (torch.randn(2, 3, 64, 64), torch.randint(10, (2,)))),
-    Network("1,000 blocks", _narrow_and_deep, lambda: (torch.randn(64, 64), torch.randint(10, (64,)))),
-    Network("MLP", _perceptron, lambda: (torch.randn(64, 1024), torch.randint(10, (64,)))),
+    Network("gpt", "GPT-2-like", _Gpt, lambda: (torch.randint(50_257, (2, 128)), torch.randint(50_257, (2, 128)))),
+    Network("conv", "conv net", _convolutions, lambda: (torch.randn(2, 3, 64, 64), torch.randint(10, (2,)))),
+    Network("blocks", "1,000 blocks", _narrow_and_deep, lambda: (torch.randn(64, 64), torch.randint(10, (64,)))),
+    Network("mlp", "MLP", _perceptron, lambda: (torch.randn(64, 1024), torch.randint(10, (64,)))),
 )

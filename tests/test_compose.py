@@ -12,8 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch_server.database import migrate, open_engine
+from tests.postgres import binaries, postgres_server
 from tests.processes import ROOT
-from tests.prometheus.postgres import PROGRAMS, Postgres
 
 SECRETS = ("GRADWATCH_POSTGRES_PASSWORD", "GRADWATCH_READER_PASSWORD", "GRADWATCH_GRAFANA_PASSWORD")
 KNOWN = dict.fromkeys(SECRETS, "secret")
@@ -85,21 +85,22 @@ def test_everything_that_is_mounted_exists() -> None:
             assert volume["type"] == "volume" or Path(volume["source"]).exists(), volume
 
 
-def test_grafanas_role_reads_and_changes_nothing(tmp_path: Path) -> None:
-    with Postgres(tmp_path) as postgres:
+def test_grafanas_role_reads_and_changes_nothing() -> None:
+    with postgres_server() as url:
+        address = sa.make_url(url)
         environment = os.environ | {
-            "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}",
-            "PGHOST": "127.0.0.1",
-            "PGPORT": str(postgres.port),
-            "POSTGRES_USER": "gradwatch",
-            "POSTGRES_DB": "postgres",
+            "PATH": f"{binaries()}{os.pathsep}{os.environ['PATH']}",
+            "PGHOST": str(address.host),
+            "PGPORT": str(address.port),
+            "POSTGRES_USER": str(address.username),
+            "POSTGRES_DB": str(address.database),
             "GRADWATCH_READER_PASSWORD": "it's secret",
         }
         subprocess.run([ROOT / "dashboards" / "postgres" / "reader.sh"], env=environment, check=True)
-        owner = open_engine(postgres.url)
+        owner = open_engine(url)
         migrate(owner)
         owner.dispose()
-        reader = open_engine(postgres.url.replace("gradwatch@", "gradwatch_reader@"))
+        reader = open_engine(address.set(username="gradwatch_reader").render_as_string(hide_password=False))
         with reader.connect() as connection:
             assert connection.execute(sa.text("SELECT count(*) FROM samples")).scalar_one() == 0
             with pytest.raises(sa.exc.DBAPIError, match=r"read-only|permission denied"):

@@ -4,12 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradwatch.agc import adaptive_clip_grad_
+    from gradwatch.agc import AGC, adaptive_clip_grad_
     from gradwatch.agent import Agent, attach
 
-__all__ = ["Agent", "adaptive_clip_grad_", "attach"]
+__all__ = ["AGC", "Agent", "adaptive_clip_grad_", "attach"]
 
 _HOMES = {
+    "AGC": "gradwatch.agc",
     "Agent": "gradwatch.agent",
     "adaptive_clip_grad_": "gradwatch.agc",
     "attach": "gradwatch.agent",

@@ -15,26 +15,90 @@ Everything happens in place on the gradients' device, and nothing waits for it.
 import math
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from operator import is_
+from typing import Final, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradwatch.layout import Arena, Axis, Bound, Layout, Scratch, Spec, spec_of
 from gradwatch.model import local, walk
+from gradwatch.sharding import Granularity, Split, joins, split_of
 
-Granularity = Literal["unit", "tensor"]
+
+@dataclass(frozen=True, slots=True)
+class AGC:
+    """How gradients are clipped: ``attach(model, optimizer, clip=AGC(0.01))``.
+
+    A parameter group of an optimizer may carry a ``clip`` of its own: a number, or None for no clipping.
+
+    Args:
+        clip: largest ratio of gradient to weight, above 0; the paper's grid is 0.01, 0.02, 0.04, 0.08, 0.16, smaller
+            for larger batches.
+        eps: floor for the norm of a weight, above 0.
+        granularity: ``unit`` (an output row), or ``tensor``.
+        exclude: names, globs or parameters that are left alone; None: the weight of the classifier, as the graph of
+            the loss shows it; an empty list: nothing.
+        experts: names or globs of weights of shape (experts, rows, ...): each row of each expert is a unit.
+
+    Raises:
+        ValueError: an option cannot be right; the text names it.
+    """
+
+    clip: float = 0.01
+    eps: float = 1e-3
+    granularity: Granularity = "unit"
+    exclude: "str | Tensor | Iterable[str | Tensor] | None" = None
+    experts: "str | Iterable[str]" = ()
+
+    def __post_init__(self) -> None:
+        check_clip(self.clip)
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise ValueError(f"eps={self.eps}: the floor for a weight's norm is a number above 0, such as 1e-3")
+        if self.granularity not in ("unit", "tensor"):
+            raise ValueError(f"granularity={self.granularity!r}: 'unit' or 'tensor'")
+
+    def spared(self, names: Sequence[str], parameters: Sequence[Tensor]) -> set[int] | None:
+        """Return the indices of the parameters that the user excludes; None where the graph is to tell."""
+        return None if self.exclude is None else chosen(_several(self.exclude), names, parameters)
+
+    def stacked(self, names: Sequence[str], parameters: Sequence[Tensor]) -> set[int]:
+        """Return the indices of the parameters that hold experts.
+
+        Raises:
+            ValueError: a pattern matches nothing, or a parameter with fewer than two dims.
+        """
+        found = chosen(_several(self.experts), names, parameters)
+        for index in found:
+            if parameters[index].dim() < 2:
+                shape = tuple(parameters[index].shape)
+                raise ValueError(f"experts: {names[index]} has shape {shape}, not (experts, rows, ...)")
+        return found
 
 
-def _check(clip: float, eps: float, granularity: str) -> None:
-    if not (math.isfinite(clip) and clip > 0):
-        raise ValueError(f"clip={clip}: the largest ratio of gradient to weight is a number above 0, such as 0.01")
-    if not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"eps={eps}: the floor for a weight's norm is a number above 0, such as 1e-3")
-    if granularity not in ("unit", "tensor"):
-        raise ValueError(f"granularity={granularity!r}: 'unit' or 'tensor'")
+def check_clip(clip: object) -> float:
+    """Return ``clip`` as a float.
+
+    Raises:
+        ValueError: it is not a number above 0.
+    """
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not (math.isfinite(clip) and clip > 0):
+        raise ValueError(f"clip={clip!r}: the largest ratio of gradient to weight is a number above 0, such as 0.01")
+    return float(clip)
+
+
+_PLANS: Final = 8
+"""Plans kept for a module or list: one for each set of parameters that had gradients together."""
+
+_T = TypeVar("_T")
+
+
+def _several(given: "str | Tensor | Iterable[_T]") -> list[str | Tensor | _T]:
+    return [given] if isinstance(given, str | Tensor) else list(given)
 
 
 def chosen(patterns: Sequence[str | Tensor], names: Sequence[str], parameters: Sequence[Tensor]) -> set[int]:
@@ -63,7 +127,8 @@ class Clipping:
     Args:
         grads: layout of the gradients' unit norms.
         weights: layout of the weights' unit norms, of the same tensors in the same order.
-        clips: for each tensor its largest ratio; none: it is left alone.
+        splits: for each tensor how its units lie on several ranks, ``None`` where none does.
+        spared: positions of the tensors that are left alone.
         eps: floor for the norm of a weight.
         granularity: ``unit`` or ``tensor``.
     """
@@ -72,19 +137,25 @@ class Clipping:
         self,
         grads: Layout,
         weights: Layout,
-        clips: Sequence[float | None],
+        splits: Sequence[Split | None],
+        spared: Collection[int],
         eps: float,
         granularity: Granularity,
     ) -> None:
         self._eps = eps
-        self._granularity = granularity
-        self._parts = [_Part(arena, size, grads, weights, clips) for arena, size in grads.sizes.items()]
+        self._parts = [_Part(arena, size, grads, weights, spared, granularity) for arena, size in grads.sizes.items()]
+        self._joins = joins(splits, [part.places for part in self._parts])
+
+    def limit(self, clips: Sequence[float]) -> None:
+        """Set the largest ratio of each tensor; infinite where it is not clipped."""
+        for part in self._parts:
+            part.limit(clips)
 
     def scale(
         self,
         tensors: Sequence[Tensor],
-        grad_units: dict[Arena, Tensor],
-        weight_units: dict[Arena, Tensor],
+        grad_units: Mapping[Arena, Tensor],
+        weight_units: Mapping[Arena, Tensor],
         loss_scale: Tensor | None = None,
     ) -> None:
         """Scale gradients down in place.
@@ -95,86 +166,103 @@ class Clipping:
             weight_units: unit norms of the weights by arena.
             loss_scale: what the gradients are still multiplied by; a scalar tensor.
         """
-        for part in self._parts:
-            part.update(grad_units, weight_units, self._eps, self._granularity, loss_scale)
+        measured = [part.norms(grad_units, weight_units) for part in self._parts]
+        for join in self._joins:
+            join(measured)
+        for part, (norms, weights) in zip(self._parts, measured, strict=True):
+            part.update(norms, weights, self._eps, loss_scale)
             part.apply(tensors)
 
 
 class _Part:
     """The tensors whose unit norms share one arena."""
 
-    def __init__(self, arena: Arena, size: int, grads: Layout, weights: Layout, clips: Sequence[float | None]) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        size: int,
+        grads: Layout,
+        weights: Layout,
+        spared: Collection[int],
+        granularity: Granularity,
+    ) -> None:
         self._arena = arena
-        positions = [
+        self._granularity = granularity
+        self._positions = [
             position
             for position, (place, _) in enumerate(grads.places)
             if place == arena and grads.specs[position].units
         ]
-        self._owner = torch.zeros(size, dtype=torch.int64)
-        self._limit = torch.full((size,), math.inf, dtype=arena.dtype)
-        self._counterpart = torch.zeros(size, dtype=torch.int64)
+        device = arena.device
+        owner = torch.zeros(size, dtype=torch.int64)
+        counterpart = torch.zeros(size, dtype=torch.int64)
         bases = _bases(weights)
         self._weight_arenas = list(weights.sizes)
-        for index, position in enumerate(positions):
+        self._spans: dict[int, tuple[int, int]] = {}
+        for index, position in enumerate(self._positions):
             start = grads.places[position][1]
-            units = grads.specs[position].units
-            span = slice(start, start + units)
-            self._owner[span] = index
-            clip = clips[position]
-            self._limit[span] = math.inf if clip is None else clip
+            stop = start + grads.specs[position].units
+            self._spans[position] = (start, stop)
+            owner[start:stop] = index
             weight_arena, weight_start = weights.places[position]
             first = bases[weight_arena] + weight_start
-            self._counterpart[span] = torch.arange(first, first + units)
+            counterpart[start:stop] = torch.arange(first, first + stop - start)
         self._same = grads is weights
-        self._tensors = len(positions)
-        device = arena.device
-        self._owner, self._limit = self._owner.to(device), self._limit.to(device)
-        self._counterpart = self._counterpart.to(device)
+        self._owner, self._counterpart = owner.to(device), counterpart.to(device)
+        self._limit = torch.full((size,), math.inf, dtype=arena.dtype, device=device)
         self._factors = torch.ones(size, dtype=arena.dtype, device=device)
-        self._dense: list[tuple[int, Spec]] = []
-        self._views: list[Tensor] = []
+        self._dense: list[tuple[int, Spec, Tensor]] = []
         self._sparse: list[tuple[int, Tensor]] = []
-        for position in positions:
-            if clips[position] is None:
+        for position, (start, stop) in self._spans.items():
+            if position in spared:
                 continue
             spec = grads.specs[position]
-            start = grads.places[position][1]
-            factors = self._factors[start : start + spec.units]
+            factors = self._factors[start:stop]
             if spec.sparse:
                 self._sparse.append((position, factors))
             else:
-                self._dense.append((position, spec))
-                self._views.append(_shaped(factors, spec))
-        self._spans = [self._span(grads, position) for position, _ in self._dense]
+                self._dense.append((position, spec, _shaped(factors, spec)))
+        self._views = [view for _, _, view in self._dense]
+        in_order = sorted(self._spans, key=self._spans.__getitem__)
+        self._starts = np.array([self._spans[position][0] for position in in_order], np.intp)
+        rank = {position: place for place, position in enumerate(in_order)}
+        self._ranks = [rank[position] for position, _, _ in self._dense]
+        """Where each dense tensor comes in the order of the starts."""
 
-    @staticmethod
-    def _span(grads: Layout, position: int) -> tuple[int, int]:
-        start = grads.places[position][1]
-        return start, start + grads.specs[position].units
+    @property
+    def places(self) -> dict[int, range]:
+        """Return for each position where its norms lie in what ``norms`` returns."""
+        if self._granularity == "tensor":
+            return {position: range(index, index + 1) for index, position in enumerate(self._positions)}
+        return {position: range(*span) for position, span in self._spans.items()}
 
-    def update(
-        self,
-        grad_units: dict[Arena, Tensor],
-        weight_units: dict[Arena, Tensor],
-        eps: float,
-        granularity: Granularity,
-        loss_scale: Tensor | None,
-    ) -> None:
-        """Compute the factor of each unit, shape (units,), 1 where nothing is clipped or the norm is not finite."""
+    def limit(self, clips: Sequence[float]) -> None:
+        limits = torch.tensor([clips[position] for position in self._positions], dtype=self._arena.dtype)
+        self._limit.copy_(limits.to(self._arena.device).index_select(0, self._owner))
+
+    def norms(self, grad_units: Mapping[Arena, Tensor], weight_units: Mapping[Arena, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the norms of gradients and weights, of each unit or of each tensor; both may be written to."""
         size = self._factors.shape[0]
         norms = grad_units[self._arena][:size]
-        if loss_scale is not None:
-            norms = norms / loss_scale.to(norms.device)
         weights = self._weights(weight_units)
-        if granularity == "tensor":
-            norms, weights = self._whole(norms), self._whole(weights).add_(eps)
+        if self._granularity == "tensor":
+            return self._whole(norms), self._whole(weights)
+        return norms.clone(), weights
+
+    def update(self, norms: Tensor, weights: Tensor, eps: float, loss_scale: Tensor | None) -> None:
+        """Compute the factor of each unit, shape (units,), 1 where nothing is clipped or the norm is not finite."""
+        if loss_scale is not None:
+            norms = norms.div_(loss_scale.to(norms.device))
+        if self._granularity == "tensor":
+            norms = norms.index_select(0, self._owner)
+            weights = weights.add_(eps).index_select(0, self._owner)
         else:
-            weights = weights.clamp(min=eps)
+            weights = weights.clamp_(min=eps)
         factors = torch.div(weights.mul_(self._limit), norms, out=self._factors)
         factors.clamp_(max=1.0)
         factors.masked_fill_(norms.isfinite().logical_not_(), 1.0)
 
-    def _weights(self, weight_units: dict[Arena, Tensor]) -> Tensor:
+    def _weights(self, weight_units: Mapping[Arena, Tensor]) -> Tensor:
         size = self._factors.shape[0]
         if self._same:
             return weight_units[self._arena][:size].clone()
@@ -182,18 +270,18 @@ class _Part:
         joined = parts[0] if len(parts) == 1 else torch.cat([part.to(self._arena.dtype) for part in parts])
         return joined.index_select(0, self._counterpart).to(self._arena.dtype)
 
-    def _whole(self, norms: Tensor) -> Tensor:
-        """Return for each unit the norm of the tensor that it belongs to."""
-        squares = torch.zeros(self._tensors, dtype=torch.float64, device=norms.device)
-        squares.index_add_(0, self._owner, norms.double().square_())
-        return squares.sqrt_().index_select(0, self._owner).to(norms.dtype)
+    def _whole(self, units: Tensor) -> Tensor:
+        """Return the norm of each tensor from those of its units."""
+        squares = torch.zeros(len(self._positions), dtype=torch.float64, device=units.device)
+        squares.index_add_(0, self._owner, units.double().square_())
+        return squares.sqrt_().to(units.dtype)
 
     def apply(self, tensors: Sequence[Tensor]) -> None:
         """Multiply each unit by its factor, in place."""
         if self._arena.device.type == "cpu":
             self._apply_where_needed(tensors)
         elif self._dense:
-            members = [_broadcastable(tensors[position], spec) for position, spec in self._dense]
+            members = [_broadcastable(tensors[position], spec) for position, spec, _ in self._dense]
             torch._foreach_mul_(members, self._views)
         for position, factors in self._sparse:
             gradient = tensors[position]
@@ -203,13 +291,13 @@ class _Part:
 
     def _apply_where_needed(self, tensors: Sequence[Tensor]) -> None:
         """On the CPU the factors can be read at no cost: tensors in which nothing is clipped are not touched."""
-        factors = self._factors.numpy()
-        if not self._dense or not factors.min() < 1.0:
+        if not self._dense or not self._factors.min().numpy().item() < 1.0:
             return
+        smallest = np.minimum.reduceat(self._factors.numpy(), self._starts).tolist()
         touched = [
             (_broadcastable(tensors[position], spec), view)
-            for (position, spec), view, (start, stop) in zip(self._dense, self._views, self._spans, strict=True)
-            if factors[start:stop].min() < 1.0
+            for (position, spec, view), rank in zip(self._dense, self._ranks, strict=True)
+            if smallest[rank] < 1.0
         ]
         if touched:
             torch._foreach_mul_([tensor for tensor, _ in touched], [view for _, view in touched])
@@ -225,7 +313,7 @@ def _bases(layout: Layout) -> dict[Arena, int]:
 
 def _broadcastable(tensor: Tensor, spec: Spec) -> Tensor:
     """Return a view of a gradient that its shaped factors multiply."""
-    if tensor.is_complex():
+    if spec.dtype.is_complex:
         tensor = torch.view_as_real(tensor)
     return tensor.unflatten(0, (spec.groups, -1)) if spec.axis == "transposed" and spec.groups > 1 else tensor
 
@@ -235,6 +323,8 @@ def _shaped(factors: Tensor, spec: Spec) -> Tensor:
     dims = len(spec.shape) + spec.dtype.is_complex
     if spec.units == 1:
         return factors.view((1,) * dims)
+    if spec.axis == "experts":
+        return factors.view(*spec.shape[:2], *(1,) * (dims - 2))
     if spec.axis != "transposed":
         return factors.view(-1, *(1,) * (dims - 1))
     if spec.groups == 1:
@@ -249,8 +339,8 @@ def adaptive_clip_grad_(
     eps: float = 1e-3,
     granularity: Granularity = "unit",
     *,
-    exclude: Sequence[str | Tensor] = (),
-    experts: Sequence[str] = (),
+    exclude: str | Tensor | Iterable[str | Tensor] = (),
+    experts: str | Iterable[str] = (),
 ) -> None:
     """Clip gradients adaptively, in place, as ``torch.nn.utils.clip_grad_norm_`` would be used.
 
@@ -269,17 +359,24 @@ def adaptive_clip_grad_(
     Raises:
         ValueError: an option cannot be right, or a pattern matches nothing; the text names it.
     """
-    _check(clip, eps, granularity)
-    options = (clip, eps, granularity, tuple(exclude), tuple(experts))
-    listed = parameters if isinstance(parameters, nn.Module) else _listed(parameters)
-    prepared = next((known for known in _prepared if known.fits(listed, options)), None)
+    named = (experts,) if isinstance(experts, str) else tuple(experts)
+    agc = AGC(clip, eps, granularity, tuple(_several(exclude)), named)
+    given = parameters if isinstance(parameters, nn.Module) else _listed(parameters)
+    options = _options(agc)
+    prepared = next((known for known in _prepared if known.fits(given, options)), None)
     if prepared is None:
-        prepared = _Prepared(listed, options)
+        prepared = _Prepared(given, agc)
         _prepared.appendleft(prepared)
     prepared.clip()
 
 
-Options = tuple[float, float, Granularity, tuple[str | Tensor, ...], tuple[str, ...]]
+Options = tuple[object, ...]
+
+
+def _options(agc: AGC) -> Options:
+    """Return what two calls have to agree in; parameters by their ids."""
+    named = (*(agc.exclude or ()), None, *agc.experts)
+    return (agc.clip, agc.eps, agc.granularity, *(id(entry) if isinstance(entry, Tensor) else entry for entry in named))
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -289,83 +386,84 @@ def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 class _Prepared:
     """What is known of a module or list that is clipped step after step: walked once, checked at each step."""
 
-    def __init__(self, parameters: nn.Module | list[Tensor], options: Options) -> None:
-        self._clip, self._eps, self._granularity, exclude, experts = self._options = options
+    def __init__(self, parameters: nn.Module | list[Tensor], agc: AGC) -> None:
+        self._options = _options(agc)
+        self._agc = replace(agc, exclude=())
         self._module = weakref.ref(parameters) if isinstance(parameters, nn.Module) else None
-        self._owners: list[tuple[weakref.ref[nn.Module], tuple[int, ...]]] = []
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._children: list[int] = []
+        self._owned: list[int] = []
         self._forms: list[tuple[Axis, int]]
         if isinstance(parameters, nn.Module):
             known = list(walk([parameters]))
             names = [entry.name for entry in known]
             tensors = [tensor for entry in known if (tensor := entry.parameter()) is not None]
             self._forms = [(entry.axis, entry.groups) for entry in known]
-            self._owners = [(weakref.ref(module), _size(module)) for module in parameters.modules()]
+            modules = list(parameters.modules())
+            self._modules = [weakref.ref(module) for module in modules]
+            self._children, self._owned = _parts(modules)
         else:
             names = [str(index) for index in range(len(parameters))]
             tensors = parameters
             self._forms = [("rows", 1)] * len(tensors)
         self._parameters = [weakref.ref(tensor) for tensor in tensors]
-        spared = chosen(exclude, names, tensors)
-        self._experts = chosen(experts, names, tensors)
-        self._clips = [None if index in spared else self._clip for index in range(len(tensors))]
+        self._sharded = any(local(tensor) is not tensor for tensor in tensors)
+        self._spared = agc.spared(names, tensors) or set()
+        for index in agc.stacked(names, tensors):
+            self._forms[index] = ("experts", 1)
         self._plans: dict[bytes, _Plan] = {}
 
     def fits(self, parameters: nn.Module | list[Tensor], options: Options) -> bool:
         """Return whether this was prepared for exactly these, and they have not changed their parts since."""
-        if len(options[3]) or options != self._options:
+        if options != self._options:
             return False
-        if isinstance(parameters, nn.Module):
-            return (
-                self._module is not None
-                and self._module() is parameters
-                and all((owner := known()) is not None and _size(owner) == size for known, size in self._owners)
-            )
-        return (
-            self._module is None
-            and len(parameters) == len(self._parameters)
-            and all(known() is tensor for known, tensor in zip(self._parameters, parameters, strict=True))
-        )
+        if not isinstance(parameters, nn.Module):
+            known = [reference() for reference in self._parameters]
+            return self._module is None and len(known) == len(parameters) and all(map(is_, known, parameters))
+        if self._module is None or self._module() is not parameters:
+            return False
+        modules = [module for reference in self._modules if (module := reference()) is not None]
+        return len(modules) == len(self._modules) and _parts(modules) == (self._children, self._owned)
 
     def clip(self) -> None:
         """Clip the gradients that are there."""
-        members = [known() for known in self._parameters]
-        grads = [None if member is None else member.grad for member in members]
-        present = bytes(grad is not None for grad in grads)
-        there = [index for index, held in enumerate(present) if held]
-        if not there:
+        members = [member for reference in self._parameters if (member := reference()) is not None]
+        every = [member.grad for member in members]
+        present = bytes(grad is not None for grad in every)
+        grads = [grad for grad in every if grad is not None]
+        weights = [member for member, grad in zip(members, every, strict=True) if grad is not None]
+        if not grads:
             return
-        pairs = [self._local(index, members[index], grads[index]) for index in there]
-        listed_grads, listed_weights = [grad for grad, _ in pairs], [weight for _, weight in pairs]
+        there = weights
+        if self._sharded:
+            grads, weights = [local(grad) for grad in grads], [local(weight) for weight in weights]
         plan = self._plans.get(present)
         if plan is not None:
             try:
-                plan.measure(listed_grads, listed_weights)
+                plan.measure(grads, weights)
             except RuntimeError:  # a gradient or weight has another shape, layout or device than before
                 plan = None
         if plan is None:
-            plan = self._plans[present] = self._plan(there, listed_grads, listed_weights)
-            plan.measure(listed_grads, listed_weights)
-        plan.scale(listed_grads)
-
-    def _local(self, index: int, member: Tensor | None, grad: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert member is not None
-        assert grad is not None
-        weight, grad = local(member), local(grad)
-        return (grad.flatten(0, 1), weight.flatten(0, 1)) if index in self._experts else (grad, weight)
-
-    def _plan(self, there: Sequence[int], grads: Sequence[Tensor], weights: Sequence[Tensor]) -> "_Plan":
-        forms = [self._forms[index] for index in there]
-        return _Plan(
-            [spec_of(grad, *form) for grad, form in zip(grads, forms, strict=True)],
-            [spec_of(weight, *form) for weight, form in zip(weights, forms, strict=True)],
-            [self._clips[index] for index in there],
-            self._eps,
-            self._granularity,
-        )
+            indices = [index for index, held in enumerate(present) if held]
+            forms = [self._forms[index] for index in indices]
+            plan = _Plan(
+                [spec_of(grad, *form) for grad, form in zip(grads, forms, strict=True)],
+                [spec_of(weight, *form) for weight, form in zip(weights, forms, strict=True)],
+                [split_of(tensor, *form, self._agc.granularity) for tensor, form in zip(there, forms, strict=True)],
+                {position for position, index in enumerate(indices) if index in self._spared},
+                self._agc,
+            )
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[present] = plan
+            plan.measure(grads, weights)
+        plan.scale(grads)
 
 
-def _size(module: nn.Module) -> tuple[int, ...]:
-    return (len(module._modules), *map(id, module._parameters.values()))  # noqa: SLF001  # a walk would cost more
+def _parts(modules: Iterable[nn.Module]) -> tuple[list[int], list[int]]:
+    """Return how many children each module has, and the ids of all parameters: what shows a change at little cost."""
+    children = [len(module._modules) for module in modules]  # noqa: SLF001  # a walk would cost more
+    return children, [id(parameter) for module in modules for parameter in module._parameters.values()]  # noqa: SLF001
 
 
 class _Plan:
@@ -375,16 +473,17 @@ class _Plan:
         self,
         grads: Sequence[Spec],
         weights: Sequence[Spec],
-        clips: Sequence[float | None],
-        eps: float,
-        granularity: Granularity,
+        splits: Sequence[Split | None],
+        spared: Collection[int],
+        agc: AGC,
     ) -> None:
         weight_layout = Layout(weights)
         grad_layout = weight_layout if list(grads) == list(weights) else Layout(grads)
         scratch = Scratch()
         self._grad_units, self._grads = _bound(grad_layout, scratch)
         self._weight_units, self._weights = _bound(weight_layout, scratch)
-        self._clipping = Clipping(grad_layout, weight_layout, clips, eps, granularity)
+        self._clipping = Clipping(grad_layout, weight_layout, splits, spared, agc.eps, agc.granularity)
+        self._clipping.limit([agc.clip] * len(grads))
 
     def measure(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         self._grads.run(grads)

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +26,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch import taps, wire
+from gradwatch.agc import AGC
 from gradwatch.automatic import script_name
+from gradwatch.binding import Binding, Pass
 from gradwatch.buffers import Plan, Slots
+from gradwatch.classifier import Classifier
+from gradwatch.clipper import Clipper, listed
 from gradwatch.collector import Collector
 from gradwatch.governor import Governor
 from gradwatch.launch import Note
-from gradwatch.layout import Layout, LayoutChangedError, Piece, Scratch
+from gradwatch.layout import Layout, Piece, Scratch
 from gradwatch.mirrors import Logger, mirror
 from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
 from gradwatch.rounds import Clip, Reading, Registered, Repair, Round, Scalar, Update
@@ -43,17 +48,20 @@ _log = logging.getLogger("gradwatch")
 
 DISARMED_AFTER: Final = 3
 """Errors of its own after which an agent stops measuring."""
-_PLANS: Final = 8
-"""Plans kept for an optimizer: one for each set of parameters that had gradients together."""
-_UPDATE_ELEMENTS: Final = {"cpu": 1 << 20}
+_UPDATE_ELEMENTS: Final = {"cpu": 1 << 22}
 _UPDATE_ELEMENTS_ELSEWHERE: Final = 1 << 25
-"""Largest part of the weights that is copied in one sample to measure its true change."""
+"""Largest parameter that is copied in one sample to measure its true change."""
+_UPDATE_ELEMENTS_MEAN: Final = {"cpu": 1 << 18}
+"""Elements that are copied in the mean over the samples; small parameters are copied several at a time."""
 _TINY: Final = 1e-18
 """Norms below may have lost squares to underflow in float32."""
 _ORDER_STEPS: Final = 3
 """Steps after which the order of the gradients is no longer waited for."""
-
-_alive: "weakref.WeakSet[Agent]" = weakref.WeakSet()
+_SCALED: Final = 16
+"""Scaled losses that are remembered."""
+_LOOKS: Final = 5
+_LOOKS_CLIPPING: Final = 100
+"""Backward passes whose graph is searched for the classifier: a head may be trained only now and then."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -68,7 +76,7 @@ def attach(
     run: str | None = None,
     every: int | None = None,
     overhead_budget: float = 0.01,
-    clip: None = None,
+    clip: float | AGC | None = None,
 ) -> "Agent":
     """Watch the gradients of ``model`` from now on and report them to the server at ``url``.
 
@@ -82,7 +90,8 @@ def attach(
             16 hexadecimal digits), which is then resumed as a new attempt.
         every: steps between samples; None: ``GRADWATCH_EVERY``, else as ``overhead_budget`` allows.
         overhead_budget: the agent's largest share of the step time, 0.01 for 1%.
-        clip: None in this version; ``gradwatch.adaptive_clip_grad_`` clips.
+        clip: None, or how gradients are clipped adaptively before each step, on every rank: ``gradwatch.AGC(...)``, or
+            a number for ``AGC(number)``. An error of the clipping is raised, not swallowed.
 
     Returns:
         The agent, already watching. Attached again to the same parameters (in a notebook), it replaces the earlier one.
@@ -90,17 +99,14 @@ def attach(
     Raises:
         SettingsError: an argument cannot be used.
         TypeError: ``model`` or ``optimizer`` is not one.
+        ValueError: ``clip`` cannot be right, or names parameters that are not there.
     """
-    if clip is not None:
-        raise TypeError(
-            f"clip={clip!r}: the agent does not clip in this version; "
-            f"call gradwatch.adaptive_clip_grad_(model, {clip!r}) before optimizer.step()"
-        )
+    agc = clip if isinstance(clip, AGC) or clip is None else AGC(clip)
     models = [model] if isinstance(model, nn.Module) else list(model)
     if not models or not all(isinstance(module, nn.Module) for module in models):
         raise TypeError(f"model must be a torch.nn.Module or several of them, not {model!r:.80}")
     settings = resolve(url=url, token=token, project=project, run=run, every=every, overhead_budget=overhead_budget)
-    return Agent(models, _optimizers(optimizer), settings)
+    return Agent(models, _optimizers(optimizer), settings, clip=agc)
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] | None:
@@ -120,27 +126,6 @@ def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer
             )
         inner.append(optimizer)
     return inner
-
-
-class Binding:
-    """What an agent knows of one optimizer, or of one list of parameters."""
-
-    def __init__(self, parameters: Sequence[Tensor], index_of: dict[int, int]) -> None:
-        self.signature: tuple[int, ...] = ()
-        self.all = list(parameters)
-        known = [(index_of[id(parameter)], parameter) for parameter in parameters if id(parameter) in index_of]
-        self.indices = [index for index, _ in known]
-        self.index_set = frozenset(self.indices)
-        self.parameters = [parameter for _, parameter in known]
-        self.sharded = any(hasattr(parameter, "to_local") for parameter in self.parameters)
-        self.plans: OrderedDict[bytes, Plan] = OrderedDict()
-        self.steps = 0
-        self.steps_at_scaler = 0
-        self.next_piece = 0
-
-    def same(self, parameters: Sequence[Tensor]) -> bool:
-        """Return whether it was made for exactly these tensors."""
-        return len(parameters) == len(self.all) and all(a is b for a, b in zip(parameters, self.all, strict=True))
 
 
 def _guarded(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R | None]:
@@ -182,6 +167,7 @@ class Agent:
         settings: Settings,
         *,
         ends_run: bool = True,
+        clip: AGC | None = None,
     ) -> None:
         self._ends_run = ends_run
         """Whether closing it ends the run; under ``gradwatch run`` the exit status of the command does."""
@@ -210,7 +196,8 @@ class Agent:
         self._next_round: Round | None = None
         self._pending_value_clip = False
         self._logged: dict[str, Scalar] = {}
-        self._scaled: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._scaled: deque[tuple[weakref.ref[Tensor], Tensor]] = deque(maxlen=_SCALED)
+        """Scaled losses that may still be propagated, with what they were."""
         self._scaler: weakref.ref[Any] | None = None
         self._updates: list[tuple[Optimizer, Callable[[], Update]]] = []
         self._weights_seen = 0
@@ -219,13 +206,25 @@ class Agent:
         self._spent_before = 0.0
         self._background_before = 0.0
         self._order: ReadyOrder | None = None
-        self._closed = not self.watching
+        self._stand_ins: dict[int, int] = {}
+        self._classifier = Classifier(self._find)
+        self._looks = _LOOKS if clip is None else _LOOKS_CLIPPING
+        self._clipper = None if clip is None else Clipper(clip, self._classifier)
+        self._closed = not self.watching and self._clipper is None
+        self._started = False
         self._lock = threading.Lock()
         self.losses = Losses()
+        if self._closed:
+            return
+        self._discover()
+        self._replace_earlier()
         if self.watching:
             self._start(models, settings, resumed=resumed)
+        taps.listen(self)
+        atexit.register(self.close)
 
     def _start(self, models: Sequence[nn.Module], settings: Settings, *, resumed: bool) -> None:
+        self._started = True
         self._slots = Slots()
         self._spool = Spool(
             settings.spool_directory, url=settings.url, run=self.run_id, losses=self.losses, warn=self._warn
@@ -238,7 +237,7 @@ class Agent:
             id=self.run_id,
             started_at=attempt / 1000,
             attempt=attempt,
-            attributes=_attributes(),
+            attributes=_attributes(None if self._clipper is None else self._clipper.agc),
         )
         self._http = Http(settings.url, settings.token)
         self._sender = Sender(self._spool, self._http, self.losses, self._warn, idle=self._adopt)
@@ -249,22 +248,18 @@ class Agent:
             self._slots,
             self.losses,
             template,
+            None if self._clipper is None else self._clipper.agc,
             written=self._sender.notify,
             trouble=self._note_trouble,
             failed=self.failed,
         )
-        self._discover()
-        self._replace_earlier()
         self._register()
         if not any(is_compiled(model) for model in models):
             parameters = ((index, watched.parameter()) for index, watched in enumerate(self._watched))
             self._order = ReadyOrder((index, parameter) for index, parameter in parameters if parameter is not None)
         self._collector.start()
         self._sender.start()
-        taps.listen(self)
         _tell_the_launcher(self.run_id, settings.url, attempt)
-        atexit.register(self.close)
-        _alive.add(self)
 
     def log(self, **scalars: float | Tensor) -> None:
         """Add numbers to the next step, one for each name; a tensor is not waited for.
@@ -332,6 +327,8 @@ class Agent:
         self.watching = False
         taps.leave(self)
         atexit.unregister(self.close)
+        if not self._started:
+            return
         if self._order is not None:
             self._order.close()
         ending = status or ("failed" if hasattr(sys, "last_value") else "completed")
@@ -360,19 +357,20 @@ class Agent:
         _log.warning("gradwatch stops watching this run after %d errors of its own: %s", DISARMED_AFTER, reason)
         self._collector.put(wire.Event(step=self._step, at=time.time(), kind="disarmed", message=reason))
 
-    @_guarded
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> taps.Arguments | None:
-        """An optimizer is about to step."""
-        binding = self._bind(optimizer)
-        if binding is None:
-            return None
-        binding.steps += 1
-        round_ = self._enter(optimizer)
+        """An optimizer is about to step.
+
+        Raises:
+            Exception: what goes wrong in clipping; what goes wrong in monitoring is swallowed.
+        """
+        begun = self._begin(optimizer)
         closure = kwargs.get("closure") or next((argument for argument in args[1:] if callable(argument)), None)
         if closure is None:
-            self._observe(optimizer, binding, round_)
+            self._act(optimizer, begun)
             return None
-        return self._with_closure(optimizer, binding, round_, closure, args, kwargs)
+        if begun is None and self._clipper is None:
+            return None
+        return self._with_closure(optimizer, begun, closure, args, kwargs)
 
     @_guarded
     def after_step(self, optimizer: Optimizer) -> None:
@@ -388,10 +386,11 @@ class Agent:
         if self._complete(self._round):
             self._finish_round()
 
-    @_guarded
-    def before_backward(self) -> object:
+    def before_backward(self, tensors: Sequence[Tensor]) -> object:
         """Note the state of some gradients: whose loss it is shows afterwards."""
-        return self._marks()
+        if self._looks:
+            self._look(tensors)
+        return self._marked()
 
     @_guarded
     def after_backward(self, scalars: Sequence[Tensor], before: object) -> None:
@@ -399,15 +398,13 @@ class Agent:
         if before is not None and self._marks() == before:
             return  # the loss of another model
         for scalar in scalars:
-            if self._scaled is not None and self._scaled[0]() is scalar:
-                self._pending_losses.append(self._scaled[1])
-            else:
-                self._pending_losses.append(_kept(scalar))
+            original = next((original for scaled, original in self._scaled if scaled() is scalar), None)
+            self._pending_losses.append(_kept(scalar) if original is None else original)
 
     @_guarded
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """A loss scaler multiplied ``original``."""
-        self._scaled = weakref.ref(scaled), _kept(original)
+        self._scaled.append((weakref.ref(scaled), _kept(original)))
         self._scaler = weakref.ref(scaler)
 
     @_guarded
@@ -465,34 +462,58 @@ class Agent:
             marks.append((id(grad), 0 if grad is None else grad._version))  # noqa: SLF001
         return marks
 
+    @_guarded
+    def _marked(self) -> object:
+        return self._marks()
+
+    @_guarded
+    def _begin(self, optimizer: Optimizer) -> tuple[Binding, Round] | None:
+        """Open the step; return None where it concerns nothing that is watched."""
+        binding = self._bind(optimizer)
+        if binding is None:
+            return None
+        binding.steps += 1
+        return binding, self._enter(optimizer)
+
+    def _act(self, optimizer: Optimizer, begun: tuple[Binding, Round] | None) -> None:
+        """Measure where a sample is due, and clip, in one pass; without ``begun`` only clip."""
+        seen = self._observe(optimizer, *begun) if begun is not None else None
+        if self._clipper is None:
+            return
+        binding = begun[0] if begun is not None else self._bind(optimizer)
+        if binding is None:
+            return
+        pass_ = seen[0] if seen is not None else self._clipper.own_pass(binding, self._watched)
+        if pass_ is None:
+            return
+        limits = self._clipper.clip(optimizer, binding, pass_, self._watched)
+        if seen is not None:
+            seen[1].limits = limits
+
     def _with_closure(
         self,
         optimizer: Optimizer,
-        binding: Binding,
-        round_: Round,
+        begun: tuple[Binding, Round] | None,
         closure: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> taps.Arguments:
-        """Return the arguments with a closure that measures after its first evaluation: before it is no gradient."""
-        observed = False
+        """Return the arguments with a closure that measures after its first evaluation: before it is no gradient.
+
+        The gradients of every evaluation are clipped.
+        """
 
         @functools.wraps(closure)
         def measured(*given: Any, **named: Any) -> Any:
-            nonlocal observed
+            nonlocal begun
             result = closure(*given, **named)
-            if not observed:
-                observed = True
-                self._observe_guarded(optimizer, binding, round_)
+            first, begun = begun, None
+            self._act(optimizer, first)
             return result
 
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": measured}
         return tuple(measured if argument is closure else argument for argument in args), kwargs
-
-    @_guarded
-    def _observe_guarded(self, optimizer: Optimizer, binding: Binding, round_: Round) -> None:
-        self._observe(optimizer, binding, round_)
 
     def _enter(self, optimizer: Optimizer) -> Round:
         """Return the round that this step belongs to, a new one where the optimizer has already stepped in it."""
@@ -514,7 +535,8 @@ class Agent:
         """Return whether every optimizer has stepped that usually does."""
         return self._expected is not None and self._expected.keys() <= round_.stepped
 
-    def _observe(self, optimizer: Optimizer, binding: Binding, round_: Round) -> None:
+    @_guarded
+    def _observe(self, optimizer: Optimizer, binding: Binding, round_: Round) -> tuple[Pass, Reading] | None:
         """Take note of what belongs to this step, and measure where it is due."""
         self._take_pending(round_)
         finite = all(map(_finite, round_.losses)) and all(_finite(clip.total_norm) for clip in round_.clips)
@@ -523,11 +545,12 @@ class Agent:
             self._in_trouble = True
         self._was_finite = finite
         if not round_.sampled:
-            return
+            return None
         self._note_rates(optimizer, round_)
-        reading = self._measure(binding, round_, optimizer)
-        if reading is None:
-            return
+        seen = self._measure(binding, round_, optimizer)
+        if seen is None:
+            return None
+        reading = seen[1]
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
             reading.scale = _kept(scale)
@@ -536,6 +559,7 @@ class Agent:
             reading.found_inf = _kept(found_inf)
         if self._weights_seen < len(self._watched):
             self._measure_other_weights(round_)
+        return seen
 
     def _take_pending(self, round_: Round) -> None:
         round_.losses += self._pending_losses
@@ -565,14 +589,16 @@ class Agent:
         if self._optimizers is not None and not any(known() is optimizer for known in self._optimizers):
             return None
         binding = self._bindings.get(optimizer)
-        signature = tuple(len(group["params"]) for group in optimizer.param_groups)
+        groups: list[list[Tensor]] = [group["params"] for group in optimizer.param_groups]
+        signature = tuple((len(group), id(group[0]), id(group[-1])) if group else (0, 0, 0) for group in groups)
         if binding is None or binding.signature != signature:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            if any(id(parameter) not in self._index_of for parameter in parameters) and self._discover():
+            known = all(id(parameter) in self._index_of for group in groups for parameter in group)
+            if not known and self._discover() and self.watching:
                 self._register()
             old = binding
-            binding = self._bindings[optimizer] = Binding(parameters, self._index_of)
+            binding = self._bindings[optimizer] = Binding(groups, self._index_of)
             binding.signature = signature
+            self._looks = max(self._looks, _LOOKS)
             if old is not None:
                 binding.steps, binding.steps_at_scaler = old.steps, old.steps_at_scaler
         return binding if binding.indices else None
@@ -580,7 +606,7 @@ class Agent:
     def _bind_parameters(self, parameters: Sequence[Tensor]) -> Binding:
         binding = self._clip_binding
         if binding is None or not binding.same(parameters):
-            binding = self._clip_binding = Binding(parameters, self._index_of)
+            binding = self._clip_binding = Binding([parameters], self._index_of)
         return binding
 
     def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
@@ -600,7 +626,9 @@ class Agent:
             for optimizer, binding in self._bindings.items()
         )
 
-    def _measure(self, binding: Binding, round_: Round, optimizer: Optimizer | None = None) -> Reading | None:
+    def _measure(
+        self, binding: Binding, round_: Round, optimizer: Optimizer | None = None
+    ) -> tuple[Pass, Reading] | None:
         """Write the unit norms of the gradients that are there, and of their weights, to the round's slot.
 
         Args:
@@ -615,51 +643,19 @@ class Agent:
             self.losses.samples += 1
             round_.sampled = False
             return None
-        grads = [parameter.grad for parameter in binding.parameters]
-        present = bytes(grad is not None for grad in grads)
-        members = [parameter for parameter, grad in zip(binding.parameters, grads, strict=True) if grad is not None]
-        there = [grad for grad in grads if grad is not None]
-        if not there:
+        started = time.perf_counter()
+        pass_ = binding.measure(round_.slot, self._watched)
+        if self._clipper is not None and not before_clip:
+            self.spent_seconds -= time.perf_counter() - started  # clipping needs this pass at every step
+        if pass_ is None:
             return None
-        with torch.no_grad():
-            if binding.sharded:
-                members, there = [local(member) for member in members], [local(grad) for grad in there]
-            for attempt in range(2):
-                plan = self._plan(binding, present, members, there)
-                claim = round_.slot.claim(plan)
-                assert claim.grads is not None
-                try:
-                    claim.grads.run(there)
-                    claim.weights.run(members)
-                    break
-                except (LayoutChangedError, RuntimeError):
-                    # A gradient has become sparse, or changed its type or device: plan anew, once.
-                    binding.plans.clear()
-                    if attempt:
-                        raise
-            reading = Reading(claim, before_clip)
-            self._inspect(reading, there)
+        reading = Reading(pass_.claim, before_clip)
+        self._inspect(reading, pass_.grads)
         round_.readings.append(reading)
-        round_.empty += plan.empty
+        round_.empty += pass_.plan.empty
         if optimizer is not None:
-            self._keep_for_update(optimizer, binding, plan, members)
-        return reading
-
-    def _plan(self, binding: Binding, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor]) -> Plan:
-        plan = binding.plans.get(present)
-        if plan is not None:
-            return plan
-        indices = [index for index, there in zip(binding.indices, present, strict=True) if there]
-        watched = [self._watched[index] for index in indices]
-        plan = Plan(
-            indices,
-            [known.spec(grad) for known, grad in zip(watched, grads, strict=True)],
-            [known.spec(member) for known, member in zip(watched, members, strict=True)],
-        )
-        binding.plans[present] = plan
-        if len(binding.plans) > _PLANS:
-            binding.plans.popitem(last=False)
-        return plan
+            self._keep_for_update(optimizer, binding, pass_.plan, pass_.members)
+        return pass_, reading
 
     def _measure_other_weights(self, round_: Round) -> None:
         """Measure, once, the weights that this round did not: frozen ones, and those of other optimizers."""
@@ -700,22 +696,28 @@ class Agent:
             position = plan.measured[place]
             grad = grads[position]
             grad = grad.coalesce().values() if plan.grads.specs[position].sparse else grad
-            reading.repairs[plan.indices[position]] = _repair(grad)
+            repair = _repair(grad, norm)
+            if repair is not None:
+                reading.repairs[plan.indices[position]] = repair
 
     def _keep_for_update(self, optimizer: Optimizer, binding: Binding, plan: Plan, members: Sequence[Tensor]) -> None:
         """Keep a bounded part of the weights, another one at each sample, to measure its true change after the step."""
-        pieces = plan.weights.pieces
-        for _ in pieces:
-            piece = pieces[binding.next_piece % len(pieces)]
-            binding.next_piece += 1
-            limit = _UPDATE_ELEMENTS.get(piece.arena.device.type, _UPDATE_ELEMENTS_ELSEWHERE)
-            if piece.elements > limit or piece.spec.sparse:
-                continue
-            parameters = [members[position] for position in piece.positions]
-            with torch.no_grad():
-                before = _joined(parameters, gathered=piece.gathered)
-            self._updates.append((optimizer, functools.partial(_update, plan, piece, parameters, before)))
+        parts = plan.parts(_UPDATE_ELEMENTS_MEAN, _UPDATE_ELEMENTS, _UPDATE_ELEMENTS_ELSEWHERE)
+        if not parts:
             return
+        share = _UPDATE_ELEMENTS_MEAN.get(members[0].device.type, _UPDATE_ELEMENTS_ELSEWHERE)
+        binding.update_credit = min(binding.update_credit + share, max(share, _UPDATE_ELEMENTS_ELSEWHERE))
+        _, positions = parts[binding.next_part % len(parts)]
+        elements = sum(members[position].numel() for position in positions)
+        if elements > binding.update_credit:
+            return
+        binding.update_credit -= elements
+        piece, positions = parts[binding.next_part % len(parts)]
+        binding.next_part += 1
+        parameters = [members[position] for position in positions]
+        with torch.no_grad():
+            before = _joined(parameters, gathered=piece.gathered)
+        self._updates.append((optimizer, functools.partial(_update, plan, piece, positions, parameters, before)))
 
     def _finish_round(self) -> None:
         """Hand the round over and decide whether the next one is sampled."""
@@ -744,6 +746,7 @@ class Agent:
             round_.scalars["step_seconds"] = self._governor.step_seconds
             round_.scalars["overhead_ratio"] = self._governor.overhead_ratio
             round_.scalars["interval_steps"] = float(self._governor.interval_steps)
+        round_.spared = self._classifier.indices if self._clipper is None else self._clipper.spared(self._watched)
         self._collector.put(round_)
         self._learn_order()
         if self._expected is not None:
@@ -776,7 +779,38 @@ class Agent:
             self._index_of[id(parameter)] = len(self._watched)
             self._watched.append(watched)
         self._clip_binding = None
+        if new and self._clipper is not None:
+            for index in self._clipper.agc.stacked(*listed(self._watched)):
+                self._watched[index] = self._watched[index].of_experts()
+            self._clipper.know(self._watched)
         return bool(new)
+
+    def _find(self, tensor: Tensor) -> int | None:
+        """Return the index of a watched parameter."""
+        return self._index_of.get(id(tensor), self._stand_ins.get(id(tensor)))
+
+    def _look(self, losses: Sequence[Tensor]) -> None:
+        """Search the graph of a loss for the classifier; on every rank that clips."""
+        self._looks -= 1
+        started = time.perf_counter()
+        try:
+            if any(binding.sharded for binding in self._bindings.values()):
+                self._note_stand_ins()
+            self._classifier.look(losses)
+        except Exception as error:  # the agent's guard; without an answer the clipper guesses, and says so
+            self.failed(error)
+            if Agent.raises_own_errors:
+                raise
+        finally:
+            self.spent_seconds += time.perf_counter() - started
+
+    def _note_stand_ins(self) -> None:
+        """Sharded parameters are gathered for the forward pass: what stands in for them then is in the graph."""
+        index_of = {watched.name: index for index, watched in enumerate(self._watched)}
+        for watched in walk([model for reference in self._models if (model := reference()) is not None]):
+            parameter = watched.parameter()
+            if id(parameter) not in self._index_of and watched.name in index_of:
+                self._stand_ins[id(parameter)] = index_of[watched.name]
 
     def _register(self) -> None:
         depths = self._depths
@@ -801,11 +835,13 @@ class Agent:
     def _note_trouble(self) -> None:
         self._in_trouble = True
 
-    def forget_after_fork(self) -> None:
-        """Be inert in a forked child: the threads and the spool are the parent's."""
-        self.watching = False
+    def forget_after_fork(self) -> bool:
+        """Measure nothing in a forked child, whose threads and spool are the parent's; clip on."""
+        if self.watching:
+            self.watching = False
+            self._spool.abandon_after_fork()
         self._closed = True
-        self._spool.abandon_after_fork()
+        return self._clipper is not None
 
     def _warn(self, text: str) -> None:
         _log.warning("gradwatch: %s", text)
@@ -823,13 +859,21 @@ def _finite(kept: Tensor) -> bool:
     return kept.device.type != "cpu" or bool(math.isfinite(kept.numpy().item()))
 
 
-def _repair(grad: Tensor) -> Repair:
+def _repair(grad: Tensor, norm: float) -> Repair | None:
+    """Return what a norm in float32 does not say; None where it said all: there is nothing but zeros."""
     with torch.no_grad():
-        nonfinite = torch.isfinite(grad).logical_not_().sum()
-        if nonfinite.numpy().item():
-            return Repair(nonfinite)
+        if not math.isfinite(norm):
+            nonfinite = grad.numel() - int(torch.count_nonzero(torch.isfinite(grad)).numpy().item())
+            if nonfinite:
+                return Repair(float(nonfinite))
+        elif not any(bound.numpy().item() for bound in torch.aminmax(_real(grad))):
+            return None
         wide = torch.complex128 if grad.is_complex() else torch.float64
-        return Repair(nonfinite, torch.linalg.vector_norm(grad, dtype=wide))
+        return Repair(0.0, torch.linalg.vector_norm(grad, dtype=wide))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _joined(parameters: Sequence[Tensor], *, gathered: bool) -> Tensor:
@@ -839,10 +883,10 @@ def _joined(parameters: Sequence[Tensor], *, gathered: bool) -> Tensor:
     return torch.stack(list(parameters)) if parameters[0].dim() == 0 else torch.cat(list(parameters))
 
 
-def _update(plan: Plan, piece: Piece, parameters: Sequence[Tensor], before: Tensor) -> Update:
-    """Return how far the parameters of one piece have moved since ``before``."""
-    units = piece.stop - piece.start
-    starts = [plan.weights.places[position][1] - piece.start for position in piece.positions]
+def _update(plan: Plan, piece: Piece, positions: Sequence[int], parameters: Sequence[Tensor], before: Tensor) -> Update:
+    """Return how far some parameters of one piece have moved since ``before``."""
+    starts = [0, *itertools.accumulate(plan.weights.specs[position].units for position in positions)]
+    units = starts.pop()
     with torch.no_grad():
         difference = _joined(parameters, gathered=piece.gathered).sub_(before)
         if piece.gathered:
@@ -850,7 +894,7 @@ def _update(plan: Plan, piece: Piece, parameters: Sequence[Tensor], before: Tens
         else:
             out = torch.empty(units, dtype=piece.arena.dtype, device=piece.arena.device)
             Layout([piece.spec], direct_bytes=0).bind({piece.arena: out}, Scratch()).run([difference])
-    return Update([plan.indices[position] for position in piece.positions], starts, out)
+    return Update([plan.indices[position] for position in positions], starts, out)
 
 
 def _rank() -> int:
@@ -887,18 +931,12 @@ def _tell_the_launcher(run: str, url: str, attempt: int) -> None:
             (Path(folder) / f"{attempt}-{run}.json").write_bytes(msgspec.json.encode(note))
 
 
-def _attributes() -> dict[str, str]:
+def _attributes(agc: AGC | None) -> dict[str, str]:
+    clipping = {} if agc is None else {"agc_clip": str(agc.clip), "agc_eps": str(agc.eps), "agc": agc.granularity}
     return {
+        **clipping,
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-
-
-def _forget_after_fork() -> None:
-    for agent in list(_alive):
-        agent.forget_after_fork()
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)

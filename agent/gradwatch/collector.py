@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 import msgspec
@@ -14,11 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch import wire
+from gradwatch.agc import AGC
 from gradwatch.buffers import Slots
 from gradwatch.mirrors import Mirror
 from gradwatch.rounds import Clip, Ended, Message, Reading, Registered, Round, Scalar, Update
 from gradwatch.spool import Losses, Spool
-from gradwatch.statistics import ByParameter, by_parameter, clip_coefficient, norms
+from gradwatch.statistics import (
+    UNIT_EPS,
+    ByParameter,
+    by_parameter,
+    clip_coefficient,
+    clipped_by_agc,
+    histogram,
+    norms,
+)
 
 POLL_SECONDS: Final = 0.1
 LARGEST_BATCH_BYTES: Final = 4 << 20
@@ -39,6 +48,7 @@ class Collector:
         slots: where read buffers are given back.
         losses: what had to be given up is counted here.
         template: the registration without its parameters.
+        agc: how the agent clips.
         written: called after each write to the spool.
         trouble: called at a sign of trouble: a non-finite number, a jump of the gradient norm.
         failed: called with an exception of this thread.
@@ -50,6 +60,7 @@ class Collector:
         slots: Slots,
         losses: Losses,
         template: wire.Registration,
+        agc: AGC | None,
         *,
         written: Callable[[], None],
         trouble: Callable[[], None],
@@ -66,7 +77,7 @@ class Collector:
         self._wake = threading.Event()
         self._stop = False
         self._mirrors: tuple[Mirror, ...] = ()
-        self._composer = Composer(losses)
+        self._composer = Composer(losses, agc)
         self._batch = _Batch()
         self.seconds = 0.0
         """Processor time that this thread has taken."""
@@ -130,7 +141,7 @@ class Collector:
             described = [watched.described(message.depths[place]) for place, watched in enumerate(message.watched)]
             registration = msgspec.structs.replace(self._template, parameters=described)
             self._spool.append("registration", wire.encode(registration))
-            self._composer.registered(len(described))
+            self._composer.registered(message.depths)
             self._written()
         elif isinstance(message, wire.Event):
             self._batch.events.append(message)
@@ -203,10 +214,15 @@ class Composer:
 
     Args:
         losses: source of the counts that each sample carries.
+        agc: how the agent clips.
     """
 
-    def __init__(self, losses: Losses) -> None:
+    def __init__(self, losses: Losses, agc: AGC | None) -> None:
         self._losses = losses
+        self._agc = agc
+        self._eps = UNIT_EPS if agc is None else agc.eps
+        self._third = np.zeros(0, np.intp)
+        """Third of the depth in which each parameter lies, 0 to 2."""
         self._weight_norm = np.zeros(0, np.float32)
         self._usual_norm = 0.0
         self._was_finite = True
@@ -214,9 +230,11 @@ class Composer:
         self.troubled = False
         """Whether the last round showed a sign of trouble."""
 
-    def registered(self, count: int) -> None:
-        """There are ``count`` parameters from now on."""
+    def registered(self, depths: Sequence[int]) -> None:
+        """There are parameters of these depths from now on."""
+        count = len(depths)
         self._weight_norm = np.append(self._weight_norm, np.zeros(count - self._weight_norm.size, np.float32))
+        self._third = 3 * np.asarray(depths, np.intp) // max(count, 1)
 
     def compose(self, round_: Round) -> tuple[wire.Sample | None, dict[str, float], list[wire.Event]]:
         """Return the sample of a round (None where it has none), its numbers of every step, and its events."""
@@ -253,32 +271,37 @@ class Composer:
     def _sample(self, round_: Round, readings: Sequence[Reading]) -> wire.Sample:
         vectors = _Vectors(self._weight_norm.size)
         coefficients = _coefficients(round_.clips, self._weight_norm.size)
-        clipped = bool(round_.clips) or round_.value_clipped
+        scaled_down = bool(round_.clips) or round_.value_clipped
         for reading in sorted(readings, key=lambda reading: reading.before_clip):
-            self._enter(reading, vectors, coefficients, clipped=clipped)
+            self._enter(reading, vectors, coefficients)
         for index in round_.empty:
             vectors.set_zero(index)
         for update in round_.updates:
             _enter_update(update, vectors)
         vectors.weight_norm = self._weight_norm.copy()
-        statistics = vectors.statistics(clipped=clipped, updated=bool(round_.updates))
+        statistics = vectors.statistics(
+            clipped=scaled_down or self._agc is not None, by_agc=self._agc is not None, updated=bool(round_.updates)
+        )
+        scalars = self._scalars(round_, statistics)
+        if self._agc is not None:
+            scalars["removed_grad_norm"] = _total(vectors.removed_norm)
         return wire.Sample(
             step=round_.step,
             at=round_.at,
             statistics=statistics,
-            scalars={name: wire.spell(value) for name, value in self._scalars(round_, statistics).items()},
+            scalars={name: wire.spell(value) for name, value in scalars.items()},
+            histograms=self._histograms(readings, round_.spared),
         )
 
-    def _enter(
-        self, reading: Reading, vectors: "_Vectors", coefficients: NDArray[np.float64], *, clipped: bool
-    ) -> None:
+    def _enter(self, reading: Reading, vectors: "_Vectors", coefficients: NDArray[np.float64]) -> None:
         plan = reading.claim.plan
         indices = np.array([plan.indices[position] for position in plan.measured], np.intp)
         weight_units = reading.claim.weight_units()
         if plan.grads is None:
             self._weight_norm[indices] = norms(weight_units, plan.starts)
             return
-        measured = by_parameter(reading.claim.grad_units(), weight_units, plan.starts)
+        grad_units = reading.claim.grad_units()
+        measured = by_parameter(grad_units, weight_units, plan.starts, self._eps)
         grad_norm, nonfinite = _repaired(measured, indices, reading)
         scale = 1.0 if reading.scale is None else number(reading.scale)
         with np.errstate(all="ignore"):
@@ -286,11 +309,40 @@ class Composer:
             factor = 1.0 if reading.before_clip else coefficients[indices]
             vectors.grad_norm[indices] = now / factor
             vectors.max_unit_ratio[indices] = measured.max_unit_ratio / scale / factor
-            if clipped and not reading.before_clip:
+            if not reading.before_clip:
                 vectors.clipped_grad_norm[indices] = now
         vectors.zero_unit_share[indices] = measured.zero_unit_share
         vectors.nonfinite_count[indices] = nonfinite
         self._weight_norm[indices] = measured.weight_norm
+        if self._agc is not None and reading.limits is not None:
+            whole = self._agc.granularity == "tensor"
+            by_agc = clipped_by_agc(
+                grad_units / scale, weight_units, plan.starts, reading.limits[plan.measured], self._eps, whole=whole
+            )
+            vectors.clipped_unit_share[indices] = by_agc.unit_share
+            vectors.clipped_grad_norm[indices] = np.where(by_agc.unit_share > 0, by_agc.grad_norm, now)
+            vectors.removed_norm[indices] = by_agc.removed_norm
+
+    def _histograms(self, readings: Sequence[Reading], spared: Collection[int]) -> dict[str, list[float]]:
+        """Return the histograms of the units' ratios that AGC sees, or would see, by thirds of the depth."""
+        thirds = np.zeros((3, wire.HISTOGRAM_EDGES.size + 1))
+        for reading in readings:
+            plan = reading.claim.plan
+            if plan.grads is None or reading.before_clip:
+                continue
+            grad_units, weight_units = reading.claim.grad_units(), reading.claim.weight_units()
+            if reading.scale is not None:
+                with np.errstate(all="ignore"):
+                    grad_units /= number(reading.scale)
+            # One bin for each parameter and ratio at once; what is left alone goes to a fourth row.
+            row = [
+                3 if plan.indices[position] in spared else self._third[plan.indices[position]]
+                for position in plan.measured
+            ]
+            thirds += histogram(grad_units, weight_units, self._eps, np.repeat(row, plan.units))[:3]
+        if not thirds.any():
+            return {}
+        return {name: counts.tolist() for name, counts in zip(wire.HISTOGRAMS, thirds, strict=True)}
 
     def _scalars(self, round_: Round, statistics: dict[wire.Statistic, wire.Vector]) -> dict[str, float]:
         scalars = {name: number(value) for name, value in round_.scalars.items()}
@@ -308,10 +360,16 @@ class _Vectors:
     """The statistics of one sample while they are filled in, each of shape (parameters,)."""
 
     def __init__(self, count: int) -> None:
-        self.grad_norm, self.clipped_grad_norm, self.max_unit_ratio, self.zero_unit_share, self.nonfinite_count = (
-            np.full(count, wire.MISSING, np.float32) for _ in range(5)
-        )
-        self.update_norm = np.full(count, wire.MISSING, np.float32)
+        (
+            self.grad_norm,
+            self.clipped_grad_norm,
+            self.max_unit_ratio,
+            self.zero_unit_share,
+            self.nonfinite_count,
+            self.clipped_unit_share,
+            self.removed_norm,
+            self.update_norm,
+        ) = (np.full(count, wire.MISSING, np.float32) for _ in range(8))
         self.weight_norm = np.zeros(count, np.float32)
 
     def set_zero(self, index: int) -> None:
@@ -321,10 +379,12 @@ class _Vectors:
             self.max_unit_ratio,
             self.zero_unit_share,
             self.nonfinite_count,
+            self.clipped_unit_share,
+            self.removed_norm,
         ):
             vector[index] = 0.0
 
-    def statistics(self, *, clipped: bool, updated: bool) -> dict[wire.Statistic, wire.Vector]:
+    def statistics(self, *, clipped: bool, by_agc: bool, updated: bool) -> dict[wire.Statistic, wire.Vector]:
         statistics: dict[wire.Statistic, wire.Vector] = {
             "grad_norm": self.grad_norm,
             "weight_norm": self.weight_norm,
@@ -334,6 +394,8 @@ class _Vectors:
         }
         if clipped:
             statistics["clipped_grad_norm"] = self.clipped_grad_norm
+        if by_agc:
+            statistics["clipped_unit_share"] = self.clipped_unit_share
         if updated:
             statistics["update_norm"] = self.update_norm
         return statistics

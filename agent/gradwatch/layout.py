@@ -17,8 +17,9 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Axis = Literal["rows", "transposed", "whole"]
-"""Where the units of a tensor lie: dim 0, dim 1 (transposed convolutions), or the tensor is one unit."""
+Axis = Literal["rows", "transposed", "experts", "whole"]
+"""Where the units of a tensor lie: dim 0, dim 1 (transposed convolutions), dims 0 and 1 (the rows of each expert), or
+the tensor is one unit."""
 
 WIDEST_ROW: Final = 1 << 16
 """Elements that one float32 sum may take; wider units are summed in blocks."""
@@ -55,6 +56,8 @@ class Spec(NamedTuple):
             return 0
         if self.axis == "whole" or len(self.shape) < 2:
             return 1
+        if self.axis == "experts":
+            return self.shape[0] * self.shape[1]
         return self.shape[1] * self.groups if self.axis == "transposed" else self.shape[0]
 
     @property
@@ -251,6 +254,8 @@ def _by_unit(tensor: Tensor, spec: Spec) -> Tensor:
         tensor = tensor.to(spec.norm_dtype)
     if spec.units == 1:
         return tensor.reshape(1, -1)
+    if spec.axis == "experts":
+        return tensor.flatten(0, 1).unsqueeze(-1) if tensor.dim() == 2 else tensor.flatten(0, 1)
     if spec.axis != "transposed":
         return tensor if tensor.dim() > 1 else tensor.reshape(-1, 1)
     if spec.groups == 1:

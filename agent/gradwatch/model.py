@@ -1,9 +1,10 @@
 """The parameters of a model: their names, their units, the modules that own them."""
 
+import math
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,10 @@ class Watched:
             trainable=self.trainable,
             kind=self.kind,
         )
+
+    def of_experts(self) -> "Watched":
+        """Return it as the stacked weights of several experts: each row of each is a unit."""
+        return replace(self, axis="experts", units=math.prod(self.shape[:2]) if math.prod(self.shape) else 0)
 
     def spec(self, tensor: Tensor) -> Spec:
         """Return how ``tensor``, this parameter or its gradient, is reduced."""

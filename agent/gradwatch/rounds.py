@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch import wire
@@ -43,6 +45,8 @@ class Reading:
     found_inf: Tensor | None = None
     repairs: dict[int, Repair] = field(default_factory=dict)
     """By index."""
+    limits: NDArray[np.float64] | None = None
+    """Largest ratio that AGC lets through, for each parameter of the plan; None where it did not clip."""
 
 
 @dataclass(slots=True)
@@ -74,6 +78,8 @@ class Round:
     updates: list[Update] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     """Indices of parameters without elements that have a gradient."""
+    spared: frozenset[int] = frozenset()
+    """Indices of parameters that AGC leaves alone, or would: the classifier's."""
     skipped: bool = False
     agent_seconds: float = 0.0
 

@@ -7,6 +7,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch.wire import HISTOGRAM_EDGES
+
 Floats = NDArray[np.float64]
 
 UNIT_EPS: Final = 1e-3
@@ -49,6 +51,69 @@ def by_parameter(grad_units: Floats, weight_units: Floats, starts: Sequence[int]
             zero_unit_share=np.add.reduceat((grad_units == 0).astype(np.float64), begin) / units,
             nonfinite_units=np.add.reduceat((~np.isfinite(grad_units)).astype(np.float64), begin),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """What AGC did to some parameters, each of shape (parameters,), float64."""
+
+    unit_share: Floats
+    """Share of units that were scaled down, 0 to 1."""
+    grad_norm: Floats
+    """Norm after it."""
+    removed_norm: Floats
+    """Norm of what was taken away."""
+
+
+def clipped_by_agc(
+    grad_units: Floats,
+    weight_units: Floats,
+    starts: Sequence[int],
+    limits: Floats,
+    eps: float,
+    *,
+    whole: bool,
+) -> Clipped:
+    """Return what AGC does to parameters whose units lie one after the other.
+
+    Args:
+        grad_units: norms of the units' gradients, shape (units,).
+        weight_units: norms of the units' weights.
+        starts: where each parameter's units begin, shape (parameters,).
+        limits: largest ratio of each parameter, infinite where it is not clipped.
+        eps: floor of a weight's norm.
+        whole: whether a tensor is clipped as one (``granularity="tensor"``).
+    """
+    owner = np.repeat(np.arange(len(starts)), np.diff(np.append(np.asarray(starts, np.intp), grad_units.size)))
+    with np.errstate(all="ignore"):
+        if whole:
+            norm, weight = norms(grad_units, starts)[owner], norms(weight_units, starts)[owner] + eps
+        else:
+            norm, weight = grad_units, np.maximum(weight_units, eps)
+        most = limits[owner] * weight
+        factor = np.where(norm > most, most / norm, 1.0)
+        factor[~np.isfinite(norm)] = 1.0
+        scaled = factor < 1.0
+        share = np.bincount(owner, scaled, len(starts)) / np.bincount(owner, minlength=len(starts))
+        removed = np.where(scaled, grad_units * (1.0 - factor), 0.0)
+    return Clipped(share, norms(grad_units * factor, starts), norms(removed, starts))
+
+
+def histogram(grad_units: Floats, weight_units: Floats, eps: float, rows: NDArray[np.intp]) -> Floats:
+    """Return how many units have their ratio of gradient to weight in each bin, shape (4, len(HISTOGRAM_EDGES) + 1).
+
+    Args:
+        grad_units: norms of the units' gradients, shape (units,).
+        weight_units: norms of the units' weights.
+        eps: floor of a weight's norm.
+        rows: row of the result in which each unit is counted, 0 to 3. One without a finite ratio is in none.
+    """
+    with np.errstate(all="ignore"):
+        ratios = grad_units / np.maximum(weight_units, eps)
+    bins = HISTOGRAM_EDGES.size + 1
+    finite = np.isfinite(ratios)
+    places = rows[finite] * bins + np.searchsorted(HISTOGRAM_EDGES, ratios[finite], side="left")
+    return np.bincount(places, minlength=4 * bins).reshape(4, bins).astype(np.float64)
 
 
 def norms(units: Floats, starts: Sequence[int]) -> Floats:

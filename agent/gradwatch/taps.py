@@ -23,7 +23,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Listener(Protocol):
-    """What an agent hears. None of these may raise, all but ``before_step`` return nothing."""
+    """What an agent hears. None of these may raise, but for ``before_step`` where it clips."""
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """An optimizer is about to step; returned arguments replace its own."""
@@ -31,8 +31,8 @@ class Listener(Protocol):
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
 
-    def before_backward(self) -> object:
-        """Gradients are about to be accumulated; what is returned comes back afterwards."""
+    def before_backward(self, tensors: Sequence[Tensor]) -> object:
+        """Gradients of these are about to be accumulated; what is returned comes back afterwards."""
 
     def after_backward(self, scalars: Sequence[Tensor], before: object) -> None:
         """Gradients of these scalars were accumulated."""
@@ -51,6 +51,9 @@ class Listener(Protocol):
 
     def after_zero_grad(self, optimizer: Optimizer) -> None:
         """An optimizer forgot its gradients."""
+
+    def forget_after_fork(self) -> bool:
+        """Be what is right in a forked child; return whether to listen on there."""
 
 
 _listeners: tuple[Listener, ...] = ()
@@ -82,15 +85,15 @@ def listeners() -> tuple[Listener, ...]:
     return _listeners
 
 
-def _deaf() -> None:
+def _after_fork() -> None:
     """A forked child (a DataLoader worker) does not measure: it attaches for itself if it trains."""
     global _listeners
-    _listeners = ()
-    while _undo:
+    _listeners = tuple(listener for listener in _listeners if listener.forget_after_fork())
+    while _undo and not _listeners:
         _undo.pop()()
 
 
-os.register_at_fork(after_in_child=_deaf)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _set() -> None:
@@ -192,21 +195,25 @@ def _is_within(frame: FrameType, outer: int) -> bool:
 
 
 def _backward(original: Callable[..., Any], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
-    before = [listener.before_backward() for listener in _listeners]
+    several = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    several = [tensor for tensor in several if isinstance(tensor, Tensor)]
+    before = [listener.before_backward(several) for listener in _listeners]
     result = original(tensors, grad_tensors, *args, **kwargs)
     if grad_tensors is None:
-        several = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-        scalars = [tensor for tensor in several if isinstance(tensor, Tensor) and tensor.numel() == 1]
+        scalars = [tensor for tensor in several if tensor.numel() == 1]
         for listener, marks in zip(_listeners, before, strict=False):
             listener.after_backward(scalars, marks)
     return result
 
 
 def _scale(original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
+    outputs = outputs if isinstance(outputs, Tensor) else tuple(outputs)
     result = original(scaler, outputs)
-    if isinstance(outputs, Tensor) and outputs.numel() == 1:
-        for listener in _listeners:
-            listener.scaled(scaler, outputs, result)
+    pairs = [(outputs, result)] if isinstance(outputs, Tensor) else zip(outputs, result, strict=True)
+    for output, scaled in pairs:
+        if isinstance(output, Tensor) and output.numel() == 1:
+            for listener in _listeners:
+                listener.scaled(scaler, output, scaled)
     return result
 
 

@@ -36,6 +36,14 @@ STATISTICS: Final[tuple[Statistic, ...]] = get_args(Statistic)
 Vector = NDArray[np.float32]
 """One number for each parameter of the run, shape (parameters,), in the order of the registration."""
 
+HISTOGRAM_EDGES: Final[NDArray[np.float64]] = 0.005 * 2.0 ** (np.arange(-12, 21) / 2)
+"""Edges between the bins of the histograms of units' ratios ``||g_i|| / max(||w_i||, eps)``, shape (33,): half an
+octave wide, from 8e-5 to 5. The first bin holds all at or below the first edge, zeros too, the last one all above."""
+
+HISTOGRAMS: Final = ("unit_ratio_first_third", "unit_ratio_middle_third", "unit_ratio_last_third")
+"""Units by their ratio, shape (34,), for the thirds of the depth from the input: what AGC sees, or would see. The
+classifier's weight, which AGC leaves alone, is not counted, nor is a unit whose ratio is not finite."""
+
 Spelled = Literal["NaN", "Infinity", "-Infinity"]
 Number = float | Spelled
 """A float; in JSON a non-finite one is spelled, since JSON has none."""
@@ -82,7 +90,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     scalars: dict[str, Number] = {}
     """Numbers of the whole run that are known only at a sample, such as ``global_grad_norm``."""
     histograms: dict[str, list[float]] = {}
-    """Counts over fixed bins, such as ``unit_ratio`` and ``unit_ratio_first_third``."""
+    """Counts over fixed bins: ``HISTOGRAMS`` over ``HISTOGRAM_EDGES``."""
 
 
 class Trail(msgspec.Struct, frozen=True, kw_only=True):

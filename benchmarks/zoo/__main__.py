@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, vanishing
+from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, third, vanishing
 from benchmarks.zoo.baselines import Baselines
 from benchmarks.zoo.case import Case, holds, train
 from benchmarks.zoo.score import Alert, Outcome, Score
@@ -29,6 +29,7 @@ CASES: tuple[Case, ...] = (
     *exploding.CASES,
     *nonfinite.CASES,
     *second.CASES,
+    *third.CASES,
 )
 
 
@@ -83,15 +84,14 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1, help="steps between samples (default: 1)")
     parser.add_argument("--skip-twins", action="store_true", help="do not train the repaired twins of sick cases")
-    parser.add_argument("--port", type=int, default=8329)
     options = parser.parse_args()
     chosen = [case for case in CASES if not options.case or any(part in case.name for part in options.case)]
     torch.set_num_threads(1)
     outcomes = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["GRADWATCH_SPOOL_DIR"] = folder
-        with Server(Path(folder), options.port, "http://127.0.0.1:9/nobody", "whsec_" + "A" * 32) as server:
+        os.environ["GRADWATCH_SPOOL_DIR"] = str(Path(folder) / "spool")  # not beside the server's own database
+        with Server(Path(folder), "http://127.0.0.1:9/nobody", "whsec_" + "A" * 32) as server:
             for case in chosen:
                 for seed in range(options.first_seed, options.first_seed + options.seeds):
                     try:

@@ -26,6 +26,7 @@ from gradwatch_server.api import (
     overview,
     problem,
     runs,
+    session,
     stream,
     tile,
 )
@@ -52,11 +53,15 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         app.state.services = services
         notifying = asyncio.create_task(services.notifier.run())
         pruning = asyncio.create_task(_prune(services))
+        watching = asyncio.create_task(services.stalls.run())
+        telling = asyncio.create_task(services.untold.run())
         exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
         try:
             yield
         finally:
             pruning.cancel()
+            watching.cancel()
+            telling.cancel()
             services.notifier.stop()
             await notifying
             if exporting is not None:
@@ -74,16 +79,13 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         redoc_url=None,
     )
     problem.install(app)
-    for part in (ingest, runs, tile, alerts, alert_deliveries, deliveries, stream, overview, metrics, health):
+    parts = (session, ingest, runs, tile, alerts, alert_deliveries, deliveries, stream, overview, metrics, health)
+    for part in parts:
         app.include_router(part.router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
-    @app.get("/", include_in_schema=False)
-    @app.get("/runs/{run_id}", include_in_schema=False)
-    @app.get("/alerts", include_in_schema=False)
-    @app.get("/server", include_in_schema=False)
-    def page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads its own address
-        return FileResponse(PAGE / "index.html")
+    for address in access.VIEWS:
+        app.add_api_route(address, _page, include_in_schema=False)
 
     @app.middleware("http")
     async def secure(request: Request, follow: Callable[[Request], Any]) -> Response:
@@ -102,10 +104,14 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
     return app
 
 
+def _page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads its own address
+    return FileResponse(PAGE / "index.html")
+
+
 async def _prune(services: Services) -> None:
     """Remove the runs whose time is over, now and once an hour, for as long as the server runs."""
-    retention = services.settings.configuration.retention
     while True:
+        retention = services.settings.configuration.retention
         with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach: in an hour
             work = partial(delete_overdue, retention=retention)
             await asyncio.wrap_future(services.writer.submit(work))

@@ -1,9 +1,11 @@
 """Every sample at full resolution to a time-series store: Prometheus, VictoriaMetrics, Mimir, Thanos."""
 
 import asyncio
+import hashlib
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -13,12 +15,17 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server import schema, timeseries
+from gradwatch_server.addresses import check_address
+from gradwatch_server.database import upsert
 from gradwatch_server.timeseries import Series
+from gradwatch_server.writer import Writer
 
 _POLL_SECONDS = 1.0
 _SAMPLES_AT_ONCE = 20
 _TIMEOUT_SECONDS = 30.0
 _LONGEST_WAIT_SECONDS = 60.0
+_CONTENT_REFUSED = (400, 409, 413, 422)
+"""Answers that are about what was sent; others (401, 404, 503) are about the store or the way to it, and pass."""
 _SPLIT_AFTER = 3
 """Answers of 5xx to one batch before it is split: Prometheus 2.42 says 500 where a sample is too old."""
 
@@ -31,11 +38,10 @@ class RemoteWrite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     url: str
     """Such as ``http://prometheus:9090/api/v1/write``."""
     backlog_seconds: float = 3600.0
-    """How far back samples are sent when the server starts; what is there already is set aside by the store."""
+    """How far back the samples of a run are sent that was never written there before."""
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"remote_write.url {self.url!r} is not an http or https address")
+        check_address("remote_write.url", self.url)
 
 
 @dataclass
@@ -45,27 +51,36 @@ class Counts:
     sent: int = 0
     set_aside: int = 0
     retries: int = 0
+    errors: int = 0
+    """Rounds that ended in an error nobody foresaw; the log says which."""
 
 
 @dataclass
 class Exporter:
-    """Follows the samples of every run that reports and writes them out; the database is its queue."""
+    """Follows the samples of every run and writes them out; the database is its queue and keeps how far it is."""
 
     engine: sa.Engine
+    writer: Writer
     settings: RemoteWrite
     counts: Counts = field(default_factory=Counts)
     _sent: dict[tuple[str, int], int] = field(default_factory=dict)
-    """The last step that was dealt with, by run and attempt."""
+    """The last step that was dealt with by this process, by run and attempt."""
     _since: float = field(default_factory=time.time)
 
+    @property
+    def _store(self) -> str:
+        """Name the store without showing its address, which may hold a password."""
+        return hashlib.sha256(self.settings.url.encode()).hexdigest()[:16]
+
     async def run(self) -> None:
-        """Write until cancelled; an error of one round is logged and the next round tries again."""
+        """Write until cancelled; an error of one round is logged and counted, and the next round tries again."""
         async with httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, trust_env=False) as client:
             while True:
                 try:
                     written = await self._round(client)
-                except sa.exc.SQLAlchemyError:
-                    log.exception("the samples to write out cannot be read; the next round tries again")
+                except Exception:  # whatever it is, nobody waits for this task: it must not end in silence
+                    log.exception("remote write: this round failed; the next one tries again")
+                    self.counts.errors += 1
                     written = 0
                 if not written:
                     await asyncio.sleep(_POLL_SECONDS)
@@ -75,25 +90,26 @@ class Exporter:
         for (run_id, attempt), samples in batches.items():
             await self._write(client, samples)
             self._sent[run_id, attempt] = samples[-1].step
+            keep = partial(_keep, run_id=run_id, store=self._store, attempt=attempt, step=samples[-1].step)
+            await asyncio.wrap_future(self.writer.submit(keep, run_id))
         return len(batches)
 
     def _waiting(self) -> dict[tuple[str, int], list["Measured"]]:
         """Return the next samples of each run and attempt."""
         start = self._since - self.settings.backlog_seconds
-        runs, samples = schema.runs, schema.samples
+        runs, samples, kept = schema.runs, schema.samples, schema.written
+        mine = runs.outerjoin(kept, sa.and_(kept.c.run == runs.c.id, kept.c.store == self._store))
+        begun = sa.and_(kept.c.attempt == runs.c.attempt, kept.c.step.is_not(None))
+        behind = sa.or_(runs.c.last_seen_at >= start, kept.c.step < runs.c.last_step)
+        position = sa.case((begun, kept.c.step)).label("position")
         with self.engine.connect() as connection:
-            reporting = connection.execute(sa.select(runs).where(runs.c.last_seen_at >= start)).all()
             found = {}
-            for run in reporting:
+            for run in connection.execute(sa.select(runs, position).select_from(mine).where(behind)).all():
+                sent = self._sent.get((run.id, run.attempt), run.position)
+                new = samples.c.at >= start if sent is None else samples.c.step > sent
                 rows = connection.execute(
                     sa.select(samples)
-                    .where(
-                        samples.c.run == run.id,
-                        samples.c.level == 0,
-                        samples.c.attempt == run.attempt,
-                        samples.c.at >= start,
-                        samples.c.step > self._sent.get((run.id, run.attempt), -1),
-                    )
+                    .where(samples.c.run == run.id, samples.c.level == 0, samples.c.attempt == run.attempt, new)
                     .order_by(samples.c.step)
                     .limit(_SAMPLES_AT_ONCE)
                 ).all()
@@ -113,6 +129,7 @@ class Exporter:
             await self._write(client, samples[half:])
         else:
             self.counts.set_aside += 1
+            log.warning("remote write: the store refuses the sample of step %d of %s", samples[0].step, samples[0].run)
 
     async def _post(self, client: httpx.AsyncClient, body: bytes) -> bool:
         """Post until the store takes the body or refuses it; return whether it took it."""
@@ -120,18 +137,31 @@ class Exporter:
         while True:
             try:
                 answer = await client.post(self.settings.url, content=body, headers=timeseries.HEADERS)
-            except httpx.TransportError as error:
-                log.warning("remote write to %s: %s; again in %.1f s", self.settings.url, error, wait)
+            except httpx.HTTPError as error:
+                log.warning("remote write: %s %s; again in %.1f s", type(error).__name__, error, wait)
             else:
                 if answer.is_success:
                     return True
                 log.warning("remote write: %s %.200s", answer.status_code, answer.text)
                 errors += answer.status_code == 500
-                if (answer.status_code < 500 and answer.status_code != 429) or errors == _SPLIT_AFTER:
+                if answer.status_code in _CONTENT_REFUSED or errors == _SPLIT_AFTER:
                     return False
             self.counts.retries += 1
             await asyncio.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+
+
+def _keep(connection: sa.Connection, run_id: str, store: str, attempt: int, step: int) -> None:
+    """Remember how far a store has come with a run, if that is still there."""
+    table, runs = schema.written, schema.runs
+    row = sa.select(runs.c.id, sa.literal(store), sa.literal(attempt), sa.literal(step)).where(runs.c.id == run_id)
+    statement = upsert(connection, table).from_select(["run", "store", "attempt", "step"], row)
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["run", "store"],
+            set_={"attempt": statement.excluded.attempt, "step": statement.excluded.step},
+        )
+    )
 
 
 def _parameters(connection: sa.Connection, run_id: str) -> list[tuple[str, str]]:
@@ -144,6 +174,7 @@ def _parameters(connection: sa.Connection, run_id: str) -> list[tuple[str, str]]
 class Measured:
     """One sample as points: the labels of each series and its value."""
 
+    run: str
     step: int
     milliseconds: int
     values: dict[tuple[tuple[str, str], ...], float]
@@ -161,7 +192,7 @@ class Measured:
                 parameter, depth = parameters[position]
                 labels = _labels(common, statistic, parameter=parameter, depth=depth)
                 values[labels] = float(vector[position])
-        return cls(row.step, round(row.at * 1000), values)
+        return cls(run.id, row.step, round(row.at * 1000), values)
 
 
 def _labels(common: dict[str, str], metric: str, **more: str) -> tuple[tuple[str, str], ...]:

@@ -87,7 +87,7 @@ class Feed:
     def _seen(self, since: float) -> dict[str, tuple[Any, ...]]:
         """Return what was new since then of each run: its progress and its alerts, which may change without it."""
         runs, alerts = schema.runs, schema.alerts
-        columns = runs.c["id", "last_step", "sample_count", "finished_at", "last_seen_at", "attempt"]
+        columns = runs.c["id", "project", "last_step", "sample_count", "finished_at", "last_seen_at", "attempt"]
         changed = sa.select(*alerts.c["run", "id", "state", "severity"]).where(
             (alerts.c.fired_at >= since) | (alerts.c.resolved_at >= since)
         )
@@ -101,4 +101,4 @@ class Feed:
 
     @staticmethod
     def _told(row: tuple[Any, ...]) -> Change:
-        return {"id": row[0], "last_step": row[1], "sample_count": row[2]}
+        return {"id": row[0], "project": row[1], "last_step": row[2], "sample_count": row[3]}

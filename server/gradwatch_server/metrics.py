@@ -17,7 +17,6 @@ from gradwatch_server import schema
 from gradwatch_server.alerts import SEVERITIES
 from gradwatch_server.diagnosis import RULES
 from gradwatch_server.services import Services
-from gradwatch_server.settings import Metrics
 from gradwatch_server.snapshot import Snapshot, load_active, load_snapshots
 
 _RUN_LABELS = ("run", "project", "name")
@@ -66,9 +65,11 @@ _PARAMETER_GAUGES = {
 class RunCollector(Collector):
     """Active runs from their latest samples, and the alerts."""
 
-    def __init__(self, engine: sa.Engine, settings: Metrics) -> None:
-        self._engine = engine
-        self._settings = settings
+    def __init__(self, services: Services) -> None:
+        self._engine = services.engine
+        self._settings = services.settings.configuration.metrics
+        self._public_url = services.settings.public_url
+        self._layouts = services.layouts
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: the families are known at scrape time."""
@@ -78,14 +79,22 @@ class RunCollector(Collector):
         """Read the latest samples and the alerts."""
         with self._engine.connect() as connection:
             active = load_active(connection)
-            snapshots = load_snapshots(connection, [run["id"] for run in active])
+            snapshots = load_snapshots(connection, [run["id"] for run in active], self._layouts)
             unhealthy = _unhealthy(connection)
             alerts = _alerts(connection)
         told = self._told(snapshots)
+        yield self._pages(active)
         yield from _families(active, snapshots, told)
         yield from _parameters(active, snapshots, told)
         yield from _health(active, unhealthy)
         yield alerts
+
+    def _pages(self, active: Sequence[dict[str, Any]]) -> Metric:
+        text = "Where the run's page is; always 1."
+        family = GaugeMetricFamily("gradwatch_run_info", text, labels=(*_RUN_LABELS, "url"))
+        for run in active:
+            family.add_metric([*_labels(run), f"{self._public_url}/runs/{run['id']}"], 1)
+        return family
 
     def _told(self, snapshots: Mapping[str, Snapshot]) -> dict[str, list[int]]:
         """Return the positions of the parameters of each run that get series of their own."""
@@ -285,6 +294,7 @@ def _written(services: Services) -> Iterable[Metric]:
         ("sent_samples", "Samples that the time-series store took.", counts.sent),
         ("set_aside_samples", "Samples that the time-series store refused.", counts.set_aside),
         ("retries", "Requests that were sent again.", counts.retries),
+        ("errors", "Rounds that ended in an error that nobody foresaw.", counts.errors),
     ):
         yield CounterMetricFamily(f"gradwatch_remote_write_{name}", text, value=count)
 

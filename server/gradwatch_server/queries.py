@@ -5,13 +5,26 @@ from typing import Any, Protocol
 
 import numpy as np
 import sqlalchemy as sa
+from numpy.typing import NDArray
 
+from gradwatch.wire import HISTOGRAM_EDGES, HISTOGRAMS
 from gradwatch_server import schema
 from gradwatch_server.buckets import Buckets
 from gradwatch_server.lanes import STATISTIC_NAMES, SampleLane, ScalarLane, ratio
 from gradwatch_server.levels import LAST_STEP
 
-__all__ = ["STATISTIC_NAMES", "Buckets", "ratio", "read_latest", "read_scalar", "read_statistic"]
+__all__ = [
+    "STATISTIC_NAMES",
+    "Buckets",
+    "ratio",
+    "read_histograms",
+    "read_latest",
+    "read_scalar",
+    "read_statistic",
+]
+
+_AT_ONCE = 500
+"""Steps that one statement asks for by name."""
 
 
 class _Lane(Protocol):
@@ -47,6 +60,27 @@ def read_scalar(
     run = _run(connection, run_id)
     lane = ScalarLane(connection, run_id, name)
     return _read(lane, len(run.coverage.get("scalars", {}).get(name, [])), from_step, to_step, points, [0])
+
+
+def read_histograms(
+    connection: sa.Connection, run_id: str, from_step: int | None, to_step: int | None, points: int
+) -> tuple[list[int], NDArray[np.float64]]:
+    """Return histograms of units' ratios at up to ``points`` samples spread over a range.
+
+    Returns:
+        Their steps, and the counts, shape (steps, thirds, bins).
+    """
+    spread = read_statistic(connection, run_id, "grad_norm", from_step, to_step, [0], points).last_steps.tolist()
+    table = schema.samples
+    found: dict[int, dict[str, list[float]]] = {}
+    for begin in range(0, len(spread), _AT_ONCE):
+        wanted = table.c.step.in_(spread[begin : begin + _AT_ONCE])
+        rows = sa.select(*table.c["step", "histograms"]).where(table.c.run == run_id, table.c.level == 0, wanted)
+        found |= {step: histograms for step, histograms in connection.execute(rows) if histograms}
+    bins = HISTOGRAM_EDGES.size + 1
+    steps = [step for step in sorted(found) if all(len(found[step].get(name, ())) == bins for name in HISTOGRAMS)]
+    counts = [[found[step][name] for name in HISTOGRAMS] for step in steps]
+    return steps, np.array(counts, np.float64).reshape(len(steps), len(HISTOGRAMS), bins)
 
 
 def read_latest(connection: sa.Connection, run_id: str) -> sa.Row[Any] | None:

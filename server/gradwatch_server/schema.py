@@ -208,6 +208,7 @@ alerts = sa.Table(
     sa.Column("remedy", sa.Text, nullable=False),
     sa.Index(None, "run", "state"),
     sa.Index(None, "state"),
+    sa.Index(None, "first_at", "id"),
 )
 
 transitions = sa.Table(
@@ -241,6 +242,7 @@ deliveries = sa.Table(
     sa.Column("error", sa.Text, nullable=False, server_default="", comment="what the last attempt failed on"),
     sa.Index(None, "receiver", "state", "due_at"),
     sa.Index(None, "alert", "receiver", "number"),
+    sa.Index(None, "created_at", "id"),
 )
 
 silences = sa.Table(
@@ -275,6 +277,15 @@ tokens = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("expires_at", sa.Double),
     sa.Column("revoked_at", sa.Double),
+)
+
+written = sa.Table(
+    "written",
+    metadata,
+    sa.Column("run", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("store", sa.Text, primary_key=True, comment="digest of the address that is written to"),
+    sa.Column("attempt", sa.BigInteger, nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False, comment="of the last sample that was dealt with"),
 )
 
 attempts = sa.Table(

@@ -60,6 +60,12 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
             raise ConfigurationError(f"--webhook: {error}") from None
     elif arguments.webhook_secret is not None:
         raise ConfigurationError("--webhook-secret signs what --webhook delivers: give --webhook URL as well")
+    public_url = os.environ.get("GRADWATCH_PUBLIC_URL")
+    if public_url:
+        try:
+            configuration = msgspec.structs.replace(configuration, public_url=public_url)
+        except ValueError as error:
+            raise ConfigurationError(f"GRADWATCH_PUBLIC_URL: {error}") from None
     database_url = arguments.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
     return Settings(database_url=database_url, host=arguments.host, port=arguments.port, configuration=configuration)
 
@@ -70,19 +76,26 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, read_again: Callable[[], Configuration]) -> None:
         super().__init__(config)
         self._read_again = read_again
+        self._asked_early = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to ``handle_exit``, and do not raise them again afterwards."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle_exit)
-        signal.signal(signal.SIGHUP, self.reload)
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start; what was asked for meanwhile is done then."""
+        await super().startup(sockets)
+        if self._asked_early:
+            self.reload()
 
     def reload(self, *_: object) -> None:
         """Read the configuration again; where anything in it is wrong, the old one stays, whole."""
         services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
         if services is None:
+            self._asked_early = True
             return
         try:
             configuration = self._read_again()
@@ -170,7 +183,8 @@ def main(arguments: Sequence[str]) -> int:
         ),
         lambda: read_settings(given).configuration,
     )
-    print(f"gradwatch serves on {settings.public_url} (database {engine.url.render_as_string()})", flush=True)
+    signal.signal(signal.SIGHUP, server.reload)  # from here on: whoever reads the next line may send it
+    print(f"gradwatch serves on {settings.address} (database {engine.url.render_as_string()})", flush=True)
     server.run(sockets=[sock])
     engine.dispose()
     return 0

@@ -1,5 +1,6 @@
 """The parts of one server process, made together and stopped together."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,10 @@ from gradwatch_server.notifier import Notifier
 from gradwatch_server.requests import Requests
 from gradwatch_server.room import Room, Share
 from gradwatch_server.settings import Configuration, Settings
+from gradwatch_server.snapshot import Layouts
+from gradwatch_server.stalls import Stalls
 from gradwatch_server.tokens import TokenBook
+from gradwatch_server.untold import Untold
 from gradwatch_server.writer import Writer
 
 
@@ -29,9 +33,12 @@ class Services:
     ingest: Ingest
     room: Room
     notifier: Notifier
+    stalls: Stalls
+    untold: Untold
     feed: Feed
     tokens: TokenBook
     exporter: Exporter | None = None
+    layouts: Layouts = field(default_factory=Layouts)
     requests: Requests = field(default_factory=Requests)
     ready: bool = True
     """False from the first sign of stopping: readiness goes first."""
@@ -49,15 +56,20 @@ class Services:
             ingest=Ingest(configuration, settings.public_url),
             room=Room(limits.held_bytes),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
+            stalls=Stalls(engine, writer, configuration, settings.public_url, time.time()),
+            untold=Untold(engine, writer, configuration, settings.public_url),
             feed=Feed(engine),
-            exporter=None if remote is None else Exporter(engine, remote),
+            exporter=None if remote is None else Exporter(engine, writer, remote),
             tokens=TokenBook(engine),
         )
 
     def reload(self, configuration: Configuration) -> None:
         """Go on with another configuration, checked already; limits of the writer's queue stay until the next start."""
         self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
-        self.ingest.configure(configuration)
+        public_url = self.settings.public_url
+        self.ingest.configure(configuration, public_url)
+        self.stalls.configure(configuration, public_url)
+        self.untold.configure(configuration, public_url)
         self.notifier.configure(configuration.receivers, configuration.delivery)
 
     @contextmanager

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
+from gradwatch_server.addresses import check_address
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.exporter import RemoteWrite
@@ -66,9 +67,18 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Most parameters of all runs together; beyond it they are left out, and ``/metrics`` says how many."""
 
 
+class Project(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is different for one project."""
+
+    rules: dict[str, dict[str, Any]] = {}
+    """Thresholds by rule, over those of all projects."""
+
+
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of ``gradwatch.toml``."""
 
+    public_url: str | None = None
+    """Where people reach the page, such as ``https://gradwatch.example.org``; absent: where the server listens."""
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
     remote_write: RemoteWrite | None = None
@@ -80,8 +90,12 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Which alerts go where; without any, every alert goes to every receiver."""
     rules: dict[str, dict[str, Any]] = {}
     """Thresholds by rule; see docs/diagnosis.md."""
+    projects: dict[str, Project] = {}
+    """What is different for some projects, by their name."""
 
     def __post_init__(self) -> None:
+        if self.public_url is not None:
+            check_address("public_url", self.public_url)
         names = [receiver.name for receiver in self.receivers]
         for name in names:
             if names.count(name) > 1:
@@ -100,18 +114,28 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """
         try:
             configuration = msgspec.convert(_with_environment(msgspec.toml.decode(path.read_bytes())), cls)
-            configuration.thresholds()
+            configuration.check_rules()
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"{path}: {error}") from None
         return configuration
 
-    def thresholds(self) -> Thresholds:
-        """Return the thresholds of the rules with the file's changes.
+    def check_rules(self) -> None:
+        """Look at the thresholds of all projects.
 
         Raises:
             ValueError: a rule, a key or a value is not known; the text names it.
         """
-        return Thresholds.from_table(self.rules)
+        Thresholds.from_table(self.rules)
+        for name, project in self.projects.items():
+            try:
+                Thresholds.from_table(project.rules)
+            except ValueError as error:
+                raise ValueError(f"projects.{name}.{error}") from None
+
+    def thresholds(self, project: str) -> Thresholds:
+        """Return the thresholds of the rules for a project, with the file's changes; they have been checked."""
+        own = self.projects.get(project, Project()).rules
+        return Thresholds.from_table({rule: self.rules.get(rule, {}) | own.get(rule, {}) for rule in self.rules | own})
 
 
 def _with_environment(value: Any) -> Any:
@@ -138,6 +162,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def public_url(self) -> str:
-        """Where people reach the page; links in alerts begin with it."""
+        """Where people reach the page; links in alerts, metrics and answers to agents begin with it."""
+        return (self.configuration.public_url or self.address).rstrip("/")
+
+    @property
+    def address(self) -> str:
+        """Where the server listens."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"

@@ -65,8 +65,17 @@ def end(connection: sa.Connection, silence_id: str, now: float) -> None:
         raise Refused(404, "Unknown silence", f"no silence {silence_id!r} holds now: GET /api/v1/silences lists them")
 
 
-def muted(silences: Sequence[Silence], firing: Sequence[str], project: str, run: str, rule: str) -> str | None:
+def muted(
+    silences: Sequence[Silence],
+    firing: Sequence[str],
+    project: str,
+    run: str,
+    rule: str,
+    acknowledged_by: str | None = None,
+) -> str | None:
     """Return why an alert is not told; none: it is."""
+    if acknowledged_by is not None:
+        return f"acknowledged by {acknowledged_by}"
     inhibiting = INHIBITS.get(rule)
     if inhibiting in firing:
         return f"inhibited by {inhibiting}"

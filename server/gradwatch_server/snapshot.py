@@ -98,14 +98,14 @@ def load_active(connection: sa.Connection) -> list[dict[str, Any]]:
     return [run for run in load_runs(connection, None, None) if run["state"] != "finished"]
 
 
-def load_snapshots(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Snapshot]:
+def load_snapshots(connection: sa.Connection, run_ids: Sequence[str], layouts: "Layouts") -> dict[str, Snapshot]:
     """Return the latest samples of these runs; a run without samples is left out."""
-    layouts = _layouts(connection, run_ids)
+    known = layouts.load(connection, run_ids)
     found = {}
     for row in _latest(connection, run_ids):
         measured = {name: getattr(row, name) for name in _READ}
         statistics = {name: vector for name, vector in measured.items() if vector is not None}
-        layout, reading = layouts[row.run], Reading(step=row.step, at=row.at, statistics=statistics)
+        layout, reading = known[row.run], Reading(step=row.step, at=row.at, statistics=statistics)
         found[row.run] = Snapshot(layout, reading, reading.profile(layout))
     return found
 
@@ -120,7 +120,39 @@ def _latest(connection: sa.Connection, run_ids: Sequence[str]) -> Sequence[sa.Ro
     ).all()
 
 
-def _layouts(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Layout]:
+class Layouts:
+    """The layouts of the runs that were asked for last: a network's parameters are read once, not at every scrape."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str, Layout]] = {}
+
+    def load(self, connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Layout]:
+        """Return the layouts of these runs; those that gained a parameter or moved one are read anew."""
+        depths = _depths(connection, run_ids)
+        known = self._known
+        changed = [run_id for run_id in run_ids if run_id not in known or known[run_id][0] != depths.get(run_id, "")]
+        read = _read_layouts(connection, changed)
+        fresh = {run_id: (depths.get(run_id, ""), layout) for run_id, layout in read.items()}
+        self._known = {run_id: fresh.get(run_id) or known[run_id] for run_id in run_ids}
+        return {run_id: layout for run_id, (_, layout) in self._known.items()}
+
+
+def _depths(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, str]:
+    """Return the depths of each run's parameters: all that may change of a parameter once it is registered."""
+    table = schema.parameters
+    ordered = (
+        sa.select(table.c.run, sa.cast(table.c.depth, sa.Text).label("depth"))
+        .where(table.c.run.in_(run_ids))
+        .order_by(table.c.run, table.c.position)
+        .subquery()
+    )
+    listed = sa.select(ordered.c.run, sa.func.aggregate_strings(ordered.c.depth, " ")).group_by(ordered.c.run)
+    return {row[0]: row[1] for row in connection.execute(listed)}
+
+
+def _read_layouts(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Layout]:
+    if not run_ids:
+        return {}
     table = schema.parameters
     rows = connection.execute(
         sa.select(*table.c["run", "name", "depth", "trainable"], sa.cast(table.c.shape, sa.Text).label("written"))

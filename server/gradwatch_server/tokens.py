@@ -72,6 +72,11 @@ class TokenBook:
         """Whether ``check`` answers without reading the database."""
         return time.monotonic() < self._read_at + _REMEMBERED_SECONDS and self._read_at > 0.0
 
+    @property
+    def asked_for(self) -> bool:
+        """Whether requests have to show a token: one was made at some time."""
+        return bool(self._grants)
+
     def refresh(self) -> None:
         """Read the tokens anew."""
         table = schema.tokens
@@ -86,7 +91,7 @@ class TokenBook:
         Raises:
             Refused: 401 without a valid token, 403 where it does not allow this.
         """
-        if not self._grants:
+        if not self.asked_for:
             return EVERYTHING
         if token is None:
             raise Refused(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.agent import models
+from benchmarks.networks import NETWORKS, Network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -119,10 +119,10 @@ def test_nothing_in_the_hooks_waits_for_the_device(server: Server, loop: str) ->
     assert len(server.samples) == 4
 
 
-@pytest.mark.parametrize("name", models.SHAPES)
-def test_operators_grow_with_the_widths_not_with_the_parameters(name: str) -> None:
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.key)
+def test_operators_grow_with_the_widths_not_with_the_parameters(network: Network) -> None:
     """The layout for accelerators, where a launch is dear: at most 8 for each unit width and 20 more."""
-    shapes = models.SHAPES[name]()
+    shapes = network.shapes()
     tensors = [torch.zeros(1).expand(shape) for shape in shapes]
     specs = [spec_of(tensor, "rows") for tensor in tensors]
     widths = {spec.width for spec in specs}
@@ -135,7 +135,10 @@ def test_operators_grow_with_the_widths_not_with_the_parameters(name: str) -> No
             bound.run(tensors)
             bound.run(tensors)
         counts[form] = len(operators.names)
-    print(f"{name}: {len(shapes)} parameters, {len(widths)} widths, bar {8 * len(widths) + 20}, operators {counts}")
+    print(
+        f"{network.name}: {len(shapes)} parameters, {len(widths)} widths, "
+        f"bar {8 * len(widths) + 20}, operators {counts}"
+    )
     assert counts["accelerator"] <= 8 * len(widths) + 20
 
 

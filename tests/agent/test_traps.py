@@ -70,6 +70,23 @@ def test_update_norm_goes_round(server: Server) -> None:
     assert {name: max(values[name] for values in seen) for name in ("a", "b")} == {"a": 2.5, "b": 6.0}
 
 
+def test_update_norm_of_a_large_parameter_comes_now_and_then(server: Server) -> None:
+    model = nn.Linear(1024, 1024, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        for _ in range(8):
+            optimizer.zero_grad()
+            model(torch.ones(1, 1024)).sum().backward()
+            optimizer.step()
+    updates = {
+        step: server.values("update_norm", step)
+        for step in range(1, 9)
+        if "update_norm" in server.samples[step - 1].statistics
+    }
+    # A copy of 2^18 elements is allowed at each sample: 2^20 of them at every fourth.
+    assert updates == {4: {"weight": pytest.approx(512.0)}, 8: {"weight": pytest.approx(512.0)}}
+
+
 def test_clipping_by_norm_reports_before_and_after(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -193,6 +210,25 @@ def test_loss_scaling_with_clipping(server: Server, fused: bool) -> None:
         scaler.update()
     assert server.values("grad_norm") == pytest.approx({"a": 5.0, "b": 12.0})
     assert server.values("clipped_grad_norm") == pytest.approx({"a": 2.5, "b": 6.0})
+
+
+def test_the_loss_is_unscaled_however_it_was_scaled(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model, server, optimizer):
+        both = scaler.scale([model(GRAD_A, 1.0), model(GRAD_A, 2.0)])
+        torch.autograd.backward(both)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        first, second = scaler.scale(model(GRAD_A, 1.0)), scaler.scale(model(GRAD_A, 2.0))
+        second.backward()
+        first.backward()
+        scaler.step(optimizer)
+    with torch.no_grad():
+        expected = float(model(GRAD_A, 1.0) + model(GRAD_A, 2.0))
+    assert server.trail("loss") == pytest.approx({1: expected, 2: expected})
 
 
 def test_closures_are_measured_after_their_first_evaluation(server: Server) -> None:

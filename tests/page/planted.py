@@ -50,6 +50,7 @@ class Run:
     """Decades of the ratio from the last to the first parameter."""
     planted: bool = False
     seed: int = 0
+    attributes: dict[str, str] = field(default_factory=dict)
 
     def register(self, http: httpx.Client) -> str:
         """Make the run known and return its id."""
@@ -59,7 +60,7 @@ class Run:
             parameters=self.parameters,
             attempt=1,
             started_at=time.time() - 3600,
-            attributes={"host": "looking-glass", "optimizer": "SGD"},
+            attributes={"host": "looking-glass", "optimizer": "SGD"} | self.attributes,
         )
         answer = http.post("/api/v1/runs", content=wire.encode_json(registration), headers=_JSON)
         assert answer.status_code in (200, 201), answer.text
@@ -86,6 +87,18 @@ class Run:
             answer = http.post(f"/api/v1/runs/{run_id}/samples", content=wire.encode(batch), headers=_MESSAGEPACK)
             assert answer.status_code == 200, answer.text
 
+    def histograms(self, unit_ratio: NDArray[np.float32]) -> dict[str, list[float]]:
+        """Return the units by their ratio, each parameter's evenly spread over a decade below its largest."""
+        bins = wire.HISTOGRAM_EDGES.size + 1
+        found = np.zeros((3, bins))
+        for place, (parameter, largest) in enumerate(zip(self.parameters, unit_ratio.tolist(), strict=True)):
+            if largest == wire.MISSING or not np.isfinite(largest) or parameter.name == "head.weight":
+                continue
+            ratios = largest * 10.0 ** -np.linspace(0, 1, parameter.units)
+            places = np.searchsorted(wire.HISTOGRAM_EDGES, ratios, side="left")
+            found[3 * place // len(self.parameters)] += np.bincount(places, minlength=bins)
+        return dict(zip(wire.HISTOGRAMS, found.tolist(), strict=True))
+
     def loss(self, step: int) -> float:
         """Return the loss at a step: it falls, and turns NaN where a NaN is planted."""
         if self.planted and step >= NAN_STEP:
@@ -109,6 +122,7 @@ class Run:
         unit_ratio = np.where(measured, gradients / weights * 3.1, wire.MISSING).astype(np.float32)
         clip_norm = 0.3
         return wire.Sample(
+            histograms=self.histograms(unit_ratio),
             step=step,
             at=time.time(),
             statistics={

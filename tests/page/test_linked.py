@@ -4,9 +4,10 @@ import re
 
 from playwright.sync_api import Page, expect
 
+from gradwatch import wire
 from tests.page import planted, seen
 from tests.page.conftest import Filled, open_run
-from tests.processes import GradwatchServer
+from tests.processes import GradwatchServer, sample
 
 NAMES = [parameter.name for parameter in planted.residual_net()]
 
@@ -37,9 +38,9 @@ def test_strips_show_the_value_at_the_crosshair(page: Page, filled: Filled) -> N
     expect(page.locator("figure", has_text="Learning rate")).to_be_visible()
     expect(page.locator("figure", has_text="Agent overhead")).to_be_visible()
     hairs = page.locator(".hair:visible")
-    expect(hairs).to_have_count(4)
+    expect(hairs).to_have_count(5)
     map_x = seen.plot(page).x(planted.SPIKE_STEP + 0.5, 0, 600)
-    for index in range(4):
+    for index in range(5):
         box = hairs.nth(index).bounding_box()
         assert box is not None
         assert abs(box["x"] - map_x) < 2
@@ -117,15 +118,46 @@ def test_charts_are_there_as_a_table(page: Page, filled: Filled) -> None:
 
 
 def test_threshold_advice_follows_the_slider(page: Page, filled: Filled) -> None:
+    run = filled.runs["resnet-digits"]
+    told = filled.server.get(f"/api/v1/runs/{run}/clip-advice", points=500)
     open_run(page, filled.run("resnet-digits"))
     slider = page.get_by_label("Threshold", exact=True)
-    shares = []
+    rates = page.locator("figure", has_text="Share of units clipped")
+    advice = page.locator(".advice")
+    expect(slider).to_have_value(str(told["thresholds"].index(told["recommended"])))
+    expect(advice).to_contain_text(f"Recommended: {told['recommended']}. {told['reason']}")
 
-    for threshold in ("-2.6", "-1.7", "0"):
-        slider.fill(threshold)
-        shares.append(int(re.findall(r"clips (\d+)", slider.get_attribute("aria-valuetext") or "")[0]))
+    for index, threshold in enumerate(told["thresholds"]):
+        slider.fill(str(index))
+        share = told["shares"][index]
+        words = "under 1 %" if 0 < share < 0.01 else f"{share:.0%}".replace("%", " %")
+        expect(slider).to_have_attribute("aria-valuetext", f"{threshold} clips {words} of the units")
+        expect(rates).to_contain_text(f"at {threshold}")
+    slider.fill("0")
+    page.locator(".map .over").scroll_into_view_if_needed()
+    plot = seen.plot(page)
+    page.mouse.move(plot.x(told["steps"][250] + 0.5, 0, 600), plot.top + 40)
+    expect(rates.locator(".chart-values b")).to_have_text(f"{told['rates'][250][0]:.3g}")
 
-    assert shares[0] > shares[1] >= shares[2] == 0
+
+def test_the_threshold_in_force_is_drawn_beside_the_chosen_one(page: Page, server: GradwatchServer) -> None:
+    run = planted.Run("clipped", seed=9, attributes={"agc_clip": "0.03"})
+    run_id = run.register(server.http)
+    run.send(server.http, run_id, range(30))
+    open_run(page, f"{server.url}/runs/{run_id}")
+
+    expect(page.locator(".advice")).to_contain_text("In force: 0.03.")
+    expect(page.locator("figure", has_text="Share of units clipped")).to_contain_text("in force, 0.03")
+
+
+def test_a_run_without_histograms_has_no_advice(page: Page, server: GradwatchServer) -> None:
+    run = server.register(("a.weight", "b.weight"))
+    server.store(run, wire.Batch(id="1", samples=[sample(step, 1.0, 2.0) for step in range(8)]))
+    open_run(page, f"{server.url}/runs/{run}")
+    expect(page.locator(".parameters tbody tr")).to_have_count(2)
+
+    expect(page.locator(".advice")).to_be_hidden()
+    expect(page.locator("figure", has_text="Share of units clipped")).to_be_hidden()
 
 
 def test_the_map_grows_while_the_run_goes_on(page: Page, server: GradwatchServer) -> None:
@@ -141,3 +173,27 @@ def test_the_map_grows_while_the_run_goes_on(page: Page, server: GradwatchServer
     expect(page.locator(".facts").first).to_contain_text("step 99")
     drawn = seen.pixels(page, seen.plot(page))
     assert not seen.near(drawn[:, -30:], "#f0f3f7", most=4).any(), "the new half is drawn"
+
+
+def test_the_limit_of_a_rule_is_drawn_where_it_belongs(page: Page, filled: Filled) -> None:
+    (alert,) = filled.server.get(
+        "/api/v1/alerts", run=filled.runs["sigmoid-20-layers"], rule="vanishing", state="firing"
+    )
+    (limit,) = (each["limit"] for each in alert["parameters"] if each["name"] == "stem.weight")
+    elements = 32 * 3 * 3 * 3
+
+    open_run(page, filled.run("sigmoid-20-layers", "?parameter=stem.weight&statistic=grad_norm"))
+
+    told = page.locator(".trace .limit")
+    expect(told).to_contain_text("limit of vanishing: ")
+    shown = float(told.inner_text().rpartition(" ")[2])
+    assert abs(shown / (limit * elements**0.5) - 1) < 0.05, "per element there, of the whole norm here"
+    page.get_by_label("Statistic").select_option("ratio")
+    expect(told).to_have_text("")
+
+
+def test_one_parameter_is_one_parameter(page: Page, server: GradwatchServer) -> None:
+    run = server.register(("only.weight",))
+    page.goto(f"{server.url}/runs/{run}")
+
+    expect(page.locator(".facts").first).to_contain_text("1 parameterseen")

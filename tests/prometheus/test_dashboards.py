@@ -18,8 +18,8 @@ from dashboards.frame import TITLES
 
 from gradwatch import wire
 from gradwatch_server.database import migrate, open_engine
+from tests.postgres import postgres_database
 from tests.processes import ROOT, GradwatchServer, WebhookReceiver, sample
-from tests.prometheus.postgres import Postgres
 from tests.prometheus.programs import Prometheus, scraping, until
 
 Board = dict[str, Any]
@@ -171,13 +171,13 @@ def _train(server: GradwatchServer, first: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Seen]:
+def seen(tmp_path_factory: pytest.TempPathFactory, postgres: str) -> Iterator[_Seen]:
     folder = tmp_path_factory.mktemp("seen")
-    with Postgres(folder) as postgres, WebhookReceiver([500]) as receiver:
-        engine = open_engine(postgres.url)
+    with postgres_database(postgres) as url, WebhookReceiver([500]) as receiver:
+        engine = open_engine(url)
         migrate(engine)
         engine.dispose()
-        options = ["--database-url", postgres.url, "--webhook", receiver.url]
+        options = ["--database-url", url, "--webhook", receiver.url]
         with (
             GradwatchServer(folder / "gradwatch.db", *options) as server,
             Prometheus(folder / "prometheus", scraping(server.url)) as prometheus,
@@ -210,3 +210,33 @@ def test_a_query_of_something_unknown_returns_none(seen: _Seen) -> None:
 def test_rows_sort_by_depth(seen: _Seen) -> None:
     layers = [row[0] for row in seen.rows(STATEMENTS["gradwatch-run.json Depth profile"])]
     assert layers == ["000 · stem.weight", "001 · body.weight", "002 · head.weight"]
+
+
+def test_long_ranges_are_read_from_the_rollups_and_nothing_is_lost(postgres: str, tmp_path: Path) -> None:
+    with postgres_database(postgres) as url:
+        engine = open_engine(url)
+        migrate(engine)
+        with GradwatchServer(tmp_path / "gradwatch.db", "--database-url", url) as server:
+            run_id = server.register(["stem.weight", "head.weight"], id="run-long", project="vision", name="long")
+            every, spike, fault = 13, 13 * 700, 13 * 1200
+            for first in range(0, 3000, 1000):
+                steps = range(every * first, every * (first + 1000))
+                samples = [
+                    sample(step, 5e3 if step == spike else 0.1, math.nan if step == fault else 0.2)
+                    for step in steps[::every]
+                ]
+                trail = {"loss": wire.Trail(steps=list(steps), values=[abs(step - 5_000.0) for step in steps])}
+                server.store(run_id, wire.Batch(id=str(first), samples=samples, trail=trail)).raise_for_status()
+        seen = _Seen(run_id, engine, Prometheus(tmp_path))
+        with engine.begin() as connection:  # what was measured is gone: the roll-ups have to know
+            connection.exec_driver_sql("DELETE FROM samples WHERE level = 0 AND step BETWEEN 1000 AND 30000")
+        rows = seen.rows(STATEMENTS["gradwatch-run.json Layer by step"])
+        losses = seen.rows(STATEMENTS["gradwatch-run.json Loss by step"])
+        engine.dispose()
+    stem, head = ([row for row in rows if row[0] == layer] for layer in ("000 · stem.weight", "001 · head.weight"))
+    assert len(stem) == len(head) == 60
+    assert [row[1] for row in stem if row[2] > 1e3] == [max(row[1] for row in stem if row[1] <= spike)]
+    assert [row[1] for row in head if math.isnan(row[2])] == [max(row[1] for row in head if row[1] <= fault)]
+    assert 500 < len(losses) < 2_000
+    assert [row[0] for row in losses] == sorted({row[0] for row in losses})
+    assert (min(row[1] for row in losses), max(row[2] for row in losses)) == (0.0, 39_000 - 13 - 5_000.0)

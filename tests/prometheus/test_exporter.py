@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.timeseries import Series, encode
@@ -32,6 +33,14 @@ def _count(server: GradwatchServer, name: str) -> float:
     lines = scrape(server.http).splitlines()
     (value,) = (line.split()[1] for line in lines if line.startswith(f"gradwatch_remote_write_{name} "))
     return float(value)
+
+
+def _kept_step(server: GradwatchServer) -> int | None:
+    engine = sa.create_engine(f"sqlite:///{server.database}")
+    with engine.connect() as connection:
+        step = connection.execute(sa.text("SELECT max(step) FROM written")).scalar()
+    engine.dispose()
+    return None if step is None else int(step)
 
 
 @pytest.mark.parametrize("store", STORES, ids=lambda store: store.__name__)
@@ -96,6 +105,45 @@ def test_a_batch_that_the_store_fails_on_does_not_hold_up_the_next(tmp_path: Pat
         server.store(run_id, wire.Batch(id="2", samples=[_sample(2, time.time(), 1.0)])).raise_for_status()
         until(lambda: _count(server, "sent_samples_total") == 1, "the next sample sent")
         assert _count(server, "retries_total") == 2
+
+
+def test_after_a_restart_it_goes_on_where_it_was(tmp_path: Path) -> None:
+    with WebhookReceiver([204]) as store:
+        with _server(tmp_path, store.url.removesuffix("/hook")) as server:
+            run_id = server.register(["w"])
+            old = [_sample(step, time.time() - 7200, 1.0) for step in range(3)]
+            fresh = [_sample(step, time.time(), 1.0) for step in range(3, 8)]
+            server.store(run_id, wire.Batch(id="1", samples=old + fresh)).raise_for_status()
+            until(lambda: _count(server, "sent_samples_total") == 5, "what is in the backlog sent")
+            until(lambda: _kept_step(server) == 7, "the position kept")
+            server.kill()
+            server.start()
+            server.store(run_id, wire.Batch(id="2", samples=[_sample(8, time.time() - 7200, 1.0)])).raise_for_status()
+            until(lambda: _count(server, "sent_samples_total") == 1, "the next sample sent")
+            assert _count(server, "errors_total") == 0
+        assert len({body for _, body in store.requests}) == 2, "nothing was sent twice"
+
+
+def test_a_store_that_wants_other_credentials_sets_nothing_aside(tmp_path: Path) -> None:
+    with WebhookReceiver([401, 403, 404, 204]) as store, _server(tmp_path, store.url.removesuffix("/hook")) as server:
+        run_id = server.register(["w"])
+        server.store(run_id, wire.Batch(id="1", samples=[_sample(1, time.time(), 1.0)])).raise_for_status()
+        until(lambda: _count(server, "sent_samples_total") == 1, "the sample sent")
+        assert _count(server, "set_aside_samples_total") == 0
+
+
+def test_an_error_that_nobody_foresaw_does_not_end_it(tmp_path: Path) -> None:
+    with WebhookReceiver([204]) as store, _server(tmp_path, store.url.removesuffix("/hook")) as server:
+        engine = sa.create_engine(f"sqlite:///{server.database}")
+        with engine.begin() as connection:
+            connection.execute(sa.text("ALTER TABLE written RENAME TO away"))
+        until(lambda: _count(server, "errors_total") >= 1, "an error counted")
+        with engine.begin() as connection:
+            connection.execute(sa.text("ALTER TABLE away RENAME TO written"))
+        engine.dispose()
+        run_id = server.register(["w"])
+        server.store(run_id, wire.Batch(id="1", samples=[_sample(1, time.time(), 1.0)])).raise_for_status()
+        until(lambda: _count(server, "sent_samples_total") == 1, "the sample sent")
 
 
 def test_the_encoding_byte_by_byte() -> None:

@@ -217,3 +217,22 @@ def test_wrong_settings_are_refused_by_name(tmp_path: Path) -> None:
     file.write_text('[metrics]\nparameters = "most"\n')
     with pytest.raises(ConfigurationError, match=r"'most'.*metrics\.parameters"):
         Configuration.load(file)
+
+
+def test_a_run_that_moves_or_gains_a_parameter_is_told_as_it_is_now(shared_server: GradwatchServer) -> None:
+    run_id = _stored(shared_server, sample(1, 0.1, 0.2, 0.3))
+    assert _depth(shared_server, run_id) == {"stem.weight": "000", "block.weight": "001", "head.weight": "002"}
+    moved = [wire.Parameter(name, [4, 4], units=4, depth=depth) for name, depth in zip(NAMES, (2, 0, 1), strict=True)]
+    shared_server.post("/api/v1/runs", wire.Registration(id=run_id, parameters=moved)).raise_for_status()
+    assert _depth(shared_server, run_id) == {"stem.weight": "002", "block.weight": "000", "head.weight": "001"}
+    gained = [*moved, wire.Parameter("adapter.weight", [4, 4], units=4, depth=3)]
+    shared_server.post("/api/v1/runs", wire.Registration(id=run_id, parameters=gained)).raise_for_status()
+    later = wire.Batch(id="2", attempt=1, samples=[sample(2, 0.1, 0.2, 0.3, 0.4)])
+    shared_server.store(run_id, later).raise_for_status()
+    assert _depth(shared_server, run_id)["adapter.weight"] == "003"
+
+
+def _depth(server: GradwatchServer, run_id: str) -> dict[str, str]:
+    lines = [line for line in scrape(server.http).splitlines() if line.startswith("gradwatch_parameter_grad_norm{")]
+    labels = [dict(re.findall(r'(\w+)="([^"]*)"', line)) for line in lines if f'run="{run_id}"' in line]
+    return {each["parameter"]: each["depth"] for each in labels}

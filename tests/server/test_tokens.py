@@ -40,7 +40,6 @@ def test_each_scope_allows_its_own_and_no_more(tmp_path: Path) -> None:
             ("POST", "/api/v1/runs/run1/samples", batch): "ingest",
             ("GET", "/api/v1/runs/run1", b""): "read",
             ("GET", "/metrics", b""): "read",
-            ("GET", "/", b""): "read",
         }
         for (method, path, content), scope in asked.items():
             assert status(server, method, path, None, content=content) == 401
@@ -48,8 +47,9 @@ def test_each_scope_allows_its_own_and_no_more(tmp_path: Path) -> None:
             for held, shown in tokens.items():
                 found = status(server, method, path, shown, content=content)
                 assert found in ((200, 201) if held in (scope, "admin") else (403,)), (method, path, held)
-        assert server.http.get("/", auth=("any", tokens["read"])).status_code == 200
-        assert server.http.get("/").headers["www-authenticate"].startswith("Basic")
+        assert server.http.get("/metrics", auth=("any", tokens["read"])).status_code == 200
+        assert server.http.get("/metrics").headers["www-authenticate"] == 'Bearer realm="gradwatch"'
+        assert server.http.get("/").status_code == 200, "the page holds no data and asks for the token itself"
         assert server.http.get("/healthz").status_code == 200
 
 

@@ -1,10 +1,11 @@
-"""Who may call what: the token of a request is checked before its body is read."""
+"""Who may call what: the origin and the token of a request are checked before its body is read."""
 
 import asyncio
 import base64
 import binascii
 import time
 from typing import cast
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from fastapi import Request
@@ -14,8 +15,13 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
 from gradwatch_server.tokens import Grant, Scope
 
-_OPEN = ("/healthz", "/readyz", "/page/")
+COOKIE = "gradwatch_token"
+VIEWS = ("/", "/runs/{run_id}", "/alerts", "/server")
+"""Addresses of the page. It holds no data: what it shows, it asks the API for, with the token of its login."""
+
+_OPEN = ("/healthz", "/readyz", "/page/", "/api/v1/session")
 _INGEST = "/api/v1/runs"
+_SAFE = ("GET", "HEAD", "OPTIONS")
 
 
 def needed_scope(method: str, path: str) -> Scope:
@@ -25,9 +31,15 @@ def needed_scope(method: str, path: str) -> Scope:
     return "ingest" if method == "POST" and (path == _INGEST or path.endswith("/samples")) else "admin"
 
 
-def presented(authorization: str | None) -> str | None:
-    """Return the token of an Authorization header: a bearer's, or the password that a browser asks for."""
-    kind, _, value = (authorization or "").partition(" ")
+def shown(request: Request) -> str | None:
+    """Return the token of a request: of its Authorization header, or else of the page's cookie."""
+    authorization = request.headers.get("authorization")
+    return request.cookies.get(COOKIE) if authorization is None else _presented(authorization)
+
+
+def _presented(authorization: str) -> str | None:
+    """Return the token of an Authorization header: a bearer's, or a password as `curl -u` and Prometheus send it."""
+    kind, _, value = authorization.partition(" ")
     if kind.lower() == "bearer":
         return value.strip()
     if kind.lower() == "basic":
@@ -38,40 +50,99 @@ def presented(authorization: str | None) -> str | None:
     return None
 
 
+def encrypted(request: Request) -> bool:
+    """Return whether people reach this server over https."""
+    services = cast("Services", request.app.state.services)
+    return request.url.scheme == "https" or services.settings.public_url.startswith("https:")
+
+
+async def refresh(request: Request) -> None:
+    """Have the tokens of the database at hand."""
+    tokens = cast("Services", request.app.state.services).tokens
+    if not tokens.fresh:
+        await asyncio.to_thread(tokens.refresh)
+
+
 async def check(request: Request) -> None:
     """Let a request pass, or refuse it.
 
     Raises:
-        Refused: 401 without a valid token, 403 where it does not allow this.
+        Refused: 401 without a valid token, 403 where it does not allow this or another site's page asks for it.
     """
     path = request.url.path
-    if path.startswith(_OPEN):
+    _check_origin(request)
+    if path.startswith(_OPEN) or _is_view(request.method, path):
         return
+    await refresh(request)
     services = cast("Services", request.app.state.services)
-    if not services.tokens.fresh:
-        await asyncio.to_thread(services.tokens.refresh)
-    token = presented(request.headers.get("authorization"))
-    grant = services.tokens.check(token, needed_scope(request.method, path), time.time())
+    grant = services.tokens.check(shown(request), needed_scope(request.method, path), time.time())
     request.state.grant = grant
     if grant.project is not None and path.startswith(("/api/", "/metrics")):
         await asyncio.to_thread(_check_project, services, grant, request)
 
 
+def _is_view(method: str, path: str) -> bool:
+    if method not in ("GET", "HEAD"):
+        return False
+    return path in VIEWS or (path.startswith("/runs/") and path.count("/") == 2)
+
+
+def _check_origin(request: Request) -> None:
+    """Refuse to change anything for another site's page: a browser tells where the page that asks comes from.
+
+    A cookie goes with a request that the page of this server did not make only where a browser ignores SameSite; such
+    a request has to name its origin. Where no token is asked for, any site could reach a server on the same machine.
+    """
+    if request.method in _SAFE:
+        return
+    origin = request.headers.get("origin")
+    if origin is None:
+        by_cookie = "authorization" not in request.headers and COOKIE in request.cookies
+        allowed = not by_cookie or request.headers.get("sec-fetch-site") == "same-origin"
+    else:
+        services = cast("Services", request.app.state.services)
+        here = (request.headers.get("host", ""), urlsplit(services.settings.public_url).netloc)
+        allowed = urlsplit(origin).netloc in here and origin.startswith(("http://", "https://"))
+    if not allowed:
+        detail = f"origin {origin!r} may change nothing here: send the request from this server's page, or without one"
+        raise Refused(403, "Another origin", detail)
+
+
 def _check_project(services: Services, grant: Grant, request: Request) -> None:
     """Refuse what is of another project, or of all of them."""
-    parts = request.url.path.split("/")
-    if parts[3:4] == ["runs"] and len(parts) > 4:
-        with services.engine.connect() as connection:
-            found = sa.select(schema.runs.c.project).where(schema.runs.c.id == parts[4])
-            project = connection.execute(found).scalar()
-        if project not in (None, grant.project):
-            raise Refused(403, "Another project", f"the token is for project {grant.project!r}, the run is of another")
-    elif request.method != "POST" and request.query_params.get("project") != grant.project:
-        raise Refused(403, "Every project", f"the token is for one project: add project={grant.project}")
+    path, here = request.url.path.strip("/").split("/")[2:], request.query_params.get("project")
+    match path:
+        case ["runs" | "silences"] if request.method == "POST":
+            return  # the document names the project: its route calls check_named_project
+        case ["runs" | "alerts" | "stream"]:
+            if here == grant.project:
+                return
+            raise Refused(403, "Every project", f"the token is for one project: add project={grant.project}")
+        case ["runs" | "alerts" | "deliveries" as kind, identity, *_]:
+            with services.engine.connect() as connection:
+                project = connection.execute(_projects[kind], {"id": identity}).scalar()
+            if project in (None, grant.project):
+                return
+            raise Refused(403, "Another project", f"the token is for project {grant.project!r}, this is of another")
+        case _:
+            raise Refused(
+                403, "Every project", f"the token is for project {grant.project!r}, this takes one for every project"
+            )
 
 
-def check_registration(request: Request, project: str) -> None:
-    """Refuse to register a run in a project that the token is not for."""
+def check_named_project(request: Request, project: str) -> None:
+    """Refuse a document that names a project which the token is not for."""
     grant = cast("Grant", request.state.grant)
     if grant.project not in (None, project):
         raise Refused(403, "Another project", f"the token is for project {grant.project!r}, not for {project!r}")
+
+
+_run_project = sa.select(schema.runs.c.project)
+_alert_project = _run_project.join(schema.alerts, schema.alerts.c.run == schema.runs.c.id)
+_projects = {
+    "runs": _run_project.where(schema.runs.c.id == sa.bindparam("id")),
+    "alerts": _alert_project.where(schema.alerts.c.id == sa.bindparam("id")),
+    "deliveries": _alert_project.join(schema.deliveries, schema.deliveries.c.alert == schema.alerts.c.id).where(
+        schema.deliveries.c.id == sa.bindparam("id")
+    ),
+}

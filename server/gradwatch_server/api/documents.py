@@ -118,6 +118,31 @@ class Latest(BaseModel):
     scalars: dict[str, Number]
 
 
+class Thirds(BaseModel):
+    """The same by thirds of the depth, from the input."""
+
+    first: list[float]
+    middle: list[float]
+    last: list[float]
+
+
+class ClipAdvice(BaseModel):
+    """What adaptive clipping would have done at several thresholds, had it been on."""
+
+    run: str
+    from_step: int | None
+    to_step: int | None
+    samples: int = Field(description="samples that were looked at, spread over the range")
+    thresholds: list[float]
+    shares: list[float] = Field(description="share of units over all samples that each threshold would have clipped")
+    thirds: Thirds
+    steps: list[int]
+    rates: list[list[float]] = Field(description="share of units at each step, one for each threshold")
+    clip: float | None = Field(description="threshold in force; null: nothing is clipped adaptively")
+    recommended: float | None
+    reason: str
+
+
 class Map(BaseModel):
     """One statistic of all parameters: rows are buckets of samples, columns are parameters in the order of depth."""
 
@@ -155,7 +180,9 @@ class Alert(BaseModel):
     fired_at: float | None
     resolved_at: float | None
     resolution: str | None = Field(description="why it ended")
-    muted: str | None = Field(description="why nobody was told: a silence or another rule; null: it was told")
+    muted: str | None = Field(
+        description="why it, or its escalation, was not told: a silence, another rule, an acknowledgement; null: told"
+    )
     flaps: int = Field(description="times it came back within 10 minutes of having resolved")
     acknowledged_at: float | None = Field(description="Unix seconds")
     acknowledged_by: str | None

@@ -42,7 +42,7 @@ async def register_run(request: Request) -> Response:
     services = _services(request)
     with services.share() as share:
         registration = await body.read(request, wire.Registration, services.settings.configuration.limits, share)
-        access.check_registration(request, registration.project)
+        access.check_named_project(request, registration.project)
         run_id = secrets.token_hex(8) if registration.id is None else registration.id
         work = partial(services.ingest.register, run_id=run_id, registration=registration)
         registered = await asyncio.wrap_future(services.writer.submit(work, run_id))

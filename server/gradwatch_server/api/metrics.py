@@ -17,7 +17,7 @@ def show_metrics(request: Request) -> Response:
     """Expose what Prometheus scrapes: active runs from their latest samples, alerts, deliveries, the server itself."""
     services = cast("Services", request.app.state.services)
     registry = CollectorRegistry()
-    registry.register(RunCollector(services.engine, services.settings.configuration.metrics))
+    registry.register(RunCollector(services))
     registry.register(ServerCollector(services))
     ProcessCollector(registry=registry)
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

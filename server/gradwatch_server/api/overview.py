@@ -32,6 +32,7 @@ class ReceiverHealth(BaseModel):
     last_delivered_at: float | None
     last_error: str | None = Field(description="of the last failed attempt within a day")
     last_error_at: float | None
+    disabled: str | None = Field(description="why nothing is sent there; null: it is in use")
 
 
 class Overview(BaseModel):
@@ -108,6 +109,8 @@ def _receivers(connection: sa.Connection, configured: list[Receiver]) -> list[di
     for name, error, at in failed:
         if health[name]["last_error"] is None:
             health[name] |= {"last_error": error, "last_error_at": at}
+    for row in connection.execute(sa.select(schema.disabled_receivers)):
+        health.setdefault(row.name, _unused(row.name, known.get(row.name)))["disabled"] = row.reason
     return list(health.values())
 
 
@@ -123,4 +126,5 @@ def _unused(name: str, receiver: Receiver | None) -> dict[str, Any]:
         "last_delivered_at": None,
         "last_error": None,
         "last_error_at": None,
+        "disabled": None,
     }

@@ -34,10 +34,10 @@ def answer(status: int, title: str, detail: str, retry_after_seconds: int | None
 
 
 def refuse(error: Refused) -> Response:
-    """Return the problem document of a refusal; a browser asks for the token as a password."""
+    """Return the problem document of a refusal; it never asks for ``Basic``: a browser would open a window for that."""
     made = answer(error.status, error.title, error.detail, error.retry_after_seconds)
     if error.status == 401:
-        made.headers["WWW-Authenticate"] = 'Basic realm="gradwatch: a token as the password", charset="UTF-8"'
+        made.headers["WWW-Authenticate"] = 'Bearer realm="gradwatch"'
     return made
 
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch import wire
 from gradwatch_server import queries
+from gradwatch_server.advice import THRESHOLDS, advise, threshold_in_force
 from gradwatch_server.api import documents
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
@@ -171,6 +172,35 @@ def show_latest(connection: Reader, run_id: RunId) -> Response:
         "scalars": newest.scalars,
     }
     return Response(msgspec.json.encode(content), media_type=wire.JSON_TYPE)
+
+
+@router.get("/runs/{id}/clip-advice", response_model=documents.ClipAdvice, responses=problems(401, 403, 404, 422))
+def show_clip_advice(
+    connection: Reader,
+    run_id: RunId,
+    from_step: Step = None,
+    to_step: Step = None,
+    points: Annotated[int, Query(ge=1, le=10_000)] = 500,
+) -> Any:
+    """What adaptive clipping would have done at several thresholds, and which one is recommended."""
+    run = load_run(connection, run_id)
+    steps, histograms = queries.read_histograms(connection, run_id, from_step, to_step, points)
+    found = advise(steps, histograms)
+    first, middle, last = found.thirds.tolist()
+    return {
+        "run": run_id,
+        "from_step": steps[0] if steps else None,
+        "to_step": steps[-1] if steps else None,
+        "samples": len(steps),
+        "thresholds": list(THRESHOLDS),
+        "shares": found.shares.tolist(),
+        "thirds": {"first": first, "middle": middle, "last": last},
+        "steps": steps,
+        "rates": found.rates.tolist(),
+        "clip": threshold_in_force(run["attributes"]),
+        "recommended": found.recommended,
+        "reason": found.reason,
+    }
 
 
 @router.delete("/runs/{id}", status_code=204, responses=problems(401, 403, 404, 422, 503))

@@ -6,14 +6,13 @@ widths, learning rates and loss scales. docs/diagnosis.md says what each thresho
 
 import numpy as np
 
-from gradwatch_server.diagnosis import dead, exploding, nonfinite, throttled, vanishing
+from gradwatch_server.diagnosis import dead, exploding, nonfinite, stalled, throttled, vanishing
 from gradwatch_server.diagnosis.finding import Blame, Finding
 from gradwatch_server.diagnosis.memory import Memory, quiet_times
 from gradwatch_server.diagnosis.reading import Layout, Reading
-from gradwatch_server.diagnosis.stalled import stalled
 from gradwatch_server.diagnosis.thresholds import Thresholds
 
-__all__ = ["RULES", "Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine", "stalled"]
+__all__ = ["RULES", "Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine", "nonfinite", "stalled"]
 
 RULES = ("nonfinite", "exploding", "vanishing", "dead", "throttled")
 """The rules that blame parameters."""

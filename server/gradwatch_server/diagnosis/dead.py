@@ -4,7 +4,17 @@ import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
 from gradwatch_server.diagnosis.memory import IDLE_SHARE, Counts, Memory, QuietTimes
-from gradwatch_server.diagnosis.reading import TINY, Flags, Indices, Layout, Profile, Reading, median
+from gradwatch_server.diagnosis.reading import (
+    TINY,
+    Flags,
+    Indices,
+    Layout,
+    Profile,
+    Reading,
+    any_of,
+    largest_of,
+    median,
+)
 from gradwatch_server.diagnosis.thresholds import Dead
 
 _FADED_DECADES = 2.5
@@ -25,8 +35,9 @@ def find(
     quiet, longest, idle = times
     candidates = layout.trainable & (layout.elements > 0) & ~alive
     if candidates.any():
-        candidates &= ~_follows(layout, alive)
-    patience = limits.patience * longest
+        candidates &= ~_follows(layout, alive) & ~any_of(layout.choice, alive)
+    rhythm = np.max([longest, *(largest_of(sets, longest) for sets in layout.peers)], axis=0)
+    patience = limits.patience * rhythm
     cut = candidates & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present
     if cut.any():
         cut &= _cut_off(layout, profile, alive)
@@ -41,7 +52,8 @@ def find(
     parameters, left_out = blame(layout.names, worst, values, float(quiet[chosen].min() or limits.idle_samples))
     missing = bool((dead & ~profile.present).any())
     matrices = layout.matrix & layout.trainable
-    grave = (missing or bool(cut.any())) and float((dead & matrices).sum()) >= _GRAVE_SHARE * float(matrices.sum())
+    steady = dead & (rhythm == 0)  # what comes and goes may be out of use, which is no catastrophe
+    grave = (missing or bool(cut.any())) and float((steady & matrices).sum()) >= _GRAVE_SHARE * float(matrices.sum())
     return Finding(
         rule="dead",
         severity=limits.severity(critical=grave),

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch_server.diagnosis.finding import Finding
-from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading, median
+from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading, any_of, median
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
 
 HISTORY_SAMPLES = 64
@@ -116,14 +116,17 @@ class Memory:
     """Samples in a row at which nearly everything was clipped."""
     unclipped_samples: int = 0
     """Samples in a row at which clipping was on and did nothing."""
-    origin: tuple[int, ...] = ()
-    """Indices of the parameters that went bad first, in order of blame, while anything is not finite."""
     since: tuple[tuple[str, int], ...] = ()
     """The step at which each rule that holds began to hold."""
 
     def began(self, rule: str, step: int) -> int:
         """Return the step at which a rule began to hold that holds at ``step``."""
         return dict(self.since).get(rule, step)
+
+    @property
+    def every_steps(self) -> int:
+        """Steps between the last two samples; 1 where there were none."""
+        return self.growths[-1][0] - self.growths[-2][0] if len(self.growths) > 1 else 1
 
     @cached_property
     def usual_log_gradient(self) -> float:
@@ -186,7 +189,6 @@ class Memory:
             first_weights=np.where(np.isnan(first), profile.weight, first),
             weights=profile.weight,
             log_usual=_smoothed(self.log_usual, profile),
-            origin=self._origin(layout, findings),
             since=tuple((finding.rule, self.began(finding.rule, reading.step)) for finding in findings),
         )
 
@@ -194,23 +196,21 @@ class Memory:
         size = len(layout.names)
         quiet, longest, idle = times
         ever = grown(self.ever, size, False)
-        share = reading.vector("clipped_unit_share", size)[profile.matrices]
+        shares = reading.vector("clipped_unit_share", size)
+        all_shares, matrices = shares[shares >= 0.0], shares[profile.matrices]
+        matrices = matrices[matrices >= 0.0]
+        if matrices.size > 1 and matrices[-1] == 0.0:
+            matrices = matrices[:-1]  # the classifier, which adaptive clipping leaves alone
+        decided = bool(matrices.size) and median(matrices) >= CLIPPED_SHARE
+        idle_clip = bool(all_shares.size) and float(all_shares.max()) == 0.0
         return {
             "quiet": quiet,
             "longest_quiet": longest,
             "ever": ever | (profile.present & (profile.gradient != 0.0)),
             "idle": idle,
-            "clipped_samples": self.clipped_samples + 1 if share.size and median(share) >= 0.95 else 0,
-            "unclipped_samples": self.unclipped_samples + 1 if share.size and (share == 0.0).all() else 0,
+            "clipped_samples": self.clipped_samples + 1 if decided else 0,
+            "unclipped_samples": self.unclipped_samples + 1 if idle_clip else 0,
         }
-
-    def _origin(self, layout: Layout, findings: Sequence[Finding]) -> tuple[int, ...]:
-        """Keep who went bad first: one step later everything is."""
-        for finding in findings:
-            if finding.rule == "nonfinite":
-                index = {name: position for position, name in enumerate(layout.names)}
-                return tuple(index[blamed.name] for blamed in finding.parameters)
-        return ()
 
     def to_bytes(self) -> bytes:
         """Return the memory as bytes that ``from_bytes`` reads."""
@@ -270,7 +270,8 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     """Return the times of each parameter, this sample included.
 
     A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this
-    sample but whose weight changed since the last: it steps, only not at the sampled steps.
+    sample but whose weight changed since the last, or whose weight grew between samples that lie apart (momentum runs
+    out and weight decay shrinks): its module steps, only not at the sampled steps.
     """
     size = len(layout.names)
     quiet, longest = memory.counts("quiet", size), memory.counts("longest_quiet", size)
@@ -279,8 +280,10 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     if not alive.any():
         return QuietTimes(quiet, longest, idle)
     before = grown(memory.weights, size, np.nan)
-    steps = ~profile.present & (np.abs(profile.weight - before) > 1e-6 * before)
-    loud = alive | steps
+    apart = memory.samples > 0 and bool(memory.growths) and reading.step - memory.growths[-1][0] > 1
+    change = profile.weight - before
+    steps = np.where(profile.present & ~apart, False, np.where(profile.present, change, np.abs(change)) > 1e-6 * before)
+    loud = alive | any_of(layout.owners, steps)
     longest = np.where(loud, np.maximum(longest, quiet), longest)
     quiet = np.where(loud, 0, quiet + 1)
     share = reading.vector("zero_unit_share", size)
@@ -288,6 +291,8 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     return QuietTimes(quiet, longest, idle)
 
 
+CLIPPED_SHARE = 0.95
+"""Share of a matrix's units that are clipped from which the threshold, not the gradient, decides its step."""
 IDLE_SHARE = 0.95
 """Share of a parameter's units without a gradient from which it counts as idle."""
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
 from gradwatch_server.diagnosis.memory import Memory
-from gradwatch_server.diagnosis.reading import TINY, Floats, Indices, Layout, Profile, Reading, median
+from gradwatch_server.diagnosis.reading import TINY, Indices, Layout, Profile, Reading, median, rank_correlation
 from gradwatch_server.diagnosis.thresholds import Vanishing
 
 _LEARNED = 0.9
@@ -96,7 +96,7 @@ def fade(profile: Profile, members: Indices, limits: Vanishing, *, stuck: bool =
         if not decades > 0.0 or decades < min(limits.attenuation_decades, limits.stuck_decades):
             return none
         measures.append(logs)
-    order = min(map(_rank_correlation, measures))
+    order = min(map(rank_correlation, measures))
     mild = stuck and decades >= limits.stuck_decades and order >= limits.stuck_order
     if not mild and (decades < limits.attenuation_decades or order < limits.order):
         return none
@@ -106,14 +106,6 @@ def fade(profile: Profile, members: Indices, limits: Vanishing, *, stuck: bool =
     abrupt = bool(steps.max() > _ABRUPT_SHARE * decades)
     starved = members[logs < median(logs[-third:]) - min(decades, limits.attenuation_decades)]
     return Fading(decades, slope, starved, abrupt, mild=decades < limits.attenuation_decades)
-
-
-def _rank_correlation(values: Floats) -> float:
-    """Return Spearman's rank correlation of values with their position; 0 where all are equal."""
-    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable").astype(np.float64)
-    if np.ptp(values) == 0.0:
-        return 0.0
-    return float(np.corrcoef(np.arange(len(values)), ranks)[0, 1])
 
 
 def _fading(

@@ -1,5 +1,6 @@
 // Alerts: of all runs, or beside one run's map.
 
+import { silenceList } from "./acting.js";
 import * as api from "./api.js";
 import { el, fill } from "./dom.js";
 import { ago, count, measured, moment } from "./format.js";
@@ -20,18 +21,25 @@ export function sorted(alerts) {
 export async function alertsView(main, live) {
   document.title = "Alerts · gradwatch";
   const list = el("ul", { class: "alerts wide" });
+  const held = el("section", { class: "card pad", hidden: true });
   const none = el("p", { class: "empty" }, "Nothing is wrong, and nothing was.");
+  let shownSilences = "";
+  /** @returns {Promise<void>} */
   const load = async () => {
-    const [alerts, runs] = await Promise.all([api.alerts({}), api.runs()]);
+    const [alerts, runs, silences] = await Promise.all([api.alerts({}), api.runs(), api.silences()]);
     const names = new Map(runs.map((run) => [run.id, `${run.project} / ${run.name}`]));
     fill(
       list,
       sorted(alerts).map((alert) => item(alert, names.get(alert.run) ?? alert.run)),
     );
     none.hidden = alerts.length > 0;
+    held.hidden = silences.length === 0;
+    const key = JSON.stringify(silences);
+    if (key !== shownSilences) fill(held, el("h2", null, "Silences"), silenceList(silences, load, names));
+    shownSilences = key;
   };
   await load();
-  fill(main, el("div", { class: "head" }, el("h1", null, "Alerts")), list, none);
+  fill(main, el("div", { class: "head" }, el("h1", null, "Alerts")), held, list, none);
   return { close: kept(live, load) };
 }
 
@@ -57,6 +65,8 @@ export function item(alert, run, current = false) {
         { class: "row" },
         el("span", { class: `chip ${over ? "" : alert.severity}` }, alert.rule),
         el("span", { class: "soft" }, `${heldToTheEnd(alert) ? "held to the end" : alert.state} · ${steps}`),
+        alert.muted !== null && el("span", { class: "chip" }, "not told"),
+        alert.acknowledged_by !== null && el("span", { class: "soft" }, `acknowledged by ${alert.acknowledged_by}`),
         el("time", { class: "soft", title: moment(alert.first_at) }, ago(alert.first_at)),
       ),
       el("span", { class: "summary" }, alert.summary),
@@ -73,7 +83,7 @@ export function blamed(alert, choose) {
       null,
       el("th", { scope: "row" }, el("button", { class: "plain mono", onclick: () => choose(each.name) }, each.name)),
       el("td", null, measured(each.value)),
-      el("td", null, measured(each.limit)),
+      el("td", null, each.limit === "Infinity" ? "finite" : measured(each.limit)),
     ),
   );
   const more = alert.parameters_left_out

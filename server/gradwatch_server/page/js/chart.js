@@ -14,7 +14,7 @@ import { steer } from "./steer.js";
 const HEIGHT = 92;
 
 export class Chart {
-  /** @param {import("./view.js").View} view @param {string} title @param {{log?: boolean, height?: number}} [kind] */
+  /** @param {import("./view.js").View} view @param {string} title @param {{log?: boolean, height?: number, labelled?: boolean}} [kind] */
   constructor(view, title, kind = {}) {
     this.view = view;
     this.title = title;
@@ -185,7 +185,7 @@ export class Chart {
           "span",
           null,
           el("i", { class: `dot ${line.colour}` }),
-          this.lines.length > 1 && `${line.label} `,
+          (this.lines.length > 1 || this.kind.labelled) && `${line.label} `,
           el("b", null, valueAt(line.series, at)),
         ),
       ),

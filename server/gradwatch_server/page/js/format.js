@@ -7,6 +7,9 @@ export function count(value) {
   return value === null || value === undefined ? "–" : counts.format(value);
 }
 
+/** So many of something. @param {number} number @param {string} one */
+export const many = (number, one) => `${count(number)} ${one}${number === 1 ? "" : "s"}`;
+
 /** A measured value in three digits; spelled ones stay as they are. @param {number | string | null | undefined} value */
 export function measured(value) {
   if (value === null || value === undefined) return "missing";

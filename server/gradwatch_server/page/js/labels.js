@@ -54,7 +54,7 @@ export function drawLabels(context, names, top, rowHeight, place, theme) {
     context.strokeStyle = theme.line;
     if (group.past - group.first > 1)
       bracket(context, place.left - 5, top + group.first * rowHeight, top + group.past * rowHeight);
-    if (y - free < LINE - 1) continue;
+    if (y - free < LINE) continue;
     const chosen = place.chosen >= group.first && place.chosen < group.past;
     context.fillStyle = chosen ? theme.ink : theme.soft;
     context.fillText(shortened(context, group.text, place.left - 12), place.left - 9, y);

@@ -1,5 +1,7 @@
 // Live: the server tells which runs have changed. A lost connection says so, tries again and catches up.
 
+import { LOCKED, streamAddress } from "./api.js";
+
 const BACK_OFF_MS = [500, 1000, 2000, 5000];
 
 /** Fires "runs" (detail: Change[]) for changes and "again" after a connection was lost and came back. */
@@ -13,17 +15,30 @@ export class Live extends EventTarget {
     this.source = null;
     this.timer = 0;
     this.lost = false;
+    this.stopped = true;
     // A hidden tab gives its connection back: browsers allow a server only six of them.
     document.addEventListener("visibilitychange", () => (document.hidden ? this.rest() : this.open()));
     addEventListener("pagehide", () => this.rest());
     addEventListener("pageshow", (event) => event.persisted && this.open());
+  }
+
+  start() {
+    this.stopped = false;
     this.open();
   }
 
+  /** Listen no more until it is started again. */
+  stop() {
+    this.stopped = true;
+    this.rest();
+    delete this.sign.dataset.state;
+    this.sign.textContent = "";
+  }
+
   open() {
-    if (this.source || document.hidden) return;
+    if (this.stopped || this.source || document.hidden) return;
     clearTimeout(this.timer);
-    const source = new EventSource("/api/v1/stream");
+    const source = new EventSource(streamAddress());
     this.source = source;
     source.addEventListener("open", () => this.opened());
     source.addEventListener("runs", (event) => {
@@ -41,6 +56,7 @@ export class Live extends EventTarget {
 
   /** @param {EventSource} source */
   failed(source) {
+    if (source.readyState === EventSource.CLOSED) dispatchEvent(new Event(LOCKED)); // refused, not cut off
     source.close();
     if (this.source !== source) return;
     this.source = null;

@@ -6,6 +6,7 @@ import * as api from "./api.js";
 import { compared, compareView } from "./compare.js";
 import { el, fill } from "./dom.js";
 import { Live } from "./live.js";
+import { loginView, logOutButton } from "./login.js";
 import { runView } from "./run.js";
 import { runsView } from "./runs.js";
 import { serverView } from "./server.js";
@@ -14,6 +15,11 @@ import { serverView } from "./server.js";
 
 const main = /** @type {HTMLElement} */ (document.querySelector("#main"));
 const firing = /** @type {HTMLElement} */ (document.querySelector("#firing"));
+const bar = {
+  session: /** @type {HTMLElement} */ (document.querySelector("#session")),
+  server: /** @type {HTMLElement} */ (document.querySelector("#server")),
+  nav: /** @type {HTMLElement} */ (document.querySelector("nav")),
+};
 const live = new Live(/** @type {HTMLElement} */ (document.querySelector("#connection")));
 /** @type {Shown | null} */
 let shown = null;
@@ -29,6 +35,7 @@ async function open(path) {
 }
 
 async function show() {
+  if (!api.session.scope) return;
   const { path } = address.here();
   if (shown && path === shownPath && shown.arrive) {
     shown.arrive();
@@ -80,9 +87,45 @@ function countSoon() {
   }, 1000);
 }
 
+/** Show what the session allows, or ask for a token. */
+function enter() {
+  const allowed = api.session.scope !== null;
+  bar.nav.hidden = !allowed;
+  bar.server.hidden = api.session.project !== null;
+  logOutButton(bar.session);
+  if (!allowed) {
+    shown?.close();
+    shown = null;
+    shownPath = "";
+    live.stop();
+    loginView(main, enter);
+    return;
+  }
+  live.start();
+  countFiring();
+  show();
+}
+
+/** Ask the server what this page may do; again until it answers. */
+async function begin() {
+  try {
+    await api.renewSession();
+    enter();
+  } catch {
+    fill(main, el("p", { class: "empty" }, "The server does not answer, trying again"));
+    setTimeout(begin, 1000);
+  }
+}
+
+/** Something was refused: ask for a token again where this one is no longer worth anything. */
+async function locked() {
+  const now = await api.renewSession().catch(() => null);
+  if (now && now.scope === null) enter();
+}
+
 live.addEventListener("runs", countSoon);
 live.addEventListener("again", countSoon);
 live.addEventListener("again", () => shown || show());
-countFiring();
+addEventListener(api.LOCKED, locked);
 address.follow(show);
-show();
+begin();

@@ -106,18 +106,19 @@ export class Profile {
 
   /** @param {CanvasRenderingContext2D} context @param {Tile} tile @param {number} bucket @param {(value: number) => number} x @param {(row: number) => number} y @param {{left: number, right: number}} plot */
   paintValues(context, tile, bucket, x, y, plot) {
+    const [accent, ink] = [themed("accent"), themed("ink")];
     const reach = Math.min(3.5, Math.max(1.5, this.map.rowHeight / 3));
     for (let row = 0; row < tile.rows; row++) {
       const value = tile.last[bucket * tile.rows + row];
       if (value === -1) continue;
       const sound = value > 0 && Number.isFinite(value);
       context.fillStyle = sound
-        ? themed("accent")
+        ? accent
         : Number.isNaN(value)
           ? STATES.notANumber
           : value
             ? STATES.infinite
-            : themed("ink");
+            : ink;
       context.globalAlpha = sound && !this.matrices.has(tile.parameters[row]) ? 0.4 : 1;
       const at = sound ? x(value) : value === 0 ? plot.left - 6 : plot.right + 6;
       context.beginPath();

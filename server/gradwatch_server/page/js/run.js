@@ -6,7 +6,7 @@ import { item, sorted } from "./alerts.js";
 import * as api from "./api.js";
 import { controls } from "./controls.js";
 import { el, fill } from "./dom.js";
-import { ago, count, moment } from "./format.js";
+import { ago, count, many, moment } from "./format.js";
 import { legend } from "./legend.js";
 import { keepAddress, looking } from "./looking.js";
 import { LayerMap } from "./map.js";
@@ -43,9 +43,13 @@ export async function runView(main, runId, live) {
     key: legend(),
     values: readout(),
     strips: new Strips(runId, view),
-    trace: new Trace(runId, view),
-    advice: new Advice(runId),
-    panel: alertPanel(view),
+    trace: new Trace(runId, view, run.parameters),
+    advice: new Advice(runId, view),
+    panel: alertPanel(
+      view,
+      () => run,
+      () => loadAlerts(),
+    ),
     table: valuesTable(view),
   };
   const header = el("div", { class: "head" });
@@ -124,6 +128,7 @@ export async function runView(main, runId, live) {
           el("div", { class: "under" }, parts.key.element, parts.values.element),
           parts.trace.box,
           parts.strips.box,
+          parts.advice.chart.box,
         ),
         el(
           "aside",
@@ -150,9 +155,11 @@ export async function runView(main, runId, live) {
     close() {
       stopLive();
       stopAddress();
+      parts.panel.show(undefined);
       source.close();
       parts.strips.close();
       parts.trace.close();
+      parts.advice.close();
       delete main.dataset.drawn;
     },
     arrive: () => view.set(looking(view.now.end)),
@@ -206,7 +213,7 @@ function heading(run) {
       { class: "facts" },
       stateSign(run),
       el("span", null, "step ", el("b", null, count(run.last_step))),
-      el("span", null, el("b", null, count(run.parameters.length)), " parameters"),
+      el("span", null, many(run.parameters.length, "parameter")),
       el("span", { title: moment(run.last_seen_at) }, "seen ", ago(run.last_seen_at)),
       lost.length > 0 &&
         el(

@@ -10,6 +10,7 @@ export async function serverView(main, live) {
   document.title = "Server · gradwatch";
   const numbers = el("dl", { class: "numbers" });
   const receivers = el("div");
+  /** @returns {Promise<void>} */
   const load = async () => {
     const server = await api.server();
     fill(
@@ -21,7 +22,7 @@ export async function serverView(main, live) {
     fill(
       receivers,
       server.receivers.length
-        ? table(server.receivers)
+        ? table(server.receivers, load)
         : el(
             "p",
             { class: "soft" },
@@ -64,8 +65,11 @@ function facts(server) {
   ];
 }
 
-/** @param {api.ReceiverHealth[]} receivers */
-function table(receivers) {
+/** @param {api.ReceiverHealth[]} receivers @param {() => Promise<void>} changed */
+function table(receivers, changed) {
+  /** @param {string} text @param {(name: string) => Promise<unknown>} work @param {string} name */
+  const button = (text, work, name) =>
+    api.mayChange() && el("button", { type: "button", onclick: () => work(name).finally(changed) }, text);
   const head = ["Receiver", "Host", "Signed", "Delivered", "Due", "Given up", "Last delivered", "Last error"];
   const rows = receivers.map((each) =>
     el(
@@ -76,12 +80,19 @@ function table(receivers) {
         { scope: "row" },
         each.name,
         !each.configured && el("span", { class: "soft" }, " (no longer configured)"),
+        each.disabled !== null && el("span", { class: "chip critical", title: each.disabled }, "disabled"),
+        each.disabled !== null && button("Enable", api.enable, each.name),
       ),
       el("td", null, each.host || "–"),
       el("td", null, each.signed ? "yes" : "no"),
       el("td", null, count(each.delivered)),
       el("td", null, each.due ? el("span", { class: "chip warning" }, count(each.due)) : "0"),
-      el("td", null, each.dead ? el("span", { class: "chip critical" }, count(each.dead)) : "0"),
+      el(
+        "td",
+        { class: "acting" },
+        each.dead ? el("span", { class: "chip critical" }, count(each.dead)) : "0",
+        each.dead > 0 && each.configured && button("Send again", api.replayDead, each.name),
+      ),
       el("td", null, each.last_delivered_at === null ? "never" : ago(each.last_delivered_at)),
       el("td", null, each.last_error === null ? "none" : `${each.last_error}, ${ago(each.last_error_at ?? 0)}`),
     ),

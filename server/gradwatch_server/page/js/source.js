@@ -33,10 +33,12 @@ export class TileSource extends EventTarget {
     });
   }
 
-  /** Ask again when what is seen is not well covered. */
+  /** Ask again when what is seen is not well covered: while it moves as well, one question at a time. */
   soon() {
-    clearTimeout(this.timer);
-    this.timer = window.setTimeout(() => this.needed() && this.load(), SETTLE_MS);
+    this.timer ||= window.setTimeout(() => {
+      this.timer = 0;
+      if (!this.asking && this.needed()) this.load();
+    }, SETTLE_MS);
   }
 
   needed() {
@@ -55,7 +57,6 @@ export class TileSource extends EventTarget {
   }
 
   async load() {
-    clearTimeout(this.timer);
     this.asking?.abort();
     const asking = new AbortController();
     this.asking = asking;
@@ -79,7 +80,7 @@ export class TileSource extends EventTarget {
       this.scaled = tile.steps.length ? statistic : "";
       this.asking = null;
       this.dispatchEvent(new Event("tile"));
-      if (this.stale) this.load();
+      if (this.needed()) this.load();
     } catch (error) {
       if (asking.signal.aborted) return;
       this.asking = null;

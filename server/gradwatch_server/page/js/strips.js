@@ -15,11 +15,9 @@ const PLANS = [
     lines: [
       ["global_grad_norm", "before clipping", "accent"],
       ["clipped_global_grad_norm", "after", "second"],
-      ["clip_limit", "limit", "bad"],
     ],
   },
   { title: "Learning rate", lines: [["learning_rate", "rate", "accent"]] },
-  { title: "Share of units clipped", lines: [["clipped_unit_share", "share", "accent"]] },
   { title: "Agent overhead, share of a step", log: true, lines: [["overhead_ratio", "share", "accent"]] },
 ];
 const OTHERS_LEFT_OUT = new Set(["agent_seconds", "interval_steps", "step_seconds", "clip_norm"]);

@@ -4,16 +4,16 @@ import * as api from "./api.js";
 import { Chart } from "./chart.js";
 import { el, fill } from "./dom.js";
 import { measured } from "./format.js";
+import { limitsOf } from "./limits.js";
 
-/** Rules that blame a parameter by its ratio. */
-const OF_RATIO = new Set(["exploding"]);
 const AFTER = { grad_norm: "clipped_grad_norm" };
 
 export class Trace {
-  /** @param {string} runId @param {import("./view.js").View} view */
-  constructor(runId, view) {
+  /** @param {string} runId @param {import("./view.js").View} view @param {api.Parameter[]} parameters */
+  constructor(runId, view, parameters) {
     this.runId = runId;
     this.view = view;
+    this.elements = new Map(parameters.map(({ name, shape }) => [name, shape.reduce((all, size) => all * size, 1)]));
     this.name = el("b", { class: "mono" });
     this.close_ = el("button", { type: "button", onclick: () => view.set({ parameter: null }) }, "Clear");
     this.hint = el(
@@ -42,26 +42,6 @@ export class Trace {
     this.alerts = alerts;
   }
 
-  /** The alerts whose limit is one of the statistic that is shown, for the chosen parameter. */
-  blaming() {
-    const { statistic, parameter } = this.view.now;
-    const found = this.alerts.filter(({ rule }) => OF_RATIO.has(rule) && statistic === "ratio");
-    return found.flatMap(({ rule, parameters }) =>
-      parameters.filter(({ name }) => name === parameter).map(({ limit }) => ({ rule, limit: Number(limit) })),
-    );
-  }
-
-  rules() {
-    return [...new Set(this.blaming().map(({ rule }) => rule))];
-  }
-
-  /** @returns {number[]} */
-  limits() {
-    return [...new Set(this.blaming().map(({ limit }) => limit))].filter(
-      (limit) => limit > 0 && Number.isFinite(limit),
-    );
-  }
-
   /** @param {{from: number, to: number}} covered @param {number} points */
   async load(covered, points) {
     this.covered = covered;
@@ -86,13 +66,13 @@ export class Trace {
       const [own, clipped] = await Promise.all([ask(statistic), after ? ask(after) : null]);
       const lines = [{ label: clipped?.steps.length ? "before clipping" : statistic, colour: "accent", series: own }];
       if (clipped?.steps.length) lines.push({ label: "after", colour: "second", series: clipped });
-      this.chart.show(lines, this.limits());
-      fill(
-        this.limit,
-        this.chart.limits.length > 0 &&
-          `limit of ${this.rules().join(", ")}: ${this.chart.limits.map(measured).join(", ")}`,
+      const limits = limitsOf(this.alerts, parameter, statistic, this.elements.get(parameter) ?? 1);
+      this.chart.show(
+        lines,
+        limits.map(({ limit }) => limit),
       );
-    } catch (error) {
+      fill(this.limit, limits.map(({ rule, limit }) => `limit of ${rule}: ${measured(limit)}`).join(", "));
+    } catch {
       if (!asking.signal.aborted) this.chart.show([]);
     }
   }

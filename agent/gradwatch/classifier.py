@@ -1,0 +1,125 @@
+"""The classifier of a network, found in the graph of its loss: the weights that no other weight follows."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
+
+from torch import Tensor
+
+_TAKES_WEIGHTS: Final = re.compile(
+    r"_?(?:Addmm|Mm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Dot|Linear|MkldnnLinear|Convolution|ConvolutionOverrideable|SlowConv\w+"
+    r"|Embedding\w*|MkldnnRnnLayer|CudnnRnn|MiopenRnn|GroupedMm|ScaledMm|ScaledGroupedMm|Bilinear|Trilinear)Backward\d+"
+)
+"""Operators of torch that multiply activations with a weight."""
+_OF_TORCH: Final = re.compile(r"\w+Backward\d+")
+
+Node = Any
+"""A node of autograd's graph."""
+Weight = list[Tensor]
+"""The parameters that one weight is made of: several where it is parametrised, as by ``weight_norm``."""
+
+
+class Classifier:
+    """Learns which weights are the last ones before the loss.
+
+    A network may have several: one for each head. A weight that is used twice, as a tied embedding is, counts where it
+    is used last.
+
+    Args:
+        find: gives the index of a watched parameter, None for any other tensor.
+    """
+
+    def __init__(self, find: Callable[[Tensor], int | None]) -> None:
+        self._find = find
+        self._seen: set[frozenset[int]] = set()
+        self.indices: frozenset[int] = frozenset()
+        """Of the weights found so far."""
+        self.guessed = False
+        """Whether the graph did not tell: one operator takes several weights, as that of a compiled model does."""
+
+    def look(self, losses: Iterable[Tensor]) -> bool:
+        """Search the graphs of some losses; return whether anything new was found."""
+        roots = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+        first = dict(_first_operators(roots))
+        candidates = frozenset(index for taken in first.values() for weight in taken for index in self._indices(weight))
+        if not candidates or candidates in self._seen:
+            return False
+        self._seen.add(candidates)
+        last = first if len(first) == 1 else _last(first)
+        found = set(self.indices)
+        for taken in last.values():
+            weights = sorted(indices for weight in taken if (indices := self._indices(weight)))
+            self.guessed |= len(weights) > 1
+            found.update(*weights[-1:])
+        changed = found != self.indices
+        self.indices = frozenset(found)
+        return changed
+
+    def _indices(self, weight: Weight) -> list[int]:
+        return sorted({index for parameter in weight if (index := self._find(parameter)) is not None})
+
+
+def _first_operators(roots: Sequence[Node]) -> Iterator[tuple[Node, list[Weight]]]:
+    """Yield the operators with weights of their own that are met first on the way back from the loss."""
+    known: set[Node] = set()
+    waiting = list(roots)
+    while waiting:
+        node = waiting.pop()
+        if node in known:
+            continue
+        known.add(node)
+        if _takes_weights(node):
+            weights = _weights_of(node)
+            if weights:
+                yield node, weights
+                continue
+        waiting += _inputs(node)
+
+
+def _last(first: dict[Node, list[Weight]]) -> dict[Node, list[Weight]]:
+    """Return those of the operators that no other of them follows on any way to the loss."""
+    followed: set[Node] = set()
+    waiting = [below for operator in first for below in _inputs(operator)]
+    while waiting:
+        node = waiting.pop()
+        if node not in followed:
+            followed.add(node)
+            waiting += _inputs(node)
+    return {node: weights for node, weights in first.items() if node not in followed} or first
+
+
+def _takes_weights(node: Node) -> bool:
+    name = node.name().rpartition("::")[2]
+    if _TAKES_WEIGHTS.fullmatch(name):
+        return True
+    # A function of the user's, or a compiled graph; torch's own end in a digit.
+    return not _OF_TORCH.fullmatch(name) and not hasattr(node, "variable")
+
+
+def _weights_of(operator: Node) -> list[Weight]:
+    """Return the weights that an operator takes: what reaches it from parameters alone."""
+    return [leaves for below in _inputs(operator) if (leaves := _leaves(below))]
+
+
+def _leaves(root: Node) -> Weight | None:
+    """Return the matrices that a value is computed from; None where an operator with weights is among its sources."""
+    known: set[Node] = set()
+    leaves: list[Tensor] = []
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if node in known:
+            continue
+        known.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            if variable.dim() > 1:
+                leaves.append(variable)
+        elif _takes_weights(node):
+            return None
+        waiting += _inputs(node)
+    return leaves
+
+
+def _inputs(node: Node) -> list[Node]:
+    return [below for below, _ in node.next_functions if below is not None]

@@ -1,0 +1,228 @@
+"""``make bench-agent``: what the agent costs, interleaved with a baseline, beside what others cost.
+
+A round of pairs trains one step without and one step with a monitor, in turn, in one process; the cost of a monitor is
+the median of the differences, its share the median of the differences over the median step. The cost of one sample is
+timed by itself, after a step, with the caches in the state that a step leaves.
+"""
+
+import argparse
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gradwatch
+from benchmarks.networks import NETWORKS, Network
+from benchmarks.timing import interleaved
+from gradwatch.agent import Agent
+from gradwatch.buffers import Plan, Slots
+from gradwatch.model import walk
+
+NOWHERE = "http://127.0.0.1:9"
+"""Nobody listens: what is measured waits in a spool, which is the dearest case."""
+
+
+def read_bandwidth() -> float:
+    """Return the bytes that row norms read in a second from a buffer far larger than the cache."""
+    rows = torch.ones(65536, 1024)
+    return rows.nbytes / interleaved({"read": lambda: torch.linalg.vector_norm(rows, dim=1)}, 9)["read"]
+
+
+Step = Callable[[], None]
+
+
+class Training:
+    """One network in training."""
+
+    def __init__(self, network: Network) -> None:
+        torch.manual_seed(0)
+        self.model = network.build()
+        inputs, targets = network.batch()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6)
+        self.weights: list[Tensor] = list(self.model.parameters())
+
+        def step() -> None:
+            self.optimizer.zero_grad()
+            network.loss(self.model, inputs, targets).backward()
+            self.optimizer.step()
+
+        self.step: Step = step
+
+    @contextmanager
+    def watched(self, every: int | None) -> Iterator[Agent]:
+        agent = gradwatch.attach(self.model, self.optimizer, url=NOWHERE, every=every)
+        yield agent
+        agent.close(timeout_seconds=0.1)
+
+
+def timed(act: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def after_steps(step: Step, acts: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each act, each done after a step of its own."""
+    seconds: dict[str, list[float]] = {name: [] for name in acts}
+    for act in acts.values():
+        step()
+        act()
+    for _ in range(rounds):
+        for name, act in acts.items():
+            step()
+            seconds[name].append(timed(act))
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def passes(training: Training) -> dict[str, Callable[[], object]]:
+    """Return the agent's measuring pass, and ``_foreach_norm`` over the same tensors."""
+    training.step()
+    specs = [known.spec(parameter) for known, parameter in zip(walk([training.model]), training.weights, strict=True)]
+    plan = Plan(range(len(specs)), specs, specs)
+    slot = Slots().take()
+    assert slot is not None
+    claim = slot.claim(plan)
+
+    def grads() -> list[Tensor]:
+        return [weight.grad for weight in training.weights if weight.grad is not None]
+
+    @torch.no_grad()
+    def ours() -> None:
+        assert claim.grads is not None
+        claim.grads.run(grads())
+        claim.weights.run(training.weights)
+
+    @torch.no_grad()
+    def foreach() -> None:
+        torch.stack([*torch._foreach_norm(grads()), *torch._foreach_norm(training.weights)])
+
+    return {"ours": ours, "_foreach_norm": foreach}
+
+
+def every_step(training: Training, rounds: int) -> tuple[float, float, float]:
+    """Return the median step, the median paired difference with ``every=1``, and the hooks' own median time."""
+    plain, watched, inside = [], [], []
+    with training.watched(1) as agent:
+        for _ in range(3):
+            training.step()
+        for _ in range(rounds):
+            agent.watching = False
+            plain.append(timed(training.step))
+            agent.watching = True
+            before = agent.spent_seconds
+            watched.append(timed(training.step))
+            inside.append(agent.spent_seconds - before)
+    pairs = [after - before for before, after in zip(plain, watched, strict=True)]
+    return statistics.median(plain), statistics.median(pairs), statistics.median(inside)
+
+
+def default_share(training: Training, seconds: float) -> tuple[float, int]:
+    """Return the agent's share of the training time at its default setting, and its interval.
+
+    All that the agent takes is counted, the processor time of its threads too, after the first burst.
+    """
+    with training.watched(None) as agent:
+        for _ in range(25):
+            training.step()
+        before = agent.spent_seconds + agent.background_seconds
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            training.step()
+        spent = agent.spent_seconds + agent.background_seconds - before
+        return spent / (time.perf_counter() - started), agent.interval_steps
+
+
+def others(training: Training) -> dict[str, Callable[[], object] | None]:
+    """Return what other monitors do after a step; None where one is not installed."""
+
+    def naive() -> dict[str, float]:
+        named = list(training.model.named_parameters())
+        grads = {name: p.grad.norm().item() for name, p in named if p.grad is not None}
+        return {**grads, **{f"{name}.weight": p.detach().norm().item() for name, p in named}}
+
+    found: dict[str, Callable[[], object] | None] = {"naive loop": naive, "lightning grad_norm": None}
+    try:
+        from lightning.pytorch.utilities import grad_norm
+    except ImportError:
+        return found
+    return {**found, "lightning grad_norm": lambda: grad_norm(training.model, 2)}
+
+
+def wandb_cost(training: Training, rounds: int) -> float | None:
+    """Return what ``wandb.watch(log="all", log_freq=1)`` adds to a step, offline; None where it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        return None
+    plain = statistics.median(timed(training.step) for _ in range(rounds))
+    with tempfile.TemporaryDirectory() as folder:
+        run: Any = wandb.init(mode="offline", dir=folder)
+        run.watch(training.model, log="all", log_freq=1)
+        watched = statistics.median(timed(training.step) for _ in range(rounds))
+        run.unwatch(training.model)
+        run.finish(quiet=True)
+    return watched - plain
+
+
+def main() -> int:
+    """Print the table; return 0 only if every bar holds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30, help="pairs of steps (default 30)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of training at the default setting, each model")
+    parser.add_argument("--models", nargs="*", default=[network.key for network in NETWORKS])
+    options = parser.parse_args()
+    logging.getLogger("gradwatch").setLevel(logging.ERROR)
+    bandwidth = read_bandwidth()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    print(f"medians of {options.rounds} pairs; a sample is the norms of every unit; floor = bytes / bandwidth\n")
+    missed = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["GRADWATCH_SPOOL_DIR"] = folder
+        for network in NETWORKS:
+            if network.key in options.models:
+                missed += report(network, bandwidth, options.rounds, options.seconds)
+    print("\nall bars are met" if not missed else "\nmissed: " + "; ".join(missed))
+    return 1 if missed else 0
+
+
+def report(network: Network, bandwidth: float, rounds: int, seconds: float) -> list[str]:
+    """Print one network's figures and return the bars that it missed."""
+    training = Training(network)
+    tensors = training.weights
+    floor = 2 * sum(tensor.nbytes for tensor in tensors) / bandwidth
+    acts = {**passes(training), **{name: act for name, act in others(training).items() if act is not None}}
+    alone = after_steps(training.step, acts, rounds)
+    sample, foreach = alone.pop("ours"), alone.pop("_foreach_norm")
+    plain, pair, inside = every_step(training, rounds)
+    share, interval = default_share(training, seconds)
+    print(
+        f"{network.name}: {len(tensors)} parameters, {sum(t.nbytes for t in tensors) / 1e6:.0f} MB, "
+        f"step {plain * 1e3:.1f} ms\n"
+        f"  sample           {sample * 1e3:8.2f} ms  {sample / len(tensors) * 1e6:6.2f} us a parameter  "
+        f"x{sample / floor:.2f} of the floor {floor * 1e3:.2f} ms  x{sample / foreach:.2f} of _foreach_norm\n"
+        f"  every=1          {inside * 1e3:8.2f} ms in the hooks {inside / plain:7.2%}"
+        f"  paired {pair * 1e3:+.2f} ms {pair / plain:+.2%}\n"
+        f"  default          {share:8.2%} of the time, threads included, a sample each {interval} steps"
+    )
+    for name, cost in {**alone, "wandb.watch": wandb_cost(training, max(3, rounds // 10))}.items():
+        said = "not installed" if cost is None else f"{cost * 1e3:8.2f} ms {cost / plain:7.2%}"
+        print(f"  {name:<16} {said}", flush=True)
+    small = network.key == "blocks"
+    bars = {
+        f"{network.name}: a sample at most 1.6 times the floor": small or sample <= 1.6 * floor,
+        f"{network.name}: at most 5 us a parameter": not small or sample / len(tensors) <= 5e-6,
+        f"{network.name}: at most 0.6 of _foreach_norm": not small or sample <= 0.6 * foreach,
+        f"{network.name}: default at most 1.0%": share <= 0.01,
+    }
+    return [bar for bar, met in bars.items() if not met]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,86 @@
+"""Which threshold adaptive clipping should have, from what each would have clipped. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.wire import HISTOGRAM_EDGES
+
+Floats = NDArray[np.float64]
+
+THRESHOLDS: Final = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+"""The candidates: the grid of Brock et al. (2021), one step further at either end."""
+USUAL_SHARE: Final = 0.05
+"""Share of units that a threshold may clip at a usual step: outliers are cut, learning is not throttled."""
+FEWEST_SAMPLES: Final = 5
+
+_ABOVE: Final = [int(np.searchsorted(HISTOGRAM_EDGES, threshold * (1 + 1e-9))) for threshold in THRESHOLDS]
+"""First bin above each candidate."""
+
+
+@dataclass(frozen=True, eq=False)
+class Advice:
+    """What each of ``THRESHOLDS`` would have clipped."""
+
+    shares: Floats
+    """Share of units over all samples, shape (thresholds,)."""
+    thirds: Floats
+    """The same by thirds of the depth, shape (3, thresholds)."""
+    rates: Floats
+    """Share of units at each sample, shape (samples, thresholds)."""
+    recommended: float | None
+    reason: str
+
+
+def advise(steps: Sequence[int], histograms: Floats) -> Advice:
+    """Return what each threshold would have clipped, and which one to take.
+
+    Args:
+        steps: of the samples.
+        histograms: counts of units by ratio, shape (samples, 3, bins).
+    """
+    above = np.stack([histograms[:, :, first:].sum(axis=2) for first in _ABOVE], axis=2)
+    units = histograms.sum(axis=2)
+    rates = _share(above.sum(axis=1), units.sum(axis=1)[:, None])
+    recommended, reason = _recommend(steps, rates)
+    return Advice(
+        shares=_share(above.sum(axis=(0, 1)), units.sum()),
+        thirds=_share(above.sum(axis=0), units.sum(axis=0)[:, None]),
+        rates=rates,
+        recommended=recommended,
+        reason=reason,
+    )
+
+
+def threshold_in_force(attributes: Mapping[str, str]) -> float | None:
+    """Return the threshold that a run's agent clips at, as it was registered; None where it does not clip."""
+    try:
+        return float(attributes["agc_clip"])
+    except (KeyError, ValueError):
+        return None
+
+
+def _share(part: Floats, whole: Floats) -> Floats:
+    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0)
+
+
+def _recommend(steps: Sequence[int], rates: Floats) -> tuple[float | None, str]:
+    if len(steps) < FEWEST_SAMPLES:
+        return None, f"Too few samples to tell: {len(steps)} of {FEWEST_SAMPLES}."
+    worst = rates.max(axis=0)
+    if not worst[0] > 0.0:
+        return None, f"No unit's gradient was ever above {THRESHOLDS[0]} of its weight: clipping would change nothing."
+    usual = np.median(rates, axis=0)
+    for threshold, share, most, at in zip(THRESHOLDS, usual, worst, rates.argmax(axis=0), strict=True):
+        if share <= USUAL_SHARE:
+            return threshold, (
+                f"The smallest threshold that leaves a usual step alone: it would have clipped {share:.1%} of the "
+                f"units at the median step and {most:.1%} at step {steps[at]}, the worst."
+            )
+    return None, (
+        f"Even {THRESHOLDS[-1]} would have clipped {usual[-1]:.0%} of the units at the median step: the gradients are "
+        "large beside the weights nearly everywhere. Lower the learning rate or change the initialisation first."
+    )

@@ -1,0 +1,439 @@
+"""AGC inside the agent: the same gradients as the function gives, in every kind of training, and what is reported."""
+
+import logging
+import multiprocessing
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradwatch
+from gradwatch import wire
+from gradwatch.agent import Agent
+from gradwatch.clipper import Clipper
+
+from .conftest import OwnErrors, Server
+
+CLIP = 0.05
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3)
+    )
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return 5 * torch.randn(6, 1, 6, 6, generator=generator), torch.randint(3, (6,), generator=generator)
+
+
+def loss_of(model: nn.Module, step: int) -> Tensor:
+    inputs, targets = batch(step)
+    return nn.functional.cross_entropy(model(inputs), targets)
+
+
+def clip_by_hand(model: nn.Module, **options: Any) -> None:
+    """The reference: the stand-alone function, which has an oracle of its own, with the classifier named by hand."""
+    gradwatch.adaptive_clip_grad_(model, options.pop("clip", CLIP), **{"exclude": ["6.weight"], **options})
+
+
+def train(
+    model: nn.Module, steps: int, before_step: Callable[[nn.Module], None] = lambda _: None, lr: float = 0.5
+) -> list[Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        before_step(model)
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def attached(model: nn.Module, server: Server, clip: Any = CLIP, every: int | None = 1) -> Agent:
+    return gradwatch.attach(model, url=server.url, every=every, clip=clip)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("granularity", ["unit", "tensor"])
+def test_every_step_is_clipped_as_the_function_does(server: Server, every: int, granularity: Any) -> None:
+    theirs = train(network(), 8, lambda model: clip_by_hand(model, granularity=granularity))
+    model = network()
+    with attached(model, server, gradwatch.AGC(CLIP, granularity=granularity), every):
+        ours = train(model, 8)
+    assert same(ours, theirs)
+    assert not same(ours, train(network(), 8))
+
+
+def test_what_is_reported_is_what_was_done(server: Server) -> None:
+    model = network()
+    with attached(model, server, gradwatch.AGC(CLIP, exclude=["6.*"])):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        loss_of(model, 0).backward()
+        before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        after = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    norm = {name: float(grad.double().norm()) for name, grad in before.items()}
+    assert server.values("grad_norm") == pytest.approx(norm, rel=1e-5)
+    clipped = {name: float(grad.double().norm()) for name, grad in after.items()}
+    assert server.values("clipped_grad_norm") == pytest.approx(clipped, rel=1e-5)
+    shares = {
+        name: float((before[name] != after[name]).flatten(1).any(1).double().mean())
+        if grad.dim() > 1
+        else float((before[name] != after[name]).any())
+        for name, grad in before.items()
+    }
+    assert server.values("clipped_unit_share") == pytest.approx(shares)
+    assert shares["6.weight"] == shares["6.bias"] == 0.0
+    assert shares["4.weight"] > 0.0
+    removed = sum(float((before[name] - after[name]).double().square().sum()) for name in before) ** 0.5
+    assert server.scalar("removed_grad_norm") == pytest.approx(removed, rel=1e-4)
+    assert server.scalar("clipped_global_grad_norm") == pytest.approx(sum(n**2 for n in clipped.values()) ** 0.5)
+    registration = server.registrations[-1]
+    assert registration.attributes["agc_clip"] == str(CLIP)
+    assert registration.attributes["agc"] == "unit"
+
+
+def test_the_histogram_counts_every_unit_once_by_depth(server: Server) -> None:
+    model = network()
+    with attached(model, server, clip=None):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        loss_of(model, 0).backward()
+        optimizer.step()
+    counts = server.samples[-1].histograms
+    assert set(counts) == {f"unit_ratio_{third}_third" for third in ("first", "middle", "last")}
+    # Eight parameters in the order of depth: 0-2 in the first third, 3-5 in the middle, 6-7 in the last;
+    # the classifier's weight (6) is not counted, AGC would leave it alone.
+    assert [sum(counts[f"unit_ratio_{third}_third"]) for third in ("first", "middle", "last")] == [4 + 1 + 1, 10, 1]
+
+
+def test_the_classifier_is_found_in_the_graph_wherever_it_is_registered(server: Server) -> None:
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 3)
+            self.body = nn.Linear(36, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.as_tensor(self.head(self.body(x.flatten(1)).relu()))
+
+    model = HeadFirst()
+    with attached(model, server, 1e-4):
+        penalty = 1e-3 * sum(parameter.square().sum() for parameter in model.parameters())
+        (loss_of(model, 0) + penalty).backward()
+        before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    left_alone = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.equal(before[name])]
+    assert left_alone == ["head.weight"]
+
+
+def test_where_the_graph_does_not_tell_the_guess_is_said(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    theirs = train(network(), 4, clip_by_hand)
+    with caplog.at_level(logging.WARNING, "gradwatch"), attached(compiled, server):
+        ours = train(compiled, 4)
+    assert same(ours, theirs)
+    assert [record.message for record in caplog.records if "6.weight" in record.message]
+    caplog.clear()
+    with attached(compiled, server, gradwatch.AGC(CLIP, exclude=["6.weight"])):
+        train(compiled, 1)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("exclude", [["4.*", "6.weight"], "6.weight", ()])
+def test_what_the_user_excludes(server: Server, exclude: Any) -> None:
+    theirs = train(network(), 3, lambda model: clip_by_hand(model, exclude=exclude))
+    model = network()
+    with attached(model, server, gradwatch.AGC(CLIP, exclude=exclude)):
+        assert same(train(model, 3), theirs)
+
+
+def test_unusable_options_are_refused_before_anything_starts(server: Server) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"'head\.\*' matches no parameter"):
+        attached(model, server, gradwatch.AGC(exclude=["head.*"]))
+    with pytest.raises(ValueError, match=r"clip=0.0: the largest ratio"):
+        attached(model, server, 0.0)
+    with pytest.raises(ValueError, match=r"clip='yes'"):
+        attached(model, server, "yes")
+    with pytest.raises(ValueError, match="granularity='row'"):
+        gradwatch.AGC(granularity="row")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"experts: 0.bias has shape \(4,\)"):
+        attached(model, server, gradwatch.AGC(experts="0.bias"))
+    assert not server.requests
+
+
+def test_groups_have_thresholds_of_their_own(server: Server) -> None:
+    model = network()
+    groups: list[dict[str, Any]] = [
+        {"params": model[0].parameters(), "clip": 1e-3},
+        {"params": [*model[1].parameters(), *model[4].parameters()]},
+        {"params": model[6].parameters(), "clip": None},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    with attached(model, server):
+        loss_of(model, 0).backward()
+        reference = network()
+        loss_of(reference, 0).backward()
+        optimizer.step()
+        gradwatch.adaptive_clip_grad_(reference[0], 1e-3)
+        gradwatch.adaptive_clip_grad_(nn.Sequential(reference[1], reference[4]), CLIP)
+        pairs = zip(model.parameters(), reference.parameters(), strict=True)
+        assert all(
+            ours.grad is not None and theirs.grad is not None and ours.grad.equal(theirs.grad) for ours, theirs in pairs
+        )
+        optimizer.param_groups[0]["clip"] = -1.0
+        with pytest.raises(ValueError, match=r"clip=-1.0"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_under_a_loss_scaler(server: Server, fused: bool) -> None:
+    def run(model: nn.Sequential, before_step: Callable[[nn.Module, float], None]) -> list[Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for step in range(4):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step)).backward()
+            if step == 1:
+                gradients(model)[0][0, 0, 0, 0] = float("inf")
+            before_step(model, scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    def clip_scaled(model: nn.Module, scale: float) -> None:
+        """Unscale, clip and scale again: a power of two changes nothing but the exponent."""
+        grads = gradients(model)
+        if all(bool(grad.isfinite().all()) for grad in grads):
+            torch._foreach_mul_(grads, 1 / scale)
+            clip_by_hand(model)
+            torch._foreach_mul_(grads, scale)
+
+    theirs = run(network(), clip_scaled)
+    model = network()
+    with attached(model, server):
+        ours = run(model, lambda _model, _scale: None)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-6)
+    assert len(server.samples) == 3
+
+
+def test_accumulation_clips_once_the_sum(server: Server) -> None:
+    def run(model: nn.Module, before_step: Callable[[nn.Module], None] = lambda _: None) -> list[Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for step in range(3):
+            optimizer.zero_grad()
+            for part in range(3):
+                loss_of(model, 10 * step + part).backward()
+            before_step(model)
+            optimizer.step()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    theirs = run(network(), clip_by_hand)
+    model = network()
+    with attached(model, server):
+        assert same(run(model), theirs)
+
+
+def test_every_evaluation_of_a_closure_is_clipped(server: Server) -> None:
+    def run(model: nn.Module, after: Callable[[nn.Module], None] = lambda _: None) -> list[Tensor]:
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=5)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, 0)
+            loss.backward()
+            after(model)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    theirs = run(network(), clip_by_hand)
+    model = network()
+    with attached(model, server):
+        assert same(run(model), theirs)
+    assert len(server.samples) == 3
+
+
+def test_a_compiled_step_is_clipped(server: Server) -> None:
+    theirs = train(network(), 3, clip_by_hand)
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    step: Any = torch.compile(optimizer.step, backend="eager")
+    with warnings.catch_warnings(), attached(model, server):
+        warnings.simplefilter("ignore")
+        for index in range(3):
+            optimizer.zero_grad()
+            loss_of(model, index).backward()
+            step()
+    assert same([parameter.detach() for parameter in model.parameters()], theirs)
+
+
+def test_half_precision_and_a_bad_unit(server: Server) -> None:
+    model = nn.Sequential(nn.Linear(4, 3, bias=False)).to(torch.bfloat16)
+    nn.init.ones_(next(model.parameters()))
+    with attached(model, server, gradwatch.AGC(0.5, exclude=())):
+        model[0].weight.grad = torch.tensor(
+            [[4.0, 0, 0, 0], [float("nan"), 100.0, 0, 0], [0.25, 0, 0, 0]], dtype=torch.bfloat16
+        )
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        grad = model[0].weight.grad.float()
+    assert grad[0].tolist() == [1.0, 0, 0, 0]
+    assert grad[1].isnan().tolist() == [True, False, False, False]
+    assert grad[1, 1] == 100.0
+    assert grad[2].tolist() == [0.25, 0, 0, 0]
+    assert server.values("clipped_unit_share") == pytest.approx({"0.weight": 1 / 3})
+    assert server.values("nonfinite_count") == {"0.weight": 1.0}
+
+
+def test_experts_are_clipped_row_by_row(server: Server) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stacked = nn.Parameter(torch.ones(2, 3, 4))
+            self.flat = nn.Parameter(torch.ones(2, 3, 4))
+
+        def forward(self) -> Tensor:
+            return (self.stacked * torch.arange(24.0).view(2, 3, 4)).sum()
+
+    model, reference = Experts(), Experts()
+    loss: Tensor = reference()
+    loss.backward()
+    gradwatch.adaptive_clip_grad_(reference, 1.0, experts=["stacked"])
+    with attached(model, server, gradwatch.AGC(1.0, exclude=(), experts="stacked")):
+        model().backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+    assert model.stacked.grad is not None
+    assert reference.stacked.grad is not None
+    assert model.stacked.grad.equal(reference.stacked.grad)
+    assert model.stacked.grad.norm(dim=2).flatten().tolist() == pytest.approx([2.0] * 6)
+    assert [parameter.units for parameter in server.registrations[-1].parameters] == [6, 2]
+
+
+def test_an_error_in_clipping_is_raised_and_one_in_monitoring_is_not(
+    server: Server, monkeypatch: pytest.MonkeyPatch, own_errors: OwnErrors
+) -> None:
+    monkeypatch.setattr(Agent, "raises_own_errors", False)
+    theirs = train(network(), 6, clip_by_hand)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("broken on purpose")
+
+    model = network()
+    with monkeypatch.context() as patch, attached(model, server):
+        patch.setattr(Agent, "_inspect", broken)
+        assert same(train(model, 6), theirs)
+    # Monitoring has disarmed after three errors, clipping went on.
+    assert len(own_errors.seen) == 3
+    own_errors.seen.clear()
+    model = network()
+    with monkeypatch.context() as patch, attached(model, server):
+        patch.setattr(Clipper, "clip", broken)
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            train(model, 1)
+
+
+def test_a_closed_agent_clips_no_more(server: Server) -> None:
+    model = network()
+    attached(model, server).close()
+    assert same(train(model, 2), train(network(), 2))
+
+
+def _train_in_child(model: nn.Module, path: str) -> None:
+    torch.save(train(model, 3), path)
+
+
+def test_a_forked_child_is_clipped_too(server: Server, tmp_path: Path) -> None:
+    model = network()
+    with attached(model, server, gradwatch.AGC(CLIP, exclude=["6.weight"])):
+        context = multiprocessing.get_context("fork")
+        child = context.Process(target=_train_in_child, args=(model, str(tmp_path / "child.pt")))
+        child.start()
+        child.join(60)
+    assert child.exitcode == 0
+    assert same(torch.load(tmp_path / "child.pt"), train(network(), 3, clip_by_hand))
+    assert not server.samples
+
+
+_RANKS = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+import gradwatch
+rank, port, url, kind, granularity, out = int(sys.argv[1]), *sys.argv[2:]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+torch.manual_seed(3)
+model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 7, bias=False), nn.Linear(7, 1))
+net = model
+if kind == "ddp":
+    net = nn.parallel.DistributedDataParallel(model)
+elif kind == "fsdp":
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+with gradwatch.attach(net, optimizer, url=url, every=1, clip=gradwatch.AGC(0.05, granularity=granularity)):
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(step))
+        part = x if kind == "alone" else x[:, rank]
+        (9 * net(part)).square().mean().backward()
+        optimizer.step()
+full = [p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in model.parameters()]
+if rank == 0 or kind == "alone":
+    torch.save(full, out)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("granularity", ["unit", "tensor"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_several_ranks_clip_what_one_would(server: Server, tmp_path: Path, kind: str, granularity: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    out = tmp_path / "ranks.pt"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _RANKS, str(rank), port, server.url, kind, granularity, str(out)]
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(120) for process in ranks] == [0, 0]
+
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 7, bias=False), nn.Linear(7, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(step))
+        (9 * model(x)).square().mean().backward()
+        gradwatch.adaptive_clip_grad_(model, 0.05, granularity=granularity, exclude=["4.weight"])  # type: ignore[arg-type]
+        optimizer.step()
+    for ours, theirs in zip(torch.load(out), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+    assert np.all(server.samples[0].statistics["grad_norm"] != wire.MISSING)

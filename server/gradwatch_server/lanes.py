@@ -136,8 +136,8 @@ class SampleLane:
         self._connection.execute(_insert_spans, spans)
         rows = [
             {"run": self._run, "statistic": name, "level": level, "step": start}
-            | {plane: _packed(getattr(buckets, plane)[row, begin : begin + self._width]) for plane in _PLANES}
-            for name, begin in zip(self._names, range(0, buckets.low.shape[1], self._width), strict=True)
+            | {plane: _packed(_part(getattr(buckets, plane)[row], place, self._width)) for plane in _PLANES}
+            for place, name in enumerate(self._names)
             for row, start in enumerate(starts)
         ]
         self._connection.execute(_insert_rollups, rows)
@@ -292,6 +292,11 @@ def _counts(vectors: Sequence[NDArray[np.float32]], known: Sequence[int], width:
     for row, vector, count in zip(rows, vectors, known, strict=True):
         row[:count] = vector
     return rows
+
+
+def _part(row: NDArray[Any], place: int, width: int) -> NDArray[Any]:
+    """Return the columns of one statistic among several, side by side."""
+    return row[place * width : (place + 1) * width]
 
 
 def _packed(vector: Floats | NDArray[np.int64]) -> NDArray[np.float32]:

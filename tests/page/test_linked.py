@@ -197,3 +197,9 @@ def test_one_parameter_is_one_parameter(page: Page, server: GradwatchServer) -> 
     page.goto(f"{server.url}/runs/{run}")
 
     expect(page.locator(".facts").first).to_contain_text("1 parameterseen")
+
+
+def test_an_unknown_parameter_in_the_address_is_said(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-digits", "?parameter=nope"))
+
+    expect(page.locator(".trace")).to_contain_text("This run has no parameter of this name.")

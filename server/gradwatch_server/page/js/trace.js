@@ -52,6 +52,12 @@ export class Trace {
     this.head.hidden = this.chart.box.hidden = parameter === null;
     if (parameter === null) return;
     fill(this.name, parameter);
+    fill(this.limit);
+    if (!this.elements.has(parameter)) {
+      fill(this.limit, "This run has no parameter of this name.");
+      this.chart.box.hidden = true;
+      return;
+    }
     const asking = new AbortController();
     this.asking = asking;
     /** @param {string} each */

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradwatch_server.database import migrate, open_engine
-from tests.postgres import postgres_database, postgres_server
+from tests.postgres import migrated_database, postgres_server
 from tests.processes import GradwatchServer
 
 torch.set_num_threads(1)  # tests run side by side: several threads each would wait for one another
@@ -20,17 +19,24 @@ def postgres() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A migrated, empty database of each engine in turn."""
+def _empty_database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path_factory.mktemp('database') / 'gradwatch.db'}"
         return
-    with postgres_database(request.getfixturevalue("postgres")) as url:
-        engine = open_engine(url)
-        migrate(engine)
-        engine.dispose()
+    with migrated_database(request.getfixturevalue("postgres")) as url:
         yield url
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A migrated, empty database of each engine in turn, shared by a module's tests."""
+    yield from _empty_database(request, tmp_path_factory)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def own_database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A migrated, empty database of each engine in turn, of one test alone."""
+    yield from _empty_database(request, tmp_path_factory)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from gradwatch_server.database import migrate, open_engine
+
 _USER = "nobody"
 """PostgreSQL refuses to run as root: its programs are run as this user then."""
 
@@ -68,3 +70,13 @@ def postgres_database(server_url: str) -> Iterator[str]:
         with admin.connect() as connection:
             connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
         admin.dispose()
+
+
+@contextmanager
+def migrated_database(server_url: str) -> Iterator[str]:
+    """Make a database of the server with the tables of this version, dropped afterwards; yield its address."""
+    with postgres_database(server_url) as url:
+        engine = open_engine(url)
+        migrate(engine)
+        engine.dispose()
+        yield url

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -70,14 +71,15 @@ class GradwatchServer:
     def kill(self) -> None:
         """End it with SIGKILL: nothing can be tidied up."""
         self.process.send_signal(signal.SIGKILL)
-        self._reap()
+        self.ended()
 
     def stop(self) -> int:
         """End it with SIGTERM; return its exit code."""
         self.process.terminate()
-        return self._reap()
+        return self.ended()
 
-    def _reap(self) -> int:
+    def ended(self) -> int:
+        """Wait for its end; return its exit code."""
         code = self.process.wait(30)
         assert self.process.stdout is not None
         self.process.stdout.close()
@@ -127,9 +129,14 @@ def sample(step: int, *grad_norms: float, weight_norm: float = 1.0, **scalars: w
 
 @dataclass
 class WebhookReceiver:
-    """A real HTTP receiver; answers with ``statuses`` in turn, the last of them for ever."""
+    """A real HTTP receiver; answers with ``statuses`` in turn, the last of them for ever, and with ``headers``.
+
+    Where ``tls`` is given, it speaks HTTPS.
+    """
 
     statuses: list[int] = field(default_factory=lambda: [204])
+    headers: dict[str, str] = field(default_factory=dict)
+    tls: ssl.SSLContext | None = None
     requests: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -144,6 +151,8 @@ class WebhookReceiver:
                     status = receiver.statuses[min(len(receiver.requests), len(receiver.statuses)) - 1]
                     receiver._arrived.notify_all()
                 self.send_response(status)
+                for name, value in receiver.headers.items():
+                    self.send_header(name, value)
                 self.send_header("content-length", "0")
                 self.end_headers()
 
@@ -151,7 +160,9 @@ class WebhookReceiver:
                 """Stay quiet."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
+        if self.tls is not None:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"http{'s' if self.tls else ''}://127.0.0.1:{self._server.server_port}/hook"
 
     def wait(self, count: int, seconds: float = 30) -> list[tuple[dict[str, str], bytes]]:
         """Wait until that many requests have arrived and return them."""

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import os
@@ -47,9 +48,11 @@ _log = logging.getLogger("gradwatch")
 
 DISARMED_AFTER: Final = 3
 """Errors of its own after which an agent stops measuring."""
-_UPDATE_ELEMENTS: Final = {"cpu": 1 << 20}
+_UPDATE_ELEMENTS: Final = {"cpu": 1 << 22}
 _UPDATE_ELEMENTS_ELSEWHERE: Final = 1 << 25
-"""Largest part of the weights that is copied in one sample to measure its true change."""
+"""Largest parameter that is copied in one sample to measure its true change."""
+_UPDATE_ELEMENTS_MEAN: Final = {"cpu": 1 << 18}
+"""Elements that are copied in the mean over the samples; small parameters are copied several at a time."""
 _TINY: Final = 1e-18
 """Norms below may have lost squares to underflow in float32."""
 _ORDER_STEPS: Final = 3
@@ -699,18 +702,22 @@ class Agent:
 
     def _keep_for_update(self, optimizer: Optimizer, binding: Binding, plan: Plan, members: Sequence[Tensor]) -> None:
         """Keep a bounded part of the weights, another one at each sample, to measure its true change after the step."""
-        pieces = plan.weights.pieces
-        for _ in pieces:
-            piece = pieces[binding.next_piece % len(pieces)]
-            binding.next_piece += 1
-            limit = _UPDATE_ELEMENTS.get(piece.arena.device.type, _UPDATE_ELEMENTS_ELSEWHERE)
-            if piece.elements > limit or piece.spec.sparse:
-                continue
-            parameters = [members[position] for position in piece.positions]
-            with torch.no_grad():
-                before = _joined(parameters, gathered=piece.gathered)
-            self._updates.append((optimizer, functools.partial(_update, plan, piece, parameters, before)))
+        parts = plan.parts(_UPDATE_ELEMENTS_MEAN, _UPDATE_ELEMENTS, _UPDATE_ELEMENTS_ELSEWHERE)
+        if not parts:
             return
+        share = _UPDATE_ELEMENTS_MEAN.get(members[0].device.type, _UPDATE_ELEMENTS_ELSEWHERE)
+        binding.update_credit = min(binding.update_credit + share, max(share, _UPDATE_ELEMENTS_ELSEWHERE))
+        _, positions = parts[binding.next_part % len(parts)]
+        elements = sum(members[position].numel() for position in positions)
+        if elements > binding.update_credit:
+            return
+        binding.update_credit -= elements
+        piece, positions = parts[binding.next_part % len(parts)]
+        binding.next_part += 1
+        parameters = [members[position] for position in positions]
+        with torch.no_grad():
+            before = _joined(parameters, gathered=piece.gathered)
+        self._updates.append((optimizer, functools.partial(_update, plan, piece, positions, parameters, before)))
 
     def _finish_round(self) -> None:
         """Hand the round over and decide whether the next one is sampled."""
@@ -876,10 +883,10 @@ def _joined(parameters: Sequence[Tensor], *, gathered: bool) -> Tensor:
     return torch.stack(list(parameters)) if parameters[0].dim() == 0 else torch.cat(list(parameters))
 
 
-def _update(plan: Plan, piece: Piece, parameters: Sequence[Tensor], before: Tensor) -> Update:
-    """Return how far the parameters of one piece have moved since ``before``."""
-    units = piece.stop - piece.start
-    starts = [plan.weights.places[position][1] - piece.start for position in piece.positions]
+def _update(plan: Plan, piece: Piece, positions: Sequence[int], parameters: Sequence[Tensor], before: Tensor) -> Update:
+    """Return how far some parameters of one piece have moved since ``before``."""
+    starts = [0, *itertools.accumulate(plan.weights.specs[position].units for position in positions)]
+    units = starts.pop()
     with torch.no_grad():
         difference = _joined(parameters, gathered=piece.gathered).sub_(before)
         if piece.gathered:
@@ -887,7 +894,7 @@ def _update(plan: Plan, piece: Piece, parameters: Sequence[Tensor], before: Tens
         else:
             out = torch.empty(units, dtype=piece.arena.dtype, device=piece.arena.device)
             Layout([piece.spec], direct_bytes=0).bind({piece.arena: out}, Scratch()).run([difference])
-    return Update([plan.indices[position] for position in piece.positions], starts, out)
+    return Update([plan.indices[position] for position in positions], starts, out)
 
 
 def _rank() -> int:

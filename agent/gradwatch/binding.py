@@ -59,7 +59,10 @@ class Binding:
         """Of the groups: what differs where they were changed."""
         self.steps = 0
         self.steps_at_scaler = 0
-        self.next_piece = 0
+        self.next_part = 0
+        """Of the weights: the one whose change is measured next."""
+        self.update_credit = 0
+        """Elements that may be copied for it."""
 
     def same(self, parameters: Sequence[Tensor]) -> bool:
         """Return whether it was made for exactly these tensors."""

@@ -1,7 +1,8 @@
 """Buffers that carry unit norms from the device to the collector without either side waiting for the other."""
 
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradwatch.layout import Arena, Bound, Layout, Scratch, Spec
+from gradwatch.layout import Arena, Bound, Layout, Piece, Scratch, Spec
 
 _BUDGET_BYTES: Final = 32 << 20
 _FEWEST: Final = 4
@@ -42,6 +43,7 @@ class Plan:
             start += weights[position].units
         self.units = [weights[position].units for position in self.measured]
         """Number of units of each of them."""
+        self._parts: list[tuple[Piece, tuple[int, ...]]] | None = None
         self._weight_order = None if len(self.weights.sizes) < 2 else self._order(self.weights)
         self._grad_order = self._weight_order if same or self.grads is None else self._order(self.grads)
 
@@ -51,6 +53,35 @@ class Plan:
         for arena, size in (self.grads.sizes if self.grads is not None else {}).items():
             sizes[arena] = sizes.get(arena, 0) + size
         return sizes
+
+    def parts(
+        self, means: Mapping[str, int], limits: Mapping[str, int], elsewhere: int
+    ) -> list[tuple[Piece, tuple[int, ...]]]:
+        """Return the weights in parts that can be copied: pieces, each with some of its positions.
+
+        Args:
+            means: elements that a part of several parameters may have, by type of device.
+            limits: elements that a parameter may have, by type of device; a larger one is in no part.
+            elsewhere: both for any other device.
+        """
+        if self._parts is None:
+            self._parts = []
+            for piece in self.weights.pieces:
+                kind = piece.arena.device.type
+                mean, limit = means.get(kind, elsewhere), limits.get(kind, elsewhere)
+                chosen: list[int] = []
+                elements = 0
+                for position in () if piece.spec.sparse else piece.positions:
+                    size = math.prod(self.weights.specs[position].shape)
+                    if chosen and elements + size > mean:
+                        self._parts.append((piece, tuple(chosen)))
+                        chosen, elements = [], 0
+                    if size <= limit:
+                        chosen.append(position)
+                        elements += size
+                if chosen:
+                    self._parts.append((piece, tuple(chosen)))
+        return self._parts
 
     def ordered_grads(self, arenas: dict[Arena, NDArray[Any]]) -> NDArray[np.float64]:
         """Return the norms of the gradients' units from the buffers they were written to."""

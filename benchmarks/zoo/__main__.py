@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, vanishing
+from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, third, vanishing
 from benchmarks.zoo.baselines import Baselines
 from benchmarks.zoo.case import Case, holds, train
 from benchmarks.zoo.score import Alert, Outcome, Score
@@ -29,6 +29,7 @@ CASES: tuple[Case, ...] = (
     *exploding.CASES,
     *nonfinite.CASES,
     *second.CASES,
+    *third.CASES,
 )
 
 
@@ -89,7 +90,7 @@ def main() -> int:
     outcomes = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["GRADWATCH_SPOOL_DIR"] = folder
+        os.environ["GRADWATCH_SPOOL_DIR"] = str(Path(folder) / "spool")  # not beside the server's own database
         with Server(Path(folder), "http://127.0.0.1:9/nobody", "whsec_" + "A" * 32) as server:
             for case in chosen:
                 for seed in range(options.first_seed, options.first_seed + options.seeds):

@@ -8,6 +8,8 @@ connection goes to a checked address.
 import asyncio
 import socket
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -17,9 +19,13 @@ Network = IPv4Network | IPv6Network
 
 EVERYWHERE = ("0.0.0.0/0", "::/0")
 """What an operator who names an address on the command line allows for it."""
-_NAT64 = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
+_TRANSLATED = tuple(map(ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96")))
+"""NAT64 and stateless translation: the last 32 bits are an IPv4 address."""
 _IPV4_COMPATIBLE = ip_network("::/96")
 _SITE_LOCAL = ip_network("fec0::/10")
+_SPECIAL = tuple(map(ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20", "5f00::/16")))
+"""In IANA's registries of special addresses, and global to some versions of Python."""
+_AT_ONCE = 2
 
 
 class Resolver(Protocol):
@@ -33,10 +39,17 @@ class AddressRefused(OSError):
     """The receiver's address is in a range that is not allowed."""
 
 
-async def system_resolver(host: str, port: int) -> Sequence[str]:
-    """Ask the system."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+class SystemResolver:
+    """Asks the system, in threads of its own: a name server that does not answer holds up nobody else's names."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="gradwatch-names")
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        """Return its addresses; raises OSError where it has none."""
+        ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
+        return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def parse_networks(given: Iterable[str]) -> tuple[Network, ...]:
@@ -50,22 +63,22 @@ def parse_networks(given: Iterable[str]) -> tuple[Network, ...]:
 
 def refusal(address: Address, allowed: Sequence[Network]) -> str | None:
     """Return why an address is refused; none: it is public, or the configuration allows its network."""
-    meant = _embedded(address)
-    if any(network.version == each.version and each in network for network in allowed for each in (address, *meant)):
+    if _within(address, allowed):
         return None
-    for each in (address, *meant):
-        kind = _kind(each)
-        if kind is not None:
-            return kind
-    return None
+    kinds = (_kind(each) for each in (address, *_embedded(address)) if not _within(each, allowed))
+    return next(filter(None, kinds), None)
+
+
+def _within(address: Address, networks: Iterable[Network]) -> bool:
+    return any(network.version == address.version and address in network for network in networks)
 
 
 def _embedded(address: Address) -> tuple[IPv4Address, ...]:
-    """Return the IPv4 addresses that an IPv6 address stands for: mapped, compatible, 6to4, Teredo and NAT64."""
+    """Return the IPv4 addresses that an IPv6 address stands for: mapped, compatible, translated, 6to4 and Teredo."""
     if isinstance(address, IPv4Address):
         return ()
     low = IPv4Address(int(address) & 0xFFFFFFFF)
-    if address.ipv4_mapped is not None or any(address in network for network in _NAT64):
+    if address.ipv4_mapped is not None or _within(address, _TRANSLATED):
         return (low,)
     if address.sixtofour is not None:
         return (address.sixtofour,)
@@ -87,7 +100,8 @@ def _kind(address: Address) -> str | None:
             return kind
     if isinstance(address, IPv6Address) and _embedded(address):
         return None  # the address inside decides
-    return None if address.is_global and not address.is_reserved else "private or reserved"
+    public = address.is_global and not address.is_reserved and not _within(address, _SPECIAL)
+    return None if public else "private or reserved"
 
 
 def check_address(setting: str, address: str) -> None:
@@ -110,9 +124,9 @@ def check_address(setting: str, address: str) -> None:
 class Guard:
     """Resolves a host and lets only allowed addresses pass."""
 
-    def __init__(self, allow_networks: Iterable[str], resolver: Resolver = system_resolver) -> None:
+    def __init__(self, allow_networks: Iterable[str], resolver: Resolver | None = None) -> None:
         self._allowed = parse_networks(allow_networks)
-        self._resolver = resolver
+        self._resolver = resolver or SystemResolver()
 
     async def resolve(self, host: str, port: int) -> list[str]:
         """Return the addresses of a host, all of them allowed.

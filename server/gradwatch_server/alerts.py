@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gradwatch_server.diagnosis import Finding
+from gradwatch_server.diagnosis.finding import MOST_BLAMED
 
 State = Literal["pending", "firing", "resolved"]
 SEVERITIES = ("warning", "critical")
@@ -23,7 +24,8 @@ class Alert:
 
     state: State
     finding: Finding
-    """The last finding that held: what is wrong, where and what to do."""
+    """The first finding that held: what is wrong, where and what to do; later ones add parameters, a worse one its
+    evidence."""
     first_step: int
     first_at: float
     held: int = 1
@@ -71,11 +73,27 @@ def advance(
         started = Alert(state="pending", finding=finding, first_step=finding.first_step, first_at=at, flaps=flaps)
         return _fire_when_held(started, step, at)
     if alert.state == "pending":
-        return _fire_when_held(replace(alert, finding=finding, held=alert.held + 1), step, at)
-    escalated = SEVERITIES.index(finding.severity) > SEVERITIES.index(alert.finding.severity)
-    kept = finding if escalated else replace(finding, severity=alert.finding.severity)
+        seen = replace(_together(alert.finding, finding), severity=finding.severity)
+        return _fire_when_held(replace(alert, finding=seen, held=alert.held + 1), step, at)
+    kept = _together(alert.finding, finding)
     held = replace(alert, finding=kept, held=alert.held + 1, clear=0)
-    return held, Transition("firing", kept.severity, step, at) if escalated else None
+    return held, Transition("firing", kept.severity, step, at) if kept.severity != alert.finding.severity else None
+
+
+def _together(first: Finding, now: Finding) -> Finding:
+    """Return what was found first, with the parameters that have come since; a worse finding brings its own words."""
+    worse = SEVERITIES.index(now.severity) > SEVERITIES.index(first.severity)
+    known = {blame.name for blame in first.parameters}
+    blamed = first.parameters + [blame for blame in now.parameters if blame.name not in known]
+    most = max(len(found.parameters) + found.left_out for found in (first, now))
+    return replace(
+        now if worse else first,
+        first_step=first.first_step,
+        parameters=blamed[:MOST_BLAMED],
+        left_out=max(most, len(blamed)) - len(blamed[:MOST_BLAMED]),
+        hold_samples=now.hold_samples,
+        clear_samples=now.clear_samples,
+    )
 
 
 def _fire_when_held(alert: Alert, step: int, at: float) -> tuple[Alert, Transition | None]:

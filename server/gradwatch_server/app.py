@@ -9,18 +9,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
-from gradwatch import wire
 from gradwatch_server.api import (
     access,
     alert_deliveries,
     alerts,
     deliveries,
+    description,
     health,
     ingest,
     metrics,
@@ -54,18 +53,22 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         app.state.services = services
         notifying = asyncio.create_task(services.notifier.run())
         pruning = asyncio.create_task(_prune(services))
+        watching = asyncio.create_task(services.stalls.run())
+        telling = asyncio.create_task(services.untold.run())
         exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
         try:
             yield
         finally:
             pruning.cancel()
+            watching.cancel()
+            telling.cancel()
             services.notifier.stop()
             await notifying
             if exporting is not None:
                 exporting.cancel()
                 with suppress(asyncio.CancelledError):
                     await exporting
-            await asyncio.to_thread(services.writer.close)
+            await asyncio.to_thread(services.writer.close, settings.configuration.limits.drain_seconds)
 
     app = FastAPI(
         title="gradwatch",
@@ -97,7 +100,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         request.app.state.services.requests.add(request.method, route, response.status_code, started)
         return response
 
-    _describe_documents(app)
+    description.complete(app)
     return app
 
 
@@ -107,30 +110,9 @@ def _page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads i
 
 async def _prune(services: Services) -> None:
     """Remove the runs whose time is over, now and once an hour, for as long as the server runs."""
-    retention = services.settings.configuration.retention
     while True:
+        retention = services.settings.configuration.retention
         with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach: in an hour
             work = partial(delete_overdue, retention=retention)
             await asyncio.wrap_future(services.writer.submit(work))
         await asyncio.sleep(_PRUNE_SECONDS)
-
-
-def _describe_documents(app: FastAPI) -> None:
-    """Add the wire format's documents to the OpenAPI description."""
-    made = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            described = made()
-            _, components = msgspec.json.schema_components(
-                [wire.Registration, wire.Batch], schema_hook=_vector_schema, ref_template="#/components/schemas/{name}"
-            )
-            described["components"]["schemas"] = components | described["components"]["schemas"]
-        return app.openapi_schema or {}
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _vector_schema(_kind: type) -> dict[str, Any]:
-    element = {"anyOf": [{"type": "number"}, {"type": "null"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
-    return {"type": "array", "items": element, "description": "one value for each parameter; null: missing"}

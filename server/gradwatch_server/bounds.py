@@ -76,6 +76,8 @@ def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits) -> None
     for index, sample in enumerate(batch.samples):
         _check_sample(f"samples[{index}]", sample, parameter_count, limits)
     _check_trail(batch.trail, limits)
+    if len(batch.events) > limits.events_per_batch:
+        raise invalid(f"{len(batch.events)} events are more than limits.events_per_batch ({limits.events_per_batch})")
     for index, event in enumerate(batch.events):
         _check_whole(f"events[{index}].step", event.step)
         _check_time(f"events[{index}].at", event.at)

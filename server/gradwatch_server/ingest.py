@@ -14,7 +14,7 @@ from gradwatch.wire import STATISTICS
 from gradwatch_server import diagnosis, ledger, schema, shelf
 from gradwatch_server.bounds import check_batch, check_registration
 from gradwatch_server.database import upsert
-from gradwatch_server.diagnosis import Layout, Memory, Reading
+from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, nonfinite
 from gradwatch_server.errors import Refused
 from gradwatch_server.runs import RUN_ENDED
 from gradwatch_server.settings import Configuration
@@ -23,6 +23,8 @@ _REPLAYED_FIRST_SAMPLES = 16
 """How a run began is what its later samples are compared with."""
 _REPLAYED_LAST_SAMPLES = 112
 _RUNS_IN_MEMORY = 256
+_SLOWER = 5.0
+"""Times the usual interval that one batch counts at most."""
 _LOSSES_KEPT = 1_024
 """Between two samples."""
 
@@ -63,7 +65,6 @@ class Ingest:
 
     def __init__(self, configuration: Configuration, public_url: str) -> None:
         self._configuration = configuration
-        self._thresholds = configuration.thresholds()
         self._public_url = public_url
         self._watched: OrderedDict[str, _Watched] = OrderedDict()
         self.batches = 0
@@ -73,8 +74,8 @@ class Ingest:
 
     def configure(self, configuration: Configuration, public_url: str) -> None:
         """Use these limits, thresholds, routes and links from the next batch on."""
+        self._configuration = configuration
         self._public_url = public_url
-        self._configuration, self._thresholds = configuration, configuration.thresholds()
 
     def register(self, connection: sa.Connection, run_id: str, registration: wire.Registration) -> Registered:
         """Store a run, or what its next attempt adds to it.
@@ -117,6 +118,7 @@ class Ingest:
         if registration.attempt > known.attempt:
             resumed = {
                 "attempt": registration.attempt,
+                "last_seen_at": now,
                 "attempt_first_step": None,
                 "last_step": None,
                 "diagnosed_step": None,
@@ -195,19 +197,24 @@ class Ingest:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         check_batch(batch, run.parameter_count, self._configuration.limits)
         if not self._claim(connection, run_id, batch, now):
-            self.duplicates += 1
             return Stored(batch.id, 0, duplicate=True)
         changes = shelf.put(connection, run, batch)
         changes |= self._progress(run, batch, now)
         if batch.attempt >= run.attempt:
-            changes |= self._diagnose(connection, run, batch)
+            changes |= self._diagnose(connection, run, batch, now)
             if batch.end is not None:
                 changes |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
         connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(changes))
+        return Stored(batch.id, len(batch.samples), duplicate=False)
+
+    def count(self, stored: Stored, batch: wire.Batch) -> None:
+        """Count a batch that is on disk."""
+        if stored.duplicate:
+            self.duplicates += 1
+            return
         self.batches += 1
         self.samples += len(batch.samples)
         self.values += sum(vector.size for sample in batch.samples for vector in sample.statistics.values())
-        return Stored(batch.id, len(batch.samples), duplicate=False)
 
     def _claim(self, connection: sa.Connection, run_id: str, batch: wire.Batch, now: float) -> bool:
         """Remember the batch's id; return False where it is known already."""
@@ -229,23 +236,27 @@ class Ingest:
             times = sorted(sample.at for sample in batch.samples)
             span = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else now - run.last_seen_at
             usual = run.usual_interval_seconds
-            changes["usual_interval_seconds"] = span if usual is None else 0.8 * usual + 0.2 * span
+            slow = _SLOWER * (usual or span)  # a long pause does not become usual
+            changes["usual_interval_seconds"] = span if usual is None else 0.8 * usual + 0.2 * min(span, slow)
         steps = [sample.step for sample in batch.samples]
         steps += [scalar.steps[-1] for scalar in batch.trail.values() if scalar.steps]
         if steps and batch.attempt >= run.attempt:
             changes["last_step"] = max([*steps, run.last_step or 0])
         return changes
 
-    def _diagnose(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch) -> dict[str, Any]:
-        watched = self._watch(connection, run)
+    def _diagnose(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
+        thresholds = self._configuration.thresholds(run.project)
+        watched = self._watch(connection, run, thresholds)
         book = ledger.Book(connection, run, self._configuration, self._public_url)
         losses = sorted([*watched.losses, *_losses(batch)])
         readings = _readings(batch, run.diagnosed_step, losses)
         watched.losses = [(step, loss) for step, loss in losses if not readings or step > readings[-1].step]
         watched.losses = watched.losses[-_LOSSES_KEPT:]
         for reading in readings:
-            watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, self._thresholds)
+            watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, thresholds)
             book.enter(findings, reading.step, reading.at)
+            book.enter_silence(None, reading.step, now)
+        self._name_module(connection, run.id, watched, book)
         book.save()
         watched.sample_count = run.sample_count + len(batch.samples)
         self._watched[run.id] = watched
@@ -254,14 +265,29 @@ class Ingest:
             self._watched.popitem(last=False)
         return {"diagnosed_step": readings[-1].step} if readings else {}
 
-    def _watch(self, connection: sa.Connection, run: sa.Row[Any]) -> _Watched:
+    @staticmethod
+    def _name_module(connection: sa.Connection, run_id: str, watched: _Watched, book: ledger.Book) -> None:
+        """Have the alert for non-finite numbers name the module that the agent found, whichever of them came first."""
+        first_step = book.began(nonfinite.RULE)
+        if first_step is None:
+            return
+        table = schema.events
+        since = first_step - watched.memory.every_steps
+        known = table.c.run == run_id, table.c.kind == nonfinite.EVENT, table.c.step >= since
+        order = table.c.step, table.c.id
+        event = connection.execute(sa.select(table).where(*known).order_by(*order).limit(1)).one_or_none()
+        if event is not None:
+            names = watched.layout.names
+            book.refine(nonfinite.RULE, lambda found: nonfinite.refine(found, names, event.parameter, event.message))
+
+    def _watch(self, connection: sa.Connection, run: sa.Row[Any], thresholds: Thresholds) -> _Watched:
         watched = self._watched.pop(run.id, None)
         if watched is not None and watched.sample_count == run.sample_count:
             return watched
         layout = Layout.of(load_parameters(connection, run.id))
         memory = Memory()
         for reading in _stored_readings(connection, run.id, run.diagnosed_step):
-            memory, _ = diagnosis.examine(layout, memory, reading, self._thresholds)
+            memory, _ = diagnosis.examine(layout, memory, reading, thresholds)
         return _Watched(layout, memory, run.sample_count)
 
     def _finish(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
@@ -293,7 +319,6 @@ def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, 
                 at=sample.at,
                 statistics=sample.statistics,
                 scalars=shelf.scalars_at(sample, batch.trail),
-                events=[event for event in batch.events if earlier < event.step <= sample.step],
                 losses=[(step, loss) for step, loss in losses if earlier < step <= sample.step],
             )
         )

@@ -11,6 +11,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 from gradwatch_server import outbox
+from gradwatch_server.answer import Answer
 from gradwatch_server.circuit import Circuit
 from gradwatch_server.errors import Refused
 from gradwatch_server.outbox import Attempt, Delivery, Due
@@ -40,6 +41,7 @@ class Lane:
         self._writer = writer
         self._receiver = receiver
         self._pace = pace
+        self._at_once = min(pace.at_once, receiver.most_at_once)
         self._results = results
         self._circuit = Circuit(pace.circuit_failures, pace.circuit_seconds)
         self._work = asyncio.Event()
@@ -58,7 +60,7 @@ class Lane:
 
     async def run(self) -> None:
         """Deliver until closed; if it is cancelled, what is under way comes back when its lease ends."""
-        async with self._receiver.way(self._pace.timeout_seconds, self._pace.at_once) as way:
+        async with self._receiver.way(self._pace.timeout_seconds, self._at_once) as way:
             try:
                 while self._under_way or self._settled or not self._closing:
                     await self._round(way)
@@ -72,7 +74,7 @@ class Lane:
     async def _round(self, way: Way) -> None:
         """Record what has come back and claim as much as there is room for, in one transaction."""
         settled, self._settled = self._settled, []
-        most = 0 if self._closing else self._circuit.room(time.time(), self._pace.at_once)
+        most = 0 if self._closing else self._circuit.room(time.time(), self._at_once)
         room = most - len(self._under_way)
         if not settled and room <= 0:
             return
@@ -90,14 +92,18 @@ class Lane:
             task.add_done_callback(self._under_way.discard)
 
     def _turn(self, connection: sa.Connection, settled: list[Attempt], room: int) -> tuple[list[Due], list[str]]:
-        states = [outbox.record(connection, attempt, self._pace) for attempt in settled]
+        states = outbox.record(connection, settled, self._pace) if settled else []
         if room <= 0:
             return [], states
         return outbox.claim(connection, self._receiver.name, time.time(), room, self._pace.lease_seconds), states
 
     async def _deliver(self, way: Way, due: Due) -> None:
         at, started = time.time(), time.perf_counter()
-        answer = await way.send(Message(due.id, due.payload, due.created_at), at)
+        try:
+            answer = await way.send(Message(due.id, due.payload, due.created_at), at)
+        except Exception as error:  # else it would come back at the end of each lease, for ever
+            log.exception("delivery %s to %s could not be attempted", due.id, self._receiver.name)
+            answer = Answer(None, f"{type(error).__name__}: the server's log says more")
         self._circuit.note(answer, time.time())
         self._settled.append(Attempt(due, answer, at, time.perf_counter() - started))
         self.wake()

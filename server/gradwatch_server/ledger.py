@@ -3,7 +3,8 @@
 import hashlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from gradwatch.wire import number, spell
 from gradwatch_server import schema, silences
 from gradwatch_server.alerts import Alert, Transition, advance, resolve
-from gradwatch_server.diagnosis import Blame, Finding
+from gradwatch_server.diagnosis import Blame, Finding, stalled
 from gradwatch_server.routes import choose
 from gradwatch_server.settings import Configuration
 
@@ -38,20 +39,53 @@ class Book:
         self._told: list[tuple[str, Alert, Transition]] = []
         self._changed: set[str] = set()
         self._muted: dict[str, str | None] = {row.id: row.muted for row in rows}
+        self._acknowledged: dict[str, str | None] = {row.id: row.acknowledged_by for row in rows}
         self._silences = silences.load(connection, time.time()) if self._open else None
 
     def enter(self, findings: Sequence[Finding], step: int, at: float) -> None:
         """Advance every open alert, and those that begin, by one sample."""
         found = {finding.rule: finding for finding in findings}
-        rules = found.keys() | self._open.keys()
+        rules = (found.keys() | self._open.keys()) - {stalled.RULE}
         for rule in sorted(rules, key=lambda rule: (rule in silences.INHIBITS, rule)):
-            alert_id, before = self._open.get(rule) or (secrets.token_hex(8), self._last(rule))
-            after, transition = advance(before, found.get(rule), step, at)
-            self._put(rule, alert_id, after, transition)
+            self._advance(rule, found.get(rule), step, at)
+        self.unmute(step, at)
+
+    def enter_silence(self, finding: Finding | None, step: int, at: float) -> None:
+        """Advance the alert for stalling, which goes by the server's clock; no finding: the run is heard of."""
+        if finding is not None or stalled.RULE in self._open:
+            self._advance(stalled.RULE, finding, step, at)
+
+    def refine(self, rule: str, refined: Callable[[Finding], Finding]) -> None:
+        """Change what the open alert of a rule says; what this transaction is about to tell says it too."""
+        if rule not in self._open:
+            return
+        alert_id, before = self._open[rule]
+        after = replace(before, finding=refined(before.finding))
+        if after != before:
+            self._open[rule] = (alert_id, after)
+            self._changed.add(alert_id)
+            self._told = [(told, after if told == alert_id else alert, change) for told, alert, change in self._told]
+
+    def began(self, rule: str) -> int | None:
+        """Return the first step of the open alert of a rule."""
+        return self._open[rule][1].first_step if rule in self._open else None
+
+    def unmute(self, step: int, at: float) -> None:
+        """Tell of what fires, was not told, and is no longer to be kept quiet."""
         for rule, (alert_id, alert) in self._open.items():
-            if self._muted.get(alert_id) is not None and self._mute(rule) is None:
+            before = self._muted.get(alert_id)
+            if before is None:
+                continue
+            reason = self._mute(rule, alert_id)
+            if reason is None:
                 self._told.append((alert_id, alert, Transition("firing", alert.finding.severity, step, at)))
-                self._set_muted(alert_id, None)
+            if reason != before:
+                self._set_muted(alert_id, reason)
+
+    def _advance(self, rule: str, finding: Finding | None, step: int, at: float) -> None:
+        alert_id, before = self._open.get(rule) or (secrets.token_hex(8), self._last(rule))
+        after, transition = advance(before, finding, step, at)
+        self._put(rule, alert_id, after, transition)
 
     def _last(self, rule: str) -> Alert | None:
         """Return the last alert of a rule that has resolved."""
@@ -66,12 +100,13 @@ class Book:
         ).one_or_none()
         return None if row is None else _from_row(row)
 
-    def _mute(self, rule: str) -> str | None:
+    def _mute(self, rule: str, alert_id: str) -> str | None:
         """Return why an alert of this run is not told now."""
         if self._silences is None:
             self._silences = silences.load(self._connection, time.time())
         firing = [other for other, (_, alert) in self._open.items() if alert.state == "firing"]
-        return silences.muted(self._silences, firing, self._run.project, self._run.id, rule)
+        acknowledged_by = self._acknowledged.get(alert_id)
+        return silences.muted(self._silences, firing, self._run.project, self._run.id, rule, acknowledged_by)
 
     def _set_muted(self, alert_id: str, reason: str | None) -> None:
         self._muted[alert_id] = reason
@@ -88,7 +123,7 @@ class Book:
     def _put(self, rule: str, alert_id: str, after: Alert | None, transition: Transition | None) -> None:
         before = self._open.pop(rule, None)
         if after is not None and transition is not None:
-            if transition.state == "firing" and (reason := self._mute(rule)) is not None:
+            if transition.state == "firing" and (reason := self._mute(rule, alert_id)) is not None:
                 self._set_muted(alert_id, reason)
             else:
                 self._told.append((alert_id, after, transition))

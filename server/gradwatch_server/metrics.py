@@ -249,7 +249,11 @@ class ServerCollector(Collector):
             ("gradwatch_ingest_duplicate_batches", "Batches that were stored before.", ingest.duplicates),
             ("gradwatch_ingest_samples", "Samples stored.", ingest.samples),
             ("gradwatch_ingest_values", "Values of statistics stored.", ingest.values),
-            ("gradwatch_queue_refusals", "Batches that were sent away because the queue was full.", writer.refused),
+            (
+                "gradwatch_queue_refusals",
+                "Batches that were sent away for want of room.",
+                writer.refused + services.room.refused,
+            ),
         )
         for name, text, count in counts:
             yield CounterMetricFamily(name, text, value=count)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -78,7 +79,7 @@ class Notifier:
         """Give up, every few seconds, what nobody will take."""
         while True:
             try:
-                buried = await written(self._writer, lambda connection: outbox.bury(connection, names))
+                buried = await written(self._writer, lambda connection: outbox.bury(connection, names, time.time()))
                 if buried:
                     log.warning("%d deliveries are dead: their receivers are disabled or gone", buried)
             except Exception:

@@ -1,8 +1,9 @@
 """Deliveries as rows: claimed with a lease, recorded with every attempt, in order for each alert and receiver."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -12,6 +13,8 @@ from gradwatch_server.answer import Answer
 from gradwatch_server.database import upsert
 
 _LONGEST_WAIT_SECONDS = 86_400.0
+_UNKNOWN_SECONDS = 3_600.0
+"""How long what nobody takes stays due: another server, or this one's next configuration, may know the receiver."""
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,7 +29,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     lease_seconds: float = 60.0
     """After this time another server takes over the deliveries that a dead one had claimed."""
     at_once: int = 32
-    """Most deliveries that are under way to one receiver."""
+    """Most deliveries that are under way to one receiver; to one by mail or Apprise 2."""
     circuit_failures: int = 5
     """Failures in a row after which a receiver is left alone for a while."""
     circuit_seconds: float = 15.0
@@ -79,7 +82,7 @@ def claim(connection: sa.Connection, receiver: str, now: float, most: int, lease
             earlier.c.alert == table.c.alert,
             earlier.c.receiver == table.c.receiver,
             earlier.c.number < table.c.number,
-            earlier.c.state == "due",
+            earlier.c.state.not_in(("delivered", "dead")),  # "due" would tempt PostgreSQL to the index by due_at
         )
         .exists()
     )
@@ -99,44 +102,53 @@ def claim(connection: sa.Connection, receiver: str, now: float, most: int, lease
     return [Due(row.id, row.alert, row.receiver, row.created_at, row.payload) for row in rows]
 
 
-def record(connection: sa.Connection, attempt: Attempt, pace: Delivery) -> str:
-    """Write down what came of an attempt and when the next one is due; return the delivery's state.
+def record(connection: sa.Connection, made: Sequence[Attempt], pace: Delivery) -> list[str]:
+    """Write down what came of attempts and when the next ones are due; return the deliveries' states.
 
     Another server may have taken over meanwhile: what it delivered stays delivered.
     """
-    table, tried = schema.deliveries, schema.attempts
-    before = connection.execute(
-        sa.select(*table.c["state", "attempts"]).where(table.c.id == attempt.due.id).with_for_update()
-    ).one_or_none()
-    if before is None:
-        return "deleted"
-    answer, number, ended = attempt.answer, before.attempts + 1, attempt.at + attempt.seconds
-    connection.execute(
-        sa.insert(tried).values(
-            delivery=attempt.due.id,
-            number=number,
-            at=attempt.at,
-            seconds=attempt.seconds,
-            status=answer.status,
-            error=answer.error,
-        )
-    )
-    state, due_at = ("delivered", ended) if before.state == "delivered" else _next(number, answer, ended, pace)
-    connection.execute(
-        sa.update(table)
-        .where(table.c.id == attempt.due.id)
-        .values(
-            state=state,
-            attempts=number,
-            due_at=due_at,
-            leased_until=0.0,
-            error=answer.error,
-            delivered_at=sa.func.coalesce(table.c.delivered_at, ended) if state == "delivered" else None,
-        )
-    )
-    if answer.verdict == "gone":
-        disable(connection, attempt.due.receiver, "it answered 410 Gone", ended)
-    return state
+    table = schema.deliveries
+    ids = [attempt.due.id for attempt in made]
+    rows = connection.execute(
+        sa.select(*table.c["id", "state", "attempts", "delivered_at"])
+        .where(table.c.id.in_(ids))
+        .order_by(table.c.id)
+        .with_for_update()
+    ).mappings()
+    known = {row["id"]: dict(row) for row in rows}
+    tries = []
+    for attempt in made:
+        if attempt.due.id in known:
+            known[attempt.due.id] |= _outcome(known[attempt.due.id], attempt, pace)
+            tries.append(_try(known[attempt.due.id]["attempts"], attempt))
+    if tries:
+        connection.execute(sa.insert(schema.attempts), tries)
+        changed = sa.update(table).where(table.c.id == sa.bindparam("of"))
+        connection.execute(changed, [row | {"of": row["id"], "leased_until": 0.0} for row in known.values()])
+    for attempt in made:
+        if attempt.answer.verdict == "gone":
+            disable(connection, attempt.due.receiver, "it answered 410 Gone", attempt.at + attempt.seconds)
+    return [known[each]["state"] if each in known else "deleted" for each in ids]
+
+
+def _outcome(before: Mapping[str, Any], attempt: Attempt, pace: Delivery) -> dict[str, Any]:
+    """Return what changes of a delivery."""
+    number, ended = before["attempts"] + 1, attempt.at + attempt.seconds
+    delivered = before["state"] == "delivered"
+    state, due_at = ("delivered", ended) if delivered else _next(number, attempt.answer, ended, pace)
+    return {
+        "state": state,
+        "attempts": number,
+        "due_at": due_at,
+        "error": attempt.answer.error,
+        "delivered_at": (before["delivered_at"] or ended) if state == "delivered" else None,
+    }
+
+
+def _try(number: int, attempt: Attempt) -> dict[str, Any]:
+    answer = attempt.answer
+    made = {"delivery": attempt.due.id, "number": number, "at": attempt.at, "seconds": attempt.seconds}
+    return made | {"status": answer.status, "error": answer.error}
 
 
 def _next(number: int, answer: Answer, now: float, pace: Delivery) -> tuple[str, float]:
@@ -161,12 +173,12 @@ def enable(connection: sa.Connection, receiver: str) -> bool:
     return connection.execute(sa.delete(table).where(table.c.name == receiver)).rowcount > 0
 
 
-def bury(connection: sa.Connection, receivers: Sequence[str]) -> int:
-    """Give up what is due to receivers that are disabled or no longer configured; return how many deliveries."""
+def bury(connection: sa.Connection, receivers: Sequence[str], now: float) -> int:
+    """Give up what is due to receivers that are disabled, or that nobody knows for an hour; return how many."""
     table, disabled = schema.deliveries, schema.disabled_receivers
     off = table.c.receiver.in_(sa.select(disabled.c.name))
-    unknown = table.c.receiver.not_in(receivers)
-    error = sa.case((off, "the receiver is disabled"), else_="the receiver is no longer configured")
+    unknown = table.c.receiver.not_in(receivers) & (table.c.due_at <= now - _UNKNOWN_SECONDS)
+    error = sa.case((off, "the receiver is disabled"), else_="the receiver is not configured")
     statement = sa.update(table).where(table.c.state == "due", off | unknown)
     return connection.execute(statement.values(state="dead", error=error)).rowcount
 

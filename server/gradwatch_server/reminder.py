@@ -13,7 +13,7 @@ from gradwatch_server.post import Postman
 from gradwatch_server.receivers import Alertmanager, Message
 
 _RESOLVED_SECONDS = 300.0
-_MOST_ALERTS = 1_000
+_ALERTS_AT_ONCE = 500
 
 log = logging.getLogger(__name__)
 
@@ -24,23 +24,25 @@ async def remind(engine: sa.Engine, receiver: Alertmanager, pace: Delivery) -> N
         while True:
             await asyncio.sleep(receiver.resend_seconds)
             try:
-                told = await asyncio.to_thread(_told, engine, receiver.name, time.time())
-                if not told:
-                    continue
-                answer = await postman.post(receiver.digest(told, time.time()))
-                if answer.verdict != "delivered":
-                    log.warning("receiver %s was not reminded: %s", receiver.name, answer.error)
+                after = ""
+                while told := await asyncio.to_thread(_told, engine, receiver.name, time.time(), after):
+                    answer = await postman.post(receiver.digest(told, time.time()))
+                    if answer.verdict != "delivered":
+                        log.warning("receiver %s was not reminded: %s", receiver.name, answer.error)
+                        break
+                    after = told[-1].id
             except Exception:
                 log.exception("receiver %s could not be reminded; the next time comes", receiver.name)
 
 
-def _told(engine: sa.Engine, receiver: str, now: float) -> list[Message]:
-    """Return the last delivered transition of each alert that fires, or was resolved within 5 minutes."""
+def _told(engine: sa.Engine, receiver: str, now: float, after: str) -> list[Message]:
+    """Return the last delivered transitions of alerts that fire, or were resolved within 5 minutes; by id, a page."""
     table, transitions, alerts = schema.deliveries, schema.transitions, schema.alerts
     later = schema.deliveries.alias("later")
     superseded = sa.exists().where(
         later.c.alert == table.c.alert, later.c.receiver == receiver, later.c.number > table.c.number
     )
+    off = sa.exists().where(schema.disabled_receivers.c.name == receiver)
     fires = (alerts.c.state == "firing") & (transitions.c.state == "firing")
     just_resolved = (transitions.c.state == "resolved") & (table.c.delivered_at >= now - _RESOLVED_SECONDS)
     query = (
@@ -48,8 +50,9 @@ def _told(engine: sa.Engine, receiver: str, now: float) -> list[Message]:
         .join(transitions, transitions.c.id == table.c.transition)
         .join(alerts, alerts.c.id == table.c.alert)
         .where(table.c.receiver == receiver, table.c.state == "delivered", ~superseded, fires | just_resolved)
-        .order_by(table.c.created_at.desc())
-        .limit(_MOST_ALERTS)
+        .where(table.c.id > after, ~off)
+        .order_by(table.c.id)
+        .limit(_ALERTS_AT_ONCE)
     )
     with engine.connect() as connection:
         return [Message(row.id, row.payload, row.created_at) for row in connection.execute(query)]

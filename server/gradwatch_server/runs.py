@@ -1,28 +1,17 @@
-"""Runs as people see them: their state follows from when they were last heard of."""
+"""Runs as people see them."""
 
-import time
 from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from gradwatch_server import schema
+from gradwatch_server.diagnosis import stalled
 from gradwatch_server.errors import Refused
 
 RunState = Literal["running", "stalled", "finished"]
 
 RUN_ENDED = "the run has ended"
 """How the resolution of an alert begins that fired until its run was over."""
-_STALLED_INTERVALS = 20
-_STALLED_SECONDS = 120.0
-"""A run is stalled when it was not heard of for 20 of its usual intervals, and for at least this long."""
-
-
-def run_state(finished_at: float | None, last_seen_at: float, usual_interval_seconds: float | None) -> RunState:
-    """Return the state of a run at this moment."""
-    if finished_at is not None:
-        return "finished"
-    patience = max(_STALLED_SECONDS, _STALLED_INTERVALS * (usual_interval_seconds or 0.0))
-    return "stalled" if time.time() - last_seen_at > patience else "running"
 
 
 def load_runs(connection: sa.Connection, project: str | None, state: RunState | None) -> list[dict[str, Any]]:
@@ -51,7 +40,9 @@ def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
 def _firing(connection: sa.Connection, run_id: str | None = None) -> dict[str, list[tuple[str, str, bool]]]:
     """Return (severity, rule, fires now) by run; with what fired until the run ended, since that is how it ended."""
     table = schema.alerts
-    until_end = sa.and_(table.c.state == "resolved", table.c.resolution.startswith(RUN_ENDED))
+    until_end = sa.and_(
+        table.c.state == "resolved", table.c.resolution.startswith(RUN_ENDED), table.c.rule != stalled.RULE
+    )
     query = sa.select(*table.c["run", "severity", "rule", "state"]).where(
         sa.or_(table.c.state == "firing", until_end), table.c.fired_step.is_not(None)
     )
@@ -63,13 +54,20 @@ def _firing(connection: sa.Connection, run_id: str | None = None) -> dict[str, l
     return firing
 
 
+def _state(row: sa.Row[Any], firing: list[tuple[str, str, bool]]) -> RunState:
+    """Return the state of a run; it is stalled for as long as that alert fires."""
+    if row.finished_at is not None:
+        return "finished"
+    return "stalled" if any(rule == stalled.RULE and now for _, rule, now in firing) else "running"
+
+
 def _shown(row: sa.Row[Any], firing: list[tuple[str, str, bool]]) -> dict[str, Any]:
     severity, rule, _ = min(firing, default=(None, None, False))  # "critical" sorts before "warning"
     return {
         "id": row.id,
         "project": row.project,
         "name": row.name,
-        "state": run_state(row.finished_at, row.last_seen_at, row.usual_interval_seconds),
+        "state": _state(row, firing),
         "status": row.status,
         "exit_code": row.exit_code,
         "last_step": row.last_step,

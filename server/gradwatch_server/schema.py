@@ -208,6 +208,7 @@ alerts = sa.Table(
     sa.Column("remedy", sa.Text, nullable=False),
     sa.Index(None, "run", "state"),
     sa.Index(None, "state"),
+    sa.Index(None, "first_at", "id"),
 )
 
 transitions = sa.Table(
@@ -241,6 +242,7 @@ deliveries = sa.Table(
     sa.Column("error", sa.Text, nullable=False, server_default="", comment="what the last attempt failed on"),
     sa.Index(None, "receiver", "state", "due_at"),
     sa.Index(None, "alert", "receiver", "number"),
+    sa.Index(None, "created_at", "id"),
 )
 
 silences = sa.Table(

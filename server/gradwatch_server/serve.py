@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -23,10 +23,9 @@ from gradwatch_server.app import create_app
 from gradwatch_server.database import open_engine, prepare
 from gradwatch_server.errors import ConfigurationError, GradwatchError
 from gradwatch_server.receivers import Webhook
+from gradwatch_server.services import Services
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.tokens import count_tokens
-
-_DRAIN_SECONDS = 10
 
 log = logging.getLogger(__name__)
 
@@ -77,19 +76,26 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, read_again: Callable[[], Configuration]) -> None:
         super().__init__(config)
         self._read_again = read_again
+        self._asked_early = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to ``handle_exit``, and do not raise them again afterwards."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle_exit)
-        signal.signal(signal.SIGHUP, self.reload)
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start; what was asked for meanwhile is done then."""
+        await super().startup(sockets)
+        if self._asked_early:
+            self.reload()
 
     def reload(self, *_: object) -> None:
         """Read the configuration again; where anything in it is wrong, the old one stays, whole."""
         services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
         if services is None:
+            self._asked_early = True
             return
         try:
             configuration = self._read_again()
@@ -100,11 +106,24 @@ class _Server(uvicorn.Server):
         log.info("the configuration was read again")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Tell the application at the first signal: an open stream would keep uvicorn waiting."""
+        """Take the first signal as the wish to finish what was taken, a second one as the wish to stop now."""
         services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
-        if services is not None:
-            services.stopping()
-        super().handle_exit(sig, frame)
+        if services is None or not services.ready:
+            super().handle_exit(sig, frame)
+            return
+        services.stopping()
+        asyncio.get_running_loop().call_soon_threadsafe(self._drain, services, sig, frame)
+
+    def _drain(self, services: Services, sig: int, frame: FrameType | None) -> None:
+        """Keep answering, that it is not ready above all, until everything that was taken is on disk."""
+
+        async def drain() -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(services.settings.configuration.limits.drain_seconds):
+                    await services.room.emptied()
+            super(_Server, self).handle_exit(sig, frame)
+
+        self._draining = asyncio.create_task(drain())
 
 
 def _check_open(host: str, engine: sa.Engine) -> None:
@@ -160,10 +179,11 @@ def main(arguments: Sequence[str]) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=_DRAIN_SECONDS,
+            timeout_graceful_shutdown=1,
         ),
         lambda: read_settings(given).configuration,
     )
+    signal.signal(signal.SIGHUP, server.reload)  # from here on: whoever reads the next line may send it
     print(f"gradwatch serves on {settings.address} (database {engine.url.render_as_string()})", flush=True)
     server.run(sockets=[sock])
     engine.dispose()

@@ -1,18 +1,25 @@
 """The parts of one server process, made together and stopped together."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
 import sqlalchemy as sa
 
+from gradwatch_server.errors import Refused
 from gradwatch_server.exporter import Exporter
 from gradwatch_server.feed import Feed
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.notifier import Notifier
 from gradwatch_server.requests import Requests
+from gradwatch_server.room import Room, Share
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.snapshot import Layouts
+from gradwatch_server.stalls import Stalls
 from gradwatch_server.tokens import TokenBook
+from gradwatch_server.untold import Untold
 from gradwatch_server.writer import Writer
 
 
@@ -24,7 +31,10 @@ class Services:
     engine: sa.Engine
     writer: Writer
     ingest: Ingest
+    room: Room
     notifier: Notifier
+    stalls: Stalls
+    untold: Untold
     feed: Feed
     tokens: TokenBook
     exporter: Exporter | None = None
@@ -37,14 +47,17 @@ class Services:
     def start(cls, settings: Settings, engine: sa.Engine) -> "Services":
         """Make the parts; the writer runs from here on."""
         configuration = settings.configuration
-        remote = configuration.remote_write
-        writer = Writer(engine, configuration.limits.queued_batches)
+        remote, limits = configuration.remote_write, configuration.limits
+        writer = Writer(engine, limits.queued_batches, limits.queued_batches_per_run)
         return cls(
             settings=settings,
             engine=engine,
             writer=writer,
             ingest=Ingest(configuration, settings.public_url),
+            room=Room(limits.held_bytes),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
+            stalls=Stalls(engine, writer, configuration, settings.public_url, time.time()),
+            untold=Untold(engine, writer, configuration, settings.public_url),
             feed=Feed(engine),
             exporter=None if remote is None else Exporter(engine, writer, remote),
             tokens=TokenBook(engine),
@@ -53,8 +66,23 @@ class Services:
     def reload(self, configuration: Configuration) -> None:
         """Go on with another configuration, checked already; limits of the writer's queue stay until the next start."""
         self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
-        self.ingest.configure(configuration, self.settings.public_url)
+        public_url = self.settings.public_url
+        self.ingest.configure(configuration, public_url)
+        self.stalls.configure(configuration, public_url)
+        self.untold.configure(configuration, public_url)
         self.notifier.configure(configuration.receivers, configuration.delivery)
+
+    @contextmanager
+    def share(self) -> Iterator[Share]:
+        """Hold what a request brings, for as long as it takes.
+
+        Raises:
+            Refused: 503, the server is stopping.
+        """
+        if not self.ready:
+            raise Refused(503, "Stopping", "the server is stopping: send it again", retry_after_seconds=2)
+        with self.room.share() as share:
+            yield share
 
     def stopping(self) -> None:
         """Take the first sign of the end: no longer ready, and no stream keeps a connection open."""

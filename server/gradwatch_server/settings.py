@@ -15,26 +15,45 @@ from gradwatch_server.receivers import AnyReceiver
 from gradwatch_server.retention import Retention
 from gradwatch_server.routes import Route
 
+MOST_SAMPLES = 10_000
+"""In one batch, whatever the limits say."""
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much one request and the server may hold; beyond it a request is refused and says which limit."""
 
     body_bytes: int = 8 * 1024 * 1024
     """Largest body as it arrives."""
-    decoded_bytes: int = 32 * 1024 * 1024
+    decoded_bytes: int = 16 * 1024 * 1024
     """Largest body after decompression."""
+    loose_bytes: int = 4 * 1024 * 1024
+    """Largest part of a batch that is not packed vectors, for it grows many times over in memory; JSON is all that."""
     parameters: int = 100_000
     """Most parameters a run may have."""
     name_characters: int = 512
     """Longest project, run, parameter or scalar name."""
-    samples_per_batch: int = 1_000
+    samples_per_batch: Annotated[int, msgspec.Meta(ge=1, le=MOST_SAMPLES)] = 1_000
     """Most samples in one batch."""
     scalars_per_batch: int = 100_000
     """Most values of scalars in one batch."""
+    events_per_batch: int = 20_000
+    """Most events in one batch."""
     scalar_names: int = 256
     """Most different scalar names in one batch."""
     queued_batches: int = 1_000
     """Batches that may wait for the writer; beyond it: 503 with Retry-After."""
+    queued_batches_per_run: int = 16
+    """Batches of one run that may wait; an agent sends the next after the answer. Beyond it: 429 with Retry-After."""
+    held_bytes: int = 64 * 1024 * 1024
+    """Bodies that are being received or wait for the writer, together; beyond it: 503 with Retry-After."""
+    drain_seconds: float = 10.0
+    """Time in which a server that was told to stop answers what it has taken; it is not ready, but still listens."""
+
+    def __post_init__(self) -> None:
+        if self.held_bytes < max(self.body_bytes, self.decoded_bytes):
+            raise ValueError(
+                f"held_bytes = {self.held_bytes} has no room for one body: it is at least body_bytes and decoded_bytes"
+            )
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,6 +65,13 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How many parameters of each run count as its most conspicuous."""
     most_parameters: Annotated[int, msgspec.Meta(ge=0)] = 20_000
     """Most parameters of all runs together; beyond it they are left out, and ``/metrics`` says how many."""
+
+
+class Project(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is different for one project."""
+
+    rules: dict[str, dict[str, Any]] = {}
+    """Thresholds by rule, over those of all projects."""
 
 
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,6 +90,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Which alerts go where; without any, every alert goes to every receiver."""
     rules: dict[str, dict[str, Any]] = {}
     """Thresholds by rule; see docs/diagnosis.md."""
+    projects: dict[str, Project] = {}
+    """What is different for some projects, by their name."""
 
     def __post_init__(self) -> None:
         if self.public_url is not None:
@@ -86,18 +114,28 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """
         try:
             configuration = msgspec.convert(_with_environment(msgspec.toml.decode(path.read_bytes())), cls)
-            configuration.thresholds()
+            configuration.check_rules()
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"{path}: {error}") from None
         return configuration
 
-    def thresholds(self) -> Thresholds:
-        """Return the thresholds of the rules with the file's changes.
+    def check_rules(self) -> None:
+        """Look at the thresholds of all projects.
 
         Raises:
             ValueError: a rule, a key or a value is not known; the text names it.
         """
-        return Thresholds.from_table(self.rules)
+        Thresholds.from_table(self.rules)
+        for name, project in self.projects.items():
+            try:
+                Thresholds.from_table(project.rules)
+            except ValueError as error:
+                raise ValueError(f"projects.{name}.{error}") from None
+
+    def thresholds(self, project: str) -> Thresholds:
+        """Return the thresholds of the rules for a project, with the file's changes; they have been checked."""
+        own = self.projects.get(project, Project()).rules
+        return Thresholds.from_table({rule: self.rules.get(rule, {}) | own.get(rule, {}) for rule in self.rules | own})
 
 
 def _with_environment(value: Any) -> Any:

@@ -44,11 +44,11 @@ def add(connection: sa.Connection, now: float, **fields: Any) -> Silence:
     """Write a silence.
 
     Raises:
-        Refused: 422 where it has ended already.
+        Refused: 409 where it has ended already.
     """
     silence = Silence(id=secrets.token_hex(6), created_at=now, **fields)
     if silence.ends_at <= now:
-        raise Refused(422, "Silence has ended", f"ends_at {silence.ends_at:.0f} is not after now ({now:.0f})")
+        raise Refused(409, "Silence has ended", f"ends_at {silence.ends_at:.0f} is not after now ({now:.0f})")
     connection.execute(sa.insert(schema.silences).values(msgspec.structs.asdict(silence)))
     return silence
 
@@ -65,8 +65,17 @@ def end(connection: sa.Connection, silence_id: str, now: float) -> None:
         raise Refused(404, "Unknown silence", f"no silence {silence_id!r} holds now: GET /api/v1/silences lists them")
 
 
-def muted(silences: Sequence[Silence], firing: Sequence[str], project: str, run: str, rule: str) -> str | None:
+def muted(
+    silences: Sequence[Silence],
+    firing: Sequence[str],
+    project: str,
+    run: str,
+    rule: str,
+    acknowledged_by: str | None = None,
+) -> str | None:
     """Return why an alert is not told; none: it is."""
+    if acknowledged_by is not None:
+        return f"acknowledged by {acknowledged_by}"
     inhibiting = INHIBITS.get(rule)
     if inhibiting in firing:
         return f"inhibited by {inhibiting}"

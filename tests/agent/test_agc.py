@@ -1,20 +1,36 @@
-"""Adaptive clipping against an independent oracle in float64, and its properties."""
+"""Adaptive clipping against an independent oracle in float64, optax and timm, and its properties."""
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.agc import timm_adaptive_clip_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradwatch import adaptive_clip_grad_
+from tests.processes import environment
 
-Array = NDArray[np.float64]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+Array = NDArray[np.inexact[Any]]
+"""In double precision, real or complex."""
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.complex128: 1e-12,
+    torch.float32: 2e-6,
+    torch.complex64: 2e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+EXACT = (torch.float64, torch.complex128, torch.float32, torch.complex64)
+"""Types in which optax and timm, which sum in the type itself, are right to the last digits."""
 
 
 def _oracle(grad: Array, weight: Array, clip: float, eps: float, axis: int | None) -> Array:
@@ -26,8 +42,8 @@ def _oracle(grad: Array, weight: Array, clip: float, eps: float, axis: int | Non
 
 
 def _unit(grad: Array, weight: Array, clip: float, eps: float) -> Array:
-    norm = np.sqrt((grad**2).sum())
-    limit = clip * max(np.sqrt((weight**2).sum()), eps)
+    norm = np.sqrt((np.abs(grad) ** 2).sum())
+    limit = clip * max(np.sqrt((np.abs(weight) ** 2).sum()), eps)
     return grad * (limit / norm) if np.isfinite(norm) and norm > limit else grad
 
 
@@ -43,24 +59,127 @@ def _grad(parameter: nn.Parameter) -> Tensor:
 
 
 def _float64(tensor: Tensor) -> Array:
-    return tensor.detach().to(torch.float64).numpy()
+    wide: Array = tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64).numpy()
+    return wide
 
 
-SHAPES = st.lists(st.lists(st.integers(1, 5), max_size=5), min_size=1, max_size=6)
+def _drawn(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> nn.Parameter:
+    """Return a parameter some of whose units are clipped at 0.02 to 0.5 and some are not, some of them zero."""
+    source = torch.complex128 if dtype.is_complex else torch.float64
+    weight, grad = (torch.randn(shape, generator=generator, dtype=source) for _ in range(2))
+    if shape:
+        units = (shape[0], *(1,) * (len(shape) - 1))
+        grad *= torch.rand(units, generator=generator, dtype=torch.float64)
+        weight *= torch.rand(units, generator=generator, dtype=torch.float64) > 0.1
+    return _parameter(weight.to(dtype), grad.to(dtype))
 
 
-@settings(deadline=None, max_examples=150)
-@given(SHAPES, st.sampled_from(list(TOLERANCE)), st.floats(1e-3, 1.0), st.integers(0, 2**31))
-def test_it_equals_the_oracle(shapes: list[list[int]], dtype: torch.dtype, clip: float, seed: int) -> None:
+SHAPE = st.lists(st.integers(0, 5), max_size=5)
+SHAPES = st.lists(SHAPE, min_size=1, max_size=6)
+DTYPE = st.sampled_from(list(TOLERANCE))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(SHAPE, DTYPE), min_size=1, max_size=6), st.floats(1e-3, 1.0), st.integers(0, 2**31))
+def test_it_equals_the_oracle(drawn: list[tuple[list[int], torch.dtype]], clip: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    parameters = [
-        _parameter(torch.randn(shape, generator=generator).to(dtype), torch.randn(shape, generator=generator).to(dtype))
-        for shape in shapes
+    parameters = [_drawn(shape, dtype, generator) for shape, dtype in drawn]
+    expected = [
+        _oracle(_float64(_grad(p)), _float64(p), clip, 1e-3, 0) if p.numel() else _float64(_grad(p)) for p in parameters
     ]
-    expected = [_oracle(_float64(_grad(p)), _float64(p), clip, 1e-3, 0) for p in parameters]
     adaptive_clip_grad_(parameters, clip)
     for parameter, truth in zip(parameters, expected, strict=True):
-        np.testing.assert_allclose(_float64(_grad(parameter)), truth, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        assert _grad(parameter).dtype == parameter.dtype
+        np.testing.assert_allclose(
+            _float64(_grad(parameter)), truth, rtol=TOLERANCE[parameter.dtype], atol=TOLERANCE[parameter.dtype]
+        )
+
+
+OPTAX_SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "": [(), (7,), (3, 5), (6, 2), (3, 4, 2, 5), (2, 3, 4, 2, 3)],
+    "0,1": [(4, 2, 3), (2, 5, 7)],
+}
+"""By the dims that optax is told to reduce; it takes the last dim for the units, we the first."""
+
+
+def test_it_equals_optax(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours: dict[str, nn.Parameter] = {}
+    for dims, shapes in OPTAX_SHAPES.items():
+        for shape in shapes:
+            for dtype in EXACT:
+                ours[f"{shape} {dtype}/{dims}"] = _drawn(shape, dtype, generator)
+    # Weights of three dims hold heads for optax, units in the last two dims: for us experts, units in the first two.
+    experts = {f"experts {dtype}/": _drawn((3, 4, 5), dtype, generator) for dtype in EXACT}
+    given = {f"weight/{name}": _last(p.detach().numpy(), name) for name, p in (ours | experts).items()}
+    given |= {f"grad/{name}": _last(_grad(p).numpy(), name) for name, p in (ours | experts).items()}
+    np.savez(tmp_path / "given.npz", allow_pickle=False, clip=np.array(0.1), **given)
+    program = Path(__file__).with_name("optax_clip.py")
+    subprocess.run(
+        [sys.executable, program, tmp_path / "given.npz", tmp_path / "clipped.npz"],
+        check=True,
+        env=environment(JAX_PLATFORMS="cpu"),
+    )
+    adaptive_clip_grad_(ours.values(), 0.1)
+    adaptive_clip_grad_(experts.values(), 0.1, experts="*")
+    theirs = np.load(tmp_path / "clipped.npz")
+    changed = 0
+    for name, parameter in (ours | experts).items():
+        tolerance = TOLERANCE[parameter.dtype]
+        clipped = _last(_grad(parameter).numpy(), name)
+        np.testing.assert_allclose(clipped, theirs[name], rtol=tolerance, atol=tolerance / 100, err_msg=name)
+        changed += not np.array_equal(theirs[name], given[f"grad/{name}"])
+    assert len(theirs.files) == 36
+    assert changed > 18, "most of them must be clipped for this to prove anything"
+
+
+def _last(array: Array, name: str) -> Array:
+    """Return ``array`` as optax lays it out: units in the last dim, of experts in the last two."""
+    if name.startswith("experts"):
+        return np.moveaxis(array, (0, 1), (1, 2))
+    return np.moveaxis(array, 0, -1) if array.ndim > 1 else array
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 5), max_size=5), st.sampled_from(EXACT)), min_size=1, max_size=6),
+    st.floats(1e-3, 1.0),
+    st.integers(0, 2**31),
+)
+def test_it_equals_timm_where_the_units_are_rows(
+    drawn: list[tuple[list[int], torch.dtype]], clip: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ours = [_drawn(shape, dtype, generator) for shape, dtype in drawn]
+    theirs = [_parameter(parameter.detach(), _grad(parameter)) for parameter in ours]
+    adaptive_clip_grad_(ours, clip)
+    timm_adaptive_clip_grad(theirs, clip)
+    for our, their in zip(ours, theirs, strict=True):
+        tolerance = TOLERANCE[our.dtype]
+        torch.testing.assert_close(_grad(our), _grad(their), rtol=tolerance, atol=tolerance)
+
+
+TIMM_IS_WRONG: dict[str, Callable[[], tuple[nn.Module, int | None]]] = {
+    "a transposed convolution's units are its output channels, dim 1": lambda: (nn.ConvTranspose2d(4, 6, 3), 1),
+    "a gain of two dims is one unit, not a unit a row": lambda: (nn.LayerNorm((3, 5)), None),
+    "float16 overflows where squares are summed in it": lambda: (nn.Linear(40, 3).half(), 0),
+}
+
+
+@pytest.mark.parametrize("why", TIMM_IS_WRONG)
+def test_it_differs_from_timm_where_timm_is_wrong(why: str) -> None:
+    torch.manual_seed(0)
+    layer, axis = TIMM_IS_WRONG[why]()
+    weight = layer.get_parameter("weight")
+    weight.grad = torch.randn_like(weight) * torch.arange(1, len(weight) + 1).view(-1, *(1,) * (weight.dim() - 1))
+    if weight.dtype == torch.float16:
+        weight.grad *= 1e4
+    expected = _oracle(_float64(_grad(weight)), _float64(weight), 0.02, 1e-3, axis)
+    theirs = _parameter(weight.detach(), _grad(weight))
+    timm_adaptive_clip_grad([theirs], 0.02)
+    adaptive_clip_grad_(layer, 0.02)
+    np.testing.assert_allclose(_float64(_grad(weight)), expected, rtol=TOLERANCE[weight.dtype])
+    assert not np.allclose(_float64(_grad(theirs)), expected, rtol=0.05)
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
@@ -117,21 +236,31 @@ def test_per_tensor_it_is_the_formula_of_the_course() -> None:
     np.testing.assert_allclose(_float64(_grad(parameter)), grad * min(1.0, 0.05 / ratio), rtol=2e-6)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 2**31), st.floats(1e-3, 2.0))
-def test_it_is_idempotent_never_lengthens_and_keeps_directions(seed: int, clip: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(6, 5, generator=generator)
-    grad = torch.randn(6, 5, generator=generator) * torch.logspace(-4, 2, 6)[:, None]
-    parameter = _parameter(weight, grad)
+def _units(tensor: Tensor) -> Tensor:
+    """Return the units of a tensor as rows, in double precision."""
+    wide = tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+    return wide.reshape(len(tensor), -1) if tensor.dim() > 1 else wide.reshape(1, -1)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(1, 5), max_size=5), DTYPE, st.integers(0, 2**31), st.floats(1e-3, 2.0))
+def test_it_is_idempotent_never_lengthens_and_keeps_directions(
+    shape: list[int], dtype: torch.dtype, seed: int, clip: float
+) -> None:
+    parameter = _drawn(shape, dtype, torch.Generator().manual_seed(seed))
+    near = TOLERANCE[dtype]
+    before, weight = _grad(parameter).clone(), _units(parameter).norm(dim=1).clamp(min=1e-3)
     adaptive_clip_grad_([parameter], clip)
     once = _grad(parameter).clone()
-    assert (once.norm(dim=1) <= grad.norm(dim=1) * (1 + 1e-6)).all()
-    torch.testing.assert_close(nn.functional.cosine_similarity(once, grad), torch.ones(6))
-    below = grad.norm(dim=1) <= clip * weight.norm(dim=1).clamp(min=1e-3) * (1 - 1e-5)
-    assert torch.equal(once[below], grad[below])
+    old, new = _units(before), _units(once)
+    assert (new.norm(dim=1) <= old.norm(dim=1)).all()
+    assert (new.norm(dim=1) <= clip * weight * (1 + near) + 1e-7).all()
+    below = old.norm(dim=1) <= clip * weight * (1 - 1e-5)
+    assert torch.equal(new[below], old[below])
+    factors = torch.minimum(clip * weight / old.norm(dim=1), torch.ones(())).unsqueeze(1)
+    torch.testing.assert_close(new, old * factors, rtol=near, atol=near / 100)
     adaptive_clip_grad_([parameter], clip)
-    torch.testing.assert_close(_grad(parameter), once, rtol=1e-6, atol=0)
+    torch.testing.assert_close(_grad(parameter), once, rtol=near, atol=near / 100)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -70,6 +70,23 @@ def test_update_norm_goes_round(server: Server) -> None:
     assert {name: max(values[name] for values in seen) for name in ("a", "b")} == {"a": 2.5, "b": 6.0}
 
 
+def test_update_norm_of_a_large_parameter_comes_now_and_then(server: Server) -> None:
+    model = nn.Linear(1024, 1024, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        for _ in range(8):
+            optimizer.zero_grad()
+            model(torch.ones(1, 1024)).sum().backward()
+            optimizer.step()
+    updates = {
+        step: server.values("update_norm", step)
+        for step in range(1, 9)
+        if "update_norm" in server.samples[step - 1].statistics
+    }
+    # A copy of 2^18 elements is allowed at each sample: 2^20 of them at every fourth.
+    assert updates == {4: {"weight": pytest.approx(512.0)}, 8: {"weight": pytest.approx(512.0)}}
+
+
 def test_clipping_by_norm_reports_before_and_after(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

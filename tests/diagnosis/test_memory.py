@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gradwatch.wire import MISSING, Parameter
 from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, examine
+from gradwatch_server.diagnosis.reading import median
 from tests.diagnosis.ticks import LAYERS, Watch, network
 
 VALUES = st.sampled_from([MISSING, 0.0, 1e-30, 1e-9, 0.1, 1.0, 1e6, 1e30, math.inf, math.nan])
@@ -63,7 +64,7 @@ def test_memory_is_bounded_and_earlier_memories_stay_as_they_were() -> None:
 
 
 def test_a_memory_of_another_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="version 99, not 1: replay"):
+    with pytest.raises(ValueError, match="version 99, not 2: replay"):
         Memory.from_bytes(msgspec.msgpack.encode({"version": 99}))
 
 
@@ -92,3 +93,10 @@ def test_a_sample_costs_little(size: int, most_seconds: float) -> None:
         memory, _ = examine(layout, memory, reading, Thresholds())
         best = min(best, time.perf_counter() - started)
     assert best < most_seconds
+
+
+@given(st.lists(st.floats(width=64), min_size=1, max_size=70))
+def test_the_median_is_numpys_to_the_bit(values: list[float]) -> None:
+    with np.errstate(all="ignore"):
+        expected = float(np.median(values))
+    assert median(values) == expected or (math.isnan(expected) and math.isnan(median(values)))

@@ -2,15 +2,13 @@
 
 import math
 
-import numpy as np
+import pytest
 
-from gradwatch.wire import Event
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, examine
-from gradwatch_server.diagnosis.nonfinite import EVENT
+from gradwatch_server.diagnosis.nonfinite import refine
 from tests.diagnosis.ticks import LAYERS, Watch, network
 
 
-def test_the_last_bad_layer_is_where_it_began_and_stays_so() -> None:
+def test_the_last_bad_layer_is_where_it_began() -> None:
     watch = Watch()
     watch.learn(5)
     finding = watch.tick([math.nan] * 6 + [0.1] * 10, loss=1.9)["nonfinite"]
@@ -18,26 +16,33 @@ def test_the_last_bad_layer_is_where_it_began_and_stays_so() -> None:
     assert finding.parameters[0].name == "2.bias"
     assert "2.bias" in finding.cause
     later = watch.tick(math.nan, weights=math.nan, loss=math.nan)["nonfinite"]
-    assert later.parameters[0].name == "2.bias"
     assert later.first_step == finding.first_step == 6
 
 
-def test_the_module_that_the_agent_names_comes_first() -> None:
-    size = 2 * LAYERS
-    bad = np.full(size, np.nan, np.float32)
-    reading = Reading(
-        step=9,
-        at=0.0,
-        statistics={"grad_norm": bad, "weight_norm": np.ones(size, np.float32)},
-        scalars={"loss": math.nan},
-        events=[Event(step=9, at=0.0, kind=EVENT, parameter="4")],
+@pytest.mark.parametrize(
+    ("module", "first"),
+    [("4", "4.bias"), ("4.activation.inner", "4.bias"), ("", f"{LAYERS - 1}.bias"), ("gone", f"{LAYERS - 1}.bias")],
+)
+def test_the_module_that_the_agent_names_comes_first(module: str, first: str) -> None:
+    finding = Watch().tick(math.nan, loss=math.nan)["nonfinite"]
+    named = refine(finding, Watch().layout.names, module, "its inputs were finite.")
+    assert named.parameters[0].name == first
+    assert named.cause == (
+        f"The first result that was not finite came out of {module or 'the loss'}: its inputs were finite."
     )
-    _, (finding, *_) = examine(Layout.of(network()), Memory(), reading, Thresholds())
-    assert finding.parameters[0].name == "4.bias"
-    assert "came out of 4" in finding.cause
+    assert len(named.parameters) == len(finding.parameters) == 2 * LAYERS
+    assert refine(named, Watch().layout.names, module, "its inputs were finite.") == named
 
 
-def test_a_bad_loss_alone_is_a_warning() -> None:
+def test_a_module_whose_parameters_were_left_out_is_named_too() -> None:
+    watch = Watch(network(15))
+    finding = watch.tick(math.nan, loss=math.nan)["nonfinite"]
+    named = refine(finding, watch.layout.names, "1", "")
+    assert [blame.name for blame in named.parameters[:3]] == ["1.bias", "1.weight", "14.bias"]
+    assert (len(named.parameters), named.left_out) == (20, 10)
+
+
+def test_a_bad_loss_alone_is_a_warning_about_what_made_it() -> None:
     finding = Watch().tick(0.1, loss=math.inf)["nonfinite"]
     assert finding.severity == "warning"
-    assert finding.parameters == []
+    assert [blame.name for blame in finding.parameters] == [f"{LAYERS - 1}.weight"]

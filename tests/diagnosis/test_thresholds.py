@@ -1,10 +1,13 @@
 """The configuration of the rules: what is wrong is named, with its value and the way out."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gradwatch_server.diagnosis import Thresholds
+from gradwatch_server.errors import ConfigurationError
+from gradwatch_server.settings import Configuration
 from tests.diagnosis.ticks import Watch, fading
 
 
@@ -39,6 +42,18 @@ def test_every_rule_can_be_switched_off(rule: str) -> None:
     for gradients in (fading(1.0), [float("nan")] * 16, [0.0] * 8 + [0.1] * 8, [1e6] * 16):
         for _ in range(15):
             assert rule not in watch.tick(gradients, loss=2.3)
+
+
+def test_a_project_has_its_own(tmp_path: Path) -> None:
+    config = tmp_path / "gradwatch.toml"
+    config.write_text("[rules.dead]\ncut_samples = 7\n[projects.vision.rules.dead]\nbranch_samples = 9\n")
+    configuration = Configuration.load(config)
+    own, others = configuration.thresholds("vision").dead, configuration.thresholds("audio").dead
+    assert (own.cut_samples, own.branch_samples) == (7, 9)
+    assert (others.cut_samples, others.branch_samples) == (7, Thresholds().dead.branch_samples)
+    config.write_text("[projects.vision.rules.dead]\ncut_samples = 0\n")
+    with pytest.raises(ConfigurationError, match=r"projects\.vision\.rules\.dead\.cut_samples = 0"):
+        Configuration.load(config)
 
 
 def test_a_severity_can_be_held_down() -> None:

@@ -13,6 +13,7 @@ from tests.diagnosis.ticks import LAYERS, network
     [
         (1.0, 1.0, 110, True),
         (1.0, 0.98, 110, False),
+        (1.0, 0.98, 510, True),
         (0.5, 1.0, 110, False),
         (0.0, 0.99, 1010, True),
         (0.0, 0.99, 500, False),
@@ -39,9 +40,9 @@ def test_throttled(share: float, rate: float, samples: int, expected: bool) -> N
 
 @pytest.mark.parametrize(
     ("usual", "silence", "expected"),
-    [(None, 119.0, False), (None, 121.0, True), (1.0, 121.0, True), (60.0, 1199.0, False), (60.0, 1201.0, True)],
+    [(None, 2399.0, False), (None, 2401.0, True), (1.0, 121.0, True), (60.0, 1199.0, False), (60.0, 1201.0, True)],
 )
 def test_stalled_knows_the_usual_interval(usual: float | None, silence: float, expected: bool) -> None:
-    finding = stalled(1000.0, usual, 1000.0 + silence, 42, Stalled())
+    finding = stalled.find(1000.0, usual, 1000.0 + silence, 42, Stalled())
     assert (finding is not None) is expected
     assert finding is None or finding.first_step == 42

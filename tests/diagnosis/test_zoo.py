@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, vanishing
+from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, third, vanishing
 from benchmarks.zoo.case import Case, holds, train
 from benchmarks.zoo.receiver import Recorder
 
@@ -13,7 +13,8 @@ from gradwatch import wire
 from gradwatch_server.alerts import Alert, advance
 from gradwatch_server.diagnosis import Finding, Layout, Memory, Reading, Thresholds, examine
 
-ALL = {case.name: case for part in (healthy, vanishing, dead, exploding, nonfinite, second) for case in part.CASES}
+PARTS = (healthy, vanishing, dead, exploding, nonfinite, second, third)
+ALL = {case.name: case for part in PARTS for case in part.CASES}
 FAST_HEALTHY = (
     "rezero",
     "lora",

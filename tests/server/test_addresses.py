@@ -48,8 +48,35 @@ REFUSED = [
     ("2002:7f00:1::", "loopback"),
     ("2002:a00:1::", "private"),
     ("2001:0:7f00:1::", "loopback"),
+    ("2001:0:808:808:0:0:80ff:fffe", "loopback"),
+    ("0.1.2.3", "private"),
+    ("100.127.255.255", "private"),
+    ("192.88.99.1", "private"),
+    ("::ffff:0.0.0.0", "unspecified"),
+    ("::ffff:100.64.0.1", "private"),
+    ("::ffff:0:7f00:1", "loopback"),
+    ("64:ff9b::", "unspecified"),
+    ("64:ff9b::a00:1", "private"),
+    ("64:ff9b::6440:1", "private"),
+    ("64:ff9b:1::a00:1", "private"),
+    ("2002:a9fe:a9fe::1", "link-local"),
+    ("2001:2::1", "private"),
+    ("2001:20::1", "private"),
+    ("3fff::1", "private"),
+    ("5f00::1", "private"),
+    ("fdff::1", "private"),
+    ("febf::1", "link-local"),
 ]
-PUBLIC = ["1.1.1.1", "8.8.8.8", "93.184.216.34", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "::ffff:8.8.8.8"]
+PUBLIC = [
+    "1.1.1.1",
+    "8.8.8.8",
+    "93.184.216.34",
+    "172.32.0.1",
+    "100.128.0.1",
+    "2606:4700::1111",
+    "::ffff:8.8.8.8",
+    "64:ff9b::808:808",
+]
 
 
 @pytest.mark.parametrize(("address", "kind"), REFUSED)
@@ -73,6 +100,9 @@ def test_what_is_public_passes(address: str) -> None:
         ("fd00::1", "fd00::/8", True),
         ("127.0.0.1", "127.0.0.1/32", True),
         ("127.0.0.2", "127.0.0.1/32", False),
+        ("64:ff9b::a01:203", "10.0.0.0/8", True),
+        ("64:ff9b::a01:203", "64:ff9b::/96", True),
+        ("2001:0:a01:203:0:0:80ff:fffe", "10.0.0.0/8", False),
     ],
 )
 def test_an_allowed_network_passes_and_no_other(address: str, network: str, passes: bool) -> None:

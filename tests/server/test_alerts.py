@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from gradwatch_server.alerts import Alert, advance, resolve
-from gradwatch_server.diagnosis import Finding
+from gradwatch_server.diagnosis import Blame, Finding
 
 FINDING = Finding(
     rule="exploding",
@@ -69,3 +69,32 @@ def test_a_run_that_ends_resolves_its_alert_with_the_reason() -> None:
     resolved, transition = resolve(alert, 9, 9.0, "the run has ended")
     assert (resolved.state, resolved.resolved_step, resolved.resolution) == ("resolved", 9, "the run has ended")
     assert transition.state == "resolved"
+
+
+def _blaming(*names: str, left_out: int = 0, severity: str = "warning", summary: str = "first") -> Finding:
+    parameters = [Blame(name, 1.0, 0.0) for name in names]
+    return replace(
+        FINDING, hold_samples=1, parameters=parameters, left_out=left_out, severity=severity, summary=summary
+    )
+
+
+def test_the_first_evidence_stays_and_later_parameters_are_added() -> None:
+    alert, _ = advance(None, _blaming("c", "b", left_out=3), 7, 7.0)
+    alert, told = advance(alert, replace(_blaming("a", "b", summary="later"), first_step=9), 9, 9.0)
+    assert alert is not None
+    assert told is None
+    assert [blame.name for blame in alert.finding.parameters] == ["c", "b", "a"]
+    assert (alert.finding.left_out, alert.finding.summary, alert.first_step) == (2, "first", 1)
+    alert, told = advance(alert, _blaming("d", severity="critical", summary="worse"), 10, 10.0)
+    assert alert is not None
+    assert told is not None
+    assert [blame.name for blame in alert.finding.parameters] == ["c", "b", "a", "d"]
+    assert (alert.finding.summary, alert.finding.first_step, alert.finding.left_out) == ("worse", 1, 1)
+
+
+def test_at_most_twenty_are_kept() -> None:
+    alert, _ = advance(None, _blaming(*"abcdefghijklmno"), 7, 7.0)
+    alert, _ = advance(alert, _blaming(*"ABCDEFGHIJ"), 8, 8.0)
+    assert alert is not None
+    assert "".join(blame.name for blame in alert.finding.parameters) == "abcdefghijklmnoABCDE"
+    assert alert.finding.left_out == 5

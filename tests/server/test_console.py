@@ -37,6 +37,10 @@ def test_alerts_and_silences_from_the_command_line(server: GradwatchServer) -> N
     (alert,) = server.get("/api/v1/alerts")
     assert f"{alert['id']}  firing    critical  nonfinite" in command("alerts", "--state", "firing", url=server.url)
     assert "acknowledged by kim" in command("alerts", "--ack", alert["id"], "--author", "kim", url=server.url)
+    listed = command("alerts", "--state", "firing", url=server.url)
+    assert f"acknowledged by kim {time.strftime('%Y-%m-%d')}" in listed
+    assert "is no longer acknowledged" in command("alerts", "--unack", alert["id"], url=server.url)
+    assert "409" in command("alerts", "--unack", alert["id"], url=server.url, code=1)
     added = command("silence", "--for", "2h", "--rule", "dead", "--author", "kim", url=server.url)
     (silence,) = server.get("/api/v1/silences")
     assert 7_000 < silence["ends_at"] - time.time() < 7_300

@@ -1,119 +1,60 @@
 """Deliveries that survive everything: kill -9 at each point, receivers that are down, slow, gone or busy."""
 
-import json
-import socket
-import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
+import pytest
+import sqlalchemy as sa
+
 from gradwatch import wire
-from gradwatch_server.answer import Answer
+from gradwatch_server import outbox, schema
+from gradwatch_server.answer import Answer, retry_after
 from gradwatch_server.circuit import Circuit
+from gradwatch_server.database import open_engine, writing
+from tests.postgres import migrated_database
 from tests.processes import GradwatchServer, WebhookReceiver, sample
+from tests.server.hook import Hook, configuration, fill, full, outcomes_locked, settled
 
 NAN = float("nan")
-KILLS = 30
+MIXED = ["healthy", *["slow", "down", "slow"] * 3] * 1_000
+KILLS = 15
+"""On each engine, each of them at three points: 30 kills and 90 interrupted deliveries in all."""
 
 
-@dataclass
-class Hook:
-    """A receiver that runs ``before`` each answer; it remembers (webhook-id, alert, state) of every request."""
-
-    seen: list[tuple[str, str, str]] = field(default_factory=list)
-    before: Callable[[], None] = lambda: None
-    port: int = 0
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Listen; on the port that it had before."""
-        hook = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                hook.seen.append((self.headers["webhook-id"], body["data"]["id"], body["data"]["state"]))
-                hook.before()
-                self.send_response(204)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-                """Stay quiet."""
-
-        class Server(ThreadingHTTPServer):
-            def handle_error(self, *_: object) -> None:
-                """The other side has been killed: that is the test."""
-
-        server = Server(("127.0.0.1", self.port), Handler)
-        self.port = server.server_port
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield
-        finally:
-            server.shutdown()
-            server.server_close()
-
-    def wait(self, count: int, seconds: float = 60) -> None:
-        """Wait until so many different deliveries have arrived."""
-        deadline = time.monotonic() + seconds
-        while len({entry[0] for entry in self.seen}) < count:
-            assert time.monotonic() < deadline, f"{len(self.seen)} requests, {count} deliveries expected"
-            threading.Event().wait(0.02)
-
-
-@contextmanager
-def full(port: int) -> Iterator[int]:
-    """Hold a port whose backlog is full: connections to it hang before anything can be sent."""
-    with socket.create_server(("127.0.0.1", port), backlog=0) as listening, closing(socket.socket()) as filling:
-        filling.connect(listening.getsockname())
-        yield listening.getsockname()[1]
-
-
-def configuration(pace: str, **urls: str) -> str:
-    """Return a configuration with these webhooks."""
-    receivers = (
-        f'[[receivers]]\nname = "{name}"\ntype = "webhook"\nurl = "{url}"\nallow_networks = ["127.0.0.0/8"]\n'
-        for name, url in urls.items()
-    )
-    return f"[delivery]\n{pace}\n" + "".join(receivers)
-
-
-def test_kill_9_before_while_and_after_sending_loses_no_transition(tmp_path: Path) -> None:
+def test_kill_9_before_while_and_after_sending_loses_no_transition(tmp_path: Path, own_database_url: str) -> None:
     """Each kill hits three receivers at three points: connecting, asked but not answered, answered but not recorded."""
-    connecting, asked, answered = Hook(), Hook(), Hook()
-    with full(0) as port:
+    connecting, asked, answered = hooks = Hook(), Hook(), Hook()
+    with full() as port:
         connecting.port = port
-    database = tmp_path / "gradwatch.db"
     with asked.open(), answered.open():
-        urls = {
-            name: f"http://127.0.0.1:{hook.port}/hook"
-            for name, hook in (("connecting", connecting), ("asked", asked), ("answered", answered))
-        }
         config = tmp_path / "gradwatch.toml"
-        config.write_text(configuration("lease_seconds = 1.5\ntimeout_seconds = 1.4\nretry_seconds = [0.1]", **urls))
-        with GradwatchServer(database, "--config", str(config)) as server:
+        pace = f"lease_seconds = 1.5\ntimeout_seconds = 1.4\nretry_seconds = {[0.1] * 50}"
+        urls = {"connecting": connecting.url, "asked": asked.url, "answered": answered.url}
+        config.write_text(configuration(pace, **urls))
+        with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config), url=own_database_url) as server:
             run = server.register(["a"])
             for kill in range(KILLS):
-                _kill_midway(server, run, kill, connecting, asked, answered)
+                _kill_midway(server, run, kill, own_database_url, connecting, asked, answered)
                 with connecting.open():
                     server.start()
-                    for hook in (connecting, asked, answered):
+                    for hook in hooks:
                         hook.wait(kill + 1)
-                    _settled(server)
-    for hook in (connecting, asked, answered):
+                    settled(server)
+    for hook in hooks:
         _all_in_order(hook)
-    assert len(asked.seen) > KILLS
+    assert len(asked.seen) >= 2 * KILLS
+    assert len(answered.seen) >= 2 * KILLS
 
 
-def _kill_midway(server: GradwatchServer, run: str, kill: int, connecting: Hook, asked: Hook, answered: Hook) -> None:
+def _kill_midway(
+    server: GradwatchServer, run: str, kill: int, database_url: str, connecting: Hook, asked: Hook, answered: Hook
+) -> None:
     reached = [threading.Event(), threading.Event()]
     released = threading.Event()
-    with full(connecting.port), closing(sqlite3.connect(server.database, check_same_thread=False)) as lock:
-        lock.isolation_level = None
+    with full(connecting.port), outcomes_locked(database_url) as lock:
 
         def hang() -> None:
             reached[0].set()
@@ -121,7 +62,8 @@ def _kill_midway(server: GradwatchServer, run: str, kill: int, connecting: Hook,
 
         def lock_and_answer() -> None:
             if not reached[1].is_set():
-                lock.execute("BEGIN IMMEDIATE")
+                reached[0].wait(30)
+                lock()
                 reached[1].set()
 
         asked.before, answered.before = hang, lock_and_answer
@@ -136,76 +78,91 @@ def _kill_midway(server: GradwatchServer, run: str, kill: int, connecting: Hook,
         asked.before = answered.before = lambda: None
 
 
-def _settled(server: GradwatchServer) -> None:
-    deadline = time.monotonic() + 60
-    while server.get("/api/v1/deliveries", state="due"):
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.05)
-
-
 def _all_in_order(hook: Hook) -> None:
     """Every transition arrived; what arrived twice has the same id; firing and resolved alternate."""
     first_seen = list(dict.fromkeys(hook.seen))
-    assert len(first_seen) == len({entry[0] for entry in hook.seen}) == KILLS
-    assert [state for _, _, state in first_seen] == ["firing", "resolved"] * (KILLS // 2)
-    for index in range(0, KILLS, 2):
-        assert first_seen[index][1] == first_seen[index + 1][1]
+    assert len(first_seen) == len(hook.ids) == KILLS
+    assert [state for _, _, state in first_seen] == (["firing", "resolved"] * KILLS)[:KILLS]
+    for firing, resolved in zip(first_seen[::2], first_seen[1::2], strict=False):
+        assert firing[1] == resolved[1]
 
 
-def test_10000_due_alerts_with_one_receiver_down_and_one_slow_do_not_delay_the_healthy_one(tmp_path: Path) -> None:
-    healthy, slow = Hook(), Hook(before=_dawdle)
-    with healthy.open(), slow.open(), full(0) as down:
-        config, database = tmp_path / "gradwatch.toml", tmp_path / "gradwatch.db"
-        addresses = {
-            "slow": f"http://127.0.0.1:{slow.port}",
-            "down": f"http://127.0.0.1:{down}",
-            "healthy": f"http://127.0.0.1:{healthy.port}",
-        }
-        config.write_text(configuration("", **addresses))
-        with GradwatchServer(database) as server:
+def test_10000_due_at_once_with_one_receiver_down_and_one_slow_do_not_delay_the_healthy_one(
+    tmp_path: Path, own_database_url: str
+) -> None:
+    """The healthy receiver gets 1,000 on its own first, then 1,000 beside 9,000 for the two others."""
+    healthy, slow = Hook(), Hook(before=lambda: time.sleep(3))
+    with healthy.open(), slow.open(), full() as down:
+        config = tmp_path / "gradwatch.toml"
+        config.write_text(configuration("", healthy=healthy.url, slow=slow.url, down=f"http://127.0.0.1:{down}"))
+        options = ("--config", str(config))
+        with GradwatchServer(tmp_path / "gradwatch.db", *options, url=own_database_url) as server:
             run = server.register(["a"])
-            assert server.stop() == 0
-        _fill(database, run, list(addresses), 10_000)
-        with GradwatchServer(database, "--config", str(config)) as server:
-            _measure(server, healthy)
+            alone = _seconds(server, own_database_url, run, healthy, ["healthy"] * 1_000)
+            beside = _seconds(server, own_database_url, run, healthy, MIXED)
+            print(f"1,000 to the healthy receiver: {alone:.1f} s alone, {beside:.1f} s beside 9,000 to the others")
+            assert beside - alone < 5
+            started, count = time.monotonic(), len(healthy.ids)
+            server.store(run, wire.Batch(id="b", samples=[sample(1, NAN)]))
+            healthy.wait(count + 1)
+            fresh = time.monotonic() - started
+            print(f"a new alert arrived after {fresh:.3f} s")
+            assert fresh < 5
+            assert len(server.get("/api/v1/deliveries", state="due", limit=10_000)) > 8_000
 
 
-def _dawdle() -> None:
-    threading.Event().wait(3)
+def _seconds(server: GradwatchServer, url: str, run: str, healthy: Hook, receivers: list[str]) -> float:
+    """Return how long a server that is started on these due deliveries takes for those of the healthy receiver."""
+    assert server.stop() == 0
+    fill(url, run, receivers)
+    started, count = time.monotonic(), len(healthy.ids)
+    server.start()
+    healthy.wait(count + receivers.count("healthy"))
+    return time.monotonic() - started
 
 
-def _measure(server: GradwatchServer, healthy: Hook) -> None:
-    """A fresh alert arrives at the healthy receiver though thousands wait for the others."""
-    sick = server.register(["a"])
-    started = time.monotonic()
-    server.store(sick, wire.Batch(id="b", samples=[sample(1, NAN)]))
-    healthy.wait(1)
-    delay = time.monotonic() - started
-    print(f"healthy receiver told after {delay:.3f} s")
-    assert delay < 5
-    assert len(server.get("/api/v1/deliveries", state="due", limit=10_000)) > 9_000
+def test_two_servers_share_the_outbox_and_a_dead_ones_claims_return(tmp_path: Path, postgres: str) -> None:
+    """Both hold as many claims as they may when one of them is killed; the other one delivers everything."""
+    hook, released = Hook(), threading.Event()
+
+    def hold() -> None:
+        released.wait(30)
+
+    hook.before = hold
+    config = tmp_path / "gradwatch.toml"
+    with hook.open(), migrated_database(postgres) as url:
+        pace = "at_once = 4\nlease_seconds = 4\ntimeout_seconds = 3.5\ncircuit_failures = 100\n"
+        pace += f"retry_seconds = {[0.1] * 20}"
+        config.write_text(configuration(pace, hook=hook.url))
+        options = ("--config", str(config))
+        with (
+            GradwatchServer(tmp_path / "a.db", *options, url=url) as doomed,
+            GradwatchServer(tmp_path / "b.db", *options, url=url) as other,
+        ):
+            for number in range(20):
+                server = (doomed, other)[number % 2]
+                run = server.register(["a"])
+                server.store(run, wire.Batch(id="ill", samples=[sample(1, NAN)]))
+                (other, doomed)[number % 2].store(run, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
+            hook.wait(8)
+            doomed.kill()
+            released.set()
+            hook.wait(40)
+            settled(other)
+            delivered = other.get("/api/v1/deliveries", state="delivered")
+            assert {entry["id"] for entry in delivered} == set(hook.ids)
+    _firing_before_resolved(hook, 20)
+    assert len(hook.seen) >= 44
 
 
-def _fill(database: Path, run: str, receivers: list[str], count: int) -> None:
-    """Write due deliveries for the receivers that are down and slow, each of an alert of its own."""
-    with closing(sqlite3.connect(database)) as connection, connection:
-        numbers = range(count)
-        connection.executemany(
-            "INSERT INTO alerts (id, run, rule, severity, state, held, clear, hold_samples, clear_samples, first_step,"
-            " first_at, parameters, parameters_left_out, evidence, summary, cause, remedy)"
-            " VALUES (?, ?, 'dead', 'warning', 'firing', 1, 0, 1, 1, 1, 0, '[]', 0, '{}', '', '', '')",
-            [(f"a{number}", run) for number in numbers],
-        )
-        connection.executemany(
-            "INSERT INTO transitions (id, alert, number, state, severity, step, at, payload)"
-            ' VALUES (?, ?, 1, \'firing\', \'warning\', 1, 0, \'{"data": {"id": "x", "state": "firing"}}\')',
-            [(f"t{number}", f"a{number}") for number in numbers],
-        )
-        connection.executemany(
-            'INSERT INTO deliveries (id, "transition", alert, number, receiver, state, attempts, due_at, leased_until,'
-            " created_at) VALUES (?, ?, ?, 1, ?, 'due', 0, 0, 0, 0)",
-            [(f"d{number}", f"t{number}", f"a{number}", receivers[number % 2]) for number in numbers],
-        )
+def _firing_before_resolved(hook: Hook, alerts: int) -> None:
+    """Every transition arrived, each with one id however often, and no resolved before its firing was answered."""
+    first_seen = list(dict.fromkeys(hook.seen))
+    assert len(first_seen) == len(hook.ids) == 2 * alerts
+    states: dict[str, list[str]] = {}
+    for _, alert, state in first_seen:
+        states.setdefault(alert, []).append(state)
+    assert list(states.values()) == [["firing", "resolved"]] * alerts
 
 
 def test_busy_is_asked_again_when_it_says_and_gone_is_left_alone(tmp_path: Path) -> None:
@@ -223,12 +180,15 @@ def test_busy_is_asked_again_when_it_says_and_gone_is_left_alone(tmp_path: Path)
                 wrong.wait(count)
                 gone.wait(1)
                 moved.wait(count + 1)
-            _settled(server)
+            settled(server)
             assert len(gone.requests) == 1
             assert len(wrong.requests) == 2
             ids = [headers["webhook-id"] for headers, _ in moved.requests]
             assert ids[0] == ids[1] != ids[2]
             assert len(server.get("/api/v1/deliveries", state="dead")) == 4
+            metrics = server.http.get("/metrics").text
+            assert 'gradwatch_deliveries{receiver="wrong",state="dead"} 2.0' in metrics
+            assert 'gradwatch_deliveries{receiver="moved",state="dead"} 0.0' in metrics
             states = {entry["name"]: entry["disabled"] for entry in server.get("/api/v1/receivers")}
             assert states == {"gone": "it answered 410 Gone", "wrong": None, "moved": None}
             _bring_back(server, gone)
@@ -243,10 +203,65 @@ def _bring_back(server: GradwatchServer, gone: WebhookReceiver) -> None:
     assert server.http.post("/api/v1/receivers/gone/replay").json() == {"deliveries": 2}
     assert {headers["webhook-id"] for headers, _ in gone.wait(3)[1:]} <= dead
     gone.wait(3)
-    _settled(server)
+    settled(server)
     shown = server.get(f"/api/v1/deliveries/{gone.requests[0][0]['webhook-id']}")
     assert (shown["state"], [entry["status"] for entry in shown["log"]]) == ("delivered", [410, 204])
     assert shown["payload"]["type"] == "alert.firing"
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_waited_for(tmp_path: Path, status: int) -> None:
+    with WebhookReceiver(statuses=[status, 204], headers={"retry-after": "2"}) as receiver:
+        config = tmp_path / "gradwatch.toml"
+        config.write_text(configuration("retry_seconds = [0.1]", busy=receiver.url))
+        with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config)) as server:
+            run = server.register(["a"])
+            server.store(run, wire.Batch(id="b", samples=[sample(1, NAN)]))
+            receiver.wait(2)
+            settled(server)
+            first, second = server.get(f"/api/v1/deliveries/{receiver.requests[0][0]['webhook-id']}")["log"]
+            assert [(entry["number"], entry["status"]) for entry in (first, second)] == [(1, status), (2, 204)]
+            assert first["error"] == f"HTTP {status}"
+            assert second["at"] - first["at"] >= 2
+
+
+def test_retry_after_is_read_in_both_forms() -> None:
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    assert retry_after("120") == 120
+    assert 95 < (retry_after(later) or 0) <= 100
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert [retry_after(value) for value in (None, "", "soon", "-5", "1.5")] == [None] * 5
+
+
+def test_a_redirection_is_a_failure_and_is_not_followed(tmp_path: Path) -> None:
+    """Whoever controls a receiver must not send the server anywhere else."""
+    with WebhookReceiver() as inside, WebhookReceiver(statuses=[302, 307, 308, 301, 303]) as moved:
+        moved.headers = {"location": inside.url}
+        config = tmp_path / "gradwatch.toml"
+        config.write_text(configuration(f"retry_seconds = {[0.05] * 4}\ncircuit_failures = 9", moved=moved.url))
+        with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config)) as server:
+            run = server.register(["a"])
+            server.store(run, wire.Batch(id="b", samples=[sample(1, NAN)]))
+            settled(server)
+            (delivery,) = server.get("/api/v1/deliveries")
+            log = server.get(f"/api/v1/deliveries/{delivery['id']}")["log"]
+            assert (delivery["state"], [entry["status"] for entry in log]) == ("dead", [302, 307, 308, 301, 303])
+            assert inside.requests == []
+
+
+def test_what_nobody_takes_is_given_up_after_an_hour_and_what_another_server_may_take_is_not(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'gradwatch.db'}"
+    with GradwatchServer(tmp_path / "gradwatch.db") as server:
+        run = server.register(["a"])
+    fill(url, run, ["known", "unknown", "disabled"])
+    engine = open_engine(url)
+    with writing(engine) as connection:
+        outbox.disable(connection, "disabled", "it answered 410 Gone", 0.0)
+        assert outbox.bury(connection, ["known", "disabled"], 3_599.0) == 1
+        assert outbox.bury(connection, ["known", "disabled"], 3_600.0) == 1
+        rows = connection.execute(sa.select(*schema.deliveries.c["receiver", "state"])).all()
+    engine.dispose()
+    assert {row.receiver: row.state for row in rows} == {"known": "due", "unknown": "dead", "disabled": "dead"}
 
 
 def test_a_circuit_opens_probes_and_closes() -> None:

@@ -1,5 +1,7 @@
 """The rules within ingest: a run is judged by its past only, in whatever batches it comes."""
 
+import msgspec
+import numpy as np
 import pytest
 
 from gradwatch import wire
@@ -24,3 +26,70 @@ def test_an_explosion_fires_after_its_onset_however_it_is_sent(shared_server: Gr
     (alert,) = [entry for entry in shared_server.get("/api/v1/alerts", run=run) if entry["rule"] == "exploding"]
     assert alert["state"] == "firing"
     assert (alert["first_step"], alert["fired_step"]) == (41, 43)
+
+
+def _clipped(step: int, share: float) -> wire.Sample:
+    """A calm sample whose loss stands still; the last parameter, the classifier, is never clipped."""
+    plain = sample(step, 0.1, 0.1, loss=2.0)
+    shares = np.array([share, 0.0], np.float32)
+    return msgspec.structs.replace(plain, statistics={**plain.statistics, "clipped_unit_share": shares})
+
+
+@pytest.mark.parametrize(("share", "fires_at"), [(1.0, 101), (0.5, None), (0.0, 1001)])
+def test_clipping_that_decides_everything_or_nothing_is_told(
+    shared_server: GradwatchServer, share: float, fires_at: int | None
+) -> None:
+    names = ["first.weight", "classifier.weight"]
+    run = shared_server.register(names)
+    for first in range(1, 1101, 100):
+        samples = [_clipped(step, share) for step in range(first, first + 100)]
+        assert shared_server.store(run, wire.Batch(id=f"b{first}", samples=samples)).status_code == 200
+    alerts = shared_server.get("/api/v1/alerts", run=run)
+    assert [(alert["rule"], alert["severity"], alert["fired_step"]) for alert in alerts] == (
+        [] if fires_at is None else [("throttled", "warning", fires_at)]
+    )
+    if fires_at == 101:
+        assert alerts[0]["parameters"][0] == {"name": "first.weight", "value": 1.0, "limit": 0.95}
+        assert alerts[0]["state"] == "firing"
+        assert alerts[0]["remedy"].startswith("Double the threshold")
+        better = [_clipped(step, 0.3) for step in range(1101, 1111)]
+        shared_server.store(run, wire.Batch(id="better", samples=better))
+        assert shared_server.get("/api/v1/alerts", run=run)[0]["state"] == "resolved"
+
+
+NAN = float("nan")
+NAMED = wire.Event(step=4, at=1_790_000_004.0, kind="nonfinite_module", parameter="inner.norm", message="0/0")
+
+
+@pytest.mark.parametrize("order", ["with the sample", "before the sample", "after the alert"])
+def test_the_module_that_the_agent_names_is_blamed_whenever_the_event_comes(
+    shared_server: GradwatchServer, order: str
+) -> None:
+    run = shared_server.register(["stem.weight", "inner.linear.weight", "head.weight"])
+    calm = wire.Batch(id="calm", samples=[sample(step, 0.1, 0.1, 0.1, loss=2.0) for step in (1, 2)])
+    ill = wire.Batch(id="ill", samples=[sample(4, NAN, NAN, NAN, loss=NAN)])
+    event = wire.Batch(id="event", events=[NAMED])
+    batches = {
+        "with the sample": [calm, msgspec.structs.replace(ill, events=[NAMED])],
+        "before the sample": [calm, event, ill],
+        "after the alert": [calm, ill, event],
+    }
+    for batch in batches[order]:
+        assert shared_server.store(run, batch).status_code == 200
+    later = wire.Batch(id="later", samples=[sample(step, NAN, NAN, NAN, loss=NAN) for step in (5, 6)])
+    shared_server.store(run, later)
+    (alert,) = shared_server.get("/api/v1/alerts", run=run)
+    assert (alert["rule"], alert["first_step"], alert["fired_step"]) == ("nonfinite", 4, 4)
+    assert [entry["name"] for entry in alert["parameters"]] == ["inner.linear.weight", "head.weight", "stem.weight"]
+    assert alert["cause"] == "The first result that was not finite came out of inner.norm: 0/0."
+
+
+def test_where_it_began_stays_blamed_when_all_is_bad(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["stem.weight", "inner.weight", "head.weight"])
+    first = wire.Batch(id="first", samples=[sample(1, NAN, NAN, 0.1, loss=2.0)])
+    for batch in (first, wire.Batch(id="second", samples=[sample(2, NAN, NAN, NAN, weight_norm=NAN, loss=NAN)])):
+        shared_server.store(run, batch)
+    (alert,) = shared_server.get("/api/v1/alerts", run=run)
+    assert [entry["name"] for entry in alert["parameters"]] == ["inner.weight", "stem.weight", "head.weight"]
+    assert alert["evidence"]["nonfinite_gradients"] == 2.0
+    assert "just after inner.weight" in alert["cause"]

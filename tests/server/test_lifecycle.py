@@ -48,10 +48,14 @@ def test_what_is_muted(silences: list[Silence], firing: list[str], rule: str, wh
     assert muted(silences, firing, "vision", "r1", rule) == why
 
 
-def test_a_silenced_alert_is_kept_and_told_when_the_silence_ends(tmp_path: Path) -> None:
+def test_an_acknowledged_alert_is_not_told() -> None:
+    assert muted([], [], "vision", "r1", "dead", "kim") == "acknowledged by kim"
+
+
+def test_a_silenced_alert_is_kept_and_told_when_the_silence_is_removed(tmp_path: Path, own_database_url: str) -> None:
     with (
         WebhookReceiver() as receiver,
-        GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
+        GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url, url=own_database_url) as server,
     ):
         silence = {"project": "vision", "author": "kim", "comment": "known", "ends_at": time.time() + 3600}
         added = server.http.post("/api/v1/silences", json=silence)
@@ -66,11 +70,59 @@ def test_a_silenced_alert_is_kept_and_told_when_the_silence_ends(tmp_path: Path)
         assert (alert["state"], alert["muted"]) == ("firing", f"silence {added.json()['id']} by kim")
         assert server.http.delete(f"/api/v1/silences/{added.json()['id']}").status_code == 204
         assert server.http.delete(f"/api/v1/silences/{added.json()['id']}").status_code == 404
-        server.store(quiet, ill(2))
         assert told(receiver, 2)[1] == ("quiet", "firing")
+        assert server.get("/api/v1/alerts", run=quiet)[0]["muted"] is None
         server.store(quiet, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
         assert told(receiver, 3)[2] == ("quiet", "resolved")
-        assert server.get("/api/v1/alerts", run=quiet)[0]["muted"] is None
+
+
+def test_when_a_silence_ends_what_still_fires_is_told_by_the_clock(tmp_path: Path) -> None:
+    """No sample arrives after the silence has ended; what has resolved meanwhile is not told."""
+    with (
+        WebhookReceiver() as receiver,
+        GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
+    ):
+        ends_at = time.time() + 3
+        server.http.post("/api/v1/silences", json={"author": "kim", "ends_at": ends_at})
+        sick, well = server.register(["a"], name="sick"), server.register(["a"], name="well")
+        for run in (sick, well):
+            server.store(run, ill(1))
+        server.store(well, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
+        assert receiver.requests == []
+        assert told(receiver, 1) == [("sick", "firing")]
+        assert 0 <= time.time() - ends_at < 5
+        (delivery,) = server.get("/api/v1/deliveries")
+        assert delivery["created_at"] >= ends_at
+
+
+def test_exploding_is_not_told_while_nonfinite_fires_and_is_told_when_that_is_over(tmp_path: Path) -> None:
+    """An explosion that overflows for one sample; after it the numbers are finite again, and the loss still bad."""
+    calm = [sample(step, *[1.0] * 4, loss=1.0) for step in range(1, 31)]
+    grown = [sample(step, *[1e4] * 4, loss=50.0) for step in (31, 32)]
+    overflown = sample(33, *[NAN] * 4, loss=NAN)
+    finite = [sample(step, *[1e4] * 4, loss=50.0) for step in range(34, 40)]
+    with (
+        WebhookReceiver() as receiver,
+        GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
+    ):
+        run = server.register([f"layer{number}.weight" for number in range(4)])
+        server.store(run, wire.Batch(id="b1", samples=[*calm, *grown, overflown]))
+        muted_by = {alert["rule"]: (alert["state"], alert["muted"]) for alert in server.get("/api/v1/alerts")}
+        assert muted_by == {"nonfinite": ("firing", None), "exploding": ("firing", "inhibited by nonfinite")}
+        receiver.wait(1)
+        assert len(server.get("/api/v1/deliveries")) == 1
+        server.store(run, wire.Batch(id="b2", samples=finite))
+        data = [json.loads(body)["data"] for _, body in receiver.wait(3)]
+        assert (data[0]["rule"], data[0]["state"]) == ("nonfinite", "firing")
+        assert {(entry["rule"], entry["state"]) for entry in data[1:]} == {
+            ("nonfinite", "resolved"),
+            ("exploding", "firing"),
+        }
+        server.store(run, wire.Batch(id="b3", end=wire.End(at=1_790_000_100.0, status="failed")))
+        last = json.loads(receiver.wait(4)[3][1])["data"]
+        assert (last["rule"], last["state"], last["resolution"]) == (
+            *("exploding", "resolved", "the run has ended: failed"),
+        )
 
 
 def test_who_was_not_told_that_it_fired_is_not_told_that_it_is_over(tmp_path: Path) -> None:
@@ -86,6 +138,58 @@ def test_who_was_not_told_that_it_fired_is_not_told_that_it_is_over(tmp_path: Pa
         assert told(receiver, 2) == [("loud", "firing"), ("loud", "resolved")]
         assert len(server.get("/api/v1/deliveries")) == 2
         assert server.get("/api/v1/alerts", run=quiet)[0]["state"] == "resolved"
+
+
+def worrying(step: int) -> wire.Batch:
+    """A loss that is not finite beside gradients that are: a warning, which a gradient makes critical."""
+    return wire.Batch(id=f"worrying{step}", samples=[sample(step, 1.0, loss=NAN)])
+
+
+def severities(receiver: WebhookReceiver, count: int) -> list[tuple[str, str]]:
+    data = [json.loads(body)["data"] for _, body in receiver.wait(count)]
+    return [(entry["state"], entry["severity"]) for entry in data]
+
+
+def test_becoming_worse_is_told_unless_somebody_takes_care(tmp_path: Path) -> None:
+    with (
+        WebhookReceiver() as receiver,
+        GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
+    ):
+        run = server.register(["a"], name="alone")
+        server.store(run, worrying(1))
+        server.store(run, ill(2))
+        assert severities(receiver, 2) == [("firing", "warning"), ("firing", "critical")]
+        server.store(run, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
+        run = server.register(["a"], name="cared")
+        server.store(run, worrying(1))
+        assert severities(receiver, 4)[3] == ("firing", "warning")
+        (alert,) = server.get("/api/v1/alerts", run=run)
+        path = f"/api/v1/alerts/{alert['id']}/acknowledge"
+        assert server.http.post(path, json={"author": "kim"}).status_code == 200
+        server.store(run, ill(2))
+        (alert,) = server.get("/api/v1/alerts", run=run)
+        assert (alert["severity"], alert["muted"]) == ("critical", "acknowledged by kim")
+        server.store(run, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
+        assert severities(receiver, 5)[4] == ("resolved", "critical")
+        assert len(server.get("/api/v1/deliveries")) == 5
+
+
+def test_what_was_not_told_while_acknowledged_is_told_when_nobody_takes_care_after_all(tmp_path: Path) -> None:
+    with (
+        WebhookReceiver() as receiver,
+        GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
+    ):
+        run = server.register(["a"])
+        server.store(run, worrying(1))
+        assert severities(receiver, 1) == [("firing", "warning")]
+        (alert,) = server.get("/api/v1/alerts", run=run)
+        path = f"/api/v1/alerts/{alert['id']}/acknowledge"
+        assert server.http.delete(path).status_code == 409
+        server.http.post(path, json={"author": "kim"})
+        server.store(run, ill(2))
+        withdrawn = server.http.delete(path).json()
+        assert (withdrawn["acknowledged_by"], withdrawn["acknowledged_at"]) == (None, None)
+        assert severities(receiver, 2)[1] == ("firing", "critical")
 
 
 def test_somebody_takes_care(server: GradwatchServer) -> None:

@@ -1,26 +1,33 @@
 """Every kind of receiver, over real sockets: what arrives is what that kind reads."""
 
+import asyncio
 import email
 import email.policy
 import json
 import os
 import shutil
 import socket
-import socketserver
+import sqlite3
+import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from email.message import EmailMessage
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import pytest
+import trustme
+from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 from standardwebhooks import Webhook
 
 from gradwatch import wire
+from gradwatch_server.errors import ConfigurationError
+from gradwatch_server.settings import Configuration
 from tests.processes import GradwatchServer, WebhookReceiver, sample
 
 NAN = float("nan")
@@ -132,65 +139,204 @@ def test_routes_choose_by_project_rule_and_severity(tmp_path: Path) -> None:
             assert len(server.get("/api/v1/alerts")) == 3
 
 
-class MailServer:
-    """An SMTP server that takes what it is given, and refuses one recipient for good."""
+class Mails:
+    """What an SMTP server has been given."""
 
     def __init__(self) -> None:
-        self.mails: list[EmailMessage] = []
-        mails = self.mails
+        self.taken: list[EmailMessage] = []
 
-        class Session(socketserver.StreamRequestHandler):
-            def handle(self) -> None:
-                self.say("220 here")
-                while line := self.rfile.readline().decode().strip():
-                    verb = line.split(":")[0].upper()
-                    if verb == "DATA":
-                        self.take()
-                    elif verb == "RCPT TO" and "nobody" in line:
-                        self.say("550 no such user")
-                    else:
-                        self.say("250 fine" if verb != "QUIT" else "221 bye")
+    async def handle_RCPT(  # noqa: N802  # aiosmtpd's name
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        if address.startswith("nobody"):
+            return "550 no such user"
+        if address.startswith("busy") and not self.taken:
+            return "450 try again later"
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
 
-            def say(self, text: str) -> None:
-                self.wfile.write(text.encode() + b"\r\n")
-
-            def take(self) -> None:
-                self.say("354 go on")
-                lines = []
-                while (line := self.rfile.readline()) != b".\r\n":
-                    lines.append(line)
-                mails.append(email.message_from_bytes(b"".join(lines), EmailMessage, policy=email.policy.default))
-                self.say("250 taken")
-
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Session)
-        self.port = self._server.server_address[1]
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802
+        content = envelope.content
+        assert isinstance(content, bytes)
+        self.taken.append(email.message_from_bytes(content, EmailMessage, policy=email.policy.default))
+        return "250 OK"
 
 
-def test_mail_arrives_and_a_refused_recipient_is_final(tmp_path: Path) -> None:
-    with MailServer() as smtp:
-        text = "".join(
-            f'[[receivers]]\nname = "{name}"\ntype = "email"\nhost = "localhost"\nport = {smtp.port}\n'
-            f'security = "none"\n'
-            f'sender = "gradwatch@example.com"\nto = ["{to}@example.com"]\n'
-            f'allow_networks = ["127.0.0.0/8", "::1/128"]\n'
-            for name, to in (("team", "team"), ("lost", "nobody"))
+def _let_in(server: SMTP, session: Session, envelope: Envelope, mechanism: str, given: LoginPassword) -> AuthResult:
+    return AuthResult(success=(given.login, given.password) == (b"gradwatch", b"hidden"))
+
+
+@contextmanager
+def mail_server(tls: ssl.SSLContext | None = None, **options: Any) -> Iterator[tuple[Mails, int]]:
+    """Run aiosmtpd; where ``tls`` is given, from the first byte on."""
+    mails, loop = Mails(), asyncio.new_event_loop()
+    serving = loop.run_until_complete(
+        loop.create_server(lambda: SMTP(mails, loop=loop, **options), "127.0.0.1", 0, ssl=tls)
+    )
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield mails, serving.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(serving.close)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def mail_receiver(name: str, port: int, security: str, more: str = "") -> str:
+    return (
+        f'[[receivers]]\nname = "{name}"\ntype = "email"\nhost = "localhost"\nport = {port}\nsecurity = "{security}"\n'
+        f'sender = "gradwatch@example.com"\nto = ["{name}@example.com"]\n'
+        f'allow_networks = ["127.0.0.0/8", "::1/128"]\n{more}\n'
+    )
+
+
+def test_mail_arrives_a_busy_server_is_asked_again_and_a_refused_recipient_is_final(tmp_path: Path) -> None:
+    with mail_server() as (mails, port):
+        text = "[delivery]\nretry_seconds = [0.1, 0.1, 0.1]\n"
+        text += "".join(mail_receiver(name, port, "none") for name in ("team", "busy", "nobody"))
+        with configured(tmp_path, text) as server:
+            fall_ill(server)
+            taken = until(lambda: mails.taken if len(mails.taken) == 2 else None)
+            mail = next(mail for mail in taken if mail["To"] == "team@example.com")
+            assert mail["Subject"] == "CRITICAL: nonfinite in vision / res<net>"
+            assert mail["Message-ID"].startswith("<msg_")
+            assert "first.weight: NaN" in mail.get_content()
+            (lost,) = until(lambda: server.get("/api/v1/deliveries", receiver="nobody", state="dead"))
+            assert lost["attempts"] == 1
+            assert len(mails.taken) == 2
+
+
+def test_mail_is_encrypted_and_the_certificate_is_checked(tmp_path: Path, authority: trustme.CA) -> None:
+    login = 'username = "gradwatch"\npassword = "hidden"'
+    asked: Any = {"require_starttls": True, "authenticator": _let_in, "auth_required": True}
+    with (
+        mail_server(tls_context=certified(authority, "localhost"), **asked) as (upgraded, first),
+        mail_server(certified(authority, "localhost")) as (encrypted, second),
+        mail_server(certified(authority, "elsewhere.example")) as (wrong, third),
+    ):
+        text = "[delivery]\nretry_seconds = []\n"
+        text += mail_receiver("upgraded", first, "starttls", login) + mail_receiver("encrypted", second, "tls")
+        text += mail_receiver("wrong", third, "tls")
+        with configured(tmp_path, text) as server:
+            fall_ill(server)
+            until(lambda: upgraded.taken and encrypted.taken)
+            (lost,) = until(lambda: server.get("/api/v1/deliveries", receiver="wrong", state="dead"))
+            assert "certificate is not valid for 'localhost'" in lost["error"]
+            assert wrong.taken == []
+            assert "hidden" not in server.log.read_text()
+
+
+@pytest.fixture
+def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
+    """A certificate authority that the servers of a test trust, and nobody else."""
+    made = trustme.CA()
+    made.cert_pem.write_to_path(tmp_path / "authority.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+    return made
+
+
+def certified(authority: trustme.CA, *names: str) -> ssl.SSLContext:
+    """Return the server's side of TLS with a certificate for these names."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(*names).configure_cert(context)
+    return context
+
+
+def test_https_is_checked_for_the_name_and_not_the_address(tmp_path: Path, authority: trustme.CA) -> None:
+    with (
+        WebhookReceiver(tls=certified(authority, "localhost")) as right,
+        WebhookReceiver(tls=certified(authority, "elsewhere.example")) as wrong,
+    ):
+        text = "[delivery]\nretry_seconds = []\n" + "".join(
+            f'[[receivers]]\nname = "{name}"\ntype = "webhook"\nurl = "{hook.url.replace("127.0.0.1", "localhost")}"\n'
+            'allow_networks = ["127.0.0.0/8", "::1/128"]\n'
+            for name, hook in (("right", right), ("wrong", wrong))
         )
         with configured(tmp_path, text) as server:
             fall_ill(server)
-            mail = until(lambda: smtp.mails)[0]
-            assert mail["Subject"] == "CRITICAL: nonfinite in vision / res<net>"
-            assert mail["To"] == "team@example.com"
-            assert "first.weight: NaN" in mail.get_content()
-            until(lambda: server.get("/api/v1/deliveries", receiver="lost", state="dead"))
-            assert len(smtp.mails) == 1
+            right.wait(1)
+            (lost,) = until(lambda: server.get("/api/v1/deliveries", receiver="wrong", state="dead"))
+            assert "certificate is not valid for 'localhost'" in lost["error"]
+            assert wrong.requests == []
+
+
+def test_apprise_carries_it_to_a_service_of_its_own(tmp_path: Path) -> None:
+    with WebhookReceiver(statuses=[500, 200]) as service:
+        target = service.url.replace("http://", "json://")
+        text = (
+            f'[delivery]\nretry_seconds = [0.1]\n[[receivers]]\nname = "rest"\ntype = "apprise"\nurls = ["{target}"]\n'
+        )
+        with configured(tmp_path, text) as server:
+            fall_ill(server)
+            told = json.loads(service.wait(2)[1][1])
+            assert told["title"] == "CRITICAL: nonfinite in vision / res<net>"
+            assert "first.weight: NaN" in told["message"]
+            (delivery,) = until(lambda: server.get("/api/v1/deliveries", state="delivered"))
+            assert delivery["attempts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "refusal"),
+    [
+        ('type = "webhook"\nurl = "ftp://example.com"', "url is not an http or https address"),
+        ('type = "webhook"\nurl = "https://example.com:99999/"', "url is not an http or https address"),
+        ('type = "webhook"\nurl = "https://ex\u00e4mple.com/"', "url is not an http or https address in ASCII"),
+        ('type = "webhook"\nurl = "https://kim:hidden@example.com/"', "has a password in it: put it into headers"),
+        ('type = "webhook"\nurl = "https://a.example/"\nheaders = { X = "a\\nb" }', "header 'X' has a character"),
+        ('type = "webhook"\nurl = "https://a.example/"\nsecret = "whsec_c2hvcnQ="', "24 to 64 bytes in base64"),
+        (f'type = "webhook"\nurl = "https://a.example/"\nprevious_secret = "{OLD}"', "previous_secret without secret"),
+        ('type = "webhook"\nurl = "https://a.example/"\nallow_networks = ["10/8"]', "allow_networks: '10/8'"),
+        ('type = "webhook"', "missing required field `url`"),
+        ('type = "carrier-pigeon"', "Invalid value 'carrier-pigeon'"),
+        ('type = "email"\nhost = "a.example"\nsender = "a@b.c"\nto = []', "to is empty"),
+        ('type = "apprise"\nurls = ["hidden://nothing"]', "number 1 of urls is no address that Apprise knows"),
+        ('type = "alertmanager"\nurl = "http://a.example/"\nresend_seconds = 0', "resend_seconds is 0.0"),
+        ('type = "webhook"\nurl = "https://a.example/"\nsecret = "env:NOT_SET"', "variable 'NOT_SET' is not set"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")  # where Apprise looks for its services
+def test_what_is_wrong_with_a_receiver_is_said_before_it_is_used(tmp_path: Path, fields: str, refusal: str) -> None:
+    config = tmp_path / "gradwatch.toml"
+    config.write_text(f'[[receivers]]\nname = "it"\n{fields}\n')
+    with pytest.raises(ConfigurationError) as refused:
+        Configuration.load(config)
+    assert refusal in str(refused.value)
+    assert "hidden" not in str(refused.value)
+
+
+def test_an_alertmanager_is_told_again_of_what_fires_and_for_5_minutes_of_what_is_over(tmp_path: Path) -> None:
+    with WebhookReceiver(statuses=[200]) as heard:
+        address = heard.url.removesuffix("/hook")
+        text = (
+            f'[[receivers]]\nname = "am"\ntype = "alertmanager"\nurl = "{address}"\nresend_seconds = 0.2\n{LOOPBACK}\n'
+        )
+        with configured(tmp_path, text) as server:
+            run = fall_ill(server)
+            said = [json.loads(body)[0] for _, body in heard.wait(4)]
+            assert {entry["labels"]["run"] for entry in said} == {run}
+            assert len({entry["startsAt"] for entry in said}) == 1
+            assert [_over(entry) for entry in said] == [False] * 4
+            get_well(server, run)
+            until(lambda: [_over(json.loads(body)[0]) for _, body in heard.requests[-3:]] == [True] * 3)
+            with closing(sqlite3.connect(server.database)) as connection, connection:
+                connection.execute("UPDATE deliveries SET delivered_at = delivered_at - 301")
+            until(lambda: _quiet(heard))
+
+
+def _over(entry: dict[str, Any]) -> bool:
+    return datetime.fromisoformat(entry["endsAt"]) <= datetime.now(UTC)
+
+
+def _quiet(heard: WebhookReceiver) -> bool:
+    """Return whether five intervals pass without a request."""
+    before = len(heard.requests)
+    threading.Event().wait(1)
+    return len(heard.requests) == before
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from gradwatch import wire
 from tests.processes import GradwatchServer, WebhookReceiver, sample
+from tests.server.hook import settled
 
 SECRET = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 NAN = float("nan")
@@ -77,6 +78,7 @@ def test_a_restart_in_the_middle_keeps_the_alert_and_does_not_repeat_it(tmp_path
         run = server.register(["a"])
         server.store(run, wire.Batch(id="b1", samples=[sample(1, NAN)]))
         receiver.wait(1)
+        settled(server)
         server.kill()
         server.start()
         server.store(run, wire.Batch(id="b2", samples=[sample(2, NAN)]))

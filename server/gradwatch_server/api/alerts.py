@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import sqlalchemy as sa
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch_server import schema, silences
 from gradwatch_server.api import documents
 from gradwatch_server.api.access import check_named_project
+from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
 from gradwatch_server.api.writing import written
@@ -21,23 +22,27 @@ AlertId = Annotated[str, Path(alias="id", max_length=64)]
 Text = Annotated[str | None, Query(max_length=512)]
 
 
-@router.get("/alerts", response_model=list[documents.Alert], responses=problems(422))
+@router.get("/alerts", response_model=list[documents.Alert], responses=problems(404, 422))
 def list_alerts(
+    request: Request,
+    response: Response,
     connection: Reader,
     run: Text = None,
     project: Text = None,
     rule: Text = None,
     state: Literal["pending", "firing", "resolved"] | None = None,
+    limit: Limit = 1_000,
+    before: Before = None,
 ) -> Any:
-    """List alerts, the newest first."""
+    """List alerts, the newest first: by the time of the sample at which they began."""
     table = schema.alerts
-    query = sa.select(table).order_by(table.c.first_at.desc(), table.c.id)
+    query = sa.select(table)
     for column, wanted in ((table.c.run, run), (table.c.rule, rule), (table.c.state, state)):
         if wanted is not None:
             query = query.where(column == wanted)
     if project is not None:
         query = query.join(schema.runs, schema.runs.c.id == table.c.run).where(schema.runs.c.project == project)
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return read_page(connection, query, (table.c.first_at, table.c.id), before, limit, (request, response))
 
 
 @router.get("/alerts/{id}", response_model=documents.Alert, responses=problems(404, 422))
@@ -48,7 +53,7 @@ def show_alert(connection: Reader, alert_id: AlertId) -> Any:
 
 @router.post("/alerts/{id}/acknowledge", response_model=documents.Alert, responses=problems(404, 409, 422, 503))
 async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement: documents.Acknowledgement) -> Any:
-    """Say who takes care of a firing alert."""
+    """Say who takes care of a firing alert: from now on only its end is told, not that it has become worse."""
 
     def work(connection: sa.Connection) -> Any:
         alert = _load(connection, alert_id)
@@ -57,6 +62,21 @@ async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement
         taken = {"acknowledged_at": time.time(), "acknowledged_by": acknowledgement.author}
         connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(taken))
         return alert | taken
+
+    return await written(request, work)
+
+
+@router.delete("/alerts/{id}/acknowledge", response_model=documents.Alert, responses=problems(404, 409, 422, 503))
+async def withdraw_acknowledgement(request: Request, alert_id: AlertId) -> Any:
+    """Say that nobody takes care of an alert after all; what was not told meanwhile is told now."""
+
+    def work(connection: sa.Connection) -> Any:
+        alert = _load(connection, alert_id)
+        if alert["acknowledged_by"] is None:
+            raise Refused(409, "Not acknowledged", f"nobody has acknowledged alert {alert_id!r}")
+        nobody = {"acknowledged_at": None, "acknowledged_by": None}
+        connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(nobody))
+        return alert | nobody
 
     return await written(request, work)
 
@@ -74,7 +94,7 @@ def list_silences(connection: Reader) -> Any:
     return [msgspec.structs.asdict(silence) for silence in silences.load(connection, time.time())]
 
 
-@router.post("/silences", response_model=documents.Silence, status_code=201, responses=problems(422, 503))
+@router.post("/silences", response_model=documents.Silence, status_code=201, responses=problems(409, 422, 503))
 async def add_silence(request: Request, silence: documents.NewSilence) -> Any:
     """Have alerts not told for a while; they are kept and shown all the same."""
     check_named_project(request, silence.project)
@@ -84,5 +104,5 @@ async def add_silence(request: Request, silence: documents.NewSilence) -> Any:
 
 @router.delete("/silences/{id}", status_code=204, responses=problems(404, 422, 503))
 async def end_silence(request: Request, silence_id: Annotated[str, Path(alias="id", max_length=64)]) -> None:
-    """End a silence now; what still fires is told at the run's next sample."""
+    """End a silence now; what still fires is told within about a second."""
     await written(request, lambda connection: silences.end(connection, silence_id, time.time()))

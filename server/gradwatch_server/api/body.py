@@ -1,13 +1,19 @@
 """The body of a request: bounded before and after decompression, then decoded."""
 
+import asyncio
+import io
 import zlib
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
+import msgspec
+import zstandard
 from fastapi import Request
 
 from gradwatch import wire
 from gradwatch_server.errors import Refused
-from gradwatch_server.settings import Limits
+from gradwatch_server.room import Share
+from gradwatch_server.settings import MOST_SAMPLES, Limits
 
 Document = TypeVar("Document", wire.Registration, wire.Batch)
 
@@ -17,13 +23,18 @@ CONTENT_TYPES = {
     "application/msgpack": wire.MESSAGEPACK_TYPE,
     "application/x-msgpack": wire.MESSAGEPACK_TYPE,
 }
+_LARGEST_WINDOW_BYTES = 8 * 1024 * 1024
+"""Of a zstd frame, as RFC 9659 has it: what a decoder has to hold beside the content."""
+_INLINE_BYTES = 512 * 1024
+"""Larger documents are unpacked and decoded in a thread: the event loop goes on."""
 
 
-async def read(request: Request, document: type[Document], limits: Limits) -> Document:
+async def read(request: Request, document: type[Document], limits: Limits, share: Share) -> Document:
     """Return the document that the request carries.
 
     Raises:
-        Refused: 413 over a size limit, 415 for a type or encoding that is not spoken here, 400 where it is malformed.
+        Refused: 413 over a size limit, 415 for a type or encoding that is not spoken here, 400 where it is malformed,
+            503 where the server has no room for it now.
     """
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     content_type = CONTENT_TYPES.get(given)
@@ -31,18 +42,21 @@ async def read(request: Request, document: type[Document], limits: Limits) -> Do
         spoken = f"send {wire.JSON_TYPE} or {wire.MESSAGEPACK_TYPE}"
         raise Refused(415, "Unsupported media type", f"content type {given!r} is not spoken here: {spoken}")
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", "gzip"):
-        raise Refused(415, "Unsupported encoding", f"content encoding {encoding!r} is not spoken here: gzip or none")
-    body = await _bounded(request, limits.body_bytes)
-    if encoding == "gzip":
-        body = _decompress(body, limits.decoded_bytes)
-    try:
-        return wire.decode(body, document, content_type)
-    except wire.WireError as error:
-        raise Refused(400, "Malformed document", str(error)) from None
+    if encoding != "identity" and encoding not in _UNPACKERS:
+        detail = f"content encoding {encoding!r:.80} is not spoken here: gzip, zstd or none, and one of them only"
+        raise Refused(415, "Unsupported encoding", detail)
+    body = await _bounded(request, limits.body_bytes, share)
+    if encoding != "identity":
+        async with share.room.unpacking:
+            body = await asyncio.to_thread(_UNPACKERS[encoding], body, limits.decoded_bytes)
+        share.grow(len(body))
+    loose: dict[type, int] = {wire.Batch: limits.loose_bytes, wire.Registration: limits.decoded_bytes}
+    if len(body) <= _INLINE_BYTES:
+        return _decode(body, document, content_type, loose[document])
+    return await asyncio.to_thread(_decode, body, document, content_type, loose[document])
 
 
-async def _bounded(request: Request, most: int) -> bytes:
+async def _bounded(request: Request, most: int, share: Share) -> bytes:
     too_large = Refused(
         413, "Body too large", f"the body is larger than limits.body_bytes allows ({most} bytes): send smaller batches"
     )
@@ -54,18 +68,96 @@ async def _bounded(request: Request, most: int) -> bytes:
         body += chunk
         if len(body) > most:
             raise too_large
+        share.grow(len(body))
     return bytes(body)
 
 
-def _decompress(body: bytes, most: int) -> bytes:
+def _gunzip(body: bytes, most: int) -> bytes:
     inflater = zlib.decompressobj(wbits=31)
     try:
         content = inflater.decompress(body, most + 1)
     except zlib.error as error:
         raise Refused(400, "Malformed document", f"the body is not gzip: {error}") from None
-    if len(content) > most:
-        detail = f"the body unpacks to more than limits.decoded_bytes allows ({most} bytes): send smaller batches"
-        raise Refused(413, "Body too large", detail)
+    _check_unpacked(len(content), most)
     if not inflater.eof or inflater.unused_data:
         raise Refused(400, "Malformed document", "the gzip stream is cut off or followed by something else")
     return content
+
+
+def _unpack_zstd(body: bytes, most: int) -> bytes:
+    """Return the content of one frame or several; what a frame declares of itself is not believed."""
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW_BYTES)
+    content = bytearray()
+    source = io.BytesIO(body)
+    try:
+        with unpacker.stream_reader(source, read_across_frames=True) as reader:
+            while len(content) <= most and (piece := reader.read(_INLINE_BYTES)):
+                content += piece
+    except zstandard.ZstdError as error:
+        raise Refused(400, "Malformed document", f"the body is not zstd: {error}") from None
+    _check_unpacked(len(content), most)
+    return bytes(content)
+
+
+_UNPACKERS: dict[str, Callable[[bytes, int], bytes]] = {"gzip": _gunzip, "zstd": _unpack_zstd}
+
+
+def _check_unpacked(size: int, most: int) -> None:
+    if size > most:
+        detail = f"the body unpacks to more than limits.decoded_bytes allows ({most} bytes): send smaller batches"
+        raise Refused(413, "Body too large", detail)
+
+
+class _Vectors(msgspec.Struct):
+    statistics: Annotated[dict[str, msgspec.Raw], msgspec.Meta(max_length=len(wire.STATISTICS))] = {}
+
+
+class _Outline(msgspec.Struct):
+    """Where in a batch the packed vectors are; everything else is skipped."""
+
+    samples: Annotated[list[_Vectors], msgspec.Meta(max_length=MOST_SAMPLES)] = []
+
+
+_outline = msgspec.msgpack.Decoder(_Outline)
+_PACKED = (0xC4, 0xC5, 0xC6)
+"""First byte of MessagePack's binary data."""
+
+
+def _decode(body: bytes, document: type[Document], content_type: str, most: int) -> Document:
+    try:
+        packed = _packed_bytes(body) if content_type == wire.MESSAGEPACK_TYPE else 0
+        _check_loose(len(body) - packed, most)
+        return _decode_numbers(body, document, content_type)
+    except (wire.WireError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Refused(400, "Malformed document", str(error)) from None
+
+
+def _decode_numbers(body: bytes, document: type[Document], content_type: str) -> Document:
+    """Return the document; in JSON, 2.0 is the whole number 2, as JSON Schema has it."""
+    try:
+        return wire.decode(body, document, content_type)
+    except wire.WireError as error:
+        if content_type != wire.JSON_TYPE or "Expected `int`, got `float`" not in str(error):
+            raise
+    return wire.decode(msgspec.json.encode(_whole(msgspec.json.decode(body))), document, content_type)
+
+
+def _whole(value: Any) -> Any:
+    """Return a document in which every number that is whole is an int."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list) else value
+
+
+def _check_loose(size: int, most: int) -> None:
+    if size > most:
+        detail = f"{size} bytes that are not packed vectors are more than limits.loose_bytes allows ({most})"
+        raise Refused(413, "Body too large", f"{detail}: send smaller batches, or MessagePack instead of JSON")
+
+
+def _packed_bytes(body: bytes) -> int:
+    """Return how much of a document is packed vectors: all else becomes objects of many times its size."""
+    vectors = [memoryview(raw) for sample in _outline.decode(body).samples for raw in sample.statistics.values()]
+    return sum(len(vector) for vector in vectors if vector[0] in _PACKED)

@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal, cast
 
 import msgspec
 import sqlalchemy as sa
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch_server import outbox, schema
 from gradwatch_server.api import documents
+from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
 from gradwatch_server.api.writing import written
@@ -23,20 +24,23 @@ Text = Annotated[str | None, Query(max_length=512)]
 _table = schema.deliveries
 
 
-@router.get("/deliveries", response_model=list[documents.Delivery], responses=problems(422))
+@router.get("/deliveries", response_model=list[documents.Delivery], responses=problems(404, 422))
 def list_deliveries(
+    request: Request,
+    response: Response,
     connection: Reader,
     alert: Text = None,
     receiver: Text = None,
     state: Literal["due", "delivered", "dead"] | None = None,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = 1_000,
+    limit: Limit = 1_000,
+    before: Before = None,
 ) -> Any:
     """List deliveries, the newest first."""
-    query = sa.select(_table).order_by(_table.c.created_at.desc(), _table.c.id).limit(limit)
+    query = sa.select(_table)
     for column, wanted in ((_table.c.alert, alert), (_table.c.receiver, receiver), (_table.c.state, state)):
         if wanted is not None:
             query = query.where(column == wanted)
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return read_page(connection, query, (_table.c.created_at, _table.c.id), before, limit, (request, response))
 
 
 @router.get("/deliveries/{id}", response_model=documents.DeliveryDetail, responses=problems(404, 422))

@@ -58,7 +58,7 @@ class Run(BaseModel):
     dropped: dict[str, int] = Field(description="what the agent had to give up: samples, bytes, errors")
 
 
-class Parameter(BaseModel):
+class KnownParameter(BaseModel):
     """One parameter of a run."""
 
     name: str
@@ -74,7 +74,7 @@ class RunDetail(Run):
     """One training job with its parameters, in the order of depth."""
 
     attributes: dict[str, str]
-    parameters: list[Parameter]
+    parameters: list[KnownParameter]
 
 
 class Series(BaseModel):
@@ -180,7 +180,9 @@ class Alert(BaseModel):
     fired_at: float | None
     resolved_at: float | None
     resolution: str | None = Field(description="why it ended")
-    muted: str | None = Field(description="why nobody was told: a silence or another rule; null: it was told")
+    muted: str | None = Field(
+        description="why it, or its escalation, was not told: a silence, another rule, an acknowledgement; null: told"
+    )
     flaps: int = Field(description="times it came back within 10 minutes of having resolved")
     acknowledged_at: float | None = Field(description="Unix seconds")
     acknowledged_by: str | None

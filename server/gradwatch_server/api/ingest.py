@@ -33,35 +33,36 @@ def _services(request: Request) -> Services:
     response_model=documents.Registered,
     responses={
         200: {"model": documents.Registered, "description": "Known already"},
-        **problems(400, 401, 403, 409, 413, 415, 422, 503),
+        **problems(400, 401, 403, 409, 413, 415, 422, 429, 503, 507),
     },
     openapi_extra=_takes(wire.Registration),
 )
 async def register_run(request: Request) -> Response:
     """Make a run known; with the id of a known run, start its next attempt or add parameters to it."""
     services = _services(request)
-    registration = await body.read(request, wire.Registration, services.settings.configuration.limits)
-    access.check_named_project(request, registration.project)
-    run_id = secrets.token_hex(8) if registration.id is None else registration.id
-    registered = await asyncio.wrap_future(
-        services.writer.submit(partial(services.ingest.register, run_id=run_id, registration=registration), run_id)
-    )
+    with services.share() as share:
+        registration = await body.read(request, wire.Registration, services.settings.configuration.limits, share)
+        access.check_named_project(request, registration.project)
+        run_id = secrets.token_hex(8) if registration.id is None else registration.id
+        work = partial(services.ingest.register, run_id=run_id, registration=registration)
+        registered = await asyncio.wrap_future(services.writer.submit(work, run_id))
     return _json(registered, 201 if registered.created else 200)
 
 
 @router.post(
     "/runs/{run_id}/samples",
     response_model=documents.Stored,
-    responses=problems(400, 401, 403, 404, 413, 415, 422, 503),
+    responses=problems(400, 401, 403, 404, 413, 415, 422, 429, 503, 507),
     openapi_extra=_takes(wire.Batch),
 )
 async def store_batch(request: Request, run_id: str) -> Response:
     """Store a batch; answers 2xx only when it is committed and synced to disk. Sending it again changes nothing."""
     services = _services(request)
-    batch = await body.read(request, wire.Batch, services.settings.configuration.limits)
-    stored = await asyncio.wrap_future(
-        services.writer.submit(partial(services.ingest.store, run_id=run_id, batch=batch), run_id)
-    )
+    with services.share() as share:
+        batch = await body.read(request, wire.Batch, services.settings.configuration.limits, share)
+        work = partial(services.ingest.store, run_id=run_id, batch=batch)
+        stored = await asyncio.wrap_future(services.writer.submit(work, run_id))
+    services.ingest.count(stored, batch)
     services.notifier.wake()
     return _json(stored, 200)
 

@@ -1,5 +1,7 @@
 """Refusals as problem+json."""
 
+import re
+import sqlite3
 from http import HTTPStatus
 from typing import Any
 
@@ -39,6 +41,20 @@ def refuse(error: Refused) -> Response:
     return made
 
 
+def _is_full(error: sa.exc.OperationalError) -> bool:
+    """Return whether the database has no more room: SQLITE_FULL, or PostgreSQL's disk_full."""
+    full = getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return full or getattr(error.orig, "sqlstate", None) == "53100"
+
+
+def _methods_of(app: FastAPI, path: str) -> list[str]:
+    """Return the methods that a path of the API takes, whichever routes they are on."""
+    for template, operations in app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
+            return sorted(method.upper() for method in operations)
+    return []
+
+
 def install(app: FastAPI) -> None:
     """Make every refusal of the app a problem document."""
 
@@ -52,13 +68,18 @@ def install(app: FastAPI) -> None:
         return answer(422, "Invalid request", faults)
 
     @app.exception_handler(HTTPException)
-    async def http(_request: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
         made = answer(error.status_code, HTTPStatus(error.status_code).phrase, str(error.detail))
         made.headers.update(error.headers or {})
+        if error.status_code == 405 and (methods := _methods_of(app, request.url.path)):
+            made.headers["Allow"] = ", ".join(methods)
         return made
 
     @app.exception_handler(sa.exc.OperationalError)
     async def out_of_reach(_request: Request, error: sa.exc.OperationalError) -> Response:
+        if _is_full(error):
+            detail = f"nothing was stored: {error.orig}; make room on the database's disk, then send it again"
+            return answer(507, "Disk full", detail[:500], retry_after_seconds=30)
         return answer(503, "Database out of reach", f"nothing was stored: {error.orig}"[:500], retry_after_seconds=5)
 
     @app.exception_handler(Exception)

@@ -59,7 +59,7 @@ def show_series(
     if statistic in queries.STATISTIC_NAMES:
         names = [known.name for known in load_parameters(connection, run_id)]
         if parameter is None:
-            raise Refused(422, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME")
+            raise Refused(404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME")
         if parameter not in names:
             raise Refused(404, "Unknown parameter", f"run {run_id!r} has no parameter {parameter!r}")
         column = [names.index(parameter)]
@@ -67,7 +67,7 @@ def show_series(
     else:
         if parameter is not None:
             known = ", ".join(queries.STATISTIC_NAMES)
-            raise Refused(422, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
+            raise Refused(404, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
         buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
     spelled = wire.spell_vector if statistic in queries.STATISTIC_NAMES else wire.spell_numbers
     content = {

@@ -6,14 +6,13 @@ widths, learning rates and loss scales. docs/diagnosis.md says what each thresho
 
 import numpy as np
 
-from gradwatch_server.diagnosis import dead, exploding, nonfinite, throttled, vanishing
+from gradwatch_server.diagnosis import dead, exploding, nonfinite, stalled, throttled, vanishing
 from gradwatch_server.diagnosis.finding import Blame, Finding
-from gradwatch_server.diagnosis.memory import Memory
+from gradwatch_server.diagnosis.memory import Memory, quiet_times
 from gradwatch_server.diagnosis.reading import Layout, Reading
-from gradwatch_server.diagnosis.stalled import stalled
 from gradwatch_server.diagnosis.thresholds import Thresholds
 
-__all__ = ["RULES", "Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine", "stalled"]
+__all__ = ["RULES", "Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine", "nonfinite", "stalled"]
 
 RULES = ("nonfinite", "exploding", "vanishing", "dead", "throttled")
 """The rules that blame parameters."""
@@ -33,13 +32,14 @@ def examine(layout: Layout, memory: Memory, reading: Reading, thresholds: Thresh
     """
     with np.errstate(all="ignore"):
         profile = reading.profile(layout)
+        quiet = quiet_times(memory, layout, reading, profile)
         explosion = exploding.sign(layout, memory, reading, profile, thresholds.exploding)
         rules = (
             nonfinite.find(layout, memory, reading, profile, thresholds.nonfinite),
             exploding.find(layout, memory, reading, profile, thresholds.exploding, explosion),
             vanishing.find(layout, memory, reading, profile, thresholds.vanishing),
-            dead.find(layout, memory, reading, profile, thresholds.dead),
+            dead.find(layout, memory, reading, profile, thresholds.dead, quiet),
             throttled.find(layout, memory, reading, profile, thresholds.throttled),
         )
         findings = [finding for finding in rules if finding is not None]
-        return memory.after(layout, reading, profile, findings, suspect=explosion is not None), findings
+        return memory.after(layout, reading, profile, findings, quiet, suspect=explosion is not None), findings

@@ -3,8 +3,18 @@
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.memory import IDLE_SHARE, Counts, Memory, quiet_times
-from gradwatch_server.diagnosis.reading import TINY, Flags, Indices, Layout, Profile, Reading
+from gradwatch_server.diagnosis.memory import IDLE_SHARE, Counts, Memory, QuietTimes
+from gradwatch_server.diagnosis.reading import (
+    TINY,
+    Flags,
+    Indices,
+    Layout,
+    Profile,
+    Reading,
+    any_of,
+    largest_of,
+    median,
+)
 from gradwatch_server.diagnosis.thresholds import Dead
 
 _FADED_DECADES = 2.5
@@ -15,16 +25,22 @@ _GRAVE_SHARE = 1 / 3
 """Share of the weight matrices from which it is critical."""
 
 
-def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Dead) -> Finding | None:
+def find(
+    layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Dead, times: QuietTimes
+) -> Finding | None:
     """Look for gradients that have been exactly zero, or missing, for many samples in a row while others were not."""
     alive = profile.finite & (profile.gradient > 0.0)
     if not limits.enabled or not alive.any():
         return None
-    quiet, longest, idle = quiet_times(memory, layout, reading, profile)
-    candidates = layout.trainable & (layout.elements > 0) & ~alive & ~_follows(layout, alive)
-    patience = limits.patience * longest
+    quiet, longest, idle = times
+    candidates = layout.trainable & (layout.elements > 0) & ~alive
+    if candidates.any():
+        candidates &= ~_follows(layout, alive) & ~any_of(layout.choice, alive)
+    rhythm = np.max([longest, *(largest_of(sets, longest) for sets in layout.peers)], axis=0)
+    patience = limits.patience * rhythm
     cut = candidates & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present
-    cut &= _cut_off(layout, profile, alive)
+    if cut.any():
+        cut &= _cut_off(layout, profile, alive)
     branch = candidates & (quiet >= np.maximum(limits.branch_samples, patience))
     idling = _idling(layout, profile, idle, limits)
     dead = cut | branch
@@ -36,7 +52,8 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     parameters, left_out = blame(layout.names, worst, values, float(quiet[chosen].min() or limits.idle_samples))
     missing = bool((dead & ~profile.present).any())
     matrices = layout.matrix & layout.trainable
-    grave = (missing or bool(cut.any())) and float((dead & matrices).sum()) >= _GRAVE_SHARE * float(matrices.sum())
+    steady = dead & (rhythm == 0)  # what comes and goes may be out of use, which is no catastrophe
+    grave = (missing or bool(cut.any())) and float((steady & matrices).sum()) >= _GRAVE_SHARE * float(matrices.sum())
     return Finding(
         rule="dead",
         severity=limits.severity(critical=grave),
@@ -75,7 +92,7 @@ def _cut_off(layout: Layout, profile: Profile, alive: Flags) -> Flags:
         return np.ones(len(layout.names), np.bool_)
     first = int(np.argmax(living))
     logs = np.log10(np.maximum(profile.rms[matrices[living]], TINY))
-    faded = len(logs) >= 3 and float(np.median(logs[-max(1, len(logs) // 3) :]) - logs[0]) > _FADED_DECADES
+    faded = len(logs) >= 3 and median(logs[-max(1, len(logs) // 3) :]) - logs[0] > _FADED_DECADES
     before: Flags = layout.depth < layout.depth[matrices[first]]
     return before if not faded else np.zeros(len(layout.names), np.bool_)
 

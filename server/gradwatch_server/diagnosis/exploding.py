@@ -7,7 +7,7 @@ import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
 from gradwatch_server.diagnosis.memory import Memory, growth
-from gradwatch_server.diagnosis.reading import TINY, Floats, Indices, Layout, Profile, Reading
+from gradwatch_server.diagnosis.reading import TINY, Floats, Indices, Layout, Profile, Reading, median, rank_correlation
 from gradwatch_server.diagnosis.thresholds import Exploding
 
 _LEARNING = 0.2
@@ -49,7 +49,7 @@ def sign(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     if reading.scalars.get("clip_norm", 0.0) == math.inf:
         return _clipped_away(layout, profile)
     if profile.matrices.size:
-        for look in (_surging, _blowing_up, _out_of_proportion, _amplifying):
+        for look in (_surging, _blowing_up, _out_of_proportion, _amplifying, _swelling):
             found = look(memory, reading, profile, limits)
             if found is not None:
                 return found
@@ -103,7 +103,6 @@ def _surging(memory: Memory, _reading: Reading, profile: Profile, limits: Explod
     """The gradient is far above what is usual in this run, and the loss above where it began."""
     if not memory.log_gradients or not profile.global_gradient > 0.0:
         return None
-    decades = math.log10(profile.global_gradient) - memory.usual_log_gradient
     losses = memory.losses
     if math.isnan(profile.loss):
         needed = limits.growth_decades_alone
@@ -111,7 +110,8 @@ def _surging(memory: Memory, _reading: Reading, profile: Profile, limits: Explod
         needed = limits.mild_growth_decades
     else:
         return None
-    if decades < max(needed, limits.growth_deviations * memory.spread_log_gradient):
+    decades = math.log10(profile.global_gradient) - memory.usual_log_gradient
+    if decades < needed or decades < limits.growth_deviations * memory.spread_log_gradient:
         return None
     surge = _surge(memory, profile)
     return Sign(
@@ -188,7 +188,7 @@ def _amplifying(memory: Memory, _reading: Reading, profile: Profile, limits: Exp
     decades = math.inf
     for measure in (profile.rms, profile.ratio):
         logs = np.log10(np.maximum(measure[members], TINY))
-        decades = min(decades, float(np.median(logs[:third]) - np.median(logs[-third:])))
+        decades = min(decades, median(logs[:third]) - median(logs[-third:]))
     if decades < limits.amplification_decades:
         return None
     return Sign(
@@ -197,8 +197,34 @@ def _amplifying(memory: Memory, _reading: Reading, profile: Profile, limits: Exp
         "the initial weights are too large.",
         worst=_largest(profile.ratio, profile),
         values=profile.ratio,
-        limit=10**limits.amplification_decades * float(np.median(profile.ratio[members[-third:]])),
+        limit=10**limits.amplification_decades * median(profile.ratio[members[-third:]]),
         evidence={"amplification_decades": decades, "median_leverage": profile.typical(profile.leverage)},
+    )
+
+
+def _swelling(_memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+    """The gradient of biases and gains grows steadily, by decades, from the output to the input.
+
+    It is what flows back, free of the size of the signals that flow forward: where both grow from layer to layer, the
+    gradients of the weight matrices, which are their product, look even. A loss that falls from an absurd height says
+    nothing here.
+    """
+    members = profile.vectors[profile.gradient[profile.vectors] > 0.0]
+    third = len(members) // 3
+    if third < 2:
+        return None
+    logs = np.log10(profile.rms[members])
+    decades = float(np.median(logs[:third]) - np.median(logs[-third:]))
+    if decades < limits.swelling_decades or -rank_correlation(logs) < limits.swelling_order:
+        return None
+    return Sign(
+        summary=f"What flows back grows by a factor of 10^{decades:.1f} from the last layers to the first",
+        cause="Each layer makes both the signal and its gradient larger: residual streams without a norm or a scale, "
+        "or initial weights that are too large.",
+        worst=_largest(profile.ratio, profile),
+        values=profile.ratio,
+        limit=limits.ratio,
+        evidence={"swelling_decades": decades},
     )
 
 

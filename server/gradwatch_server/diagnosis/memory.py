@@ -3,16 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Self
+from functools import cached_property
+from typing import Any, Final, NamedTuple, Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch_server.diagnosis.finding import Finding
-from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading
+from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading, any_of, median
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
 
 HISTORY_SAMPLES = 64
@@ -35,15 +36,15 @@ class Losses:
     lowest: float = math.inf
     """Least median of a few in a row."""
 
-    @property
+    @cached_property
     def reference(self) -> float:
         """Where the loss began; the first value alone where later ones are higher: a divergence lifts its median."""
-        return min(self.first[0], float(np.median(self.first))) if self.first else math.nan
+        return min(self.first[0], median(self.first)) if self.first else math.nan
 
-    @property
+    @cached_property
     def now(self) -> float:
         """Median of the last few."""
-        return float(np.median(self.recent)) if self.recent else math.nan
+        return median(self.recent) if self.recent else math.nan
 
     @property
     def scale(self) -> float:
@@ -71,7 +72,7 @@ class Losses:
         if math.isnan(loss):
             return self
         recent = (*self.recent, loss)[-RECENT_SAMPLES:]
-        now = float(np.median(recent))
+        now = median(recent)
         return Losses(
             first=(*self.first, loss) if len(self.first) < FIRST_SAMPLES and math.isfinite(loss) else self.first,
             recent=recent,
@@ -115,8 +116,6 @@ class Memory:
     """Samples in a row at which nearly everything was clipped."""
     unclipped_samples: int = 0
     """Samples in a row at which clipping was on and did nothing."""
-    origin: tuple[int, ...] = ()
-    """Indices of the parameters that went bad first, in order of blame, while anything is not finite."""
     since: tuple[tuple[str, int], ...] = ()
     """The step at which each rule that holds began to hold."""
 
@@ -125,11 +124,16 @@ class Memory:
         return dict(self.since).get(rule, step)
 
     @property
+    def every_steps(self) -> int:
+        """Steps between the last two samples; 1 where there were none."""
+        return self.growths[-1][0] - self.growths[-2][0] if len(self.growths) > 1 else 1
+
+    @cached_property
     def usual_log_gradient(self) -> float:
         """The larger of what is usual now and what was usual at the start; NaN without history."""
         if not self.log_gradients:
             return math.nan
-        return max(float(np.median(self.log_gradients)), float(np.median(self.first_log_gradients)))
+        return max(median(self.log_gradients), median(self.first_log_gradients))
 
     @property
     def spread_log_gradient(self) -> float:
@@ -137,14 +141,21 @@ class Memory:
         if len(self.log_gradients) < RECENT_SAMPLES:
             return 0.0
         history = np.array(self.log_gradients)
-        return _SPREAD_OF_MAD * float(np.median(np.abs(history - np.median(history))))
+        return _SPREAD_OF_MAD * median(np.abs(history - median(history)))
 
     def counts(self, name: str, size: int) -> Counts:
         """Return one of the counters, grown to ``size``: a run may append parameters."""
         return grown(getattr(self, name), size, 0)
 
     def after(
-        self, layout: Layout, reading: Reading, profile: Profile, findings: Sequence[Finding], *, suspect: bool
+        self,
+        layout: Layout,
+        reading: Reading,
+        profile: Profile,
+        findings: Sequence[Finding],
+        quiet: "QuietTimes",
+        *,
+        suspect: bool,
     ) -> "Memory":
         """Return the memory with one more sample in it.
 
@@ -153,6 +164,7 @@ class Memory:
             reading: the sample.
             profile: what the rules share of it.
             findings: what they found.
+            quiet: what ``quiet_times`` says of it.
             suspect: whether there is a sign of an explosion at this sample.
         """
         calm = not suspect and profile.global_gradient > 0.0 and bool(profile.finite[profile.present].all())
@@ -165,7 +177,7 @@ class Memory:
         typical = profile.typical(profile.leverage)
         return replace(
             self,
-            **self._quiet_after(layout, reading, profile),
+            **self._quiet_after(layout, reading, profile, quiet),
             samples=self.samples + 1,
             losses=losses,
             log_gradients=(self.log_gradients + log_gradient)[-HISTORY_SAMPLES:],
@@ -177,31 +189,28 @@ class Memory:
             first_weights=np.where(np.isnan(first), profile.weight, first),
             weights=profile.weight,
             log_usual=_smoothed(self.log_usual, profile),
-            origin=self._origin(layout, findings),
             since=tuple((finding.rule, self.began(finding.rule, reading.step)) for finding in findings),
         )
 
-    def _quiet_after(self, layout: Layout, reading: Reading, profile: Profile) -> dict[str, Any]:
+    def _quiet_after(self, layout: Layout, reading: Reading, profile: Profile, times: "QuietTimes") -> dict[str, Any]:
         size = len(layout.names)
-        quiet, longest, idle = quiet_times(self, layout, reading, profile)
+        quiet, longest, idle = times
         ever = grown(self.ever, size, False)
-        share = reading.vector("clipped_unit_share", size)[profile.matrices]
+        shares = reading.vector("clipped_unit_share", size)
+        all_shares, matrices = shares[shares >= 0.0], shares[profile.matrices]
+        matrices = matrices[matrices >= 0.0]
+        if matrices.size > 1 and matrices[-1] == 0.0:
+            matrices = matrices[:-1]  # the classifier, which adaptive clipping leaves alone
+        decided = bool(matrices.size) and median(matrices) >= CLIPPED_SHARE
+        idle_clip = bool(all_shares.size) and float(all_shares.max()) == 0.0
         return {
             "quiet": quiet,
             "longest_quiet": longest,
             "ever": ever | (profile.present & (profile.gradient != 0.0)),
             "idle": idle,
-            "clipped_samples": self.clipped_samples + 1 if share.size and np.median(share) >= 0.95 else 0,
-            "unclipped_samples": self.unclipped_samples + 1 if share.size and (share == 0.0).all() else 0,
+            "clipped_samples": self.clipped_samples + 1 if decided else 0,
+            "unclipped_samples": self.unclipped_samples + 1 if idle_clip else 0,
         }
-
-    def _origin(self, layout: Layout, findings: Sequence[Finding]) -> tuple[int, ...]:
-        """Keep who went bad first: one step later everything is."""
-        for finding in findings:
-            if finding.rule == "nonfinite":
-                index = {name: position for position, name in enumerate(layout.names)}
-                return tuple(index[blamed.name] for blamed in finding.parameters)
-        return ()
 
     def to_bytes(self) -> bytes:
         """Return the memory as bytes that ``from_bytes`` reads."""
@@ -224,6 +233,16 @@ class Memory:
         return cls(losses=Losses(tuple(losses[0]), tuple(losses[1]), losses[2]), **unpacked)
 
 
+class QuietTimes(NamedTuple):
+    """For how many samples each parameter has been without a gradient, all of shape (parameters,)."""
+
+    quiet: Counts
+    longest: Counts
+    """The longest such time that has ended."""
+    idle: Counts
+    """For how long nearly all of its units have been."""
+
+
 def grown(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[Any]:
     """Return a remembered vector, lengthened by ``value`` to ``size``."""
     if vector is not None and len(vector) == size:
@@ -244,31 +263,36 @@ def growth(memory: Memory, profile: Profile) -> tuple[float, Floats]:
     began = np.maximum(np.where(np.isnan(first), profile.weight[members], first), TINY)
     grew = np.log10(np.maximum(profile.weight[members], TINY) / began)
     grew[began < 10 * EPS] = 0.0
-    return float(np.median(grew)), grew
+    return median(grew), grew
 
 
-def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profile) -> tuple[Counts, Counts, Counts]:
-    """Return, this sample included, each parameter's quiet time, its longest that has ended, and its idle time.
+def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profile) -> QuietTimes:
+    """Return the times of each parameter, this sample included.
 
     A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this
-    sample but whose weight changed since the last: it steps, only not at the sampled steps.
+    sample but whose weight changed since the last, or whose weight grew between samples that lie apart (momentum runs
+    out and weight decay shrinks): its module steps, only not at the sampled steps.
     """
     size = len(layout.names)
     quiet, longest = memory.counts("quiet", size), memory.counts("longest_quiet", size)
     idle = memory.counts("idle", size)
     alive = profile.present & (profile.gradient != 0.0)
     if not alive.any():
-        return quiet, longest, idle
+        return QuietTimes(quiet, longest, idle)
     before = grown(memory.weights, size, np.nan)
-    steps = ~profile.present & (np.abs(profile.weight - before) > 1e-6 * before)
-    loud = alive | steps
+    apart = memory.samples > 0 and bool(memory.growths) and reading.step - memory.growths[-1][0] > 1
+    change = profile.weight - before
+    steps = np.where(profile.present & ~apart, False, np.where(profile.present, change, np.abs(change)) > 1e-6 * before)
+    loud = alive | any_of(layout.owners, steps)
     longest = np.where(loud, np.maximum(longest, quiet), longest)
     quiet = np.where(loud, 0, quiet + 1)
     share = reading.vector("zero_unit_share", size)
     idle = np.where(alive, np.where(share >= IDLE_SHARE, idle + 1, 0), idle)
-    return quiet, longest, idle
+    return QuietTimes(quiet, longest, idle)
 
 
+CLIPPED_SHARE = 0.95
+"""Share of a matrix's units that are clipped from which the threshold, not the gradient, decides its step."""
 IDLE_SHARE = 0.95
 """Share of a parameter's units without a gradient from which it counts as idle."""
 

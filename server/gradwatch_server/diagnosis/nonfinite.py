@@ -1,18 +1,21 @@
 """NaN and Inf: at once, whatever the history."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from gradwatch_server.diagnosis.finding import Finding, blame
+from gradwatch_server.diagnosis.finding import MOST_BLAMED, Blame, Finding, blame
 from gradwatch_server.diagnosis.memory import Memory
 from gradwatch_server.diagnosis.reading import Flags, Indices, Layout, Profile, Reading
 from gradwatch_server.diagnosis.thresholds import Nonfinite
 
+RULE = "nonfinite"
 EVENT = "nonfinite_module"
 """Kind of the event by which an agent names the first module whose output or gradient was not finite.
 
-``parameter`` is the module's qualified name (empty: the loss itself), ``message`` says what it computed and from what.
+``parameter`` is the module's qualified name (empty or none: the loss itself), ``message`` what it saw there.
 """
 
 
@@ -21,27 +24,26 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
 
     A gradient goes bad where the backward pass meets the fault and stays bad from there towards the input: of the bad
     parameters the one nearest to the output is where it began. Where everything is bad at once the pattern cannot
-    tell, and the module that the agent named, if it did, comes first.
+    tell: see ``refine``. Where the loss alone is bad, what made it is blamed: the last weight matrix.
     """
     size = len(layout.names)
-    bad = profile.present & (~np.isfinite(profile.gradient) | (reading.vector("nonfinite_count", size) > 0))
+    counts = reading.vector("nonfinite_count", size)
+    bad = profile.present & (~np.isfinite(profile.gradient) | (counts > 0))
     bad_weight = ~np.isfinite(profile.weight)
     loss = reading.scalars.get("loss", 0.0)
     if not limits.enabled or not (bad.any() or bad_weight.any() or not math.isfinite(loss)):
         return None
-    named = _named(reading)
     gradients = int(profile.present.sum())
-    everything = int(bad.sum()) == gradients
-    first = np.array(memory.origin, np.intp) if memory.origin else _origin_first(layout, bad | bad_weight, bad)
-    chosen = _named_first(layout, first, named)
-    counts = reading.vector("nonfinite_count", size)
+    chosen = _origin_first(layout, bad | bad_weight, bad)
+    if not chosen.size:
+        chosen = layout.order[(layout.matrix & layout.trainable)[layout.order]][-1:]
     values = np.where(np.isfinite(profile.gradient), np.where(counts > 0, counts, profile.weight), profile.gradient)
     parameters, left_out = blame(layout.names, chosen, values, math.inf)
-    where = named or (parameters[0].name if parameters else "the loss")
+    exploded = {} if memory.suspect_since is None else {"explosion_step": float(memory.suspect_since)}
     return Finding(
-        rule="nonfinite",
+        rule=RULE,
         severity=limits.severity(critical=bool(bad.any() or bad_weight.any())),
-        first_step=memory.began("nonfinite", _first_step(reading)),
+        first_step=memory.began(RULE, _first_step(reading)),
         parameters=parameters,
         left_out=left_out,
         evidence={
@@ -49,9 +51,15 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
             "nonfinite_weights": float(bad_weight.sum()),
             "gradients": float(gradients),
             "loss": loss,
+            **exploded,
         },
         summary=_summary(int(bad.sum()), gradients, int(bad_weight.sum()), loss),
-        cause=_cause(everything=everything, loss=loss, where=where, named=named, suspect_since=memory.suspect_since),
+        cause=_cause(
+            everything=int(bad.sum()) == gradients,
+            loss=loss,
+            where=parameters[0].name if parameters else "the loss",
+            suspect_since=memory.suspect_since,
+        ),
         remedy="Look at the first bad step for log(0), sqrt(0), 0/0, overflow in half precision or NaN in the data, "
         "guard it (torch.clamp(x, min=1e-6)), and resume from a checkpoint before it.",
         hold_samples=limits.hold_samples,
@@ -59,17 +67,37 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     )
 
 
+def refine(finding: Finding, names: Sequence[str], module: str | None, message: str) -> Finding:
+    """Return the finding with the module that the agent named: its parameters are blamed first, it is the cause.
+
+    A module without parameters stands for the nearest one around it that has some; the loss itself, and a model as a
+    whole, move nobody.
+    """
+    where = module or "the loss"
+    sentence = f"The first result that was not finite came out of {where}" + (f": {message}" if message else "")
+    sentence = sentence.rstrip(".") + "."
+    if sentence in finding.cause:
+        return finding
+    around, inside = module or "", list[str]()
+    while around and not inside:
+        inside = [name for name in reversed(names) if name.startswith(around + ".")]
+        around = around.rpartition(".")[0]
+    known = {blamed.name: blamed for blamed in finding.parameters}
+    first = [known.get(name, Blame(name, math.nan, math.inf)) for name in inside]
+    rest = [blamed for blamed in finding.parameters if blamed.name not in inside]
+    listed = [*first, *rest][:MOST_BLAMED]
+    most = max(len(finding.parameters) + finding.left_out, len(first) + len(rest))
+    return replace(
+        finding,
+        parameters=listed,
+        left_out=most - len(listed),
+        cause=f"{finding.cause} {sentence}" if "explosion_step" in finding.evidence else sentence,
+    )
+
+
 def _first_step(reading: Reading) -> int:
     """Return the first step whose loss was not finite, or the sample's."""
     return min((step for step, loss in reading.losses if not math.isfinite(loss)), default=reading.step)
-
-
-def _named(reading: Reading) -> str | None:
-    """Return the module that the agent named as the first one."""
-    for event in reading.events:
-        if event.kind == EVENT:
-            return event.parameter or "the loss"
-    return None
 
 
 def _origin_first(layout: Layout, chosen: Flags, bad: Flags) -> Indices:
@@ -79,14 +107,6 @@ def _origin_first(layout: Layout, chosen: Flags, bad: Flags) -> Indices:
     return listed[np.argsort(~bad[listed], kind="stable")]
 
 
-def _named_first(layout: Layout, listed: Indices, named: str | None) -> Indices:
-    """Move the parameters of the module that the agent named to the front."""
-    if named is None:
-        return listed
-    elsewhere = np.array([not (layout.names[index] + ".").startswith(named + ".") for index in listed], np.bool_)
-    return listed[np.argsort(elsewhere, kind="stable")]
-
-
 def _summary(bad: int, gradients: int, bad_weights: int, loss: float) -> str:
     parts = [f"{bad} of {gradients} gradients are not finite"] if bad else []
     parts += [f"{bad_weights} weights are not finite"] if bad_weights else []
@@ -94,11 +114,9 @@ def _summary(bad: int, gradients: int, bad_weights: int, loss: float) -> str:
     return ", ".join(parts)
 
 
-def _cause(*, everything: bool, loss: float, where: str, named: str | None, suspect_since: int | None) -> str:
+def _cause(*, everything: bool, loss: float, where: str, suspect_since: int | None) -> str:
     if suspect_since is not None:
         return f"The numbers grew until they overflowed: an explosion that began at step {suspect_since}."
-    if named is not None:
-        return f"The first result that was not finite came out of {where}."
     if math.isinf(loss):
         return "The loss itself overflowed or is the logarithm of zero, so every gradient behind it is bad."
     if not math.isfinite(loss):

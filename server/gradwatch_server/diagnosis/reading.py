@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.wire import MISSING, Event, Parameter, Statistic, Vector
+from gradwatch.wire import MISSING, Parameter, Statistic, Vector
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -19,6 +19,15 @@ EPS = 1e-3
 TINY = 1e-45
 """The smallest positive float32: stands for zero on a logarithmic scale."""
 _LOOKUPS = ("Embedding", "EmbeddingBag")
+
+
+def median(values: Sequence[float] | Floats) -> float:
+    """Return the median, bit for bit that of ``np.median``, in a fifth of its time on a few hundred numbers."""
+    ordered = np.sort(values)
+    middle = len(ordered) // 2
+    if math.isnan(ordered[-1]) or len(ordered) % 2:
+        return float(ordered[-1] if math.isnan(ordered[-1]) else ordered[middle])
+    return (float(ordered[middle - 1]) + float(ordered[middle])) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +47,11 @@ class Layout:
     trainable: Flags
     owners: NDArray[np.int64]
     """Number of the module that owns each parameter: equal for a weight and its bias."""
+    peers: Sequence[NDArray[np.int64]]
+    """Numbers of sets of parameters that differ in one index of their names only, for each index that there is:
+    ``experts.3.0.weight`` and ``experts.7.0.weight`` are peers by the first one; -1 where there is no such index."""
+    choice: NDArray[np.int64]
+    """Number of the set of experts that a parameter belongs to, by its name; -1: none."""
 
     @classmethod
     def of(cls, parameters: Sequence[Parameter]) -> Self:
@@ -57,6 +71,8 @@ class Layout:
             lookup=np.array([entry.kind in _LOOKUPS for entry in parameters], np.bool_),
             trainable=np.array([entry.trainable for entry in parameters], np.bool_),
             owners=np.array(owners, np.int64),
+            peers=_peers(parameters),
+            choice=_numbered([_choice(entry.name) for entry in parameters]),
         )
 
 
@@ -64,6 +80,56 @@ def _owner(name: str) -> str:
     """Return the module of a parameter; layers and directions of one recurrent module are modules of their own."""
     path, _, own = name.rpartition(".")
     return f"{path}.{own.partition('_l')[2]}"
+
+
+def _numbered(keys: Sequence[object]) -> NDArray[np.int64]:
+    """Return the number of each key's set, -1 where it is none."""
+    numbers: dict[object, int] = {}
+    return np.array([-1 if key is None else numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+
+
+def _peers(parameters: Sequence[Parameter]) -> list[NDArray[np.int64]]:
+    names = [entry.name.split(".") for entry in parameters]
+    indices = [[place for place, part in enumerate(parts) if part.isdecimal()] for parts in names]
+    return [
+        _numbered(
+            [
+                (*parts[: found[rank]], *parts[found[rank] + 1 :], tuple(entry.shape)) if rank < len(found) else None
+                for parts, found, entry in zip(names, indices, parameters, strict=True)
+            ]
+        )
+        for rank in range(max(map(len, indices), default=0))
+    ]
+
+
+def _choice(name: str) -> str | None:
+    """Return the path of the set of experts, such as ``blocks.2.experts`` for ``blocks.2.experts.3.weight``."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if "expert" in part.lower():
+            return ".".join([*parts[:place], part.rstrip("0123456789_")])
+    return None
+
+
+def any_of(sets: NDArray[np.int64], flags: Flags) -> Flags:
+    """Return for each parameter whether the flag is up for any in its set; False where it is in none."""
+    return largest_of(sets, flags.astype(np.int64)) > 0
+
+
+def largest_of(sets: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each parameter the largest count in its set; 0 where it is in none."""
+    largest = np.zeros(int(sets.max(initial=-1)) + 2, np.int64)
+    np.maximum.at(largest, sets, counts)  # the last place, which -1 means, is for those in no set
+    largest[-1] = 0
+    return largest[sets]
+
+
+def rank_correlation(values: Floats) -> float:
+    """Return Spearman's rank correlation of values with their position; 0 where all are equal."""
+    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable").astype(np.float64)
+    if np.ptp(values) == 0.0:
+        return 0.0
+    return float(np.corrcoef(np.arange(len(values)), ranks)[0, 1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +169,7 @@ class Profile:
 
     def typical(self, values: Floats) -> float:
         """Return the median of ``values`` over the weight matrices; NaN where there is none."""
-        return float(np.median(values[self.matrices])) if self.matrices.size else math.nan
+        return median(values[self.matrices]) if self.matrices.size else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,7 +182,6 @@ class Reading:
     statistics: Mapping[Statistic, Vector]
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Scalars of the run at this step, the loss among them."""
-    events: Sequence[Event] = ()
     losses: Sequence[tuple[int, float]] = ()
     """Step and loss of every step since the last sample, this one included, where the agent told them."""
 

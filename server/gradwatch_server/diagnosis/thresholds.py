@@ -51,6 +51,10 @@ class Exploding(Rule, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Gradient to weight ratio that half of the weight matrices exceed before anything is learned; both are needed."""
     amplification_decades: Decades = 1.0
     """Growth of the gradient from the last layers to the first, in powers of ten, with the leverage above its limit."""
+    swelling_decades: Decades = 4.0
+    """Growth of the gradient of biases and gains from the last layers to the first, in powers of ten."""
+    swelling_order: Share = 0.9
+    """Least rank correlation of that growth with depth."""
     weight_growth: Annotated[float, msgspec.Meta(gt=1.0)] = 4.0
     """Growth of half of the weight matrices within ``weight_growth_steps``, while nothing is learned."""
     weight_growth_steps: Samples = 20
@@ -102,6 +106,8 @@ class Throttled(Rule, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     clipped_samples: Samples = 100
     """Samples in a row at which half of the weight matrices have nearly all units clipped, while nothing is learned."""
+    learning_clipped_samples: Samples = 500
+    """The same while the loss comes down: the threshold still sets the length of every step."""
     unclipped_samples: Samples = 1_000
     """Samples in a row at which adaptive clipping was on and clipped nothing."""
     highest_severity: Literal["warning", "critical"] = "warning"

@@ -3,24 +3,30 @@
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.memory import Memory
+from gradwatch_server.diagnosis.memory import CLIPPED_SHARE, Memory
 from gradwatch_server.diagnosis.reading import Layout, Profile, Reading
 from gradwatch_server.diagnosis.thresholds import Throttled
 
 _LEARNING = 0.2
+"""Share of the first loss by which a run has come down that learns in spite of being clipped."""
 
 
 def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Throttled) -> Finding | None:
-    """Look for adaptive clipping that has clipped nearly everything for long, or nothing for very long."""
+    """Look for adaptive clipping that has clipped nearly everything for long, or nothing for very long.
+
+    Both are counted up to the sample before: how much this one clips is not decisive.
+    """
     if not limits.enabled:
         return None
-    clipped = memory.clipped_samples >= limits.clipped_samples and not memory.losses.progress() > _LEARNING
+    learning = memory.losses.progress() > _LEARNING
+    clipped = memory.clipped_samples >= (limits.learning_clipped_samples if learning else limits.clipped_samples)
     if not clipped and memory.unclipped_samples < limits.unclipped_samples:
         return None
     share = np.maximum(reading.vector("clipped_unit_share", len(layout.names)), 0.0)
     samples = memory.clipped_samples if clipped else memory.unclipped_samples
     worst = profile.matrices[np.argsort(-share[profile.matrices], kind="stable")]
-    parameters, left_out = blame(layout.names, worst, share, 0.95 if clipped else 0.0)
+    parameters, left_out = blame(layout.names, worst, share, CLIPPED_SHARE if clipped else 0.0)
+    falling = "the loss has come down in spite of it" if learning else "the loss has not come down"
     return Finding(
         rule="throttled",
         severity=limits.severity(critical=clipped),
@@ -28,7 +34,7 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
         parameters=parameters,
         left_out=left_out,
         evidence={"samples": float(samples), "clipped_unit_share": profile.typical(share)},
-        summary=f"Clipping has scaled down nearly every unit for {samples} samples, and the loss has not come down"
+        summary=f"Clipping has scaled down nearly every unit for {samples} samples, and {falling}"
         if clipped
         else f"Clipping has been on for {samples} samples and has not clipped anything",
         cause="The threshold, not the gradient, sets the length of every step."

@@ -7,7 +7,7 @@ import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
 from gradwatch_server.diagnosis.memory import Memory
-from gradwatch_server.diagnosis.reading import TINY, Floats, Indices, Layout, Profile, Reading
+from gradwatch_server.diagnosis.reading import TINY, Indices, Layout, Profile, Reading, median, rank_correlation
 from gradwatch_server.diagnosis.thresholds import Vanishing
 
 _LEARNED = 0.9
@@ -70,7 +70,7 @@ def _not_dead(layout: Layout, memory: Memory, profile: Profile, members: Indices
     living = members[~zero]
     logs = np.log10(profile.rms[living])
     third = max(1, len(living) // 3)
-    if len(living) >= 3 and float(np.median(logs[-third:]) - logs[0]) > FADED_DECADES:
+    if len(living) >= 3 and median(logs[-third:]) - logs[0] > FADED_DECADES:
         return members
     stuck = not memory.losses.progress() > _STUCK or memory.losses.relapse() > _UNLEARNED
     silent = (profile.gradient == 0.0) & layout.matrix
@@ -89,28 +89,23 @@ def fade(profile: Profile, members: Indices, limits: Vanishing, *, stuck: bool =
     if len(members) < limits.layers:
         return none
     third = max(1, len(members) // 3)
-    decades, order = math.inf, 1.0
+    decades, measures = math.inf, []
     for measure in (profile.rms, profile.ratio):
         logs = np.log10(np.maximum(measure[members], TINY))
-        decades = min(decades, float(np.median(logs[-third:]) - np.median(logs[:third])))
-        order = min(order, _rank_correlation(logs) if decades > 0.0 else 0.0)
+        decades = min(decades, median(logs[-third:]) - median(logs[:third]))
+        if not decades > 0.0 or decades < min(limits.attenuation_decades, limits.stuck_decades):
+            return none
+        measures.append(logs)
+    order = min(map(rank_correlation, measures))
     mild = stuck and decades >= limits.stuck_decades and order >= limits.stuck_order
     if not mild and (decades < limits.attenuation_decades or order < limits.order):
         return none
-    logs = np.log10(np.maximum(profile.rms[members], TINY))
+    logs = measures[0]
     slope = float(np.polyfit(np.arange(len(members)), logs, 1)[0])
     steps = np.diff(np.convolve(logs, np.full(3, 1 / 3), "valid") if len(logs) > 9 else logs)
     abrupt = bool(steps.max() > _ABRUPT_SHARE * decades)
-    starved = members[logs < np.median(logs[-third:]) - min(decades, limits.attenuation_decades)]
+    starved = members[logs < median(logs[-third:]) - min(decades, limits.attenuation_decades)]
     return Fading(decades, slope, starved, abrupt, mild=decades < limits.attenuation_decades)
-
-
-def _rank_correlation(values: Floats) -> float:
-    """Return Spearman's rank correlation of values with their position; 0 where all are equal."""
-    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable").astype(np.float64)
-    if np.ptp(values) == 0.0:
-        return 0.0
-    return float(np.corrcoef(np.arange(len(values)), ranks)[0, 1])
 
 
 def _fading(
@@ -185,7 +180,7 @@ def _collapsed(layout: Layout, memory: Memory, reading: Reading, profile: Profil
     living = leverage > 0.0
     if living.sum() < limits.layers:
         return None
-    typical, largest = float(np.median(leverage[living])), float(leverage.max())
+    typical, largest = median(leverage[living]), float(leverage.max())
     gap = 10**-limits.collapse_decades
     if not (typical < limits.leverage and typical < gap * largest and typical < gap * memory.best_typical_leverage):
         return None

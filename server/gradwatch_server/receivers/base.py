@@ -1,7 +1,7 @@
 """What every receiver has, and the shape of a way to it."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 from urllib.parse import urlsplit
 
 import msgspec
@@ -45,6 +45,9 @@ class Way(Protocol):
 class Receiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
     """Where transitions of alerts are delivered."""
 
+    most_at_once: ClassVar[int] = 1_000
+    """Deliveries that its way can carry at once; ``delivery.at_once`` may allow fewer."""
+
     name: str
     """How routes, the API and the log call it."""
     allow_networks: list[str] = []
@@ -73,10 +76,17 @@ class WebReceiver(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = urlsplit(self.url)
+        try:
+            parts = urlsplit(self.url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and self.url.isascii()
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(f"receiver {self.name!r}: url is not an http or https address in ASCII")
         shown = f"{parts.scheme}://{parts.hostname}"
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"receiver {self.name!r}: url is not an http or https address")
+        for name, value in self.headers.items():
+            if not (name + value).isascii() or not (name + value).isprintable():
+                raise ValueError(f"receiver {self.name!r}: header {name!r} has a character that no header may have")
         if parts.username or parts.password:
             raise ValueError(f"receiver {self.name!r}: url {shown} has a password in it: put it into headers instead")
 

@@ -22,8 +22,8 @@ class Slack(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=True, 
             lines += [f"*Cause:* {_escaped(data['cause'])}", f"*Remedy:* {_escaped(data['remedy'])}"]
         elif data["resolution"]:
             lines.append(_escaped(data["resolution"]))
-        lines.append(f"<{data['url']}|step {data['step']}>")
-        text = "\n".join(lines)[:_MOST_CHARACTERS]
+        link = f"<{data['url']}|step {data['step']}>"
+        text = "\n".join(lines)[: _MOST_CHARACTERS - len(link)] + "\n" + link
         section = {"type": "section", "text": {"type": "mrkdwn", "text": text}}
         return self.json_letter({"text": _escaped(title), "blocks": [section]})
 
@@ -34,15 +34,11 @@ class Teams(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     def letter(self, message: Message, now: float) -> Letter:
         """Return the card."""
         data = message.data
-        color = {"critical": "Attention", "warning": "Warning"}[data["severity"]]
-        color = color if data["state"] == "firing" else "Good"
-        body: list[dict[str, Any]] = [
-            _block(
-                headline(data), weight="Bolder", size="Medium", color=color if data["state"] == "firing" else "Good"
-            ),
-            _block(data["summary"]),
-            {"type": "FactSet", "facts": [{"title": "Parameter", "value": line} for line in blamed(data)]},
-        ]
+        worrying = {"critical": "Attention", "warning": "Warning"}[data["severity"]]
+        color = worrying if data["state"] == "firing" else "Good"
+        body = [_block(headline(data), weight="Bolder", size="Medium", color=color), _block(data["summary"])]
+        if facts := [{"title": "Parameter", "value": line} for line in blamed(data)]:
+            body.append({"type": "FactSet", "facts": facts})
         if data["state"] == "firing":
             body += [_block("Cause: " + data["cause"]), _block("Remedy: " + data["remedy"])]
         elif data["resolution"]:

@@ -4,10 +4,11 @@ import asyncio
 import smtplib
 import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import format_datetime
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from gradwatch_server.addresses import Guard
 from gradwatch_server.answer import Answer
@@ -17,6 +18,8 @@ from gradwatch_server.receivers.chat import blamed, headline
 
 class Email(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="email"):
     """Sends a plain text through an SMTP server."""
+
+    most_at_once: ClassVar[int] = 2
 
     host: str
     """The SMTP server."""
@@ -88,25 +91,28 @@ class _MailWay:
         self._receiver = receiver
         self._guard = guard
         self._timeout_seconds = timeout_seconds
-        self._slots = asyncio.Semaphore(min(at_once, 2))
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="gradwatch-mail")
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Nothing stays open between mails."""
+        """Take nothing more; what hangs is not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def send(self, message: Message, now: float) -> Answer:
         try:
-            async with self._slots, asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(self._timeout_seconds):
                 addresses = await self._guard.resolve(self._receiver.host, self._receiver.port)
-                await asyncio.to_thread(self._send, addresses[0], message, now)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._threads, self._send, addresses[0], message, now)
         except smtplib.SMTPResponseException as error:
             said = error.smtp_error if isinstance(error.smtp_error, str) else error.smtp_error.decode(errors="replace")
             permanent = error.smtp_code >= 500 and not isinstance(error, smtplib.SMTPAuthenticationError)
             return Answer(422 if permanent else None, f"SMTP {error.smtp_code} {said}"[:500])
         except smtplib.SMTPRecipientsRefused as error:
-            return Answer(422, f"SMTP: all recipients refused: {len(error.recipients)}")
+            permanent = all(code >= 500 for code, _ in error.recipients.values())
+            return Answer(422 if permanent else None, f"SMTP: all recipients refused: {len(error.recipients)}")
         except TimeoutError:
             return Answer(None, f"no answer within {self._timeout_seconds:g} s (delivery.timeout_seconds)")
         except (OSError, smtplib.SMTPException) as error:

@@ -33,9 +33,7 @@ class PagerDuty(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                     "component": data["parameters"][0]["name"] if data["parameters"] else "",
                     "group": data["run"]["project"],
                     "class": data["rule"],
-                    "custom_details": {
-                        name: data[name] for name in ("cause", "remedy", "evidence", "parameters", "step")
-                    },
+                    "custom_details": {name: data[name] for name in _DETAILS},
                 },
             }
         )

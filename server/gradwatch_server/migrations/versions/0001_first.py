@@ -89,6 +89,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_alerts")),
     )
     with op.batch_alter_table("alerts", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_alerts_first_at_id"), ["first_at", "id"], unique=False)
         batch_op.create_index(batch_op.f("ix_alerts_run_state"), ["run", "state"], unique=False)
         batch_op.create_index(batch_op.f("ix_alerts_state"), ["state"], unique=False)
 
@@ -232,6 +233,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_deliveries")),
     )
     with op.batch_alter_table("deliveries", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_deliveries_created_at_id"), ["created_at", "id"], unique=False)
         batch_op.create_index(
             batch_op.f("ix_deliveries_alert_receiver_number"), ["alert", "receiver", "number"], unique=False
         )

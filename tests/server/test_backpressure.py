@@ -1,0 +1,186 @@
+"""Too much at once: refused with the limit's name, never held without bound; and the end of a server, in order."""
+
+import gzip
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+import sqlalchemy as sa
+import zstandard
+
+from gradwatch import wire
+from gradwatch_server.database import open_engine, writing
+from tests.processes import GradwatchServer, sample
+
+PACKED = {"content-type": wire.MESSAGEPACK_TYPE}
+LIMITS = "[limits]\nqueued_batches = 3\nqueued_batches_per_run = 2\ndrain_seconds = 3\n"
+
+
+@contextmanager
+def stuck(url: str) -> Iterator[None]:
+    """Keep every writer of a database waiting."""
+    engine = open_engine(url)
+    with writing(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(sa.text("LOCK TABLE batches IN ACCESS EXCLUSIVE MODE"))
+        yield
+    engine.dispose()
+
+
+class Fleet:
+    """A server with small limits, runs on it, and requests that are under way."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        (folder / "gradwatch.toml").write_text(LIMITS)
+        self.server = GradwatchServer(folder / "s.db", "--config", str(folder / "gradwatch.toml"), url=url)
+        self.runs = [self.server.register(["a"]) for _ in range(4)]
+        self._threads = ThreadPoolExecutor(8)
+        self._sent = 0
+
+    def send(self, run: str) -> Future[httpx.Response]:
+        self._sent += 1
+        batch = wire.Batch(id=f"b{self._sent}", samples=[sample(self._sent, 1.0)])
+        return self._threads.submit(self.server.store, run, batch)
+
+    def waiting(self, count: int) -> None:
+        """Wait until so many batches have been taken in, the one that the writer is at among them."""
+        for _ in range(600):
+            if self.server.get("/api/v1/server")["queued_batches"] == count - 1:
+                return
+            threading.Event().wait(0.02)
+        raise AssertionError(self.server.get("/api/v1/server"))
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, database_url: str) -> Iterator[Fleet]:
+    started = Fleet(tmp_path, database_url)
+    with started.server:
+        yield started
+
+
+def problem(answer: httpx.Response) -> tuple[int, str, str]:
+    assert answer.headers["content-type"] == "application/problem+json"
+    return answer.status_code, answer.headers.get("retry-after", ""), answer.json()["detail"]
+
+
+def test_a_full_queue_refuses_and_what_it_has_taken_is_stored(fleet: Fleet, database_url: str) -> None:
+    with stuck(database_url):
+        taken = [fleet.send(fleet.runs[0])]
+        fleet.waiting(1)
+        taken += [fleet.send(fleet.runs[0])]
+        fleet.waiting(2)
+        status, again, detail = problem(fleet.send(fleet.runs[0]).result())
+        assert (status, again) == (429, "1")
+        assert "limits.queued_batches_per_run" in detail
+        taken += [fleet.send(run) for run in fleet.runs[1:3]]
+        fleet.waiting(4)
+        status, again, detail = problem(fleet.send(fleet.runs[3]).result())
+        assert (status, again) == (503, "1")
+        assert "limits.queued_batches" in detail
+    assert [answer.result().status_code for answer in taken] == [200] * 4
+    assert [fleet.server.get(f"/api/v1/runs/{run}")["sample_count"] for run in fleet.runs] == [2, 1, 1, 0]
+    assert fleet.send(fleet.runs[0]).result().status_code == 200
+
+
+def test_sigterm_readiness_goes_first_and_what_was_taken_is_answered(fleet: Fleet, database_url: str) -> None:
+    with stuck(database_url):
+        taken = fleet.send(fleet.runs[0])
+        fleet.waiting(1)
+        fleet.server.process.terminate()
+        while (ready := fleet.server.http.get("/readyz")).status_code == 200:
+            threading.Event().wait(0.01)
+        assert problem(ready)[:2] == (503, "2")
+        assert fleet.server.http.get("/healthz").status_code == 200
+        assert problem(fleet.send(fleet.runs[1]).result())[:2] == (503, "2")
+        assert not taken.done()
+    assert taken.result().status_code == 200
+    assert fleet.server.ended() == 0
+
+
+def test_sigterm_ends_in_a_set_time_whatever_the_database_does(fleet: Fleet, database_url: str) -> None:
+    with stuck(database_url):
+        taken = fleet.send(fleet.runs[0])
+        fleet.waiting(1)
+        fleet.server.process.terminate()
+        assert fleet.server.ended() == 0
+        with pytest.raises((httpx.TransportError, AssertionError)):
+            assert taken.result().status_code == 200
+
+
+def _store(server: GradwatchServer, body: bytes, **headers: str) -> httpx.Response:
+    path = f"/api/v1/runs/{server.register(['a'])}/samples"
+    return server.http.post(path, content=body, headers=PACKED | headers)
+
+
+GOOD = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0)]))
+BOMB = bytes(200 * 1024 * 1024)
+
+
+@pytest.fixture(scope="module")
+def bombs() -> dict[str, bytes]:
+    frame = zstandard.compress(BOMB[: 4 * 1024 * 1024], 1)
+    streaming = zstandard.ZstdCompressor(level=1, write_content_size=False).compress(BOMB)
+    window = zstandard.ZstdCompressionParameters(window_log=27)
+    wide = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    return {
+        "gzip": gzip.compress(BOMB, 1),
+        "zstd": zstandard.compress(BOMB, 1),
+        "zstd, undeclared": streaming,
+        "zstd, many frames": frame * 100,
+        "zstd, wide window": wide.compress(BOMB) + wide.flush(),
+        "zstd, 500,000 empty frames": zstandard.compress(b"") * 500_000,
+        "gzip of gzip": gzip.compress(gzip.compress(BOMB, 1), 1),
+    }
+
+
+def _peak_bytes(server: GradwatchServer) -> int:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def test_compression_bombs_are_refused_in_bounded_memory(server: GradwatchServer, bombs: dict[str, bytes]) -> None:
+    assert _store(server, zstandard.compress(GOOD), **{"content-encoding": "zstd"}).json()["samples"] == 1
+    assert _store(server, gzip.compress(GOOD), **{"content-encoding": "gzip"}).json()["samples"] == 1
+    before = _peak_bytes(server)
+    for name, bomb in bombs.items():
+        answer = _store(server, bomb, **{"content-encoding": name[:4]})
+        status, _, detail = problem(answer)
+        assert status in (400, 413), f"{name}: {answer.text}"
+        assert status == 400 or "limits.decoded_bytes" in detail
+    assert _peak_bytes(server) - before < 100 * 1024 * 1024
+    nested = _store(server, gzip.compress(gzip.compress(GOOD)), **{"content-encoding": "gzip, gzip"})
+    assert problem(nested)[0] == 415
+    cut = zstandard.compress(GOOD * 1_000)[:-20]
+    assert problem(_store(server, cut, **{"content-encoding": "zstd"}))[0] == 400
+
+
+def _claims(count: int) -> bytes:
+    """Return the head of a MessagePack array of so many elements."""
+    return b"\xdd" + count.to_bytes(4, "big")
+
+
+def test_what_grows_in_memory_is_refused_before_it_does(server: GradwatchServer) -> None:
+    """Eight megabytes of small numbers become 300 as Python objects."""
+    pack = msgspec.msgpack.encode
+    many = 8_000_000
+    head = b"\x82" + pack("id") + pack("b")
+    histogram = b"\x91\x83" + pack("step") + b"\x01" + pack("at") + b"\x01" + pack("histograms") + b"\x81" + pack("x")
+    bodies = {
+        "loose_bytes": head + pack("samples") + histogram + _claims(many) + b"\x01" * many,
+        "length <= 10000": head + pack("samples") + _claims(many) + b"\x80" * many,
+        "truncated": head + pack("events") + _claims(2**32 - 1),
+    }
+    before = _peak_bytes(server)
+    for reason, body in bodies.items():
+        status, _, detail = problem(_store(server, body))
+        assert status in (400, 413)
+        assert reason in detail
+    assert _peak_bytes(server) - before < 100 * 1024 * 1024
+    document = b'{"id": "b", "samples": [{"step": 1, "at": 1, "statistics": {"grad_norm": [%s1]}}]}'
+    numbers = document % (b"1," * 3_000_000)
+    assert problem(_store(server, numbers, **{"content-type": wire.JSON_TYPE}))[0] == 413

@@ -1,0 +1,45 @@
+"""Long lists come a page at a time, the newest first."""
+
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from gradwatch_server import schema
+from gradwatch_server.database import open_engine, writing
+from tests.processes import GradwatchServer
+from tests.server.hook import fill
+
+
+@pytest.mark.parametrize(("path", "chosen"), [("alerts", "rule=dead"), ("deliveries", "receiver=nobody")])
+def test_pages_follow_one_another_without_a_gap(tmp_path: Path, own_database_url: str, path: str, chosen: str) -> None:
+    with GradwatchServer(tmp_path / "gradwatch.db", url=own_database_url) as server:
+        run = server.register(["a"])
+        fill(own_database_url, run, ["nobody"] * 1_050)
+        _spread(own_database_url)
+        everything = server.get(f"/api/v1/{path}", limit=10_000)
+        made = "first_at" if path == "alerts" else "created_at"
+        assert [entry[made] for entry in everything] == sorted((entry[made] for entry in everything), reverse=True)
+        assert len(everything) == 1_050
+        ids = [entry["id"] for entry in everything]
+        assert [entry["id"] for entry in server.get(f"/api/v1/{path}")] == ids[:1_000]
+        found, address = [], f"/api/v1/{path}?limit=400&{chosen}"
+        while address:
+            answer = server.http.get(address)
+            found += [entry["id"] for entry in answer.json()]
+            address = answer.links.get("next", {}).get("url", "")
+        assert found == ids
+        assert server.http.get(f"/api/v1/{path}", params={"limit": 0}).status_code == 422
+        assert server.http.get(f"/api/v1/{path}", params={"limit": 10_001}).status_code == 422
+        assert server.http.get(f"/api/v1/{path}", params={"before": "nothing"}).status_code == 404
+
+
+def _spread(url: str) -> None:
+    """Let ten entries each begin at the same time."""
+    engine = open_engine(url)
+    with writing(engine) as connection:
+        for table, column in ((schema.alerts, "first_at"), (schema.deliveries, "created_at")):
+            ids = connection.execute(sa.select(table.c.id)).scalars().all()
+            moved = sa.update(table).where(table.c.id == sa.bindparam("of")).values({column: sa.bindparam("at")})
+            connection.execute(moved, [{"of": each, "at": number // 10} for number, each in enumerate(ids)])
+    engine.dispose()

@@ -70,7 +70,7 @@ def read_histograms(
     Returns:
         Their steps, and the counts, shape (steps, thirds, bins).
     """
-    spread = read_statistic(connection, run_id, "grad_norm", from_step, to_step, [0], points).last_steps.tolist()
+    spread = read_statistic(connection, run_id, "grad_norm", from_step, to_step, [], points).last_steps.tolist()
     table = schema.samples
     found: dict[int, dict[str, list[float]]] = {}
     for begin in range(0, len(spread), _AT_ONCE):

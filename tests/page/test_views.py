@@ -206,6 +206,16 @@ def test_the_policy_allows_nothing_inline(filled: Filled) -> None:
     assert not re.search(r"<script(?![^>]*\bsrc=)|\bstyle=|\bon\w+=", answer.text)
 
 
+def test_files_are_asked_for_again_after_an_upgrade_and_data_is_kept_nowhere(filled: Filled) -> None:
+    http = filled.server.http
+    for path in ("/", "/server", "/page/js/main.js"):
+        assert http.get(path).headers["cache-control"] == "no-cache", path
+    etag = http.get("/page/js/main.js").headers["etag"]
+    assert http.get("/page/js/main.js", headers={"if-none-match": etag}).status_code == 304
+    for path in ("/api/v1/runs", "/api/v1/session", "/metrics"):
+        assert http.get(path).headers["cache-control"] == "no-store", path
+
+
 def test_vendored_files_are_the_ones_their_notice_names() -> None:
     folder = PAGE / "vendor" / "uplot"
     notice = (folder / "NOTICE.md").read_text()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch import taps, wire
+from gradwatch import provenance, taps, wire
 from gradwatch.agc import AGC
 from gradwatch.automatic import script_name
 from gradwatch.binding import Binding, Pass
@@ -59,6 +59,10 @@ _ORDER_STEPS: Final = 3
 """Steps after which the order of the gradients is no longer waited for."""
 _SCALED: Final = 16
 """Scaled losses that are remembered."""
+_SEARCH_STEPS: Final = 100
+"""Steps between two searches for the origin of a number that is not finite."""
+_HOOKED_STEPS: Final = 3
+"""Steps for which hooks look for it."""
 _LOOKS: Final = 5
 _LOOKS_CLIPPING: Final = 100
 """Backward passes whose graph is searched for the classifier: a head may be trained only now and then."""
@@ -206,6 +210,11 @@ class Agent:
         self._spent_before = 0.0
         self._background_before = 0.0
         self._order: ReadyOrder | None = None
+        self._search_from = 0
+        """Step from which the origin of a number that is not finite is searched for again."""
+        self._hooks: provenance.Hooks | None = None
+        self._hooks_left = 0
+        self._hooks_wanted = False
         self._stand_ins: dict[int, int] = {}
         self._classifier = Classifier(self._find)
         self._looks = _LOOKS if clip is None else _LOOKS_CLIPPING
@@ -331,6 +340,8 @@ class Agent:
             return
         if self._order is not None:
             self._order.close()
+        if self._hooks is not None:
+            self._hooks.close()
         ending = status or ("failed" if hasattr(sys, "last_value") else "completed")
         end = wire.End(at=time.time(), status=ending, exit_code=exit_code) if self._ends_run else None
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
@@ -353,6 +364,8 @@ class Agent:
         if self.losses.errors < DISARMED_AFTER or not self.watching:
             return
         self.watching = False
+        if self._hooks is not None:
+            self._hooks.close()
         reason = f"{type(error).__name__}: {error}"
         _log.warning("gradwatch stops watching this run after %d errors of its own: %s", DISARMED_AFTER, reason)
         self._collector.put(wire.Event(step=self._step, at=time.time(), kind="disarmed", message=reason))
@@ -390,6 +403,7 @@ class Agent:
         """Note the state of some gradients: whose loss it is shows afterwards."""
         if self._looks:
             self._look(tensors)
+        self._trace(tensors)
         return self._marked()
 
     @_guarded
@@ -465,6 +479,43 @@ class Agent:
     @_guarded
     def _marked(self) -> object:
         return self._marks()
+
+    @_guarded
+    def _trace(self, tensors: Sequence[Tensor]) -> None:
+        """Search the graph of a loss that is not finite for where that began."""
+        scalars = [tensor for tensor in tensors if tensor.numel() == 1]
+        if all(map(_finite, scalars)) or self._step < self._search_from:
+            return
+        originals = [original for scaled, original in self._scaled if any(scaled() is scalar for scalar in scalars)]
+        if originals and all(map(_finite, originals)):
+            return  # the loss scaler is too large, and will see to it
+        self._search_from = self._step + _SEARCH_STEPS
+        modules: dict[int, str] = {}
+        for watched in self._watched:
+            parameter = watched.parameter()
+            if parameter is not None:
+                if not bool(torch.isfinite(parameter.detach()).all().numpy().item()):
+                    return  # everything is bad already, since an earlier step
+                modules[id(parameter)] = watched.module
+        origin = provenance.in_graph(scalars, lambda tensor: modules.get(id(tensor)))
+        if origin is not None:
+            self._collector.put(origin.event(self._step + 1, time.time()))
+            self._hooks_wanted = False
+
+    def _search_with_hooks(self, round_: Round) -> None:
+        """Take what the hooks saw; set or remove them."""
+        if self._hooks is not None:
+            round_.seen = self._hooks.take()
+            self._hooks_left -= 1
+            if not self._hooks_left:
+                self._hooks.close()
+                self._hooks = None
+        elif self._hooks_wanted:
+            self._hooks_wanted = False
+            models = [model for reference in self._models if (model := reference()) is not None]
+            if not any(is_compiled(model) for model in models):
+                self._hooks = provenance.Hooks(models)
+                self._hooks_left = _HOOKED_STEPS
 
     @_guarded
     def _begin(self, optimizer: Optimizer) -> tuple[Binding, Round] | None:
@@ -747,6 +798,8 @@ class Agent:
             round_.scalars["overhead_ratio"] = self._governor.overhead_ratio
             round_.scalars["interval_steps"] = float(self._governor.interval_steps)
         round_.spared = self._classifier.indices if self._clipper is None else self._clipper.spared(self._watched)
+        if self._hooks is not None or self._hooks_wanted:
+            self._search_with_hooks(round_)
         self._collector.put(round_)
         self._learn_order()
         if self._expected is not None:
@@ -832,8 +885,11 @@ class Agent:
             if leftover.url == self._settings.url:
                 Sender(leftover, self._http, self.losses, self._warn).deliver(time.monotonic() + 30)
 
-    def _note_trouble(self) -> None:
+    def _note_trouble(self, unclear: bool) -> None:
         self._in_trouble = True
+        if unclear and self._step >= self._search_from:
+            self._search_from = self._step + _SEARCH_STEPS
+            self._hooks_wanted = True
 
     def forget_after_fork(self) -> bool:
         """Measure nothing in a forked child, whose threads and spool are the parent's; clip on."""
@@ -856,7 +912,7 @@ def _kept(scalar: Tensor) -> Tensor:
 
 def _finite(kept: Tensor) -> bool:
     """Return False for a NaN or Inf that can be seen without waiting: on the CPU."""
-    return kept.device.type != "cpu" or bool(math.isfinite(kept.numpy().item()))
+    return kept.device.type != "cpu" or bool(math.isfinite(kept.detach().numpy().item()))
 
 
 def _repair(grad: Tensor, norm: float) -> Repair | None:

@@ -17,6 +17,7 @@ from gradwatch import wire
 from gradwatch.agc import AGC
 from gradwatch.buffers import Slots
 from gradwatch.mirrors import Mirror
+from gradwatch.provenance import of_seen
 from gradwatch.rounds import Clip, Ended, Message, Reading, Registered, Round, Scalar, Update
 from gradwatch.spool import Losses, Spool
 from gradwatch.statistics import (
@@ -50,7 +51,8 @@ class Collector:
         template: the registration without its parameters.
         agc: how the agent clips.
         written: called after each write to the spool.
-        trouble: called at a sign of trouble: a non-finite number, a jump of the gradient norm.
+        trouble: called at a sign of trouble: a non-finite number, a jump of the gradient norm; with whether everything
+            is bad at once, so that nothing shows where it began.
         failed: called with an exception of this thread.
     """
 
@@ -63,7 +65,7 @@ class Collector:
         agc: AGC | None,
         *,
         written: Callable[[], None],
-        trouble: Callable[[], None],
+        trouble: Callable[[bool], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._spool = spool
@@ -164,7 +166,7 @@ class Collector:
             self._batch.samples.append(sample)
             self._batch.bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
         if self._composer.troubled:
-            self._trouble()
+            self._trouble(self._composer.unclear)
         scalars = {} if sample is None else {name: wire.number(value) for name, value in sample.scalars.items()}
         for mirror in self._mirrors:
             mirror.write(message.step, {**scalars, **trail})
@@ -229,6 +231,8 @@ class Composer:
         self.skipped_steps = 0
         self.troubled = False
         """Whether the last round showed a sign of trouble."""
+        self.unclear = False
+        """Whether everything was bad at once."""
 
     def registered(self, depths: Sequence[int]) -> None:
         """There are parameters of these depths from now on."""
@@ -254,10 +258,16 @@ class Composer:
                     step=round_.step, at=round_.at, kind="skipped_step", message="the loss scaler skipped this step"
                 )
             )
+        origin = of_seen(round_.seen)
+        if origin is not None:
+            events.append(origin.event(round_.step, round_.at))
         self.troubled = bool(events) or not all(map(math.isfinite, trail.values()))
+        self.unclear = not math.isfinite(trail.get("loss", 0.0))
         sample = self._sample(round_, readings) if readings else None
         if sample is not None:
-            self._watch(float(sample.scalars["global_grad_norm"]))
+            self._watch(wire.number(sample.scalars["global_grad_norm"]))
+            count = sample.statistics["nonfinite_count"]
+            self.unclear |= bool((count != wire.MISSING).any() and (count[count != wire.MISSING] > 0).all())
         return sample, trail, events
 
     def _watch(self, norm: float) -> None:

@@ -43,6 +43,12 @@ class Watched:
             kind=self.kind,
         )
 
+    @property
+    def module(self) -> str:
+        """Return the qualified name of the module that owns it."""
+        owner, parametrised, _ = self.name.partition(".parametrizations.")
+        return owner if parametrised else owner.rpartition(".")[0]
+
     def of_experts(self) -> "Watched":
         """Return it as the stacked weights of several experts: each row of each is a unit."""
         return replace(self, axis="experts", units=math.prod(self.shape[:2]) if math.prod(self.shape) else 0)

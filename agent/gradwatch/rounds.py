@@ -10,6 +10,7 @@ from torch import Tensor
 from gradwatch import wire
 from gradwatch.buffers import Claim, Slot
 from gradwatch.model import Watched
+from gradwatch.provenance import Seen
 
 Scalar = float | Tensor
 
@@ -80,6 +81,8 @@ class Round:
     """Indices of parameters without elements that have a gradient."""
     spared: frozenset[int] = frozenset()
     """Indices of parameters that AGC leaves alone, or would: the classifier's."""
+    seen: Sequence[Seen] = ()
+    """What hooks saw that look for the first bad number."""
     skipped: bool = False
     agent_seconds: float = 0.0
 

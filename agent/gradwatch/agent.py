@@ -38,6 +38,7 @@ from gradwatch.launch import Note
 from gradwatch.layout import Layout, Piece, Scratch
 from gradwatch.mirrors import Logger, mirror
 from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
+from gradwatch.ranks import Ranks, is_sharded
 from gradwatch.rounds import Clip, Reading, Registered, Repair, Round, Scalar, Update
 from gradwatch.sender import Http, Sender
 from gradwatch.settings import RUN_ID, Settings, resolve
@@ -66,6 +67,9 @@ _HOOKED_STEPS: Final = 3
 _LOOKS: Final = 5
 _LOOKS_CLIPPING: Final = 100
 """Backward passes whose graph is searched for the classifier: a head may be trained only now and then."""
+
+_sharded_agents = itertools.count()
+"""Every rank attaches the same agents in the same order."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -178,7 +182,8 @@ class Agent:
         resumed = settings.run is not None and RUN_ID.fullmatch(settings.run) is not None
         self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
         self.run_url = f"{settings.url}/runs/{self.run_id}"
-        self.watching = _rank() == 0
+        self._ranks = _ranks(models)
+        self.watching = _rank() == 0 or self._ranks is not None
         self.spent_seconds = 0.0
         """Of the training thread, since the agent was attached."""
         self._models = [weakref.ref(model) for model in models]
@@ -189,7 +194,7 @@ class Agent:
         self._expected = None if optimizers is None else {id(optimizer): 0 for optimizer in optimizers}
         """Ids of the optimizers that make a round, with the step at which each was last seen; None: not known yet."""
         self._clip_binding: Binding | None = None
-        self._governor = Governor(settings.every_steps, settings.overhead_budget_ratio)
+        self._governor = Governor(settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None)
         self._due = True
         self._in_trouble = False
         self._was_finite = True
@@ -235,9 +240,11 @@ class Agent:
     def _start(self, models: Sequence[nn.Module], settings: Settings, *, resumed: bool) -> None:
         self._started = True
         self._slots = Slots()
-        self._spool = Spool(
-            settings.spool_directory, url=settings.url, run=self.run_id, losses=self.losses, warn=self._warn
-        )
+        self._settings = settings
+        self._adopted = False
+        self._report: _Report | None = None
+        if self._ranks is None or self._ranks.rank == 0:
+            self._report = _Report(self, settings)
         attempt = time.time_ns() // 1_000_000
         template = wire.Registration(
             project=settings.project,
@@ -248,27 +255,26 @@ class Agent:
             attempt=attempt,
             attributes=_attributes(None if self._clipper is None else self._clipper.agc),
         )
-        self._http = Http(settings.url, settings.token)
-        self._sender = Sender(self._spool, self._http, self.losses, self._warn, idle=self._adopt)
-        self._settings = settings
-        self._adopted = False
         self._collector = Collector(
-            self._spool,
+            None if self._report is None else self._report.spool,
             self._slots,
             self.losses,
             template,
             None if self._clipper is None else self._clipper.agc,
-            written=self._sender.notify,
+            self._ranks,
+            written=_nothing if self._report is None else self._report.sender.notify,
             trouble=self._note_trouble,
             failed=self.failed,
+            warn=self.warn,
         )
         self._register()
         if not any(is_compiled(model) for model in models):
             parameters = ((index, watched.parameter()) for index, watched in enumerate(self._watched))
             self._order = ReadyOrder((index, parameter) for index, parameter in parameters if parameter is not None)
         self._collector.start()
-        self._sender.start()
-        _tell_the_launcher(self.run_id, settings.url, attempt)
+        if self._report is not None:
+            self._report.sender.start()
+            _tell_the_launcher(self.run_id, settings.url, attempt)
 
     def log(self, **scalars: float | Tensor) -> None:
         """Add numbers to the next step, one for each name; a tensor is not waited for.
@@ -304,7 +310,7 @@ class Agent:
     @property
     def background_seconds(self) -> float:
         """Return the processor time of the agent's own threads."""
-        return self._collector.seconds + self._sender.seconds
+        return self._collector.seconds + (0.0 if self._report is None else self._report.sender.seconds)
 
     @property
     def interval_steps(self) -> int:
@@ -345,9 +351,8 @@ class Agent:
         ending = status or ("failed" if hasattr(sys, "last_value") else "completed")
         end = wire.End(at=time.time(), status=ending, exit_code=exit_code) if self._ends_run else None
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
-        self._sender.finish(max(deadline - time.monotonic(), 0.0))
-        self._spool.close()
-        self._http.close()
+        if self._report is not None:
+            self._report.close(max(deadline - time.monotonic(), 0.0))
 
     def __enter__(self) -> Self:
         return self
@@ -444,7 +449,7 @@ class Agent:
         binding = self._bind_parameters(parameters)
         if not binding.indices:
             return
-        clip = Clip(_kept(total_norm), max_norm, binding.index_set)
+        clip = Clip(_kept(total_norm), max_norm, binding.index_set, partial=_is_partial(total_norm))
         # Clipping by NaN or Inf wipes out which gradient it came from: measure before, where it can be seen.
         if not _finite(clip.total_norm):
             self._measure_before_clip(binding, force=True)
@@ -792,7 +797,7 @@ class Agent:
         if self._in_trouble:
             self._in_trouble = False
             self._governor.trouble()
-        self._due = self._governor.due()
+        self._due = self._governor.due(self._step + 1)
         if round_.sampled:
             round_.scalars["step_seconds"] = self._governor.step_seconds
             round_.scalars["overhead_ratio"] = self._governor.overhead_ratio
@@ -876,14 +881,14 @@ class Agent:
             if isinstance(other, Agent) and other.watches(self._index_of):
                 other.close(timeout_seconds=1.0)
 
-    def _adopt(self) -> None:
+    def adopt(self, http: Http) -> None:
         """Deliver, once, what dead processes left for this server on this machine."""
         if self._adopted:
             return
         self._adopted = True
         for leftover in leftovers(self._settings.spool_directory):
             if leftover.url == self._settings.url:
-                Sender(leftover, self._http, self.losses, self._warn).deliver(time.monotonic() + 30)
+                Sender(leftover, http, self.losses, self.warn).deliver(time.monotonic() + 30)
 
     def _note_trouble(self, unclear: bool) -> None:
         self._in_trouble = True
@@ -895,24 +900,56 @@ class Agent:
         """Measure nothing in a forked child, whose threads and spool are the parent's; clip on."""
         if self.watching:
             self.watching = False
-            self._spool.abandon_after_fork()
+            if self._report is not None:
+                self._report.spool.abandon_after_fork()
         self._closed = True
         return self._clipper is not None
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Say once what the user has to know."""
         _log.warning("gradwatch: %s", text)
+
+
+class _Report:
+    """The way to the server: the spool and what empties it. Only the rank that reports has one."""
+
+    def __init__(self, agent: Agent, settings: Settings) -> None:
+        self.spool = Spool(
+            settings.spool_directory, url=settings.url, run=agent.run_id, losses=agent.losses, warn=agent.warn
+        )
+        self._http = Http(settings.url, settings.token)
+        adopt = functools.partial(agent.adopt, self._http)
+        self.sender = Sender(self.spool, self._http, agent.losses, agent.warn, idle=adopt)
+
+    def close(self, timeout_seconds: float) -> None:
+        """Deliver what is there, and stop."""
+        self.sender.finish(timeout_seconds)
+        self.spool.close()
+        self._http.close()
+
+
+def _nothing() -> None:
+    """Nobody waits for what is written."""
 
 
 def _kept(scalar: Tensor) -> Tensor:
     """Return a copy of a number that stays on its device, whatever becomes of the original."""
-    kept = scalar.detach()
+    kept = local(scalar.detach())
     with torch.no_grad():
         return kept.clone() if kept.dtype in (torch.float32, torch.float64) else kept.float()
 
 
-def _finite(kept: Tensor) -> bool:
+def _is_partial(norm: Tensor) -> bool:
+    return any(placement.is_partial() for placement in getattr(norm, "placements", ()))
+
+
+def _finite(scalar: Tensor) -> bool:
     """Return False for a NaN or Inf that can be seen without waiting: on the CPU."""
-    return kept.device.type != "cpu" or bool(math.isfinite(kept.detach().numpy().item()))
+    if scalar.device.type != "cpu":
+        return True
+    seen = scalar.detach()
+    seen = seen if seen.dtype in (torch.float32, torch.float64) else seen.float()
+    return bool(math.isfinite(seen.numpy().item()))
 
 
 def _repair(grad: Tensor, norm: float) -> Repair | None:
@@ -959,6 +996,15 @@ def _rank() -> int:
         return torch.distributed.get_rank()
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdigit() else 0
+
+
+def _ranks(models: Sequence[nn.Module]) -> Ranks | None:
+    """Return the way to the other ranks where the models are sharded; None where each rank holds everything."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    if not any(is_sharded(parameter) for model in models for parameter in model.parameters()):
+        return None
+    return Ranks(str(next(_sharded_agents)), torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
 def _resumed_step(optimizers: Sequence[Optimizer]) -> int:

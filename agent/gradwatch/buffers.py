@@ -41,7 +41,7 @@ class Plan:
         for position in self.measured:
             self.starts.append(start)
             start += weights[position].units
-        self.units = [weights[position].units for position in self.measured]
+        self.measured_units = [weights[position].units for position in self.measured]
         """Number of units of each of them."""
         self._parts: list[tuple[Piece, tuple[int, ...]]] | None = None
         self._weight_order = None if len(self.weights.sizes) < 2 else self._order(self.weights)

@@ -1,11 +1,13 @@
 """The collector: turns what the training thread handed over into batches in the spool, on a thread of its own."""
 
+import contextlib
 import math
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -17,7 +19,9 @@ from gradwatch import wire
 from gradwatch.agc import AGC
 from gradwatch.buffers import Slots
 from gradwatch.mirrors import Mirror
+from gradwatch.model import Watched
 from gradwatch.provenance import of_seen
+from gradwatch.ranks import Joined, Part, Patience, Ranks, joined, shares, unclipped
 from gradwatch.rounds import Clip, Ended, Message, Reading, Registered, Round, Scalar, Update
 from gradwatch.spool import Losses, Spool
 from gradwatch.statistics import (
@@ -37,6 +41,8 @@ LONGEST_QUEUE: Final = 20_000
 _BACKLOG: Final = 8
 """Documents in the spool from which batches grow, since the server is the slower side."""
 _GROWN_BATCH_SECONDS: Final = 2.0
+_LAST_PARTS_SECONDS: Final = 2.0
+"""How long the parts of other ranks are waited for at the end."""
 _JUMP: Final = 10.0
 """A global gradient norm this many times the usual one is a sign of trouble."""
 
@@ -45,28 +51,32 @@ class Collector:
     """Reads rounds, composes samples, writes batches.
 
     Args:
-        spool: where batches go.
+        spool: where batches go; None on a rank that leaves it to rank 0.
         slots: where read buffers are given back.
         losses: what had to be given up is counted here.
         template: the registration without its parameters.
         agc: how the agent clips.
+        ranks: the way to the other ranks where parameters are sharded.
         written: called after each write to the spool.
         trouble: called at a sign of trouble: a non-finite number, a jump of the gradient norm; with whether everything
             is bad at once, so that nothing shows where it began.
         failed: called with an exception of this thread.
+        warn: called with what the user has to know.
     """
 
     def __init__(
         self,
-        spool: Spool,
+        spool: Spool | None,
         slots: Slots,
         losses: Losses,
         template: wire.Registration,
         agc: AGC | None,
+        ranks: Ranks | None,
         *,
         written: Callable[[], None],
         trouble: Callable[[bool], None],
         failed: Callable[[Exception], None],
+        warn: Callable[[str], None],
     ) -> None:
         self._spool = spool
         self._slots = slots
@@ -75,11 +85,15 @@ class Collector:
         self._written = written
         self._trouble = trouble
         self._failed = failed
+        self._warn = warn
         self._messages: deque[Message] = deque()
         self._wake = threading.Event()
         self._stop = False
         self._mirrors: tuple[Mirror, ...] = ()
-        self._composer = Composer(losses, agc)
+        self._composer = Composer(losses, agc, 0 if ranks is None else ranks.rank)
+        self._ranks = ranks
+        self._drafts: deque[tuple[Draft, Patience]] = deque()
+        """Samples that the other ranks' parts are still missing from."""
         self._batch = _Batch()
         self.seconds = 0.0
         """Processor time that this thread has taken."""
@@ -116,13 +130,15 @@ class Collector:
             stopping = self._stop
             try:
                 self._drain(wait=stopping)
+                self._join(wait=stopping)
                 self._flush(force=stopping)
             except Exception as error:
                 self._failed(error)
             self.seconds = time.thread_time()
             if stopping:
                 for mirror in self._mirrors:
-                    mirror.close()
+                    with contextlib.suppress(Exception):
+                        mirror.close()
                 return
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
@@ -140,10 +156,12 @@ class Collector:
     def _take(self, message: Message) -> None:
         if isinstance(message, Registered):
             self._flush(force=True)
+            self._composer.registered(message.watched, message.depths)
+            if self._spool is None:
+                return
             described = [watched.described(message.depths[place]) for place, watched in enumerate(message.watched)]
             registration = msgspec.structs.replace(self._template, parameters=described)
             self._spool.append("registration", wire.encode(registration))
-            self._composer.registered(message.depths)
             self._written()
         elif isinstance(message, wire.Event):
             self._batch.events.append(message)
@@ -154,26 +172,65 @@ class Collector:
 
     def _take_round(self, message: Round) -> None:
         try:
-            sample, trail, events = self._composer.compose(message)
+            draft, trail, events = self._composer.compose(message)
         finally:
             if message.slot is not None:
                 self._slots.give_back(message.slot)
-        for name, value in trail.items():
-            self._batch.trail.setdefault(name, []).append((message.step, value))
-        self._batch.events.extend(events)
-        self._batch.bytes += 16 * len(trail)
-        if sample is not None:
-            self._batch.samples.append(sample)
-            self._batch.bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
-        if self._composer.troubled:
+        if self._spool is not None:
+            for name, value in trail.items():
+                self._batch.trail.setdefault(name, []).append((message.step, value))
+            self._batch.events.extend(events)
+            self._batch.bytes += 16 * len(trail)
+            self._reflect(message.step, trail)
+        if self._composer.trouble(trail, events, draft):
             self._trouble(self._composer.unclear)
-        scalars = {} if sample is None else {name: wire.number(value) for name, value in sample.scalars.items()}
-        for mirror in self._mirrors:
-            mirror.write(message.step, {**scalars, **trail})
+        if draft is None:
+            return
+        if self._ranks is None:
+            self._finish(draft, [])
+        elif self._ranks.rank:
+            self._ranks.offer(message.step, self._composer.part(draft))
+        else:
+            self._drafts.append((draft, Patience()))
+
+    def _join(self, *, wait: bool) -> None:
+        """Finish the samples that the other ranks have added to."""
+        if self._ranks is None or self._ranks.rank:
+            return
+        deadline = time.monotonic() + _LAST_PARTS_SECONDS
+        while self._drafts:
+            draft, patience = self._drafts[0]
+            others = self._ranks.collect(draft.round.step)
+            if others is not None:
+                self._drafts.popleft()
+                self._finish(draft, others)
+            elif patience.over or (wait and time.monotonic() > deadline):
+                self._drafts.popleft()
+            elif len(self._drafts) > 1 and self._ranks.is_passed(self._drafts[1][0].round.step):
+                self._drafts.popleft()  # another rank did not measure this step
+            elif wait:
+                time.sleep(0.01)
+            else:
+                return
+
+    def _finish(self, draft: "Draft", others: Sequence[Part]) -> None:
+        sample = self._composer.finish(draft, others)
+        self._batch.samples.append(sample)
+        self._batch.bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
+        self._reflect(sample.step, {name: wire.number(value) for name, value in sample.scalars.items()})
+
+    def _reflect(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write numbers to the user's loggers; one that fails is left alone from then on."""
+        for mirror in self._mirrors if scalars else ():
+            try:
+                mirror.write(step, scalars)
+            except Exception as error:  # a logger that was closed, a disk that is full: not the agent's fault
+                self._mirrors = tuple(other for other in self._mirrors if other is not mirror)
+                self._warn(f"nothing more is mirrored to {type(mirror).__name__}: {type(error).__name__}: {error}")
 
     def _flush(self, *, force: bool) -> None:
         batch = self._batch
-        if batch.empty:
+        if batch.empty or self._spool is None:
             return
         behind = self._spool.pending > _BACKLOG
         if not force and behind and time.monotonic() - batch.opened_at < _GROWN_BATCH_SECONDS:
@@ -217,35 +274,38 @@ class Composer:
     Args:
         losses: source of the counts that each sample carries.
         agc: how the agent clips.
+        rank: of this process.
     """
 
-    def __init__(self, losses: Losses, agc: AGC | None) -> None:
+    def __init__(self, losses: Losses, agc: AGC | None, rank: int) -> None:
         self._losses = losses
+        self._rank = rank
+        self._shares = shares([], rank)
         self._agc = agc
         self._eps = UNIT_EPS if agc is None else agc.eps
+        self._tensor_wise = agc is not None and agc.granularity == "tensor"
         self._third = np.zeros(0, np.intp)
         """Third of the depth in which each parameter lies, 0 to 2."""
         self._weight_norm = np.zeros(0, np.float32)
         self._usual_norm = 0.0
         self._was_finite = True
         self.skipped_steps = 0
-        self.troubled = False
-        """Whether the last round showed a sign of trouble."""
         self.unclear = False
         """Whether everything was bad at once."""
 
-    def registered(self, depths: Sequence[int]) -> None:
-        """There are parameters of these depths from now on."""
+    def registered(self, watched: Sequence[Watched], depths: Sequence[int]) -> None:
+        """There are these parameters, of these depths, from now on."""
         count = len(depths)
+        self._shares = shares(watched, self._rank)
         self._weight_norm = np.append(self._weight_norm, np.zeros(count - self._weight_norm.size, np.float32))
         self._third = 3 * np.asarray(depths, np.intp) // max(count, 1)
 
-    def compose(self, round_: Round) -> tuple[wire.Sample | None, dict[str, float], list[wire.Event]]:
-        """Return the sample of a round (None where it has none), its numbers of every step, and its events."""
+    def compose(self, round_: Round) -> tuple["Draft | None", dict[str, float], list[wire.Event]]:
+        """Return what this rank measured in a round (None: nothing), its numbers of every step, and its events."""
         trail = {name: number(value) for name, value in round_.logged.items()}
         if round_.losses:
             trail.setdefault("loss", sum(map(number, round_.losses)))
-        if round_.clips:
+        if round_.clips and not round_.clips[-1].partial:
             trail["clip_norm"] = number(round_.clips[-1].total_norm)
         events: list[wire.Event] = []
         readings = [
@@ -261,27 +321,27 @@ class Composer:
         origin = of_seen(round_.seen)
         if origin is not None:
             events.append(origin.event(round_.step, round_.at))
-        self.troubled = bool(events) or not all(map(math.isfinite, trail.values()))
-        self.unclear = not math.isfinite(trail.get("loss", 0.0))
-        sample = self._sample(round_, readings) if readings else None
-        if sample is not None:
-            self._watch(wire.number(sample.scalars["global_grad_norm"]))
-            count = sample.statistics["nonfinite_count"]
-            self.unclear |= bool((count != wire.MISSING).any() and (count[count != wire.MISSING] > 0).all())
-        return sample, trail, events
+        return self._draft(round_, readings) if readings else None, trail, events
 
-    def _watch(self, norm: float) -> None:
+    def trouble(self, trail: dict[str, float], events: Sequence[wire.Event], draft: "Draft | None") -> bool:
+        """Return whether a round shows a sign of trouble."""
+        troubled = bool(events) or not all(map(math.isfinite, trail.values()))
+        self.unclear = not math.isfinite(trail.get("loss", 0.0))
+        if draft is None:
+            return troubled
+        norm, count = _total(draft.vectors.grad_norm), draft.vectors.nonfinite_count
+        self.unclear |= bool((count != wire.MISSING).any() and (count[count != wire.MISSING] > 0).all())
         finite = math.isfinite(norm)
-        self.troubled |= self._was_finite and not finite
+        troubled |= self._was_finite and not finite
         self._was_finite = finite
         if finite:
-            self.troubled |= 0 < self._usual_norm * _JUMP < norm
+            troubled |= 0 < self._usual_norm * _JUMP < norm
             self._usual_norm = norm if not self._usual_norm else 0.95 * self._usual_norm + 0.05 * norm
+        return troubled
 
-    def _sample(self, round_: Round, readings: Sequence[Reading]) -> wire.Sample:
+    def _draft(self, round_: Round, readings: Sequence[Reading]) -> "Draft":
         vectors = _Vectors(self._weight_norm.size)
         coefficients = _coefficients(round_.clips, self._weight_norm.size)
-        scaled_down = bool(round_.clips) or round_.value_clipped
         for reading in sorted(readings, key=lambda reading: reading.before_clip):
             self._enter(reading, vectors, coefficients)
         for index in round_.empty:
@@ -289,19 +349,63 @@ class Composer:
         for update in round_.updates:
             _enter_update(update, vectors)
         vectors.weight_norm = self._weight_norm.copy()
+        return Draft(round_, vectors, self._histograms(readings, round_.spared))
+
+    def finish(self, draft: "Draft", others: Sequence[Part]) -> wire.Sample:
+        """Return the sample of a draft, of all ranks together where there are others."""
+        round_, vectors = draft.round, draft.vectors
+        if others:
+            whole = joined(
+                [self.part(draft), *others],
+                self._shares,
+                self._eps,
+                vectors.limits,
+                tensor_wise=self._tensor_wise,
+            )
+            vectors.take(whole)
+            for clip, total in zip(round_.clips, whole.totals, strict=True):
+                if clip.partial:
+                    vectors.undo(clip, total)
         statistics = vectors.statistics(
-            clipped=scaled_down or self._agc is not None, by_agc=self._agc is not None, updated=bool(round_.updates)
+            clipped=bool(round_.clips) or round_.value_clipped or self._agc is not None,
+            by_agc=self._agc is not None,
+            updated=bool(round_.updates) and not others,
         )
         scalars = self._scalars(round_, statistics)
         if self._agc is not None:
             scalars["removed_grad_norm"] = _total(vectors.removed_norm)
+        if others and round_.clips and round_.clips[-1].partial:
+            scalars["clip_norm"] = whole.totals[-1]
         return wire.Sample(
             step=round_.step,
             at=round_.at,
             statistics=statistics,
             scalars={name: wire.spell(value) for name, value in scalars.items()},
-            histograms=self._histograms(readings, round_.spared),
+            histograms=draft.histograms,
         )
+
+    def part(self, draft: "Draft") -> Part:
+        """Return what this rank adds to a sample."""
+        vectors, mine = draft.vectors, self._shares.mine & (draft.vectors.grad_norm != wire.MISSING)
+        units = vectors.units
+        # What AGC did to a unit that lies on several ranks shows only when they are put together.
+        after = np.where(self._shares.whole & ~self._tensor_wise, vectors.clipped_grad_norm, vectors.found_norm)
+        with np.errstate(all="ignore"):
+            rows = np.stack(
+                [
+                    vectors.zero_unit_share * units,
+                    units,
+                    vectors.nonfinite_count,
+                    vectors.clipped_unit_share * units,
+                    np.square(vectors.removed_norm, dtype=np.float64),
+                    np.square(after, dtype=np.float64),
+                    np.square(vectors.grad_norm, dtype=np.float64),
+                ]
+            )
+            weights = np.square(vectors.weight_norm, dtype=np.float64)
+        sums = np.vstack([np.where(mine, rows, 0.0), np.where(self._shares.mine, weights, 0.0)])
+        largest = np.where(mine, vectors.max_unit_ratio, wire.MISSING).astype(np.float64)
+        return Part(sums, largest, [number(clip.total_norm) for clip in draft.round.clips])
 
     def _enter(self, reading: Reading, vectors: "_Vectors", coefficients: NDArray[np.float64]) -> None:
         plan = reading.claim.plan
@@ -314,20 +418,26 @@ class Composer:
         measured = by_parameter(grad_units, weight_units, plan.starts, self._eps)
         grad_norm, nonfinite = _repaired(measured, indices, reading)
         scale = 1.0 if reading.scale is None else number(reading.scale)
+        vectors.units[indices] = plan.measured_units
         with np.errstate(all="ignore"):
             now = grad_norm / scale
             factor = 1.0 if reading.before_clip else coefficients[indices]
             vectors.grad_norm[indices] = now / factor
             vectors.max_unit_ratio[indices] = measured.max_unit_ratio / scale / factor
             if not reading.before_clip:
-                vectors.clipped_grad_norm[indices] = now
+                vectors.clipped_grad_norm[indices] = vectors.found_norm[indices] = now
         vectors.zero_unit_share[indices] = measured.zero_unit_share
         vectors.nonfinite_count[indices] = nonfinite
         self._weight_norm[indices] = measured.weight_norm
         if self._agc is not None and reading.limits is not None:
-            whole = self._agc.granularity == "tensor"
+            vectors.limits[plan.indices] = reading.limits
             by_agc = clipped_by_agc(
-                grad_units / scale, weight_units, plan.starts, reading.limits[plan.measured], self._eps, whole=whole
+                grad_units / scale,
+                weight_units,
+                plan.starts,
+                reading.limits[plan.measured],
+                self._eps,
+                whole=self._tensor_wise,
             )
             vectors.clipped_unit_share[indices] = by_agc.unit_share
             vectors.clipped_grad_norm[indices] = np.where(by_agc.unit_share > 0, by_agc.grad_norm, now)
@@ -349,7 +459,7 @@ class Composer:
                 3 if plan.indices[position] in spared else self._third[plan.indices[position]]
                 for position in plan.measured
             ]
-            thirds += histogram(grad_units, weight_units, self._eps, np.repeat(row, plan.units))[:3]
+            thirds += histogram(grad_units, weight_units, self._eps, np.repeat(row, plan.measured_units))[:3]
         if not thirds.any():
             return {}
         return {name: counts.tolist() for name, counts in zip(wire.HISTOGRAMS, thirds, strict=True)}
@@ -366,6 +476,15 @@ class Composer:
         return scalars
 
 
+@dataclass(slots=True)
+class Draft:
+    """A sample of which this rank has done its part."""
+
+    round: Round
+    vectors: "_Vectors"
+    histograms: dict[str, list[float]]
+
+
 class _Vectors:
     """The statistics of one sample while they are filled in, each of shape (parameters,)."""
 
@@ -379,8 +498,29 @@ class _Vectors:
             self.clipped_unit_share,
             self.removed_norm,
             self.update_norm,
-        ) = (np.full(count, wire.MISSING, np.float32) for _ in range(8))
+            self.found_norm,
+        ) = (np.full(count, wire.MISSING, np.float32) for _ in range(9))
         self.weight_norm = np.zeros(count, np.float32)
+        self.units = np.zeros(count)
+        self.limits = np.full(count, np.inf)
+        """Largest ratio that AGC let through."""
+
+    def take(self, whole: Joined) -> None:
+        """Take the statistics of the whole parameters for those of this rank's part."""
+        self.grad_norm = whole.grad_norm.astype(np.float32)
+        self.clipped_grad_norm = whole.clipped_grad_norm.astype(np.float32)
+        self.weight_norm = whole.weight_norm.astype(np.float32)
+        self.max_unit_ratio = whole.max_unit_ratio.astype(np.float32)
+        self.zero_unit_share = whole.zero_unit_share.astype(np.float32)
+        self.nonfinite_count = whole.nonfinite_count.astype(np.float32)
+        self.clipped_unit_share = whole.clipped_unit_share.astype(np.float32)
+        self.removed_norm = whole.removed_norm.astype(np.float32)
+
+    def undo(self, clip: Clip, total: float) -> None:
+        """Take a clipping by norm out of what was measured after it."""
+        chosen = sorted(clip.indices) if clip.indices is not None else slice(None)
+        for vector in (self.grad_norm, self.max_unit_ratio):
+            vector[chosen] = unclipped(vector[chosen].astype(np.float64), total, clip.max_norm)
 
     def set_zero(self, index: int) -> None:
         for vector in (
@@ -391,6 +531,7 @@ class _Vectors:
             self.nonfinite_count,
             self.clipped_unit_share,
             self.removed_norm,
+            self.found_norm,
         ):
             vector[index] = 0.0
 
@@ -443,6 +584,8 @@ def _coefficients(clips: Sequence[Clip], count: int) -> NDArray[np.float64]:
     """Return what each parameter's gradient was multiplied by before the step, shape (parameters,)."""
     coefficients = np.ones(count)
     for clip in clips:
+        if clip.partial:
+            continue
         coefficient = clip_coefficient(number(clip.total_norm), clip.max_norm)
         chosen = slice(None) if clip.indices is None else np.fromiter(clip.indices, np.intp, len(clip.indices))
         coefficients[chosen] *= coefficient

@@ -1,5 +1,6 @@
 """The governor: when to sample, so that the agent stays within its share of the training time. Pure."""
 
+import math
 from collections import deque
 from statistics import median
 from typing import Final
@@ -21,9 +22,19 @@ class Governor:
         every_steps: a fixed interval, or None to let the account decide.
         budget_ratio: the agent's share of the step time.
         burst_steps: samples at full rate to begin with.
+        aligned: sample at steps that are multiples of the interval, a power of two where it is not fixed: ranks that
+            each decide for themselves then sample the same steps, or all but some.
     """
 
-    def __init__(self, every_steps: int | None, budget_ratio: float, burst_steps: int = BURST_STEPS) -> None:
+    def __init__(
+        self,
+        every_steps: int | None,
+        budget_ratio: float,
+        burst_steps: int = BURST_STEPS,
+        *,
+        aligned: bool = False,
+    ) -> None:
+        self._aligned = aligned
         self._every_steps = every_steps
         self._budget_ratio = budget_ratio
         self._burst = burst_steps
@@ -35,8 +46,10 @@ class Governor:
         self._since_sample_seconds = 0.0
         self._last_interval_steps = 1
 
-    def due(self) -> bool:
+    def due(self, next_step: int) -> bool:
         """Return whether the next step is to be sampled."""
+        if self._aligned:
+            return self._burst > 0 or next_step % (self._every_steps or self._power_of_two()) == 0
         if self._every_steps is not None:
             return self._since_sample_steps + 1 >= self._every_steps or not self._samples
         if self._burst > 0 or self._since_sample_seconds >= LONGEST_GAP_SECONDS:
@@ -73,6 +86,14 @@ class Governor:
         """Sample at full rate for a while; not again before the account has recovered from the last time."""
         if self._burst <= 0 and self._balance_seconds >= 0:
             self._burst = BURST_STEPS
+
+    def _power_of_two(self) -> int:
+        """Return the interval that the budget allows, and the longest gap."""
+        if not self.step_seconds:
+            return 1
+        wanted = self.sample_seconds / (self._budget_ratio * self.step_seconds)
+        most = max(LONGEST_GAP_SECONDS / self.step_seconds, 1.0)
+        return int(2 ** min(math.ceil(math.log2(max(wanted, 1.0))), math.floor(math.log2(most))))
 
     @property
     def step_seconds(self) -> float:

@@ -23,6 +23,8 @@ class Clip:
     max_norm: float
     indices: frozenset[int] | None = None
     """Of the parameters that it scaled; only known where the step is sampled."""
+    partial: bool = False
+    """Whether the norm is this rank's part of it, of sharded gradients."""
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ def sampled(
     """Return the steps that were sampled."""
     taken = []
     for step in range(steps):
-        due = governor.due()
+        due = governor.due(step + 1)
         cost = sample_seconds if due else rest_seconds
         governor.stepped(step_seconds + cost, cost, 0.0, sampled=due)
         if due:
@@ -46,7 +46,7 @@ def test_a_sample_at_least_every_30_seconds() -> None:
 def test_trouble_brings_a_burst_but_not_for_ever() -> None:
     governor = Governor(None, 0.01, burst_steps=0)
     sampled(governor, 2000, step_seconds=0.1, sample_seconds=0.01)
-    while not governor.due():
+    while not governor.due(1):
         governor.stepped(0.1, 0.0, 0.0, sampled=False)
     governor.trouble()
     burst = sampled(governor, 50, step_seconds=0.1, sample_seconds=0.01)
@@ -70,8 +70,16 @@ def test_a_long_pause_buys_nothing() -> None:
 def test_the_time_of_other_threads_counts() -> None:
     governor = Governor(None, 0.01, burst_steps=0)
     taken = 0
-    for _ in range(10_000):
-        due = governor.due()
+    for step in range(10_000):
+        due = governor.due(step + 1)
         taken += due
         governor.stepped(0.1, 0.001 * due, 0.004 * due, sampled=due)
     assert taken * 0.005 <= 0.01 * 1000 + 0.005
+
+
+def test_ranks_that_decide_for_themselves_sample_the_same_steps() -> None:
+    fast = sampled(Governor(None, 0.01, aligned=True), 2000, step_seconds=0.1, sample_seconds=0.004)
+    slow = sampled(Governor(None, 0.01, aligned=True), 2000, step_seconds=0.1, sample_seconds=0.0052)
+    assert fast[:BURST_STEPS] == slow[:BURST_STEPS] == list(range(BURST_STEPS))
+    assert [step + 1 for step in fast[BURST_STEPS:]] == list(range(24, 2001, 4))
+    assert [step + 1 for step in slow[BURST_STEPS:]] == list(range(24, 2001, 8))

@@ -1,0 +1,120 @@
+"""FSDP2: the statistics of sharded parameters are those of the whole, without a collective."""
+
+import math
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gradwatch import wire
+
+from .conftest import Server
+
+_RANKS = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import gradwatch
+from gradwatch.agent import Agent
+Agent.raises_own_errors = True
+rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+torch.manual_seed(3)
+model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1), nn.Linear(1, 7))
+shape = (2, 2) if kind == "hybrid" else (size,)
+mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape):])
+fully_shard(model[0], mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+clip = gradwatch.AGC(0.02, exclude=()) if kind == "agc" else None
+with gradwatch.attach(model, optimizer, url=url, every=1, clip=clip) as agent:
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(step))
+        x = x[:, rank * 4 // size : (rank + 1) * 4 // size]
+        (9 * model(x)).square().mean().backward()
+        if kind == "norm":
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if rank == 1 and step == 1 and kind == "late":
+            agent.watching = False
+        optimizer.step()
+    dist.barrier()
+assert not agent.losses.errors
+dist.destroy_process_group()
+"""
+
+
+def run_ranks(server: Server, kind: str, size: int = 2) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", _RANKS, str(rank), str(size), port, server.url, kind])
+        for rank in range(size)
+    ]
+    assert [process.wait(180) for process in ranks] == [0] * size
+
+
+def truth(kind: str) -> list[dict[str, Any]]:
+    """Return norms at each step of the same training on one rank, in float64."""
+    import gradwatch
+
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1), nn.Linear(1, 7))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    found = []
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(step))
+        (9 * model(x)).square().mean().backward()
+        grads = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+        weights = {name: p.detach().double() for name, p in model.named_parameters()}
+        ratios = {}
+        for name, grad in grads.items():
+            rows, weight = (grad, weights[name]) if grad.dim() > 1 else (grad[None], weights[name][None])
+            ratios[name] = float((rows.norm(dim=1) / weight.norm(dim=1).clamp(min=1e-3)).max())
+        norms = {name: float(grad.norm()) for name, grad in grads.items()}
+        total = math.sqrt(sum(norm**2 for norm in norms.values()))
+        if kind == "norm":
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if kind == "agc":
+            gradwatch.adaptive_clip_grad_(model, 0.02)
+        after = {name: float(p.grad.double().norm()) for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        found.append(
+            {
+                "grad_norm": norms,
+                "weight_norm": {name: float(weight.norm()) for name, weight in weights.items()},
+                "max_unit_ratio": ratios,
+                "clipped_grad_norm": after,
+                "total": total,
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize(("kind", "size"), [("plain", 2), ("norm", 2), ("agc", 2), ("hybrid", 4)])
+def test_statistics_are_of_the_whole(server: Server, kind: str, size: int) -> None:
+    """One layer has fewer rows than there are ranks: a rank holds nothing of it."""
+    run_ranks(server, kind, size)
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+    for step, expected in enumerate(truth(kind), start=1):
+        for statistic in ("grad_norm", "weight_norm", "max_unit_ratio"):
+            assert server.values(statistic, step) == pytest.approx(expected[statistic], rel=1e-4), (statistic, step)
+        assert server.scalar("global_grad_norm", step) == pytest.approx(expected["total"], rel=1e-4)
+        if kind in ("norm", "agc"):
+            assert server.values("clipped_grad_norm", step) == pytest.approx(expected["clipped_grad_norm"], rel=1e-4)
+    assert len({registration.id for registration in server.registrations}) == 1
+
+
+def test_a_rank_that_stops_measuring_costs_samples_not_the_training(server: Server) -> None:
+    run_ranks(server, "late")
+    assert [sample.step for sample in server.samples] == [1]
+    assert np.all(server.samples[0].statistics["grad_norm"] != wire.MISSING)

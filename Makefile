@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 
-.PHONY: demo test pictures lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page
+.PHONY: demo test pictures lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts bench-metrics \
+  bench-page bench-paper
 
 demo: .venv/demo-installed
 	@$(BIN)/gradwatch demo $(if $(KEEP),--keep)
@@ -57,6 +58,10 @@ pictures: .venv/test-installed
 # Ours and the peers' side by side in one run, as ratios; on a quiet machine.
 bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed
 	$(BIN)/python -m benchmarks.$*
+
+# What the paper claims of adaptive clipping, again and small; on a quiet machine 15 minutes, PAPER=--quick for one.
+bench-paper: .venv/test-installed
+	$(BIN)/python -m benchmarks.paper $(PAPER)
 
 clean:
 	rm -rf .venv node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis gradwatch-demo

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradwatch import kernels
 from gradwatch.layout import Arena, Axis, Bound, Layout, Scratch, Spec, spec_of
 from gradwatch.model import local, walk
 from gradwatch.sharding import Granularity, Split, joins, split_of
@@ -222,12 +223,15 @@ class _Part:
                 self._sparse.append((position, factors))
             else:
                 self._dense.append((position, spec, _shaped(factors, spec)))
-        self._views = [view for _, _, view in self._dense]
         in_order = sorted(self._spans, key=self._spans.__getitem__)
         self._starts = np.array([self._spans[position][0] for position in in_order], np.intp)
         rank = {position: place for place, position in enumerate(in_order)}
         self._ranks = [rank[position] for position, _, _ in self._dense]
         """Where each dense tensor comes in the order of the starts."""
+        self._table: kernels.Table | None = None
+        if self._dense and kernels.usable(device):
+            starts = [self._spans[position][0] for position, _, _ in self._dense]
+            self._table = kernels.Table([spec for _, spec, _ in self._dense], starts, arena)
 
     @property
     def places(self) -> dict[int, range]:
@@ -278,29 +282,27 @@ class _Part:
 
     def apply(self, tensors: Sequence[Tensor]) -> None:
         """Multiply each unit by its factor, in place."""
-        if self._arena.device.type == "cpu":
-            self._apply_where_needed(tensors)
-        elif self._dense:
-            members = [_broadcastable(tensors[position], spec) for position, spec, _ in self._dense]
-            torch._foreach_mul_(members, self._views)
+        left = self._dense
+        if self._table is not None:
+            dense = [tensors[position] for position, _, _ in left]
+            left = [left[index] for index in self._table.launch("scale_units", dense, self._factors)]
+        elif self._arena.device.type == "cpu":
+            left = self._clipped()
+        if left:
+            members = [_broadcastable(tensors[position], spec) for position, spec, _ in left]
+            torch._foreach_mul_(members, [view for _, _, view in left])
         for position, factors in self._sparse:
             gradient = tensors[position]
             values, indices = gradient._values(), gradient._indices()  # noqa: SLF001  # coalescing would copy
             rows = factors.index_select(0, indices[0]) if factors.shape[0] > 1 else factors
             values.mul_(rows.reshape(-1, *(1,) * (values.dim() - 1)).to(values.dtype))
 
-    def _apply_where_needed(self, tensors: Sequence[Tensor]) -> None:
-        """On the CPU the factors can be read at no cost: tensors in which nothing is clipped are not touched."""
+    def _clipped(self) -> list[tuple[int, Spec, Tensor]]:
+        """Return the tensors in which something is clipped: on the CPU the factors can be read at no cost."""
         if not self._dense or not self._factors.min().numpy().item() < 1.0:
-            return
+            return []
         smallest = np.minimum.reduceat(self._factors.numpy(), self._starts).tolist()
-        touched = [
-            (_broadcastable(tensors[position], spec), view)
-            for (position, spec, view), rank in zip(self._dense, self._ranks, strict=True)
-            if smallest[rank] < 1.0
-        ]
-        if touched:
-            torch._foreach_mul_([tensor for tensor, _ in touched], [view for _, view in touched])
+        return [known for known, rank in zip(self._dense, self._ranks, strict=True) if smallest[rank] < 1.0]
 
 
 def _bases(layout: Layout) -> dict[Arena, int]:
@@ -495,7 +497,7 @@ class _Plan:
 
 def _bound(layout: Layout, scratch: Scratch) -> tuple[dict[Arena, Tensor], Bound]:
     units = {arena: torch.zeros(size, dtype=arena.dtype, device=arena.device) for arena, size in layout.sizes.items()}
-    return units, layout.bind(units, scratch)
+    return units, kernels.bind(layout, units, scratch)
 
 
 _prepared: "deque[_Prepared]" = deque(maxlen=8)

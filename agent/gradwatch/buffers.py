@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradwatch import kernels
 from gradwatch.layout import Arena, Bound, Layout, Piece, Scratch, Spec
 
 _BUDGET_BYTES: Final = 32 << 20
@@ -128,13 +129,13 @@ class Claim:
         device = slot.device
         self.weight_arenas = {arena: device[arena][weight_at[arena] :] for arena in plan.weights.sizes}
         """Where the weights' unit norms are written, on their device."""
-        self.weights: Bound = plan.weights.bind(self.weight_arenas, slot.scratch)
+        self.weights: Bound = kernels.bind(plan.weights, self.weight_arenas, slot.scratch)
         self.grad_arenas: dict[Arena, Tensor] = {}
         """Where those of the gradients are."""
         self.grads: Bound | None = None
         if plan.grads is not None:
             self.grad_arenas = {arena: device[arena][grad_at[arena] :] for arena in plan.grads.sizes}
-            self.grads = plan.grads.bind(self.grad_arenas, slot.scratch)
+            self.grads = kernels.bind(plan.grads, self.grad_arenas, slot.scratch)
 
     def grad_units(self) -> NDArray[np.float64]:
         """Return the norms of the gradients' units in the plan's order, once they have arrived."""

@@ -146,10 +146,12 @@ class Layout:
 class Bound:
     """A layout with its buffers; the views of them are made once. No view of a user's tensor is ever kept."""
 
-    def __init__(self, layout: Layout, arenas: dict[Arena, Tensor], scratch: Scratch) -> None:
+    def __init__(
+        self, layout: Layout, arenas: dict[Arena, Tensor], scratch: Scratch, pieces: Sequence[Piece] | None = None
+    ) -> None:
         self.layout = layout
         self._steps: list[tuple[Piece, Tensor, Tensor | None, Tensor | None]] = []
-        for piece in layout.pieces:
+        for piece in layout.pieces if pieces is None else pieces:
             out = arenas[piece.arena][piece.start : piece.stop]
             if not piece.gathered:
                 self._steps.append((piece, out, None, None))
@@ -167,7 +169,7 @@ class Bound:
         """
         for piece, out, target, rows in self._steps:
             if target is None or rows is None:
-                _reduce_in_place(tensors[piece.positions[0]], piece.spec, out)
+                reduce_in_place(tensors[piece.positions[0]], piece.spec, out)
                 continue
             shape = target.shape
             members = [tensors[position] for position in piece.positions]
@@ -234,7 +236,8 @@ def _chunks(specs: Sequence[Spec], members: Sequence[int], chunk_bytes: int | No
     return [tuple(chunk) for chunk in chunks]
 
 
-def _reduce_in_place(tensor: Tensor, spec: Spec, out: Tensor) -> None:
+def reduce_in_place(tensor: Tensor, spec: Spec, out: Tensor) -> None:
+    """Write the unit norms of one tensor to ``out``, shape (units,), without gathering it first."""
     if spec.sparse:
         _reduce_sparse(tensor, out)
         return

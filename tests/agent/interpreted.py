@@ -1,0 +1,176 @@
+"""What the Triton kernels give, interpreted on the CPU: run by test_kernels.py in a process that is told to."""
+
+import math
+from collections.abc import Iterator
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradwatch import adaptive_clip_grad_, kernels, triton_kernels
+from gradwatch.layout import WIDEST_ROW, Axis, Layout, Scratch, spec_of
+from tests.agent.test_agc import TOLERANCE, _drawn, _float64, _grad, _oracle
+
+
+@pytest.fixture
+def launches() -> Iterator[list[str]]:
+    """Name the kernels as they are launched."""
+    seen: list[str] = []
+    hooks = {kernel: lambda *_, name=name, **__: seen.append(name) for name, kernel in _KERNELS.items()}
+    for kernel, hook in hooks.items():
+        kernel.add_pre_run_hook(hook)
+    yield seen
+    for kernel, hook in hooks.items():
+        kernel.pre_run_hooks.remove(hook)
+
+
+_KERNELS = {"norms": triton_kernels.unit_norms, "scale": triton_kernels.scale_units}
+SHAPES: list[tuple[tuple[int, ...], Axis, int]] = [
+    ((), "whole", 1),
+    ((7,), "whole", 1),
+    ((3, 5), "whole", 1),
+    ((3, 5), "rows", 1),
+    ((2, 1500), "rows", 1),
+    ((4, 3, 2), "rows", 1),
+    ((3, 4, 2, 3), "rows", 1),
+    ((2, 3, 2, 2, 3), "rows", 1),
+    ((4, 3), "transposed", 1),
+    ((4, 3, 2, 5), "transposed", 1),
+    ((6, 2, 3), "transposed", 3),
+    ((2, 3), "experts", 1),
+    ((2, 3, 4), "experts", 1),
+]
+
+
+def _norms(tensor: Tensor, axis: Axis, groups: int) -> Tensor:
+    """Return the norms of the units in double precision, one slice after the other."""
+    wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+    if axis == "whole" or tensor.dim() < 2:
+        return torch.linalg.vector_norm(wide).reshape(1)
+    if axis == "experts":
+        return torch.stack([wide[expert, row].norm() for expert, row in product(*map(range, tensor.shape[:2]))])
+    if axis == "rows":
+        return torch.stack([row.norm() for row in wide])
+    return torch.stack([part[:, unit].norm() for part in wide.chunk(groups) for unit in range(tensor.shape[1])])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_norms_of_every_axis_and_type_take_one_launch(dtype: torch.dtype, launches: list[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [_drawn(shape, dtype, generator).detach() for shape, _, _ in SHAPES]
+    specs = [spec_of(tensor, axis, groups) for tensor, (_, axis, groups) in zip(tensors, SHAPES, strict=True)]
+    layout = Layout(specs)
+    (arena,) = layout.sizes
+    out = torch.full((layout.sizes[arena],), -1.0, dtype=arena.dtype)
+    bound = kernels.bind(layout, {arena: out}, Scratch())
+    launches.clear()
+    bound.run(tensors)
+    assert launches == ["norms"]
+    for spec, tensor, (_, start) in zip(specs, tensors, layout.places, strict=True):
+        truth = _norms(tensor, spec.axis, spec.groups)
+        tolerance = 1e-12 if arena.dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(
+            out[start : start + spec.units].double(), truth, rtol=tolerance, atol=0, msg=str(spec)
+        )
+
+
+def test_clipping_takes_three_launches_for_each_precision(launches: list[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(), (5,), (2, 3), (3, 2, 2)]
+    parameters = [_drawn(shape, dtype, generator) for shape in shapes for dtype in TOLERANCE for _ in range(2)]
+    expected = [_oracle(_float64(_grad(p)), _float64(p), 0.1, 1e-3, 0) for p in parameters]
+    adaptive_clip_grad_(parameters[:1], 1e6)  # the kernels are checked when they are first used
+    launches.clear()
+    adaptive_clip_grad_(parameters, 0.1)
+    assert sorted(launches) == ["norms"] * 4 + ["scale"] * 2, "of gradients and weights, in float32 and float64"
+    for parameter, truth in zip(parameters, expected, strict=True):
+        tolerance = TOLERANCE[parameter.dtype]
+        np.testing.assert_allclose(_float64(_grad(parameter)), truth, rtol=tolerance, atol=tolerance / 100)
+
+
+def _parameter(weight: Tensor, grad: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(weight)
+    parameter.grad = grad
+    return parameter
+
+
+def test_what_lies_otherwise_in_memory_is_clipped_all_the_same() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 5, 2)
+    cases = {
+        "channels last": _parameter(images.clone(), torch.randn(4, 3, 5, 2).to(memory_format=torch.channels_last)),
+        "transposed": _parameter(torch.randn(4, 3), torch.randn(3, 4).t()),
+        "every other": _parameter(torch.randn(4, 3), torch.randn(4, 6)[:, ::2]),
+        "expanded weight": _parameter(torch.randn(4, 1).expand(4, 3), torch.randn(4, 3)),
+        "unaligned": _parameter(torch.randn(13)[1:].view(4, 3), torch.randn(13)[1:].view(4, 3)),
+        "in order": _parameter(torch.randn(4, 3), torch.randn(4, 3)),
+    }
+    expected = {name: _oracle(_float64(_grad(p)), _float64(p), 0.1, 1e-3, 0) for name, p in cases.items()}
+    adaptive_clip_grad_(cases.values(), 0.1)
+    for name, parameter in cases.items():
+        np.testing.assert_allclose(_float64(_grad(parameter)), expected[name], rtol=2e-6, err_msg=name)
+
+
+def test_what_the_kernels_do_not_take_is_clipped_beside_them(launches: list[str]) -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(6, 3, sparse=True)
+    table(torch.tensor([1, 4, 1])).square().sum().backward()
+    wide = _parameter(torch.randn(WIDEST_ROW + 3), torch.randn(WIDEST_ROW + 3))
+    small = _parameter(torch.randn(4, 3), torch.randn(4, 3))
+    members = [table.weight, wide, small]
+    assert table.weight.grad is not None
+    dense = [table.weight.grad.to_dense(), _grad(wide), _grad(small)]
+    expected = [_oracle(_float64(g), _float64(p), 0.01, 1e-3, 0) for g, p in zip(dense, members, strict=True)]
+    adaptive_clip_grad_(members, 0.01)
+    assert launches[-1] == "scale"
+    for parameter, truth in zip(members, expected, strict=True):
+        assert parameter.grad is not None
+        np.testing.assert_allclose(_float64(parameter.grad.to_dense()), truth, rtol=2e-6, atol=1e-9)
+
+
+def test_a_unit_below_the_limit_is_not_touched_and_one_that_is_not_finite_stays() -> None:
+    grad = torch.tensor([[math.nan, 3.0], [30.0, 40.0], [0.03, 0.04], [math.inf, 1.0]])
+    parameter = _parameter(torch.tensor([[3.0, 4.0]]).repeat(4, 1), grad.clone())
+    adaptive_clip_grad_([parameter], clip=0.1)
+    expected = grad.clone()
+    expected[1] = torch.tensor([0.3, 0.4])
+    torch.testing.assert_close(_grad(parameter), expected, equal_nan=True)
+    assert torch.equal(_grad(parameter)[2], grad[2])
+
+
+def test_gradients_that_move_and_change_are_followed() -> None:
+    parameter = _parameter(torch.ones(3, 4), torch.zeros(3, 4))
+    kept = []
+    for step in range(4):
+        grad = torch.full((3, 4), 1.0 + step)
+        kept.append(grad)  # so that the next one lies elsewhere
+        parameter.grad = grad
+        adaptive_clip_grad_([parameter], clip=0.1)
+        torch.testing.assert_close(grad, torch.full((3, 4), 0.1))
+    parameter.data = torch.ones(2, 5)
+    parameter.grad = torch.ones(2, 5)
+    adaptive_clip_grad_([parameter], clip=0.1)
+    torch.testing.assert_close(_grad(parameter), torch.full((2, 5), 0.1))
+
+
+@pytest.mark.parametrize("kernel", ["unit_norms", "scale_units"])
+def test_a_kernel_that_is_wrong_is_found_out_and_not_used(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Idle:
+        """A kernel that does nothing."""
+
+        def __getitem__(self, grid: tuple[int]) -> object:
+            return lambda *_, **__: None
+
+    kernels.usable.cache_clear()
+    monkeypatch.setattr(triton_kernels, kernel, Idle())
+    assert not kernels.usable(torch.device("cpu"))
+    parameter = _parameter(torch.ones(3, 4), torch.ones(3, 4))
+    adaptive_clip_grad_([parameter], clip=0.1)
+    torch.testing.assert_close(_grad(parameter), torch.full((3, 4), 0.1))
+    kernels.usable.cache_clear()
+    (record,) = caplog.records
+    assert "the Triton kernels are not used on cpu" in record.getMessage()

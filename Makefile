@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 
-.PHONY: demo test lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page bench-paper
+.PHONY: demo test pictures lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts bench-metrics \
+  bench-page bench-paper
 
 demo: .venv/demo-installed
 	@$(BIN)/gradwatch demo $(if $(KEEP),--keep)
@@ -49,6 +50,10 @@ node_modules/.installed: package.json package-lock.json
 # Every labelled training of benchmarks/zoo through the real agent and a real server, with the table; about 15 minutes.
 zoo: .venv/test-installed
 	$(BIN)/python -m benchmarks.zoo $(ZOO)
+
+# The pictures of docs/, of what the demonstration leaves behind.
+pictures: .venv/test-installed
+	$(BIN)/python -m tests.page.pictures
 
 # Ours and the peers' side by side in one run, as ratios; on a quiet machine.
 bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed

@@ -167,7 +167,7 @@ def wandb_cost(training: Training, rounds: int) -> float | None:
         run.watch(training.model, log="all", log_freq=1)
         watched = statistics.median(timed(training.step) for _ in range(rounds))
         run.unwatch(training.model)
-        run.finish(quiet=True)
+        run.finish()
     return watched - plain
 
 

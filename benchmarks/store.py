@@ -4,23 +4,28 @@
 """
 
 import argparse
+import http.client
+import secrets
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 import numpy as np
 import sqlalchemy as sa
 from tests.postgres import postgres_database, postgres_server
 from tests.processes import GradwatchServer, environment
+from tests.prometheus.programs import Program, Prometheus, VictoriaMetrics
 
 from gradwatch import wire
+from gradwatch_server import timeseries
 from gradwatch_server.database import migrate, open_engine, writing
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.settings import Configuration
@@ -29,6 +34,11 @@ STATISTICS = wire.STATISTICS[:1] + wire.STATISTICS[2:5] + wire.STATISTICS[5:6] +
 PARAMETERS = 500
 RUNS = 50
 SAMPLES_PER_BATCH = 16
+
+
+ENGINES = ("sqlite", "postgresql")
+Figures = Iterator[tuple[str, float, str]]
+"""What was measured, the figure, and the bar that it is held against."""
 
 
 @dataclass
@@ -57,56 +67,120 @@ def samples(first: int, count: int, width: int, names: tuple[wire.Statistic, ...
     ]
 
 
-def send(url: str, runs: list[str], load: Load, until: float, pause_seconds: float) -> None:
-    """Send batches for these runs in turn, prepared beforehand but for step and id, until the time is over."""
-    draws = [sample.statistics for sample in samples(0, SAMPLES_PER_BATCH, PARAMETERS, STATISTICS)]
+class Target(Protocol):
+    """What the fleet writes to."""
+
+    def runs(self, count: int) -> list[str]:
+        """Make runs known; return their ids."""
+
+    def request(self, run: str, number: int) -> tuple[str, bytes, Mapping[str, str]]:
+        """Return path, body and headers of a run's batch."""
+
+
+class Ours:
+    """gradwatch: batches as an agent sends them, prepared beforehand but for step and id."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._draws = [sample.statistics for sample in samples(0, SAMPLES_PER_BATCH, PARAMETERS, STATISTICS)]
+
+    def runs(self, count: int) -> list[str]:
+        """Register them."""
+        body = wire.encode(wire.Registration(parameters=parameters(PARAMETERS)))
+        headers = {"content-type": wire.MESSAGEPACK_TYPE}
+        with httpx.Client(base_url=self._url, timeout=60, trust_env=False) as http:
+            answers = [http.post("/api/v1/runs", content=body, headers=headers) for _ in range(count)]
+        return [answer.raise_for_status().json()["id"] for answer in answers]
+
+    def request(self, run: str, number: int) -> tuple[str, bytes, Mapping[str, str]]:
+        """Return the next samples."""
+        first = number * SAMPLES_PER_BATCH
+        listed = [
+            wire.Sample(step=first + row, at=time.time(), statistics=drawn) for row, drawn in enumerate(self._draws)
+        ]
+        body = wire.encode(wire.Batch(id=f"b{number}", samples=listed))
+        return f"/api/v1/runs/{run}/samples", body, {"content-type": wire.MESSAGEPACK_TYPE}
+
+
+class RemoteWrite:
+    """Prometheus remote write: a series for each run, parameter and statistic; prepared but for run and times."""
+
+    _RUN = "r" * 16
+    _START = 1_500_000_000_000
+
+    def __init__(self, _url: str) -> None:
+        drawn = samples(0, SAMPLES_PER_BATCH, PARAMETERS, STATISTICS)
+        names = [parameter.name for parameter in parameters(PARAMETERS)]
+        self._content = b"".join(
+            timeseries._field(1, timeseries._series(self._series(drawn, name, statistic, place)))
+            for place, name in enumerate(names)
+            for statistic in STATISTICS
+        )
+        self._begin = int(time.time() * 1_000) - 1_800_000
+
+    def _series(self, drawn: list[wire.Sample], name: str, statistic: wire.Statistic, place: int) -> timeseries.Series:
+        labels = (("__name__", statistic), ("parameter", name), ("run", self._RUN))
+        values = [float(sample.statistics[statistic][place]) for sample in drawn]
+        return timeseries.Series(labels, [(self._START + row, value) for row, value in enumerate(values)])
+
+    def runs(self, count: int) -> list[str]:
+        """Return names: nothing has to be registered."""
+        return [secrets.token_hex(8) for _ in range(count)]
+
+    def request(self, run: str, number: int) -> tuple[str, bytes, Mapping[str, str]]:
+        """Return the next samples, 10 ms apart."""
+        content = self._content.replace(self._RUN.encode(), run.encode())
+        for row in range(SAMPLES_PER_BATCH):
+            at = self._begin + 10 * (number * SAMPLES_PER_BATCH + row)
+            content = content.replace(timeseries._varint(self._START + row), timeseries._varint(at))
+        return "/api/v1/write", timeseries._compress(content), timeseries.HEADERS
+
+
+TARGETS: dict[str, Callable[[str], Target]] = {"gradwatch": Ours, "remote-write": RemoteWrite}
+
+
+def send(address: str, target: Target, runs: list[str], load: Load, until: float, pause_seconds: float) -> None:
+    """Send batches for these runs in turn until the time is over."""
     number = 0
-    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-        while time.perf_counter() < until:
-            for run in runs:
-                first = number * SAMPLES_PER_BATCH
-                listed = [
-                    wire.Sample(step=first + row, at=time.time(), statistics=drawn) for row, drawn in enumerate(draws)
-                ]
-                body = wire.encode(wire.Batch(id=f"b{number}", samples=listed))
-                started = time.perf_counter()
-                answer = client.post(
-                    f"/api/v1/runs/{run}/samples", content=body, headers={"content-type": wire.MESSAGEPACK_TYPE}
-                )
-                answer.raise_for_status()
-                load.seconds.append(time.perf_counter() - started)
-                load.values += SAMPLES_PER_BATCH * PARAMETERS * len(STATISTICS)
-                if pause_seconds:
-                    threading.Event().wait(max(0.0, pause_seconds - load.seconds[-1]))
-            number += 1
+    connection = http.client.HTTPConnection(address, timeout=60)
+    while time.perf_counter() < until:
+        for run in runs:
+            path, body, headers = target.request(run, number)
+            started = time.perf_counter()
+            connection.request("POST", path, body, dict(headers))
+            answer = connection.getresponse()
+            told = answer.read()
+            assert answer.status in (200, 204), told
+            load.seconds.append(time.perf_counter() - started)
+            load.values += SAMPLES_PER_BATCH * PARAMETERS * len(STATISTICS)
+            if pause_seconds:
+                threading.Event().wait(max(0.0, pause_seconds - load.seconds[-1]))
+            if time.perf_counter() >= until:
+                break
+        number += 1
+    connection.close()
 
 
-def ingest(url: str, seconds: float, values_per_second: float | None) -> tuple[float, float]:
+def ingest(kind: str, url: str, seconds: float, values_per_second: float | None) -> tuple[float, float]:
     """Load a server with a fleet from another process's threads; return values/s and the p99 of acknowledgement."""
-    arguments = [url, str(seconds), str(values_per_second or 0)]
+    arguments = [kind, url, str(seconds), str(values_per_second or 0)]
     command = [sys.executable, "-m", "benchmarks.store", "--client", *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     rate, p99 = done.stdout.split()
     return float(rate), float(p99)
 
 
-def client(url: str, seconds: float, values_per_second: float) -> None:
+def client(kind: str, url: str, seconds: float, values_per_second: float) -> None:
     """Be the fleet: ten connections, each for five runs."""
-    listed = wire.Registration(parameters=parameters(PARAMETERS))
-    runs = []
-    with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-        for _ in range(RUNS):
-            answer = http.post(
-                "/api/v1/runs", content=wire.encode(listed), headers={"content-type": wire.MESSAGEPACK_TYPE}
-            )
-            runs.append(answer.raise_for_status().json()["id"])
+    target = TARGETS[kind](url)
+    runs = target.runs(RUNS)
     threads, lanes = [], 10
     loads = [Load([]) for _ in range(lanes)]
     batch = SAMPLES_PER_BATCH * PARAMETERS * len(STATISTICS)
     pause = lanes * batch / values_per_second if values_per_second else 0.0
     started = time.perf_counter()
     for index, load in enumerate(loads):
-        share = (url, runs[index::lanes], load, started + seconds, pause)
+        share = (url.removeprefix("http://"), target, runs[index::lanes], load, started + seconds, pause)
         threads.append(threading.Thread(target=send, args=share))
         threads[-1].start()
     for thread in threads:
@@ -150,7 +224,7 @@ def zooms(count: int) -> list[tuple[int, int]]:
     return [(start, start + width) for width in widths for start in [int(draws.integers(0, count - width + 1))]]
 
 
-def reads(server: GradwatchServer, count: int) -> Iterator[tuple[str, float, str]]:
+def reads(server: GradwatchServer, count: int) -> Figures:
     """Read the large run at every zoom; yield what, how long and the bar."""
     path, ranges = "/api/v1/runs/million", zooms(count)
 
@@ -192,7 +266,7 @@ def memory_bytes(process: int) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def measure(engine: str, seconds: float, count: int) -> Iterator[tuple[str, float, str]]:
+def measure(engine: str, seconds: float, count: int) -> Figures:
     """Measure one engine; yield what, the figure and the bar."""
     with tempfile.TemporaryDirectory() as name, database(engine, Path(name)) as url:
         opened = open_engine(url)
@@ -200,13 +274,13 @@ def measure(engine: str, seconds: float, count: int) -> Iterator[tuple[str, floa
         opened.dispose()
         empty = size_bytes(url)
         with GradwatchServer(Path(name) / "server.db", url=url) as server:
-            rate, p99 = ingest(server.url, seconds, None)
+            rate, p99 = ingest("gradwatch", server.url, seconds, None)
             yield "ingest, million values/s", rate / 1e6, "3" if engine == "sqlite" else "2"
-            yield "acknowledgement at full load, p99 ms", p99 * 1e3, "-"
+            yield "acknowledgement at full load, p99 ms", p99 * 1e3, ""
             stored = server.http.get("/metrics").text.partition("\ngradwatch_ingest_values_total ")[2].split()[0]
             size = (size_bytes(url) - empty) / float(stored)
             yield "bytes a value", size, "6.5" if engine == "sqlite" else "8"
-            _, p99 = ingest(server.url, seconds, rate / 2)
+            _, p99 = ingest("gradwatch", server.url, seconds, rate / 2)
             yield "acknowledgement at half load, p99 ms", p99 * 1e3, "250"
             fill_ratio = fill(url, count, 300)
             yield "cost of the last tenth to the first", fill_ratio, "1"
@@ -214,20 +288,49 @@ def measure(engine: str, seconds: float, count: int) -> Iterator[tuple[str, floa
             yield "server memory, MB", memory_bytes(server.process.pid) / 1e6, "300"
 
 
+PEERS: dict[str, Callable[[Path], Program]] = {"Prometheus": Prometheus, "VictoriaMetrics": VictoriaMetrics}
+"""What a user would pick; neither has the data synced to disk when it answers."""
+
+
+def measure_peer(name: str, seconds: float) -> Figures:
+    """Measure what the same fleet gets from another store, which answers before the data is synced to disk."""
+    with tempfile.TemporaryDirectory() as folder, PEERS[name](Path(folder) / "store") as program:
+        rate, p99 = ingest("remote-write", program.url, seconds, None)
+        yield "ingest, million values/s", rate / 1e6, ""
+        yield "acknowledgement at full load, p99 ms", p99 * 1e3, ""
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a twentieth of the work")
-    parser.add_argument("--engine", choices=["sqlite", "postgresql"], action="append", help="(default: both)")
-    parser.add_argument("--client", nargs=3, metavar=("URL", "SECONDS", "RATE"), help=argparse.SUPPRESS)
+    parser.add_argument("--samples", type=int, help="length of the long run (default: 1,000,000; --quick: 50,000)")
+    parser.add_argument("--seconds", type=float, help="time of each load (default: 30; --quick: 10)")
+    parser.add_argument("--store", choices=[*ENGINES, *PEERS], action="append", help="measure this one (default: all)")
+    parser.add_argument("--client", nargs=4, metavar=("KIND", "URL", "SECONDS", "RATE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.client:
-        client(given.client[0], float(given.client[1]), float(given.client[2]))
+        kind, url, *numbers = given.client
+        client(kind, url, *map(float, numbers))
         return
-    seconds, count = (10.0, 50_000) if given.quick else (30.0, 1_000_000)
-    for engine in given.engine or ["sqlite", "postgresql"]:
-        for what, figure, bar in measure(engine, seconds, count):
-            print(f"{engine:<11} {what:<40} {figure:10.2f}   bar {bar}", flush=True)
+    count = given.samples or (50_000 if given.quick else 1_000_000)
+    seconds = given.seconds or (10.0 if given.quick else 30.0)
+    found: dict[str, dict[str, tuple[float, str]]] = {}
+    for store in given.store or [*ENGINES, *PEERS]:
+        figures = measure(store, seconds, count) if store in ENGINES else measure_peer(store, seconds)
+        for what, figure, bar in figures:
+            print(f"{store}: {what} {figure:.2f}", file=sys.stderr, flush=True)
+            found.setdefault(what, {})[store] = figure, bar
+    print_table(found, given.store or [*ENGINES, *PEERS])
+
+
+def print_table(found: Mapping[str, Mapping[str, tuple[float, str]]], stores: Sequence[str]) -> None:
+    """Print the figures side by side, each with its bar."""
+    print(f"{'':<40}" + "".join(f"{store:>22}" for store in stores))
+    for what, row in found.items():
+        cells = [row.get(store) for store in stores]
+        told = ("-" if cell is None else f"{cell[0]:.2f}" + (f" (bar {cell[1]})" if cell[1] else "") for cell in cells)
+        print(f"{what:<40}" + "".join(f"{text:>22}" for text in told))
 
 
 if __name__ == "__main__":

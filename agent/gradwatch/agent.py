@@ -265,6 +265,7 @@ class Agent:
             written=_nothing if self._report is None else self._report.sender.notify,
             trouble=self._note_trouble,
             failed=self.failed,
+            warn=self.warn,
         )
         self._register()
         if not any(is_compiled(model) for model in models):
@@ -942,9 +943,13 @@ def _is_partial(norm: Tensor) -> bool:
     return any(placement.is_partial() for placement in getattr(norm, "placements", ()))
 
 
-def _finite(kept: Tensor) -> bool:
+def _finite(scalar: Tensor) -> bool:
     """Return False for a NaN or Inf that can be seen without waiting: on the CPU."""
-    return kept.device.type != "cpu" or bool(math.isfinite(kept.detach().numpy().item()))
+    if scalar.device.type != "cpu":
+        return True
+    seen = scalar.detach()
+    seen = seen if seen.dtype in (torch.float32, torch.float64) else seen.float()
+    return bool(math.isfinite(seen.numpy().item()))
 
 
 def _repair(grad: Tensor, norm: float) -> Repair | None:

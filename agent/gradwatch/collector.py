@@ -1,11 +1,12 @@
 """The collector: turns what the training thread handed over into batches in the spool, on a thread of its own."""
 
+import contextlib
 import math
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -60,6 +61,7 @@ class Collector:
         trouble: called at a sign of trouble: a non-finite number, a jump of the gradient norm; with whether everything
             is bad at once, so that nothing shows where it began.
         failed: called with an exception of this thread.
+        warn: called with what the user has to know.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Collector:
         written: Callable[[], None],
         trouble: Callable[[bool], None],
         failed: Callable[[Exception], None],
+        warn: Callable[[str], None],
     ) -> None:
         self._spool = spool
         self._slots = slots
@@ -82,6 +85,7 @@ class Collector:
         self._written = written
         self._trouble = trouble
         self._failed = failed
+        self._warn = warn
         self._messages: deque[Message] = deque()
         self._wake = threading.Event()
         self._stop = False
@@ -133,7 +137,8 @@ class Collector:
             self.seconds = time.thread_time()
             if stopping:
                 for mirror in self._mirrors:
-                    mirror.close()
+                    with contextlib.suppress(Exception):
+                        mirror.close()
                 return
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
@@ -176,8 +181,7 @@ class Collector:
                 self._batch.trail.setdefault(name, []).append((message.step, value))
             self._batch.events.extend(events)
             self._batch.bytes += 16 * len(trail)
-            for mirror in self._mirrors:
-                mirror.write(message.step, trail)
+            self._reflect(message.step, trail)
         if self._composer.trouble(trail, events, draft):
             self._trouble(self._composer.unclear)
         if draft is None:
@@ -213,9 +217,16 @@ class Collector:
         sample = self._composer.finish(draft, others)
         self._batch.samples.append(sample)
         self._batch.bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
-        scalars = {name: wire.number(value) for name, value in sample.scalars.items()}
-        for mirror in self._mirrors:
-            mirror.write(sample.step, scalars)
+        self._reflect(sample.step, {name: wire.number(value) for name, value in sample.scalars.items()})
+
+    def _reflect(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write numbers to the user's loggers; one that fails is left alone from then on."""
+        for mirror in self._mirrors if scalars else ():
+            try:
+                mirror.write(step, scalars)
+            except Exception as error:  # a logger that was closed, a disk that is full: not the agent's fault
+                self._mirrors = tuple(other for other in self._mirrors if other is not mirror)
+                self._warn(f"nothing more is mirrored to {type(mirror).__name__}: {type(error).__name__}: {error}")
 
     def _flush(self, *, force: bool) -> None:
         batch = self._batch

@@ -29,29 +29,35 @@ def mirror(logger: Logger, **options: Any) -> Mirror:
         ModuleNotFoundError: it is not installed.
     """
     if logger == "tensorboard":
-        return _TensorBoard(**options)
+        return TensorBoard(**options)
     if logger == "wandb":
-        return _Wandb(**options)
+        return Wandb(**options)
     if logger == "mlflow":
-        return _Mlflow(**options)
+        return Mlflow(**options)
     raise ValueError(f"mirror({logger!r}) is not known: {', '.join(get_args(Logger))}")
 
 
-class _TensorBoard:
+class TensorBoard:
+    """Writes event files."""
+
     def __init__(self, **options: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(**options)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the numbers of one step."""
         for name, value in scalars.items():
             self._writer.add_scalar(f"gradwatch/{name}", value, step)
 
     def close(self) -> None:
+        """Write what is left."""
         self._writer.close()
 
 
-class _Wandb:
+class Wandb:
+    """Logs to the user's run."""
+
     def __init__(self, **options: Any) -> None:
         import wandb
 
@@ -61,6 +67,7 @@ class _Wandb:
         self._run.define_metric("gradwatch/*", step_metric="gradwatch/step")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the numbers of one step."""
         values = {f"gradwatch/{name}": value for name, value in scalars.items()}
         self._run.log({**values, "gradwatch/step": step})
 
@@ -68,7 +75,9 @@ class _Wandb:
         """The run is the user's."""
 
 
-class _Mlflow:
+class Mlflow:
+    """Logs to the user's run, or one of its own."""
+
     def __init__(self, **options: Any) -> None:
         import mlflow
 
@@ -76,6 +85,7 @@ class _Mlflow:
         self._run_id = (mlflow.active_run() or mlflow.start_run()).info.run_id
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the numbers of one step."""
         for name, value in scalars.items():
             self._client.log_metric(self._run_id, f"gradwatch/{name}", value, step=step)
 

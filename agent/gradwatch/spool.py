@@ -24,6 +24,9 @@ Kind = Literal["registration", "batch"]
 DISK_LIMIT_BYTES: Final = 256 << 20
 MEMORY_LIMIT_BYTES: Final = 64 << 20
 
+_SUFFIX: Final = ".spool"
+_APPLICATION: Final = 0x67777370
+"""Marks an SQLite file as a spool: no other file in the folder is ever touched."""
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS origin (url TEXT NOT NULL, run TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS entry (
@@ -83,7 +86,7 @@ class Spool:
         self._lock = threading.Lock()
         self._acknowledged: list[int] = []
         self._held: int | None = None
-        self.path: Path | None = directory / f"{run}-{os.getpid()}-{os.urandom(3).hex()}.db"
+        self.path: Path | None = directory / f"{run}-{os.getpid()}-{os.urandom(3).hex()}{_SUFFIX}"
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._held = _own(self.path)
@@ -290,7 +293,7 @@ def _owned(path: Path) -> Iterator[Leftover | None]:
     held = None
     try:
         held = _own(path)
-        leftover = Leftover(path, held, _open(path))
+        leftover = Leftover(path, held, _reopen(path))
     except (OSError, sqlite3.Error):
         if held is not None:
             os.close(held)
@@ -305,7 +308,7 @@ def _owned(path: Path) -> Iterator[Leftover | None]:
 def leftovers(directory: Path) -> Iterator[Leftover]:
     """Yield each spool in ``directory`` that no living process owns, oldest first; the next lets go of it."""
     try:
-        paths = sorted(directory.glob("*.db"), key=lambda path: path.stat().st_mtime)
+        paths = sorted(directory.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
     except OSError:
         return
     for path in paths:
@@ -335,6 +338,21 @@ def _open(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.executescript(_SCHEMA)
+    connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+    return connection
+
+
+def _reopen(path: Path) -> sqlite3.Connection:
+    """Open a spool that is there.
+
+    Raises:
+        sqlite3.Error: the file is somebody else's; it is not touched.
+    """
+    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, check_same_thread=False, timeout=5)
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    if application != _APPLICATION:
+        connection.close()
+        raise sqlite3.DatabaseError(f"{path} is not a spool")
     return connection
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, third, vanishing
+from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, third, throttled, vanishing
 from benchmarks.zoo.baselines import Baselines
 from benchmarks.zoo.case import Case, holds, train
 from benchmarks.zoo.score import Alert, Outcome, Score
@@ -30,6 +30,7 @@ CASES: tuple[Case, ...] = (
     *nonfinite.CASES,
     *second.CASES,
     *third.CASES,
+    *throttled.CASES,
 )
 
 
@@ -39,7 +40,7 @@ def run(case: Case, seed: int, url: str, every: int, *, verify: bool) -> Outcome
     models: Sequence[nn.Module] = [training.model] if isinstance(training.model, nn.Module) else training.model
     name = f"{case.name}-{seed}"
     with Baselines(models) as baselines:
-        agent = gradwatch.attach(list(models), None, url=url, project="zoo", run=name, every=every)
+        agent = gradwatch.attach(list(models), None, url=url, project="zoo", run=name, every=every, clip=training.clip)
         counted = train(training, case.steps, case.onset, baselines)
         agent.close(timeout_seconds=60)
     twin = True

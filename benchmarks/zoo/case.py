@@ -18,6 +18,8 @@ class Training:
 
     model: nn.Module | Sequence[nn.Module]
     step: Step
+    clip: float | None = None
+    """By what the agent is told to clip adaptively; a twin, which is trained without an agent, is not clipped."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters by the name that the agent gives them."""

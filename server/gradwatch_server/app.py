@@ -96,6 +96,10 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         except Refused as refusal:
             response = problem.refuse(refusal)
         response.headers.update(_SECURITY)
+        path = request.url.path
+        static = path.startswith("/page/") or access.is_view(request.method, path)
+        # The page's files are asked for again after an upgrade, what they show is kept nowhere.
+        response.headers.setdefault("Cache-Control", "no-cache" if static else "no-store")
         route = getattr(request.scope.get("route"), "path", "other")
         request.app.state.services.requests.add(request.method, route, response.status_code, started)
         return response

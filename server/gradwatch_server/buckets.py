@@ -63,12 +63,6 @@ class Buckets:
         """Return the first ``count`` buckets."""
         return Buckets(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
 
-    def of_columns(self, columns: Sequence[int]) -> "Buckets":
-        """Return the buckets of some of the parameters, in this order."""
-        planes = ("low", "high", "mean", "last", "finite", "nonfinite")
-        picked = (getattr(self, name)[:, columns] for name in planes)
-        return Buckets(self.first_steps, self.last_steps, *picked)
-
     def gathered(self, starts: NDArray[np.intp]) -> "Buckets":
         """Return larger buckets, each from one of ``starts`` (ascending, the first is 0) to the next."""
         if len(starts) == len(self) or not len(self):

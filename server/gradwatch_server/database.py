@@ -74,7 +74,8 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
         yield connection
 
 
-def _alembic(engine: sa.Engine) -> Config:
+def alembic_of(engine: sa.Engine) -> Config:
+    """Return what Alembic needs to know of a database."""
     configuration = Config()
     configuration.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     configuration.attributes["engine"] = engine
@@ -83,7 +84,7 @@ def _alembic(engine: sa.Engine) -> Config:
 
 def migrate(engine: sa.Engine) -> None:
     """Bring the schema to this version."""
-    command.upgrade(_alembic(engine), "head")
+    command.upgrade(alembic_of(engine), "head")
 
 
 def prepare(engine: sa.Engine) -> None:
@@ -100,7 +101,7 @@ def prepare(engine: sa.Engine) -> None:
             found = MigrationContext.configure(connection).get_current_revision()
     except sa.exc.OperationalError as error:
         raise DatabaseError(f"the database {engine.url!r} cannot be opened: {error.orig}") from None
-    expected = ScriptDirectory.from_config(_alembic(engine)).get_current_head()
+    expected = ScriptDirectory.from_config(alembic_of(engine)).get_current_head()
     if found != expected:
         raise DatabaseError(
             f"the database has schema {found or 'none'}, this version needs {expected}: back it up, then run "

@@ -99,12 +99,15 @@ class Exporter:
         start = self._since - self.settings.backlog_seconds
         runs, samples, kept = schema.runs, schema.samples, schema.written
         mine = runs.outerjoin(kept, sa.and_(kept.c.run == runs.c.id, kept.c.store == self._store))
-        begun = sa.and_(kept.c.attempt == runs.c.attempt, kept.c.step.is_not(None))
-        behind = sa.or_(runs.c.last_seen_at >= start, kept.c.step < runs.c.last_step)
-        position = sa.case((begun, kept.c.step)).label("position")
+        position = sa.case((kept.c.attempt == runs.c.attempt, kept.c.step))
+        stored = (samples.c.run == runs.c.id, samples.c.level == 0, samples.c.attempt == runs.c.attempt)
+        more = sa.exists().where(*stored, samples.c.step > position)
+        behind = sa.or_(more, sa.and_(position.is_(None), runs.c.last_seen_at >= start))
         with self.engine.connect() as connection:
             found = {}
-            for run in connection.execute(sa.select(runs, position).select_from(mine).where(behind)).all():
+            for run in connection.execute(
+                sa.select(runs, position.label("position")).select_from(mine).where(behind)
+            ).all():
                 sent = self._sent.get((run.id, run.attempt), run.position)
                 new = samples.c.at >= start if sent is None else samples.c.step > sent
                 rows = connection.execute(

@@ -41,11 +41,21 @@ class SampleLane:
 
     fan_outs = (16, 4)
 
-    def __init__(self, connection: sa.Connection, run_id: str, names: Sequence[str], parameter_count: int) -> None:
+    def __init__(
+        self,
+        connection: sa.Connection,
+        run_id: str,
+        names: Sequence[str],
+        parameter_count: int,
+        columns: Sequence[int] | None = None,
+    ) -> None:
+        """Read only some of the parameters, in this order, where ``columns`` names them."""
         self._connection = connection
         self._run = run_id
         self._names = list(names)
         self._width = parameter_count
+        self._columns = columns
+        self._read_width = parameter_count if columns is None else len(columns)
 
     def load(self, level: int, first: int, last: int) -> Buckets:
         """Return the buckets of a level; at level 0 those samples in which any of the statistics was measured."""
@@ -63,11 +73,15 @@ class SampleLane:
         kept = [row for row in rows if enough(vector is not None for vector in row[1:])]
         steps = np.array([row[0] for row in kept], np.int64)
         planes: dict[str, Floats] = {
-            name: _stacked([row[index] for row in kept], self._width) for index, name in enumerate(stored, 1)
+            name: self._chosen(_stacked([row[index] for row in kept], self._width))
+            for index, name in enumerate(stored, 1)
         }
         if "ratio" in self._names:
             planes["ratio"] = ratio(planes["grad_norm"], planes["weight_norm"])
         return Buckets.of_samples(steps, np.concatenate([planes[name] for name in self._names], axis=1))
+
+    def _chosen(self, rows: NDArray[Any]) -> NDArray[Any]:
+        return rows if self._columns is None else rows[:, self._columns]
 
     def _needed(self) -> set[str]:
         parts = {"grad_norm", "weight_norm"} if "ratio" in self._names else set()
@@ -100,17 +114,18 @@ class SampleLane:
         known = [len(row[2]) for row in rows]
         planes = [_stacked([row[index] for row in rows], self._width) for index in range(2, 6)]
         planes += [_counts([row[index] for row in rows], known, self._width) for index in (6, 7)]
+        planes = [self._chosen(plane) for plane in planes]
         if len(rows) == len(steps):
             return planes
         at = np.searchsorted(steps, np.array([row[1] for row in rows], np.int64))
-        whole: list[NDArray[Any]] = [np.full((len(steps), self._width), MISSING, np.float32) for _ in range(4)]
-        whole += [np.zeros((len(steps), self._width), np.int64) for _ in range(2)]
+        whole: list[NDArray[Any]] = [np.full((len(steps), self._read_width), MISSING, np.float32) for _ in range(4)]
+        whole += [np.zeros((len(steps), self._read_width), np.int64) for _ in range(2)]
         for plane, part in zip(whole, planes, strict=True):
             plane[at] = part
         return whole
 
     def _nothing(self) -> Buckets:
-        return Buckets.of_samples(np.empty(0, np.int64), np.empty((0, len(self._names) * self._width), np.float32))
+        return Buckets.of_samples(np.empty(0, np.int64), np.empty((0, len(self._names) * self._read_width), np.float32))
 
     def _spans(self, level: int, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the first and the last steps of the buckets of a level that begin in a range."""
@@ -136,8 +151,8 @@ class SampleLane:
         self._connection.execute(_insert_spans, spans)
         rows = [
             {"run": self._run, "statistic": name, "level": level, "step": start}
-            | {plane: _packed(getattr(buckets, plane)[row, begin : begin + self._width]) for plane in _PLANES}
-            for name, begin in zip(self._names, range(0, buckets.low.shape[1], self._width), strict=True)
+            | {plane: _packed(_part(getattr(buckets, plane)[row], place, self._width)) for plane in _PLANES}
+            for place, name in enumerate(self._names)
             for row, start in enumerate(starts)
         ]
         self._connection.execute(_insert_rollups, rows)
@@ -292,6 +307,11 @@ def _counts(vectors: Sequence[NDArray[np.float32]], known: Sequence[int], width:
     for row, vector, count in zip(rows, vectors, known, strict=True):
         row[:count] = vector
     return rows
+
+
+def _part(row: NDArray[Any], place: int, width: int) -> NDArray[Any]:
+    """Return the columns of one statistic among several, side by side."""
+    return row[place * width : (place + 1) * width]
 
 
 def _packed(vector: Floats | NDArray[np.int64]) -> NDArray[np.float32]:

@@ -81,7 +81,7 @@ class Notifier:
             try:
                 buried = await written(self._writer, lambda connection: outbox.bury(connection, names, time.time()))
                 if buried:
-                    log.warning("%d deliveries are dead: their receivers are disabled or gone", buried)
+                    log.warning("deliveries that are dead, because their receivers are disabled or gone: %d", buried)
             except Exception:
                 log.exception("deliveries to receivers that are gone could not be given up; the next try comes")
             await asyncio.sleep(_BURY_SECONDS)

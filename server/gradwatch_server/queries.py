@@ -48,9 +48,9 @@ def read_statistic(
     statistic was not measured are left out; a parameter that the run gained later is missing before.
     """
     run = _run(connection, run_id)
-    lane = SampleLane(connection, run_id, [statistic], run.parameter_count)
+    lane = SampleLane(connection, run_id, [statistic], run.parameter_count, list(columns))
     levels = len(run.coverage.get("samples", []))
-    return _read(lane, levels, from_step, to_step, points, columns)
+    return _read(lane, levels, from_step, to_step, points)
 
 
 def read_scalar(
@@ -59,7 +59,7 @@ def read_scalar(
     """Return a scalar of the run over a range, in at most ``points`` buckets of one column, float64."""
     run = _run(connection, run_id)
     lane = ScalarLane(connection, run_id, name)
-    return _read(lane, len(run.coverage.get("scalars", {}).get(name, [])), from_step, to_step, points, [0])
+    return _read(lane, len(run.coverage.get("scalars", {}).get(name, [])), from_step, to_step, points)
 
 
 def read_histograms(
@@ -70,7 +70,7 @@ def read_histograms(
     Returns:
         Their steps, and the counts, shape (steps, thirds, bins).
     """
-    spread = read_statistic(connection, run_id, "grad_norm", from_step, to_step, [0], points).last_steps.tolist()
+    spread = read_statistic(connection, run_id, "grad_norm", from_step, to_step, [], points).last_steps.tolist()
     table = schema.samples
     found: dict[int, dict[str, list[float]]] = {}
     for begin in range(0, len(spread), _AT_ONCE):
@@ -95,28 +95,26 @@ def _run(connection: sa.Connection, run_id: str) -> sa.Row[Any]:
     return connection.execute(wanted).one()
 
 
-def _read(
-    lane: _Lane, level: int, from_step: int | None, to_step: int | None, points: int, columns: Sequence[int]
-) -> Buckets:
+def _read(lane: _Lane, level: int, from_step: int | None, to_step: int | None, points: int) -> Buckets:
     last = LAST_STEP if to_step is None else to_step
     third = -(-points // 3)
     while level and lane.count(level, from_step or 0, last, third) < third:
         level -= 1
-    return _exactly(lane, level, from_step, last, list(columns)).thinned(points)
+    return _exactly(lane, level, from_step, last).thinned(points)
 
 
-def _exactly(lane: _Lane, level: int, first: int | None, last: int, columns: list[int]) -> Buckets:
+def _exactly(lane: _Lane, level: int, first: int | None, last: int) -> Buckets:
     """Return the buckets of a level that lie within a range, and one more for what they leave over at either end."""
     found = lane.load(level, first or 0, last)
-    found = found.head(int(np.searchsorted(found.last_steps, last, "right"))).of_columns(columns)
+    found = found.head(int(np.searchsorted(found.last_steps, last, "right")))
     if level == 0:
         return found
     if not len(found):
-        return _exactly(lane, level - 1, first, last, columns)
+        return _exactly(lane, level - 1, first, last)
     parts = [found]
     begin, end = int(found.first_steps[0]), int(found.last_steps[-1])
     if first is not None and first < begin:
-        parts.insert(0, _exactly(lane, level - 1, first, begin - 1, columns).thinned(1))
+        parts.insert(0, _exactly(lane, level - 1, first, begin - 1).thinned(1))
     if end < last:
-        parts.append(_exactly(lane, level - 1, end + 1, last, columns).thinned(1))
+        parts.append(_exactly(lane, level - 1, end + 1, last).thinned(1))
     return Buckets.concatenated(parts)

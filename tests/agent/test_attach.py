@@ -113,6 +113,46 @@ def test_training_is_bit_identical(server: Server, name: str, every: int | None)
     assert server.samples
 
 
+@pytest.mark.parametrize("every", [1, None])
+@pytest.mark.parametrize("kind", ["LBFGS", "loss scaler", "loss scaler fused", "norm", "value", "bf16", "accumulation"])
+def test_training_is_bit_identical_in_its_other_forms(server: Server, kind: str, every: int | None) -> None:
+    def train(*, watched: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(5, 9), nn.Dropout(0.3), nn.ReLU(), nn.Linear(9, 3))
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused="fused" in kind)
+        if kind == "LBFGS":
+            optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled="scaler" in kind)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            for _ in range(2 if kind == "accumulation" else 1):
+                with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
+                    loss: Tensor = model(torch.randn(4, 5)).square().mean()
+                scaler.scale(loss).backward()
+            if kind == "norm":
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            if kind == "value":
+                nn.utils.clip_grad_value_(model.parameters(), 0.001)
+            return loss
+
+        agent = gradwatch.attach(model, optimizer, url=server.url, every=every) if watched else None
+        for _ in range(8):
+            if kind == "LBFGS":
+                optimizer.step(closure)  # type: ignore[arg-type]
+            else:
+                closure()
+                scaler.step(optimizer)
+                scaler.update()
+        if agent is not None:
+            agent.close()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    plain, watched = train(watched=False), train(watched=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+    assert server.samples
+
+
 def test_log_adds_to_the_next_step(server: Server) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,9 +1,11 @@
 """What must never reach the training: dead servers, full disks, forks, signals, errors of the agent's own."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -178,6 +180,15 @@ def test_a_spool_of_the_living_is_left_alone(tmp_path: Path) -> None:
     assert [left.run for left in leftovers(tmp_path)] == []
     made.close()
     assert [(left.run, left.pending) for left in leftovers(tmp_path)] == [("run-x", 1)]
+
+
+def test_no_other_file_in_the_folder_is_touched(tmp_path: Path) -> None:
+    for name in ("gradwatch.db", "mine.spool"):
+        with contextlib.closing(sqlite3.connect(tmp_path / name)) as other:
+            other.execute("CREATE TABLE mine (x)")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert list(leftovers(tmp_path)) == []
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".lock"} == before
 
 
 class Scripted:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradwatch.wire import MISSING
+from gradwatch.wire import MISSING, Parameter
 from tests.diagnosis.ticks import LAYERS, Watch, held, network
 
 ALIVE = 0.1
@@ -89,3 +89,31 @@ def test_the_last_layer_may_choose_its_rows(position: int) -> None:
     watch = Watch()
     for index in range(30):
         assert not watch.tick(ALIVE, loss=2.3 * 0.99**index, zero_unit_share=share)
+
+
+def _mixture(name: str, count: int = 6) -> list[Parameter]:
+    experts = [Parameter(f"{name}.{index}.weight", [32, 32], units=32) for index in range(count)]
+    stem, head = Parameter("stem.weight", [32, 32], units=32), Parameter("head.weight", [32, 32], units=32)
+    return [stem, *experts, head]
+
+
+def test_an_expert_that_is_never_chosen_is_not_dead_but_all_of_them_are() -> None:
+    watch = Watch(_mixture("experts"))
+    for index in range(60):
+        assert not watch.tick([ALIVE, MISSING, *[ALIVE] * 6], loss=2.3 * 0.99**index)
+    found = [watch.tick([ALIVE, *[MISSING] * 6, ALIVE], loss=1.2) for _ in range(20)]
+    assert "dead" in found[-1]
+
+
+def test_those_that_take_turns_go_by_the_rhythm_of_their_peers() -> None:
+    watch = Watch(_mixture("branches"))
+    for index in range(60):
+        chosen = [ALIVE if index % 5 == place else MISSING for place in range(5)]
+        rarely = ALIVE if index == 15 else MISSING
+        assert not watch.tick([ALIVE, *chosen, rarely, ALIVE], loss=2.3 * 0.99**index)
+
+
+def test_what_has_not_moved_between_samples_has_been_quiet_there_too() -> None:
+    watch = Watch(every=7)
+    found = [watch.tick(gradients(w3=MISSING, b3=MISSING), loss=2.3) for _ in range(6)]
+    assert held(found, "dead").index(True) == 4

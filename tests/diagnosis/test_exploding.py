@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gradwatch_server.alerts import Alert, advance
-from tests.diagnosis.ticks import LAYERS, Watch, fading
+from tests.diagnosis.ticks import LAYERS, Watch, fading, held
 
 
 def test_a_surge_with_a_rising_loss() -> None:
@@ -111,3 +111,47 @@ def test_an_explosion_is_not_its_own_yardstick() -> None:
         found = watch.tick(1e4, loss=1e5)
     assert "exploding" in found
     assert watch.memory.usual_log_gradient == pytest.approx(math.log10(0.1 * (2 * LAYERS) ** 0.5), abs=1e-6)
+
+
+def _backward(decades_a_layer: float) -> list[float]:
+    """Return even gradients of weights, and biases whose gradients grow towards the input."""
+    return [0.1 if index % 2 == 0 else 0.1 * 10 ** (decades_a_layer * (LAYERS - index // 2)) for index in range(16)]
+
+
+def test_what_flows_back_may_not_grow_by_decades_even_where_the_loss_falls() -> None:
+    watch, steady = Watch(), Watch()
+    found = [watch.tick(_backward(1.0), loss=1e7 * 0.8**index) for index in range(4)]
+    assert held(found, "exploding") == [True] * 4
+    assert found[0]["exploding"].evidence["swelling_decades"] == pytest.approx(6.0, abs=0.01)
+    assert not held([steady.tick(_backward(0.3), loss=2.3 * 0.98**index) for index in range(4)], "exploding")[-1]
+
+
+def test_a_loss_that_stays_high_with_grown_weights_has_diverged() -> None:
+    watch = Watch(every=10)
+    watch.learn(5)
+    weights = [3.0] * (2 * LAYERS)
+    high = [(step, 9.0) for step in range(51, 111)]
+    calm = watch.tick(0.1, weights=weights, loss=9.0, losses=high[:10])
+    assert "exploding" not in calm
+    grown = [watch.tick(0.1, weights=7.0, loss=9.0, losses=high[first : first + 10]) for first in (10, 20, 30)]
+    assert held(grown, "exploding")[-1]
+    assert grown[-1]["exploding"].hold_samples == 1
+
+
+def test_an_explosion_between_two_samples_is_seen_in_the_losses() -> None:
+    watch = Watch(every=7)
+    watch.tick(0.1, loss=2.3)
+    wild = [(2, 2.3), (3, 1e4), (4, 1e6), (5, 1e5), (6, 2.4), (7, 2.3), (8, 2.3)]
+    assert watch.tick(0.1, loss=2.3, losses=wild)["exploding"].evidence["largest_loss"] == 1e6
+    once = Watch(every=7)
+    once.tick(0.1, loss=2.3)
+    single = [(step, 1e6 if step == 4 else 2.3) for step in range(2, 9)]
+    assert "exploding" not in once.tick(0.1, loss=2.3, losses=single)
+
+
+def test_a_spike_at_the_sample_itself_is_judged_by_its_neighbours() -> None:
+    watch = Watch(every=25)
+    watch.learn(20)
+    for first in range(501, 700, 25):
+        losses = [(step, 20.0 if step == first + 24 else 1.0) for step in range(first, first + 25)]
+        assert "exploding" not in watch.tick(20.0, loss=20.0, losses=losses)

@@ -19,7 +19,8 @@ from tests.diagnosis.ticks import LAYERS, network
         (0.0, 0.99, 500, False),
     ],
 )
-def test_throttled(share: float, rate: float, samples: int, expected: bool) -> None:
+@pytest.mark.parametrize("silent", [0.0, 0.3])
+def test_throttled(share: float, rate: float, samples: int, expected: bool, silent: float) -> None:
     layout, memory, rules = Layout.of(network()), Memory(), set[str]()
     size = 2 * LAYERS
     for step in range(samples):
@@ -29,7 +30,8 @@ def test_throttled(share: float, rate: float, samples: int, expected: bool) -> N
             statistics={
                 "grad_norm": np.full(size, 0.1, np.float32),
                 "weight_norm": np.full(size, 3.0, np.float32),
-                "clipped_unit_share": np.full(size, share, np.float32),
+                "clipped_unit_share": np.full(size, share * (1.0 - silent), np.float32),
+                "zero_unit_share": np.full(size, silent, np.float32),
             },
             scalars={"loss": 2.3 * rate**step},
         )

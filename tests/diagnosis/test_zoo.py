@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, third, vanishing
+from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, third, throttled, vanishing
 from benchmarks.zoo.case import Case, holds, train
 from benchmarks.zoo.receiver import Recorder
 
@@ -13,7 +13,7 @@ from gradwatch import wire
 from gradwatch_server.alerts import Alert, advance
 from gradwatch_server.diagnosis import Finding, Layout, Memory, Reading, Thresholds, examine
 
-PARTS = (healthy, vanishing, dead, exploding, nonfinite, second, third)
+PARTS = (healthy, vanishing, dead, exploding, nonfinite, second, third, throttled)
 ALL = {case.name: case for part in PARTS for case in part.CASES}
 FAST_HEALTHY = (
     "rezero",
@@ -47,7 +47,7 @@ def watched(case: Case, seed: int) -> list[tuple[int, Finding]]:
     """Train under the agent; return the alerts that fire with their steps."""
     with Recorder() as recorder:
         training = case.build(seed)
-        agent = gradwatch.attach(training.model, None, url=recorder.url, every=1)
+        agent = gradwatch.attach(training.model, None, url=recorder.url, every=1, clip=training.clip)
         result = train(training, case.steps, case.onset)
         agent.close(timeout_seconds=30)
     assert holds(case, result)
@@ -93,4 +93,4 @@ def test_the_set_is_what_it_says() -> None:
     assert len(ALL) >= 40
     sick = [case for case in ALL.values() if case.rule is not None]
     assert all(case.twin is not None for case in sick)
-    assert {case.rule for case in sick} == {"vanishing", "dead", "exploding", "nonfinite"}
+    assert {case.rule for case in sick} == {"vanishing", "dead", "exploding", "nonfinite", "throttled"}

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from playwright.sync_api import Page, expect
 
+from gradwatch_server import schema
 from gradwatch_server.database import open_engine, writing
 from gradwatch_server.tokens import create
 from tests.page import planted
 from tests.processes import GradwatchServer, WebhookReceiver
+from tests.server.hook import fill
 
 
 @dataclass
@@ -46,17 +49,20 @@ def sick(tmp_path: Path) -> Iterator[Sick]:
 def test_an_alert_is_acknowledged_by_name(page: Page, sick: Sick) -> None:
     page.goto(sick.address)
     panel = page.get_by_role("article", name="Alert")
-    panel.get_by_role("button", name="Acknowledge").click()
+    panel.get_by_role("button", name="Acknowledge", exact=True).click()
     assert sick.server.get(f"/api/v1/alerts/{sick.alert}")["acknowledged_by"] is None, "a name is needed"
     panel.get_by_label("Your name").fill("Ada")
-    panel.get_by_role("button", name="Acknowledge").click()
+    panel.get_by_role("button", name="Acknowledge", exact=True).click()
 
     expect(panel).to_contain_text("acknowledged by Ada")
-    expect(panel.get_by_role("button", name="Acknowledge")).to_be_hidden()
+    expect(panel.get_by_role("button", name="Acknowledge", exact=True)).to_be_hidden()
     assert sick.server.get(f"/api/v1/alerts/{sick.alert}")["acknowledged_by"] == "Ada"
     page.reload()
     expect(page.locator("aside li.alert", has_text="nonfinite")).to_contain_text("acknowledged by Ada")
     expect(panel.get_by_label("Your name")).to_have_value("Ada")
+    panel.get_by_role("button", name="Withdraw the acknowledgement").click()
+    expect(panel.get_by_role("button", name="Acknowledge", exact=True)).to_be_visible()
+    assert sick.server.get(f"/api/v1/alerts/{sick.alert}")["acknowledged_by"] is None
 
 
 def test_an_alert_is_silenced_until_a_time_and_told_again(page: Page, sick: Sick) -> None:
@@ -131,3 +137,28 @@ def test_without_admin_scope_nothing_can_be_changed(tolerant_page: Page, sick: S
     page.goto(f"{sick.server.url}/server")
     expect(page.get_by_role("row", name=re.compile("webhook"))).to_be_visible()
     expect(page.get_by_role("button", name="Send again")).to_have_count(0)
+
+
+def test_a_long_list_of_alerts_comes_in_pieces_and_those_that_fire_come_first(
+    page: Page, server: GradwatchServer
+) -> None:
+    run = server.register(["a.weight"])
+    url = f"sqlite:///{server.database}"
+    fill(url, run, ["nobody"] * 230)
+    engine = open_engine(url)
+    with writing(engine) as connection:
+        oldest = sa.select(sa.func.min(schema.alerts.c.id)).scalar_subquery()
+        over = {"state": "resolved", "first_at": 2.0, "resolved_at": 3.0, "resolved_step": 2}
+        connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id != oldest).values(over))
+    engine.dispose()
+    page.goto(f"{server.url}/alerts")
+    entries = page.locator("li.alert")
+    expect(entries).to_have_count(101)
+    expect(entries.first).to_contain_text("firing")
+
+    page.get_by_role("button", name="Older alerts").click()
+    expect(entries).to_have_count(201)
+    page.get_by_role("button", name="Older alerts").click()
+
+    expect(entries).to_have_count(230)
+    expect(page.get_by_role("button", name="Older alerts")).to_be_hidden()

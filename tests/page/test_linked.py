@@ -197,3 +197,23 @@ def test_one_parameter_is_one_parameter(page: Page, server: GradwatchServer) -> 
     page.goto(f"{server.url}/runs/{run}")
 
     expect(page.locator(".facts").first).to_contain_text("1 parameterseen")
+
+
+def test_an_unknown_parameter_in_the_address_is_said(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-digits", "?parameter=nope"))
+
+    expect(page.locator(".trace")).to_contain_text("This run has no parameter of this name.")
+
+
+def test_series_of_several_parameters_stand_side_by_side(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-digits", "?parameter=stem.weight"))
+    trace = page.locator(".trace")
+    trace.get_by_role("button", name="Keep beside").click()
+    page.get_by_role("button", name="head.weight", exact=True).click()
+
+    expect(trace.locator(".chart-values")).to_contain_text(re.compile(r"head\.weight.+stem\.weight"))
+    page.wait_for_url(re.compile("parameter=head.weight.*kept=stem.weight"))
+    page.reload()
+    expect(trace.locator(".chart-values")).to_contain_text(re.compile(r"head\.weight.+stem\.weight"))
+    trace.get_by_role("button", name="Remove stem.weight").click()
+    expect(trace.locator(".chart-values")).not_to_contain_text("stem.weight")

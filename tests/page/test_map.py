@@ -5,9 +5,10 @@ import re
 import numpy as np
 from playwright.sync_api import Page, expect
 
+from gradwatch import wire
 from tests.page import planted, seen
 from tests.page.conftest import Filled, open_run
-from tests.processes import GradwatchServer
+from tests.processes import GradwatchServer, sample
 
 NAMES = [parameter.name for parameter in planted.residual_net()]
 NAN, INFINITE, ZERO, BRIGHTEST = "#b30000", "#ff66ff", "#000000", "#fde725"
@@ -129,3 +130,17 @@ def test_a_single_bad_sample_of_thousands_is_seen(page: Page, server: GradwatchS
     spike, nan = planted.SPIKE_STEP, planted.NAN_STEP
     assert seen.near(cell(page, planted.SPIKE_PARAMETER, range(spike - 4, spike + 5), whole), BRIGHTEST).any()
     assert seen.near(cell(page, planted.NAN_PARAMETER, range(nan - 4, nan + 5), whole), NAN).any()
+
+
+def test_a_network_of_5000_parameters_is_drawn_in_bounded_pieces(page: Page, server: GradwatchServer) -> None:
+    run = server.register([f"layers.{index // 6}.linear{index % 6}.weight" for index in range(5_000)])
+    spike = np.ones(5_000)
+    spike[4_000] = 1e6
+    for first in range(0, 600, 100):
+        samples = [sample(step, *(spike if step == 333 else np.ones(5_000))) for step in range(first, first + 100)]
+        assert server.store(run, wire.Batch(id=str(first), samples=samples)).status_code == 200
+    with page.expect_response(re.compile("/tile")) as answered:
+        open_run(page, f"{server.url}/runs/{run}")
+
+    assert len(answered.value.body()) < 14 * 2_000_000 + 500_000
+    expect(page.locator(".parameters tbody tr").first).to_contain_text("1,000,000 at step")

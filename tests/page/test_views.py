@@ -206,6 +206,22 @@ def test_the_policy_allows_nothing_inline(filled: Filled) -> None:
     assert not re.search(r"<script(?![^>]*\bsrc=)|\bstyle=|\bon\w+=", answer.text)
 
 
+def test_every_module_is_asked_for_at_once() -> None:
+    """Imports would be followed level by level, each a way to the server and back."""
+    named = re.findall(r'<link rel="modulepreload" href="/page/js/([a-z]+\.js)">', (PAGE / "index.html").read_text())
+    assert named == sorted(file.name for file in (PAGE / "js").glob("*.js") if file.name != "main.js")
+
+
+def test_files_are_asked_for_again_after_an_upgrade_and_data_is_kept_nowhere(filled: Filled) -> None:
+    http = filled.server.http
+    for path in ("/", "/server", "/page/js/main.js"):
+        assert http.get(path).headers["cache-control"] == "no-cache", path
+    etag = http.get("/page/js/main.js").headers["etag"]
+    assert http.get("/page/js/main.js", headers={"if-none-match": etag}).status_code == 304
+    for path in ("/api/v1/runs", "/api/v1/session", "/metrics"):
+        assert http.get(path).headers["cache-control"] == "no-store", path
+
+
 def test_vendored_files_are_the_ones_their_notice_names() -> None:
     folder = PAGE / "vendor" / "uplot"
     notice = (folder / "NOTICE.md").read_text()

@@ -10,16 +10,16 @@ from torch import nn
 import gradwatch
 from gradwatch import wire
 from gradwatch_server.advice import THRESHOLDS, advise
-from tests.processes import GradwatchServer
+from tests.processes import GradwatchServer, sample
 
 
 def histograms(ratios: list[list[float]]) -> np.ndarray:
     """Return the histograms of samples whose units, all in the middle third, have these ratios."""
     bins = wire.HISTOGRAM_EDGES.size + 1
     found = np.zeros((len(ratios), 3, bins))
-    for sample, values in zip(found, ratios, strict=True):
+    for counted, values in zip(found, ratios, strict=True):
         places = np.searchsorted(wire.HISTOGRAM_EDGES, np.array(values), side="left")
-        sample[1] = np.bincount(places, minlength=bins)
+        counted[1] = np.bincount(places, minlength=bins)
     return found
 
 
@@ -97,3 +97,11 @@ def test_a_dry_run_says_what_clipping_would_have_done(tmp_path: Path, monkeypatc
         advice = server.get(f"/api/v1/runs/{agent.run_id}/clip-advice")
         assert advice["clip"] == 0.04
         assert advice["recommended"] is None
+
+
+def test_a_run_without_parameters_or_samples_has_no_advice(server: GradwatchServer) -> None:
+    for names in ((), ("a.weight",)):
+        run = server.register(names)
+        assert server.get(f"/api/v1/runs/{run}/clip-advice")["recommended"] is None
+    server.store(run, wire.Batch(id="1", samples=[sample(step, 1.0) for step in range(700)]))
+    assert server.get(f"/api/v1/runs/{run}/clip-advice")["samples"] == 0

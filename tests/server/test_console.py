@@ -66,13 +66,26 @@ def test_a_receiver_is_tested_before_it_is_needed(tmp_path: Path) -> None:
         assert "has no receiver 'nobody'; it has: ops, public" in missing
 
 
+WRONG = [
+    ('[[routes]]\nreceivers = ["third"]\n', "a route names receiver 'third'"),
+    (hook("second", "https://example.com/"), "two receivers are named 'second'"),
+    (hook("other", "https://example.com/", 'secret = "env:NOT_THERE"'), "the environment variable 'NOT_THERE' is not"),
+    ("[delivery]\nlease_seconds = 1\n", "must be more than delivery.timeout_seconds"),
+    ("[rules.exploding]\nno_such_key = 1\n", "no_such_key"),
+    ("[unheard_of]\n", "unknown field `unheard_of`"),
+    ("[delivery\n", "gradwatch.toml: "),
+]
+"""What is wrong with a file, of which everything else is right, and what the log says of it."""
+
+
 def test_sighup_reads_the_configuration_again_whole_or_not_at_all(tmp_path: Path) -> None:
     config = tmp_path / "gradwatch.toml"
     with WebhookReceiver() as first, WebhookReceiver() as second:
         config.write_text(hook("first", first.url + "?key=hidden"))
         with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config)) as server:
-            config.write_text(hook("second", second.url) + '[[routes]]\nreceivers = ["third"]\n')
-            _reload(server, "a route names receiver 'third'")
+            for wrong, reason in WRONG:
+                config.write_text(hook("second", second.url) + wrong)
+                _reload(server, reason)
             _fall_ill(server)
             first.wait(1)
             config.write_text(hook("second", second.url))
@@ -84,14 +97,33 @@ def test_sighup_reads_the_configuration_again_whole_or_not_at_all(tmp_path: Path
             assert "hidden" not in server.log.read_text()
 
 
+def test_sighup_that_comes_while_the_server_starts_does_not_end_it(tmp_path: Path) -> None:
+    config = tmp_path / "gradwatch.toml"
+    config.write_text("")
+    command = [sys.executable, "-m", "gradwatch", "serve", "--port", "0", "--config", str(config)]
+    with (tmp_path / "log").open("wb") as log:
+        serving = subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=log)
+    assert serving.stdout is not None
+    with serving.stdout:
+        assert serving.stdout.readline().startswith(b"gradwatch serves on")
+        serving.send_signal(signal.SIGHUP)
+        _logged(tmp_path / "log", "the configuration was read again")
+    serving.terminate()
+    assert serving.wait(30) == 0
+
+
 def _fall_ill(server: GradwatchServer) -> None:
     server.store(server.register(["a"]), wire.Batch(id="b", samples=[sample(1, NAN)]))
 
 
 def _reload(server: GradwatchServer, logged: str) -> None:
     server.process.send_signal(signal.SIGHUP)
+    _logged(server.log, logged)
+
+
+def _logged(log: Path, line: str) -> None:
     for _ in range(400):
-        if logged in server.log.read_text():
+        if line in log.read_text():
             return
         threading.Event().wait(0.05)
-    raise AssertionError(server.log.read_text())
+    raise AssertionError(log.read_text())

@@ -1,10 +1,15 @@
 """kill -9: everything acknowledged is there, once."""
 
+import os
+import random
+import resource
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -14,49 +19,157 @@ from tests.postgres import postgres_database
 from tests.processes import GradwatchServer, environment, sample
 
 
-def _send(server: GradwatchServer, run: str, acknowledged: set[int], stop: threading.Event) -> None:
-    """Send one sample a batch, each until it is acknowledged, as an agent would; across the server's deaths."""
-    step = 0
-    while not stop.is_set():
-        step += 1
-        batch = wire.Batch(id=f"b{step}", samples=[sample(step, float(step))])
-        while not stop.is_set():
-            try:
-                if server.store(run, batch).status_code == 200:
-                    acknowledged.add(step)
+class Agent:
+    """Sends batches of one run, each until it is acknowledged, across the server's deaths; as an agent would."""
+
+    def __init__(self, server: GradwatchServer, run: str, stop: threading.Event) -> None:
+        self._server, self._stop = server, stop
+        self.run = run
+        self.acknowledged: set[int] = set()
+        self.refused: list[httpx.Response] = []
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the last batch is done."""
+        self._thread.join()
+
+    def _send(self) -> None:
+        number = 0
+        while not self._stop.is_set():
+            number += 1
+            steps = [2 * number, 2 * number + 1]
+            batch = wire.Batch(id=f"b{number}", samples=[sample(step, float(step), loss=1.0) for step in steps])
+            while not self._stop.is_set():
+                try:
+                    answer = self._server.store(self.run, batch)
+                except (httpx.TransportError, RuntimeError):
+                    self._stop.wait(0.005)
+                    continue
+                if answer.status_code == 200:
+                    self.acknowledged.update(steps)
                     break
-            except (httpx.TransportError, RuntimeError):
-                stop.wait(0.01)
+                self.refused.append(answer)
+                self._stop.wait(0.02)
 
 
-def test_every_acknowledged_sample_survives_kill_9_once(tmp_path: Path, database_url: str) -> None:
-    with GradwatchServer(tmp_path / "gradwatch.db", url=database_url) as server:
-        runs = [server.register(["a"]) for _ in range(4)]
-        acknowledged: dict[str, set[int]] = {run: set() for run in runs}
+def _check(server: GradwatchServer, agents: list[Agent]) -> None:
+    """Compare what was acknowledged with what is there; a batch whose answer was lost may be there as well."""
+    for agent in agents:
+        series = server.get(f"/api/v1/runs/{agent.run}/series", statistic="grad_norm", parameter="a", points=10_000)
+        assert series["steps"] == series["last_steps"]
+        assert len(series["steps"]) == len(set(series["steps"]))
+        assert agent.acknowledged <= set(series["steps"])
+        assert series["last"] == [float(step) for step in series["steps"]]
+        assert server.get(f"/api/v1/runs/{agent.run}")["sample_count"] == len(series["steps"])
+
+
+class Phoenix(GradwatchServer):
+    """A server that is back at once: forked from a process that has imported everything already."""
+
+    FORKS = """
+import os, sys
+from gradwatch_server.serve import main
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os._exit(main(line.split()))
+    print("child", child, flush=True)
+    os.waitpid(child, 0)
+"""
+
+    def start(self) -> None:
+        """Start another one in the place of the last."""
+        if not hasattr(self, "process"):
+            self._log = self.log.open("ab")
+            command = [sys.executable, "-c", self.FORKS]
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env=environment(),
+                cwd=self.database.parent,
+            )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(" ".join(self._command[4:]).encode() + b"\n")
+        self.process.stdin.flush()
+        told = [self.process.stdout.readline().decode() for _ in range(2)]
+        self.child = next(int(line.split()[1]) for line in told if line.startswith("child"))
+        self.url = next(line.split()[3] for line in told if line.startswith("gradwatch serves on "))
+        self._command[self._command.index("--port") + 1] = self.url.rpartition(":")[2]
+        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+
+    def kill(self) -> None:
+        """End it with SIGKILL: nothing can be tidied up."""
+        os.kill(self.child, signal.SIGKILL)
+        self.http.close()
+
+    def stop(self) -> int:
+        """End it with SIGTERM, and the process that it came from."""
+        os.kill(self.child, signal.SIGTERM)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        code = self.ended()
+        self._log.close()
+        return code
+
+
+def test_every_acknowledged_sample_survives_50_times_kill_9_once(tmp_path: Path, database_url: str) -> None:
+    """At random moments under load; each time the server comes back and the agents go on."""
+    moments = random.Random(50)
+    with Phoenix(tmp_path / "gradwatch.db", url=database_url) as server:
         stop = threading.Event()
-        senders = [
-            threading.Thread(target=_send, args=(server, run, acknowledged[run], stop), daemon=True) for run in runs
-        ]
-        for sender in senders:
-            sender.start()
-        for kills in range(1, 6):
-            goal = 40 * kills
-            while min(map(len, acknowledged.values())) < goal:
-                stop.wait(0.005)
+        agents = [Agent(server, server.register(["a"]), stop) for _ in range(4)]
+        for _ in range(50):
+            goal = sum(len(agent.acknowledged) for agent in agents) + moments.randrange(1, 30)
+            while sum(len(agent.acknowledged) for agent in agents) < goal:
+                stop.wait(0.001)
+            stop.wait(moments.uniform(0.0, 0.01))
             server.kill()
             server.start()
         stop.set()
-        for sender in senders:
-            sender.join()
-        for run in runs:
-            series = server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a", points=10_000)
-            assert len(series["steps"]) == len(set(series["steps"]))
-            assert acknowledged[run] <= set(series["steps"])
-            assert server.get(f"/api/v1/runs/{run}")["sample_count"] == len(series["steps"])
+        for agent in agents:
+            agent.join()
+        assert sum(len(agent.acknowledged) for agent in agents) > 500
+        _check(server, agents)
     if database_url.startswith("sqlite"):
-        with sqlite3.connect(database_url.removeprefix("sqlite:///")) as database:
-            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        database.close()
+        _check_integrity(Path(database_url.removeprefix("sqlite:///")))
+
+
+def _check_integrity(database: Path) -> None:
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_a_full_disk_refuses_clearly_and_nothing_is_lost_when_it_has_room_again(tmp_path: Path) -> None:
+    """The database's file may not grow beyond what the kernel allows, until it may."""
+    database = tmp_path / "gradwatch.db"
+    with GradwatchServer(database) as server:
+        stop = threading.Event()
+        agents = [Agent(server, server.register(["a"]), stop) for _ in range(2)]
+        before = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+        room = max(part.stat().st_size for part in tmp_path.glob("gradwatch.db*")) + 100_000
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (room, before[1]))
+        while not all(len(agent.refused) > 5 for agent in agents):
+            stop.wait(0.01)
+        assert server.http.get("/healthz").status_code == 200
+        assert {answer.status_code for agent in agents for answer in agent.refused} <= {503, 507}
+        for answer in [answer for agent in agents for answer in agent.refused]:
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert int(answer.headers["retry-after"]) >= 1
+            assert "nothing was stored" in answer.json()["detail"]
+        _check(server, agents)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, before)
+        stored = [len(agent.acknowledged) for agent in agents]
+        while not all(len(agent.acknowledged) > count + 20 for agent, count in zip(agents, stored, strict=True)):
+            stop.wait(0.01)
+        stop.set()
+        for agent in agents:
+            agent.join()
+        _check(server, agents)
+    _check_integrity(database)
 
 
 def test_two_servers_share_one_postgresql(tmp_path: Path, postgres: str) -> None:

@@ -125,6 +125,14 @@ def test_a_whole_number_may_be_written_as_a_float(shared_server: GradwatchServer
     assert shared_server.get(f"/api/v1/runs/{run_id}")["last_step"] == 3
 
 
+def test_a_run_without_parameters_can_be_read(shared_server: GradwatchServer) -> None:
+    run_id = shared_server.register([])
+    shared_server.store(run_id, wire.Batch(id="b", samples=[sample(step, loss=1.0) for step in range(40)]))
+    for path in ("", "/map", "/tile", "/profile", "/latest", "/clip-advice", "/series?statistic=loss"):
+        answer = shared_server.http.get(f"/api/v1/runs/{run_id}{path}")
+        assert answer.status_code == 200, f"{path} {answer.text}"
+
+
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[tuple[GradwatchServer, str]]:
     """A server that asks for tokens, and one that may do everything."""

@@ -71,7 +71,7 @@ async def check(request: Request) -> None:
     """
     path = request.url.path
     _check_origin(request)
-    if path.startswith(_OPEN) or _is_view(request.method, path):
+    if path.startswith(_OPEN) or is_view(request.method, path):
         return
     await refresh(request)
     services = cast("Services", request.app.state.services)
@@ -81,7 +81,8 @@ async def check(request: Request) -> None:
         await asyncio.to_thread(_check_project, services, grant, request)
 
 
-def _is_view(method: str, path: str) -> bool:
+def is_view(method: str, path: str) -> bool:
+    """Return whether a request asks for a view of the page."""
     if method not in ("GET", "HEAD"):
         return False
     return path in VIEWS or (path.startswith("/runs/") and path.count("/") == 2)

@@ -7,6 +7,8 @@ from pydantic import BaseModel, Field
 Number = float | Literal["NaN", "Infinity", "-Infinity"]
 Measured = Number | None
 """None: the parameter had no gradient in this round."""
+_WITHOUT_NUL = r"^[^\x00]*$"
+"""PostgreSQL keeps every character but this."""
 
 
 AnyDocument = dict[str, Any]
@@ -197,17 +199,17 @@ class Alert(BaseModel):
 class Acknowledgement(BaseModel):
     """Somebody takes care of an alert."""
 
-    author: str = Field(min_length=1, max_length=200)
+    author: str = Field(min_length=1, max_length=200, pattern=_WITHOUT_NUL)
 
 
 class NewSilence(BaseModel):
     """What is not told for a while; patterns may have ``*`` and ``?``."""
 
-    project: str = Field("*", max_length=512)
-    run: str = Field("*", max_length=512)
-    rule: str = Field("*", max_length=512)
-    author: str = Field(min_length=1, max_length=200)
-    comment: str = Field("", max_length=2_000)
+    project: str = Field("*", max_length=512, pattern=_WITHOUT_NUL)
+    run: str = Field("*", max_length=512, pattern=_WITHOUT_NUL)
+    rule: str = Field("*", max_length=512, pattern=_WITHOUT_NUL)
+    author: str = Field(min_length=1, max_length=200, pattern=_WITHOUT_NUL)
+    comment: str = Field("", max_length=2_000, pattern=_WITHOUT_NUL)
     ends_at: float = Field(description="Unix seconds", le=1e11)
 
 

@@ -82,6 +82,10 @@ def install(app: FastAPI) -> None:
             return answer(507, "Disk full", detail[:500], retry_after_seconds=30)
         return answer(503, "Database out of reach", f"nothing was stored: {error.orig}"[:500], retry_after_seconds=5)
 
+    @app.exception_handler(sa.exc.DataError)
+    async def unkept(_request: Request, error: sa.exc.DataError) -> Response:
+        return answer(422, "Invalid value", f"the database cannot hold this: {error.orig}"[:500])
+
     @app.exception_handler(Exception)
     async def broken(_request: Request, error: Exception) -> Response:
         return answer(500, "Internal error", f"{type(error).__name__}: the server's log says more")

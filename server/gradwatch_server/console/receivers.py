@@ -43,7 +43,7 @@ def _enable(given: argparse.Namespace) -> int:
 
 
 def _replay(given: argparse.Namespace) -> int:
-    print(f"{ask(given, 'POST', f'/receivers/{given.name}/replay')['deliveries']} deliveries are due again")
+    print(f"due again: {ask(given, 'POST', f'/receivers/{given.name}/replay')['deliveries']}")
     return 0
 
 

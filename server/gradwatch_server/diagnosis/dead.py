@@ -120,7 +120,8 @@ def _origin_first(layout: Layout, chosen: Flags, dead: Flags) -> Indices:
 def _summary(dead: int, idle: int, first: str, *, missing: bool) -> str:
     kind = "no gradient at all" if missing else "a gradient of exactly zero"
     if not dead:
-        return f"{IDLE_SHARE:.0%} or more of the units have a gradient of exactly zero in {idle} layers, {first} first"
+        where = first if idle == 1 else f"{idle} layers, {first} first"
+        return f"{IDLE_SHARE:.0%} or more of the units have a gradient of exactly zero in {where}"
     named = first if dead == 1 else f"{dead} parameters, {first} first,"
     return f"{named} {'has' if dead == 1 else 'have'} had {kind} while others learn"
 

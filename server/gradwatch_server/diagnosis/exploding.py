@@ -18,10 +18,12 @@ _MARGIN = 0.5
 """Growth of the loss over its beginning, as a share, that noise does not explain."""
 _ROSE = 2.0
 """Growth of the loss over its beginning, as a share, just before it overflows: an explosion, not a faulty operation."""
+_BURST = 3
+"""Losses in a row that are no single outlier."""
 _FEWEST = 3
 """Of fewer matrices, half says nothing."""
-_GRAVE = 100.0
-"""Times both limits, in geometric mean: no noise does that."""
+_GRAVE = 20.0
+"""Times both limits, in geometric mean: sixty times further than the noisiest healthy run."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def sign(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     if reading.scalars.get("clip_norm", 0.0) == math.inf:
         return _clipped_away(layout, profile)
     if profile.matrices.size:
-        for look in (_surging, _blowing_up, _out_of_proportion, _amplifying, _swelling):
+        for look in (_burst, _surging, _blowing_up, _out_of_proportion, _amplifying, _swelling, _diverged):
             found = look(memory, reading, profile, limits)
             if found is not None:
                 return found
@@ -99,14 +101,14 @@ def _learning(memory: Memory, profile: Profile) -> bool:
     return min(losses.progress(profile.loss), losses.progress()) > _LEARNING and losses.relapse() < _UNLEARNED
 
 
-def _surging(memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+def _surging(memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
     """The gradient is far above what is usual in this run, and the loss above where it began."""
     if not memory.log_gradients or not profile.global_gradient > 0.0:
         return None
-    losses = memory.losses
+    losses, loss = memory.losses, reading.settled_loss(profile.loss)
     if math.isnan(profile.loss):
         needed = limits.growth_decades_alone
-    elif losses.progress(profile.loss) < -_MARGIN or losses.relapse(profile.loss) > 1.0 + _MARGIN:
+    elif losses.progress(loss) < -_MARGIN or losses.relapse(loss) > 1.0 + _MARGIN:
         needed = limits.mild_growth_decades
     else:
         return None
@@ -225,6 +227,48 @@ def _swelling(_memory: Memory, _reading: Reading, profile: Profile, limits: Expl
         values=profile.ratio,
         limit=limits.ratio,
         evidence={"swelling_decades": decades},
+    )
+
+
+def _diverged(memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+    """The loss of every step has been far above its beginning for long, and the weights have grown.
+
+    Where samples lie apart the explosion itself may be over before any of them.
+    """
+    grown, each = growth(memory, profile)
+    if grown < math.log10(limits.risen_growth) or not memory.losses.risen(limits.loss_rise, limits.loss_rise_steps):
+        return None
+    values = np.ones(len(profile.weight))
+    values[profile.matrices] = 10.0**each
+    return Sign(
+        summary=f"The loss has been more than {1 + limits.loss_rise:.3g} times where it began for "
+        f"{limits.loss_rise_steps} steps, and the weights have grown {10**grown:.3g} times over",
+        cause="The updates overshoot: the learning rate is too high for this network.",
+        worst=_largest(values, profile),
+        values=values,
+        limit=limits.risen_growth,
+        evidence={"weight_growth": 10**grown, "usual_loss": memory.losses.now},
+        grave=True,
+    )
+
+
+def _burst(memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+    """Between two samples the loss was, for several steps in a row, many decades above its beginning."""
+    if not memory.losses.first or min(memory.losses.first) <= 0.0:
+        return None
+    highest = memory.losses.reference * 10**limits.loss_surge_decades
+    beyond = [loss > highest for _, loss in reading.losses]
+    if not any(all(beyond[first : first + _BURST]) for first in range(len(beyond) - _BURST + 1)):
+        return None
+    largest = max(loss for _, loss in reading.losses)
+    return Sign(
+        summary=f"Between two samples the loss rose to {largest:.3g}, from {memory.losses.reference:.3g} at the start",
+        cause="The updates overshoot: the learning rate, or the inputs, are too large for this network.",
+        worst=_largest(profile.ratio, profile),
+        values=profile.ratio,
+        limit=limits.ratio,
+        evidence={"largest_loss": largest},
+        grave=True,
     )
 
 

@@ -19,6 +19,7 @@ VERSION: Final = 2
 HISTORY_SAMPLES = 64
 FIRST_SAMPLES = 8
 RECENT_SAMPLES = 5
+LATELY_STEPS = 64
 GROWTH_SAMPLES = 16
 _SPREAD_OF_MAD = 1.4826
 """Standard deviations in a median absolute deviation of normal noise."""
@@ -35,6 +36,8 @@ class Losses:
     """The last few, Inf where one was not finite."""
     lowest: float = math.inf
     """Least median of a few in a row."""
+    lately: tuple[float, ...] = ()
+    """The last medians of a few in a row, one a step."""
 
     @cached_property
     def reference(self) -> float:
@@ -77,7 +80,17 @@ class Losses:
             first=(*self.first, loss) if len(self.first) < FIRST_SAMPLES and math.isfinite(loss) else self.first,
             recent=recent,
             lowest=min(self.lowest, now) if len(recent) >= 3 else self.lowest,
+            lately=(*self.lately, now)[-LATELY_STEPS:],
         )
+
+    def risen(self, share: float, steps: int) -> bool:
+        """Return whether each of the last ``steps`` medians lies above where the loss began by this share of it.
+
+        False for a loss that began at or below zero somewhere: it does not measure how bad the run is.
+        """
+        if len(self.lately) < steps or not self.first or min(self.first) <= 0.0:
+            return False
+        return min(self.lately[-steps:]) > (1.0 + share) * self.reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +209,7 @@ class Memory:
         size = len(layout.names)
         quiet, longest, idle = times
         ever = grown(self.ever, size, False)
-        shares = reading.vector("clipped_unit_share", size)
+        shares = reading.clipped_share(size)
         all_shares, matrices = shares[shares >= 0.0], shares[profile.matrices]
         matrices = matrices[matrices >= 0.0]
         if matrices.size > 1 and matrices[-1] == 0.0:
@@ -230,7 +243,7 @@ class Memory:
             raise ValueError(f"memory of version {version}, not {VERSION}: replay the run's samples")
         losses = content.pop("losses")
         unpacked = {name: _unpacked(value) for name, value in content.items()}
-        return cls(losses=Losses(tuple(losses[0]), tuple(losses[1]), losses[2]), **unpacked)
+        return cls(losses=Losses(tuple(losses[0]), tuple(losses[1]), losses[2], tuple(losses[3])), **unpacked)
 
 
 class QuietTimes(NamedTuple):
@@ -270,8 +283,10 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     """Return the times of each parameter, this sample included.
 
     A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this
-    sample but whose weight changed since the last, or whose weight grew between samples that lie apart (momentum runs
-    out and weight decay shrinks): its module steps, only not at the sampled steps.
+    sample but whose weight changed since the last: its module steps, only not at the sampled steps. Likewise one that
+    never had a gradient at a sample and whose weight grew between samples that lie apart; where there was one before,
+    momentum runs out, and weight decay shrinks. A weight that has not changed at all
+    between samples that lie apart has been quiet for all steps between them, and counts up to three times.
     """
     size = len(layout.names)
     quiet, longest = memory.counts("quiet", size), memory.counts("longest_quiet", size)
@@ -280,17 +295,21 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     if not alive.any():
         return QuietTimes(quiet, longest, idle)
     before = grown(memory.weights, size, np.nan)
-    apart = memory.samples > 0 and bool(memory.growths) and reading.step - memory.growths[-1][0] > 1
+    gap = reading.step - memory.growths[-1][0] if memory.growths else 1
     change = profile.weight - before
-    steps = np.where(profile.present & ~apart, False, np.where(profile.present, change, np.abs(change)) > 1e-6 * before)
-    loud = alive | any_of(layout.owners, steps)
+    moved = np.where(profile.present, change, np.abs(change)) > 1e-6 * before
+    elsewhere = ~profile.present if gap == 1 else ~profile.present | ~grown(memory.ever, size, False)
+    loud = alive | any_of(layout.owners, moved & elsewhere)
     longest = np.where(loud, np.maximum(longest, quiet), longest)
-    quiet = np.where(loud, 0, quiet + 1)
+    still = np.abs(change) <= 1e-6 * before
+    quiet = np.where(loud, 0, quiet + np.where(still, min(max(gap, 1), _MOST_STEPS), 1))
     share = reading.vector("zero_unit_share", size)
     idle = np.where(alive, np.where(share >= IDLE_SHARE, idle + 1, 0), idle)
     return QuietTimes(quiet, longest, idle)
 
 
+_MOST_STEPS = 3
+"""How many of the steps between two samples count, at most."""
 CLIPPED_SHARE = 0.95
 """Share of a matrix's units that are clipped from which the threshold, not the gradient, decides its step."""
 IDLE_SHARE = 0.95
@@ -311,7 +330,7 @@ _KINDS: Final[dict[str, type[Any]]] = {"f": np.float64, "i": np.int64, "b": np.b
 
 def _packed(value: Any) -> Any:
     if isinstance(value, Losses):
-        return [value.first, value.recent, value.lowest]
+        return [value.first, value.recent, value.lowest, value.lately]
     if isinstance(value, np.ndarray):
         return {"kind": value.dtype.kind, "data": value.tobytes()}
     return value

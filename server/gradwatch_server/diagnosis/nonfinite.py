@@ -108,8 +108,9 @@ def _origin_first(layout: Layout, chosen: Flags, bad: Flags) -> Indices:
 
 
 def _summary(bad: int, gradients: int, bad_weights: int, loss: float) -> str:
-    parts = [f"{bad} of {gradients} gradients are not finite"] if bad else []
-    parts += [f"{bad_weights} weights are not finite"] if bad_weights else []
+    of_all = f"{bad} of {gradients} gradients" if gradients > 1 else "the only gradient"
+    parts = [f"{of_all} {'is' if bad == 1 else 'are'} not finite"] if bad else []
+    parts += [f"{bad_weights} {'weight is' if bad_weights == 1 else 'weights are'} not finite"] if bad_weights else []
     parts += ["the loss is not finite"] if not math.isfinite(loss) else []
     return ", ".join(parts)
 

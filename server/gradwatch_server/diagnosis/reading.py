@@ -18,6 +18,7 @@ EPS = 1e-3
 """The eps of ``ratio = grad_norm / (weight_norm + eps)``."""
 TINY = 1e-45
 """The smallest positive float32: stands for zero on a logarithmic scale."""
+_SETTLED = 5
 _LOOKUPS = ("Embedding", "EmbeddingBag")
 
 
@@ -190,6 +191,11 @@ class Reading:
         told = [loss for _, loss in self.losses]
         return told or ([self.scalars["loss"]] if "loss" in self.scalars else [])
 
+    def settled_loss(self, loss: float) -> float:
+        """Return the median of the last five losses where every step's are known, else ``loss``: no single spike."""
+        told = [told if math.isfinite(told) else math.inf for _, told in self.losses[-_SETTLED:]]
+        return median(told) if len(told) == _SETTLED else loss
+
     def vector(self, name: Statistic, size: int) -> Floats:
         """Return a statistic, shape (size,), float64; all missing where it was not measured."""
         found = self.statistics.get(name)
@@ -197,6 +203,15 @@ class Reading:
         if found is not None:
             vector[: len(found)] = found
         return vector
+
+    def clipped_share(self, size: int) -> Floats:
+        """Return the share of clipped units among those that have a gradient, shape (size,); MISSING if not measured.
+
+        A unit without a gradient, such as a ReLU that no input of the batch activates, is never scaled down.
+        """
+        clipped, silent = self.vector("clipped_unit_share", size), self.vector("zero_unit_share", size)
+        living = 1.0 - np.clip(silent, 0.0, 1.0)
+        return np.where(clipped > 0.0, np.minimum(clipped / np.maximum(living, 1e-6), 1.0), clipped)
 
     def profile(self, layout: Layout) -> Profile:
         """Return what the rules share."""

@@ -60,6 +60,13 @@ class Exploding(Rule, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weight_growth_steps: Samples = 20
     runaway_growth: Annotated[float, msgspec.Meta(gt=1.0)] = 10.0
     """The same since the first sample, however long it took."""
+    loss_rise: Positive = 2.0
+    """Share of its beginning by which the loss of every step lies above it for ``loss_rise_steps``: three times it."""
+    loss_rise_steps: Annotated[int, msgspec.Meta(ge=5, le=64)] = 20
+    loss_surge_decades: Decades = 3.0
+    """Height of the loss over its beginning, in powers of ten, for three steps in a row between two samples."""
+    risen_growth: Annotated[float, msgspec.Meta(gt=1.0)] = 2.0
+    """Growth of half of the weight matrices since the first sample that goes with it."""
     clear_samples: Samples = 10
 
 

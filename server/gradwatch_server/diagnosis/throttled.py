@@ -22,7 +22,7 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     clipped = memory.clipped_samples >= (limits.learning_clipped_samples if learning else limits.clipped_samples)
     if not clipped and memory.unclipped_samples < limits.unclipped_samples:
         return None
-    share = np.maximum(reading.vector("clipped_unit_share", len(layout.names)), 0.0)
+    share = np.maximum(reading.clipped_share(len(layout.names)), 0.0)
     samples = memory.clipped_samples if clipped else memory.unclipped_samples
     worst = profile.matrices[np.argsort(-share[profile.matrices], kind="stable")]
     parameters, left_out = blame(layout.names, worst, share, CLIPPED_SHARE if clipped else 0.0)

@@ -1,6 +1,7 @@
 """E-mail by SMTP."""
 
 import asyncio
+import logging
 import smtplib
 import socket
 import ssl
@@ -14,6 +15,8 @@ from gradwatch_server.addresses import Guard
 from gradwatch_server.answer import Answer
 from gradwatch_server.receivers.base import Message, Receiver, Way
 from gradwatch_server.receivers.chat import blamed, headline
+
+log = logging.getLogger(__name__)
 
 
 class Email(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="email"):
@@ -128,4 +131,6 @@ class _MailWay:
                 smtp.starttls(context=context)
             if to.username is not None and to.password is not None:
                 smtp.login(to.username, to.password)
-            smtp.send_message(to.mail(message, now))
+            refused = smtp.send_message(to.mail(message, now))
+        if refused:  # others have it: sent again, they would have it twice
+            log.warning("receiver %s: the mail server takes nothing for %s", to.name, ", ".join(refused))

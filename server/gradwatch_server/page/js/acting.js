@@ -43,10 +43,12 @@ export function actions(alert, run, done) {
   const comment = el("input", { maxlength: 2000 });
   const said = el("p", { class: "wrong", role: "alert" });
   const acknowledge = el("button", { type: "button", onclick: () => act(acknowledged) }, "Acknowledge");
+  const withdraw = el("button", { type: "button", onclick: () => act(withdrawn) }, "Withdraw the acknowledgement");
   const later = () => (until.value = local(Date.now() / 1000 + SPANS[span.selectedIndex][1]));
   span.addEventListener("input", later);
   later();
 
+  const withdrawn = () => api.withdraw(alert.id);
   const acknowledged = () => api.acknowledge(alert.id, author.value.trim());
   const silenced = () =>
     api.addSilence({
@@ -59,7 +61,7 @@ export function actions(alert, run, done) {
   /** @param {() => Promise<unknown>} work */
   const act = async (work) => {
     fill(said);
-    if (!author.reportValidity()) return;
+    if (work !== withdrawn && !author.reportValidity()) return;
     localStorage.setItem(AUTHOR, author.value.trim());
     try {
       await work();
@@ -91,7 +93,7 @@ export function actions(alert, run, done) {
   const box = el(
     "div",
     { class: "actions" },
-    el("div", { class: "acting" }, el("label", null, "Your name", author), acknowledge),
+    el("div", { class: "acting" }, el("label", null, "Your name", author), acknowledge, withdraw),
     form,
     said,
   );
@@ -100,6 +102,7 @@ export function actions(alert, run, done) {
     /** @param {Alert} now */
     show(now) {
       box.hidden = !api.mayChange() || now.state === "resolved";
+      withdraw.hidden = now.state !== "firing" || now.acknowledged_at === null;
       acknowledge.hidden = now.state !== "firing" || now.acknowledged_at !== null;
     },
   };

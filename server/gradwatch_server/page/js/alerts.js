@@ -8,6 +8,8 @@ import { kept } from "./runs.js";
 
 /** @typedef {import("./api.js").Alert} Alert */
 
+const FEW = 100;
+const MOST = 1000;
 const ORDER = { firing: 0, pending: 1, resolved: 2 };
 
 /** Firing first, critical before warning, the newest before the older. @param {Alert[]} alerts */
@@ -24,9 +26,23 @@ export async function alertsView(main, live) {
   const held = el("section", { class: "card pad", hidden: true });
   const none = el("p", { class: "empty" }, "Nothing is wrong, and nothing was.");
   let shownSilences = "";
+  let wanted = FEW;
+  const more = () => {
+    wanted = Math.min(MOST, wanted + FEW);
+    return load();
+  };
+  const older = el("button", { type: "button", hidden: true, onclick: () => more() }, "Older alerts");
   /** @returns {Promise<void>} */
   const load = async () => {
-    const [alerts, runs, silences] = await Promise.all([api.alerts({}), api.runs(), api.silences()]);
+    const [firing, pending, over, runs, silences] = await Promise.all([
+      api.alerts({ state: "firing" }),
+      api.alerts({ state: "pending" }),
+      api.alerts({ state: "resolved", limit: wanted }),
+      api.runs(),
+      api.silences(),
+    ]);
+    const alerts = [...firing, ...pending, ...over];
+    older.hidden = over.length < wanted || wanted >= MOST;
     const names = new Map(runs.map((run) => [run.id, `${run.project} / ${run.name}`]));
     fill(
       list,
@@ -39,7 +55,7 @@ export async function alertsView(main, live) {
     shownSilences = key;
   };
   await load();
-  fill(main, el("div", { class: "head" }, el("h1", null, "Alerts")), held, list, none);
+  fill(main, el("div", { class: "head" }, el("h1", null, "Alerts")), held, list, older, none);
   return { close: kept(live, load) };
 }
 

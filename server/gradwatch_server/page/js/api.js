@@ -100,7 +100,7 @@ export const runs = async () => (await ask("/api/v1/runs", { project: session.pr
 /** @param {string} runId @returns {Promise<RunDetail>} */
 export const run = async (runId) => (await ask(at(runId))).json();
 
-/** @param {Record<string, string | null>} query @returns {Promise<Alert[]>} */
+/** Alerts, the newest first, up to 1,000. @param {Record<string, string | number | null>} query @returns {Promise<Alert[]>} */
 export const alerts = async (query) =>
   (await ask("/api/v1/alerts", { project: session.project, ...query })).json();
 
@@ -149,6 +149,9 @@ export const deliveries = async (alertId) => (await ask(`${ofAlert(alertId)}/del
 
 /** @param {string} alertId @param {string} author @returns {Promise<unknown>} */
 export const acknowledge = (alertId, author) => send("POST", `${ofAlert(alertId)}/acknowledge`, { author });
+
+/** @param {string} alertId @returns {Promise<unknown>} */
+export const withdraw = (alertId) => send("DELETE", `${ofAlert(alertId)}/acknowledge`);
 
 /** @returns {Promise<Silence[]>} */
 export const silences = async () => (session.project === null ? (await ask("/api/v1/silences")).json() : []);

@@ -42,6 +42,7 @@ export async function compareView(main, ids, live) {
       source: new TileSource(
         run.id,
         view,
+        run.parameters.length,
         () => (map.box.clientWidth || main.clientWidth / 2) * (window.devicePixelRatio || 1),
       ),
     };

@@ -29,7 +29,7 @@ function pressed(map, key) {
     ArrowLeft: () => walk(map, -1),
     ArrowDown: () => choose(map, 1),
     ArrowUp: () => choose(map, -1),
-    Escape: () => view.set({ step: null, pinned: null, parameter: null, alert: null }),
+    Escape: () => view.set({ step: null, pinned: null, parameter: null, kept: null, alert: null }),
   };
   if (!Object.hasOwn(keys, key)) return false;
   keys[key]();

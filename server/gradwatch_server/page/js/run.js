@@ -32,6 +32,7 @@ export async function runView(main, runId, live) {
   const source = new TileSource(
     runId,
     view,
+    run.parameters.length,
     () => (map.box.clientWidth || main.clientWidth) * (window.devicePixelRatio || 1),
   );
   const profile = new Profile(

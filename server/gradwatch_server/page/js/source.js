@@ -8,12 +8,17 @@ import { decades, decoded } from "./tile.js";
 
 const MARGIN = 0.5;
 const SETTLE_MS = 90;
+const MOST_CELLS = 2_000_000;
 
 /** Fires "tile" when a new one has arrived and "refused" where it did not. */
 export class TileSource extends EventTarget {
-  /** @param {string} runId @param {View} view @param {() => number} pixels how wide the map is, in device pixels */
-  constructor(runId, view, pixels) {
+  /**
+   * @param {string} runId @param {View} view @param {number} rows parameters of the run
+   * @param {() => number} pixels how wide the map is, in device pixels
+   */
+  constructor(runId, view, rows, pixels) {
     super();
+    this.most = Math.floor(MOST_CELLS / Math.max(1, rows));
     this.runId = runId;
     this.view = view;
     this.pixels = pixels;
@@ -70,7 +75,7 @@ export class TileSource extends EventTarget {
       statistic,
       from_step: first,
       to_step: last,
-      points: Math.max(50, Math.ceil(this.pixels() * share)),
+      points: Math.max(50, Math.min(this.most, Math.ceil(this.pixels() * share))),
     };
     try {
       const tile = decoded(await api.tile(this.runId, query, asking.signal));

@@ -20,7 +20,9 @@ const PLANS = [
   { title: "Learning rate", lines: [["learning_rate", "rate", "accent"]] },
   { title: "Agent overhead, share of a step", log: true, lines: [["overhead_ratio", "share", "accent"]] },
 ];
-const OTHERS_LEFT_OUT = new Set(["agent_seconds", "interval_steps", "step_seconds", "clip_norm"]);
+const LEFT_OUT = new Set(["agent_seconds", "interval_steps", "step_seconds", "clip_norm"]);
+/** Counts that say something only where there is something to count. */
+const COUNTS = new Set(["dropped_bytes", "dropped_samples", "skipped_steps", "removed_grad_norm"]);
 
 /** Whether values span so much that only a logarithm shows them. @param {api.Series[]} series */
 export function wide(series) {
@@ -47,7 +49,8 @@ export class Strips {
   plans(scalars) {
     const planned = new Set(PLANS.flatMap((plan) => plan.lines.map(([name]) => name)));
     const own = Object.keys(scalars)
-      .filter((name) => !planned.has(name) && !OTHERS_LEFT_OUT.has(name))
+      .filter((name) => !planned.has(name) && !LEFT_OUT.has(name))
+      .filter((name) => !COUNTS.has(name) || Number(scalars[name]) > 0)
       .sort()
       .slice(0, 12);
     return [...PLANS, ...own.map((name) => /** @type {Plan} */ ({ title: name, lines: [[name, name, "accent"]] }))]

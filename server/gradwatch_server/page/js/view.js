@@ -8,6 +8,7 @@
  * @property {number | null} step the crosshair's step
  * @property {number | null} pinned a step that the crosshair returns to
  * @property {string | null} parameter the chosen parameter
+ * @property {string | null} kept parameters whose series stay beside the chosen one's, one a line
  * @property {string} statistic
  * @property {"max" | "min" | "last"} cell
  * @property {string | null} alert id of the alert that is looked at

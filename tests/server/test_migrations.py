@@ -1,0 +1,118 @@
+"""Migrations: from every revision, on both engines, with data in it; and nothing else is needed to go on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from gradwatch import wire
+from gradwatch_server import schema
+from gradwatch_server.database import alembic_of, migrate, open_engine
+from tests.postgres import postgres_database
+from tests.processes import GradwatchServer, sample
+
+VALUES = np.array([0.5, float("nan"), float("inf"), wire.MISSING], np.float32)
+STEPS = range(1, 41)
+
+
+def _revisions() -> list[str]:
+    script = ScriptDirectory(str(Path(schema.__file__).parent / "migrations"))
+    return [revision.revision for revision in script.walk_revisions()][::-1]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database of each engine in turn, without any table."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'gradwatch.db'}"
+        return
+    with postgres_database(request.getfixturevalue("postgres")) as url:
+        yield url
+
+
+@contextmanager
+def _plainly(url: str) -> Iterator[tuple[sa.Engine, sa.MetaData]]:
+    """Open a database without anything of ours, with the tables that are there."""
+    parsed = sa.make_url(url)
+    engine = sa.create_engine(parsed if url.startswith("sqlite") else parsed.set(drivername="postgresql+psycopg"))
+    tables = sa.MetaData()
+    tables.reflect(engine)
+    yield engine, tables
+    engine.dispose()
+
+
+def _fill(engine: sa.Engine, tables: sa.MetaData) -> None:
+    """Write a run as the first revision had it, by the tables that are there."""
+    binary = engine.dialect.name == "sqlite"
+    vector: Any = VALUES.tobytes() if binary else VALUES.tolist()
+    rows: dict[str, list[dict[str, Any]]] = {
+        "runs": [
+            {
+                "id": "old",
+                "project": "p",
+                "name": "n",
+                "attempt": 0,
+                "started_at": 1.0,
+                "last_seen_at": 2.0,
+                "last_step": 40,
+                "diagnosed_step": 40,
+                "sample_count": 40,
+                "parameter_count": 4,
+                "statistics": ["grad_norm"],
+                "coverage": {},
+                "attributes": {},
+                "dropped": {},
+                "scalars": {},
+            }
+        ],
+        "parameters": [
+            {"run": "old", "position": place, "name": f"p{place}", "shape": [2], "dtype": "float32"}
+            | {"depth": place, "units": 1, "trainable": True, "kind": ""}
+            for place in range(4)
+        ],
+        "samples": [
+            {"run": "old", "level": 0, "step": step, "attempt": 0, "at": float(step), "grad_norm": vector}
+            for step in STEPS
+        ],
+        "batches": [{"run": "old", "rank": 0, "id": "b1", "at": 1.0}],
+    }
+    with engine.begin() as connection:
+        for name, listed in rows.items():
+            connection.execute(sa.insert(tables.tables[name]), listed)
+
+
+@pytest.mark.parametrize("revision", _revisions())
+def test_data_of_every_revision_is_there_afterwards(empty_url: str, revision: str, tmp_path: Path) -> None:
+    engine = open_engine(empty_url)
+    command.upgrade(alembic_of(engine), revision)
+    with _plainly(empty_url) as opened:
+        _fill(*opened)
+    migrate(engine)
+    migrate(engine)
+    engine.dispose()
+    with GradwatchServer(tmp_path / "server.db", url=empty_url) as server:
+        seen = server.get("/api/v1/runs/old/map", statistic="grad_norm", points=100)
+        assert seen["steps"] == list(STEPS)
+        assert seen["last"] == [[0.5, "NaN", "Infinity", None]] * len(STEPS)
+        assert server.store("old", wire.Batch(id="b1", samples=[sample(99, 1, 1, 1, 1)])).json()["duplicate"]
+        assert server.store("old", wire.Batch(id="b2", samples=[sample(41, 1, 1, 1, 1)])).status_code == 200
+        assert server.get("/api/v1/runs/old")["sample_count"] == 41
+
+
+def test_the_migrated_schema_is_the_one_that_the_code_has(empty_url: str) -> None:
+    engine = open_engine(empty_url)
+    migrate(engine)
+    with _plainly(empty_url) as (_, found):
+        columns = {name: {column.name for column in table.c} for name, table in found.tables.items()}
+    assert columns.pop("alembic_version")
+    assert columns == {name: {column.name for column in table.c} for name, table in schema.metadata.tables.items()}
+    with engine.connect() as connection:
+        assert MigrationContext.configure(connection).get_current_revision() == _revisions()[-1]
+    engine.dispose()

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.paper.__main__ import dive, row
+from benchmarks.paper.__main__ import row
+from benchmarks.paper.climbing import dive
 from benchmarks.paper.ladder import METHODS, PLAIN, Ladder
 from benchmarks.paper.networks import ScaledConv, convolutional, deep, standardised
 from benchmarks.paper.plot import draw

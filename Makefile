@@ -59,7 +59,7 @@ pictures: .venv/test-installed
 bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed
 	$(BIN)/python -m benchmarks.$*
 
-# What the paper claims of adaptive clipping, again and small; on a quiet machine 15 minutes, PAPER=--quick for one.
+# What the paper claims of adaptive clipping, again and small; about 15 minutes of one core's time.
 bench-paper: .venv/test-installed
 	$(BIN)/python -m benchmarks.paper $(PAPER)
 

@@ -229,7 +229,7 @@ class _Part:
         self._ranks = [rank[position] for position, _, _ in self._dense]
         """Where each dense tensor comes in the order of the starts."""
         self._table: kernels.Table | None = None
-        if self._dense and kernels.usable(device):
+        if self._dense and kernels.usable(arena):
             starts = [self._spans[position][0] for position, _, _ in self._dense]
             self._table = kernels.Table([spec for _, spec, _ in self._dense], starts, arena)
 

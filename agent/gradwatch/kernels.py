@@ -40,13 +40,14 @@ _KINDS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.fl
 
 
 @functools.cache
-def usable(device: torch.device) -> bool:
-    """Return whether the kernels run on ``device``, and give there what the plain operators give."""
+def usable(arena: Arena) -> bool:
+    """Return whether the kernels run on a device in this precision, and give there what the plain operators give."""
+    device = arena.device
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if not (device.type == "cuda" or interpreted) or importlib.util.find_spec("triton") is None:
         return False
     try:
-        wrong = _differing(device)
+        wrong = _differing(arena)
     except Exception as error:  # Triton fails with whatever its compiler, driver or C compiler raises
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
@@ -196,7 +197,7 @@ class KernelBound(Bound):
 
 def bind(layout: Layout, arenas: dict[Arena, Tensor], scratch: Scratch) -> Bound:
     """Return ``layout`` writing to ``arenas``, by the kernels where they run."""
-    if layout.sizes and all(usable(arena.device) for arena in layout.sizes):
+    if layout.sizes and all(usable(arena) for arena in layout.sizes):
         return KernelBound(layout, arenas, scratch)
     return layout.bind(arenas, scratch)
 
@@ -209,19 +210,19 @@ _PROBES: Final[tuple[tuple[tuple[int, ...], Axis, int], ...]] = (
 )
 
 
-def _differing(device: torch.device) -> str:
-    """Return what the kernels give on ``device`` other than the plain operators; empty where nothing is.
+def _differing(arena: Arena) -> str:
+    """Return what the kernels give other than the plain operators; empty where nothing is.
 
     It waits for the device: once in a process.
     """
-    for dtype in _KINDS:
+    device = arena.device
+    for dtype in [torch.float64] if arena.dtype == torch.float64 else [torch.float32, torch.float16, torch.bfloat16]:
         probes = [
             torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape).div_(64).to(device, dtype)
             for shape, _, _ in _PROBES
         ]
         specs = [spec_of(probe, axis, groups) for probe, (_, axis, groups) in zip(probes, _PROBES, strict=True)]
         layout = Layout(specs)
-        (arena,) = layout.sizes
         norms, plain = (torch.zeros(layout.sizes[arena], dtype=arena.dtype, device=device) for _ in range(2))
         KernelBound(layout, {arena: norms}, Scratch()).run(probes)
         layout.bind({arena: plain}, Scratch()).run(probes)

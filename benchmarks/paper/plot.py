@@ -42,11 +42,12 @@ def _rates(axes: Axes, ladders: Sequence[Ladder]) -> None:
             if stable:
                 points[batch] = 2 ** statistics.fmean(stable)
         axes.plot(list(points), list(points.values()), "o-", color=COLOURS[method.name], label=method.name)
-    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="largest stable learning rate")
+    axes.set(xscale="log", xlabel="batch size", ylabel="largest stable learning rate")
+    axes.set_yscale("log", base=2)
     batches = sorted({ladder.batch for ladder in ladders})
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.xaxis.minorticks_off()
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
 
 
 def _accuracies(axes: Axes, ladders: Sequence[Ladder], batch: int) -> None:

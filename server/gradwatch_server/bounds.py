@@ -24,7 +24,7 @@ def check_registration(registration: wire.Registration, limits: Limits) -> None:
     """Refuse a registration that breaks a limit or contradicts itself.
 
     Raises:
-        Refused: 422, with the field and its value.
+        Refused: 422, with the field and its value; 409 where two parameters have one name, which no schema can say.
     """
     if registration.id is not None and not _RUN_ID.fullmatch(registration.id):
         raise invalid(f"id {registration.id!r:.80} is not a run id: 3 to 64 letters, digits, '-' and '_'")
@@ -39,7 +39,8 @@ def check_registration(registration: wire.Registration, limits: Limits) -> None:
         raise invalid(f"{len(listed)} parameters are more than limits.parameters allows ({limits.parameters})")
     _check_names("parameter", (parameter.name for parameter in listed), limits)
     if len({parameter.name for parameter in listed}) != len(listed):
-        raise invalid(f"parameter {_first_repeated(parameter.name for parameter in listed)!r} stands twice in the list")
+        repeated = _first_repeated(parameter.name for parameter in listed)
+        raise Refused(409, "Repeated name", f"parameter {repeated!r} stands twice in the list")
     for parameter in listed:
         if parameter.units < 0 or any(extent < 0 for extent in parameter.shape) or (parameter.depth or 0) < 0:
             raise invalid(f"parameter {parameter.name!r}: shape, units and depth are not negative")

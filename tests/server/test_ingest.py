@@ -166,7 +166,7 @@ def test_an_unknown_run_is_refused(shared_server: GradwatchServer) -> None:
 @pytest.mark.parametrize(
     ("registration", "status", "reason"),
     [
-        ({"parameters": [{"name": "a", "shape": [1]}, {"name": "a", "shape": [1]}]}, 422, "'a' stands twice"),
+        ({"parameters": [{"name": "a", "shape": [1]}, {"name": "a", "shape": [1]}]}, 409, "'a' stands twice"),
         ({"parameters": [], "project": ""}, 422, "project is empty"),
         ({"parameters": [], "id": "no spaces"}, 422, "is not a run id"),
         ({"parameters": [{"name": "a", "shape": [-1]}]}, 422, "not negative"),

@@ -92,6 +92,8 @@ def _complete(described: dict[str, Any]) -> None:
         for operation in operations.values():
             answers = [401, 403] if path.startswith(("/api/", "/metrics")) else []
             answers += [400] if "requestBody" in operation else []
+            if operation["responses"].pop("422", None) is not None:  # FastAPI's own document is never sent
+                answers.append(422)
             for status, answer in problems(*answers).items():
                 problem = {"schema": {"$ref": f"#/components/schemas/{Problem.__name__}"}}
                 content = dict.fromkeys(answer["content"], problem)

@@ -11,10 +11,11 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch.wire import STATISTICS
-from gradwatch_server import diagnosis, ledger, schema, shelf
+from gradwatch_server import diagnosis, ledger, queries, schema, shelf
+from gradwatch_server.advice import advise
 from gradwatch_server.bounds import check_batch, check_registration
 from gradwatch_server.database import upsert
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, nonfinite
+from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, exploding, nonfinite
 from gradwatch_server.errors import Refused
 from gradwatch_server.runs import RUN_ENDED
 from gradwatch_server.settings import Configuration
@@ -22,6 +23,8 @@ from gradwatch_server.settings import Configuration
 _REPLAYED_FIRST_SAMPLES = 16
 """How a run began is what its later samples are compared with."""
 _REPLAYED_LAST_SAMPLES = 112
+_ADVISED = 100
+"""Samples before an explosion that its remedy is taken from, at most."""
 _RUNS_IN_MEMORY = 256
 _SLOWER = 5.0
 """Times the usual interval that one batch counts at most."""
@@ -257,6 +260,7 @@ class Ingest:
             book.enter(findings, reading.step, reading.at)
             book.enter_silence(None, reading.step, now)
         self._name_module(connection, run.id, watched, book)
+        self._name_threshold(connection, run.id, book)
         book.save()
         watched.sample_count = run.sample_count + len(batch.samples)
         self._watched[run.id] = watched
@@ -279,6 +283,16 @@ class Ingest:
         if event is not None:
             names = watched.layout.names
             book.refine(nonfinite.RULE, lambda found: nonfinite.refine(found, names, event.parameter, event.message))
+
+    @staticmethod
+    def _name_threshold(connection: sa.Connection, run_id: str, book: ledger.Book) -> None:
+        """Have the remedy of an explosion name the threshold that the steps before it recommend."""
+        first_step = book.began(exploding.RULE)
+        if first_step is None or not book.tells(exploding.RULE):
+            return
+        recommended = advise(*queries.read_histograms(connection, run_id, None, first_step - 1, _ADVISED)).recommended
+        if recommended is not None:
+            book.refine(exploding.RULE, lambda found: exploding.name_threshold(found, recommended))
 
     def _watch(self, connection: sa.Connection, run: sa.Row[Any], thresholds: Thresholds) -> _Watched:
         watched = self._watched.pop(run.id, None)

@@ -70,6 +70,10 @@ class Book:
         """Return the first step of the open alert of a rule."""
         return self._open[rule][1].first_step if rule in self._open else None
 
+    def tells(self, rule: str) -> bool:
+        """Return whether this transaction tells something of the open alert of a rule."""
+        return rule in self._open and any(told == self._open[rule][0] for told, _, _ in self._told)
+
     def unmute(self, step: int, at: float) -> None:
         """Tell of what fires, was not told, and is no longer to be kept quiet."""
         for rule, (alert_id, alert) in self._open.items():

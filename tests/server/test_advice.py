@@ -105,3 +105,22 @@ def test_a_run_without_parameters_or_samples_has_no_advice(server: GradwatchServ
         assert server.get(f"/api/v1/runs/{run}/clip-advice")["recommended"] is None
     server.store(run, wire.Batch(id="1", samples=[sample(step, 1.0) for step in range(700)]))
     assert server.get(f"/api/v1/runs/{run}/clip-advice")["samples"] == 0
+
+
+def test_the_remedy_of_an_explosion_names_the_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADWATCH_SPOOL_DIR", str(tmp_path / "spool"))
+    torch.manual_seed(0)
+    with GradwatchServer(tmp_path / "gradwatch.db") as server:
+        model = nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
+            for step in range(60):
+                optimizer.param_groups[0]["lr"] = 0.5 if step < 40 else 1500.0
+                optimizer.zero_grad()
+                inputs = torch.randn(32, 8)
+                (0.02 * (model(inputs) - inputs[:, :1]).square().mean()).backward()
+                optimizer.step()
+        (alert,) = server.get("/api/v1/alerts", run=agent.run_id, rule="exploding")
+        before = server.get(f"/api/v1/runs/{agent.run_id}/clip-advice", to_step=alert["first_step"] - 1)
+    assert before["recommended"] is not None
+    assert f"clip={before['recommended']:g}), which leaves this run's usual steps alone" in alert["remedy"]

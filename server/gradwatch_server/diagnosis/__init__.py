@@ -12,7 +12,19 @@ from gradwatch_server.diagnosis.memory import Memory, quiet_times
 from gradwatch_server.diagnosis.reading import Layout, Reading
 from gradwatch_server.diagnosis.thresholds import Thresholds
 
-__all__ = ["RULES", "Blame", "Finding", "Layout", "Memory", "Reading", "Thresholds", "examine", "nonfinite", "stalled"]
+__all__ = [
+    "RULES",
+    "Blame",
+    "Finding",
+    "Layout",
+    "Memory",
+    "Reading",
+    "Thresholds",
+    "examine",
+    "exploding",
+    "nonfinite",
+    "stalled",
+]
 
 RULES = ("nonfinite", "exploding", "vanishing", "dead", "throttled")
 """The rules that blame parameters."""

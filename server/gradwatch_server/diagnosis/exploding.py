@@ -1,7 +1,7 @@
 """Gradients or weights that grow out of proportion while the run does not learn."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from gradwatch_server.diagnosis.memory import Memory, growth
 from gradwatch_server.diagnosis.reading import TINY, Floats, Indices, Layout, Profile, Reading, median, rank_correlation
 from gradwatch_server.diagnosis.thresholds import Exploding
 
+RULE = "exploding"
+_CLIP = "gradwatch.attach(..., clip=0.01)"
 _LEARNING = 0.2
 """Share of the first loss by which it has to have come down for the run to count as learning."""
 _UNLEARNED = 0.8
@@ -67,9 +69,9 @@ def find(
     overflowed = not profile.finite[profile.present].all() or not math.isfinite(reading.scalars.get("loss", 0.0))
     parameters, left_out = blame(layout.names, found.worst, found.values, found.limit)
     return Finding(
-        rule="exploding",
+        rule=RULE,
         severity=limits.severity(critical=overflowed or memory.losses.progress(profile.loss) < 0.5),
-        first_step=memory.began("exploding", reading.step),
+        first_step=memory.began(RULE, reading.step),
         parameters=parameters,
         left_out=left_out,
         evidence={
@@ -349,5 +351,11 @@ def _remedy(reading: Reading) -> str:
     lower = f"Lower the learning rate from {rate:.3g} to {rate / 10:.3g}" if rate else "Lower the learning rate tenfold"
     return (
         f"{lower} or warm it up, initialise with torch.nn.init.kaiming_normal_ or add normalisation, and clip "
-        "adaptively: gradwatch.adaptive_clip_grad_(model, 0.01) before optimizer.step()."
+        f"adaptively: {_CLIP}."
     )
+
+
+def name_threshold(finding: Finding, threshold: float) -> Finding:
+    """Return the finding with the threshold for adaptive clipping that this run's own ratios recommend."""
+    advised = f"gradwatch.attach(..., clip={threshold:g}), which leaves this run's usual steps alone"
+    return replace(finding, remedy=finding.remedy.replace(_CLIP, advised))

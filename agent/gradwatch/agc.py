@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch import kernels
-from gradwatch.layout import Arena, Axis, Bound, Layout, Scratch, Spec, spec_of
+from gradwatch.layout import Arena, Axis, Bound, Layout, Scratch, Spec, spec_of, unit_rows
 from gradwatch.model import local, walk
 from gradwatch.sharding import Granularity, Split, joins, split_of
 
@@ -171,6 +171,7 @@ class Clipping:
         for join in self._joins:
             join(measured)
         for part, (norms, weights) in zip(self._parts, measured, strict=True):
+            part.put_right(norms, tensors)
             part.update(norms, weights, self._eps, loss_scale)
             part.apply(tensors)
 
@@ -252,6 +253,25 @@ class _Part:
         if self._granularity == "tensor":
             return self._whole(norms), self._whole(weights)
         return norms.clone(), weights
+
+    def put_right(self, norms: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Measure again, in float64, what is too large for a norm in float32 though every element is finite.
+
+        On the CPU only, where it shows without waiting.
+        """
+        if norms.device.type != "cpu" or norms.dtype == torch.float64 or math.isfinite(norms.sum().numpy().item()):
+            return
+        largest = torch.finfo(norms.dtype).max
+        for position, spec, _ in self._dense:
+            place = self.places[position]
+            part = norms[place.start : place.stop]
+            if not bool(part.isinf().any().numpy().item()):
+                continue
+            rows = unit_rows(tensors[position], spec).double().flatten(1)
+            again = torch.linalg.vector_norm(rows, dim=1)
+            if self._granularity == "tensor":
+                again = torch.linalg.vector_norm(again).reshape(1)
+            part.copy_(torch.where(again.isfinite(), again.clamp(max=largest), again))
 
     def update(self, norms: Tensor, weights: Tensor, eps: float, loss_scale: Tensor | None) -> None:
         """Compute the factor of each unit, shape (units,), 1 where nothing is clipped or the norm is not finite."""

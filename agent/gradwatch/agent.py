@@ -58,6 +58,8 @@ _TINY: Final = 1e-18
 """Norms below may have lost squares to underflow in float32."""
 _ORDER_STEPS: Final = 3
 """Steps after which the order of the gradients is no longer waited for."""
+_PENDING: Final = 1024
+"""Losses and clippings that wait for their step."""
 _SCALED: Final = 16
 """Scaled losses that are remembered."""
 _SEARCH_STEPS: Final = 100
@@ -190,6 +192,8 @@ class Agent:
         self._watched: list[Watched] = []
         self._index_of: dict[int, int] = {}
         self._optimizers = None if optimizers is None else [weakref.ref(optimizer) for optimizer in optimizers]
+        self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Optimizers that were not given."""
         self._bindings: weakref.WeakKeyDictionary[Optimizer, Binding] = weakref.WeakKeyDictionary()
         self._expected = None if optimizers is None else {id(optimizer): 0 for optimizer in optimizers}
         """Ids of the optimizers that make a round, with the step at which each was last seen; None: not known yet."""
@@ -200,8 +204,8 @@ class Agent:
         self._was_finite = True
         self._step = _resumed_step(optimizers or []) if resumed else 0
         self._round: Round | None = None
-        self._pending_losses: list[Tensor] = []
-        self._pending_clips: list[Clip] = []
+        self._pending_losses: deque[Tensor] = deque(maxlen=_PENDING)
+        self._pending_clips: deque[Clip] = deque(maxlen=_PENDING)
         self._next_round: Round | None = None
         self._pending_value_clip = False
         self._logged: dict[str, Scalar] = {}
@@ -235,7 +239,7 @@ class Agent:
         if self.watching:
             self._start(models, settings, resumed=resumed)
         taps.listen(self)
-        atexit.register(self.close)
+        atexit.register(self._end)
 
     def _start(self, models: Sequence[nn.Module], settings: Settings, *, resumed: bool) -> None:
         self._started = True
@@ -303,13 +307,14 @@ class Agent:
             ValueError: the logger is not known.
             ModuleNotFoundError: it is not installed.
         """
-        target = mirror(logger, **options)
-        if not self._closed:
-            self._collector.add_mirror(target)
+        if self._started and not self._closed:
+            self._collector.add_mirror(mirror(logger, **options))
 
     @property
     def background_seconds(self) -> float:
         """Return the processor time of the agent's own threads."""
+        if not self._started:
+            return 0.0
         return self._collector.seconds + (0.0 if self._report is None else self._report.sender.seconds)
 
     @property
@@ -321,6 +326,11 @@ class Agent:
         """Return whether it watches exactly the parameters with these ids."""
         return self._index_of.keys() == set(parameters)
 
+    @property
+    def is_orphaned(self) -> bool:
+        """Return whether the models that it watched are gone."""
+        return all(model() is None for model in self._models)
+
     def close(self, timeout_seconds: float = 10.0, *, status: str | None = None, exit_code: int | None = None) -> None:
         """Stop watching, deliver what is there and finish the run; idempotent.
 
@@ -329,7 +339,8 @@ class Agent:
 
         Args:
             timeout_seconds: longest time to wait for the server.
-            status: ``completed``, ``failed`` or ``killed``; None: whether an exception is ending the interpreter.
+            status: ``completed``, ``failed`` or ``killed``; None: ``completed``. At the end of the interpreter it says
+                whether an exception ended it.
             exit_code: of the process, where known.
         """
         with self._lock:
@@ -337,22 +348,30 @@ class Agent:
                 return
             self._closed = True
         deadline = time.monotonic() + timeout_seconds
-        if self.watching:
-            self._finish_round()
+        try:
+            if self.watching:
+                self._finish_round()
+        except Exception as error:  # a device that failed must not keep the rest from ending
+            self.failed(error)
         self.watching = False
+        self._clip_binding = None
         taps.leave(self)
-        atexit.unregister(self.close)
+        atexit.unregister(self._end)
         if not self._started:
             return
         if self._order is not None:
             self._order.close()
         if self._hooks is not None:
             self._hooks.close()
-        ending = status or ("failed" if hasattr(sys, "last_value") else "completed")
+        ending = status or "completed"
         end = wire.End(at=time.time(), status=ending, exit_code=exit_code) if self._ends_run else None
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
         if self._report is not None:
             self._report.close(max(deadline - time.monotonic(), 0.0))
+
+    def _end(self) -> None:
+        """Close at the end of the interpreter."""
+        self.close(status="failed" if hasattr(sys, "last_value") else "completed")
 
     def __enter__(self) -> Self:
         return self
@@ -416,6 +435,8 @@ class Agent:
         """Gradients of these scalars were accumulated."""
         if before is not None and self._marks() == before:
             return  # the loss of another model
+        if isinstance(before, list) and all(mark == 0 for mark, _ in before):
+            self._pending_losses.clear()  # what they belonged to was forgotten
         for scalar in scalars:
             original = next((original for scaled, original in self._scaled if scaled() is scalar), None)
             self._pending_losses.append(_kept(scalar) if original is None else original)
@@ -470,15 +491,13 @@ class Agent:
             self._pending_losses.clear()
             self._pending_clips.clear()
 
-    def _marks(self) -> list[tuple[int, int]] | None:
-        """Return what changes when gradients are accumulated, for some parameters; None where it must not be asked."""
-        if len(taps.listeners()) < 2:
-            return None
+    def _marks(self) -> list[tuple[int, int]]:
+        """Return what changes when gradients are accumulated, for some parameters."""
         marks = []
         for place in {0, len(self._watched) // 2, len(self._watched) - 1}:
             parameter = self._watched[place].parameter() if self._watched else None
             grad = None if parameter is None else parameter.grad
-            marks.append((id(grad), 0 if grad is None else grad._version))  # noqa: SLF001
+            marks.append((0, 0) if grad is None else (id(grad), grad._version))  # noqa: SLF001
         return marks
 
     @_guarded
@@ -505,7 +524,7 @@ class Agent:
         origin = provenance.in_graph(scalars, lambda tensor: modules.get(id(tensor)))
         if origin is not None:
             self._collector.put(origin.event(self._step + 1, time.time()))
-            self._hooks_wanted = False
+        self._hooks_wanted = origin is None
 
     def _search_with_hooks(self, round_: Round) -> None:
         """Take what the hooks saw; set or remove them."""
@@ -621,8 +640,8 @@ class Agent:
         round_.losses += self._pending_losses
         round_.clips += self._pending_clips
         round_.value_clipped |= self._pending_value_clip
-        self._pending_losses = []
-        self._pending_clips = []
+        self._pending_losses.clear()
+        self._pending_clips.clear()
         self._pending_value_clip = False
         if self._logged:
             round_.logged.update(self._logged)
@@ -643,26 +662,48 @@ class Agent:
     def _bind(self, optimizer: Optimizer) -> Binding | None:
         """Return what is known of ``optimizer``; None where it steps nothing that is watched."""
         if self._optimizers is not None and not any(known() is optimizer for known in self._optimizers):
-            return None
+            if optimizer in self._strangers or not self._adopts(optimizer):
+                return None
         binding = self._bindings.get(optimizer)
         groups: list[list[Tensor]] = [group["params"] for group in optimizer.param_groups]
-        signature = tuple((len(group), id(group[0]), id(group[-1])) if group else (0, 0, 0) for group in groups)
+        signature = tuple(value for group in groups for value in (len(group), sum(map(id, group))))
         if binding is None or binding.signature != signature:
-            known = all(id(parameter) in self._index_of for group in groups for parameter in group)
+            known = all(self._find(parameter) is not None for group in groups for parameter in group)
             if not known and self._discover() and self.watching:
                 self._register()
             old = binding
-            binding = self._bindings[optimizer] = Binding(groups, self._index_of)
+            binding = self._bindings[optimizer] = Binding(groups, self._find)
             binding.signature = signature
             self._looks = max(self._looks, _LOOKS)
+            others = sum(map(len, groups)) - len(binding.indices)
+            if self._clipper is not None and binding.indices and others:
+                self.warn(f"{others} parameters of {type(optimizer).__name__} belong to no watched module: not clipped")
             if old is not None:
                 binding.steps, binding.steps_at_scaler = old.steps, old.steps_at_scaler
         return binding if binding.indices else None
 
+    def _adopts(self, optimizer: Optimizer) -> bool:
+        """Take an optimizer for one of those that were given, if they are all gone: it was made anew.
+
+        Any other that steps watched parameters is told of, once.
+        """
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        ours = any(self._find(parameter) is not None for parameter in parameters)
+        if ours and self._optimizers is not None and all(known() is None for known in self._optimizers):
+            self._optimizers.append(weakref.ref(optimizer))
+            return True
+        self._strangers.add(optimizer)
+        if ours:
+            self.warn(
+                f"{type(optimizer).__name__} steps watched parameters, but was not given to attach(): it is not "
+                + ("clipped or measured" if self._clipper is not None else "measured")
+            )
+        return False
+
     def _bind_parameters(self, parameters: Sequence[Tensor]) -> Binding:
         binding = self._clip_binding
         if binding is None or not binding.same(parameters):
-            binding = self._clip_binding = Binding([parameters], self._index_of)
+            binding = self._clip_binding = Binding([parameters], self._find)
         return binding
 
     def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
@@ -825,17 +866,20 @@ class Agent:
         """Look for parameters that are not known yet; return whether there were any."""
         models = [model for reference in self._models if (model := reference()) is not None]
         new = []
-        names = {watched.name for watched in self._watched}
+        places = {watched.name: place for place, watched in enumerate(self._watched)}
         for watched in walk(models):
             parameter = watched.parameter()
             known = self._index_of.get(id(parameter))
             if known is None or self._watched[known].parameter() is not parameter:
                 new.append((watched, parameter))
         for watched, parameter in new:
-            if watched.name in names:
-                continue
-            self._index_of[id(parameter)] = len(self._watched)
-            self._watched.append(watched)
+            if watched.name in places:  # another parameter under the same name: a layer was replaced
+                place = places[watched.name]
+                self._watched[place] = watched
+            else:
+                place = len(self._watched)
+                self._watched.append(watched)
+            self._index_of[id(parameter)] = place
         self._clip_binding = None
         if new and self._clipper is not None:
             for index in self._clipper.agc.stacked(*listed(self._watched)):
@@ -845,7 +889,10 @@ class Agent:
 
     def _find(self, tensor: Tensor) -> int | None:
         """Return the index of a watched parameter."""
-        return self._index_of.get(id(tensor), self._stand_ins.get(id(tensor)))
+        index = self._index_of.get(id(tensor))
+        if index is not None and self._watched[index].parameter() is tensor:
+            return index
+        return self._stand_ins.get(id(tensor))
 
     def _look(self, losses: Sequence[Tensor]) -> None:
         """Search the graph of a loss for the classifier; on every rank that clips."""
@@ -878,7 +925,7 @@ class Agent:
     def _replace_earlier(self) -> None:
         """Close the agent that watches exactly these parameters: a notebook cell was run again."""
         for other in taps.listeners():
-            if isinstance(other, Agent) and other.watches(self._index_of):
+            if isinstance(other, Agent) and (other.watches(self._index_of) or other.is_orphaned):
                 other.close(timeout_seconds=1.0)
 
     def adopt(self, http: Http) -> None:
@@ -902,7 +949,8 @@ class Agent:
             self.watching = False
             if self._report is not None:
                 self._report.spool.abandon_after_fork()
-        self._closed = True
+        self._started = False
+        self._closed = self._clipper is None
         return self._clipper is not None
 
     def warn(self, text: str) -> None:
@@ -983,7 +1031,8 @@ def _update(plan: Plan, piece: Piece, positions: Sequence[int], parameters: Sequ
     with torch.no_grad():
         difference = _joined(parameters, gathered=piece.gathered).sub_(before)
         if piece.gathered:
-            out = torch.linalg.vector_norm(difference.view(units, -1), dim=1, dtype=piece.arena.dtype)
+            wide = torch.promote_types(piece.arena.dtype, difference.dtype)
+            out = torch.linalg.vector_norm(difference.view(units, -1), dim=1, dtype=wide)
         else:
             out = torch.empty(units, dtype=piece.arena.dtype, device=piece.arena.device)
             Layout([piece.spec], direct_bytes=0).bind({piece.arena: out}, Scratch()).run([difference])

@@ -1,7 +1,7 @@
 """What is known of the parameters that one optimizer steps, and the one pass over them and their gradients."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,16 +37,16 @@ class Binding:
 
     Args:
         groups: parameters as they are listed, by group.
-        index_of: index of each watched parameter by its id.
+        find: gives the index of a watched parameter, None for any other.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], index_of: dict[int, int]) -> None:
+    def __init__(self, groups: Sequence[Sequence[Tensor]], find: Callable[[Tensor], int | None]) -> None:
         self._all = [parameter for group in groups for parameter in group]
         known = [
-            (index_of[id(parameter)], parameter, place)
+            (index, parameter, place)
             for place, group in enumerate(groups)
             for parameter in group
-            if id(parameter) in index_of
+            if (index := find(parameter)) is not None
         ]
         self.indices = [index for index, _, _ in known]
         self.index_set = frozenset(self.indices)
@@ -55,7 +55,7 @@ class Binding:
         """Place of each parameter's group, by index."""
         self.sharded = any(hasattr(parameter, "to_local") for parameter in self.parameters)
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
-        self.signature: tuple[tuple[int, ...], ...] = ()
+        self.signature: tuple[int, ...] = ()
         """Of the groups: what differs where they were changed."""
         self.steps = 0
         self.steps_at_scaler = 0

@@ -7,10 +7,13 @@ from typing import Any, Final
 from torch import Tensor
 
 _TAKES_WEIGHTS: Final = re.compile(
-    r"_?(?:Addmm|Mm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Dot|Linear|MkldnnLinear|Convolution|ConvolutionOverrideable|SlowConv\w+"
+    r"_?(?:Addmm|Mm|Bmm|Baddbmm|Addbmm|Linear|MkldnnLinear|Convolution|ConvolutionOverrideable|SlowConv\w+"
     r"|Embedding\w*|MkldnnRnnLayer|CudnnRnn|MiopenRnn|GroupedMm|ScaledMm|ScaledGroupedMm|Bilinear|Trilinear)Backward\d+"
 )
-"""Operators of torch that multiply activations with a weight."""
+"""Operators of torch that multiply activations with a weight. A product with a vector is none of them: it is part of
+parametrisations, such as the spectral norm."""
+_WEIGHT_SLOT: Final = {"AddmmBackward0": 2, "MmBackward0": 1, "LinearBackward0": 1, "ConvolutionBackward0": 1}
+"""Which input of an operator is its weight; a frozen one is not in the graph."""
 _OF_TORCH: Final = re.compile(r"\w+Backward\d+")
 
 Node = Any
@@ -34,13 +37,17 @@ class Classifier:
         self._seen: set[frozenset[int]] = set()
         self.indices: frozenset[int] = frozenset()
         """Of the weights found so far."""
+        self.frozen = False
+        """Whether the last weight before the loss is not trained: there is none to be left alone."""
         self.guessed = False
         """Whether the graph did not tell: one operator takes several weights, as that of a compiled model does."""
 
     def look(self, losses: Iterable[Tensor]) -> bool:
         """Search the graphs of some losses; return whether anything new was found."""
         roots = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-        first = dict(_first_operators(roots))
+        operators = list(_first_operators(roots))
+        first = {node: weights for node, weights in operators if weights}
+        self.frozen |= len(first) < len(operators)
         candidates = frozenset(index for taken in first.values() for weight in taken for index in self._indices(weight))
         if not candidates or candidates in self._seen:
             return False
@@ -60,7 +67,10 @@ class Classifier:
 
 
 def _first_operators(roots: Sequence[Node]) -> Iterator[tuple[Node, list[Weight]]]:
-    """Yield the operators with weights of their own that are met first on the way back from the loss."""
+    """Yield the operators with weights of their own that are met first on the way back from the loss.
+
+    One with a frozen weight is among them, with none.
+    """
     known: set[Node] = set()
     waiting = list(roots)
     while waiting:
@@ -70,7 +80,7 @@ def _first_operators(roots: Sequence[Node]) -> Iterator[tuple[Node, list[Weight]
         known.add(node)
         if _takes_weights(node):
             weights = _weights_of(node)
-            if weights:
+            if weights or _is_frozen(node):
                 yield node, weights
                 continue
         waiting += _inputs(node)
@@ -99,6 +109,11 @@ def _takes_weights(node: Node) -> bool:
 def _weights_of(operator: Node) -> list[Weight]:
     """Return the weights that an operator takes: what reaches it from parameters alone."""
     return [leaves for below in _inputs(operator) if (leaves := _leaves(below))]
+
+
+def _is_frozen(operator: Node) -> bool:
+    slot = _WEIGHT_SLOT.get(operator.name())
+    return slot is not None and operator.next_functions[slot][0] is None
 
 
 def _leaves(root: Node) -> Weight | None:

@@ -62,15 +62,14 @@ class Clipper:
         if self._spared is not None:
             return self._spared
         found = self._classifier.indices
-        if self._classifier.guessed or not found:
-            found = found or self._last_matrix(watched)
+        matrices = [index for index, known in enumerate(watched) if len(known.shape) > 1 and known.trainable]
+        many = len(found) > max(len(matrices) // 2, 1)  # what no network has: the graph was misread
+        if not found and self._classifier.frozen:
+            return found
+        if self._classifier.guessed or not found or many:
+            found = frozenset(matrices[-1:]) if many or not found else found
             self._warn(found, watched)
         return found
-
-    def _last_matrix(self, watched: Sequence[Watched]) -> frozenset[int]:
-        """Return what is taken for the classifier where no graph was seen."""
-        matrices = [index for index, known in enumerate(watched) if len(known.shape) > 1 and known.trainable]
-        return frozenset(matrices[-1:])
 
     def _warn(self, taken: frozenset[int], watched: Sequence[Watched]) -> None:
         if self._warned:

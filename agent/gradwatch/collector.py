@@ -200,14 +200,14 @@ class Collector:
         deadline = time.monotonic() + _LAST_PARTS_SECONDS
         while self._drafts:
             draft, patience = self._drafts[0]
+            # Asked first: what is missing although a later step is complete was not measured by another rank.
+            passed = len(self._drafts) > 1 and self._ranks.is_passed(self._drafts[1][0].round.step)
             others = self._ranks.collect(draft.round.step)
             if others is not None:
                 self._drafts.popleft()
                 self._finish(draft, others)
-            elif patience.over or (wait and time.monotonic() > deadline):
+            elif passed or patience.over or (wait and time.monotonic() > deadline):
                 self._drafts.popleft()
-            elif len(self._drafts) > 1 and self._ranks.is_passed(self._drafts[1][0].round.step):
-                self._drafts.popleft()  # another rank did not measure this step
             elif wait:
                 time.sleep(0.01)
             else:

@@ -241,7 +241,7 @@ def reduce_in_place(tensor: Tensor, spec: Spec, out: Tensor) -> None:
     if spec.sparse:
         _reduce_sparse(tensor, out)
         return
-    rows = _by_unit(tensor, spec)
+    rows = unit_rows(tensor, spec)
     if spec.width > WIDEST_ROW:
         _reduce_wide(rows, spec, out)
         return
@@ -249,7 +249,7 @@ def reduce_in_place(tensor: Tensor, spec: Spec, out: Tensor) -> None:
     torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.dim())), dtype=wanted, out=out)
 
 
-def _by_unit(tensor: Tensor, spec: Spec) -> Tensor:
+def unit_rows(tensor: Tensor, spec: Spec) -> Tensor:
     """Return a real floating-point view or copy with the units along dim 0 and two dims or more."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)

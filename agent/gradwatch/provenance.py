@@ -9,6 +9,7 @@ steps, without waiting for the device, and are removed; they say something only 
 import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ Node = Any
 
 _ELEMENTWISE: Final = ("MulBackward", "AddBackward", "SubBackward", "DivBackward", "AddcmulBackward", "PowBackward")
 _TURNING: Final = ("TBackward", "TransposeBackward", "PermuteBackward", "ViewBackward", "ToCopyBackward")
+_MOST_SEEN: Final = 100_000
 _MOST_NODES: Final = 50_000
 
 
@@ -201,15 +203,27 @@ class _Forward:
         self._seen = seen
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Forward, (self._name, [])
+        return _Nothing, ()
 
-    @torch.no_grad()
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled() or len(self._seen) >= _MOST_SEEN:
+            return
+        with suppress(Exception), torch.no_grad():  # a type that cannot be asked, a transformation
+            self._see(module, inputs, output)
+
+    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         given, weights = _flags(_tensors(inputs)), _flags(module.parameters(recurse=False))
         for tensor in _tensors(output):
             self._seen.append(Seen(self._name, "output", _flag(tensor), given, weights))
             if tensor.requires_grad:
                 tensor.register_hook(_Backward(self._name, self._seen))
+
+
+class _Nothing:
+    """What is left of a hook on a copy of the model."""
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """See nothing."""
 
 
 class _Backward:
@@ -218,7 +232,7 @@ class _Backward:
         self._seen = seen
 
     def __call__(self, gradient: Tensor) -> None:
-        with torch.no_grad():
+        with suppress(Exception), torch.no_grad():
             self._seen.append(Seen(self._name, "gradient", _flag(gradient)))
 
 

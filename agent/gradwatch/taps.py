@@ -7,7 +7,7 @@ process, and none touches a model: a watched model can be copied, pickled, compi
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Final, Protocol
 
@@ -195,8 +195,9 @@ def _is_within(frame: FrameType, outer: int) -> bool:
 
 
 def _backward(original: Callable[..., Any], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
-    several = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    several = [tensor for tensor in several if isinstance(tensor, Tensor)]
+    if isinstance(tensors, Iterator):
+        tensors = tuple(tensors)
+    several = [tensors] if isinstance(tensors, Tensor) else [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     before = [listener.before_backward(several) for listener in _listeners]
     result = original(tensors, grad_tensors, *args, **kwargs)
     if grad_tensors is None:
@@ -207,8 +208,9 @@ def _backward(original: Callable[..., Any], tensors: Any, grad_tensors: Any = No
 
 
 def _scale(original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
-    outputs = outputs if isinstance(outputs, Tensor) else tuple(outputs)
     result = original(scaler, outputs)
+    if isinstance(outputs, Iterator):
+        return result
     pairs = [(outputs, result)] if isinstance(outputs, Tensor) else zip(outputs, result, strict=True)
     for output, scaled in pairs:
         if isinstance(output, Tensor) and output.numel() == 1:

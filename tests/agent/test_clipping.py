@@ -437,3 +437,88 @@ def test_several_ranks_clip_what_one_would(server: Server, tmp_path: Path, kind:
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
     assert [sample.step for sample in server.samples] == [1, 2, 3]
     assert np.all(server.samples[0].statistics["grad_norm"] != wire.MISSING)
+
+
+def test_a_layer_that_is_replaced_is_clipped_and_watched(server: Server) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.attach(model, url=server.url, every=1, clip=gradwatch.AGC(CLIP, exclude=())):
+        loss_of(model, 0).backward()
+        optimizer.step()
+        model[4] = nn.Linear(64, 8)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        (1e3 * loss_of(model, 1)).backward()
+        optimizer.step()
+    weight = next(model[4].parameters())
+    assert weight.grad is not None
+    ratios = weight.grad.norm(dim=1) / weight.detach().norm(dim=1)
+    assert float(ratios.max()) <= CLIP * 1.001
+    assert server.values("grad_norm")["4.weight"] > 1.0
+
+
+def test_an_optimizer_made_anew_takes_the_place_of_the_one_that_is_gone(server: Server) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1, clip=CLIP):
+        del optimizer
+        assert same(train(model, 3), train(network(), 3, clip_by_hand))
+    assert len(server.samples) == 3
+
+
+def test_what_is_not_clipped_is_said(server: Server, own_errors: OwnErrors) -> None:
+    model, other = network(), nn.Linear(2, 2)
+    listed = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+    with gradwatch.attach(model, listed, url=server.url, every=1, clip=gradwatch.AGC(CLIP, exclude=())):
+        loss_of(model, 0).backward()
+        listed.step()
+        assert own_errors.warnings == 1
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert own_errors.warnings == 2
+
+
+def test_a_norm_beyond_float32_is_clipped_all_the_same(server: Server) -> None:
+    model = nn.Linear(4, 3, bias=False)
+    nn.init.ones_(model.weight)
+    with attached(model, server, gradwatch.AGC(0.5, exclude=())):
+        model.weight.grad = torch.full((3, 4), 1e25)
+        model.weight.grad[1] = float("inf")
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+    assert model.weight.grad[0].norm() == pytest.approx(1.0)
+    assert model.weight.grad[1].isinf().all()
+
+
+def test_a_frozen_classifier_leaves_nobody_alone(server: Server) -> None:
+    model = network()
+    model[6].requires_grad_(requires_grad=False)
+    with attached(model, server, 1e-4):
+        loss_of(model, 0).backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+    assert server.values("clipped_unit_share")["4.weight"] > 0
+
+
+def test_the_spectral_norm_does_not_hide_the_layers(server: Server) -> None:
+    torch.manual_seed(0)
+    spectral = nn.utils.parametrizations.spectral_norm
+    model = nn.Sequential(spectral(nn.Linear(4, 6)), nn.Tanh(), spectral(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 2))
+    with attached(model, server, 1e-5):
+        model(torch.randn(5, 4)).square().sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+    shares = server.values("clipped_unit_share")
+    assert shares["2.parametrizations.weight.original"] > 0
+    assert shares["4.weight"] == 0
+
+
+def test_a_child_can_stop_clipping(server: Server, tmp_path: Path) -> None:
+    model = network()
+    agent = attached(model, server, gradwatch.AGC(CLIP, exclude=()))
+
+    def work() -> None:
+        agent.close()
+        torch.save(train(model, 2), tmp_path / "child.pt")
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(60)
+    agent.close()
+    assert child.exitcode == 0
+    assert same(torch.load(tmp_path / "child.pt"), train(network(), 2))

@@ -12,6 +12,8 @@ from triton.compiler import ASTSource
 from gradwatch import triton_kernels
 from tests.processes import ROOT, environment
 
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # of Triton 3.9, to whoever compiles
+
 
 def test_interpreted_they_clip_as_the_oracle_does() -> None:
     """Run their own tests, and those of clipping that are few: a program takes milliseconds here."""

@@ -170,21 +170,27 @@ def _let_in(server: SMTP, session: Session, envelope: Envelope, mechanism: str, 
 def mail_server(tls: ssl.SSLContext | None = None, **options: Any) -> Iterator[tuple[Mails, int]]:
     """Run aiosmtpd; where ``tls`` is given, from the first byte on."""
     mails, loop = Mails(), asyncio.new_event_loop()
-    serving = loop.run_until_complete(
-        loop.create_server(lambda: SMTP(mails, loop=loop, **options), "127.0.0.1", 0, ssl=tls)
-    )
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
+    listening = loop.create_server(lambda: SMTP(mails, loop=loop, **options), "127.0.0.1", 0, ssl=tls)
+    serving = asyncio.run_coroutine_threadsafe(listening, loop).result()
     try:
         yield mails, serving.sockets[0].getsockname()[1]
     finally:
-        loop.call_soon_threadsafe(serving.close)
+        asyncio.run_coroutine_threadsafe(_stop(serving), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
+
+
+async def _stop(serving: asyncio.Server) -> None:
+    """End a server and what it is still doing."""
+    serving.close()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 def mail_receiver(name: str, port: int, security: str, more: str = "") -> str:

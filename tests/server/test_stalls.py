@@ -1,6 +1,5 @@
 """Runs that stop reporting: told by the server's clock, its own downtime apart; over when they are heard of again."""
 
-import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from gradwatch_server.ingest import Ingest
 from gradwatch_server.settings import Configuration
 from gradwatch_server.stalls import Stalls
 from gradwatch_server.writer import Writer
-from tests.processes import GradwatchServer, WebhookReceiver, sample
+from tests.processes import GradwatchServer, WebhookReceiver, run_apart, sample
 
 QUICK = """
 [rules.stalled]
@@ -108,7 +107,7 @@ class Watched:
 
     def look(self, seconds: float) -> bool:
         """Look so long after the last sample; return whether the alert fires."""
-        asyncio.run(self.stalls.look(self.heard_at + seconds))
+        run_apart(self.stalls.look(self.heard_at + seconds))
         with self.engine.connect() as connection:
             return connection.execute(sa.select(schema.alerts.c.state)).scalar_one_or_none() == "firing"
 

@@ -661,9 +661,11 @@ class Agent:
 
     def _bind(self, optimizer: Optimizer) -> Binding | None:
         """Return what is known of ``optimizer``; None where it steps nothing that is watched."""
-        if self._optimizers is not None and not any(known() is optimizer for known in self._optimizers):
-            if optimizer in self._strangers or not self._adopts(optimizer):
-                return None
+        if optimizer in self._strangers:
+            return None
+        given = self._optimizers is None or any(known() is optimizer for known in self._optimizers)
+        if not given and not self._adopts(optimizer):
+            return None
         binding = self._bindings.get(optimizer)
         groups: list[list[Tensor]] = [group["params"] for group in optimizer.param_groups]
         signature = tuple(value for group in groups for value in (len(group), sum(map(id, group))))

@@ -328,8 +328,8 @@ class Agent:
 
     @property
     def is_orphaned(self) -> bool:
-        """Return whether the models that it watched are gone."""
-        return all(model() is None for model in self._models)
+        """Return whether all that it watched is gone."""
+        return all(watched.parameter() is None for watched in self._watched)
 
     def close(self, timeout_seconds: float = 10.0, *, status: str | None = None, exit_code: int | None = None) -> None:
         """Stop watching, deliver what is there and finish the run; idempotent.
@@ -845,7 +845,7 @@ class Agent:
             round_.scalars["step_seconds"] = self._governor.step_seconds
             round_.scalars["overhead_ratio"] = self._governor.overhead_ratio
             round_.scalars["interval_steps"] = float(self._governor.interval_steps)
-        round_.spared = self._classifier.indices if self._clipper is None else self._clipper.spared(self._watched)
+            round_.spared = self._classifier.indices if self._clipper is None else self._clipper.spared(self._watched)
         if self._hooks is not None or self._hooks_wanted:
             self._search_with_hooks(round_)
         self._collector.put(round_)

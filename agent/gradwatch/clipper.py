@@ -42,6 +42,9 @@ class Clipper:
         self.agc = agc
         self._classifier = classifier
         self._spared: frozenset[int] | None = None
+        self._seen: tuple[object, ...] = ()
+        """What ``_taken`` was concluded from."""
+        self._taken: frozenset[int] = frozenset()
         self._warned = False
         self._slot = Slot(Scratch())
         self._clippings: dict[int, tuple[Plan, frozenset[int], Clipping]] = {}
@@ -56,16 +59,26 @@ class Clipper:
         names, parameters = listed(watched)
         spared = self.agc.spared(names, parameters)
         self._spared = None if spared is None else frozenset(spared)
+        self._seen = ()
 
     def spared(self, watched: Sequence[Watched]) -> frozenset[int]:
         """Return the indices of the parameters that are left alone."""
         if self._spared is not None:
             return self._spared
+        known = self._classifier
+        seen = known.indices, known.guessed, known.frozen, len(watched)
+        if seen != self._seen:
+            self._seen = seen
+            self._taken = self._take(watched)
+        return self._taken
+
+    def _take(self, watched: Sequence[Watched]) -> frozenset[int]:
+        """Return what the graph showed to be the classifier, or else what is taken for it."""
         found = self._classifier.indices
-        matrices = [index for index, known in enumerate(watched) if len(known.shape) > 1 and known.trainable]
-        many = len(found) > max(len(matrices) // 2, 1)  # what no network has: the graph was misread
         if not found and self._classifier.frozen:
             return found
+        matrices = [index for index, known in enumerate(watched) if len(known.shape) > 1 and known.trainable]
+        many = len(found) > max(len(matrices) // 2, 1)  # what no network has: the graph was misread
         if self._classifier.guessed or not found or many:
             found = frozenset(matrices[-1:]) if many or not found else found
             self._warn(found, watched)

@@ -1,6 +1,7 @@
 """Every kind of training in which a naive hook shows wrong numbers, each against a truth computed by hand."""
 
 import copy
+import gc
 import io
 import math
 import socket
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
-from gradwatch import wire
+from gradwatch import taps, wire
 
 from .conftest import Server
 
@@ -611,6 +612,16 @@ def test_two_agents_at_once(server: Server) -> None:
     own = [batch for batch in server.batches if batch.samples and len(batch.samples[0].statistics["grad_norm"]) == 2]
     trails = [batch.trail["loss"] for batch in own]
     assert dict(pair for trail in trails for pair in zip(trail.steps, trail.values, strict=True)) == {1: 59.0, 2: 59.0}
+
+
+def test_an_agent_whose_model_is_gone_retires(server: Server) -> None:
+    gradwatch.attach(nn.Linear(2, 2), url=server.url)
+    gc.collect()
+    kept = nn.Linear(2, 2)
+    wrapped = gradwatch.attach(nn.Sequential(kept), url=server.url)  # only the wrapper is gone
+    with gradwatch.attach(nn.Linear(3, 3), url=server.url) as last:
+        assert [listener for listener in taps.listeners() if listener is not last] == [wrapped]
+    wrapped.close()
 
 
 def test_repeated_attach_replaces_the_earlier_agent(server: Server) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import email
 import email.policy
 import json
-import os
 import shutil
 import socket
 import sqlite3
@@ -377,10 +376,6 @@ def _answers(url: str) -> bool:
         return False
 
 
-@pytest.mark.skipif(
-    not os.environ.get("CI") and not (shutil.which("prometheus-alertmanager") or shutil.which("alertmanager")),
-    reason="prometheus-alertmanager is not installed: apt-get install prometheus-alertmanager",
-)
 def test_a_real_alertmanager_receives_groups_resolves_and_is_reminded(tmp_path: Path) -> None:
     with WebhookReceiver() as told, alertmanager(tmp_path, told.url) as address:
         config = (

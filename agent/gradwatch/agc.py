@@ -63,6 +63,11 @@ class AGC:
         if self.granularity not in ("unit", "tensor"):
             raise ValueError(f"granularity={self.granularity!r}: 'unit' or 'tensor'")
 
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Return how a run is clipped, as it is registered."""
+        return {"agc_clip": str(self.clip), "agc_eps": str(self.eps), "agc": self.granularity}
+
     def spared(self, names: Sequence[str], parameters: Sequence[Tensor]) -> set[int] | None:
         """Return the indices of the parameters that the user excludes; None where the graph is to tell."""
         return None if self.exclude is None else chosen(_several(self.exclude), names, parameters)

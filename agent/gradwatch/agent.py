@@ -1,61 +1,45 @@
 """Attaching to a training: the agent hears torch, measures what is due, and hands it to its threads."""
 
 import atexit
-import contextlib
 import functools
-import itertools
 import logging
 import math
-import os
-import platform
 import secrets
-import socket
 import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, TypeVar, cast
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch import provenance, taps, wire
+from gradwatch import inspection, provenance, taps, wire
 from gradwatch.agc import AGC
-from gradwatch.automatic import script_name
 from gradwatch.binding import Binding, Pass
 from gradwatch.buffers import Plan, Slots
 from gradwatch.classifier import Classifier
 from gradwatch.clipper import Clipper, listed
 from gradwatch.collector import Collector
 from gradwatch.governor import Governor
-from gradwatch.launch import Note
-from gradwatch.layout import Layout, Piece, Scratch
 from gradwatch.mirrors import Logger, mirror
 from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
-from gradwatch.ranks import Ranks, is_sharded
-from gradwatch.rounds import Clip, Reading, Registered, Repair, Round, Scalar, Update
+from gradwatch.process import attributes, automatic_name, rank, tell_the_launcher
+from gradwatch.ranks import ranks_of
+from gradwatch.rounds import Clip, Reading, Registered, Round, Scalar
 from gradwatch.sender import Http, Sender
 from gradwatch.settings import RUN_ID, Settings, resolve
 from gradwatch.spool import Losses, Spool, leftovers
-from gradwatch.statistics import norms
+from gradwatch.updates import Updates
 
 _log = logging.getLogger("gradwatch")
 
 DISARMED_AFTER: Final = 3
 """Errors of its own after which an agent stops measuring."""
-_UPDATE_ELEMENTS: Final = {"cpu": 1 << 22}
-_UPDATE_ELEMENTS_ELSEWHERE: Final = 1 << 25
-"""Largest parameter that is copied in one sample to measure its true change."""
-_UPDATE_ELEMENTS_MEAN: Final = {"cpu": 1 << 18}
-"""Elements that are copied in the mean over the samples; small parameters are copied several at a time."""
-_TINY: Final = 1e-18
-"""Norms below may have lost squares to underflow in float32."""
 _ORDER_STEPS: Final = 3
 """Steps after which the order of the gradients is no longer waited for."""
 _PENDING: Final = 1024
@@ -69,9 +53,6 @@ _HOOKED_STEPS: Final = 3
 _LOOKS: Final = 5
 _LOOKS_CLIPPING: Final = 100
 """Backward passes whose graph is searched for the classifier: a head may be trained only now and then."""
-
-_sharded_agents = itertools.count()
-"""Every rank attaches the same agents in the same order."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -184,8 +165,8 @@ class Agent:
         resumed = settings.run is not None and RUN_ID.fullmatch(settings.run) is not None
         self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
         self.run_url = f"{settings.url}/runs/{self.run_id}"
-        self._ranks = _ranks(models)
-        self.watching = _rank() == 0 or self._ranks is not None
+        self._ranks = ranks_of(models)
+        self.watching = rank() == 0 or self._ranks is not None
         self.spent_seconds = 0.0
         """Of the training thread, since the agent was attached."""
         self._models = [weakref.ref(model) for model in models]
@@ -212,7 +193,7 @@ class Agent:
         self._scaled: deque[tuple[weakref.ref[Tensor], Tensor]] = deque(maxlen=_SCALED)
         """Scaled losses that may still be propagated, with what they were."""
         self._scaler: weakref.ref[Any] | None = None
-        self._updates: list[tuple[Optimizer, Callable[[], Update]]] = []
+        self._updates = Updates()
         self._weights_seen = 0
         self._depths: list[int] = []
         self._finished_at = 0.0
@@ -252,12 +233,12 @@ class Agent:
         attempt = time.time_ns() // 1_000_000
         template = wire.Registration(
             project=settings.project,
-            name="" if resumed else settings.run or _automatic_name(),
+            name="" if resumed else settings.run or automatic_name(),
             parameters=[],
             id=self.run_id,
             started_at=attempt / 1000,
             attempt=attempt,
-            attributes=_attributes(None if self._clipper is None else self._clipper.agc),
+            attributes=attributes() | (self._clipper.agc.attributes if self._clipper is not None else {}),
         )
         self._collector = Collector(
             None if self._report is None else self._report.spool,
@@ -278,7 +259,7 @@ class Agent:
         self._collector.start()
         if self._report is not None:
             self._report.sender.start()
-            _tell_the_launcher(self.run_id, settings.url, attempt)
+            tell_the_launcher(self.run_id, settings.url, attempt)
 
     def log(self, **scalars: float | Tensor) -> None:
         """Add numbers to the next step, one for each name; a tensor is not waited for.
@@ -414,10 +395,7 @@ class Agent:
         """An optimizer has stepped."""
         if self._round is None or id(optimizer) not in self._round.stepped:
             return
-        for owner, update in self._updates:
-            if owner is optimizer:
-                self._round.updates.append(update())
-        self._updates = [(owner, update) for owner, update in self._updates if owner is not optimizer]
+        self._round.updates += self._updates.of(optimizer)
         self._pending_losses.clear()  # of a closure that was evaluated again
         self._pending_clips.clear()
         if self._complete(self._round):
@@ -749,11 +727,11 @@ class Agent:
         if pass_ is None:
             return None
         reading = Reading(pass_.claim, before_clip)
-        self._inspect(reading, pass_.grads)
+        inspection.inspect(reading, pass_.grads)
         round_.readings.append(reading)
         round_.empty += pass_.plan.empty
         if optimizer is not None:
-            self._keep_for_update(optimizer, binding, pass_.plan, pass_.members)
+            self._updates.keep(optimizer, binding, pass_)
         return pass_, reading
 
     def _measure_other_weights(self, round_: Round) -> None:
@@ -774,49 +752,6 @@ class Agent:
             claim = round_.slot.claim(plan)
             claim.weights.run(members)
             round_.readings.append(Reading(claim, before_clip=False))
-
-    def _inspect(self, reading: Reading, grads: Sequence[Tensor]) -> None:
-        """Count non-finite elements, and sum anew where float32 squares overflow or vanish.
-
-        On the CPU what was just written can be read at no cost; elsewhere it would mean to wait, and a non-finite
-        gradient counts its non-finite units.
-        """
-        plan = reading.claim.plan
-        assert plan.grads is not None
-        if any(arena.device.type != "cpu" for arena in plan.grads.sizes):
-            return
-        if all(part.min() >= _TINY and math.isfinite(part.sum()) for part in reading.claim.raw_grads() if part.size):
-            return
-        units = reading.claim.grad_units()
-        by_parameter = norms(units, plan.starts)
-        for place, norm in enumerate(by_parameter.tolist()):
-            if math.isfinite(norm) and norm >= _TINY:
-                continue
-            position = plan.measured[place]
-            grad = grads[position]
-            grad = grad.coalesce().values() if plan.grads.specs[position].sparse else grad
-            repair = _repair(grad, norm)
-            if repair is not None:
-                reading.repairs[plan.indices[position]] = repair
-
-    def _keep_for_update(self, optimizer: Optimizer, binding: Binding, plan: Plan, members: Sequence[Tensor]) -> None:
-        """Keep a bounded part of the weights, another one at each sample, to measure its true change after the step."""
-        parts = plan.parts(_UPDATE_ELEMENTS_MEAN, _UPDATE_ELEMENTS, _UPDATE_ELEMENTS_ELSEWHERE)
-        if not parts:
-            return
-        share = _UPDATE_ELEMENTS_MEAN.get(members[0].device.type, _UPDATE_ELEMENTS_ELSEWHERE)
-        binding.update_credit = min(binding.update_credit + share, max(share, _UPDATE_ELEMENTS_ELSEWHERE))
-        _, positions = parts[binding.next_part % len(parts)]
-        elements = sum(members[position].numel() for position in positions)
-        if elements > binding.update_credit:
-            return
-        binding.update_credit -= elements
-        piece, positions = parts[binding.next_part % len(parts)]
-        binding.next_part += 1
-        parameters = [members[position] for position in positions]
-        with torch.no_grad():
-            before = _joined(parameters, gathered=piece.gathered)
-        self._updates.append((optimizer, functools.partial(_update, plan, piece, positions, parameters, before)))
 
     def _finish_round(self) -> None:
         """Hand the round over and decide whether the next one is sampled."""
@@ -1002,62 +937,6 @@ def _finite(scalar: Tensor) -> bool:
     return bool(math.isfinite(seen.numpy().item()))
 
 
-def _repair(grad: Tensor, norm: float) -> Repair | None:
-    """Return what a norm in float32 does not say; None where it said all: there is nothing but zeros."""
-    with torch.no_grad():
-        if not math.isfinite(norm):
-            nonfinite = grad.numel() - int(torch.count_nonzero(torch.isfinite(grad)).numpy().item())
-            if nonfinite:
-                return Repair(float(nonfinite))
-        elif not any(bound.numpy().item() for bound in torch.aminmax(_real(grad))):
-            return None
-        wide = torch.complex128 if grad.is_complex() else torch.float64
-        return Repair(0.0, torch.linalg.vector_norm(grad, dtype=wide))
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _joined(parameters: Sequence[Tensor], *, gathered: bool) -> Tensor:
-    """Return a copy of some parameters; several of one row shape as one tensor."""
-    if not gathered:
-        return parameters[0].detach().clone()
-    return torch.stack(list(parameters)) if parameters[0].dim() == 0 else torch.cat(list(parameters))
-
-
-def _update(plan: Plan, piece: Piece, positions: Sequence[int], parameters: Sequence[Tensor], before: Tensor) -> Update:
-    """Return how far some parameters of one piece have moved since ``before``."""
-    starts = [0, *itertools.accumulate(plan.weights.specs[position].units for position in positions)]
-    units = starts.pop()
-    with torch.no_grad():
-        difference = _joined(parameters, gathered=piece.gathered).sub_(before)
-        if piece.gathered:
-            wide = torch.promote_types(piece.arena.dtype, difference.dtype)
-            out = torch.linalg.vector_norm(difference.view(units, -1), dim=1, dtype=wide)
-        else:
-            out = torch.empty(units, dtype=piece.arena.dtype, device=piece.arena.device)
-            Layout([piece.spec], direct_bytes=0).bind({piece.arena: out}, Scratch()).run([difference])
-    return Update([plan.indices[position] for position in positions], starts, out)
-
-
-def _rank() -> int:
-    """Return the rank of this process: in data parallel training the gradients are equal, and rank 0 reports."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdigit() else 0
-
-
-def _ranks(models: Sequence[nn.Module]) -> Ranks | None:
-    """Return the way to the other ranks where the models are sharded; None where each rank holds everything."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    if not any(is_sharded(parameter) for model in models for parameter in model.parameters()):
-        return None
-    return Ranks(str(next(_sharded_agents)), torch.distributed.get_rank(), torch.distributed.get_world_size())
-
-
 def _resumed_step(optimizers: Sequence[Optimizer]) -> int:
     """Return the step that a restored optimizer says it has made; 0 where it says nothing that can be read."""
     steps = [0]
@@ -1069,27 +948,3 @@ def _resumed_step(optimizers: Sequence[Optimizer]) -> int:
             elif isinstance(step, int):
                 steps.append(step)
     return max(steps)
-
-
-def _automatic_name() -> str:
-    return f"{script_name(sys.argv[0] if sys.argv else '')} {time.strftime('%Y-%m-%d %H:%M:%S')}"
-
-
-def _tell_the_launcher(run: str, url: str, attempt: int) -> None:
-    """Leave a note for ``gradwatch run``, which finishes the run with the exit status of the command."""
-    folder = os.environ.get("GRADWATCH_LAUNCH")
-    if folder:
-        note = Note(run=run, url=url, attempt=attempt, pid=os.getpid())
-        with contextlib.suppress(OSError):
-            (Path(folder) / f"{attempt}-{run}.json").write_bytes(msgspec.json.encode(note))
-
-
-def _attributes(agc: AGC | None) -> dict[str, str]:
-    clipping = {} if agc is None else {"agc_clip": str(agc.clip), "agc_eps": str(agc.eps), "agc": agc.granularity}
-    return {
-        **clipping,
-        "host": socket.gethostname(),
-        "pid": str(os.getpid()),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-    }

@@ -5,6 +5,7 @@ process group was opened with, and rank 0 takes them from there when they are co
 disarmed costs samples, never time.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any, Final, cast
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from gradwatch.model import Watched
 from gradwatch.sharding import split_of
@@ -25,6 +26,8 @@ Floats = NDArray[np.float64]
 
 PATIENCE_SECONDS: Final = 30.0
 """How long rank 0 waits for the parts of a sample."""
+_numbers = itertools.count()
+"""Every rank attaches the same agents in the same order."""
 _KEPT: Final = 64
 """Parts that a rank leaves in the store for rank 0."""
 
@@ -126,6 +129,15 @@ class Ranks:
 
     def _key(self, step: int, rank: int) -> str:
         return f"gradwatch/{self.name}/{step}/{rank}"
+
+
+def ranks_of(models: Sequence[nn.Module]) -> Ranks | None:
+    """Return the way to the other ranks where the models are sharded; None where each rank holds everything."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    if not any(is_sharded(parameter) for model in models for parameter in model.parameters()):
+        return None
+    return Ranks(str(next(_numbers)), distributed.get_rank(), distributed.get_world_size())
 
 
 def _store() -> Any:

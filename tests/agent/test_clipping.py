@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch import wire
+from gradwatch import inspection, wire
 from gradwatch.agent import Agent
 from gradwatch.clipper import Clipper
 
@@ -342,7 +342,7 @@ def test_an_error_in_clipping_is_raised_and_one_in_monitoring_is_not(
 
     model = network()
     with monkeypatch.context() as patch, attached(model, server):
-        patch.setattr(Agent, "_inspect", broken)
+        patch.setattr(inspection, "inspect", broken)
         assert same(train(model, 6), theirs)
     # Monitoring has disarmed after three errors, clipping went on.
     assert len(own_errors.seen) == 3

@@ -1,0 +1,47 @@
+"""What the agent knows of the process that trains: its rank, its script, its launcher."""
+
+import contextlib
+import os
+import platform
+import socket
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+
+from gradwatch.automatic import script_name
+from gradwatch.launch import Note
+
+
+def rank() -> int:
+    """Return the rank of this process: in data parallel training the gradients are equal, and rank 0 reports."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdigit() else 0
+
+
+def automatic_name() -> str:
+    """Return a name for a run that was given none: the script and the time."""
+    return f"{script_name(sys.argv[0] if sys.argv else '')} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def tell_the_launcher(run: str, url: str, attempt: int) -> None:
+    """Leave a note for ``gradwatch run``, which finishes the run with the exit status of the command."""
+    folder = os.environ.get("GRADWATCH_LAUNCH")
+    if folder:
+        note = Note(run=run, url=url, attempt=attempt, pid=os.getpid())
+        with contextlib.suppress(OSError):
+            (Path(folder) / f"{attempt}-{run}.json").write_bytes(msgspec.json.encode(note))
+
+
+def attributes() -> dict[str, str]:
+    """Return where the run trains and with which versions."""
+    return {
+        "host": socket.gethostname(),
+        "pid": str(os.getpid()),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }

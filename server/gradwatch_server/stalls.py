@@ -1,26 +1,23 @@
 """The clock behind the rule ``stalled``: runs that have stopped reporting send nothing that could be diagnosed."""
 
 import asyncio
-import time
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 
 from gradwatch_server import ledger, schema
+from gradwatch_server.clock import Clock
 from gradwatch_server.diagnosis import Finding, stalled
-from gradwatch_server.errors import Refused
 from gradwatch_server.settings import Configuration
 from gradwatch_server.writer import Writer
 
-_LOOK_SECONDS = 1.0
 _ASLEEP_SECONDS = 10.0
 """After a longer time without a look this server was down itself: asleep, stopped, or without its database."""
 
 
-class Stalls:
-    """Looks once a second for runs that have stopped reporting, or have come back without a sample.
+class Stalls(Clock):
+    """Looks for runs that have stopped reporting, or have come back without a sample.
 
     The time during which this server could not have heard of a run does not count as silence.
     """
@@ -28,23 +25,8 @@ class Stalls:
     def __init__(
         self, engine: sa.Engine, writer: Writer, configuration: Configuration, public_url: str, now: float
     ) -> None:
-        self._engine = engine
-        self._writer = writer
-        self._configuration = configuration
-        self._public_url = public_url
+        super().__init__(engine, writer, configuration, public_url)
         self._awake_since = self._looked_at = now
-
-    def configure(self, configuration: Configuration, public_url: str) -> None:
-        """Use these thresholds, routes and links from the next look on."""
-        self._configuration = configuration
-        self._public_url = public_url
-
-    async def run(self) -> None:
-        """Look for as long as the server runs."""
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)
-            with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach
-                await self.look(time.time())
 
     async def look(self, now: float) -> None:
         """Advance the alerts of the runs that are, or no longer are, silent for too long."""

@@ -1,43 +1,20 @@
 """The clock behind silences: what fires and was not told is told as soon as the reason is gone, without a sample."""
 
 import asyncio
-import time
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 
 from gradwatch_server import ledger, schema, silences
-from gradwatch_server.errors import Refused
-from gradwatch_server.settings import Configuration
-from gradwatch_server.writer import Writer
-
-_LOOK_SECONDS = 1.0
+from gradwatch_server.clock import Clock
 
 
-class Untold:
-    """Looks once a second for alerts that no silence, acknowledgement or other rule keeps quiet any more."""
+class Untold(Clock):
+    """Looks for alerts that no silence, acknowledgement or other rule keeps quiet any more."""
 
-    def __init__(self, engine: sa.Engine, writer: Writer, configuration: Configuration, public_url: str) -> None:
-        self._engine = engine
-        self._writer = writer
-        self._configuration = configuration
-        self._public_url = public_url
-
-    def configure(self, configuration: Configuration, public_url: str) -> None:
-        """Use these receivers, routes and links from the next look on."""
-        self._configuration = configuration
-        self._public_url = public_url
-
-    async def run(self) -> None:
-        """Look for as long as the server runs."""
-        while True:
-            await asyncio.sleep(_LOOK_SECONDS)
-            with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach
-                await self._look(time.time())
-
-    async def _look(self, now: float) -> None:
+    async def look(self, now: float) -> None:
+        """Tell what nothing keeps quiet any more."""
         for run_id in await asyncio.to_thread(self._audible, now):
             await asyncio.wrap_future(self._writer.submit(partial(self._tell, run_id=run_id, now=now), run_id))
 

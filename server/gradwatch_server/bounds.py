@@ -102,9 +102,9 @@ def _check_sample(place: str, sample: wire.Sample, parameter_count: int, limits:
                 f"{place}.statistics.{name} has {vector.size} values, the run has {parameter_count} parameters: "
                 "register the run again if it has gained some"
             )
-        negative = (vector < 0) & (vector != wire.MISSING)
-        if negative.any():
-            found = vector[negative][0]
+        below = vector[vector < 0]
+        if below.size and (below != wire.MISSING).any():
+            found = below[below != wire.MISSING][0]
             raise invalid(f"{place}.statistics.{name} holds {found}: a norm, share or count is never negative")
     if len(sample.scalars) + len(sample.histograms) > limits.scalar_names:
         raise invalid(f"{place} has more scalars than limits.scalar_names allows ({limits.scalar_names})")

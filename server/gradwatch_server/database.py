@@ -109,6 +109,6 @@ def prepare(engine: sa.Engine) -> None:
         )
 
 
-def upsert(connection: sa.Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
-    """Return an insert that knows ON CONFLICT, in the engine's own form."""
-    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+def upsert(engine: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    """Return an insert that knows ON CONFLICT, in the form of ``sqlite`` or ``postgresql``."""
+    return postgresql.insert(table) if engine == "postgresql" else sqlite.insert(table)

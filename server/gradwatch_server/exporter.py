@@ -158,7 +158,7 @@ def _keep(connection: sa.Connection, run_id: str, store: str, attempt: int, step
     """Remember how far a store has come with a run, if that is still there."""
     table, runs = schema.written, schema.runs
     row = sa.select(runs.c.id, sa.literal(store), sa.literal(attempt), sa.literal(step)).where(runs.c.id == run_id)
-    statement = upsert(connection, table).from_select(["run", "store", "attempt", "step"], row)
+    statement = upsert(connection.dialect.name, table).from_select(["run", "store", "attempt", "step"], row)
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=["run", "store"],

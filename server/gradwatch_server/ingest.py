@@ -4,6 +4,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -221,9 +222,8 @@ class Ingest:
 
     def _claim(self, connection: sa.Connection, run_id: str, batch: wire.Batch, now: float) -> bool:
         """Remember the batch's id; return False where it is known already."""
-        statement = upsert(connection, schema.batches).values(run=run_id, rank=batch.rank, id=batch.id, at=now)
-        claimed = statement.on_conflict_do_nothing().returning(schema.batches.c.id)
-        return connection.execute(claimed).one_or_none() is not None
+        row = {"run": run_id, "rank": batch.rank, "id": batch.id, "at": now}
+        return connection.execute(_insert_batch(connection.dialect.name), row).one_or_none() is not None
 
     def _progress(self, run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
         latest = {name: scalar.values[-1] for name, scalar in batch.trail.items() if scalar.values}
@@ -309,6 +309,12 @@ class Ingest:
         book.close(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
         book.save()
         return {"finished_at": end.at, "status": end.status, "exit_code": end.exit_code}
+
+
+@cache
+def _insert_batch(engine: str) -> sa.sql.dml.ReturningInsert[tuple[str]]:
+    """Return the insert that yields a row only where the batch is new."""
+    return upsert(engine, schema.batches).on_conflict_do_nothing().returning(schema.batches.c.id)
 
 
 def load_parameters(connection: sa.Connection, run_id: str) -> list[wire.Parameter]:

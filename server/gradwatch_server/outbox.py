@@ -163,7 +163,7 @@ def _next(number: int, answer: Answer, now: float, pace: Delivery) -> tuple[str,
 
 def disable(connection: sa.Connection, receiver: str, reason: str, now: float) -> None:
     """Send nothing more to a receiver until somebody enables it again."""
-    statement = upsert(connection, schema.disabled_receivers).values(name=receiver, at=now, reason=reason)
+    statement = upsert(connection.dialect.name, schema.disabled_receivers).values(name=receiver, at=now, reason=reason)
     connection.execute(statement.on_conflict_do_nothing())
 
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -88,7 +89,6 @@ def _cut_trails(connection: sa.Connection, run_id: str, attempt: int, first: int
 
 
 def _put_samples(connection: sa.Connection, run_id: str, batch: wire.Batch, samples: list[wire.Sample]) -> None:
-    table = schema.samples
     rows = [
         {
             "run": run_id,
@@ -102,12 +102,21 @@ def _put_samples(connection: sa.Connection, run_id: str, batch: wire.Batch, samp
         }
         for sample in samples
     ]
-    insert = upsert(connection, table)
+    connection.execute(_insert_samples(connection.dialect.name), rows)
+
+
+@cache
+def _insert_samples(engine: str) -> sa.Insert:
+    """Return the insert by which a step that is sent again replaces what was there, unless that is of a later attempt.
+
+    Built once: for a batch it would take as long as the insert itself.
+    """
+    table = schema.samples
+    insert = upsert(engine, table)
     replaced = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
-    statement = insert.on_conflict_do_update(
+    return insert.on_conflict_do_update(
         index_elements=["run", "level", "step"], set_=replaced, where=table.c.attempt <= insert.excluded.attempt
     )
-    connection.execute(statement, rows)
 
 
 def _put_trail(

@@ -36,6 +36,8 @@ def find(
     candidates = layout.trainable & (layout.elements > 0) & ~alive
     if candidates.any():
         candidates &= ~_follows(layout, alive) & ~any_of(layout.choice, alive)
+    elif idle.max() < limits.idle_samples:
+        return None
     rhythm = np.max([longest, *(largest_of(sets, longest) for sets in layout.peers)], axis=0)
     patience = limits.patience * rhythm
     cut = candidates & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present

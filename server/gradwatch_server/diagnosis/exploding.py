@@ -137,10 +137,12 @@ def _surging(memory: Memory, reading: Reading, profile: Profile, limits: Explodi
 
 def _blowing_up(memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
     """The weights grow many times over within a few samples, and nothing is learned."""
+    if _learning(memory, profile):
+        return None
     grown, each = growth(memory, profile)
     earlier = [value for step, value in memory.growths if reading.step - step <= limits.weight_growth_steps]
     recent = max(grown - min(earlier, default=grown), grown - math.log10(limits.runaway_growth / limits.weight_growth))
-    if recent < math.log10(limits.weight_growth) or _learning(memory, profile):
+    if recent < math.log10(limits.weight_growth):
         return None
     values = np.ones(len(profile.weight))
     values[profile.matrices] = 10.0**each
@@ -161,15 +163,17 @@ def _out_of_proportion(memory: Memory, _reading: Reading, profile: Profile, limi
 
     The ratio alone is large where the loss is a sum; the leverage alone where the loss is nearly zero.
     """
-    ratio, leverage = profile.typical(profile.ratio), profile.typical(profile.leverage)
+    leverage = profile.typical_leverage
     if (
         len(profile.matrices) < _FEWEST
         or math.isnan(leverage)
+        or leverage < limits.leverage
         or memory.losses.progress(profile.loss) > 0.5
         or memory.losses.progress() > 0.5
     ):
         return None
-    if ratio < limits.ratio or leverage < limits.leverage:
+    ratio = profile.typical(profile.ratio)
+    if ratio < limits.ratio:
         return None
     return Sign(
         summary=f"Half of the weight matrices have gradients over {ratio:.3g} times their weights, and nothing is "
@@ -187,7 +191,7 @@ def _amplifying(memory: Memory, _reading: Reading, profile: Profile, limits: Exp
     """The gradient grows from the last layers to the first, and nothing is learned."""
     members = profile.matrices
     third = len(members) // 3
-    if third < 2 or _learning(memory, profile) or not profile.typical(profile.leverage) > limits.leverage:
+    if third < 2 or _learning(memory, profile) or not profile.typical_leverage > limits.leverage:
         return None
     decades = math.inf
     for measure in (profile.rms, profile.ratio):
@@ -202,7 +206,7 @@ def _amplifying(memory: Memory, _reading: Reading, profile: Profile, limits: Exp
         worst=_largest(profile.ratio, profile),
         values=profile.ratio,
         limit=10**limits.amplification_decades * median(profile.ratio[members[-third:]]),
-        evidence={"amplification_decades": decades, "median_leverage": profile.typical(profile.leverage)},
+        evidence={"amplification_decades": decades, "median_leverage": profile.typical_leverage},
     )
 
 
@@ -218,7 +222,7 @@ def _swelling(_memory: Memory, _reading: Reading, profile: Profile, limits: Expl
     if third < 2:
         return None
     logs = np.log10(profile.rms[members])
-    decades = float(np.median(logs[:third]) - np.median(logs[-third:]))
+    decades = median(logs[:third]) - median(logs[-third:])
     if decades < limits.swelling_decades or -rank_correlation(logs) < limits.swelling_order:
         return None
     return Sign(
@@ -237,8 +241,10 @@ def _diverged(memory: Memory, _reading: Reading, profile: Profile, limits: Explo
 
     Where samples lie apart the explosion itself may be over before any of them.
     """
+    if not memory.losses.risen(limits.loss_rise, limits.loss_rise_steps):
+        return None
     grown, each = growth(memory, profile)
-    if grown < math.log10(limits.risen_growth) or not memory.losses.risen(limits.loss_rise, limits.loss_rise_steps):
+    if grown < math.log10(limits.risen_growth):
         return None
     values = np.ones(len(profile.weight))
     values[profile.matrices] = 10.0**each

@@ -186,8 +186,7 @@ class Memory:
         for loss in reading.every_loss():
             losses = losses.after(loss if math.isfinite(loss) else math.inf)
         first = grown(self.first_weights, len(layout.names), np.nan)
-        leverage = profile.leverage[profile.matrices]
-        typical = profile.typical(profile.leverage)
+        typical = profile.typical_leverage
         return replace(
             self,
             **self._quiet_after(layout, reading, profile, quiet),
@@ -196,7 +195,7 @@ class Memory:
             log_gradients=(self.log_gradients + log_gradient)[-HISTORY_SAMPLES:],
             first_log_gradients=(self.first_log_gradients + log_gradient)[:FIRST_SAMPLES],
             growths=(*self.growths, (reading.step, growth(self, profile)[0]))[-GROWTH_SAMPLES:],
-            best_leverage=max(self.best_leverage, float(np.nanmax(leverage, initial=0.0))),
+            best_leverage=max(self.best_leverage, float(np.nanmax(profile.leverages, initial=0.0))),
             best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),
             suspect_since=(reading.step if self.suspect_since is None else self.suspect_since) if suspect else None,
             first_weights=np.where(np.isnan(first), profile.weight, first),
@@ -209,13 +208,15 @@ class Memory:
         size = len(layout.names)
         quiet, longest, idle = times
         ever = grown(self.ever, size, False)
-        shares = reading.clipped_share(size)
-        all_shares, matrices = shares[shares >= 0.0], shares[profile.matrices]
-        matrices = matrices[matrices >= 0.0]
-        if matrices.size > 1 and matrices[-1] == 0.0:
-            matrices = matrices[:-1]  # the classifier, which adaptive clipping leaves alone
-        decided = bool(matrices.size) and median(matrices) >= CLIPPED_SHARE
-        idle_clip = bool(all_shares.size) and float(all_shares.max()) == 0.0
+        decided = idle_clip = False
+        if "clipped_unit_share" in reading.statistics:
+            shares = reading.clipped_share(size)
+            all_shares, matrices = shares[shares >= 0.0], shares[profile.matrices]
+            matrices = matrices[matrices >= 0.0]
+            if matrices.size > 1 and matrices[-1] == 0.0:
+                matrices = matrices[:-1]  # the classifier, which adaptive clipping leaves alone
+            decided = bool(matrices.size) and median(matrices) >= CLIPPED_SHARE
+            idle_clip = bool(all_shares.size) and float(all_shares.max()) == 0.0
         return {
             "quiet": quiet,
             "longest_quiet": longest,
@@ -296,13 +297,18 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
         return QuietTimes(quiet, longest, idle)
     before = grown(memory.weights, size, np.nan)
     gap = reading.step - memory.growths[-1][0] if memory.growths else 1
-    change = profile.weight - before
-    moved = np.where(profile.present, change, np.abs(change)) > 1e-6 * before
-    elsewhere = ~profile.present if gap == 1 else ~profile.present | ~grown(memory.ever, size, False)
-    loud = alive | any_of(layout.owners, moved & elsewhere)
-    longest = np.where(loud, np.maximum(longest, quiet), longest)
-    still = np.abs(change) <= 1e-6 * before
-    quiet = np.where(loud, 0, quiet + np.where(still, min(max(gap, 1), _MOST_STEPS), 1))
+    loud = alive
+    if not alive.all():
+        change, little = profile.weight - before, 1e-6 * before
+        moved = np.where(profile.present, change, np.abs(change)) > little
+        elsewhere = ~profile.present if gap == 1 else ~profile.present | ~grown(memory.ever, size, False)
+        loud = alive | any_of(layout.owners, moved & elsewhere)
+        still = np.abs(change) <= little
+        steps = np.where(still, min(max(gap, 1), _MOST_STEPS), 1)
+        longest = np.where(loud, np.maximum(longest, quiet), longest)
+        quiet = np.where(loud, 0, quiet + steps)
+    elif quiet.any():
+        longest, quiet = np.maximum(longest, quiet), np.zeros_like(quiet)
     share = reading.vector("zero_unit_share", size)
     idle = np.where(alive, np.where(share >= IDLE_SHARE, idle + 1, 0), idle)
     return QuietTimes(quiet, longest, idle)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -24,7 +25,8 @@ _LOOKUPS = ("Embedding", "EmbeddingBag")
 
 def median(values: Sequence[float] | Floats) -> float:
     """Return the median, bit for bit that of ``np.median``, in a fifth of its time on a few hundred numbers."""
-    ordered = np.sort(values)
+    ordered = np.array(values)
+    ordered.sort()
     middle = len(ordered) // 2
     if math.isnan(ordered[-1]) or len(ordered) % 2:
         return float(ordered[-1] if math.isnan(ordered[-1]) else ordered[middle])
@@ -75,6 +77,26 @@ class Layout:
             peers=_peers(parameters),
             choice=_numbered([_choice(entry.name) for entry in parameters]),
         )
+
+    @cached_property
+    def matrices(self) -> Indices:
+        """Indices of trainable weight matrices, embeddings apart, from input to output."""
+        return self.order[(self.trainable & (self.elements > 0) & self.matrix & ~self.lookup)[self.order]]
+
+    @cached_property
+    def vectors(self) -> Indices:
+        """Indices of trainable biases and gains, from input to output."""
+        return self.order[(self.trainable & (self.elements > 0) & ~self.matrix)[self.order]]
+
+    @cached_property
+    def root_elements(self) -> Floats:
+        """Square root of the elements, at least 1."""
+        return np.sqrt(np.maximum(self.elements, 1.0))
+
+    @cached_property
+    def least_weight(self) -> Floats:
+        """A tenth of the norm of an orthonormal matrix with these units."""
+        return 0.1 * np.sqrt(self.units)
 
 
 def _owner(name: str) -> str:
@@ -168,6 +190,16 @@ class Profile:
         weights = self.weight[self.finite]
         return float(np.sqrt(np.square(weights[np.isfinite(weights)]).sum()))
 
+    @cached_property
+    def leverages(self) -> Floats:
+        """Leverage of each of the weight matrices, from input to output."""
+        return self.leverage[self.matrices]
+
+    @cached_property
+    def typical_leverage(self) -> float:
+        """The median of ``leverages``; NaN where there is none."""
+        return median(self.leverages) if self.matrices.size else math.nan
+
     def typical(self, values: Floats) -> float:
         """Return the median of ``values`` over the weight matrices; NaN where there is none."""
         return median(values[self.matrices]) if self.matrices.size else math.nan
@@ -199,6 +231,8 @@ class Reading:
     def vector(self, name: Statistic, size: int) -> Floats:
         """Return a statistic, shape (size,), float64; all missing where it was not measured."""
         found = self.statistics.get(name)
+        if found is not None and len(found) == size:
+            return found.astype(np.float64)
         vector = np.full(size, MISSING)
         if found is not None:
             vector[: len(found)] = found
@@ -224,9 +258,9 @@ class Reading:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             known = np.where(finite, gradient, np.nan)
             ratio = known / (np.maximum(weight, 0.0) + EPS)
-            rms = known / np.sqrt(np.maximum(layout.elements, 1.0))
-            leverage = known * np.maximum(weight, 0.1 * np.sqrt(layout.units)) / max(abs(loss), 1e-30)
-        usable = finite & np.isfinite(weight) & layout.trainable & (layout.elements > 0)
+            rms = known / layout.root_elements
+            leverage = known * np.maximum(weight, layout.least_weight) / max(abs(loss), 1e-30)
+        usable = finite & np.isfinite(weight)
         return Profile(
             gradient=gradient,
             weight=weight,
@@ -235,8 +269,8 @@ class Reading:
             ratio=ratio,
             rms=rms,
             leverage=leverage if not math.isnan(loss) else np.full(size, np.nan),
-            matrices=layout.order[(usable & layout.matrix & ~layout.lookup)[layout.order]],
-            vectors=layout.order[(usable & ~layout.matrix)[layout.order]],
+            matrices=layout.matrices[usable[layout.matrices]],
+            vectors=layout.vectors[usable[layout.vectors]],
             loss=loss,
             global_gradient=float(np.sqrt(np.square(gradient[finite]).sum())),
         )

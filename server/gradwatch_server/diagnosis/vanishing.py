@@ -141,7 +141,7 @@ def _starved(layout: Layout, memory: Memory, reading: Reading, profile: Profile,
 
     Converged is where the loss has come down, or where gradients were large once and the loss has stayed down since.
     """
-    leverage = profile.leverage[profile.matrices]
+    leverage = profile.leverages
     if not leverage.size or not (
         leverage.max() < limits.leverage and profile.ratio[profile.matrices].max() < limits.ratio
     ):
@@ -176,9 +176,9 @@ def _collapsed(layout: Layout, memory: Memory, reading: Reading, profile: Profil
     Branches that start at a tiny gain never had more; where the loss is nearly gone, all layers lose theirs together.
     """
     members = profile.matrices
-    leverage = profile.leverage[members]
+    leverage = profile.leverages
     living = leverage > 0.0
-    if living.sum() < limits.layers:
+    if np.count_nonzero(living) < limits.layers:
         return None
     typical, largest = median(leverage[living]), float(leverage.max())
     gap = 10**-limits.collapse_decades

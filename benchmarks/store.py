@@ -140,9 +140,10 @@ TARGETS: dict[str, Callable[[str], Target]] = {"gradwatch": Ours, "remote-write"
 
 
 def send(address: str, target: Target, runs: list[str], load: Load, until: float, pause_seconds: float) -> None:
-    """Send batches for these runs in turn until the time is over."""
+    """Send batches for these runs in turn until the time is over; runs of a fleet do not send in step."""
     number = 0
     connection = http.client.HTTPConnection(address, timeout=60)
+    threading.Event().wait(pause_seconds * float(np.random.default_rng().random()))
     while time.perf_counter() < until:
         for run in runs:
             path, body, headers = target.request(run, number)

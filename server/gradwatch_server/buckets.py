@@ -63,6 +63,11 @@ class Buckets:
         """Return the first ``count`` buckets."""
         return Buckets(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
 
+    def after(self, step: int) -> "Buckets":
+        """Return the buckets that begin after a step."""
+        first = int(np.searchsorted(self.first_steps, step, "right"))
+        return Buckets(*(getattr(self, name)[first:] for name in self.__dataclass_fields__)) if first else self
+
     def gathered(self, starts: NDArray[np.intp]) -> "Buckets":
         """Return larger buckets, each from one of ``starts`` (ascending, the first is 0) to the next."""
         if len(starts) == len(self) or not len(self):
@@ -90,7 +95,7 @@ class Buckets:
     def _all_finite(self, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> "Buckets":
         """Return the same as ``gathered`` where every bucket holds finite values, in a third of the time."""
         finite = _reduced(np.add, self.finite, starts)
-        if self.mean is self.last:  # samples: each counts once
+        if np.may_share_memory(self.mean, self.last):  # samples: each counts once
             total = _reduced(np.add, self.mean, starts, np.float64)
         else:
             total = _reduced(np.add, self.mean * self.finite.astype(np.float64), starts)

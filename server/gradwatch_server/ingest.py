@@ -264,7 +264,6 @@ class Ingest:
         book.save()
         watched.sample_count = run.sample_count + len(batch.samples)
         self._watched[run.id] = watched
-        self._watched.move_to_end(run.id)
         while len(self._watched) > _RUNS_IN_MEMORY:
             self._watched.popitem(last=False)
         return {"diagnosed_step": readings[-1].step} if readings else {}

@@ -1,6 +1,6 @@
 """The rows behind the levels: samples and their roll-ups, scalars of every step and theirs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -8,7 +8,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from gradwatch.wire import MISSING, STATISTICS, Trail, number
+from gradwatch.wire import MISSING, STATISTICS, Statistic, Trail, Vector, number
 from gradwatch_server import schema
 from gradwatch_server.buckets import Buckets, Floats
 from gradwatch_server.levels import LAST_STEP
@@ -63,22 +63,33 @@ class SampleLane:
 
     def _samples(self, first: int, last: int) -> Buckets:
         table = schema.samples
-        stored: list[str] = [name for name in STATISTICS if name in self._needed()]
+        stored = [name for name in STATISTICS if name in self._needed()]
         rows = self._connection.execute(
             sa.select(table.c.step, *(table.c[name] for name in stored))
             .where(table.c.run == self._run, table.c.level == 0, table.c.step.between(first, last))
             .order_by(table.c.step)
         ).all()
+        return self._measured(stored, [row[0] for row in rows], [row[1:] for row in rows])
+
+    def of_samples(self, samples: Mapping[int, Mapping[Statistic, Vector]]) -> Buckets:
+        """Return the buckets of level 0 that these statistics make, by their steps in ascending order."""
+        stored = [name for name in STATISTICS if name in self._needed()]
+        vectors = [[statistics.get(name) for name in stored] for statistics in samples.values()]
+        return self._measured(stored, list(samples), vectors)
+
+    def _measured(
+        self, stored: Sequence[str], steps: Sequence[int], vectors: Sequence[Sequence[Vector | None]]
+    ) -> Buckets:
         enough = all if len(self._names) == 1 else any
-        kept = [row for row in rows if enough(vector is not None for vector in row[1:])]
-        steps = np.array([row[0] for row in kept], np.int64)
+        kept = [index for index, row in enumerate(vectors) if enough(vector is not None for vector in row)]
         planes: dict[str, Floats] = {
-            name: self._chosen(_stacked([row[index] for row in kept], self._width))
-            for index, name in enumerate(stored, 1)
+            name: self._chosen(_stacked([vectors[index][place] for index in kept], self._width))
+            for place, name in enumerate(stored)
         }
         if "ratio" in self._names:
             planes["ratio"] = ratio(planes["grad_norm"], planes["weight_norm"])
-        return Buckets.of_samples(steps, np.concatenate([planes[name] for name in self._names], axis=1))
+        values = np.concatenate([planes[name] for name in self._names], axis=1)
+        return Buckets.of_samples(np.array([steps[index] for index in kept], np.int64), values)
 
     def _chosen(self, rows: NDArray[Any]) -> NDArray[Any]:
         return rows if self._columns is None else rows[:, self._columns]

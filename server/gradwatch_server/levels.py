@@ -47,8 +47,13 @@ class Levels:
         self._lane = lane
         self._coverage = coverage
 
-    def add(self, steps: Iterable[int]) -> None:
-        """Take in samples that were written at these steps, new ones or in place of others."""
+    def add(self, steps: Iterable[int], written: Buckets | None = None) -> None:
+        """Take in samples that were written at these steps, new ones or in place of others.
+
+        Args:
+            steps: in any order.
+            written: the samples, by ascending steps, where they are at hand: they need not be read again.
+        """
         level, changed = 1, sorted(set(steps))
         while changed:
             if len(self._coverage) < level:
@@ -56,8 +61,8 @@ class Levels:
             to = self._coverage[level - 1][0]
             late = [step for step in changed if step <= to]
             self._coverage[level - 1][1] += len(changed) - len(late)
-            changed = self._mend(level, late) + self._close(level)
-            level += 1
+            changed = self._mend(level, late) + self._close(level, written)
+            level, written = level + 1, None
 
     def cut(self, step: int) -> None:
         """Drop every bucket that reaches ``step``: some samples from there on have been removed."""
@@ -71,12 +76,14 @@ class Levels:
     def _fan_out(self, level: int) -> int:
         return self._lane.fan_outs[0 if level == 1 else 1]
 
-    def _close(self, level: int) -> list[int]:
-        """Write the buckets that are full; return their first steps."""
+    def _close(self, level: int, written: Buckets | None) -> list[int]:
+        """Write the buckets that are full, of ``written`` where nothing else waits; return their first steps."""
         covered, fan_out = self._coverage[level - 1], self._fan_out(level)
         if covered[1] < fan_out:
             return []
-        waiting = self._lane.load(level - 1, covered[0] + 1, LAST_STEP)
+        waiting = None if written is None else written.after(covered[0])
+        if waiting is None or len(waiting) != covered[1]:
+            waiting = self._lane.load(level - 1, covered[0] + 1, LAST_STEP)
         full = len(waiting) // fan_out
         covered[1] = len(waiting) - full * fan_out
         if not full:

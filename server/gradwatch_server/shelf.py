@@ -45,7 +45,8 @@ def put(connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch) -> dict[
         connection.execute(_insert_events, rows)
     if used:
         lane = SampleLane(connection, run.id, measured(statistics), run.parameter_count)
-        Levels(lane, coverage.setdefault("samples", [])).add(sample.step for sample in samples)
+        written = {sample.step: sample.statistics for sample in sorted(samples, key=lambda sample: sample.step)}
+        Levels(lane, coverage.setdefault("samples", [])).add(written, lane.of_samples(written))
     for name, scalar in trail.items():
         levels = Levels(ScalarLane(connection, run.id, name), coverage.setdefault("scalars", {}).setdefault(name, []))
         levels.add(scalar.steps)

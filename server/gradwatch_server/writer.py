@@ -1,4 +1,7 @@
-"""One writer, group commit: what arrives within a few milliseconds shares a transaction and its sync to disk."""
+"""Group commit: what arrives within a few milliseconds shares a transaction and its sync to disk.
+
+SQLite has one writer. PostgreSQL has two: while one waits for the database, the other works.
+"""
 
 import queue
 import threading
@@ -18,6 +21,9 @@ Result = TypeVar("Result")
 Work = Callable[[sa.Connection], Any]
 
 _MOST_IN_ONE_COMMIT = 64
+_COMMIT_SECONDS = 0.04
+"""Work that one commit gathers, about: the first of it is not answered before the last is done."""
+_POSTGRESQL_WRITERS = 2
 
 
 class _Piece(NamedTuple):
@@ -30,27 +36,33 @@ class _Piece(NamedTuple):
 class Writer:
     """Runs pieces of work in one transaction a group, and answers each only after the commit is on disk.
 
-    A piece that raises changes nothing and does not touch its neighbours.
+    A piece that raises changes nothing and does not touch its neighbours. Pieces of one run are done one after the
+    other, in the order in which they came.
     """
 
     def __init__(self, engine: sa.Engine, capacity: int, capacity_per_run: int) -> None:
         self._engine = engine
-        self._waiting: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._most = capacity
         self._most_of_run = capacity_per_run
         self._of_run: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._closed = False
-        self._thread = threading.Thread(target=self._loop, name="gradwatch-writer", daemon=True)
         self.commits = 0
         self.commit_seconds = 0.0
         self.refused = 0
-        self._thread.start()
+        count = _POSTGRESQL_WRITERS if engine.dialect.name == "postgresql" else 1
+        self._queues: list[queue.SimpleQueue[_Piece | None]] = [queue.SimpleQueue() for _ in range(count)]
+        self._threads = [
+            threading.Thread(target=self._loop, args=(waiting,), name="gradwatch-writer", daemon=True)
+            for waiting in self._queues
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
         """Pieces of work that wait now."""
-        return self._waiting.qsize()
+        return sum(waiting.qsize() for waiting in self._queues)
 
     def submit(self, work: Callable[[sa.Connection], Result], run_id: str = "") -> Future[Result]:
         """Queue a piece of work on a run; the future holds its result once it is on disk.
@@ -74,59 +86,67 @@ class Writer:
                 self.refused += 1
                 detail = f"{self._most} batches wait already (limits.queued_batches): send it again later"
                 raise Refused(503, "Queue full", detail, retry_after_seconds=1)
-            self._waiting.put(_Piece(run_id, work, future))
+            self._queues[hash(run_id) % len(self._queues)].put(_Piece(run_id, work, future))
             self._of_run[run_id] += 1
         return future
 
     def close(self, timeout_seconds: float) -> None:
         """Finish what waits, then stop; what a stuck database keeps from being done in time is not answered."""
+        end = time.monotonic() + timeout_seconds
         with self._counting:
             self._closed = True
-            self._waiting.put(None)
-        self._thread.join(timeout_seconds)
+            for waiting in self._queues:
+                waiting.put(None)
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
-    def _loop(self) -> None:
-        while (first := self._waiting.get()) is not None:
+    def _loop(self, waiting: queue.SimpleQueue[_Piece | None]) -> None:
+        usual_seconds = 0.0
+        while (first := waiting.get()) is not None:
             group, last = [first], False
-            while len(group) < _MOST_IN_ONE_COMMIT and not last:
+            most = min(_MOST_IN_ONE_COMMIT, max(1, int(_COMMIT_SECONDS / max(usual_seconds, 1e-6))))
+            while len(group) < most and not last:
                 try:
-                    following = self._waiting.get_nowait()
+                    following = waiting.get_nowait()
                 except queue.Empty:
                     break
                 if following is None:
                     last = True
                 else:
                     group.append(following)
-            self._commit(group)
+            usual_seconds = 0.8 * usual_seconds + 0.2 * self._commit(group) / len(group)
             if last:
                 return
 
-    def _commit(self, group: list[_Piece]) -> None:
-        started = time.perf_counter()
+    def _commit(self, group: list[_Piece]) -> float:
+        """Do and answer a group; return how long the work took, without the sync that ended it."""
+        started, worked, failed = time.perf_counter(), 0.0, False
         wanted = [piece for piece in group if piece.future.set_running_or_notify_cancel()]
         ordered = sorted(wanted, key=lambda piece: piece.run_id)
         try:
             try:
-                settled = self._done(ordered, _together)
+                settled, worked = self._done(ordered, _together)
             except _Failed:
-                settled = self._done(ordered, _apart)
+                settled, worked = self._done(ordered, _apart)
         except BaseException as error:  # whoever waits for the answer gets the reason
-            reason = error
+            reason, failed = error, True
             settled = [partial(piece.future.set_exception, reason) for piece in ordered]
-        else:
-            self.commits += 1
-            self.commit_seconds += time.perf_counter() - started
         with self._counting:
+            if not failed:
+                self.commits += 1
+                self.commit_seconds += time.perf_counter() - started
             self._of_run -= Counter(piece.run_id for piece in group)
         for settle in settled:
             settle()
+        return worked
 
     def _done(
         self, group: list[_Piece], one: Callable[[sa.Connection, _Piece], Callable[[], None]]
-    ) -> list[Callable[[], None]]:
-        """Commit a group; return what settles its futures."""
+    ) -> tuple[list[Callable[[], None]], float]:
+        """Commit a group; return what settles its futures, and how long the work took."""
         with writing(self._engine) as connection:
-            return [one(connection, piece) for piece in group]
+            started = time.perf_counter()
+            return [one(connection, piece) for piece in group], time.perf_counter() - started
 
 
 class _Failed(Exception):

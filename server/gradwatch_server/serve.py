@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import ipaddress
 import logging
 import os
@@ -185,6 +186,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     signal.signal(signal.SIGHUP, server.reload)  # from here on: whoever reads the next line may send it
     print(f"gradwatch serves on {settings.address} (database {engine.url.render_as_string()})", flush=True)
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     server.run(sockets=[sock])
     engine.dispose()
     return 0

@@ -11,7 +11,7 @@ from gradwatch.wire import MISSING
 
 Floats = NDArray[np.floating[Any]]
 Steps = NDArray[np.int64]
-Counts = NDArray[np.int64]
+Counts = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +44,11 @@ class Buckets:
         """
         measurable = np.isfinite(values)
         if missing is None:
-            return cls(steps, steps, values, values, values, values, _counted(measurable), _counted(~measurable))
-        present = values != missing
-        finite = _counted(measurable & present)
-        return cls(steps, steps, values, values, values, values, finite, _counted(~measurable & present))
+            finite, nonfinite = measurable, ~measurable
+        else:
+            present = values != missing
+            finite, nonfinite = measurable & present, ~measurable & present
+        return cls(steps, steps, values, values, values, values, finite.view(np.uint8), nonfinite.view(np.uint8))
 
     @classmethod
     def concatenated(cls, parts: Sequence["Buckets"]) -> "Buckets":
@@ -77,7 +78,7 @@ class Buckets:
         if measured.all():
             return self._all_finite(starts, ends)
         infinite = self.low.dtype.type(np.inf)
-        finite = _reduced(np.add, self.finite, starts)
+        finite = _reduced(np.add, self.finite, starts, np.int64)
         total = _reduced(np.add, np.where(measured, self.mean, 0).astype(np.float64) * self.finite, starts)
         last = self._newest(starts, ends)
         nothing = finite == 0
@@ -89,12 +90,12 @@ class Buckets:
             np.where(nothing, last, (total / np.maximum(finite, 1)).astype(self.mean.dtype)),
             last,
             finite,
-            _reduced(np.add, self.nonfinite, starts),
+            _reduced(np.add, self.nonfinite, starts, np.int64),
         )
 
     def _all_finite(self, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> "Buckets":
         """Return the same as ``gathered`` where every bucket holds finite values, in a third of the time."""
-        finite = _reduced(np.add, self.finite, starts)
+        finite = _reduced(np.add, self.finite, starts, np.int64)
         if np.may_share_memory(self.mean, self.last):  # samples: each counts once
             total = _reduced(np.add, self.mean, starts, np.float64)
         else:
@@ -107,7 +108,7 @@ class Buckets:
             (total / finite).astype(self.mean.dtype),
             self.last[ends],
             finite,
-            _reduced(np.add, self.nonfinite, starts),
+            _reduced(np.add, self.nonfinite, starts, np.int64),
         )
 
     def _newest(self, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> Floats:
@@ -145,7 +146,3 @@ def _reduced(
     if even == len(starts):
         return reduced
     return np.concatenate([reduced, combine.reduce(values[even * size :], axis=0, keepdims=True, dtype=dtype)])
-
-
-def _counted(flags: NDArray[np.bool_]) -> Counts:
-    return flags.astype(np.int64)

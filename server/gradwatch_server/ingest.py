@@ -325,6 +325,15 @@ def load_parameters(connection: sa.Connection, run_id: str) -> list[wire.Paramet
     ]
 
 
+def load_order(connection: sa.Connection, run_id: str) -> tuple[list[int], list[str]]:
+    """Return the indices of a run's parameters into its vectors, from input to output, and their names likewise."""
+    table = schema.parameters
+    rows = connection.execute(
+        sa.select(table.c.position, table.c.name).where(table.c.run == run_id).order_by(table.c.depth, table.c.position)
+    ).all()
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
 def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, float]]) -> list[Reading]:
     """Return what the rules have not seen yet, in the order of the steps."""
     readings = []

@@ -12,6 +12,7 @@ from gradwatch.wire import MISSING, STATISTICS, Statistic, Trail, Vector, number
 from gradwatch_server import schema
 from gradwatch_server.buckets import Buckets, Floats
 from gradwatch_server.levels import LAST_STEP
+from gradwatch_server.vectors import Rows, raw, unpack
 
 RATIO_EPS = 1e-3
 """The eps of ``ratio = grad_norm / (weight_norm + eps)``, the same as AGC's."""
@@ -53,8 +54,10 @@ class SampleLane:
         self._connection = connection
         self._run = run_id
         self._names = list(names)
-        self._width = parameter_count
-        self._columns = columns
+        self._only = columns[0] if columns is not None and len(columns) == 1 else None
+        self._width = parameter_count if self._only is None else 1
+        whole = columns is None or self._only is not None or list(columns) == list(range(parameter_count))
+        self._columns = None if whole else columns
         self._read_width = parameter_count if columns is None else len(columns)
 
     def load(self, level: int, first: int, last: int) -> Buckets:
@@ -65,31 +68,48 @@ class SampleLane:
         table = schema.samples
         stored = [name for name in STATISTICS if name in self._needed()]
         rows = self._connection.execute(
-            sa.select(table.c.step, *(table.c[name] for name in stored))
+            sa.select(table.c.step, *(self._vector(table, name) for name in stored))
             .where(table.c.run == self._run, table.c.level == 0, table.c.step.between(first, last))
             .order_by(table.c.step)
         ).all()
-        return self._measured(stored, [row[0] for row in rows], [row[1:] for row in rows])
+        columns: dict[str, Rows] = {
+            name: self._unpacked([row[place] for row in rows]) for place, name in enumerate(stored, 1)
+        }
+        return self._measured(columns, [row[0] for row in rows])
 
     def of_samples(self, samples: Mapping[int, Mapping[Statistic, Vector]]) -> Buckets:
         """Return the buckets of level 0 that these statistics make, by their steps in ascending order."""
         stored = [name for name in STATISTICS if name in self._needed()]
-        vectors = [[statistics.get(name) for name in stored] for statistics in samples.values()]
-        return self._measured(stored, list(samples), vectors)
+        columns: dict[str, Rows] = {name: [statistics.get(name) for statistics in samples.values()] for name in stored}
+        return self._measured(columns, list(samples))
 
-    def _measured(
-        self, stored: Sequence[str], steps: Sequence[int], vectors: Sequence[Sequence[Vector | None]]
-    ) -> Buckets:
+    def _measured(self, columns: dict[str, Rows], steps: Sequence[int]) -> Buckets:
         enough = all if len(self._names) == 1 else any
-        kept = [index for index, row in enumerate(vectors) if enough(vector is not None for vector in row)]
+        rows = zip(*columns.values(), strict=True)
+        kept = [place for place, row in enumerate(rows) if enough(vector is not None for vector in row)]
+        if len(kept) < len(steps):
+            columns = {name: [vectors[place] for place in kept] for name, vectors in columns.items()}
         planes: dict[str, Floats] = {
-            name: self._chosen(_stacked([vectors[index][place] for index in kept], self._width))
-            for place, name in enumerate(stored)
+            name: self._chosen(_stacked(vectors, self._width)) for name, vectors in columns.items()
         }
         if "ratio" in self._names:
             planes["ratio"] = ratio(planes["grad_norm"], planes["weight_norm"])
         values = np.concatenate([planes[name] for name in self._names], axis=1)
-        return Buckets.of_samples(np.array([steps[index] for index in kept], np.int64), values)
+        return Buckets.of_samples(np.array([steps[place] for place in kept], np.int64), values)
+
+    def _vector(self, table: sa.Table, name: str) -> sa.ColumnElement[Any]:
+        """Return a column of vectors; where one parameter is read, the database cuts it out: none where it is later."""
+        engine = self._connection.dialect.name
+        if self._only is None:
+            return raw(table.c[name], engine)
+        place, column = self._only, f"{table.name}.{name}"
+        cut = (
+            f"{column}[{place + 1}:{place + 1}]" if engine == "postgresql" else f"substr({column}, {4 * place + 1}, 4)"
+        )
+        return raw(sa.literal_column(cut), engine)
+
+    def _unpacked(self, packed: Sequence[bytes | None]) -> Rows:
+        return unpack(packed, self._connection.dialect.name)
 
     def _chosen(self, rows: NDArray[Any]) -> NDArray[Any]:
         return rows if self._columns is None else rows[:, self._columns]
@@ -104,7 +124,12 @@ class SampleLane:
             return self._nothing()
         table = schema.rollups
         rows = self._connection.execute(
-            sa.select(table.c.statistic, table.c.step, *(table.c[name] for name in _PLANES))
+            sa.select(
+                table.c.statistic,
+                table.c.step,
+                *(self._vector(table, name) for name in _PLANES[:4]),
+                *(table.c[name] for name in _PLANES[4:]),
+            )
             .where(
                 table.c.run == self._run,
                 table.c.statistic.in_(self._names),
@@ -122,9 +147,15 @@ class SampleLane:
 
     def _planes(self, steps: NDArray[np.int64], rows: Sequence[Any]) -> list[NDArray[Any]]:
         """Return low, high, mean, last and both counts of one statistic, each of shape (steps, parameters)."""
-        known = [len(row[2]) for row in rows]
-        planes = [_stacked([row[index] for row in rows], self._width) for index in range(2, 6)]
-        planes += [_counts([row[index] for row in rows], known, self._width) for index in (6, 7)]
+        vectors = [self._unpacked([row[index] for row in rows]) for index in range(2, 6)]
+        known = [0 if vector is None else len(vector) for vector in vectors[0]]
+        planes = [_stacked(plane, self._width) for plane in vectors]
+        for index in (6, 7):
+            counts = [row[index] for row in rows]
+            if self._only is not None:
+                counts = [vector if len(vector) == 1 else vector[self._only :][:1] for vector in counts]
+                counts = [vector[:count] for vector, count in zip(counts, known, strict=True)]
+            planes.append(_counts(counts, known, self._width))
         planes = [self._chosen(plane) for plane in planes]
         if len(rows) == len(steps):
             return planes
@@ -298,8 +329,10 @@ def _around(connection: sa.Connection, table: sa.Table, mine: Sequence[Any], lev
     return start, LAST_STEP if following is None else following - 1
 
 
-def _stacked(vectors: Sequence[NDArray[np.float32] | None], width: int) -> NDArray[Any]:
+def _stacked(vectors: Rows, width: int) -> NDArray[Any]:
     """Return the vectors as rows; missing where there is none, or where it is from before the run gained parameters."""
+    if isinstance(vectors, np.ndarray) and vectors.shape[1] == width:
+        return vectors
     known = [vector for vector in vectors if vector is not None and len(vector) == width]
     if known and len(known) == len(vectors):
         return np.concatenate(known).reshape(len(known), width)

@@ -1,14 +1,23 @@
-"""Float32 vectors to and from PostgreSQL's ``real[]``, in its binary form and without a Python float in between."""
+"""Float32 vectors to and from the database, in its binary form and without a Python float in between.
 
+SQLite holds them as little-endian bytes, PostgreSQL as ``real[]``.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import psycopg
+import sqlalchemy as sa
 from numpy.typing import NDArray
 from psycopg import abc, adapt, postgres, pq
 
 _ELEMENT = np.dtype([("bytes", ">i4"), ("value", ">f4")])
 _HEADER = np.dtype(">i4")
+_HEADER_BYTES = 20
+
+Rows = Sequence[NDArray[np.float32] | None] | NDArray[np.float32]
+"""Vectors, none where there is none; a matrix where all are there and of one length."""
 _REAL = postgres.types["float4"]
 
 
@@ -33,9 +42,31 @@ class _VectorLoader(adapt.Loader):
     format = pq.Format.BINARY
 
     def load(self, data: abc.Buffer) -> NDArray[np.float32]:
-        if len(data) < 20:
-            return np.empty(0, np.float32)
-        return np.frombuffer(data, _ELEMENT, offset=20)["value"].astype(np.float32)
+        return _of_array(data)
+
+
+def _of_array(data: abc.Buffer) -> NDArray[np.float32]:
+    if len(data) < _HEADER_BYTES:
+        return np.empty(0, np.float32)
+    return np.frombuffer(data, _ELEMENT, offset=_HEADER_BYTES)["value"].astype(np.float32)
+
+
+def raw(vector: sa.ColumnElement[Any], engine: str) -> sa.ColumnElement[Any]:
+    """Return what selects a vector as bytes, for ``unpack``: thousands of them are decoded at once."""
+    return sa.type_coerce(sa.func.array_send(vector) if engine == "postgresql" else vector, sa.types.NULLTYPE)
+
+
+def unpack(packed: Sequence[bytes | None], engine: str) -> Rows:
+    """Return the vectors that ``raw`` selected; where all are of one length, they are the rows of a matrix."""
+    header = _HEADER_BYTES if engine == "postgresql" else 0
+    lengths = {-1 if data is None else len(data) for data in packed}
+    if len(lengths) == 1 and min(lengths) > header:
+        joined = np.frombuffer(b"".join(data for data in packed if data is not None), np.uint8)
+        rows = joined.reshape(len(packed), -1)[:, header:]
+        if not header:
+            return rows.view("<f4")
+        return np.ascontiguousarray(rows).view(_ELEMENT)["value"].astype(np.float32)
+    return [None if data is None else _of_array(data) if header else np.frombuffer(data, "<f4") for data in packed]
 
 
 class BinaryCursor(psycopg.Cursor[Any]):

@@ -5,16 +5,18 @@ from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
+import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch import wire
 from gradwatch_server import queries
 from gradwatch_server.advice import THRESHOLDS, advise, threshold_in_force
 from gradwatch_server.api import documents
+from gradwatch_server.api.numbers import answer, spelled
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
 from gradwatch_server.errors import Refused
-from gradwatch_server.ingest import load_parameters
+from gradwatch_server.ingest import load_order, load_parameters
 from gradwatch_server.retention import delete_run
 from gradwatch_server.runs import RunState, load_run, load_runs
 from gradwatch_server.services import Services
@@ -57,32 +59,32 @@ def show_series(
     """One statistic of one parameter, or one scalar of the run (``loss``), as min, max, mean and last of buckets."""
     load_run(connection, run_id)
     if statistic in queries.STATISTIC_NAMES:
-        names = [known.name for known in load_parameters(connection, run_id)]
+        order, names = load_order(connection, run_id)
         if parameter is None:
             raise Refused(404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME")
         if parameter not in names:
             raise Refused(404, "Unknown parameter", f"run {run_id!r} has no parameter {parameter!r}")
-        column = [names.index(parameter)]
+        column = [order[names.index(parameter)]]
         buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, column, points)
     else:
         if parameter is not None:
             known = ", ".join(queries.STATISTIC_NAMES)
             raise Refused(404, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
         buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
-    spelled = wire.spell_vector if statistic in queries.STATISTIC_NAMES else wire.spell_numbers
+    spell = spelled if statistic in queries.STATISTIC_NAMES else wire.spell_numbers
     content = {
         "run": run_id,
         "statistic": statistic,
         "parameter": parameter,
-        "steps": buckets.first_steps.tolist(),
-        "last_steps": buckets.last_steps.tolist(),
-        "min": spelled(buckets.low[:, 0]),
-        "max": spelled(buckets.high[:, 0]),
-        "mean": spelled(buckets.mean[:, 0]),
-        "last": spelled(buckets.last[:, 0]),
-        "nonfinite": buckets.nonfinite[:, 0].tolist(),
+        "steps": buckets.first_steps,
+        "last_steps": buckets.last_steps,
+        "min": spell(buckets.low[:, 0]),
+        "max": spell(buckets.high[:, 0]),
+        "mean": spell(buckets.mean[:, 0]),
+        "last": spell(buckets.last[:, 0]),
+        "nonfinite": np.ascontiguousarray(buckets.nonfinite[:, 0]),
     }
-    return Response(msgspec.json.encode(content), media_type=wire.JSON_TYPE)
+    return answer(content)
 
 
 @router.get(
@@ -100,21 +102,20 @@ def show_map(
 ) -> Response:
     """One statistic of all parameters over the steps: the layer x step map."""
     load_run(connection, run_id)
-    listed = load_parameters(connection, run_id)
-    order = sorted(range(len(listed)), key=lambda position: listed[position].depth or 0)
+    order, names = load_order(connection, run_id)
     buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points)
     content: dict[str, Any] = {
         "run": run_id,
         "statistic": statistic,
-        "parameters": [listed[position].name for position in order],
-        "steps": buckets.first_steps.tolist(),
-        "last_steps": buckets.last_steps.tolist(),
-        "min": wire.spell_vector(buckets.low),
-        "max": wire.spell_vector(buckets.high),
-        "last": wire.spell_vector(buckets.last),
-        "nonfinite": buckets.nonfinite.tolist(),
+        "parameters": names,
+        "steps": buckets.first_steps,
+        "last_steps": buckets.last_steps,
+        "min": spelled(buckets.low),
+        "max": spelled(buckets.high),
+        "last": spelled(buckets.last),
+        "nonfinite": np.ascontiguousarray(buckets.nonfinite),
     }
-    return Response(msgspec.json.encode(content), media_type=wire.JSON_TYPE)
+    return answer(content)
 
 
 @router.get(
@@ -131,24 +132,23 @@ def show_profile(
 ) -> Response:
     """One statistic of all parameters in the order of depth, gathered over a range; of one step: both ends the same."""
     load_run(connection, run_id)
-    listed = load_parameters(connection, run_id)
-    order = sorted(range(len(listed)), key=lambda position: listed[position].depth or 0)
+    order, names = load_order(connection, run_id)
     found = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, 1)
     if not len(found):
         raise Refused(404, "No samples", f"run {run_id!r} has no sample of {statistic!r} in this range: widen it")
     content = {
         "run": run_id,
         "statistic": statistic,
-        "parameters": [listed[position].name for position in order],
+        "parameters": names,
         "first_step": int(found.first_steps[0]),
         "last_step": int(found.last_steps[0]),
-        "min": wire.spell_vector(found.low[0]),
-        "max": wire.spell_vector(found.high[0]),
-        "mean": wire.spell_vector(found.mean[0]),
-        "last": wire.spell_vector(found.last[0]),
-        "nonfinite": found.nonfinite[0].tolist(),
+        "min": spelled(found.low[0]),
+        "max": spelled(found.high[0]),
+        "mean": spelled(found.mean[0]),
+        "last": spelled(found.last[0]),
+        "nonfinite": np.ascontiguousarray(found.nonfinite[0]),
     }
-    return Response(msgspec.json.encode(content), media_type=wire.JSON_TYPE)
+    return answer(content)
 
 
 @router.get(
@@ -167,11 +167,11 @@ def show_latest(connection: Reader, run_id: RunId) -> Response:
         "run": run_id,
         "step": newest.step,
         "at": newest.at,
-        "parameters": [known.name for known in load_parameters(connection, run_id)],
-        "statistics": {name: wire.spell_vector(vector) for name, vector in vectors.items() if vector is not None},
+        "parameters": [name for _, name in sorted(zip(*load_order(connection, run_id), strict=True))],
+        "statistics": {name: spelled(vector) for name, vector in vectors.items() if vector is not None},
         "scalars": newest.scalars,
     }
-    return Response(msgspec.json.encode(content), media_type=wire.JSON_TYPE)
+    return answer(content)
 
 
 @router.get("/runs/{id}/clip-advice", response_model=documents.ClipAdvice, responses=problems(401, 403, 404, 422))

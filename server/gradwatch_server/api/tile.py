@@ -11,7 +11,7 @@ from gradwatch_server import queries
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
 from gradwatch_server.api.runs import RunId, Step
-from gradwatch_server.ingest import load_parameters
+from gradwatch_server.ingest import load_order
 from gradwatch_server.runs import load_run
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
@@ -38,12 +38,11 @@ def show_tile(
     -1, NaN and infinity are themselves, ``nonfinite`` (uint16) counts up to 65,535.
     """
     load_run(connection, run_id)
-    listed = load_parameters(connection, run_id)
-    order = sorted(range(len(listed)), key=lambda position: listed[position].depth or 0)
+    order, names = load_order(connection, run_id)
     buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points)
     header = {
         "statistic": statistic,
-        "parameters": [listed[position].name for position in order],
+        "parameters": names,
         "steps": buckets.first_steps.tolist(),
         "last_steps": buckets.last_steps.tolist(),
     }

@@ -120,6 +120,25 @@ def test_dragging_a_strip_pans_the_map_and_every_other_strip(page: Page, filled:
     page.wait_for_function("() => new URLSearchParams(location.search).get('from') >= 248")
 
 
+def test_the_wheel_over_a_strip_zooms_the_map_around_that_step(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-digits"))
+    box = page.locator("figure", has_text="Loss").locator(".chart-area").bounding_box()
+    assert box is not None
+    page.mouse.move(seen.plot(page).x(300, 0, 600), box["y"] + 40)
+
+    page.mouse.wheel(0, 100)
+    expect(page.locator(".range")).to_have_text("whole run")  # the page was meant
+    page.keyboard.down("Control")
+    for _ in range(4):
+        page.mouse.wheel(0, -100)
+    page.keyboard.up("Control")
+
+    page.wait_for_url(re.compile(r"from=\d+&to=\d+"))
+    first, last = map(int, re.findall(r"\d+", page.locator(".range").inner_text()))
+    assert abs((first + last) / 2 - 300) < 8
+    assert last - first < 200
+
+
 def test_keys_move_the_crosshair_choose_parameters_and_pan(page: Page, filled: Filled) -> None:
     open_run(page, filled.run("resnet-digits", "?from=100&to=200&step=150"))
     page.locator(".map .over").focus()

@@ -53,13 +53,13 @@ export function modules(names) {
 
 /**
  * @param {CanvasRenderingContext2D} context @param {string[]} names @param {number} top @param {number} rowHeight
- * @param {{left: number, chosen: number}} place @param {{soft: string, ink: string, line: string, font: string}} theme
+ * @param {{left: number, chosen: number}} place @param {{soft: string, ink: string, font: string}} theme
  */
 export function drawLabels(context, names, top, rowHeight, place, theme) {
   context.font = theme.font;
   context.textAlign = "right";
   context.textBaseline = "middle";
-  context.strokeStyle = theme.line;
+  context.strokeStyle = `color-mix(in srgb, ${theme.soft} 60%, transparent)`;
   const all = groups(names, rowHeight);
   const brackets = rowHeight >= LINE ? modules(names) : all.filter(({ first, past }) => past - first > 1);
   for (const { first, past } of brackets) bracket(context, place.left - 5, top + first * rowHeight, top + past * rowHeight);

@@ -107,6 +107,7 @@ def test_compared_curves_go_down_to_single_steps_and_the_view_is_an_address(
     settled(page, f"{server.url}/?compare={','.join(runs)}&from=2000&to=2010&statistic=grad_norm")
     expect(page.locator(".range")).to_have_text("steps 2,000 to 2,009")
     norm = page.locator("figure", has_text="Global gradient norm")
+    expect(norm.locator(".chart-values b")).to_have_count(2)
     box = norm.locator(".chart-area").bounding_box()
     assert box is not None
 

@@ -120,6 +120,11 @@ def build() -> Dashboard:
         over_steps("Loss by step", "Smallest and largest loss of each span of steps.", "none", _scalar("loss")),
         over_steps("Global gradient norm by step", "Norm of the whole gradient before clipping: the smallest and the "
                    "largest of each span of steps.", "none", _scalar("global_grad_norm"), logarithmic=True),
+        lines("Global gradient norm", "Norm of the whole gradient before and after clipping, and the limit that the "
+              "training sets to it.", "none",
+              prom(_of_run("gradwatch_run_global_grad_norm"), "before clipping", "A"),
+              prom(_of_run("gradwatch_run_clipped_global_grad_norm"), "after", "B"),
+              prom(_of_run("gradwatch_run_global_grad_norm_limit"), "limit", "C"), logarithmic=True),
         lines("Clipping", "Share of the parameters whose gradient was clipped at the latest sample.", "percentunit",
               prom(_of_run("gradwatch_run_clipped_parameters_ratio"), "clipped")),
         lines("Unhealthy parameters", "Parameters that open alerts blame, by rule.", "short",

@@ -443,12 +443,15 @@ class Agent:
             self._finish_round()
 
     @_guarded
-    def before_norm_clip(self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float) -> None:
+    def before_norm_clip(
+        self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: Scalar, norm_type: float
+    ) -> None:
         """Gradients are about to be clipped by their total norm."""
         binding = self._bind_parameters(parameters)
         if not binding.indices:
             return
-        clip = Clip(_kept(total_norm), max_norm, binding.index_set, partial=_is_partial(total_norm))
+        limit = _kept(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
+        clip = Clip(_kept(total_norm), limit, binding.index_set, _is_partial(total_norm), norm_type)
         # Clipping by NaN or Inf wipes out which gradient it came from: measure before, where it can be seen.
         if not _finite(clip.total_norm):
             self._measure_before_clip(binding, force=True)

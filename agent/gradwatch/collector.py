@@ -469,6 +469,9 @@ class Composer:
         scalars["global_grad_norm"] = _total(statistics["grad_norm"])
         if "clipped_grad_norm" in statistics:
             scalars["clipped_global_grad_norm"] = _total(statistics["clipped_grad_norm"])
+        limit = _limit(round_.clips, statistics["grad_norm"])
+        if math.isfinite(limit):
+            scalars["global_grad_norm_limit"] = limit
         scalars["skipped_steps"] = float(self.skipped_steps)
         scalars["agent_seconds"] = round_.agent_seconds
         scalars["dropped_samples"] = float(self._losses.samples)
@@ -520,7 +523,7 @@ class _Vectors:
         """Take a clipping by norm out of what was measured after it."""
         chosen = sorted(clip.indices) if clip.indices is not None else slice(None)
         for vector in (self.grad_norm, self.max_unit_ratio):
-            vector[chosen] = unclipped(vector[chosen].astype(np.float64), total, clip.max_norm)
+            vector[chosen] = unclipped(vector[chosen].astype(np.float64), total, number(clip.max_norm))
 
     def set_zero(self, index: int) -> None:
         for vector in (
@@ -586,10 +589,17 @@ def _coefficients(clips: Sequence[Clip], count: int) -> NDArray[np.float64]:
     for clip in clips:
         if clip.partial:
             continue
-        coefficient = clip_coefficient(number(clip.total_norm), clip.max_norm)
+        coefficient = clip_coefficient(number(clip.total_norm), number(clip.max_norm))
         chosen = slice(None) if clip.indices is None else np.fromiter(clip.indices, np.intp, len(clip.indices))
         coefficients[chosen] *= coefficient
     return coefficients
+
+
+def _limit(clips: Sequence[Clip], grad_norm: wire.Vector) -> float:
+    """Return the limit that clipping set to the L2 norm of the whole gradient; infinite where it set none."""
+    present = set(np.flatnonzero(grad_norm != wire.MISSING).tolist())
+    whole = (clip for clip in clips if clip.norm_type == 2.0 and (clip.indices is None or clip.indices >= present))
+    return min((limit for clip in whole if (limit := number(clip.max_norm)) > 0), default=math.inf)
 
 
 def _enter_update(update: Update, vectors: _Vectors) -> None:

@@ -20,11 +20,12 @@ class Clip:
     """One call of ``clip_grad_norm_``."""
 
     total_norm: Tensor
-    max_norm: float
+    max_norm: Scalar
     indices: frozenset[int] | None = None
     """Of the parameters that it scaled; only known where the step is sampled."""
     partial: bool = False
     """Whether the norm is this rank's part of it, of sharded gradients."""
+    norm_type: float = 2.0
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Final, Protocol
 
@@ -43,7 +44,9 @@ class Listener(Protocol):
     def after_scaler_step(self, optimizer: Optimizer) -> None:
         """A loss scaler had its chance to step ``optimizer``, or skipped it."""
 
-    def before_norm_clip(self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float) -> None:
+    def before_norm_clip(
+        self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float | Tensor, norm_type: float
+    ) -> None:
         """Gradients are about to be clipped by their total norm."""
 
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
@@ -60,6 +63,8 @@ _listeners: tuple[Listener, ...] = ()
 _undo: list[Callable[[], None]] = []
 _stepping: dict[int, int] = {}
 """For each optimizer in the middle of a step, the id of the frame of torch's outermost wrapper."""
+_norm_type: ContextVar[float] = ContextVar("_norm_type", default=2.0)
+"""Which norm ``clip_grad_norm_`` takes; whoever clips by a norm of his own is believed to take torch's usual one."""
 
 
 def listen(listener: Listener) -> None:
@@ -106,6 +111,7 @@ def _set() -> None:
     _replace(Optimizer, "zero_grad", _zero_grad)
     _replace_inside(clip_grad.clip_grad_value_, _clip_by_value)
     if hasattr(clip_grad, "_clip_grads_with_norm_"):
+        _replace_inside(clip_grad.clip_grad_norm_, _note_norm_type)
         _replace_inside(clip_grad._clip_grads_with_norm_, _clip_by_norm)
     else:
         _replace_inside(clip_grad.clip_grad_norm_, _measure_and_clip_by_norm)
@@ -238,23 +244,49 @@ def _several(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
+def _note_norm_type(
+    original: Callable[..., Any],
+    parameters: Any,
+    max_norm: float | Tensor,
+    norm_type: float = 2.0,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Tell ``_clip_by_norm``, which torch calls inside, what its norm is."""
+    noted = _norm_type.set(norm_type)
+    try:
+        return original(parameters, max_norm, norm_type, *args, **kwargs)
+    finally:
+        _norm_type.reset(noted)
+
+
 def _clip_by_norm(
-    original: Callable[..., Any], parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    parameters: Any,
+    max_norm: float | Tensor,
+    total_norm: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     several = _several(parameters)
     for listener in _listeners:
-        listener.before_norm_clip(several, total_norm, float(max_norm))
+        listener.before_norm_clip(several, total_norm, max_norm, float(_norm_type.get()))
     return original(several, max_norm, total_norm, *args, **kwargs)
 
 
 def _measure_and_clip_by_norm(
-    original: Callable[..., Any], parameters: Any, max_norm: float, *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    parameters: Any,
+    max_norm: float | Tensor,
+    norm_type: float = 2.0,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Torch before 2.6 measures and clips in one function: it is heard when it is done."""
     several = _several(parameters)
-    total_norm = original(several, max_norm, *args, **kwargs)
+    total_norm = original(several, max_norm, norm_type, *args, **kwargs)
     for listener in _listeners:
-        listener.before_norm_clip(several, total_norm, float(max_norm))
+        listener.before_norm_clip(several, total_norm, max_norm, float(norm_type))
     return total_norm
 
 

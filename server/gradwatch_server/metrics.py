@@ -31,6 +31,7 @@ _RUN_GAUGES = {
     "gradwatch_run_agent_overhead_ratio": "Share of the step's time that the agent takes.",
     "gradwatch_run_global_grad_norm": "L2 norm of the whole gradient before clipping.",
     "gradwatch_run_clipped_global_grad_norm": "L2 norm of the whole gradient after clipping.",
+    "gradwatch_run_global_grad_norm_limit": "Limit that training sets to the L2 norm of the whole gradient.",
     "gradwatch_run_grad_weight_min_ratio": "Smallest gradient to weight ratio over the parameters.",
     "gradwatch_run_grad_weight_median_ratio": "Median gradient to weight ratio over the parameters.",
     "gradwatch_run_grad_weight_max_ratio": "Largest gradient to weight ratio over the parameters.",
@@ -53,6 +54,7 @@ _SCALARS = {
     "learning_rate": "gradwatch_run_learning_rate",
     "step_seconds": "gradwatch_run_step_duration_seconds",
     "overhead_ratio": "gradwatch_run_agent_overhead_ratio",
+    "global_grad_norm_limit": "gradwatch_run_global_grad_norm_limit",
     "skipped_steps": "gradwatch_run_skipped_steps",
 }
 _PARAMETER_GAUGES = {

@@ -73,6 +73,7 @@ def test_lightning(server: Server, tmp_path: Path, automatic: bool) -> None:
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4]
     if automatic:
         assert server.scalar("clipped_global_grad_norm") == pytest.approx(0.5, rel=1e-4)
+        assert server.scalar("global_grad_norm_limit") == 0.5
         assert server.scalar("global_grad_norm") == pytest.approx(server.trail("clip_norm")[4], rel=1e-5)
         assert server.scalar("global_grad_norm") > 1
     assert server.batches[-1].end is not None

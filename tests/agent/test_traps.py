@@ -118,6 +118,80 @@ def test_clipping_by_norm_of_a_part(server: Server) -> None:
     assert server.values("clipped_grad_norm") == pytest.approx({"a": 5.0, "b": 3.0})
 
 
+def test_the_limit_of_clipping_goes_with_the_norms_that_it_limits(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    limits: list[float | Tensor | None] = [6.5, 2.6, None, torch.tensor(26.0), math.inf]
+    with watch(model, server, optimizer):
+        for limit in limits:
+            model(GRAD_A, 12.0).backward()
+            if limit is not None:
+                clip_grad_norm_(model.parameters(), limit)  # type: ignore[arg-type]  # torch takes a tensor, too
+            optimizer.step()
+            optimizer.zero_grad()
+    told = [
+        tuple(
+            sample.scalars.get(name)
+            for name in ("global_grad_norm", "clipped_global_grad_norm", "global_grad_norm_limit")
+        )
+        for sample in server.samples
+    ]
+    assert told == [
+        pytest.approx((13.0, 6.5, 6.5)),
+        pytest.approx((13.0, 2.6, 2.6)),
+        (13.0, None, None),
+        (13.0, 13.0, 26.0),
+        (13.0, 13.0, None),
+    ]
+
+
+def _clip_a_part(model: Two) -> None:
+    clip_grad_norm_([model.b], 3.0)
+
+
+def _clip_both_alone(model: Two) -> None:
+    clip_grad_norm_([model.a], 3.0)
+    clip_grad_norm_([model.b], 3.0)
+
+
+def _clip_by_another_norm(model: Two) -> None:
+    clip_grad_norm_(model.parameters(), 3.0, norm_type=math.inf)
+
+
+def _clip_by_value(model: Two) -> None:
+    clip_grad_value_(model.parameters(), 3.0)
+
+
+@pytest.mark.parametrize("clip", [_clip_a_part, _clip_both_alone, _clip_by_another_norm, _clip_by_value])
+def test_what_limits_something_else_is_no_limit_of_the_whole_norm(
+    server: Server, clip: Callable[[Two], object]
+) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        clip(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        model(GRAD_A, 12.0).backward()
+        clip_grad_norm_(model.parameters(), 3.0)
+        optimizer.step()
+    first, second = server.samples
+    assert "clipped_global_grad_norm" in first.scalars
+    assert "global_grad_norm_limit" not in first.scalars
+    assert second.scalars["global_grad_norm_limit"] == 3.0
+
+
+def test_a_parameter_without_a_gradient_is_under_every_limit(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        (model.b * 12.0).sum().backward()
+        clip_grad_norm_([model.b], 3.0)
+        optimizer.step()
+    assert server.scalar("global_grad_norm_limit") == 3.0
+
+
 def test_clipping_by_value_reports_before_and_after(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -27,9 +27,8 @@ def test_the_module_that_the_agent_names_comes_first(module: str, first: str) ->
     finding = Watch().tick(math.nan, loss=math.nan)["nonfinite"]
     named = refine(finding, Watch().layout.names, module, "its inputs were finite.")
     assert named.parameters[0].name == first
-    assert named.cause == (
-        f"The first result that was not finite came out of {module or 'the loss'}: its inputs were finite."
-    )
+    where = f"module {module}" if module else "the loss"
+    assert named.cause == f"The first result that was not finite came out of {where}: its inputs were finite."
     assert len(named.parameters) == len(finding.parameters) == 2 * LAYERS
     assert refine(named, Watch().layout.names, module, "its inputs were finite.") == named
 

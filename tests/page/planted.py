@@ -18,6 +18,8 @@ INFINITE_STEP, INFINITE_PARAMETER = 300, "blocks.1.conv1.weight"
 NAN_STEP, NAN_PARAMETER = 420, "head.weight"
 ZERO_STEPS, ZERO_PARAMETER = range(200, 350), "blocks.5.norm.bias"
 MISSING_PARAMETER = "aux.weight"
+LIMIT_STEPS, LIMITS = (0, 250, 500), (0.3, 0.6, float("inf"))
+"""The whole gradient is clipped to each of the limits from its step on."""
 
 
 def residual_net(blocks: int = 8) -> list[wire.Parameter]:
@@ -120,22 +122,23 @@ class Run:
         measured = gradients != wire.MISSING
         total = float(np.sqrt(np.sum(np.where(measured, gradients, 0.0).astype(np.float64) ** 2)))
         unit_ratio = np.where(measured, gradients / weights * 3.1, wire.MISSING).astype(np.float32)
-        clip_norm = 0.3
+        limit = LIMITS[int(np.searchsorted(LIMIT_STEPS, step, side="right")) - 1]
         return wire.Sample(
             histograms=self.histograms(unit_ratio),
             step=step,
             at=time.time(),
             statistics={
                 "grad_norm": gradients,
-                "clipped_grad_norm": _clipped(gradients, total, clip_norm),
+                "clipped_grad_norm": _clipped(gradients, total, limit),
                 "weight_norm": weights,
                 "max_unit_ratio": unit_ratio,
                 "zero_unit_share": zero_units,
                 "nonfinite_count": (~np.isfinite(gradients)).astype(np.float32),
             },
-            scalars={
+            scalars=({"global_grad_norm_limit": limit} if np.isfinite(limit) else {})
+            | {
                 "global_grad_norm": wire.spell(total),
-                "clipped_global_grad_norm": wire.spell(min(total, clip_norm) if np.isfinite(total) else total),
+                "clipped_global_grad_norm": wire.spell(min(total, limit) if np.isfinite(total) else total),
                 "learning_rate": 0.1 * 0.5 * (1 + float(np.cos(np.pi * min(step, 1200) / 1200))),
                 "overhead_ratio": 0.004 + 0.001 * float(random.random()),
             },

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 from playwright.sync_api import Page, expect
 
 from gradwatch import wire
@@ -46,6 +47,47 @@ def test_strips_show_the_value_at_the_crosshair(page: Page, filled: Filled) -> N
         assert abs(box["x"] - map_x) < 2
 
 
+def test_the_limit_of_clipping_is_a_line_on_the_norm_that_it_limits(page: Page, filled: Filled) -> None:
+    """Dashed, in red, at its own height; where it changes it steps, and where there was none there is none."""
+    page.emulate_media(color_scheme="light")
+    open_run(page, filled.run("resnet-digits"))
+    norm = page.locator("figure", has_text="Global gradient norm")
+    values = norm.locator(".chart-values")
+    expect(values).to_contain_text("limit none")
+    norm.scroll_into_view_if_needed()
+    box = norm.locator(".chart-area").bounding_box()
+    assert box is not None
+    plot = seen.plot(page)
+
+    def heights(first: int, past: int) -> set[int]:
+        """Return the heights at which red is seen over some steps, in pixels."""
+        left, right = plot.x(first, 0, 600), plot.x(past, 0, 600)
+        drawn = seen.pixels(page, seen.Plot(left, box["y"], right - left, box["height"]))
+        return set(np.flatnonzero(seen.near(drawn, "#b3123a", most=60).any(axis=1)).tolist())
+
+    before, after = heights(20, 240), heights(260, 490)
+    assert before
+    assert after
+    assert max(after) < min(before), "0.6 lies above 0.3"
+    assert heights(505, 600) == set()
+    for step, limit in ((249, "0.3"), (250, "0.6"), (499, "0.6"), (500, "none")):
+        page.mouse.move(plot.x(step + 0.5, 0, 600), box["y"] + 40)
+        expect(values).to_contain_text(f"limit {limit}")
+    page.get_by_text("Charts as a table").click()
+    head = page.locator(".values-table thead")
+    expect(head).to_contain_text("global_grad_norm_limit")
+
+
+def test_a_run_that_does_not_clip_has_no_limit(page: Page, server: GradwatchServer) -> None:
+    run = server.register(("a.weight", "b.weight"))
+    samples = [sample(step, 1.0, 2.0, global_grad_norm=2.2) for step in range(8)]
+    server.store(run, wire.Batch(id="1", samples=samples))
+    open_run(page, f"{server.url}/runs/{run}")
+
+    values = page.locator("figure", has_text="Global gradient norm").locator(".chart-values")
+    expect(values).to_have_text("2.2")
+
+
 def test_choosing_a_parameter_shows_its_series_before_and_after_clipping(page: Page, filled: Filled) -> None:
     open_run(page, filled.run("resnet-nan", "?statistic=grad_norm"))
     expect(page.get_by_text("Choose a parameter on the map")).to_be_visible()
@@ -76,6 +118,25 @@ def test_dragging_a_strip_pans_the_map_and_every_other_strip(page: Page, filled:
 
     expect(page.locator(".range")).to_have_text(re.compile(r"steps 2(49|50|51) to 3(49|50|51)"))
     page.wait_for_function("() => new URLSearchParams(location.search).get('from') >= 248")
+
+
+def test_the_wheel_over_a_strip_zooms_the_map_around_that_step(page: Page, filled: Filled) -> None:
+    open_run(page, filled.run("resnet-digits"))
+    box = page.locator("figure", has_text="Loss").locator(".chart-area").bounding_box()
+    assert box is not None
+    page.mouse.move(seen.plot(page).x(300, 0, 600), box["y"] + 40)
+
+    page.mouse.wheel(0, 100)
+    expect(page.locator(".range")).to_have_text("whole run")  # the page was meant
+    page.keyboard.down("Control")
+    for _ in range(4):
+        page.mouse.wheel(0, -100)
+    page.keyboard.up("Control")
+
+    page.wait_for_url(re.compile(r"from=\d+&to=\d+"))
+    first, last = map(int, re.findall(r"\d+", page.locator(".range").inner_text()))
+    assert abs((first + last) / 2 - 300) < 8
+    assert last - first < 200
 
 
 def test_keys_move_the_crosshair_choose_parameters_and_pan(page: Page, filled: Filled) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,12 @@ class Locked:
 
 @pytest.fixture
 def locked(tmp_path: Path) -> Iterator[Locked]:
-    database = tmp_path / "locked.db"
+    with _locked(tmp_path / "locked.db") as one:
+        yield one
+
+
+@contextmanager
+def _locked(database: Path, *options: str) -> Iterator[Locked]:
     engine = open_engine(f"sqlite:///{database}")
     prepare(engine)
     wanted: dict[str, tuple[Scope, str | None]] = {
@@ -47,7 +53,7 @@ def locked(tmp_path: Path) -> Iterator[Locked]:
         made = {name: create(connection, scope, project, None) for name, (scope, project) in wanted.items()}
     engine.dispose()
     tokens = {name: token for name, (_, token) in made.items()}
-    with GradwatchServer(database) as server:
+    with GradwatchServer(database, *options) as server:
         with httpx.Client(base_url=server.url, headers=bearer(tokens["admin"]), trust_env=False) as http:
             run, other = planted.Run("secret"), planted.Run("hidden", project="other")
             run_id = run.register(http)
@@ -84,7 +90,8 @@ def test_the_page_asks_once_and_leads_where_one_wanted_to_go(
     expect(page.locator("#connection")).to_have_text("Live")
     expect(page.locator("#session")).to_contain_text("read only")
     (cookie,) = context.cookies()
-    assert (cookie["name"], cookie["httpOnly"], cookie["sameSite"]) == ("gradwatch_token", True, "Strict")
+    port = locked.server.url.rpartition(":")[2]
+    assert (cookie["name"], cookie["httpOnly"], cookie["sameSite"]) == (f"gradwatch_token_{port}", True, "Strict")
     assert locked.tokens["read"] not in page.evaluate("document.cookie + JSON.stringify(localStorage) + location")
     page.reload()
     page.wait_for_selector("main[data-drawn]")
@@ -105,6 +112,35 @@ def test_logging_out_forgets_the_token(tolerant_page: Page, context: BrowserCont
     assert context.cookies() == []
     page.go_back()
     expect(page.get_by_text("secret")).to_have_count(0)
+
+
+def test_two_servers_on_one_host_leave_each_others_login_alone(
+    tolerant_page: Page, context: BrowserContext, locked: Locked, tmp_path: Path
+) -> None:
+    """A browser sends a host's cookies to all of its ports."""
+    page = tolerant_page
+    with _locked(tmp_path / "second.db") as second:
+        for one in (locked, second):
+            page.goto(one.server.url)
+            log_in(page, one.tokens["admin"])
+            expect(page.get_by_role("link", name="secret")).to_be_visible()
+        assert len(context.cookies()) == 2
+        page.goto(locked.server.url)
+        expect(page.get_by_role("link", name="secret")).to_be_visible()
+        page.get_by_role("button", name="Log out").click()
+        expect(page.get_by_label("Token")).to_be_visible()
+        page.goto(second.server.url)
+        expect(page.get_by_role("link", name="secret")).to_be_visible()
+
+
+def test_a_cookie_is_named_by_where_people_reach_the_server(tmp_path: Path) -> None:
+    """Behind a proxy the servers' own ports say nothing, and those that share the load share a login."""
+    config = tmp_path / "gradwatch.toml"
+    config.write_text('public_url = "https://gradwatch.example.org"\n')
+    with _locked(tmp_path / "proxied.db", "--config", str(config)) as proxied:
+        told = proxied.server.http.post("/api/v1/session", json={"token": proxied.tokens["read"]})
+    assert told.headers["set-cookie"].startswith("gradwatch_token=")
+    assert "secure" in told.headers["set-cookie"].lower()
 
 
 def test_a_token_that_ends_while_the_page_is_open_is_asked_for_again(tolerant_page: Page, locked: Locked) -> None:

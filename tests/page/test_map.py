@@ -97,6 +97,72 @@ def test_every_view_is_an_address(page: Page, filled: Filled) -> None:
     assert page.url.endswith(query)
 
 
+def test_alerts_are_marked_on_the_step_axis_and_their_evidence_on_the_map(page: Page, filled: Filled) -> None:
+    page.emulate_media(color_scheme="light")
+    run = filled.runs["resnet-nan"]
+    alert = filled.server.get("/api/v1/alerts", run=run, rule="nonfinite")[0]
+    assert alert["first_step"] == planted.NAN_STEP
+    open_run(page, filled.run("resnet-nan"))
+    expect(page.locator("aside li.alert")).to_have_count(2)
+    plot = seen.plot(page)
+
+    def marked(first: float, past: float) -> bool:
+        left, right = plot.x(first, 0, STEPS), plot.x(past, 0, STEPS)
+        lane = seen.Plot(left, plot.top - 18, right - left, 16)
+        return bool(seen.near(seen.pixels(page, lane), "#b3123a").any(axis=0).all())
+
+    def outlined() -> bool:
+        top, bottom = (plot.y(NAMES.index(name), len(NAMES)) for name in ("blocks.5.conv1.weight", "head.weight"))
+        edge = seen.Plot(plot.x(planted.NAN_STEP, 0, STEPS) - 2, top, 4, bottom - top)
+        return bool(seen.near(seen.pixels(page, edge), "#1b2130", most=40).any(axis=1).all())
+
+    assert marked(planted.NAN_STEP + 1, STEPS - 1)
+    assert not marked(0, planted.INFINITE_STEP - 10)
+    assert not marked(planted.INFINITE_STEP + 20, planted.NAN_STEP - 10)
+    assert not outlined()
+    page.locator("aside li.alert", has_text="steps 420 to").get_by_role("link").click()
+    expect(page.get_by_role("article", name="Alert")).to_be_visible()
+    page.locator(".under").scroll_into_view_if_needed()
+    plot = seen.plot(page)
+    assert outlined()
+
+
+def test_names_are_grouped_by_module_as_deep_as_there_is_room(page: Page, filled: Filled) -> None:
+    of_block = ("norm.weight", "norm.bias", "conv.weight")
+    names = ["stem.weight", *(f"blocks.{block}.{name}" for block in range(2) for name in of_block)]
+    page.goto(filled.url)
+
+    def told(call: str) -> list[list[object]]:
+        found: list[list[object]] = page.evaluate(
+            f"(names) => import('/page/js/labels.js').then((its) => its.{call})", names
+        )
+        return found
+
+    groups = "groups(names, {}).map(({{first, past, text}}) => [first, past, text])"
+    assert told(groups.format(14)) == [[row, row + 1, name] for row, name in enumerate(names)]
+    assert told(groups.format(4)) == [[0, 1, "stem.weight"], [1, 4, "blocks.0"], [4, 7, "blocks.1"]]
+    assert told(groups.format(2)) == [[0, 1, "stem.weight"], [1, 7, "blocks"]]
+    modules = "modules(names).map(({first, past}) => [first, past])"
+    assert told(modules) == [[1, 3], [4, 6]]
+    names[:] = ["a.weight", "a.bias", "scale", "shift", "b.weight"]
+    assert told(modules) == [[0, 2]], "parameters without a module belong to none together"
+
+
+def test_the_labels_are_drawn_with_a_bracket_around_each_module(page: Page, filled: Filled) -> None:
+    """Between the names and the cells a line runs beside the rows of one module, and none beside a row of its own."""
+    page.emulate_media(color_scheme="light")
+    open_run(page, filled.run("resnet-digits"))
+    plot = seen.plot(page)
+    height = plot.height / len(NAMES)
+
+    def beside(name: str, rows: int) -> bool:
+        area = seen.Plot(plot.left - 6, plot.top + NAMES.index(name) * height, 4, rows * height)
+        return bool(seen.near(seen.pixels(page, area)[4:-4], "#9aa0ab", most=20).any(axis=1).all())
+
+    assert beside("blocks.2.norm.weight", 2)
+    assert not beside("blocks.2.conv1.weight", 1)
+
+
 def test_nothing_is_lost_where_samples_and_parameters_share_pixels(page: Page, server: GradwatchServer) -> None:
     run = planted.Run("crowded", parameters=planted.residual_net(blocks=300), planted=True)
     names = [parameter.name for parameter in run.parameters]

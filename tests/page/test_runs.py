@@ -4,9 +4,10 @@ import re
 
 from playwright.sync_api import Page, expect
 
+from gradwatch import wire
 from tests.page import planted
 from tests.page.conftest import Filled, open_run
-from tests.processes import GradwatchServer
+from tests.processes import GradwatchServer, sample
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -51,6 +52,33 @@ def test_a_name_that_is_markup_is_only_text(page: Page, filled: Filled) -> None:
     expect(page.locator("h1")).to_have_text(HOSTILE)
     expect(page.get_by_text("<b>other</b>")).to_be_visible()
     assert page.title().startswith(HOSTILE)
+    assert page.locator("main img").count() == 0
+    assert dialogs == []
+
+
+def test_everything_that_an_agent_names_is_only_text(page: Page, server: GradwatchServer) -> None:
+    run = server.register([HOSTILE, "b.weight"], name=HOSTILE, project=HOSTILE, attributes={HOSTILE: HOSTILE})
+    samples = [sample(step, float("nan") if step > 5 else 1.0, 1.0, **{HOSTILE: 1.0}) for step in range(20)]
+    event = wire.Event(step=6, at=1.0, kind="nonfinite_module", message=HOSTILE, parameter=HOSTILE)
+    assert server.store(run, wire.Batch(id="1", samples=samples, events=[event])).status_code == 200
+    alert = server.get("/api/v1/alerts", run=run)[0]["id"]
+    dialogs: list[str] = []
+    page.on("dialog", lambda dialog: dialogs.append(dialog.message))
+    open_run(page, f"{server.url}/runs/{run}?alert={alert}")
+
+    panel = page.get_by_role("article", name="Alert")
+    panel.get_by_role("button", name=HOSTILE).click()
+    expect(page.locator(".trace b")).to_contain_text([HOSTILE])
+    expect(page.locator("figure", has_text=HOSTILE)).to_be_visible()
+    page.get_by_text("Charts as a table").click()
+    expect(page.locator(".values-table thead")).to_contain_text(HOSTILE)
+    page.get_by_text("About this run").click()
+    expect(page.locator(".about dd", has_text=HOSTILE)).to_be_visible()
+    page.goto(f"{server.url}/alerts")
+    expect(page.locator("li.alert")).to_contain_text(HOSTILE)
+    page.goto(f"{server.url}/?compare={run}")
+    expect(page.get_by_role("link", name=HOSTILE)).to_be_visible()
+
     assert page.locator("main img").count() == 0
     assert dialogs == []
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from gradwatch import wire
 from tests.page import planted
 from tests.page.conftest import Filled, open_run, watch
-from tests.processes import GradwatchServer, WebhookReceiver
+from tests.processes import GradwatchServer, WebhookReceiver, sample
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "server" / "gradwatch_server" / "page"
@@ -72,6 +73,52 @@ def test_up_to_four_runs_are_compared(page: Page, filled: Filled) -> None:
     expect(page.locator("figure", has_text="Loss")).to_contain_text("sigmoid-20-layers")
     page.go_back()
     expect(page.locator("table.runs")).to_be_visible()
+
+
+def test_a_fifth_run_is_not_compared(page: Page, server: GradwatchServer) -> None:
+    names = ("one", "two", "three", "four", "fifth")
+    for name in names:
+        server.register(name=name)
+    page.goto(server.url)
+    for name in names[:4]:
+        page.get_by_label(f"Compare {name}").check()
+    expect(page.get_by_label("Compare fifth")).to_be_disabled()
+    page.get_by_label("Search runs").fill("fifth")
+    expect(page.get_by_role("checkbox")).to_have_count(1)
+    expect(page.get_by_role("checkbox")).to_be_disabled()
+    page.get_by_label("Search runs").fill("")
+    expect(page.get_by_label("Compare one")).to_be_checked()
+
+    page.get_by_role("button", name="Compare", exact=True).click()
+
+    expect(page.get_by_role("heading", name="4 runs")).to_be_visible()
+    expect(page.locator(".sides .map")).to_have_count(4)
+
+
+def test_compared_curves_go_down_to_single_steps_and_the_view_is_an_address(
+    page: Page, server: GradwatchServer
+) -> None:
+    runs = [server.register(["weight"], name=name) for name in ("up", "down")]
+    for run, sign in zip(runs, (1.0, -1.0), strict=True):
+        for first in range(0, 4_000, 1_000):
+            steps = range(first, first + 1_000)
+            samples = [sample(step, 1.0, global_grad_norm=100.0 + sign * (step % 10)) for step in steps]
+            assert server.store(run, wire.Batch(id=str(first), samples=samples)).status_code == 200
+    settled(page, f"{server.url}/?compare={','.join(runs)}&from=2000&to=2010&statistic=grad_norm")
+    expect(page.locator(".range")).to_have_text("steps 2,000 to 2,009")
+    norm = page.locator("figure", has_text="Global gradient norm")
+    expect(norm.locator(".chart-values b")).to_have_count(2)
+    box = norm.locator(".chart-area").bounding_box()
+    assert box is not None
+
+    page.mouse.move(box["x"] + 150 + 5.5 / 10 * (box["width"] - 160), box["y"] + 40)
+    expect(norm.locator(".chart-values")).to_have_text("up 105down 95")
+    page.mouse.wheel(400, 0)
+
+    expect(page.locator(".range")).to_have_text("steps 2,005 to 2,014")
+    page.wait_for_url(re.compile(r"\?compare=.*from=2005&to=2015&"))
+    page.get_by_label("Of each cell").select_option("min")
+    page.wait_for_url(re.compile("cell=min"))
 
 
 def test_server_view_tells_its_health_and_that_of_its_receivers(page: Page, tmp_path: Path) -> None:
@@ -180,6 +227,26 @@ def test_every_view_is_reached_by_keyboard(page: Page, filled: Filled) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector("main[data-drawn]")
     expect(page.locator("main")).to_be_focused()
+
+
+def test_the_focus_is_seen_wherever_it_goes(page: Page, filled: Filled) -> None:
+    settled(page, address(filled, "alert"))
+    page.locator(".brand").focus()
+    visited = []
+    for _ in range(50):
+        page.keyboard.press("Tab")
+        name, outline = page.evaluate(
+            """() => {
+              const it = document.activeElement;
+              return [it.getAttribute("aria-label") || it.textContent || it.tagName, getComputedStyle(it).outline];
+            }"""
+        )
+        visited.append(name)
+        assert "solid" in outline, name
+        assert " 0px" not in outline, name
+    whole = "\n".join(visited)
+    for kind in ("Alerts", "Close the alert", "Statistic", "Zoom in", "Layer by step map", "Threshold", "head.weight"):
+        assert kind in whole, kind
 
 
 def test_weighs_less_than_300_kb_and_comes_from_this_server_alone(page: Page, filled: Filled) -> None:

@@ -166,6 +166,7 @@ def _train(server: GradwatchServer, first: int) -> str:
         ]
         for measured in samples:
             measured.statistics["clipped_grad_norm"] = measured.statistics["grad_norm"]
+            measured.scalars["global_grad_norm_limit"] = 1.0
         server.store(run_id, wire.Batch(id=str(first), samples=samples)).raise_for_status()
     return "run-ill"
 

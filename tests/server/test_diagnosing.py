@@ -81,7 +81,7 @@ def test_the_module_that_the_agent_names_is_blamed_whenever_the_event_comes(
     (alert,) = shared_server.get("/api/v1/alerts", run=run)
     assert (alert["rule"], alert["first_step"], alert["fired_step"]) == ("nonfinite", 4, 4)
     assert [entry["name"] for entry in alert["parameters"]] == ["inner.linear.weight", "head.weight", "stem.weight"]
-    assert alert["cause"] == "The first result that was not finite came out of inner.norm: 0/0."
+    assert alert["cause"] == "The first result that was not finite came out of module inner.norm: 0/0."
 
 
 def test_where_it_began_stays_blamed_when_all_is_bad(shared_server: GradwatchServer) -> None:

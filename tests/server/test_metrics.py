@@ -33,6 +33,7 @@ gradwatch_run_step_duration_seconds{LABELS} 0.25
 gradwatch_run_agent_overhead_ratio{LABELS} 0.0078125
 gradwatch_run_global_grad_norm{LABELS} 1.5
 gradwatch_run_clipped_global_grad_norm{LABELS} 1.0
+gradwatch_run_global_grad_norm_limit{LABELS} 1.25
 gradwatch_run_grad_weight_min_ratio{LABELS} 0.01
 gradwatch_run_grad_weight_median_ratio{LABELS} 0.1
 gradwatch_run_grad_weight_max_ratio{LABELS} 1.0
@@ -58,6 +59,7 @@ def test_a_run_is_told_by_its_latest_sample(shared_server: GradwatchServer) -> N
         weight_norm=0.999,
         global_grad_norm=1.5,
         clipped_global_grad_norm=1.0,
+        global_grad_norm_limit=1.25,
         learning_rate=0.1,
         step_seconds=0.25,
         overhead_ratio=0.0078125,

@@ -15,7 +15,6 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
 from gradwatch_server.tokens import Grant, Scope
 
-COOKIE = "gradwatch_token"
 VIEWS = ("/", "/runs/{run_id}", "/alerts", "/server")
 """Addresses of the page. It holds no data: what it shows, it asks the API for, with the token of its login."""
 
@@ -34,7 +33,21 @@ def needed_scope(method: str, path: str) -> Scope:
 def shown(request: Request) -> str | None:
     """Return the token of a request: of its Authorization header, or else of the page's cookie."""
     authorization = request.headers.get("authorization")
-    return request.cookies.get(COOKIE) if authorization is None else _presented(authorization)
+    return request.cookies.get(cookie(request)) if authorization is None else _presented(authorization)
+
+
+def cookie(request: Request) -> str:
+    """Return the name of the page's cookie, with the port at which people reach the server.
+
+    A browser keeps one jar for all ports of a host: two servers would log each other out.
+    """
+    services = cast("Services", request.app.state.services)
+    address = services.settings.configuration.public_url or f"//{request.headers.get('host', '')}"
+    try:
+        port = urlsplit(address).port
+    except ValueError:
+        port = None
+    return "gradwatch_token" if port is None else f"gradwatch_token_{port}"
 
 
 def _presented(authorization: str) -> str | None:
@@ -98,7 +111,7 @@ def _check_origin(request: Request) -> None:
         return
     origin = request.headers.get("origin")
     if origin is None:
-        by_cookie = "authorization" not in request.headers and COOKIE in request.cookies
+        by_cookie = "authorization" not in request.headers and cookie(request) in request.cookies
         allowed = not by_cookie or request.headers.get("sec-fetch-site") == "same-origin"
     else:
         services = cast("Services", request.app.state.services)

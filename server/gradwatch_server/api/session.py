@@ -48,7 +48,7 @@ async def log_in(request: Request, response: Response, login: Login) -> Any:
     session = _session(request, login.token.strip())
     if session["login"]:
         response.set_cookie(
-            access.COOKIE,
+            access.cookie(request),
             login.token.strip(),
             max_age=_KEPT_SECONDS,
             httponly=True,
@@ -61,7 +61,7 @@ async def log_in(request: Request, response: Response, login: Login) -> Any:
 @router.delete("/session", status_code=204, responses=problems(403))
 async def log_out(request: Request, response: Response) -> None:
     """Forget the cookie; the token itself stays valid until it is revoked."""
-    response.delete_cookie(access.COOKIE, httponly=True, samesite="strict", secure=access.encrypted(request))
+    response.delete_cookie(access.cookie(request), httponly=True, samesite="strict", secure=access.encrypted(request))
 
 
 def _session(request: Request, token: str | None) -> dict[str, Any]:

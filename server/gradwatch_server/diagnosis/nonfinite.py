@@ -73,7 +73,7 @@ def refine(finding: Finding, names: Sequence[str], module: str | None, message: 
     A module without parameters stands for the nearest one around it that has some; the loss itself, and a model as a
     whole, move nobody.
     """
-    where = module or "the loss"
+    where = f"module {module}" if module else "the loss"
     sentence = f"The first result that was not finite came out of {where}" + (f": {message}" if message else "")
     sentence = sentence.rstrip(".") + "."
     if sentence in finding.cause:

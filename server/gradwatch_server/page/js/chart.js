@@ -8,10 +8,11 @@ import { joined, logarithmic, maker, padded } from "./scales.js";
 import { steer } from "./steer.js";
 
 /** @typedef {import("./api.js").Series} Series */
-/** @typedef {{label: string, colour: string, series: Series}} Line colour: a name of the theme */
+/** @typedef {{label: string, colour: string, limit?: boolean, series: Series}} Line colour: a name of the theme; limit: dashed */
 /** @typedef {import("uplot")} Plot */
 
 const HEIGHT = 92;
+const DASH = [6, 4];
 
 export class Chart {
   /** @param {import("./view.js").View} view @param {string} title @param {{log?: boolean, height?: number, labelled?: boolean}} [kind] */
@@ -117,7 +118,7 @@ export class Chart {
           ...(this.kind.log ? logarithmic : { values: (_plot, splits) => splits.map(measured) }),
         },
       ],
-      series: [{}, ...this.lines.flatMap((line) => drawn(themed(line.colour)))],
+      series: [{}, ...this.lines.flatMap((line) => drawn(themed(line.colour), line.limit))],
       bands: this.lines.map((line, index) => ({
         series: [index * 3 + 2, index * 3 + 1],
         fill: `color-mix(in srgb, ${themed(line.colour)} 22%, transparent)`,
@@ -158,7 +159,7 @@ export class Chart {
     ctx.save();
     ctx.strokeStyle = themed("bad");
     ctx.lineWidth = window.devicePixelRatio || 1;
-    ctx.setLineDash([6, 4]);
+    ctx.setLineDash(DASH);
     for (const limit of this.limits) {
       const y = valToPos(limit, "y", true);
       ctx.beginPath();
@@ -186,7 +187,7 @@ export class Chart {
           null,
           el("i", { class: `dot ${line.colour}` }),
           (this.lines.length > 1 || this.kind.labelled) && `${line.label} `,
-          el("b", null, valueAt(line.series, at)),
+          el("b", null, valueAt(line, at)),
         ),
       ),
     );
@@ -195,8 +196,8 @@ export class Chart {
   }
 }
 
-/** @param {Series} series @param {number} step */
-function valueAt(series, step) {
+/** @param {Line} line @param {number} step */
+function valueAt({ limit, series }, step) {
   let [low, high] = [0, series.steps.length];
   while (low < high) {
     const middle = (low + high) >> 1;
@@ -204,11 +205,12 @@ function valueAt(series, step) {
     else high = middle;
   }
   const value = series.last[Math.max(0, low - 1)];
+  if (limit && value === null) return "none";
   return value === undefined ? "–" : measured(value);
 }
 
-/** @param {string} colour @returns {import("uplot").Series[]} */
-function drawn(colour) {
+/** @param {string} colour @param {boolean} [limit] @returns {import("uplot").Series[]} */
+function drawn(colour, limit) {
   const edge = { stroke: "transparent", width: 0, points: { show: false }, spanGaps: false };
-  return [{ ...edge }, { ...edge }, { stroke: colour, width: 1.5, points: { show: false }, spanGaps: false }];
+  return [{ ...edge }, { ...edge }, { ...edge, stroke: colour, ...(limit ? { width: 1, dash: DASH } : { width: 1.5 }) }];
 }

@@ -6,7 +6,7 @@ import { Chart } from "./chart.js";
 import { controls } from "./controls.js";
 import { el, fill } from "./dom.js";
 import { legend } from "./legend.js";
-import { looking } from "./looking.js";
+import { keepAddress, looking } from "./looking.js";
 import { LayerMap } from "./map.js";
 import { following } from "./run.js";
 import { stateSign } from "./runs.js";
@@ -14,11 +14,14 @@ import { TileSource } from "./source.js";
 import { wide } from "./strips.js";
 import { View } from "./view.js";
 
+const CURVE_POINTS = 1000;
 const COLOURS = ["accent", "second", "third", "fourth"];
 const CURVES = [
   { title: "Loss", scalar: "loss", log: false },
   { title: "Global gradient norm", scalar: "global_grad_norm", log: true },
 ];
+
+const SETTLE_MS = 60; // the maps' tiles arrive one after the other
 
 /** @typedef {{run: api.RunDetail, map: LayerMap, source: TileSource}} Side */
 
@@ -55,14 +58,26 @@ export async function compareView(main, ids, live) {
     for (const { map, source } of sides) if (source.tile) map.show(source.tile, scale);
     main.dataset.drawn = String(sides.filter(({ source }) => source.tile).length);
   };
+  const asking = { now: new AbortController(), due: 0 };
   const loadCurves = async () => {
+    asking.now.abort();
+    asking.now = new AbortController();
+    const { signal } = asking.now;
+    const { from, to } = sides[0].source.covered;
     for (const { chart, scalar, log } of curves) {
-      const series = await Promise.all(runs.map((run) => api.series(run.id, { statistic: scalar, points: 600 })));
+      const query = { statistic: scalar, from_step: from, to_step: to, points: CURVE_POINTS };
+      const series = await Promise.all(runs.map((run) => api.series(run.id, query, signal)));
       chart.scale(log || wide(series));
       chart.show(runs.map((run, index) => ({ label: run.name, colour: COLOURS[index], series: series[index] })));
     }
   };
-  for (const { source } of sides) source.addEventListener("tile", paint);
+  for (const { source } of sides)
+    source.addEventListener("tile", () => {
+      paint();
+      clearTimeout(asking.due);
+      asking.due = window.setTimeout(() => loadCurves().catch(() => undefined), SETTLE_MS);
+    });
+  const stopAddress = keepAddress(view);
 
   fill(
     main,
@@ -102,18 +117,20 @@ export async function compareView(main, ids, live) {
       ),
     ),
   );
-  await Promise.all([...sides.map(({ source }) => source.load()), loadCurves()]);
+  await Promise.all(sides.map(({ source }) => source.load()));
   const stops = sides.map((side) =>
     following(live, side.run.id, async () => {
       const renewed = await api.run(side.run.id);
       view.grow((renewed.last_step ?? 0) + 1);
       await side.source.renew();
-      await loadCurves();
     }),
   );
   return {
     close() {
       for (const stop of stops) stop();
+      stopAddress();
+      clearTimeout(asking.due);
+      asking.now.abort();
       for (const { source } of sides) source.close();
       for (const { chart } of curves) chart.close();
       delete main.dataset.drawn;

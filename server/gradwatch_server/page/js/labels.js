@@ -40,20 +40,32 @@ function runsOf(names, first, past, deep) {
 /** @param {string} name @param {number} deep */
 const prefix = (name, deep) => name.split(".").slice(0, deep).join(".");
 
+/** Neighbours of one module, where there are several. @param {string[]} names @returns {{first: number, past: number}[]} */
+export function modules(names) {
+  const owners = names.map((name) => name.split(".").slice(0, -1).join("."));
+  return owners.flatMap((owner, first) => {
+    if (!owner || owners[first - 1] === owner) return [];
+    let past = first + 1;
+    while (owners[past] === owner) past++;
+    return past > first + 1 ? [{ first, past }] : [];
+  });
+}
+
 /**
  * @param {CanvasRenderingContext2D} context @param {string[]} names @param {number} top @param {number} rowHeight
- * @param {{left: number, chosen: number}} place @param {{soft: string, ink: string, line: string, font: string}} theme
+ * @param {{left: number, chosen: number}} place @param {{soft: string, ink: string, font: string}} theme
  */
 export function drawLabels(context, names, top, rowHeight, place, theme) {
   context.font = theme.font;
   context.textAlign = "right";
   context.textBaseline = "middle";
+  context.strokeStyle = `color-mix(in srgb, ${theme.soft} 60%, transparent)`;
+  const all = groups(names, rowHeight);
+  const brackets = rowHeight >= LINE ? modules(names) : all.filter(({ first, past }) => past - first > 1);
+  for (const { first, past } of brackets) bracket(context, place.left - 5, top + first * rowHeight, top + past * rowHeight);
   let free = -Infinity;
-  for (const group of groups(names, rowHeight)) {
+  for (const group of all) {
     const y = top + ((group.first + group.past) / 2) * rowHeight;
-    context.strokeStyle = theme.line;
-    if (group.past - group.first > 1)
-      bracket(context, place.left - 5, top + group.first * rowHeight, top + group.past * rowHeight);
     if (y - free < LINE) continue;
     const chosen = place.chosen >= group.first && place.chosen < group.past;
     context.fillStyle = chosen ? theme.ink : theme.soft;
@@ -77,5 +89,5 @@ export function shortened(context, text, room) {
   if (context.measureText(text).width <= room) return text;
   let cut = text;
   while (cut.length > 1 && context.measureText(`…${cut}`).width > room) cut = cut.slice(1);
-  return `…${cut}`;
+  return `…${cut.replace(/^\./, "")}`;
 }

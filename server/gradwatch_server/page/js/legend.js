@@ -13,7 +13,7 @@ export function legend() {
   const states = [
     ["zero", "zero"],
     ["infinite", "Inf"],
-    ["nan", "NaN"],
+    ["nan", "NaN (or Inf, zoomed out)"],
     ["missing", "missing"],
   ].map(([kind, text]) =>
     el("span", { class: "state-key" }, el("i", { class: `swatch ${kind}`, "aria-hidden": "true" }), text),

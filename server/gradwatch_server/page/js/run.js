@@ -21,6 +21,7 @@ import { valuesTable } from "./values.js";
 import { View } from "./view.js";
 
 const REST_MS = 300;
+const TABLE_MS = 100; // the map is drawn first
 
 /** @param {HTMLElement} main @param {string} runId @param {import("./live.js").Live} live */
 export async function runView(main, runId, live) {
@@ -56,6 +57,7 @@ export async function runView(main, runId, live) {
   const header = el("div", { class: "head" });
   const list = el("ul", { class: "alerts" });
   let row = -1;
+  let tableDue = 0;
   /** @type {Promise<unknown>} */
   let charts = Promise.resolve();
 
@@ -89,7 +91,8 @@ export async function runView(main, runId, live) {
     map.show(source.tile, source.scale);
     parts.key.show(source.scale);
     profile.draw();
-    parameters.show(source.tile);
+    clearTimeout(tableDue);
+    tableDue = window.setTimeout(() => source.tile && parameters.show(source.tile), TABLE_MS);
     say();
     main.dataset.drawn = `${source.tile.statistic} ${source.covered.from} ${source.covered.to}`;
     const points = Math.min(1500, Math.max(200, source.tile.steps.length));
@@ -156,6 +159,7 @@ export async function runView(main, runId, live) {
     close() {
       stopLive();
       stopAddress();
+      clearTimeout(tableDue);
       parts.panel.show(undefined);
       source.close();
       parts.strips.close();

@@ -59,6 +59,7 @@ export async function runsView(main, live) {
       renew(row, run, sparks);
       if (rows.children[index] !== row) rows.insertBefore(row, rows.children[index] ?? null);
     });
+    choose();
     table.hidden = wanted.length === 0;
     none.hidden = wanted.length > 0;
     fill(none, runs.length ? "No run matches." : welcome());
@@ -68,8 +69,13 @@ export async function runsView(main, live) {
   const toggle = (id, on) => {
     if (on) chosen.add(id);
     else chosen.delete(id);
+    choose();
+  };
+  const choose = () => {
     compare.disabled = chosen.size < 2;
-    for (const box of /** @type {NodeListOf<HTMLInputElement>} */ (rows.querySelectorAll("input[type=checkbox]"))) {
+    for (const [id, row] of made) {
+      const box = /** @type {HTMLInputElement} */ (row.querySelector("input"));
+      box.checked = chosen.has(id);
       box.disabled = chosen.size >= MOST_COMPARED && !box.checked;
     }
   };

@@ -3,8 +3,11 @@
 import * as api from "./api.js";
 import { Chart } from "./chart.js";
 import { el } from "./dom.js";
+import { gapped } from "./gaps.js";
 
 /** @typedef {{title: string, log?: boolean, lines: [string, string, string][]}} Plan lines: scalar, label, colour */
+
+const LIMIT = "global_grad_norm_limit";
 
 /** @type {Plan[]} */
 const PLANS = [
@@ -15,6 +18,7 @@ const PLANS = [
     lines: [
       ["global_grad_norm", "before clipping", "accent"],
       ["clipped_global_grad_norm", "after", "second"],
+      [LIMIT, "limit", "bad"],
     ],
   },
   { title: "Learning rate", lines: [["learning_rate", "rate", "accent"]] },
@@ -73,7 +77,8 @@ export class Strips {
           name,
           label,
           colour,
-          series: series[index],
+          limit: name === LIMIT,
+          series: name === LIMIT ? gapped(series[index], series[0]) : series[index],
         }));
         for (const { name, series: each } of lines) this.shown.set(name, each);
         const chart = this.chart(plan);

@@ -116,6 +116,44 @@ def test_torchrun(server: Server, script: Path) -> None:
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
 
 
+ACCELERATED = """
+import torch
+from accelerate import Accelerator
+from torch import nn
+torch.manual_seed(0)
+accelerator = Accelerator(cpu=True)
+model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+nn.init.zeros_(model[2].weight)
+model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+for _ in range(5):
+    optimizer.zero_grad()
+    accelerator.backward(model(torch.ones(2, 3)).sum() * (1 + 2 * accelerator.process_index))
+    optimizer.step()
+print(accelerator.num_processes, accelerator.distributed_type)
+accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accelerate_launch(server: Server, script: Path, ranks: int) -> None:
+    """Two ranks on the CPU: what accelerate starts for several GPUs, with a script that asks for the CPU."""
+    script.write_text(ACCELERATED, encoding="utf-8")
+    how = ["--cpu"] if ranks == 1 else ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    done = launch(server, *accelerate, *how, *options, str(script))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 DistributedType.NO\n" if ranks == 1 else "2 DistributedType.MULTI_CPU\n" * 2
+    assert len({registration.id for registration in server.registrations}) == 1
+    assert server.registrations[0].name.startswith("train ")
+    assert server.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    # Two rows of ones for each of two outputs; over two ranks the mean of it and of three times it.
+    assert server.values("grad_norm")["2.bias"] == pytest.approx(2 * 2**0.5 * ranks)
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("completed", 0)
+
+
 def test_parameters_without_modules_take_the_optimizers_names(server: Server, script: Path) -> None:
     script.write_text(
         "import torch\n"

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import gradwatch
-from gradwatch import flush, wire
+from gradwatch import flush, taps, wire
 from gradwatch.agent import Agent
 from gradwatch.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
 from gradwatch.spool import Entry, Losses, Spool, leftovers
@@ -250,7 +250,8 @@ def test_it_backs_off_and_honours_retry_after() -> None:
     sender = Sender(queue, transport, Losses(), lambda _text: None, chance=lambda: 1.0)
     sender.start()
     assert transport.done.wait(20)
-    sender.finish(5)
+    sender.end(time.monotonic() + 5)
+    sender.join()
     assert not queue.entries
     gaps = [after - before for before, after in zip(transport.at, transport.at[1:], strict=False)]
     for gap, least in zip(gaps, [1, 2, 4], strict=False):
@@ -382,6 +383,49 @@ def test_the_interpreters_end_delivers(server: Server, ending: str, status: str,
     end = server.batches[-1].end
     assert end is not None
     assert end.status == status
+
+
+_OTHERS = """
+import gradwatch.agent
+gradwatch.agent.CLOSING_SECONDS = 2.0
+models = [nn.Linear(5, 3) for _ in range(3)]
+agents = [gradwatch.attach(model, every=1) for model in models]
+optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.0)
+for _ in range(5):
+    for model in models: model(torch.ones(4, 5)).sum().backward()
+    optimizer.step()
+import atexit, time
+started = time.monotonic()
+atexit.unregister(gradwatch.agent._close_all)
+atexit.register(lambda: print(time.monotonic() - started))
+atexit.register(gradwatch.agent._close_all)
+"""
+
+
+def test_at_the_interpreters_end_several_agents_share_one_timeout(server: Server, refusing: str) -> None:
+    out, _ = program(refusing, _OTHERS).communicate(timeout=60)
+    assert 1.5 < float(out) < 4
+    assert flush.main(["--url", server.url]) == 0
+    assert len({registration.id for registration in server.registrations}) == 4
+    assert [sample.step for sample in server.samples] == sorted([1, 2, 3, 4, 5] * 4)
+    assert len([batch for batch in server.batches if batch.end is not None]) == 4
+
+
+def test_an_error_while_closing_does_not_keep_the_rest_from_ending(server: Server, own_errors: OwnErrors) -> None:
+    model, other = network(), network()
+    both = nn.ModuleList([model[0], other[0]])
+    agent = gradwatch.attach(both, [model[1], other[1]], url=server.url, every=1)
+    for _ in range(2):
+        both[0](torch.ones(4, 5)).sum().backward()
+        model[1].step()  # the other has not stepped: the second round is open
+    agent._governor = None  # type: ignore[assignment]
+    agent.close()
+    assert not agent.watching
+    assert not taps.listeners()
+    assert [sample.step for sample in server.samples] == [1]
+    assert server.batches[-1].end is not None
+    assert len(own_errors.seen) == 1
+    own_errors.seen.clear()
 
 
 def test_sigterm_kills_as_ever_and_the_spool_has_it_all(server: Server, refusing: str) -> None:

@@ -80,6 +80,31 @@ def test_a_signal_kills_as_ever_and_nothing_is_lost(server: Server, script: Path
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
 
 
+def test_signals_and_standard_input_reach_the_command(server: Server, script: Path) -> None:
+    """It answers a signal in its own way, and its answer is the launcher's."""
+    script.write_text(
+        SCRIPT + "import signal\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(sys.stdin.readline() != 'in\\n' and 4 or 5))\n"
+        "print('ready', flush=True)\nwhile True: signal.pause()",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "gradwatch", "run", "--url", server.url, "--every", "1", "--", sys.executable]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, str(script)], text=True, **pipes) as running:  # type: ignore[call-overload]
+        assert [running.stdout.readline() for _ in range(2)] == ["out\n", "ready\n"]
+        running.send_signal(signal.SIGTERM)
+        assert running.communicate("in\n", timeout=60) == ("", "err\n")
+    assert running.returncode == 5
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("failed", 5)
+
+
+def test_a_child_of_the_command_is_watched(server: Server, script: Path) -> None:
+    done = launch(server, "sh", "-c", f"{sys.executable} {script}; exit 3")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+
+
 def test_a_module_and_the_users_own_sitecustomize(server: Server, script: Path, tmp_path: Path) -> None:
     package = tmp_path / "trainer"
     package.mkdir()

@@ -1,6 +1,7 @@
 """What must never reach the training: dead servers, full disks, forks, signals, errors of the agent's own."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -153,8 +154,17 @@ def test_the_spool_thins_the_oldest_and_counts(tmp_path: Path) -> None:
     assert kept[-1].id == str(1000 + 10 * (written - 1))
     assert len(kept[-1].samples) == 10
     assert any(one.trail and len(one.samples) < 10 for one in kept)
+    counts = [len(one.samples) for one in kept[1:]]  # the first of all may be on its way to the server
+    assert all(older <= newer + 1 for older, newer in itertools.pairwise(counts))
     made.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_the_spool_is_synchronised(tmp_path: Path) -> None:
+    made, _, _ = spool(tmp_path)
+    pragmas = [made._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    assert pragmas == ["wal", 2]
+    made.close()
 
 
 def test_the_disk_fills_up_later(tmp_path: Path) -> None:
@@ -257,6 +267,19 @@ def test_it_backs_off_and_honours_retry_after() -> None:
     for gap, least in zip(gaps, [1, 2, 4], strict=False):
         assert gap >= least * FIRST_PAUSE_SECONDS * 0.99
     assert gaps[3] >= 0.69
+
+
+@pytest.mark.parametrize(("chance", "share"), [(0.0, 0.5), (0.999, 1.0)])
+def test_pauses_are_shortened_by_chance(chance: float, share: float) -> None:
+    """Agents that lost the same server do not come back at the same moment."""
+    transport = Scripted(*[Answer("later")] * 3, Answer("committed"))
+    sender = Sender(Listed(REGISTRATION), transport, Losses(), lambda _text: None, chance=lambda: chance)
+    sender.start()
+    assert transport.done.wait(20)
+    sender.end(time.monotonic() + 5)
+    sender.join()
+    took = transport.at[-1] - transport.at[0]
+    assert 0.99 * share <= took / (7 * FIRST_PAUSE_SECONDS) < share + 0.4
 
 
 @pytest.mark.parametrize(
@@ -428,22 +451,24 @@ def test_an_error_while_closing_does_not_keep_the_rest_from_ending(server: Serve
     own_errors.seen.clear()
 
 
-def test_sigterm_kills_as_ever_and_the_spool_has_it_all(server: Server, refusing: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_kills_as_ever_and_the_spool_has_it_all(server: Server, refusing: str, number: signal.Signals) -> None:
     running = program(refusing, "import time; time.sleep(1); print('ready', flush=True); signal.pause()")
     assert running.stdout is not None
     assert running.stdout.readline() == "ready\n"
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(number)
     running.communicate(timeout=60)
-    assert running.returncode == -signal.SIGTERM
+    assert running.returncode == -number
     assert flush.main(["--url", server.url]) == 0
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
 
 
-def test_a_clock_that_jumps_does_not_disturb(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("now", [0.0, 4e9])
+def test_a_clock_that_jumps_does_not_disturb(server: Server, monkeypatch: pytest.MonkeyPatch, now: float) -> None:
     model, optimizer = network()
     with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
         train(agent, model, optimizer, 2)
-        monkeypatch.setattr(time, "time", lambda: 0.0)
+        monkeypatch.setattr(time, "time", lambda: now)
         train(agent, model, optimizer, 2)
     monkeypatch.undo()
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4]

@@ -4,7 +4,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Binding:
         self.index_set = frozenset(self.indices)
         gone = _Gone(self)
         self._listed = [weakref.ref(parameter, gone) for group in groups for parameter in group]
-        self._parameters = [weakref.ref(parameter) for _, parameter, _ in known]
+        self._parameters: list[Callable[[], Any]] = [weakref.ref(parameter) for _, parameter, _ in known]
         self.whole = True
         """Whether all that were listed are still there: the id of one that is gone may be another's by now."""
         self.group_of = {index: place for index, _, place in known}
@@ -73,7 +73,7 @@ class Binding:
     @property
     def parameters(self) -> list[Tensor]:
         """Return the parameters; they must be there still: their optimizer or their list is at hand."""
-        return [cast("Tensor", parameter()) for parameter in self._parameters]
+        return [parameter() for parameter in self._parameters]
 
     def measure(self, slot: Slot, watched: Sequence[Watched]) -> Pass | None:
         """Write unit norms to ``slot``; return None where there is no gradient.

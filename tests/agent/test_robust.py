@@ -74,7 +74,7 @@ def test_steps_are_not_delayed_whatever_the_server_does(server: Server, hanging:
         assert min(max(train(agent, model, optimizer, 30)) for _ in range(3)) < 0.05
         started = time.monotonic()
         agent.close(timeout_seconds=0.5)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 2
     assert not server.samples
 
 
@@ -143,6 +143,7 @@ def test_the_spool_thins_the_oldest_and_counts(tmp_path: Path) -> None:
     written = 20_000 // size + 30
     for place in range(written):
         made.append("batch", batch(1000 + 10 * place, 10), 10)
+        assert made.pending_bytes <= 20_000
     kept: list[wire.Batch] = []
     while (entry := made.first()) is not None:
         kept.append(wire.decode(entry.body, wire.Batch))
@@ -207,6 +208,7 @@ class Scripted:
     def __init__(self, *answers: Answer) -> None:
         self.answers = list(answers)
         self.paths: list[str] = []
+        self.committed: list[bytes] = []
         self.at: list[float] = []
         self.done = threading.Event()
 
@@ -214,6 +216,8 @@ class Scripted:
         self.paths.append(path)
         self.at.append(time.monotonic())
         answer = self.answers.pop(0) if self.answers else Answer("committed")
+        if answer.verdict == "committed":
+            self.committed.append(body)
         if not self.answers:
             self.done.set()
         return answer
@@ -244,6 +248,15 @@ def test_an_unknown_run_is_registered_again_and_the_batch_resent() -> None:
     assert Sender(queue, transport, Losses(), print).deliver()
     samples = "/api/v1/runs/run-x/samples"
     assert transport.paths == ["/api/v1/runs", samples, "/api/v1/runs", samples, samples]
+
+
+def test_batches_arrive_in_order_however_often_they_are_resent() -> None:
+    batches = [Entry(number, "batch", 1, b"%d" % number) for number in range(2, 8)]
+    transport = Scripted(*[Answer("later"), Answer("committed"), Answer("later"), Answer("later")] * 5)
+    sender = Sender(Listed(REGISTRATION, *batches), transport, Losses(), lambda _text: None)
+    while not sender.deliver():
+        pass
+    assert transport.committed == [b"r", *(entry.body for entry in batches)]
 
 
 def test_poison_is_set_aside_counted_and_said_once() -> None:

@@ -180,7 +180,7 @@ class Agent:
         self._bindings: weakref.WeakKeyDictionary[Optimizer, Binding] = weakref.WeakKeyDictionary()
         self._expected = None if optimizers is None else {id(optimizer): 0 for optimizer in optimizers}
         """Ids of the optimizers that make a round, with the step at which each was last seen; None: not known yet."""
-        self._lists = Lists(lambda parameters: self._bound([parameters]))
+        self._lists = Lists(self._bind_list)
         self._governor = Governor(settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None)
         self._due = True
         self._in_trouble = False
@@ -665,8 +665,10 @@ class Agent:
         groups: list[list[Tensor]] = [group["params"] for group in optimizer.param_groups]
         signature = tuple(value for group in groups for value in (len(group), sum(map(id, group))))
         if binding is None or not binding.whole or binding.signature != signature:
+            if any(self._find(parameter) is None for group in groups for parameter in group):
+                self._look_for_new()
             old = binding
-            binding = self._bindings[optimizer] = self._bound(groups)
+            binding = self._bindings[optimizer] = Binding(groups, self._find)
             binding.signature = signature
             self._looks = max(self._looks, _LOOKS)
             others = sum(map(len, groups)) - len(binding.indices)
@@ -676,12 +678,16 @@ class Agent:
                 binding.steps, binding.steps_at_scaler = old.steps, old.steps_at_scaler
         return binding if binding.indices else None
 
-    def _bound(self, groups: Sequence[Sequence[Tensor]]) -> Binding:
-        """Return what is known of these parameters, after a look for those that are new."""
-        known = all(self._find(parameter) is not None for group in groups for parameter in group)
-        if not known and self._discover() and self.watching:
+    def _bind_list(self, parameters: Sequence[Tensor]) -> Binding:
+        """Return what is known of a list; one that holds nothing of ours is another model's, and may come often."""
+        unknown = sum(self._find(parameter) is None for parameter in parameters)
+        if 0 < unknown < len(parameters):
+            self._look_for_new()
+        return Binding([parameters], self._find)
+
+    def _look_for_new(self) -> None:
+        if self._discover() and self.watching:
             self._register()
-        return Binding(groups, self._find)
 
     def _adopts(self, optimizer: Optimizer) -> bool:
         """Take an optimizer for one of those that were given, if they are all gone: it was made anew.

@@ -654,6 +654,27 @@ def test_lists_that_are_clipped_in_turn_are_each_known_again() -> None:
     assert lists.binding(first) not in known  # they are not kept for ever
 
 
+def test_clipping_another_model_does_not_search_ours(server: Server) -> None:
+    class Walked(Two):
+        walks = 0
+
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            self.walks += 1
+            return super().named_modules(*args, **kwargs)
+
+    model, other = Walked(), nn.Sequential(*(nn.Linear(2, 2) for _ in range(10)))
+    other(torch.ones(2)).sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        before = model.walks
+        for parameter in [*other.parameters()] * 2:
+            clip_grad_norm_(parameter, 1.0)
+        assert model.walks == before
+        optimizer.step()
+    assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+
+
 def test_a_parameter_with_the_id_of_one_that_is_gone(server: Server) -> None:
     model = Two()
     model.old = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in range(50))

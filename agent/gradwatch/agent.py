@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from gradwatch import inspection, provenance, taps, wire
 from gradwatch.agc import AGC
-from gradwatch.binding import Binding, Pass
+from gradwatch.binding import Binding, Lists, Pass
 from gradwatch.buffers import Plan, Slots
 from gradwatch.classifier import Classifier
 from gradwatch.clipper import Clipper, listed
@@ -38,6 +38,8 @@ from gradwatch.updates import Updates
 
 _log = logging.getLogger("gradwatch")
 
+CLOSING_SECONDS: Final = 10.0
+"""Longest wait for the server at the end, of all agents together at the end of the interpreter."""
 DISARMED_AFTER: Final = 3
 """Errors of its own after which an agent stops measuring."""
 _ORDER_STEPS: Final = 3
@@ -178,7 +180,7 @@ class Agent:
         self._bindings: weakref.WeakKeyDictionary[Optimizer, Binding] = weakref.WeakKeyDictionary()
         self._expected = None if optimizers is None else {id(optimizer): 0 for optimizer in optimizers}
         """Ids of the optimizers that make a round, with the step at which each was last seen; None: not known yet."""
-        self._clip_binding: Binding | None = None
+        self._lists = Lists(self._bind_list)
         self._governor = Governor(settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None)
         self._due = True
         self._in_trouble = False
@@ -220,7 +222,9 @@ class Agent:
         if self.watching:
             self._start(models, settings, resumed=resumed)
         taps.listen(self)
-        atexit.register(self._end)
+        # Again with each agent: what the user opened before it, a run of wandb for one, is then still open at the end.
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
 
     def _start(self, models: Sequence[nn.Module], settings: Settings, *, resumed: bool) -> None:
         self._started = True
@@ -312,7 +316,9 @@ class Agent:
         """Return whether all that it watched is gone."""
         return all(watched.parameter() is None for watched in self._watched)
 
-    def close(self, timeout_seconds: float = 10.0, *, status: str | None = None, exit_code: int | None = None) -> None:
+    def close(
+        self, timeout_seconds: float = CLOSING_SECONDS, *, status: str | None = None, exit_code: int | None = None
+    ) -> None:
         """Stop watching, deliver what is there and finish the run; idempotent.
 
         What the server does not take within the timeout stays in the spool, which the next agent on this machine or
@@ -324,35 +330,46 @@ class Agent:
                 whether an exception ended it.
             exit_code: of the process, where known.
         """
+        deadline = time.monotonic() + timeout_seconds
+        if self.stop(deadline, status or "completed", exit_code):
+            self.deliver()
+
+    def stop(self, deadline: float, status: str, exit_code: int | None = None) -> bool:
+        """Do what ``close`` does, up to the wait for the server; return whether ``deliver`` must follow.
+
+        Args:
+            deadline: monotonic time by which all must be done.
+            status: how the run ended.
+            exit_code: of the process, where known.
+        """
         with self._lock:
             if self._closed:
-                return
+                return False
             self._closed = True
-        deadline = time.monotonic() + timeout_seconds
         try:
             if self.watching:
                 self._finish_round()
         except Exception as error:  # a device that failed must not keep the rest from ending
             self.failed(error)
         self.watching = False
-        self._clip_binding = None
+        self._lists.clear()
         taps.leave(self)
-        atexit.unregister(self._end)
         if not self._started:
-            return
+            return False
         if self._order is not None:
             self._order.close()
         if self._hooks is not None:
             self._hooks.close()
-        ending = status or "completed"
-        end = wire.End(at=time.time(), status=ending, exit_code=exit_code) if self._ends_run else None
+        end = wire.End(at=time.time(), status=status, exit_code=exit_code) if self._ends_run else None
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
         if self._report is not None:
-            self._report.close(max(deadline - time.monotonic(), 0.0))
+            self._report.sender.end(deadline)
+        return True
 
-    def _end(self) -> None:
-        """Close at the end of the interpreter."""
-        self.close(status="failed" if hasattr(sys, "last_value") else "completed")
+    def deliver(self) -> None:
+        """Wait until the server has taken what is there, or the deadline of ``stop`` has come."""
+        if self._report is not None:
+            self._report.close()
 
     def __enter__(self) -> Self:
         return self
@@ -447,7 +464,7 @@ class Agent:
         self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: Scalar, norm_type: float
     ) -> None:
         """Gradients are about to be clipped by their total norm."""
-        binding = self._bind_parameters(parameters)
+        binding = self._lists.binding(parameters)
         if not binding.indices:
             return
         limit = _kept(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
@@ -460,7 +477,7 @@ class Agent:
     @_guarded
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
         """Gradients are about to be clipped by value."""
-        binding = self._bind_parameters(parameters)
+        binding = self._lists.binding(parameters)
         if binding.indices:
             self._pending_value_clip = True
             self._measure_before_clip(binding, force=False)
@@ -650,10 +667,9 @@ class Agent:
         binding = self._bindings.get(optimizer)
         groups: list[list[Tensor]] = [group["params"] for group in optimizer.param_groups]
         signature = tuple(value for group in groups for value in (len(group), sum(map(id, group))))
-        if binding is None or binding.signature != signature:
-            known = all(self._find(parameter) is not None for group in groups for parameter in group)
-            if not known and self._discover() and self.watching:
-                self._register()
+        if binding is None or not binding.whole or binding.signature != signature:
+            if any(self._find(parameter) is None for group in groups for parameter in group):
+                self._look_for_new()
             old = binding
             binding = self._bindings[optimizer] = Binding(groups, self._find)
             binding.signature = signature
@@ -664,6 +680,17 @@ class Agent:
             if old is not None:
                 binding.steps, binding.steps_at_scaler = old.steps, old.steps_at_scaler
         return binding if binding.indices else None
+
+    def _bind_list(self, parameters: Sequence[Tensor]) -> Binding:
+        """Return what is known of a list; one that holds nothing of ours is another model's, and may come often."""
+        unknown = sum(self._find(parameter) is None for parameter in parameters)
+        if 0 < unknown < len(parameters):
+            self._look_for_new()
+        return Binding([parameters], self._find)
+
+    def _look_for_new(self) -> None:
+        if self._discover() and self.watching:
+            self._register()
 
     def _adopts(self, optimizer: Optimizer) -> bool:
         """Take an optimizer for one of those that were given, if they are all gone: it was made anew.
@@ -682,12 +709,6 @@ class Agent:
                 + ("clipped or measured" if self._clipper is not None else "measured")
             )
         return False
-
-    def _bind_parameters(self, parameters: Sequence[Tensor]) -> Binding:
-        binding = self._clip_binding
-        if binding is None or not binding.same(parameters):
-            binding = self._clip_binding = Binding([parameters], self._find)
-        return binding
 
     def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
         round_ = self._round
@@ -820,7 +841,7 @@ class Agent:
                 place = len(self._watched)
                 self._watched.append(watched)
             self._index_of[id(parameter)] = place
-        self._clip_binding = None
+        self._lists.clear()
         if new and self._clipper is not None:
             for index in self._clipper.agc.stacked(*listed(self._watched)):
                 self._watched[index] = self._watched[index].of_experts()
@@ -909,11 +930,20 @@ class _Report:
         adopt = functools.partial(agent.adopt, self._http)
         self.sender = Sender(self.spool, self._http, agent.losses, agent.warn, idle=adopt)
 
-    def close(self, timeout_seconds: float) -> None:
-        """Deliver what is there, and stop."""
-        self.sender.finish(timeout_seconds)
+    def close(self) -> None:
+        """Wait for the sender, which was told when to end."""
+        self.sender.join()
         self.spool.close()
         self._http.close()
+
+
+def _close_all() -> None:
+    """At the end of the interpreter the agents wait for their servers at the same time, not one after the other."""
+    deadline = time.monotonic() + CLOSING_SECONDS
+    status = "failed" if hasattr(sys, "last_value") else "completed"
+    agents = [listener for listener in taps.listeners() if isinstance(listener, Agent)]
+    for agent in [agent for agent in agents if agent.stop(deadline, status)]:
+        agent.deliver()
 
 
 def _nothing() -> None:

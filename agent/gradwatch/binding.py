@@ -1,9 +1,10 @@
 """What is known of the parameters that one optimizer steps, and the one pass over them and their gradients."""
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from gradwatch.model import Watched, local
 
 _PLANS: Final = 8
 """Plans kept for an optimizer: one for each set of parameters that had gradients together."""
+_LISTS: Final = 8
+"""Lists that are remembered: a loop may clip several, each at every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Pass:
 
 
 class Binding:
-    """The watched parameters of one optimizer, or of one list.
+    """The watched parameters of one optimizer, or of one list. None of them is kept alive.
 
     Args:
         groups: parameters as they are listed, by group.
@@ -41,7 +44,6 @@ class Binding:
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], find: Callable[[Tensor], int | None]) -> None:
-        self._all = [parameter for group in groups for parameter in group]
         known = [
             (index, parameter, place)
             for place, group in enumerate(groups)
@@ -50,10 +52,14 @@ class Binding:
         ]
         self.indices = [index for index, _, _ in known]
         self.index_set = frozenset(self.indices)
-        self.parameters = [parameter for _, parameter, _ in known]
+        gone = _Gone(self)
+        self._listed = [weakref.ref(parameter, gone) for group in groups for parameter in group]
+        self._parameters: list[Callable[[], Any]] = [weakref.ref(parameter) for _, parameter, _ in known]
+        self.whole = True
+        """Whether all that were listed are still there: the id of one that is gone may be another's by now."""
         self.group_of = {index: place for index, _, place in known}
         """Place of each parameter's group, by index."""
-        self.sharded = any(hasattr(parameter, "to_local") for parameter in self.parameters)
+        self.sharded = any(hasattr(parameter, "to_local") for _, parameter, _ in known)
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
         self.signature: tuple[int, ...] = ()
         """Of the groups: what differs where they were changed."""
@@ -64,9 +70,10 @@ class Binding:
         self.update_credit = 0
         """Elements that may be copied for it."""
 
-    def same(self, parameters: Sequence[Tensor]) -> bool:
-        """Return whether it was made for exactly these tensors."""
-        return len(parameters) == len(self._all) and all(a is b for a, b in zip(parameters, self._all, strict=True))
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters; they must be there still: their optimizer or their list is at hand."""
+        return [parameter() for parameter in self._parameters]
 
     def measure(self, slot: Slot, watched: Sequence[Watched]) -> Pass | None:
         """Write unit norms to ``slot``; return None where there is no gradient.
@@ -75,9 +82,10 @@ class Binding:
             slot: has room, or makes it.
             watched: all parameters of the run.
         """
-        grads = [parameter.grad for parameter in self.parameters]
+        parameters = self.parameters
+        grads = [parameter.grad for parameter in parameters]
         present = bytes(grad is not None for grad in grads)
-        members = [parameter for parameter, grad in zip(self.parameters, grads, strict=True) if grad is not None]
+        members = [parameter for parameter, grad in zip(parameters, grads, strict=True) if grad is not None]
         there = [grad for grad in grads if grad is not None]
         if not there:
             return None
@@ -115,3 +123,42 @@ class Binding:
         if len(self._plans) > _PLANS:
             self._plans.popitem(last=False)
         return plan
+
+
+class _Gone:
+    """Tells a binding, which it does not keep alive, that a parameter is gone."""
+
+    def __init__(self, binding: Binding) -> None:
+        self._binding = weakref.ref(binding)
+
+    def __call__(self, _parameter: "weakref.ref[Tensor]") -> None:
+        binding = self._binding()
+        if binding is not None:
+            binding.whole = False
+
+
+class Lists:
+    """The bindings of the lists of parameters that were clipped lately.
+
+    Args:
+        bind: makes the binding of a list.
+    """
+
+    def __init__(self, bind: Callable[[Sequence[Tensor]], Binding]) -> None:
+        self._bind = bind
+        self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
+
+    def binding(self, parameters: Sequence[Tensor]) -> Binding:
+        """Return what is known of a list; it is the same for the same parameters in the same order."""
+        ids = tuple(map(id, parameters))
+        binding = self._bindings.pop(ids, None)
+        if binding is None or not binding.whole:
+            binding = self._bind(parameters)
+        self._bindings[ids] = binding
+        if len(self._bindings) > _LISTS:
+            self._bindings.popitem(last=False)
+        return binding
+
+    def clear(self) -> None:
+        """Forget all: which parameters are watched has changed."""
+        self._bindings.clear()

@@ -150,11 +150,15 @@ class Sender:
         """There is something new in the queue."""
         self._wake.set()
 
-    def finish(self, timeout_seconds: float) -> None:
-        """Deliver what is there and stop; a server that does not answer is not waited for beyond the timeout."""
-        self._deadline = time.monotonic() + timeout_seconds
+    def end(self, deadline: float) -> None:
+        """Deliver what is there and stop, by a monotonic time at the latest; ``join`` waits for it."""
+        self._deadline = deadline
         self._wake.set()
-        self._thread.join(timeout_seconds + 0.2)
+
+    def join(self) -> None:
+        """Wait until it has stopped; a server that does not answer is not waited for beyond the deadline."""
+        assert self._deadline is not None
+        self._thread.join(max(self._deadline - time.monotonic(), 0.0) + 0.2)
 
     def deliver(self, deadline: float | None = None) -> bool:
         """Deliver the queue in this thread, without pauses; return whether it is empty.

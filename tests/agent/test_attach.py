@@ -153,6 +153,61 @@ def test_training_is_bit_identical_in_its_other_forms(server: Server, kind: str,
     assert server.samples
 
 
+def test_every_step_keeps_what_costs_one_scalar(server: Server) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses, clipped = {}, {}
+    with gradwatch.attach(model, optimizer, url=server.url, every=5):
+        for place in range(1, 13):
+            optimizer.zero_grad()
+            loss = model(torch.randn(4, 5)).square().mean()
+            loss.backward()
+            clipped[place] = float(nn.utils.clip_grad_norm_(model.parameters(), 0.01))
+            losses[place] = float(loss.detach())
+            optimizer.step()
+    assert [sample.step for sample in server.samples] == [1, 6, 11]
+    assert server.trail("loss") == pytest.approx(losses)
+    assert server.trail("clip_norm") == pytest.approx(clipped)
+
+
+def test_the_default_setting_samples_what_the_budget_allows(server: Server) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, optimizer, url=server.url):
+        for _ in range(60):
+            step(model, optimizer)
+    # A sample costs far more than 1% of so short a step: after the first burst none can be paid for.
+    assert [sample.step for sample in server.samples] == list(range(1, 21))
+    assert len(server.trail("loss")) == 60
+
+
+def test_a_sample_carries_the_numbers_of_the_run_that_the_documentation_names(server: Server) -> None:
+    model = network()
+    optimizer = torch.optim.SGD([{"params": model[0].parameters()}, {"params": model[2].parameters()}], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    started = time.perf_counter()
+    with gradwatch.attach(model, optimizer, url=server.url, every=3, clip=gradwatch.AGC(0.01, exclude=[])) as agent:
+        for _ in range(7):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.randn(4, 5)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    took = time.perf_counter() - started
+    assert [sample.step for sample in server.samples] == [1, 4, 7]
+    found = {name: wire.number(value) for name, value in server.samples[-1].scalars.items()}
+    documentation = (Path(__file__).parents[2] / "docs" / "agent.md").read_text(encoding="utf-8")
+    table = documentation.partition("| per run, at a sample |")[2].partition("\n\n")[0]
+    assert found.keys() == {
+        name for row in table.splitlines() for name in re.findall(r"`([a-z_.1]+)`", row.split("|")[1])
+    }
+    assert (found["interval_steps"], found["loss_scale"], found["skipped_steps"]) == (3.0, 4.0, 0.0)
+    assert (found["learning_rate"], found["learning_rate.1"]) == pytest.approx((0.1, 0.1))
+    assert (found["dropped_samples"], found["dropped_bytes"]) == (0.0, 0.0)
+    assert 0 < found["step_seconds"] < took
+    assert 0 < found["agent_seconds"] <= agent.spent_seconds < took
+    assert found["overhead_ratio"] > 0
+
+
 def test_log_adds_to_the_next_step(server: Server) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -80,6 +80,31 @@ def test_a_signal_kills_as_ever_and_nothing_is_lost(server: Server, script: Path
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
 
 
+def test_signals_and_standard_input_reach_the_command(server: Server, script: Path) -> None:
+    """It answers a signal in its own way, and its answer is the launcher's."""
+    script.write_text(
+        SCRIPT + "import signal\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(sys.stdin.readline() != 'in\\n' and 4 or 5))\n"
+        "print('ready', flush=True)\nwhile True: signal.pause()",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "gradwatch", "run", "--url", server.url, "--every", "1", "--", sys.executable]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, str(script)], text=True, **pipes) as running:  # type: ignore[call-overload]
+        assert [running.stdout.readline() for _ in range(2)] == ["out\n", "ready\n"]
+        running.send_signal(signal.SIGTERM)
+        assert running.communicate("in\n", timeout=60) == ("", "err\n")
+    assert running.returncode == 5
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("failed", 5)
+
+
+def test_a_child_of_the_command_is_watched(server: Server, script: Path) -> None:
+    done = launch(server, "sh", "-c", f"{sys.executable} {script}; exit 3")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+
+
 def test_a_module_and_the_users_own_sitecustomize(server: Server, script: Path, tmp_path: Path) -> None:
     package = tmp_path / "trainer"
     package.mkdir()
@@ -114,6 +139,44 @@ def test_torchrun(server: Server, script: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len({registration.id for registration in server.registrations}) == 1
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+
+
+ACCELERATED = """
+import torch
+from accelerate import Accelerator
+from torch import nn
+torch.manual_seed(0)
+accelerator = Accelerator(cpu=True)
+model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+nn.init.zeros_(model[2].weight)
+model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+for _ in range(5):
+    optimizer.zero_grad()
+    accelerator.backward(model(torch.ones(2, 3)).sum() * (1 + 2 * accelerator.process_index))
+    optimizer.step()
+print(accelerator.num_processes, accelerator.distributed_type)
+accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accelerate_launch(server: Server, script: Path, ranks: int) -> None:
+    """Two ranks on the CPU: what accelerate starts for several GPUs, with a script that asks for the CPU."""
+    script.write_text(ACCELERATED, encoding="utf-8")
+    how = ["--cpu"] if ranks == 1 else ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    done = launch(server, *accelerate, *how, *options, str(script))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 DistributedType.NO\n" if ranks == 1 else "2 DistributedType.MULTI_CPU\n" * 2
+    assert len({registration.id for registration in server.registrations}) == 1
+    assert server.registrations[0].name.startswith("train ")
+    assert server.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    # Two rows of ones for each of two outputs; over two ranks the mean of it and of three times it.
+    assert server.values("grad_norm")["2.bias"] == pytest.approx(2 * 2**0.5 * ranks)
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("completed", 0)
 
 
 def test_parameters_without_modules_take_the_optimizers_names(server: Server, script: Path) -> None:

@@ -78,6 +78,12 @@ def test_a_logger_that_fails_is_left_alone(server: Server, own_errors: OwnErrors
     assert own_errors.warnings == 1
 
 
+def test_only_the_rank_that_reports_writes(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert train(server, "tensorboard", log_dir=str(tmp_path)) == {}
+    assert not list(tmp_path.glob("events*"))
+
+
 def test_an_unknown_logger_is_named(server: Server) -> None:
     with gradwatch.attach(nn.Linear(1, 1), url=server.url) as agent, pytest.raises(ValueError, match="'comet'"):
         agent.mirror("comet")  # type: ignore[arg-type]

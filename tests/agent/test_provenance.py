@@ -1,5 +1,6 @@
 """Where the first number that is not finite came from: the module that the agent names."""
 
+import copy
 import pickle
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from gradwatch import wire
+from gradwatch.provenance import Hooks
 
 from .conftest import Server
 
@@ -151,3 +153,43 @@ def test_where_the_graph_cannot_be_read_hooks_watch_the_next_steps_and_go(server
     assert not hooked[-1]
     assert {event.parameter for event in named(server)} == {"3"}
     assert "its output was not finite, its input and its weights were" in named(server)[0].message
+
+
+class Touchy(Tensor):
+    """Cannot be asked whether it is finite."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.isfinite:
+            raise TypeError("not this one")
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+class Touching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.as_subclass(Touchy)
+
+
+def test_hooks_do_not_raise_into_the_training() -> None:
+    model = network(Touching())
+    hooks = Hooks([model])
+    out = model(torch.randn(8, 4))
+    (out * torch.ones(8, 3).as_subclass(Touchy)).sum().backward()
+    assert [seen.module for seen in hooks.take()][:1] == ["0"]
+    hooks.close()
+
+
+def test_hooks_see_nothing_of_a_copy() -> None:
+    model = network()
+    hooks = Hooks([model])
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in twins:
+        size = len(pickle.dumps(twin))
+        for _ in range(3):
+            twin(torch.randn(8, 4)).sum().backward()
+        assert len(pickle.dumps(twin)) == size  # nothing was kept in it
+    assert hooks.take() == []
+    model(torch.randn(8, 4)).sum().backward()
+    assert {seen.what for seen in hooks.take()} == {"output", "gradient"}
+    hooks.close()
+    assert not any(module._forward_hooks for module in model.modules())

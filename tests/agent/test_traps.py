@@ -7,6 +7,7 @@ import math
 import socket
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
 from gradwatch import taps, wire
+from gradwatch.binding import Binding, Lists
 
 from .conftest import Server
 
@@ -696,6 +698,85 @@ def test_an_agent_whose_model_is_gone_retires(server: Server) -> None:
     with gradwatch.attach(nn.Linear(3, 3), url=server.url) as last:
         assert [listener for listener in taps.listeners() if listener is not last] == [wrapped]
     wrapped.close()
+
+
+def test_an_agent_that_is_never_closed_keeps_nothing_alive(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    watch(model, server)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(GRAD_A, 12.0).backward()
+        clip_grad_norm_(model.parameters(), 6.5)
+        clip_grad_value_([model.a], 1.0)
+        optimizer.step()
+    kept = weakref.ref(model.a), weakref.ref(model), weakref.ref(optimizer)
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None, None]
+
+
+def test_lists_that_are_clipped_in_turn_are_each_known_again() -> None:
+    first, second = [torch.zeros(1)], [torch.zeros(2), torch.zeros(3)]
+    lists = Lists(lambda parameters: Binding([parameters], lambda _parameter: None))
+    known = [lists.binding(first), lists.binding(second)]
+    assert [lists.binding(first), lists.binding(list(second))] == known
+    assert lists.binding(second[:1]) not in known
+    others = [[torch.zeros(1)] for _ in range(100)]
+    for other in others:
+        lists.binding(other)
+    assert lists.binding(first) not in known  # they are not kept for ever
+
+
+def test_clipping_another_model_does_not_search_ours(server: Server) -> None:
+    class Walked(Two):
+        walks = 0
+
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            self.walks += 1
+            return super().named_modules(*args, **kwargs)
+
+    model, other = Walked(), nn.Sequential(*(nn.Linear(2, 2) for _ in range(10)))
+    other(torch.ones(2)).sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        before = model.walks
+        for parameter in [*other.parameters()] * 2:
+            clip_grad_norm_(parameter, 1.0)
+        assert model.walks == before
+        optimizer.step()
+    assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+
+
+def test_a_parameter_with_the_id_of_one_that_is_gone(server: Server) -> None:
+    model = Two()
+    model.old = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in range(50))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server) as agent:
+        model(GRAD_A, 12.0).backward()
+        clip_grad_norm_(model.parameters(), 6.5)
+        optimizer.step()
+        gone = set(map(id, model.old))
+        del model.old, optimizer.param_groups[0]["params"][2:]
+        gc.collect()
+        made = [nn.Parameter(torch.ones(2))]
+        while id(made[-1]) not in gone:
+            made.append(nn.Parameter(torch.ones(2)))
+            assert len(made) < 10_000
+        model.new = made[-1]
+        optimizer.param_groups[0]["params"].append(model.new)
+        optimizer.zero_grad()
+        (model(GRAD_A, 12.0) + (model.new * torch.tensor([84.0, 0.0])).sum()).backward()
+        clip_grad_norm_(model.parameters(), 8.5)  # of a norm of 85
+        optimizer.step()
+        assert agent.losses.errors == 0
+    before, after = server.values("grad_norm", 2), server.values("clipped_grad_norm", 2)
+    assert {name: before[name] for name in ("a", "b", "new")} == pytest.approx({"a": 5.0, "b": 12.0, "new": 84.0})
+    assert {name: after[name] for name in ("a", "b", "new")} == pytest.approx(
+        {"a": 0.5, "b": 1.2, "new": 8.4}, rel=1e-5
+    )
+    assert {value for name, value in before.items() if name.startswith("old")} == {wire.MISSING}
 
 
 def test_repeated_attach_replaces_the_earlier_agent(server: Server) -> None:

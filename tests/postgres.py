@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -36,11 +37,18 @@ def _run(*command: str | Path, folder: Path) -> None:
 
 @contextmanager
 def postgres_server(*options: str) -> Iterator[str]:
-    """Run a PostgreSQL on a free port for as long as the context lasts; yield the address of its first database."""
+    """Use the PostgreSQL that is named, or run one; yield the address of its first database."""
     named = os.environ.get("GRADWATCH_TEST_POSTGRES_URL")
     if named:
         yield named
         return
+    with started_server(*options) as url:
+        yield url
+
+
+@contextmanager
+def started_server(*options: str) -> Iterator[str]:
+    """Run a PostgreSQL on a free port for as long as the context lasts; yield the address of its first database."""
     programs = binaries()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -58,12 +66,12 @@ def postgres_server(*options: str) -> Iterator[str]:
 
 
 @contextmanager
-def postgres_database(server_url: str) -> Iterator[str]:
+def postgres_database(server_url: str, tablespace: str = "pg_default") -> Iterator[str]:
     """Make an empty database of the server, dropped afterwards; yield its address."""
     name = f"gradwatch_{secrets.token_hex(6)}"
     admin = sa.create_engine(sa.make_url(server_url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+        connection.execute(sa.text(f"CREATE DATABASE {name} TABLESPACE {tablespace}"))
     try:
         yield sa.make_url(server_url).set(database=name).render_as_string(hide_password=False)
     finally:
@@ -73,9 +81,27 @@ def postgres_database(server_url: str) -> Iterator[str]:
 
 
 @contextmanager
-def migrated_database(server_url: str) -> Iterator[str]:
+def small_tablespace(server_url: str, disk: Path) -> Iterator[str]:
+    """Make a place for databases on another disk; yield its name."""
+    space = disk / "space"
+    space.mkdir()
+    if os.geteuid() == 0:
+        shutil.chown(space, _USER)
+    admin = sa.create_engine(sa.make_url(server_url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"CREATE TABLESPACE small LOCATION '{space}'"))
+    try:
+        yield "small"
+    finally:
+        with admin.connect() as connection:
+            connection.execute(sa.text("DROP TABLESPACE small"))
+        admin.dispose()
+
+
+@contextmanager
+def migrated_database(server_url: str, tablespace: str = "pg_default") -> Iterator[str]:
     """Make a database of the server with the tables of this version, dropped afterwards; yield its address."""
-    with postgres_database(server_url) as url:
+    with postgres_database(server_url, tablespace) as url:
         engine = open_engine(url)
         migrate(engine)
         engine.dispose()

@@ -7,15 +7,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
 
 from gradwatch import wire
-from tests.postgres import postgres_database
+from tests.postgres import migrated_database, postgres_database, small_tablespace, started_server
 from tests.processes import GradwatchServer, environment, sample
 
 
@@ -152,24 +155,61 @@ def test_a_full_disk_refuses_clearly_and_nothing_is_lost_when_it_has_room_again(
         before = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
         room = max(part.stat().st_size for part in tmp_path.glob("gradwatch.db*")) + 100_000
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (room, before[1]))
-        while not all(len(agent.refused) > 5 for agent in agents):
-            stop.wait(0.01)
-        assert server.http.get("/healthz").status_code == 200
-        assert {answer.status_code for agent in agents for answer in agent.refused} <= {503, 507}
-        for answer in [answer for agent in agents for answer in agent.refused]:
-            assert answer.headers["content-type"] == "application/problem+json"
-            assert int(answer.headers["retry-after"]) >= 1
-            assert "nothing was stored" in answer.json()["detail"]
-        _check(server, agents)
-        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, before)
-        stored = [len(agent.acknowledged) for agent in agents]
-        while not all(len(agent.acknowledged) > count + 20 for agent, count in zip(agents, stored, strict=True)):
-            stop.wait(0.01)
-        stop.set()
-        for agent in agents:
-            agent.join()
-        _check(server, agents)
+        again = partial(resource.prlimit, server.process.pid, resource.RLIMIT_FSIZE, before)
+        _has_room_again(server, agents, stop, again)
     _check_integrity(database)
+
+
+def _has_room_again(
+    server: GradwatchServer, agents: list[Agent], stop: threading.Event, make_room: Callable[[], object]
+) -> None:
+    """Check what a full disk is told as, make room, and see that everything goes on."""
+    while not all(len(agent.refused) > 5 for agent in agents):
+        stop.wait(0.01)
+    assert server.http.get("/healthz").status_code == 200
+    for answer in [answer for agent in agents for answer in agent.refused]:
+        assert answer.status_code in (503, 507)
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert int(answer.headers["retry-after"]) >= 1
+        assert "nothing was stored" in answer.json()["detail"]
+    _check(server, agents)
+    make_room()
+    stored = [len(agent.acknowledged) for agent in agents]
+    while not all(len(agent.acknowledged) > count + 20 for agent, count in zip(agents, stored, strict=True)):
+        stop.wait(0.01)
+    stop.set()
+    for agent in agents:
+        agent.join()
+    _check(server, agents)
+
+
+@contextmanager
+def _small_disk() -> Iterator[Path]:
+    """Mount a disk of 64 MB."""
+    with tempfile.TemporaryDirectory(prefix="gradwatch-disk-", dir="/tmp") as name:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=777", "gradwatch", name], check=True)
+        try:
+            yield Path(name)
+        finally:
+            subprocess.run(["umount", "--lazy", name], check=True)
+
+
+def test_a_full_disk_of_postgresql_refuses_clearly_and_nothing_is_lost(tmp_path: Path) -> None:
+    """The disk that holds the tables fills up; the one that holds the log of transactions does not."""
+    with ExitStack() as stack:
+        disk = stack.enter_context(_small_disk())
+        postgres = stack.enter_context(started_server())
+        space = stack.enter_context(small_tablespace(postgres, disk))
+        url = stack.enter_context(migrated_database(postgres, space))
+        server = stack.enter_context(GradwatchServer(tmp_path / "server.db", url=url))
+        stop = threading.Event()
+        agents = [Agent(server, server.register(["a"]), stop) for _ in range(2)]
+        filler = disk / "filler"
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4_096))
+        _has_room_again(server, agents, stop, filler.unlink)
+        assert 507 in {answer.status_code for agent in agents for answer in agent.refused}
 
 
 def test_two_servers_share_one_postgresql(tmp_path: Path, postgres: str) -> None:

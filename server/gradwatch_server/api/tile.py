@@ -53,7 +53,7 @@ def _packed(header: dict[str, Any], buckets: queries.Buckets) -> bytes:
     encoded = msgspec.json.encode(header)
     encoded += b" " * (-len(encoded) % 4)
     planes = [_floats(plane) for plane in (buckets.high, buckets.low, buckets.last)]
-    nonfinite = np.minimum(buckets.nonfinite, 65_535).astype("<u2").tobytes()
+    nonfinite = np.minimum(buckets.nonfinite.astype(np.int64), 65_535).astype("<u2").tobytes()
     return b"".join([len(encoded).to_bytes(4, "little"), encoded, *planes, nonfinite])
 
 

@@ -22,5 +22,12 @@ def spelled(values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]] | li
     if not odd.any():
         return told
     if values.ndim == 1:
-        return wire.spell_vector(values)
-    return [wire.spell_vector(row) if strange else clean for row, clean, strange in zip(values, told, odd, strict=True)]
+        return _spelled_row(values)
+    return [_spelled_row(row) if strange else clean for row, clean, strange in zip(values, told, odd, strict=True)]
+
+
+def _spelled_row(row: NDArray[np.floating[Any]]) -> list[Any]:
+    listed: list[Any] = list(row)
+    for place in np.flatnonzero(~np.isfinite(row) | (row == wire.MISSING)):
+        listed[place] = None if row[place] == wire.MISSING else wire.spell(float(row[place]))
+    return listed

@@ -20,6 +20,8 @@ from typing import Protocol
 import httpx
 import numpy as np
 import sqlalchemy as sa
+from mlflow.entities import Metric
+from mlflow.tracking import MlflowClient
 from tests.postgres import postgres_database, postgres_server
 from tests.processes import GradwatchServer, environment
 from tests.prometheus.programs import Program, Prometheus, VictoriaMetrics
@@ -289,8 +291,11 @@ def measure(engine: str, seconds: float, count: int) -> Figures:
             yield "server memory, MB", memory_bytes(server.process.pid) / 1e6, "300"
 
 
+_MLFLOW_BATCH = 1_000
+"""Metrics that MLflow takes at once, at most."""
 PEERS: dict[str, Callable[[Path], Program]] = {"Prometheus": Prometheus, "VictoriaMetrics": VictoriaMetrics}
 """What a user would pick; neither has the data synced to disk when it answers."""
+STORES = [*ENGINES, *PEERS, "MLflow"]
 
 
 def measure_peer(name: str, seconds: float) -> Figures:
@@ -301,13 +306,33 @@ def measure_peer(name: str, seconds: float) -> Figures:
         yield "acknowledgement at full load, p99 ms", p99 * 1e3, ""
 
 
+def measure_mlflow(seconds: float) -> Figures:
+    """Measure what MLflow's own SQLite store takes from one process, without HTTP: the most that its server could."""
+    with tempfile.TemporaryDirectory() as folder:
+        client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+        run = client.create_run(client.create_experiment("fleet")).info.run_id
+        names = [f"{name}.{parameter.name}" for name in STATISTICS for parameter in parameters(PARAMETERS)]
+        spent: list[float] = []
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            at, step = int(time.time() * 1e3), len(spent)
+            for begin in range(0, len(names), _MLFLOW_BATCH):
+                batch = [Metric(name, 0.1, at, step) for name in names[begin : begin + _MLFLOW_BATCH]]
+                sent = time.perf_counter()
+                client.log_batch(run, metrics=batch)
+                spent.append(time.perf_counter() - sent)
+        rate = len(spent) * _MLFLOW_BATCH / (time.perf_counter() - started)
+        yield "ingest, million values/s", rate / 1e6, ""
+        yield "acknowledgement at full load, p99 ms", float(np.quantile(spent, 0.99)) * 1e3, ""
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a twentieth of the work")
     parser.add_argument("--samples", type=int, help="length of the long run (default: 1,000,000; --quick: 50,000)")
     parser.add_argument("--seconds", type=float, help="time of each load (default: 30; --quick: 10)")
-    parser.add_argument("--store", choices=[*ENGINES, *PEERS], action="append", help="measure this one (default: all)")
+    parser.add_argument("--store", choices=STORES, action="append", help="measure this one (default: all)")
     parser.add_argument("--client", nargs=4, metavar=("KIND", "URL", "SECONDS", "RATE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.client:
@@ -317,21 +342,24 @@ def main() -> None:
     count = given.samples or (50_000 if given.quick else 1_000_000)
     seconds = given.seconds or (10.0 if given.quick else 30.0)
     found: dict[str, dict[str, tuple[float, str]]] = {}
-    for store in given.store or [*ENGINES, *PEERS]:
-        figures = measure(store, seconds, count) if store in ENGINES else measure_peer(store, seconds)
+    for store in given.store or STORES:
+        if store in ENGINES:
+            figures = measure(store, seconds, count)
+        else:
+            figures = measure_mlflow(seconds) if store == "MLflow" else measure_peer(store, seconds)
         for what, figure, bar in figures:
-            print(f"{store}: {what} {figure:.2f}", file=sys.stderr, flush=True)
+            print(f"{store}: {what} {figure:.3g}", file=sys.stderr, flush=True)
             found.setdefault(what, {})[store] = figure, bar
-    print_table(found, given.store or [*ENGINES, *PEERS])
+    print_table(found, given.store or STORES)
 
 
 def print_table(found: Mapping[str, Mapping[str, tuple[float, str]]], stores: Sequence[str]) -> None:
     """Print the figures side by side, each with its bar."""
-    print(f"{'':<40}" + "".join(f"{store:>22}" for store in stores))
+    print(f"{'':<40}" + "".join(f"{store:>20}" for store in stores))
     for what, row in found.items():
         cells = [row.get(store) for store in stores]
-        told = ("-" if cell is None else f"{cell[0]:.2f}" + (f" (bar {cell[1]})" if cell[1] else "") for cell in cells)
-        print(f"{what:<40}" + "".join(f"{text:>22}" for text in told))
+        told = ("-" if cell is None else f"{cell[0]:.3g}" + (f" (bar {cell[1]})" if cell[1] else "") for cell in cells)
+        print(f"{what:<40}" + "".join(f"{text:>20}" for text in told))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def test_a_sample_comes_back_as_it_was_sent(shared_server: GradwatchServer) -> N
     sent = wire.Batch(id="b", samples=[sample(1, NAN, INF, wire.MISSING, 0.1, loss=NAN)])
     assert shared_server.store(run, sent).json() == {"id": "b", "samples": 1, "duplicate": False}
     seen = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm")
-    assert seen["last"] == [["NaN", "Infinity", None, float(np.float32(0.1))]]
+    assert seen["last"] == [["NaN", "Infinity", None, 0.1]]
     assert seen["nonfinite"] == [[1, 1, 0, 0]]
     loss = shared_server.get(f"/api/v1/runs/{run}/series", statistic="loss")
     assert loss["steps"] == [1]

@@ -4,7 +4,6 @@ import gzip
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 
 from gradwatch import wire

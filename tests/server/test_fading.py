@@ -144,7 +144,10 @@ def test_late_samples_join_the_finest_buckets_that_are_left(engine: sa.Engine) -
     for start in range(0, 6_000, 1_000):
         store.put({step: [float(step), 1.0] for step in range(start, start + 1_000, 2)})
     store.fade(5_000, 3_000)
-    store.put({101: [1e6, NAN], 103: [NAN, 1.0], 2_943: [5.0, 5.0], 3_201: [0.5, 2.0], 5_501: [7.0, wire.MISSING]})
+    store.put({101: [1e6, NAN], 103: [NAN, 1.0], 3_201: [0.5, 2.0], 5_501: [7.0, wire.MISSING]})
+    assert 4_992 in store.levels()[0]
+    assert 4_990 not in store.levels()[0]
+    store.put({4_991: [NAN, 9.0], 2_943: [5.0, 5.0]})
     for points in (1, 10, 100, 5_000):
         store.check(None, None, points)
         store.check(100, 110, points)
@@ -166,6 +169,21 @@ def test_a_new_attempt_loses_no_more_than_the_bucket_it_begins_in(engine: sa.Eng
     store.put({step: [2.0, NAN] for step in range(first + 400, first + 1_300)})
     store.fade(9_999, 9_999)
     store.check(None, None, 5_000)
+
+
+@pytest.mark.parametrize(("begun", "late"), [(1_500, 1_490), (10, 5)])
+def test_a_batch_from_before_an_attempt_began_costs_nothing_of_what_came_later(
+    engine: sa.Engine, begun: int, late: int
+) -> None:
+    store = _filled(engine)
+    store.resume()
+    for start in range(begun, 3_500, 500):
+        store.put({step: [2.0, NAN if step == 2_222 else 3.0] for step in range(start, start + 500)})
+    store.fade(3_000, 1_800)
+    store.put({late: [5.0, 5.0]})
+    for points in (1, 10, 5_000):
+        store.check(1_600, None, points)
+    assert store.read(None, None, 1).nonfinite.tolist() == [[0, 1]]
 
 
 gaps = st.lists(st.tuples(st.integers(1, 5), rows), min_size=1, max_size=150)

@@ -26,7 +26,7 @@ COMMANDS = {
     "serve": Entry("gradwatch_server.serve", "server", "run the server"),
     "migrate": Entry("gradwatch_server.migrate", "server", "bring the schema of a database to this version"),
     "token": Entry("gradwatch_server.tokens", "server", "make, list and revoke tokens"),
-    "prune": Entry("gradwatch_server.prune", "server", "remove the runs whose time is over"),
+    "prune": Entry("gradwatch_server.prune", "server", "remove what is over its time"),
     "export": Entry("gradwatch_server.export", "server", "write the samples of a run as CSV or Parquet"),
     "run": Entry("gradwatch.launch", "agent", "run a training command with the agent attached, its code untouched"),
     "flush": Entry("gradwatch.flush", "agent", "deliver what is left in the spool of this machine"),

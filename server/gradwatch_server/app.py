@@ -31,7 +31,8 @@ from gradwatch_server.api import (
     tile,
 )
 from gradwatch_server.errors import Refused
-from gradwatch_server.retention import delete_overdue
+from gradwatch_server.fading import Piece, fade, overdue
+from gradwatch_server.retention import Retention, delete_overdue
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -113,10 +114,24 @@ def _page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads i
 
 
 async def _prune(services: Services) -> None:
-    """Remove the runs whose time is over, now and once an hour, for as long as the server runs."""
+    """Remove what is over its time, now and once an hour, for as long as the server runs."""
     while True:
         retention = services.settings.configuration.retention
         with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach: in an hour
             work = partial(delete_overdue, retention=retention)
             await asyncio.wrap_future(services.writer.submit(work))
+            await _fade(services, retention)
         await asyncio.sleep(_PRUNE_SECONDS)
+
+
+async def _fade(services: Services, retention: Retention) -> None:
+    """Remove the levels that are over their time, in pieces between which others write."""
+
+    def look() -> list[Piece]:
+        with services.engine.connect() as connection:
+            return overdue(connection, retention, time.time())
+
+    while pieces := await asyncio.to_thread(look):
+        for piece in pieces:
+            while await asyncio.wrap_future(services.writer.submit(partial(fade, piece=piece), piece.run_id)):
+                pass

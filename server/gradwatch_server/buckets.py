@@ -1,7 +1,7 @@
 """Samples gathered into buckets of neighbours, pure: no spike and no NaN is lost on the way."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -68,6 +68,16 @@ class Buckets:
         """Return the buckets that begin after a step."""
         first = int(np.searchsorted(self.first_steps, step, "right"))
         return Buckets(*(getattr(self, name)[first:] for name in self.__dataclass_fields__)) if first else self
+
+    def joined_by(self, late: "Buckets") -> "Buckets":
+        """Return this one bucket with one sample more, which lies within its steps or next to them."""
+        following = late.last_steps[0] > self.last_steps[0]
+        whole = Buckets.concatenated([self, late] if following else [late, self]).gathered(np.zeros(1, np.intp))
+        return replace(
+            whole,
+            first_steps=np.minimum(self.first_steps, late.first_steps),
+            last_steps=np.maximum(self.last_steps, late.last_steps),
+        )
 
     def gathered(self, starts: NDArray[np.intp]) -> "Buckets":
         """Return larger buckets, each from one of ``starts`` (ascending, the first is 0) to the next."""

@@ -19,6 +19,7 @@ from gradwatch_server import schema
 from gradwatch_server.database import open_engine, prepare
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.ingest import load_parameters
+from gradwatch_server.levels import pruned_to
 
 _CHUNK_SAMPLES = 256
 Column = list[Any] | NDArray[np.float32]
@@ -172,12 +173,20 @@ def main(arguments: Sequence[str]) -> int:
             table = _open(given.output, stack)
             stack.callback(table.close)
             count = export(connection, given.run, table)
+            gone = _gone(connection, given.run)
     except (GradwatchError, OSError) as error:
         print(f"gradwatch export: {error}", file=sys.stderr)
         return 1
     engine.dispose()
-    print(f"gradwatch export: {count} samples of run {given.run}", file=sys.stderr)
+    print(f"gradwatch export: {count} samples of run {given.run}{gone}", file=sys.stderr)
     return 0
+
+
+def _gone(connection: sa.Connection, run_id: str) -> str:
+    """Return what is to be said where samples have been pruned."""
+    wanted = sa.select(schema.runs.c.coverage).where(schema.runs.c.id == run_id)
+    to = pruned_to(connection.execute(wanted).scalar_one().get("pruned", []), 0)
+    return "" if to < 0 else f"; others up to step {to} have been pruned ([retention] level_days)"
 
 
 def _open(path: Path | None, stack: ExitStack) -> Table:

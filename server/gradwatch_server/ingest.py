@@ -21,9 +21,9 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.runs import RUN_ENDED
 from gradwatch_server.settings import Configuration
 
-_REPLAYED_FIRST_SAMPLES = 16
+REPLAYED_FIRST_SAMPLES = 16
 """How a run began is what its later samples are compared with."""
-_REPLAYED_LAST_SAMPLES = 112
+REPLAYED_LAST_SAMPLES = 112
 _ADVISED = 100
 """Samples before an explosion that its remedy is taken from, at most."""
 _RUNS_IN_MEMORY = 256
@@ -368,8 +368,8 @@ def _stored_readings(connection: sa.Connection, run_id: str, up_to: int | None) 
         return []
     table = schema.samples
     known = sa.select(table).where(table.c.run == run_id, table.c.level == 0, table.c.step <= up_to)
-    first = connection.execute(known.order_by(table.c.step).limit(_REPLAYED_FIRST_SAMPLES)).mappings().all()
-    last = connection.execute(known.order_by(table.c.step.desc()).limit(_REPLAYED_LAST_SAMPLES)).mappings().all()
+    first = connection.execute(known.order_by(table.c.step).limit(REPLAYED_FIRST_SAMPLES)).mappings().all()
+    last = connection.execute(known.order_by(table.c.step.desc()).limit(REPLAYED_LAST_SAMPLES)).mappings().all()
     rows = {row["step"]: row for row in (*first, *reversed(last))}
     return [
         Reading(

@@ -1,4 +1,7 @@
-"""The rows behind the levels: samples and their roll-ups, scalars of every step and theirs."""
+"""The rows behind the levels: samples and their roll-ups, scalars of every step and theirs.
+
+The time of a bucket of samples is 0 until the level below it fades; from then on it is that of its newest sample.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -191,6 +194,10 @@ class SampleLane:
             for start, end in zip(starts, ends, strict=True)
         ]
         self._connection.execute(_insert_spans, spans)
+        self._insert_rollups(level, buckets)
+
+    def _insert_rollups(self, level: int, buckets: Buckets) -> None:
+        starts = buckets.first_steps.tolist()
         rows = [
             {"run": self._run, "statistic": name, "level": level, "step": start}
             | {plane: _packed(_part(getattr(buckets, plane)[row], place, self._width)) for plane in _PLANES}
@@ -205,6 +212,16 @@ class SampleLane:
             within = (table.c.run == self._run, table.c.level == level, table.c.step.between(first, last))
             named = (table.c.statistic.in_(STATISTIC_NAMES),) if table is schema.rollups else ()
             self._connection.execute(sa.delete(table).where(*within, *named))
+
+    def replace(self, level: int, first: int, bucket: Buckets) -> None:
+        """Put one bucket in the place of the one that begins at ``first``; its time stays."""
+        spans, rollups = schema.samples, schema.rollups
+        steps = {"step": int(bucket.first_steps[0]), "last_step": int(bucket.last_steps[0])}
+        mine = (spans.c.run == self._run, spans.c.level == level, spans.c.step == first)
+        self._connection.execute(sa.update(spans).where(*mine).values(steps))
+        theirs = (rollups.c.run == self._run, rollups.c.level == level, rollups.c.step == first)
+        self._connection.execute(sa.delete(rollups).where(*theirs, rollups.c.statistic.in_(STATISTIC_NAMES)))
+        self._insert_rollups(level, bucket)
 
     def end(self, level: int) -> int:
         """Return the last step that the buckets of a level reach; -1 where there is none."""
@@ -279,6 +296,11 @@ class ScalarLane:
         within = (*self._mine, table.c.level == level, table.c.step.between(first, last))
         self._connection.execute(sa.delete(table).where(*within))
 
+    def replace(self, level: int, first: int, bucket: Buckets) -> None:
+        """Put one bucket in the place of the one that begins at ``first``."""
+        self.delete(level, first, first)
+        self.insert(level, bucket)
+
     def end(self, level: int) -> int:
         """Return the last step that the buckets of a level reach; -1 where there is none."""
         return _end(self._connection, schema.scalars, self._mine, level)
@@ -323,6 +345,8 @@ def _around(connection: sa.Connection, table: sa.Table, mine: Sequence[Any], lev
     start = connection.execute(sa.select(sa.func.max(table.c.step)).where(*within, table.c.step <= step)).scalar()
     if start is None:
         start = connection.execute(sa.select(sa.func.min(table.c.step)).where(*within)).scalar_one()
+    if start is None:
+        return LAST_STEP, LAST_STEP
     following = connection.execute(
         sa.select(sa.func.min(table.c.step)).where(*within, table.c.step > max(step, start))
     ).scalar()

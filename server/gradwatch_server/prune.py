@@ -1,21 +1,25 @@
-"""``gradwatch prune``: remove the runs whose time is over, now."""
+"""``gradwatch prune``: remove the runs, and the finer levels of others, whose time is over, now."""
 
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import sqlalchemy as sa
 
 from gradwatch.settings import secret
 from gradwatch_server.database import open_engine, prepare, writing
 from gradwatch_server.errors import GradwatchError
-from gradwatch_server.retention import delete_overdue
+from gradwatch_server.fading import Faded, Piece, fade, overdue
+from gradwatch_server.retention import Retention, delete_overdue
 from gradwatch_server.settings import Configuration
 
 
 def main(arguments: Sequence[str]) -> int:
     """Remove them; return the exit code."""
-    parser = argparse.ArgumentParser(prog="gradwatch prune", description="Remove the runs whose time is over.")
+    parser = argparse.ArgumentParser(prog="gradwatch prune", description="Remove what is over its time.")
     parser.add_argument("--database-url", help="(default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="[retention] says how long")
     given = parser.parse_args(arguments)
@@ -27,8 +31,36 @@ def main(arguments: Sequence[str]) -> int:
         prepare(engine)
         with writing(engine) as connection:
             gone = delete_overdue(connection, retention)
+        faded = _fade(engine, retention)
     except (GradwatchError, ValueError) as error:
         print(f"gradwatch prune: {error}", file=sys.stderr)
         return 1
-    print(f"removed {gone} runs")
+    engine.dispose()
+    print("; ".join([f"removed {_many(gone, 'run')}", *faded]))
     return 0
+
+
+def _fade(engine: sa.Engine, retention: Retention) -> list[str]:
+    """Remove the levels that are over their time, in pieces; return what went of them, in words, where anything did."""
+    samples, buckets, runs = 0, 0, set()
+    while pieces := _overdue(engine, retention):
+        for piece in pieces:
+            while gone := _fade_once(engine, piece):
+                samples, buckets = samples + gone.samples, buckets + gone.buckets
+                runs.add(piece.run_id)
+    told = [_many(samples, "sample")] + ([_many(buckets, "bucket")] if buckets else [])
+    return [f"{' and '.join(told)} of {_many(len(runs), 'run')}"] if runs else []
+
+
+def _overdue(engine: sa.Engine, retention: Retention) -> list[Piece]:
+    with engine.connect() as connection:
+        return overdue(connection, retention, time.time())
+
+
+def _fade_once(engine: sa.Engine, piece: Piece) -> Faded:
+    with writing(engine) as connection:
+        return fade(connection, piece)
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"

@@ -11,7 +11,7 @@ from gradwatch.wire import HISTOGRAM_EDGES, HISTOGRAMS
 from gradwatch_server import schema
 from gradwatch_server.buckets import Buckets
 from gradwatch_server.lanes import STATISTIC_NAMES, SampleLane, ScalarLane, ratio
-from gradwatch_server.levels import LAST_STEP
+from gradwatch_server.levels import LAST_STEP, pruned_to
 
 __all__ = [
     "STATISTIC_NAMES",
@@ -33,6 +33,49 @@ class _Lane(Protocol):
     def count(self, level: int, first: int, last: int, most: int) -> int: ...
 
 
+class _FadedLane:
+    """A lane whose finer levels are gone for old steps: there the finest level that is left stands for them.
+
+    Every level reads as if it were whole: in the order of the steps, and each sample in exactly one bucket.
+    """
+
+    def __init__(self, lane: SampleLane, pruned: Sequence[int]) -> None:
+        self._lane = lane
+        self._pruned = pruned
+
+    def load(self, level: int, first: int, last: int) -> Buckets:
+        """Return the buckets of a level that begin in a range, coarser ones where it is gone."""
+        gone = pruned_to(self._pruned, level)
+        if first > gone:
+            return self._lane.load(level, first, last)
+        older = self.load(level + 1, first, min(last, gone))
+        return older if last <= gone else Buckets.concatenated([older, self._lane.load(level, gone + 1, last)])
+
+    def count(self, level: int, first: int, last: int, most: int) -> int:
+        """Return how many buckets ``load`` returns, counting no further than about ``most``."""
+        gone = pruned_to(self._pruned, level)
+        if first > gone:
+            return self._lane.count(level, first, last, most)
+        older = self.count(level + 1, first, min(last, gone), most)
+        return older if last <= gone or older >= most else older + self._lane.count(level, gone + 1, last, most)
+
+    def widened(self, first: int, last: int) -> tuple[int, int]:
+        """Return a range that no bucket reaches out of where nothing finer is left of it."""
+        return self._bucket(first)[0], self._bucket(last)[1]
+
+    def _bucket(self, step: int) -> tuple[int, int]:
+        """Return the ends of the finest bucket that is left around a step; twice the step where there is none."""
+        level = 0
+        while step <= pruned_to(self._pruned, level):
+            level += 1
+        if not level:
+            return step, step
+        start = self._lane.around(level, step)[0]
+        found = self._lane.load(level, start, start)
+        inside = len(found) > 0 and start <= step <= found.last_steps[0]
+        return (start, int(found.last_steps[0])) if inside else (step, step)
+
+
 def read_statistic(
     connection: sa.Connection,
     run_id: str,
@@ -46,11 +89,19 @@ def read_statistic(
 
     At least a third of ``points`` comes back where that many samples of the run lie in the range. Samples in which the
     statistic was not measured are left out; a parameter that the run gained later is missing before.
+
+    Where the finer levels are gone, what is left of them takes their place: fewer and larger buckets, of which one at
+    either end may reach out of the range.
     """
     run = _run(connection, run_id)
     lane = SampleLane(connection, run_id, [statistic], run.parameter_count, list(columns))
     levels = len(run.coverage.get("samples", []))
-    return _read(lane, levels, from_step, to_step, points)
+    pruned = run.coverage.get("pruned", [])
+    if (from_step or 0) > pruned_to(pruned, 0):
+        return _read(lane, levels, from_step, to_step, points)
+    faded = _FadedLane(lane, pruned)
+    first, last = faded.widened(from_step or 0, LAST_STEP if to_step is None else to_step)
+    return _read(faded, levels, first or None, last, points)
 
 
 def read_scalar(
@@ -65,12 +116,13 @@ def read_scalar(
 def read_histograms(
     connection: sa.Connection, run_id: str, from_step: int | None, to_step: int | None, points: int
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """Return histograms of units' ratios at up to ``points`` samples spread over a range.
+    """Return histograms of units' ratios at up to ``points`` samples spread over what is left of a range.
 
     Returns:
         Their steps, and the counts, shape (steps, thirds, bins).
     """
-    spread = read_statistic(connection, run_id, "grad_norm", from_step, to_step, [], points).last_steps.tolist()
+    first = max(from_step or 0, pruned_to(_run(connection, run_id).coverage.get("pruned", []), 0) + 1)
+    spread = read_statistic(connection, run_id, "grad_norm", first or None, to_step, [], points).last_steps.tolist()
     table = schema.samples
     found: dict[int, dict[str, list[float]]] = {}
     for begin in range(0, len(spread), _AT_ONCE):

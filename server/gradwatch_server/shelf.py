@@ -13,7 +13,7 @@ from gradwatch.wire import STATISTICS, Trail
 from gradwatch_server import schema
 from gradwatch_server.database import upsert
 from gradwatch_server.lanes import TRAIL_STEPS, SampleLane, ScalarLane, measured
-from gradwatch_server.levels import LAST_STEP, Levels
+from gradwatch_server.levels import LAST_STEP, Levels, pruned_to
 
 _decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
 
@@ -46,7 +46,8 @@ def put(connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch) -> dict[
     if used:
         lane = SampleLane(connection, run.id, measured(statistics), run.parameter_count)
         written = {sample.step: sample.statistics for sample in sorted(samples, key=lambda sample: sample.step)}
-        Levels(lane, coverage.setdefault("samples", [])).add(written, lane.of_samples(written))
+        levels = Levels(lane, coverage.setdefault("samples", []), coverage.get("pruned"))
+        levels.add(written, lane.of_samples(written))
     for name, scalar in trail.items():
         levels = Levels(ScalarLane(connection, run.id, name), coverage.setdefault("scalars", {}).setdefault(name, []))
         levels.add(scalar.steps)
@@ -64,9 +65,13 @@ def _supersede(
     table = schema.samples
     before = LAST_STEP if floor is None else floor
     stretch = (table.c.step.between(first, before), table.c.attempt < batch.attempt)
-    if connection.execute(sa.delete(table).where(table.c.run == run.id, table.c.level == 0, *stretch)).rowcount:
+    gone = connection.execute(sa.delete(table).where(table.c.run == run.id, table.c.level == 0, *stretch)).rowcount
+    begins, pruned = floor is None, pruned_to(coverage.get("pruned", []), 0)
+    if gone or (begins and first <= pruned):
         lane = SampleLane(connection, run.id, measured(run.statistics), run.parameter_count)
-        Levels(lane, coverage.get("samples", [])).cut(first)
+        levels = Levels(lane, coverage.get("samples", []), coverage.get("pruned"))
+        # Where this attempt has stored later steps already, buckets of theirs could not be gathered again.
+        levels.cut(first if begins else max(first, pruned + 1))
     if _cut_trails(connection, run.id, batch.attempt, first):
         for name, covered in coverage.get("scalars", {}).items():
             Levels(ScalarLane(connection, run.id, name), covered).cut(first)

@@ -71,9 +71,16 @@ class Store:
         agrees(loss, np.array(within, np.int64), values[:, :1].astype(np.float64), points, None)
 
 
-def agrees(found: Buckets, steps: NDArray[np.int64], values: NDArray[Any], points: int, missing: float | None) -> None:
+def agrees(
+    found: Buckets,
+    steps: NDArray[np.int64],
+    values: NDArray[Any],
+    points: int,
+    missing: float | None,
+    fewest: int | None = None,
+) -> None:
     """Gather the samples anew, bucket by bucket, and compare; means to a rounding, everything else bit by bit."""
-    assert min(len(steps), -(-points // 3)) <= len(found) <= points
+    assert (min(len(steps), -(-points // 3)) if fewest is None else fewest) <= len(found) <= points
     assert (found.first_steps[1:] > found.last_steps[:-1]).all()
     edges = np.searchsorted(steps, found.first_steps)
     covered = np.searchsorted(steps, found.last_steps, "right")

@@ -57,7 +57,7 @@ pictures: .venv/test-installed
 
 # Ours and the peers' side by side in one run, as ratios; on a quiet machine.
 bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed
-	$(BIN)/python -m benchmarks.$*
+	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 # What the paper claims of adaptive clipping, again and small; about 15 minutes of one core's time.
 bench-paper: .venv/test-installed

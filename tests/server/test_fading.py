@@ -74,10 +74,13 @@ class FadingStore(Store):
             return queries.read_statistic(connection, self.run, "grad_norm", first, last, columns, points)
 
     def forget(self, before: int) -> list[int]:
-        """Drop from what must be there what is not any more right before a step; return these steps."""
+        """Drop from what must be there what is in no bucket before a step any more; return these steps."""
         found = self.read(None, None, 10_000)
-        end = max((end for end in found.last_steps.tolist() if end < before), default=-1)
-        lost = [step for step in self.kept if end < step < min(before, *found.first_steps[found.first_steps > end])]
+        lost = [
+            step
+            for step in self.kept
+            if step < before and not ((found.first_steps <= step) & (step <= found.last_steps)).any()
+        ]
         self.kept = {step: row for step, row in self.kept.items() if step not in lost}
         return lost
 

@@ -186,7 +186,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     signal.signal(signal.SIGHUP, server.reload)  # from here on: whoever reads the next line may send it
     print(f"gradwatch serves on {settings.address} (database {engine.url.render_as_string()})", flush=True)
-    gc.freeze()
+    gc.freeze()  # what is loaded once need not be looked through at every collection
     gc.set_threshold(20_000, 20, 20)
     server.run(sockets=[sock])
     engine.dispose()

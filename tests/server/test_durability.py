@@ -189,8 +189,9 @@ def _small_disk() -> Iterator[Path]:
     """Mount a disk of 64 MB, which takes root's rights."""
     with tempfile.TemporaryDirectory(prefix="gradwatch-disk-", dir="/tmp") as name:
         mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=777", "gradwatch", name], check=False)
-        if mounting.returncode:
+        if mounting.returncode and "CI" not in os.environ:
             pytest.skip("only root mounts a small disk")
+        assert not mounting.returncode, "mounting a small disk takes root's rights"
         try:
             yield Path(name)
         finally:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gradwatch import wire
@@ -25,7 +25,7 @@ from gradwatch_server.ingest import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLE
 from gradwatch_server.retention import Retention
 from gradwatch_server.settings import Configuration
 from tests.processes import GradwatchServer, environment, sample
-from tests.server.test_levels import PHASES, Store, agrees, numbered, rows
+from tests.server.test_levels import Store, agrees, numbered, rows, some_examples
 
 NAN = float("nan")
 DAY = 86_400.0
@@ -193,12 +193,7 @@ gaps = st.lists(st.tuples(st.integers(1, 5), rows), min_size=1, max_size=150)
 sent = st.lists(st.tuples(st.sampled_from(["put", "put", "fade", "resume"]), st.integers(0, 700), gaps), max_size=8)
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    phases=PHASES,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@some_examples
 @given(sent, st.integers(0, 900), st.integers(0, 900), st.integers(1, 40))
 @example([("fade", 900, [])], 10, 11, 3)
 def test_whatever_comes_after_levels_went_is_in_one_bucket(

@@ -66,7 +66,14 @@ class Store:
         with self.engine.connect() as connection:
             columns = list(range(self.parameters))
             found = queries.read_statistic(connection, self.run, "grad_norm", first, last, columns, points)
+            alone = [
+                queries.read_statistic(connection, self.run, "grad_norm", first, last, [column], points)
+                for column in columns
+            ]
             loss = queries.read_scalar(connection, self.run, "loss", first, last, points)
+        for column, one in enumerate(alone):
+            for plane in ("low", "high", "mean", "last", "finite", "nonfinite"):
+                np.testing.assert_array_equal(getattr(one, plane)[:, 0], getattr(found, plane)[:, column])
         agrees(found, np.array(within, np.int64), values, points, wire.MISSING)
         agrees(loss, np.array(within, np.int64), values[:, :1].astype(np.float64), points, None)
 
@@ -120,12 +127,15 @@ PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 numbered = iter(range(10**9))
 
 
-@settings(
+some_examples = settings(
     max_examples=40,
     deadline=None,
     phases=PHASES,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+@some_examples
 @given(batches, st.integers(0, 400), st.integers(0, 400), st.integers(1, 40))
 def test_any_order_of_batches_reads_as_if_gathered_at_once(
     engine: sa.Engine, sent: list[tuple[bool, int, list[tuple[int, list[float]]]]], a: int, b: int, points: int

@@ -157,7 +157,6 @@ class SampleLane:
             counts = [row[index] for row in rows]
             if self._only is not None:
                 counts = [vector if len(vector) == 1 else vector[self._only :][:1] for vector in counts]
-                counts = [vector[:count] for vector, count in zip(counts, known, strict=True)]
             planes.append(_counts(counts, known, self._width))
         planes = [self._chosen(plane) for plane in planes]
         if len(rows) == len(steps):

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ import zstandard
 
 from gradwatch import wire
 from gradwatch_server.database import open_engine, writing
+from gradwatch_server.writer import Writer
 from tests.processes import GradwatchServer, sample
 
 PACKED = {"content-type": wire.MESSAGEPACK_TYPE}
@@ -85,6 +87,26 @@ def test_a_full_queue_refuses_and_what_it_has_taken_is_stored(fleet: Fleet, data
     assert [answer.result().status_code for answer in taken] == [200] * 4
     assert [fleet.server.get(f"/api/v1/runs/{run}")["sample_count"] for run in fleet.runs] == [2, 1, 1, 0]
     assert fleet.send(fleet.runs[0]).result().status_code == 200
+
+
+def test_pieces_of_a_run_are_done_in_the_order_in_which_they_came(database_url: str) -> None:
+    engine = open_engine(database_url)
+    writer = Writer(engine, capacity=1_000, capacity_per_run=1_000)
+    done: dict[str, list[int]] = {f"run{number}": [] for number in range(5)}
+
+    def work(connection: sa.Connection, run: str, number: int) -> None:
+        connection.execute(sa.text("SELECT 1"))
+        done[run].append(number)
+
+    futures = [
+        writer.submit(partial(work, run=run, number=number), run) for number in range(100) for run in sorted(done)
+    ]
+    for future in futures:
+        future.result(timeout=30)
+    writer.close(30)
+    engine.dispose()
+    assert done == {run: list(range(100)) for run in done}
+    assert writer.waiting == 0
 
 
 def test_sigterm_readiness_goes_first_and_what_was_taken_is_answered(fleet: Fleet, database_url: str) -> None:

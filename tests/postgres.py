@@ -81,6 +81,26 @@ def postgres_database(server_url: str, tablespace: str = "pg_default") -> Iterat
 
 
 @contextmanager
+def plain_owner(database_url: str) -> Iterator[str]:
+    """Give an empty database to somebody who is no superuser; yield its address for them."""
+    name, password = f"plain_{secrets.token_hex(6)}", secrets.token_hex(16)
+    url = sa.make_url(database_url).set(drivername="postgresql+psycopg")
+    admin = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"CREATE ROLE {name} LOGIN PASSWORD '{password}'"))
+        connection.execute(sa.text(f"ALTER DATABASE {url.database} OWNER TO {name}"))
+    try:
+        plain = sa.make_url(database_url).set(username=name, password=password)
+        yield plain.render_as_string(hide_password=False)
+    finally:
+        with admin.connect() as connection:
+            connection.execute(sa.text(f"REASSIGN OWNED BY {name} TO CURRENT_USER"))
+            connection.execute(sa.text(f"DROP OWNED BY {name}"))
+            connection.execute(sa.text(f"DROP ROLE {name}"))
+        admin.dispose()
+
+
+@contextmanager
 def small_tablespace(server_url: str, disk: Path) -> Iterator[str]:
     """Make a place for databases on another disk; yield its name."""
     space = disk / "space"

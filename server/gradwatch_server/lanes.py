@@ -30,8 +30,12 @@ _decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
 def ratio(grad_norm: NDArray[np.float32], weight_norm: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return ``grad_norm / (weight_norm + eps)``; missing where the gradient is missing."""
     with np.errstate(invalid="ignore", over="ignore"):
-        divided = grad_norm / (weight_norm + np.float32(RATIO_EPS))
-    return np.where((grad_norm == MISSING) | (weight_norm == MISSING), np.float32(MISSING), divided)
+        divided = weight_norm + np.float32(RATIO_EPS)
+        np.divide(grad_norm, divided, out=divided)
+    missing = grad_norm == MISSING
+    missing |= weight_norm == MISSING
+    divided[missing] = MISSING
+    return divided
 
 
 def measured(statistics: Sequence[str]) -> list[str]:
@@ -87,18 +91,19 @@ class SampleLane:
         return self._measured(columns, list(samples))
 
     def _measured(self, columns: dict[str, Rows], steps: Sequence[int]) -> Buckets:
-        enough = all if len(self._names) == 1 else any
-        rows = zip(*columns.values(), strict=True)
-        kept = [place for place, row in enumerate(rows) if enough(vector is not None for vector in row)]
-        if len(kept) < len(steps):
+        if not all(isinstance(vectors, np.ndarray) for vectors in columns.values()):
+            enough = all if len(self._names) == 1 else any
+            rows = zip(*columns.values(), strict=True)
+            kept = [place for place, row in enumerate(rows) if enough(vector is not None for vector in row)]
             columns = {name: [vectors[place] for place in kept] for name, vectors in columns.items()}
+            steps = [steps[place] for place in kept]
         planes: dict[str, Floats] = {
             name: self._chosen(_stacked(vectors, self._width)) for name, vectors in columns.items()
         }
         if "ratio" in self._names:
             planes["ratio"] = ratio(planes["grad_norm"], planes["weight_norm"])
         values = np.concatenate([planes[name] for name in self._names], axis=1)
-        return Buckets.of_samples(np.array([steps[place] for place in kept], np.int64), values)
+        return Buckets.of_samples(np.array(steps, np.int64), values)
 
     def _vector(self, table: sa.Table, name: str) -> sa.ColumnElement[Any]:
         """Return a column of vectors; where one parameter is read, the database cuts it out: none where it is later."""
@@ -131,7 +136,7 @@ class SampleLane:
                 table.c.statistic,
                 table.c.step,
                 *(self._vector(table, name) for name in _PLANES[:4]),
-                *(table.c[name] for name in _PLANES[4:]),
+                *(raw(table.c[name], self._connection.dialect.name) for name in _PLANES[4:]),
             )
             .where(
                 table.c.run == self._run,
@@ -154,9 +159,9 @@ class SampleLane:
         known = [0 if vector is None else len(vector) for vector in vectors[0]]
         planes = [_stacked(plane, self._width) for plane in vectors]
         for index in (6, 7):
-            counts = [row[index] for row in rows]
+            counts = self._unpacked([row[index] for row in rows])
             if self._only is not None:
-                counts = [vector if len(vector) == 1 else vector[self._only :][:1] for vector in counts]
+                counts = [one if one is None or len(one) == 1 else one[self._only :][:1] for one in counts]
             planes.append(_counts(counts, known, self._width))
         planes = [self._chosen(plane) for plane in planes]
         if len(rows) == len(steps):
@@ -366,10 +371,10 @@ def _stacked(vectors: Rows, width: int) -> NDArray[Any]:
     return rows
 
 
-def _counts(vectors: Sequence[NDArray[np.float32]], known: Sequence[int], width: int) -> NDArray[Any]:
+def _counts(vectors: Rows, known: Sequence[int], width: int) -> NDArray[Any]:
     """Return stored counts as rows; one number stands for all parameters that the run had then, ``known`` of them."""
-    if vectors and all(len(vector) == 1 for vector in vectors) and min(known) == width:
-        return np.repeat(np.concatenate(vectors)[:, None].astype(np.int64), width, axis=1)
+    if isinstance(vectors, np.ndarray) and vectors.shape[1] == 1 and min(known) == width:
+        return np.repeat(vectors.astype(np.int64), width, axis=1)
     rows = np.zeros((len(vectors), width), np.int64)
     for row, vector, count in zip(rows, vectors, known, strict=True):
         row[:count] = vector

@@ -1,5 +1,6 @@
 """What the page, Grafana and scripts read: bounded work whatever the range, and no spike or NaN is lost on the way."""
 
+import bisect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -147,11 +148,14 @@ def _run(connection: sa.Connection, run_id: str) -> sa.Row[Any]:
     return connection.execute(wanted).one()
 
 
-def _read(lane: _Lane, level: int, from_step: int | None, to_step: int | None, points: int) -> Buckets:
+def _read(lane: _Lane, levels: int, from_step: int | None, to_step: int | None, points: int) -> Buckets:
     last = LAST_STEP if to_step is None else to_step
     third = -(-points // 3)
-    while level and lane.count(level, from_step or 0, last, third) < third:
-        level -= 1
+
+    def missing(level: int) -> int:
+        return third - lane.count(level, from_step or 0, last, third)
+
+    level = bisect.bisect(range(1, levels + 1), 0, key=missing)  # the coarsest that has enough; 0 where none has
     return _exactly(lane, level, from_step, last).thinned(points)
 
 

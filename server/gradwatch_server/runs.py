@@ -33,8 +33,22 @@ def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
     """
     row = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id)).one_or_none()
     if row is None:
-        raise Refused(404, "Unknown run", f"run {run_id!r} is not known here: GET /api/v1/runs lists those that are")
+        raise _unknown(run_id)
     return _shown(row, _firing(connection, run_id).get(run_id, []))
+
+
+def check_run(connection: sa.Connection, run_id: str) -> None:
+    """Make sure that there is such a run.
+
+    Raises:
+        Refused: 404 where it is not known.
+    """
+    if connection.execute(sa.select(schema.runs.c.id).where(schema.runs.c.id == run_id)).first() is None:
+        raise _unknown(run_id)
+
+
+def _unknown(run_id: str) -> Refused:
+    return Refused(404, "Unknown run", f"run {run_id!r} is not known here: GET /api/v1/runs lists those that are")
 
 
 def _firing(connection: sa.Connection, run_id: str | None = None) -> dict[str, list[tuple[str, str, bool]]]:

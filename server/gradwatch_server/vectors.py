@@ -46,14 +46,17 @@ class _VectorLoader(adapt.Loader):
 
 
 def _of_array(data: abc.Buffer) -> NDArray[np.float32]:
+    """Return the vector of an array as PostgreSQL sends it, or as it holds it in memory: that begins with a 1."""
     if len(data) < _HEADER_BYTES:
         return np.empty(0, np.float32)
+    if data[0]:
+        return np.frombuffer(data, "<f4", offset=_HEADER_BYTES)
     return np.frombuffer(data, _ELEMENT, offset=_HEADER_BYTES)["value"].astype(np.float32)
 
 
 def raw(vector: sa.ColumnElement[Any], engine: str) -> sa.ColumnElement[Any]:
     """Return what selects a vector as bytes, for ``unpack``: thousands of them are decoded at once."""
-    return sa.type_coerce(sa.func.array_send(vector) if engine == "postgresql" else vector, sa.types.NULLTYPE)
+    return sa.type_coerce(sa.func.gradwatch_bytes(vector) if engine == "postgresql" else vector, sa.types.NULLTYPE)
 
 
 def unpack(packed: Sequence[bytes | None], engine: str) -> Rows:
@@ -63,7 +66,7 @@ def unpack(packed: Sequence[bytes | None], engine: str) -> Rows:
     if len(lengths) == 1 and min(lengths) > header:
         joined = np.frombuffer(b"".join(data for data in packed if data is not None), np.uint8)
         rows = joined.reshape(len(packed), -1)[:, header:]
-        if not header:
+        if not header or joined[0]:
             return rows.view("<f4")
         return np.ascontiguousarray(rows).view(_ELEMENT)["value"].astype(np.float32)
     return [None if data is None else _of_array(data) if header else np.frombuffer(data, "<f4") for data in packed]

@@ -15,7 +15,7 @@ from alembic.script import ScriptDirectory
 from gradwatch import wire
 from gradwatch_server import schema
 from gradwatch_server.database import alembic_of, migrate, open_engine
-from tests.postgres import postgres_database
+from tests.postgres import plain_owner, postgres_database
 from tests.processes import GradwatchServer, sample
 
 VALUES = np.array([0.5, float("nan"), float("inf"), wire.MISSING], np.float32)
@@ -116,3 +116,32 @@ def test_the_migrated_schema_is_the_one_that_the_code_has(empty_url: str) -> Non
     with engine.connect() as connection:
         assert MigrationContext.configure(connection).get_current_revision() == _revisions()[-1]
     engine.dispose()
+
+
+_LANGUAGE = "SELECT lanname FROM pg_proc JOIN pg_language l ON l.oid = prolang WHERE proname = 'gradwatch_bytes'"
+
+
+@pytest.mark.parametrize("form", ["internal", "sql"])
+def test_vectors_read_the_same_whoever_owns_the_database(postgres: str, form: str, tmp_path: Path) -> None:
+    shown = [0.5, "NaN", "Infinity", None]
+    with postgres_database(postgres) as empty_url, plain_owner(empty_url) as plain_url:
+        url = empty_url if form == "internal" else plain_url  # a superuser's migration declares the quick form
+        engine = open_engine(url)
+        migrate(engine)
+        with engine.connect() as connection:
+            assert connection.scalar(sa.text(_LANGUAGE)) == form
+        engine.dispose()
+        with GradwatchServer(tmp_path / "server.db", url=url) as server:
+            run = server.register([f"p{place}" for place in range(4)])
+            for step in STEPS:
+                measured: dict[wire.Statistic, wire.Vector] = {"grad_norm": VALUES, "weight_norm": VALUES}
+                batch = wire.Batch(id=str(step), samples=[wire.Sample(step=step, at=1.0, statistics=measured)])
+                assert server.store(run, batch).status_code == 200
+            seen = server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm", points=100)
+            assert seen["last"] == [shown] * len(STEPS)
+            wide = server.get(f"/api/v1/runs/{run}/map", statistic="weight_norm", points=3)
+            assert wide["max"] == [shown] * len(wide["steps"])
+            assert [sum(column) for column in zip(*wide["nonfinite"], strict=True)] == [0, 40, 40, 0]
+            one = server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="p1", points=3)
+            assert one["last"] == ["NaN"] * len(one["steps"])
+            assert server.get(f"/api/v1/runs/{run}/latest")["statistics"]["grad_norm"] == shown

@@ -18,7 +18,7 @@ from gradwatch_server.api.reading import Reader
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import load_order, load_parameters
 from gradwatch_server.retention import delete_run
-from gradwatch_server.runs import RunState, load_run, load_runs
+from gradwatch_server.runs import RunState, check_run, load_run, load_runs
 from gradwatch_server.services import Services
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
@@ -57,7 +57,7 @@ def show_series(
     points: Annotated[int, Query(ge=1, le=10_000)] = 1_000,
 ) -> Response:
     """One statistic of one parameter, or one scalar of the run (``loss``), as min, max, mean and last of buckets."""
-    load_run(connection, run_id)
+    check_run(connection, run_id)
     if statistic in queries.STATISTIC_NAMES:
         order, names = load_order(connection, run_id)
         if parameter is None:
@@ -101,7 +101,7 @@ def show_map(
     points: Annotated[int, Query(ge=1, le=10_000)] = 500,
 ) -> Response:
     """One statistic of all parameters over the steps: the layer x step map."""
-    load_run(connection, run_id)
+    check_run(connection, run_id)
     order, names = load_order(connection, run_id)
     buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points)
     content: dict[str, Any] = {
@@ -131,7 +131,7 @@ def show_profile(
     to_step: Step = None,
 ) -> Response:
     """One statistic of all parameters in the order of depth, gathered over a range; of one step: both ends the same."""
-    load_run(connection, run_id)
+    check_run(connection, run_id)
     order, names = load_order(connection, run_id)
     found = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, 1)
     if not len(found):
@@ -158,7 +158,7 @@ def show_profile(
 )
 def show_latest(connection: Reader, run_id: RunId) -> Response:
     """Everything measured at the newest sample, in the order of the run's parameters."""
-    load_run(connection, run_id)
+    check_run(connection, run_id)
     newest = queries.read_latest(connection, run_id)
     if newest is None:
         raise Refused(404, "No samples", f"run {run_id!r} has no sample yet")

@@ -2,10 +2,12 @@
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import ipaddress
 import logging
 import os
+import platform
 import signal
 import socket
 import sys
@@ -29,6 +31,9 @@ from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.tokens import count_tokens
 
 log = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+"""What glibc's ``mallopt`` is asked to change, see malloc.h."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,8 +162,18 @@ def _listen(settings: Settings) -> socket.socket:
         raise ConfigurationError(f"cannot listen on {address}: {error.strerror}; choose another with --port") from None
 
 
+def _keep_memory() -> None:
+    """Have glibc keep up to 64 MB that answers have used, for the next ones: every map took a third longer without."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 2**25), (_M_TRIM_THRESHOLD, 2**26)):
+        libc.mallopt(option, value)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the server until it is told to stop; return the exit code."""
+    _keep_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # its lines carry addresses with their query strings
     logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -206,3 +206,25 @@ def test_what_grows_in_memory_is_refused_before_it_does(server: GradwatchServer)
     document = b'{"id": "b", "samples": [{"step": 1, "at": 1, "statistics": {"grad_norm": [%s1]}}]}'
     numbers = document % (b"1," * 3_000_000)
     assert problem(_store(server, numbers, **{"content-type": wire.JSON_TYPE}))[0] == 413
+
+
+def test_wide_answers_use_memory_again_that_others_used(tmp_path: Path) -> None:
+    with GradwatchServer(tmp_path / "g.db") as server:
+        names = [f"layer{index}" for index in range(300)]
+        run = server.register(names)
+        for begin in range(0, 1_024, 128):
+            samples = [sample(step, *[float(step)] * len(names)) for step in range(begin, begin + 128)]
+            assert server.store(run, wire.Batch(id=str(begin), samples=samples)).status_code == 200
+
+        def faults() -> int:
+            return int(Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(") ")[2].split()[7])
+
+        def read() -> None:
+            assert server.http.get(f"/api/v1/runs/{run}/tile", params={"points": 500}).status_code == 200
+
+        for _ in range(10):
+            read()
+        before = faults()
+        for _ in range(10):
+            read()
+        assert faults() - before < 1_000  # thousands for each answer where glibc gives memory back in between

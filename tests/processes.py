@@ -37,6 +37,15 @@ def run_apart(work: Coroutine[Any, Any, Result]) -> Result:
         return thread.submit(asyncio.run, work).result()
 
 
+def wait_for(log: Path, line: str) -> None:
+    """Wait until a log holds a line."""
+    for _ in range(400):
+        if line in log.read_text():
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError(log.read_text())
+
+
 class GradwatchServer:
     """``gradwatch serve`` in a process of its own; a context manager."""
 

@@ -96,6 +96,8 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
             response: Response = await follow(request)
         except Refused as refusal:
             response = problem.refuse(refusal)
+        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:  # of the check: routes have handlers
+            response = problem.out_of_reach(error)
         response.headers.update(_SECURITY)
         path = request.url.path
         static = path.startswith("/page/") or access.is_view(request.method, path)

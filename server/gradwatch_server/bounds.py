@@ -93,6 +93,18 @@ def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits) -> None
             raise invalid(f"end.exit_code {batch.end.exit_code} is not a 32-bit number")
 
 
+def check_scalar_names(batch: wire.Batch, known: Iterable[str], limits: Limits) -> None:
+    """Refuse a batch that brings its run more different scalar names than it may have.
+
+    Raises:
+        Refused: 422, with the limit.
+    """
+    names = {*known, *batch.trail, *(name for sample in batch.samples for name in sample.scalars)}
+    most = limits.scalar_names_per_run
+    if len(names) > most:
+        raise invalid(f"{len(names)} scalar names are more than limits.scalar_names_per_run allows a run ({most})")
+
+
 def _check_sample(place: str, sample: wire.Sample, parameter_count: int, limits: Limits) -> None:
     _check_whole(f"{place}.step", sample.step)
     _check_time(f"{place}.at", sample.at)

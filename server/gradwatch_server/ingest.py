@@ -1,10 +1,12 @@
 """The transaction behind every 2xx: sample rows, diagnosis, alerts, transitions and due deliveries commit together."""
 
+import bisect
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -14,7 +16,7 @@ from gradwatch import wire
 from gradwatch.wire import STATISTICS
 from gradwatch_server import diagnosis, ledger, queries, schema, shelf
 from gradwatch_server.advice import advise
-from gradwatch_server.bounds import check_batch, check_registration
+from gradwatch_server.bounds import check_batch, check_registration, check_scalar_names
 from gradwatch_server.database import upsert
 from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, exploding, nonfinite
 from gradwatch_server.errors import Refused
@@ -200,6 +202,7 @@ class Ingest:
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         check_batch(batch, run.parameter_count, self._configuration.limits)
+        check_scalar_names(batch, run.coverage.get("scalars", {}), self._configuration.limits)
         if not self._claim(connection, run_id, batch, now):
             return Stored(batch.id, 0, duplicate=True)
         changes = shelf.put(connection, run, batch)
@@ -334,9 +337,15 @@ def load_order(connection: sa.Connection, run_id: str) -> tuple[list[int], list[
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
+def _until(losses: Sequence[tuple[int, float]], step: int) -> int:
+    """Return how many of these losses, by ascending steps, are of ``step`` or before."""
+    return bisect.bisect_right(losses, step, key=itemgetter(0))
+
+
 def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, float]]) -> list[Reading]:
     """Return what the rules have not seen yet, in the order of the steps."""
     readings = []
+    scalars = shelf.scalars_by_step(batch)
     earlier = -1 if after is None else after
     for sample in sorted(batch.samples, key=lambda sample: sample.step):
         if after is not None and sample.step <= after:
@@ -346,8 +355,8 @@ def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, 
                 step=sample.step,
                 at=sample.at,
                 statistics=sample.statistics,
-                scalars=shelf.scalars_at(sample, batch.trail),
-                losses=[(step, loss) for step, loss in losses if earlier < step <= sample.step],
+                scalars=scalars[sample.step],
+                losses=losses[_until(losses, earlier) : _until(losses, sample.step)],
             )
         )
         earlier = sample.step

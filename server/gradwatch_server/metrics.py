@@ -266,9 +266,9 @@ class ServerCollector(Collector):
             sum_value=writer.commit_seconds,
         )
         yield GaugeMetricFamily("gradwatch_queued_batches", "Batches that wait for the writer.", value=writer.waiting)
-        configuration = services.settings.configuration
-        limit = configuration.limits.queued_batches
-        yield GaugeMetricFamily("gradwatch_queue_limit_batches", "Batches that may wait for the writer.", value=limit)
+        yield GaugeMetricFamily(
+            "gradwatch_queue_limit_batches", "Batches that may wait for the writer.", value=writer.most
+        )
         yield from _written(services)
         yield _attempts(services)
         with services.engine.connect() as connection:

@@ -26,6 +26,8 @@ __all__ = [
 
 _AT_ONCE = 500
 """Steps that one statement asks for by name."""
+_MOST_CELLS = 2_000_000
+"""Of one answer, points x parameters: a map of more parameters has fewer points."""
 
 
 class _Lane(Protocol):
@@ -88,13 +90,15 @@ def read_statistic(
 ) -> Buckets:
     """Return a statistic of these parameters over a range, in at most ``points`` buckets.
 
-    At least a third of ``points`` comes back where that many samples of the run lie in the range. Samples in which the
+    At least a third of ``points`` comes back where that many samples of the run lie in the range; of thousands of
+    parameters, as many as make two million cells. Samples in which the
     statistic was not measured are left out; a parameter that the run gained later is missing before.
 
     Where the finer levels are gone, what is left of them takes their place: fewer and larger buckets, of which one at
     either end may reach out of the range.
     """
     run = _run(connection, run_id)
+    points = max(1, min(points, _MOST_CELLS // max(1, len(columns))))
     lane = SampleLane(connection, run_id, [statistic], run.parameter_count, list(columns))
     levels = len(run.coverage.get("samples", []))
     pruned = run.coverage.get("pruned", [])

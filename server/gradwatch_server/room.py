@@ -11,7 +11,7 @@ class Room:
     """Bytes that are being received, decoded or wait for the writer; only the event loop takes and gives back."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self.held = 0
         self._requests = 0
         self._empty = asyncio.Event()
@@ -44,9 +44,9 @@ class Room:
         Raises:
             Refused: 503, there is no room for them now.
         """
-        if self.held + count > self._most:
+        if self.held + count > self.most:
             self.refused += 1
-            detail = f"the server holds {self.held} bytes of bodies, {self._most} at most (limits.held_bytes)"
+            detail = f"the server holds {self.held} bytes of bodies, {self.most} at most (limits.held_bytes)"
             raise Refused(503, "No room", f"{detail}: send it again later", retry_after_seconds=1)
         self.held += count
 

@@ -64,9 +64,12 @@ class Services:
         )
 
     def reload(self, configuration: Configuration) -> None:
-        """Go on with another configuration, checked already; limits of the writer's queue stay until the next start."""
+        """Go on with another configuration, checked already."""
         self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
         public_url = self.settings.public_url
+        limits = configuration.limits
+        self.room.most = limits.held_bytes
+        self.writer.configure(limits.queued_batches, limits.queued_batches_per_run)
         self.ingest.configure(configuration, public_url)
         self.stalls.configure(configuration, public_url)
         self.untold.configure(configuration, public_url)

@@ -24,6 +24,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     body_bytes: int = 8 * 1024 * 1024
     """Largest body as it arrives."""
+    body_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    """Time in which a body has to arrive; beyond it: 408, and what came of it is no longer held."""
     decoded_bytes: int = 16 * 1024 * 1024
     """Largest body after decompression."""
     loose_bytes: int = 4 * 1024 * 1024
@@ -40,6 +42,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Most events in one batch."""
     scalar_names: int = 256
     """Most different scalar names in one batch."""
+    scalar_names_per_run: int = 2_000
+    """Most different scalar names in one run, for each has levels of its own."""
     queued_batches: int = 1_000
     """Batches that may wait for the writer; beyond it: 503 with Retry-After."""
     queued_batches_per_run: int = 16

@@ -95,6 +95,7 @@ def _cut_trails(connection: sa.Connection, run_id: str, attempt: int, first: int
 
 
 def _put_samples(connection: sa.Connection, run_id: str, batch: wire.Batch, samples: list[wire.Sample]) -> None:
+    scalars = scalars_by_step(batch)
     rows = [
         {
             "run": run_id,
@@ -102,7 +103,7 @@ def _put_samples(connection: sa.Connection, run_id: str, batch: wire.Batch, samp
             "step": sample.step,
             "attempt": batch.attempt,
             "at": sample.at,
-            "scalars": spelled(scalars_at(sample, batch.trail)),
+            "scalars": spelled(scalars[sample.step]),
             "histograms": sample.histograms or None,
             **{name: sample.statistics.get(name) for name in STATISTICS},
         }
@@ -129,10 +130,8 @@ def _put_trail(
     connection: sa.Connection, run_id: str, batch: wire.Batch, trail: dict[str, Trail], arrival: int
 ) -> None:
     """Store the trail in rows that each stay within one stretch of steps."""
-    stretches = {step // TRAIL_STEPS for scalar in trail.values() for step in scalar.steps}
     rows = []
-    for stretch in sorted(stretches):
-        piece = _between(trail, stretch * TRAIL_STEPS, (stretch + 1) * TRAIL_STEPS - 1)
+    for _, piece in sorted(_stretches(trail).items()):
         first = min(step for scalar in piece.values() for step in scalar.steps)
         rows.append(
             {
@@ -146,6 +145,21 @@ def _put_trail(
             }
         )
     connection.execute(_insert_trails, rows)
+
+
+def _stretches(trail: Mapping[str, Trail]) -> dict[int, dict[str, Trail]]:
+    """Return the parts of a trail by stretch of steps."""
+    found: defaultdict[int, dict[str, Trail]] = defaultdict(dict)
+    for name, scalar in trail.items():
+        stretch = min(scalar.steps) // TRAIL_STEPS
+        if stretch == max(scalar.steps) // TRAIL_STEPS:
+            found[stretch][name] = scalar
+            continue
+        for step, value in zip(scalar.steps, scalar.values, strict=True):
+            part = found[step // TRAIL_STEPS].setdefault(name, Trail(steps=[], values=[]))
+            part.steps.append(step)
+            part.values.append(value)
+    return found
 
 
 _insert_events = sa.insert(schema.events)
@@ -178,14 +192,16 @@ def _between(trail: Mapping[str, Trail], first: int, last: int) -> dict[str, Tra
     return kept
 
 
-def scalars_at(sample: wire.Sample, trail: Mapping[str, Trail]) -> dict[str, float]:
-    """Return the scalars of a sample's step, in numbers."""
-    known = {
-        name: wire.number(scalar.values[scalar.steps.index(sample.step)])
-        for name, scalar in trail.items()
-        if sample.step in scalar.steps
-    }
-    return known | {name: wire.number(value) for name, value in sample.scalars.items()}
+def scalars_by_step(batch: wire.Batch) -> dict[int, dict[str, float]]:
+    """Return the scalars of the steps at which samples were taken, in numbers; what a sample carries itself wins."""
+    found: dict[int, dict[str, float]] = {sample.step: {} for sample in batch.samples}
+    for name, scalar in batch.trail.items():
+        for step, value in zip(scalar.steps, scalar.values, strict=True):
+            if step in found:
+                found[step][name] = wire.number(value)
+    for sample in batch.samples:
+        found[sample.step] |= {name: wire.number(value) for name, value in sample.scalars.items()}
+    return found
 
 
 def spelled(scalars: Mapping[str, wire.Number]) -> dict[str, wire.Number]:

@@ -42,7 +42,7 @@ class Writer:
 
     def __init__(self, engine: sa.Engine, capacity: int, capacity_per_run: int) -> None:
         self._engine = engine
-        self._most = capacity
+        self.most = capacity
         self._most_of_run = capacity_per_run
         self._of_run: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -58,6 +58,11 @@ class Writer:
         ]
         for thread in self._threads:
             thread.start()
+
+    def configure(self, capacity: int, capacity_per_run: int) -> None:
+        """Let so many pieces wait from now on."""
+        with self._counting:
+            self.most, self._most_of_run = capacity, capacity_per_run
 
     @property
     def waiting(self) -> int:
@@ -82,9 +87,9 @@ class Writer:
                 self.refused += 1
                 detail = f"{self._most_of_run} batches of run {run_id!r} wait already (limits.queued_batches_per_run)"
                 raise Refused(429, "Too many batches", f"{detail}: wait for their answers", retry_after_seconds=1)
-            if self.waiting >= self._most:
+            if self.waiting >= self.most:
                 self.refused += 1
-                detail = f"{self._most} batches wait already (limits.queued_batches): send it again later"
+                detail = f"{self.most} batches wait already (limits.queued_batches): send it again later"
                 raise Refused(503, "Queue full", detail, retry_after_seconds=1)
             self._queues[hash(run_id) % len(self._queues)].put(_Piece(run_id, work, future))
             self._of_run[run_id] += 1

@@ -4,12 +4,11 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 from gradwatch import wire
-from tests.processes import GradwatchServer, WebhookReceiver, environment, sample
+from tests.processes import GradwatchServer, WebhookReceiver, environment, sample, wait_for
 
 NAN = float("nan")
 
@@ -107,7 +106,7 @@ def test_sighup_that_comes_while_the_server_starts_does_not_end_it(tmp_path: Pat
     with serving.stdout:
         assert serving.stdout.readline().startswith(b"gradwatch serves on")
         serving.send_signal(signal.SIGHUP)
-        _logged(tmp_path / "log", "the configuration was read again")
+        wait_for(tmp_path / "log", "the configuration was read again")
     serving.terminate()
     assert serving.wait(30) == 0
 
@@ -118,12 +117,4 @@ def _fall_ill(server: GradwatchServer) -> None:
 
 def _reload(server: GradwatchServer, logged: str) -> None:
     server.process.send_signal(signal.SIGHUP)
-    _logged(server.log, logged)
-
-
-def _logged(log: Path, line: str) -> None:
-    for _ in range(400):
-        if line in log.read_text():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError(log.read_text())
+    wait_for(server.log, logged)

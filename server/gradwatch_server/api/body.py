@@ -33,8 +33,8 @@ async def read(request: Request, document: type[Document], limits: Limits, share
     """Return the document that the request carries.
 
     Raises:
-        Refused: 413 over a size limit, 415 for a type or encoding that is not spoken here, 400 where it is malformed,
-            503 where the server has no room for it now.
+        Refused: 408 where it does not arrive, 413 over a size limit, 415 for a type or encoding that is not spoken
+            here, 400 where it is malformed, 503 where the server has no room for it now.
     """
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     content_type = CONTENT_TYPES.get(given)
@@ -45,7 +45,12 @@ async def read(request: Request, document: type[Document], limits: Limits, share
     if encoding != "identity" and encoding not in _UNPACKERS:
         detail = f"content encoding {encoding!r:.80} is not spoken here: gzip, zstd or none, and one of them only"
         raise Refused(415, "Unsupported encoding", detail)
-    body = await _bounded(request, limits.body_bytes, share)
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            body = await _bounded(request, limits.body_bytes, share)
+    except TimeoutError:
+        detail = f"the body did not arrive within limits.body_seconds ({limits.body_seconds:g} s): send it again"
+        raise Refused(408, "Body too slow", detail, retry_after_seconds=1) from None
     if encoding != "identity":
         async with share.room.unpacking:
             body = await asyncio.to_thread(_UNPACKERS[encoding], body, limits.decoded_bytes)

@@ -33,7 +33,7 @@ def _services(request: Request) -> Services:
     response_model=documents.Registered,
     responses={
         200: {"model": documents.Registered, "description": "Known already"},
-        **problems(400, 401, 403, 409, 413, 415, 422, 429, 503, 507),
+        **problems(400, 401, 403, 408, 409, 413, 415, 422, 429, 503, 507),
     },
     openapi_extra=_takes(wire.Registration),
 )
@@ -52,7 +52,7 @@ async def register_run(request: Request) -> Response:
 @router.post(
     "/runs/{run_id}/samples",
     response_model=documents.Stored,
-    responses=problems(400, 401, 403, 404, 413, 415, 422, 429, 503, 507),
+    responses=problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 507),
     openapi_extra=_takes(wire.Batch),
 )
 async def store_batch(request: Request, run_id: str) -> Response:

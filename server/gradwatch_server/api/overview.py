@@ -78,7 +78,7 @@ def show_server(request: Request, connection: Reader) -> Any:
         "duplicate_batches": ingest.duplicates,
         "stored_values": ingest.values,
         "queued_batches": writer.waiting,
-        "queue_capacity": services.settings.configuration.limits.queued_batches,
+        "queue_capacity": services.writer.most,
         "commits": writer.commits,
         "mean_commit_seconds": writer.commit_seconds / writer.commits if writer.commits else None,
         "dropped": dropped,

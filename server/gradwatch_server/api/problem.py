@@ -38,7 +38,19 @@ def refuse(error: Refused) -> Response:
     made = answer(error.status, error.title, error.detail, error.retry_after_seconds)
     if error.status == 401:
         made.headers["WWW-Authenticate"] = 'Bearer realm="gradwatch"'
+    if error.status == 408:
+        made.headers["Connection"] = "close"  # the rest of the body would be taken for a request
     return made
+
+
+def out_of_reach(error: sa.exc.OperationalError | sa.exc.TimeoutError) -> Response:
+    """Return the problem document of a database that does not answer, is full, or has no connection left."""
+    if not isinstance(error, sa.exc.OperationalError):
+        return answer(503, "Database busy", f"nothing was stored: {error}"[:500], retry_after_seconds=5)
+    if _is_full(error):
+        detail = f"nothing was stored: {error.orig}; make room on the database's disk, then send it again"
+        return answer(507, "Disk full", detail[:500], retry_after_seconds=30)
+    return answer(503, "Database out of reach", f"nothing was stored: {error.orig}"[:500], retry_after_seconds=5)
 
 
 def _is_full(error: sa.exc.OperationalError) -> bool:
@@ -76,11 +88,9 @@ def install(app: FastAPI) -> None:
         return made
 
     @app.exception_handler(sa.exc.OperationalError)
-    async def out_of_reach(_request: Request, error: sa.exc.OperationalError) -> Response:
-        if _is_full(error):
-            detail = f"nothing was stored: {error.orig}; make room on the database's disk, then send it again"
-            return answer(507, "Disk full", detail[:500], retry_after_seconds=30)
-        return answer(503, "Database out of reach", f"nothing was stored: {error.orig}"[:500], retry_after_seconds=5)
+    @app.exception_handler(sa.exc.TimeoutError)
+    async def unreached(_request: Request, error: sa.exc.OperationalError | sa.exc.TimeoutError) -> Response:
+        return out_of_reach(error)
 
     @app.exception_handler(sa.exc.DataError)
     async def unkept(_request: Request, error: sa.exc.DataError) -> Response:

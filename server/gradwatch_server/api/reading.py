@@ -1,4 +1,4 @@
-"""A connection to read with, for the length of one request."""
+"""A connection to read with, until the answer is made: a client that takes it slowly holds nothing."""
 
 from collections.abc import Iterator
 from typing import Annotated, cast
@@ -14,4 +14,4 @@ def _connection(request: Request) -> Iterator[sa.Connection]:
         yield connection
 
 
-Reader = Annotated[sa.Connection, Depends(_connection)]
+Reader = Annotated[sa.Connection, Depends(_connection, scope="function")]

@@ -71,9 +71,10 @@ class Http:
     def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
         """Deliver one document; whatever goes wrong on the way is an answer, too."""
         timeout = urllib3.Timeout(total=max(timeout_seconds, 0.01))
+        headers = self._headers | {wire.CLOCK_HEADER: f"{time.time():.3f}"}
         try:
             response = self._pool.request(
-                "POST", self._url + path, body=body, headers=self._headers, timeout=timeout, redirect=False
+                "POST", self._url + path, body=body, headers=headers, timeout=timeout, redirect=False
             )
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             return Answer("later", f"{type(error).__name__}: {error}")

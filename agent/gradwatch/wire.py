@@ -19,6 +19,8 @@ MISSING: Final = -1.0
 """The value of a statistic that could not be measured because the parameter had no gradient in this round."""
 
 JSON_TYPE: Final = "application/json"
+CLOCK_HEADER: Final = "Gradwatch-Clock"
+"""Of a request: Unix seconds by the sender's clock, so that a run's attempts are ordered by one clock, the server's."""
 MESSAGEPACK_TYPE: Final = "application/vnd.msgpack"
 
 Statistic = Literal[

@@ -3,7 +3,7 @@
 import bisect
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from operator import itemgetter
@@ -83,8 +83,13 @@ class Ingest:
         self._configuration = configuration
         self._public_url = public_url
 
-    def register(self, connection: sa.Connection, run_id: str, registration: wire.Registration) -> Registered:
+    def register(
+        self, connection: sa.Connection, run_id: str, registration: wire.Registration, ahead_seconds: float = 0.0
+    ) -> Registered:
         """Store a run, or what its next attempt adds to it.
+
+        Args:
+            ahead_seconds: how far the clock is ahead that numbered the attempt; it is ordered by the server's clock.
 
         Raises:
             Refused: 409 where the id is taken by a run with other parameters, 422 where the content is wrong.
@@ -92,22 +97,27 @@ class Ingest:
         check_registration(registration, self._configuration.limits)
         now = time.time()
         known = connection.execute(
-            sa.select(*schema.runs.c["project", "attempt", "parameter_count"])
+            sa.select(*schema.runs.c["project", "attempt", "attempts", "parameter_count"])
             .where(schema.runs.c.id == run_id)
             .with_for_update()
         ).one_or_none()
         answer = Registered(run_id, f"{self._public_url}/runs/{run_id}", known is None)
+        attempts = {} if known is None else known.attempts
+        attempt = _effective(attempts, registration.attempt)
+        if ahead_seconds and attempt == registration.attempt > 0:
+            attempt = max(1, attempt - round(1_000 * ahead_seconds))
+            attempts = {**attempts, str(registration.attempt): attempt}
         if known is None:
             connection.execute(
                 sa.insert(schema.runs).values(
                     id=run_id,
                     project=registration.project,
                     name=registration.name or run_id,
-                    attempt=registration.attempt,
+                    attempt=attempt,
+                    attempts=attempts,
                     started_at=registration.started_at or now,
                     last_seen_at=now,
                     parameter_count=len(registration.parameters),
-                    attempt_first_step=0,
                     statistics=[],
                     coverage={},
                     attributes=registration.attributes,
@@ -121,9 +131,10 @@ class Ingest:
             detail = f"run {run_id!r} is not in project {registration.project!r}: use another run id there"
             raise Refused(409, "Another project", detail)
         self._extend(connection, run_id, registration, known.parameter_count)
-        if registration.attempt > known.attempt:
+        if attempt > known.attempt:
             resumed = {
-                "attempt": registration.attempt,
+                "attempt": attempt,
+                "attempts": attempts,
                 "last_seen_at": now,
                 "attempt_first_step": None,
                 "last_step": None,
@@ -133,6 +144,8 @@ class Ingest:
                 "exit_code": None,
             }
             connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(resumed))
+        elif attempts != known.attempts:
+            connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(attempts=attempts))
         return answer
 
     def _extend(self, connection: sa.Connection, run_id: str, registration: wire.Registration, count: int) -> None:
@@ -201,6 +214,7 @@ class Ingest:
         ).one_or_none()
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
+        batch = msgspec.structs.replace(batch, attempt=_effective(run.attempts, batch.attempt))
         check_batch(batch, run.parameter_count, self._configuration.limits)
         check_scalar_names(batch, run.coverage.get("scalars", {}), self._configuration.limits)
         if not self._claim(connection, run_id, batch, now):
@@ -335,6 +349,11 @@ def load_order(connection: sa.Connection, run_id: str) -> tuple[list[int], list[
         sa.select(table.c.position, table.c.name).where(table.c.run == run_id).order_by(table.c.depth, table.c.position)
     ).all()
     return [row[0] for row in rows], [row[1] for row in rows]
+
+
+def _effective(attempts: Mapping[str, int], number: int) -> int:
+    """Return the number under which an attempt is kept."""
+    return attempts.get(str(number), number)
 
 
 def _until(losses: Sequence[tuple[int, float]], step: int) -> int:

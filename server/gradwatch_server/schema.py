@@ -67,6 +67,13 @@ runs = sa.Table(
     sa.Column("project", sa.Text, nullable=False),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("attempt", sa.BigInteger, nullable=False, comment="Unix milliseconds"),
+    sa.Column(
+        "attempts",
+        _json,
+        nullable=False,
+        server_default="{}",
+        comment="numbers of agents whose clock goes wrong -> start of the attempt by the server's clock",
+    ),
     sa.Column("started_at", sa.Double, nullable=False),
     sa.Column("last_seen_at", sa.Double, nullable=False),
     sa.Column("last_step", sa.BigInteger),

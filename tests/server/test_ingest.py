@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from typing import Any
 
 import pytest
@@ -77,6 +78,41 @@ def test_the_latest_attempt_wins_from_its_first_step_on(shared_server: Gradwatch
     series = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")
     assert series["steps"] == [1, 2, 3, 4, 5, 6, 8]
     assert series["last"] == [1.0] * 5 + [2.0] * 2
+
+
+def test_attempts_are_ordered_by_the_servers_clock(shared_server: GradwatchServer) -> None:
+    def register(run: str, started_at: float, clock: float) -> None:
+        document = wire.Registration(id=run, attempt=round(1e3 * started_at), parameters=[wire.Parameter("a", [1])])
+        headers = {"content-type": wire.MESSAGEPACK_TYPE, wire.CLOCK_HEADER: str(clock)}
+        assert shared_server.http.post("/api/v1/runs", content=wire.encode(document), headers=headers).status_code < 300
+
+    def store(run: str, started_at: float, identity: str, *steps: int) -> None:
+        samples = [sample(step, NAN if identity == "ill" else 1.0) for step in steps]
+        batch = wire.Batch(id=identity, attempt=round(1e3 * started_at), samples=samples)
+        assert shared_server.store(run, batch).status_code == 200
+
+    now = time.time()
+    first, second = now + 3_600 - 60, now  # an hour ahead, a minute before the second
+    run = "two-hosts"
+    register(run, first, now + 3_600)
+    store(run, first, "b1", *range(1, 11))
+    register(run, second, now)
+    store(run, second, "b2", *range(6, 9))
+    store(run, first, "late", 9, 10)  # of the attempt that is over
+    assert shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")["steps"] == [
+        *range(1, 9)
+    ]
+    store(run, second, "ill", 9)
+    assert [alert["rule"] for alert in shared_server.get("/api/v1/alerts", run=run)] == ["nonfinite"]
+
+    run = "left-behind"  # the first attempt's measurements come after the second has begun
+    register(run, second, now)
+    store(run, second, "b2", *range(6, 9))
+    register(run, first, now + 3_600)
+    store(run, first, "b1", *range(1, 11))
+    assert shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")["steps"] == [
+        *range(1, 9)
+    ]
 
 
 def test_a_run_may_gain_parameters(shared_server: GradwatchServer) -> None:

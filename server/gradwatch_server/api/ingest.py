@@ -1,7 +1,9 @@
 """What agents call: register a run, store a batch."""
 
 import asyncio
+import math
 import secrets
+import time
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +14,8 @@ from gradwatch import wire
 from gradwatch_server.api import access, body, documents
 from gradwatch_server.api.problem import problems
 from gradwatch_server.services import Services
+
+_RIGHT_SECONDS = 5.0
 
 router = APIRouter(prefix="/api/v1", tags=["ingest"])
 
@@ -44,7 +48,8 @@ async def register_run(request: Request) -> Response:
         registration = await body.read(request, wire.Registration, services.settings.configuration.limits, share)
         access.check_named_project(request, registration.project)
         run_id = secrets.token_hex(8) if registration.id is None else registration.id
-        work = partial(services.ingest.register, run_id=run_id, registration=registration)
+        ahead = _ahead_seconds(request)
+        work = partial(services.ingest.register, run_id=run_id, registration=registration, ahead_seconds=ahead)
         registered = await asyncio.wrap_future(services.writer.submit(work, run_id))
     return _json(registered, 201 if registered.created else 200)
 
@@ -65,6 +70,15 @@ async def store_batch(request: Request, run_id: str) -> Response:
     services.ingest.count(stored, batch)
     services.notifier.wake()
     return _json(stored, 200)
+
+
+def _ahead_seconds(request: Request) -> float:
+    """Return how far the sender's clock is ahead of this one; 0 where it does not say, or is right within seconds."""
+    try:
+        ahead = float(request.headers.get(wire.CLOCK_HEADER, "nan")) - time.time()
+    except ValueError:
+        return 0.0
+    return ahead if _RIGHT_SECONDS < abs(ahead) < math.inf else 0.0
 
 
 def _json(answer: msgspec.Struct, status: int) -> Response:

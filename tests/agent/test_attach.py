@@ -250,6 +250,7 @@ def test_arguments_win_over_the_environment(server: Server, monkeypatch: pytest.
     assert (server.registrations[0].project, server.registrations[0].name) == ("argument", "named")
     assert [sample.step for sample in server.samples] == [1, 3, 5]
     assert server.requests[0][1]["Authorization"] == "Bearer from-file"
+    assert abs(float(server.requests[0][1][wire.CLOCK_HEADER]) - time.time()) < 600
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,41 @@ def test_an_alertmanager_is_told_again_of_what_fires_and_for_5_minutes_of_what_i
             until(lambda: _quiet(heard))
 
 
+def test_an_alertmanager_is_reminded_while_it_has_not_yet_been_told_that_an_alert_is_worse(tmp_path: Path) -> None:
+    with WebhookReceiver(statuses=[200]) as heard:
+        address = heard.url.removesuffix("/hook")
+        text = (
+            f'[[receivers]]\nname = "am"\ntype = "alertmanager"\nurl = "{address}"\nresend_seconds = 0.2\n{LOOPBACK}\n'
+        )
+        with configured(tmp_path, "[delivery]\nretry_seconds = [60]\n" + text) as server:
+            run = server.register(["first.weight"])
+            server.store(run, wire.Batch(id="worrying", samples=[sample(1, 1.0, loss=NAN)]))
+            until(lambda: server.get("/api/v1/deliveries", state="delivered"))
+            heard.statuses = [503]
+            server.store(run, wire.Batch(id="ill", samples=[sample(2, NAN, loss=NAN)]))
+            until(lambda: [each["attempts"] for each in server.get("/api/v1/deliveries", state="due")] == [1])
+            heard.statuses = [200]
+            said = [json.loads(body)[0] for _, body in heard.wait(len(heard.requests) + 4)[-3:]]
+            assert {entry["annotations"]["severity"] for entry in said} == {"warning"}
+            assert [_over(entry) for entry in said] == [False] * 3
+
+
+def test_an_alertmanager_is_not_told_that_an_alert_is_over_which_fires_again(tmp_path: Path) -> None:
+    with WebhookReceiver(statuses=[200]) as heard:
+        address = heard.url.removesuffix("/hook")
+        text = (
+            f'[[receivers]]\nname = "am"\ntype = "alertmanager"\nurl = "{address}"\nresend_seconds = 0.2\n{LOOPBACK}\n'
+        )
+        with configured(tmp_path, text) as server:
+            run = fall_ill(server)
+            get_well(server, run)
+            until(lambda: len(server.get("/api/v1/deliveries", state="delivered")) == 2)
+            server.store(run, wire.Batch(id="again", samples=[sample(20, NAN)]))
+            until(lambda: len(server.get("/api/v1/deliveries", state="delivered")) == 3)
+            said = [json.loads(body) for _, body in heard.wait(len(heard.requests) + 5)[-4:]]
+            assert [[_over(entry) for entry in entries] for entries in said] == [[False]] * 4
+
+
 def _over(entry: dict[str, Any]) -> bool:
     return datetime.fromisoformat(entry["endsAt"]) <= datetime.now(UTC)
 

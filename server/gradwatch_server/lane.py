@@ -64,8 +64,9 @@ class Lane:
             try:
                 while self._under_way or self._settled or not self._closing:
                     await self._round(way)
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self._work.wait(), _POLL_SECONDS)
+                    with suppress(TimeoutError):  # not wait_for: Python 3.11's swallows a cancel that comes with a wake
+                        async with asyncio.timeout(_POLL_SECONDS):
+                            await self._work.wait()
                     self._work.clear()
             finally:
                 for task in self._under_way:

@@ -57,6 +57,8 @@ class Due:
     receiver: str
     created_at: float
     payload: str
+    leased_until: float
+    """Names this claim: another one has another time."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +98,23 @@ def claim(connection: sa.Connection, receiver: str, now: float, most: int, lease
         .limit(most)
         .with_for_update(skip_locked=True, of=table)
     ).all()
+    until = now + lease_seconds
     if rows:
         claimed = sa.update(table).where(table.c.id.in_([row.id for row in rows]))
-        connection.execute(claimed.values(leased_until=now + lease_seconds))
-    return [Due(row.id, row.alert, row.receiver, row.created_at, row.payload) for row in rows]
+        connection.execute(claimed.values(leased_until=until))
+    return [Due(row.id, row.alert, row.receiver, row.created_at, row.payload, until) for row in rows]
 
 
 def record(connection: sa.Connection, made: Sequence[Attempt], pace: Delivery) -> list[str]:
     """Write down what came of attempts and when the next ones are due; return the deliveries' states.
 
-    Another server may have taken over meanwhile: what it delivered stays delivered.
+    Another server may have taken over meanwhile, or somebody may have had an earlier delivery sent again, after which
+    this one is to be sent once more: then the attempt is kept, and what follows is left to the new claim.
     """
     table = schema.deliveries
     ids = [attempt.due.id for attempt in made]
     rows = connection.execute(
-        sa.select(*table.c["id", "state", "attempts", "delivered_at"])
+        sa.select(*table.c["id", "state", "attempts", "due_at", "leased_until", "error", "delivered_at"])
         .where(table.c.id.in_(ids))
         .order_by(table.c.id)
         .with_for_update()
@@ -124,7 +128,7 @@ def record(connection: sa.Connection, made: Sequence[Attempt], pace: Delivery) -
     if tries:
         connection.execute(sa.insert(schema.attempts), tries)
         changed = sa.update(table).where(table.c.id == sa.bindparam("of"))
-        connection.execute(changed, [row | {"of": row["id"], "leased_until": 0.0} for row in known.values()])
+        connection.execute(changed, [row | {"of": row["id"]} for row in known.values()])
     for attempt in made:
         if attempt.answer.verdict == "gone":
             disable(connection, attempt.due.receiver, "it answered 410 Gone", attempt.at + attempt.seconds)
@@ -134,14 +138,16 @@ def record(connection: sa.Connection, made: Sequence[Attempt], pace: Delivery) -
 def _outcome(before: Mapping[str, Any], attempt: Attempt, pace: Delivery) -> dict[str, Any]:
     """Return what changes of a delivery."""
     number, ended = before["attempts"] + 1, attempt.at + attempt.seconds
-    delivered = before["state"] == "delivered"
-    state, due_at = ("delivered", ended) if delivered else _next(number, attempt.answer, ended, pace)
+    if before["leased_until"] != attempt.due.leased_until:
+        return {"attempts": number}
+    state, due_at = _next(number, attempt.answer, ended, pace)
     return {
         "state": state,
         "attempts": number,
         "due_at": due_at,
+        "leased_until": 0.0,
         "error": attempt.answer.error,
-        "delivered_at": (before["delivered_at"] or ended) if state == "delivered" else None,
+        "delivered_at": ended if state == "delivered" else None,
     }
 
 
@@ -184,7 +190,29 @@ def bury(connection: sa.Connection, receivers: Sequence[str], now: float) -> int
 
 
 def replay(connection: sa.Connection, chosen: sa.ColumnElement[bool], now: float) -> int:
-    """Make deliveries due again, with the id they had; return how many."""
-    statement = sa.update(schema.deliveries).where(chosen, schema.deliveries.c.state != "due")
+    """Make deliveries due again, with the id they had; return how many.
+
+    Those after them of the same alert and receiver are due again as well, delivered or not: the receiver's last word is
+    how the alert stands. One that is under way is sent once more, for it may arrive before what is sent again.
+    """
+    table = schema.deliveries
+    first = (
+        sa.select(*table.c["alert", "receiver"], sa.func.min(table.c.number).label("number"))
+        .where(chosen, table.c.state != "due")
+        .group_by(*table.c["alert", "receiver"])
+        .subquery()
+    )
+    same = (table.c.alert == first.c.alert) & (table.c.receiver == first.c.receiver)
+    rows = connection.execute(
+        sa.select(*table.c["id", "state"])
+        .join(first, same & (table.c.number >= first.c.number))
+        .order_by(table.c.id)
+        .with_for_update(of=table)
+    ).all()
+    again = [row.id for row in rows if row.state != "due"]
     fresh = {"state": "due", "due_at": now, "leased_until": 0.0, "delivered_at": None}
-    return connection.execute(statement.values(fresh)).rowcount
+    update = sa.update(table).where(table.c.id == sa.bindparam("of"))
+    if again:
+        connection.execute(update.values(fresh), [{"of": each} for each in again])
+        connection.execute(update.values(leased_until=0.0), [{"of": row.id} for row in rows])
+    return len(again)

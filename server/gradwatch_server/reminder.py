@@ -40,11 +40,16 @@ def _told(engine: sa.Engine, receiver: str, now: float, after: str) -> list[Mess
     table, transitions, alerts = schema.deliveries, schema.transitions, schema.alerts
     later = schema.deliveries.alias("later")
     superseded = sa.exists().where(
-        later.c.alert == table.c.alert, later.c.receiver == receiver, later.c.number > table.c.number
+        later.c.alert == table.c.alert,
+        later.c.receiver == receiver,
+        later.c.number > table.c.number,
+        later.c.state == "delivered",
     )
     off = sa.exists().where(schema.disabled_receivers.c.name == receiver)
     fires = (alerts.c.state == "firing") & (transitions.c.state == "firing")
-    just_resolved = (transitions.c.state == "resolved") & (table.c.delivered_at >= now - _RESOLVED_SECONDS)
+    anew = schema.alerts.alias("anew")  # to an Alertmanager the same alert, for its labels are the same
+    again = sa.exists().where(anew.c.run == alerts.c.run, anew.c.rule == alerts.c.rule, anew.c.state == "firing")
+    just_resolved = (transitions.c.state == "resolved") & (table.c.delivered_at >= now - _RESOLVED_SECONDS) & ~again
     query = (
         sa.select(table.c.id, transitions.c.payload, table.c.created_at)
         .join(transitions, transitions.c.id == table.c.transition)

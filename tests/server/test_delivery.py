@@ -1,5 +1,6 @@
 """Deliveries that survive everything: kill -9 at each point, receivers that are down, slow, gone or busy."""
 
+import json
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -207,6 +208,60 @@ def _bring_back(server: GradwatchServer, gone: WebhookReceiver) -> None:
     shown = server.get(f"/api/v1/deliveries/{gone.requests[0][0]['webhook-id']}")
     assert (shown["state"], [entry["status"] for entry in shown["log"]]) == ("delivered", [410, 204])
     assert shown["payload"]["type"] == "alert.firing"
+
+
+def test_what_is_sent_again_is_followed_by_what_came_after_it(tmp_path: Path, own_database_url: str) -> None:
+    """The receiver is 410 for the firing, is told of the end, and then the firing is replayed: the end comes last."""
+    with WebhookReceiver(statuses=[410, 204]) as gone:
+        config = tmp_path / "gradwatch.toml"
+        config.write_text(configuration("", gone=gone.url))
+        with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config), url=own_database_url) as server:
+            run = server.register(["a"])
+            server.store(run, wire.Batch(id="ill", samples=[sample(1, NAN)]))
+            settled(server)
+            assert server.http.post("/api/v1/receivers/gone/enable").status_code == 204
+            server.store(run, wire.Batch(id="well", samples=[sample(step, 1.0) for step in range(2, 21)]))
+            gone.wait(2)
+            settled(server)
+            assert server.http.post("/api/v1/receivers/gone/replay").json() == {"deliveries": 2}
+            gone.wait(4)
+            settled(server)
+            (delivery,) = {headers["webhook-id"] for headers, body in gone.requests if b'"alert.firing"' in body}
+            assert server.http.post(f"/api/v1/deliveries/{delivery}/replay").json() == {"deliveries": 2}
+            gone.wait(6)
+            settled(server)
+        types = [json.loads(body)["type"] for _, body in gone.requests]
+        assert types == ["alert.firing", "alert.resolved"] * 3
+
+
+def test_what_is_under_way_when_an_earlier_one_is_sent_again_is_sent_after_it(
+    tmp_path: Path, own_database_url: str
+) -> None:
+    hook, arrived, released = Hook(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        if hook.seen[-1][2] == "resolved" and not arrived.is_set():
+            arrived.set()
+            released.wait(30)
+
+    hook.before = hold
+    with hook.open():
+        config = tmp_path / "gradwatch.toml"
+        config.write_text(configuration("", hook=hook.url))
+        with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config), url=own_database_url) as server:
+            run = server.register(["a"])
+            server.store(run, wire.Batch(id="ill", samples=[sample(1, NAN)]))
+            hook.wait(1)
+            settled(server)
+            server.store(run, wire.Batch(id="well", samples=[sample(step, 1.0) for step in range(2, 21)]))
+            assert arrived.wait(30)
+            assert server.http.post(f"/api/v1/deliveries/{hook.seen[0][0]}/replay").json() == {"deliveries": 1}
+            released.set()
+            settled(server)
+        assert [state for _, _, state in hook.seen] in (
+            ["firing", "resolved", "firing", "resolved"],
+            ["firing", "resolved", "firing", "resolved", "resolved"],
+        )
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import schema, silences
+from gradwatch_server.database import migrate, open_engine, writing
+from gradwatch_server.ingest import Ingest
+from gradwatch_server.settings import Configuration
 from gradwatch_server.silences import Silence, muted
 from tests.processes import GradwatchServer, WebhookReceiver, sample
 
@@ -197,6 +202,25 @@ def test_becoming_worse_is_told_unless_somebody_takes_care(tmp_path: Path) -> No
         server.store(run, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
         assert severities(receiver, 5)[4] == ("resolved", "critical")
         assert len(server.get("/api/v1/deliveries")) == 5
+
+
+def test_what_becomes_worse_just_as_its_silence_ends_is_told_once(own_database_url: str) -> None:
+    """No server runs, and so no clock that could tell of the end of the silence before the sample does."""
+    engine, ingest = open_engine(own_database_url), Ingest(Configuration(), "http://localhost")
+    migrate(engine)
+    everything = {"project": "*", "run": "*", "rule": "*", "author": "kim", "comment": ""}
+    with writing(engine) as connection:
+        ingest.register(connection, "r", wire.Registration(parameters=[wire.Parameter("a", [4, 4], units=4)]))
+        added = silences.add(connection, time.time(), **everything, ends_at=time.time() + 3600)
+        ingest.store(connection, "r", worrying(1))
+        silences.end(connection, added.id, time.time())
+        ingest.store(connection, "r", ill(2))
+        ingest.store(connection, "r", wire.Batch(id="well", samples=[sample(3, 1.0)]))
+        told = connection.execute(sa.select(*schema.transitions.c["state", "severity", "step"])).all()
+        muted = connection.execute(sa.select(schema.alerts.c.muted)).scalars().all()
+    engine.dispose()
+    assert told == [("firing", "critical", 2)]
+    assert muted == [None]
 
 
 def test_what_was_not_told_while_acknowledged_is_told_when_nobody_takes_care_after_all(tmp_path: Path) -> None:

@@ -25,7 +25,12 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 from standardwebhooks import Webhook
 
 from gradwatch import wire
+from gradwatch_server.addresses import Guard
+from gradwatch_server.answer import Answer
+from gradwatch_server.console.receivers import _test_payload
 from gradwatch_server.errors import ConfigurationError
+from gradwatch_server.receivers import Email, Message
+from gradwatch_server.receivers.mail import _MailWay
 from gradwatch_server.settings import Configuration
 from tests.processes import GradwatchServer, WebhookReceiver, sample
 
@@ -166,9 +171,11 @@ def _let_in(server: SMTP, session: Session, envelope: Envelope, mechanism: str, 
 
 
 @contextmanager
-def mail_server(tls: ssl.SSLContext | None = None, **options: Any) -> Iterator[tuple[Mails, int]]:
+def mail_server(
+    tls: ssl.SSLContext | None = None, mails: Mails | None = None, **options: Any
+) -> Iterator[tuple[Mails, int]]:
     """Run aiosmtpd; where ``tls`` is given, from the first byte on."""
-    mails, loop = Mails(), asyncio.new_event_loop()
+    mails, loop = mails or Mails(), asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     listening = loop.create_server(lambda: SMTP(mails, loop=loop, **options), "127.0.0.1", 0, ssl=tls)
@@ -216,6 +223,49 @@ def test_mail_arrives_a_busy_server_is_asked_again_and_a_refused_recipient_is_fi
             assert lost["attempts"] == 1
             assert "receiver team: the mail server takes nothing for nobody@example.com" in server.log.read_text()
             assert len(mails.taken) == 2
+
+
+class SlowMails(Mails):
+    """A mail server that takes its time before each answer."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    async def handle_RCPT(  # noqa: N802  # aiosmtpd's name
+        self, server: SMTP, session: Session, envelope: Envelope, address: str, options: list[str]
+    ) -> str:
+        await asyncio.sleep(self._seconds)
+        return await super().handle_RCPT(server, session, envelope, address, options)
+
+
+def test_a_mail_server_that_is_too_slow_gets_no_mail_after_its_time(tmp_path: Path) -> None:
+    """It answers each of two recipients within the time of an attempt, and both of them not."""
+    with mail_server(mails=SlowMails(0.7)) as (mails, port):
+        text = "[delivery]\ntimeout_seconds = 1.0\nretry_seconds = [0.1]\n" + mail_receiver("team", port, "none")
+        text = text.replace('["team@example.com"]', '["team@example.com", "other@example.com"]')
+        with configured(tmp_path, text) as server:
+            fall_ill(server)
+            (lost,) = until(lambda: server.get("/api/v1/deliveries", state="dead"))
+            assert (lost["attempts"], lost["error"]) == (2, "no answer within 1 s (delivery.timeout_seconds)")
+            threading.Event().wait(2)
+            assert mails.taken == []
+
+
+def test_mail_goes_to_the_first_address_of_its_host_that_answers() -> None:
+    async def addresses(host: str, port: int) -> list[str]:
+        return ["127.0.0.2", "127.0.0.1"]
+
+    async def send(port: int) -> Answer:
+        to = Email(name="team", host="mail", port=port, security="none", sender="a@example.com", to=["b@example.com"])
+        now = time.time()
+        way = _MailWay(to, Guard(["127.0.0.0/8"], addresses), 5.0, 1)
+        async with way:
+            return await way.send(Message("msg_1", _test_payload(now), now), now)
+
+    with mail_server() as (mails, port):
+        assert asyncio.run(send(port)) == Answer(250)
+        assert [mail["To"] for mail in mails.taken] == ["b@example.com"]
 
 
 def test_mail_is_encrypted_and_the_certificate_is_checked(tmp_path: Path, authority: trustme.CA) -> None:
@@ -333,6 +383,41 @@ def test_an_alertmanager_is_told_again_of_what_fires_and_for_5_minutes_of_what_i
             with closing(sqlite3.connect(server.database)) as connection, connection:
                 connection.execute("UPDATE deliveries SET delivered_at = delivered_at - 301")
             until(lambda: _quiet(heard))
+
+
+def test_an_alertmanager_is_reminded_while_it_has_not_yet_been_told_that_an_alert_is_worse(tmp_path: Path) -> None:
+    with WebhookReceiver(statuses=[200]) as heard:
+        address = heard.url.removesuffix("/hook")
+        text = (
+            f'[[receivers]]\nname = "am"\ntype = "alertmanager"\nurl = "{address}"\nresend_seconds = 0.2\n{LOOPBACK}\n'
+        )
+        with configured(tmp_path, "[delivery]\nretry_seconds = [60]\n" + text) as server:
+            run = server.register(["first.weight"])
+            server.store(run, wire.Batch(id="worrying", samples=[sample(1, 1.0, loss=NAN)]))
+            until(lambda: server.get("/api/v1/deliveries", state="delivered"))
+            heard.statuses = [503]
+            server.store(run, wire.Batch(id="ill", samples=[sample(2, NAN, loss=NAN)]))
+            until(lambda: [each["attempts"] for each in server.get("/api/v1/deliveries", state="due")] == [1])
+            heard.statuses = [200]
+            said = [json.loads(body)[0] for _, body in heard.wait(len(heard.requests) + 4)[-3:]]
+            assert {entry["annotations"]["severity"] for entry in said} == {"warning"}
+            assert [_over(entry) for entry in said] == [False] * 3
+
+
+def test_an_alertmanager_is_not_told_that_an_alert_is_over_which_fires_again(tmp_path: Path) -> None:
+    with WebhookReceiver(statuses=[200]) as heard:
+        address = heard.url.removesuffix("/hook")
+        text = (
+            f'[[receivers]]\nname = "am"\ntype = "alertmanager"\nurl = "{address}"\nresend_seconds = 0.2\n{LOOPBACK}\n'
+        )
+        with configured(tmp_path, text) as server:
+            run = fall_ill(server)
+            get_well(server, run)
+            until(lambda: len(server.get("/api/v1/deliveries", state="delivered")) == 2)
+            server.store(run, wire.Batch(id="again", samples=[sample(20, NAN)]))
+            until(lambda: len(server.get("/api/v1/deliveries", state="delivered")) == 3)
+            said = [json.loads(body) for _, body in heard.wait(len(heard.requests) + 5)[-4:]]
+            assert [[_over(entry) for entry in entries] for entries in said] == [[False]] * 4
 
 
 def _over(entry: dict[str, Any]) -> bool:

@@ -59,7 +59,7 @@ def show_delivery(connection: Reader, delivery_id: Id) -> Any:
 
 @router.post("/deliveries/{id}/replay", response_model=documents.Replayed, responses=problems(404, 422, 503))
 async def replay_delivery(request: Request, delivery_id: Id) -> Any:
-    """Send a delivery again, with the id it had; one that is due already is not changed."""
+    """Send a delivery again, with the id it had, and then those that followed it; what is due is not changed."""
 
     def work(connection: sa.Connection) -> int:
         if connection.execute(sa.select(_table.c.id).where(_table.c.id == delivery_id)).one_or_none() is None:
@@ -71,7 +71,7 @@ async def replay_delivery(request: Request, delivery_id: Id) -> Any:
 
 @router.post("/receivers/{name}/replay", response_model=documents.Replayed, responses=problems(422, 503))
 async def replay_dead(request: Request, name: Name) -> Any:
-    """Send every dead delivery of a receiver again."""
+    """Send every dead delivery of a receiver again, each with those that followed it of the same alert."""
     chosen = (_table.c.receiver == name) & (_table.c.state == "dead")
     return await _replayed(
         request, await written(request, lambda connection: outbox.replay(connection, chosen, time.time()))

@@ -5,7 +5,10 @@ import logging
 import smtplib
 import socket
 import ssl
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import format_datetime
@@ -76,17 +79,64 @@ def _paragraphs(data: dict[str, Any]) -> list[str]:
     return [paragraph for paragraph in [*said, data["url"]] if paragraph]
 
 
+class _Dialogue:
+    """One connection to a mail server, which the event loop can end while a thread speaks over it.
+
+    A thread cannot be cancelled: one that went on after its time would have the mail sent that is then tried again.
+    """
+
+    def __init__(self) -> None:
+        self._line: socket.socket | None = None
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def opened(self, connection: socket.socket) -> None:
+        """Take note of the connection; raises TimeoutError where the dialogue has been ended before it was there."""
+        with self._lock:
+            if self._ended:
+                connection.close()
+                raise TimeoutError
+            self._line = connection.dup()  # TLS takes the connection itself over
+
+    def end(self) -> None:
+        """Cut the connection: whoever still reads or writes gets an error, a mail that is not whole is not taken."""
+        with self._lock:
+            self._ended = True
+            if self._line is not None:
+                with suppress(OSError):  # it is closed already
+                    self._line.shutdown(socket.SHUT_RDWR)
+                self._line.close()
+                self._line = None
+
+
 class _Smtp(smtplib.SMTP):
     """Speaks over a connection to a checked address, while certificates are checked for the host's name."""
 
-    def __init__(self, host: str, address: str, port: int, timeout_seconds: float, tls: ssl.SSLContext | None) -> None:
-        self._address = address
+    def __init__(
+        self,
+        to: Email,
+        addresses: Sequence[str],
+        timeout_seconds: float,
+        dialogue: _Dialogue,
+        tls: ssl.SSLContext | None,
+    ) -> None:
+        self._addresses = addresses
+        self._dialogue = dialogue
         self._tls = tls
-        super().__init__(host, port, timeout=timeout_seconds)
+        super().__init__(to.host, to.port, timeout=timeout_seconds)
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        connection = socket.create_connection((self._address, port), timeout)
+        connection = self._connect(port, timeout / len(self._addresses))
+        connection.settimeout(timeout)
+        self._dialogue.opened(connection)
         return connection if self._tls is None else self._tls.wrap_socket(connection, server_hostname=host)
+
+    def _connect(self, port: int, timeout: float) -> socket.socket:
+        """Connect to the first of the checked addresses that takes the connection."""
+        for address in self._addresses[:-1]:
+            with suppress(OSError):
+                return socket.create_connection((address, port), timeout)
+        return socket.create_connection((self._addresses[-1], port), timeout)
 
 
 class _MailWay:
@@ -104,11 +154,12 @@ class _MailWay:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def send(self, message: Message, now: float) -> Answer:
+        dialogue = _Dialogue()
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 addresses = await self._guard.resolve(self._receiver.host, self._receiver.port)
                 loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._threads, self._send, addresses[0], message, now)
+                await loop.run_in_executor(self._threads, self._send, dialogue, addresses, message, now)
         except smtplib.SMTPResponseException as error:
             said = error.smtp_error if isinstance(error.smtp_error, str) else error.smtp_error.decode(errors="replace")
             permanent = error.smtp_code >= 500 and not isinstance(error, smtplib.SMTPAuthenticationError)
@@ -120,13 +171,15 @@ class _MailWay:
             return Answer(None, f"no answer within {self._timeout_seconds:g} s (delivery.timeout_seconds)")
         except (OSError, smtplib.SMTPException) as error:
             return Answer(None, f"{type(error).__name__}: {error}"[:500])
+        finally:
+            dialogue.end()
         return Answer(250)
 
-    def _send(self, address: str, message: Message, now: float) -> None:
+    def _send(self, dialogue: _Dialogue, addresses: Sequence[str], message: Message, now: float) -> None:
         to = self._receiver
         context = None if to.security == "none" else ssl.create_default_context()
         over_tls = context if to.security == "tls" else None
-        with _Smtp(to.host, address, to.port, self._timeout_seconds / 2, over_tls) as smtp:
+        with _Smtp(to, addresses, self._timeout_seconds, dialogue, over_tls) as smtp:
             if to.security == "starttls":
                 smtp.starttls(context=context)
             if to.username is not None and to.password is not None:

@@ -453,8 +453,7 @@ class Agent:
         if fired:
             return
         round_ = self._enter(optimizer)
-        round_.sampled = False
-        round_.skipped = True
+        round_.skip()
         self._take_pending(round_)
         if self._complete(round_):
             self._finish_round()
@@ -614,7 +613,7 @@ class Agent:
         self._take_pending(round_)
         finite = all(map(_finite, round_.losses)) and all(_finite(clip.total_norm) for clip in round_.clips)
         if not finite and self._was_finite:
-            round_.sampled = True
+            round_.sampled = not round_.skipped
             self._in_trouble = True
         self._was_finite = finite
         if not round_.sampled:

@@ -308,10 +308,9 @@ class Composer:
         if round_.clips and not round_.clips[-1].partial:
             trail["clip_norm"] = number(round_.clips[-1].total_norm)
         events: list[wire.Event] = []
-        readings = [
-            reading for reading in round_.readings if reading.found_inf is None or not number(reading.found_inf)
-        ]
-        if round_.skipped or len(readings) < len(round_.readings):
+        if any(reading.found_inf is not None and number(reading.found_inf) for reading in round_.readings):
+            round_.skip()  # a fused optimizer looks for itself
+        if round_.skipped:
             self.skipped_steps += 1
             events.append(
                 wire.Event(
@@ -321,7 +320,7 @@ class Composer:
         origin = of_seen(round_.seen)
         if origin is not None:
             events.append(origin.event(round_.step, round_.at))
-        return self._draft(round_, readings) if readings else None, trail, events
+        return self._draft(round_) if round_.readings else None, trail, events
 
     def trouble(self, trail: dict[str, float], events: Sequence[wire.Event], draft: "Draft | None") -> bool:
         """Return whether a round shows a sign of trouble."""
@@ -339,17 +338,17 @@ class Composer:
             self._usual_norm = norm if not self._usual_norm else 0.95 * self._usual_norm + 0.05 * norm
         return troubled
 
-    def _draft(self, round_: Round, readings: Sequence[Reading]) -> "Draft":
+    def _draft(self, round_: Round) -> "Draft":
         vectors = _Vectors(self._weight_norm.size)
         coefficients = _coefficients(round_.clips, self._weight_norm.size)
-        for reading in sorted(readings, key=lambda reading: reading.before_clip):
+        for reading in sorted(round_.readings, key=lambda reading: reading.before_clip):
             self._enter(reading, vectors, coefficients)
         for index in round_.empty:
             vectors.set_zero(index)
         for update in round_.updates:
             _enter_update(update, vectors)
         vectors.weight_norm = self._weight_norm.copy()
-        return Draft(round_, vectors, self._histograms(readings, round_.spared))
+        return Draft(round_, vectors, self._histograms(round_.readings, round_.spared))
 
     def finish(self, draft: "Draft", others: Sequence[Part]) -> wire.Sample:
         """Return the sample of a draft, of all ranks together where there are others."""

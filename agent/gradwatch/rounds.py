@@ -87,7 +87,15 @@ class Round:
     seen: Sequence[Seen] = ()
     """What hooks saw that look for the first bad number."""
     skipped: bool = False
+    """Whether the loss scaler skipped the step of an optimizer: there is no sample then."""
     agent_seconds: float = 0.0
+
+    def skip(self) -> None:
+        """Forget what was measured: the Inf that the scaler looks for is no news of the gradients."""
+        self.skipped = True
+        self.sampled = False
+        for measured in (self.readings, self.updates, self.empty):
+            measured.clear()
 
 
 @dataclass(slots=True)

@@ -289,6 +289,48 @@ def test_loss_scaling_with_clipping(server: Server, fused: bool) -> None:
     assert server.values("clipped_grad_norm") == pytest.approx({"a": 2.5, "b": 6.0})
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
+def test_a_step_that_was_clipped_and_skipped_has_no_sample(
+    server: Server, clip: Callable[[Any, float], Any], fused: bool
+) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model, server, optimizer):
+        for value in (12.0, math.inf, 12.0):
+            optimizer.zero_grad()
+            loss = model(GRAD_A, 12.0)
+            scaler.scale(loss).backward()
+            assert model.b.grad is not None
+            model.b.grad *= value  # what an overflow in half precision does
+            scaler.unscale_(optimizer)
+            clip(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+    assert [sample.step for sample in server.samples] == [1, 3]
+    assert server.scalar("skipped_steps", 3) == 1.0
+    assert [event.step for event in server.events] == [2]
+    assert server.trail("loss")[2] == pytest.approx(loss.item(), abs=5.0)
+    assert server.values("grad_norm", 3) == pytest.approx({"a": 5.0, "b": 144.0})
+
+
+def test_a_round_in_which_one_optimizer_was_skipped_has_no_sample(server: Server) -> None:
+    model = Two()
+    optimizers = [torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model, server, optimizers):
+        for value in (12.0, math.inf, 12.0):
+            model.zero_grad()
+            scaler.scale(model(GRAD_A, value)).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+    assert [sample.step for sample in server.samples] == [1, 3]
+    assert server.values("grad_norm", 3) == {"a": 5.0, "b": 12.0}
+    assert server.scalar("skipped_steps", 3) == 1.0
+
+
 def test_the_loss_is_unscaled_however_it_was_scaled(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -190,7 +190,12 @@ class Agent:
         self._pending_losses: deque[Tensor] = deque(maxlen=_PENDING)
         self._pending_clips: deque[Clip] = deque(maxlen=_PENDING)
         self._next_round: Round | None = None
-        self._pending_value_clip = False
+        self._pending_value_clip: frozenset[int] = frozenset()
+        """Indices of the parameters whose gradients were clipped by value."""
+        self._gone: frozenset[int] = frozenset()
+        """Indices of the parameters whose gradients were thrown away since the last loss."""
+        self._awaited: int | None = None
+        """Id of the optimizer whose closure makes the gradients that it is about to step with."""
         self._logged: dict[str, Scalar] = {}
         self._scaled: deque[tuple[weakref.ref[Tensor], Tensor]] = deque(maxlen=_SCALED)
         """Scaled losses that may still be propagated, with what they were."""
@@ -413,8 +418,10 @@ class Agent:
         if self._round is None or id(optimizer) not in self._round.stepped:
             return
         self._round.updates += self._updates.of(optimizer)
-        self._pending_losses.clear()  # of a closure that was evaluated again
-        self._pending_clips.clear()
+        self._awaited = None
+        if self._is_pending:  # of a closure that was evaluated again
+            self._pending_losses.clear()
+            self._forget(self._bindings[optimizer].index_set)
         if self._complete(self._round):
             self._finish_round()
 
@@ -423,6 +430,7 @@ class Agent:
         if self._looks:
             self._look(tensors)
         self._trace(tensors)
+        self._forget_thrown_away()
         return self._marked()
 
     @_guarded
@@ -430,8 +438,7 @@ class Agent:
         """Gradients of these scalars were accumulated."""
         if before is not None and self._marks() == before:
             return  # the loss of another model
-        if isinstance(before, list) and all(mark == 0 for mark, _ in before):
-            self._pending_losses.clear()  # what they belonged to was forgotten
+        self._gone = frozenset()
         for scalar in scalars:
             original = next((original for scaled, original in self._scaled if scaled() is scalar), None)
             self._pending_losses.append(_kept(scalar) if original is None else original)
@@ -478,15 +485,69 @@ class Agent:
         """Gradients are about to be clipped by value."""
         binding = self._lists.binding(parameters)
         if binding.indices:
-            self._pending_value_clip = True
+            self._pending_value_clip |= binding.index_set
             self._measure_before_clip(binding, force=False)
 
     @_guarded
     def after_zero_grad(self, optimizer: Optimizer) -> None:
-        """The gradients are forgotten, and so is the loss that they belonged to."""
-        if self._pending_losses and self._bind(optimizer) is not None:
+        """The gradients are thrown away, and so is what was noted of them; the loss unless another has a part of it."""
+        binding = self._bind(optimizer) if self._is_pending else None
+        if binding is None:
+            return
+        self._forget(binding.index_set)
+        self._gone |= binding.index_set
+        if self._pending_losses and not self._has_gradient(self._stepped_by_any() - self._gone):
             self._pending_losses.clear()
-            self._pending_clips.clear()
+
+    @property
+    def _is_pending(self) -> bool:
+        """Whether something was noted that waits for its step."""
+        return bool(
+            self._pending_losses or self._pending_clips or self._pending_value_clip or self._next_round is not None
+        )
+
+    @_guarded
+    def _forget_thrown_away(self) -> None:
+        """Forget what waits for its step where no gradient is left: ``model.zero_grad()`` says nothing."""
+        everything = range(len(self._watched))
+        if self._is_pending and not self._has_gradient(everything):
+            self._pending_losses.clear()
+            self._forget(frozenset(everything))
+
+    def _forget(self, indices: frozenset[int]) -> None:
+        """Forget what was noted of gradients that are not what they were, before they were stepped."""
+        for clip in self._pending_clips:
+            clip.indices -= indices
+        self._pending_clips = deque((clip for clip in self._pending_clips if clip.indices), maxlen=_PENDING)
+        self._pending_value_clip -= indices
+        round_, coming = self._round, self._next_round
+        if round_ is not None:
+            round_.readings = [
+                reading
+                for reading in round_.readings
+                if not reading.before_clip
+                or indices.isdisjoint(reading.claim.plan.indices)
+                or any(map(self._has_stepped, reading.claim.plan.indices))
+            ]
+        if coming is None:
+            return
+        coming.readings = [kept for kept in coming.readings if indices.isdisjoint(kept.claim.plan.indices)]
+        if not coming.readings:
+            self._next_round = None
+            if coming.slot is not None:
+                self._slots.give_back(coming.slot)
+
+    def _has_gradient(self, indices: Iterable[int]) -> bool:
+        parameters = (self._watched[index].parameter() for index in indices)
+        return any(parameter is not None and parameter.grad is not None for parameter in parameters)
+
+    def _stepped_by_any(self) -> frozenset[int]:
+        """Return the indices of the parameters that some optimizer steps; of all while it is not known which do."""
+        if self._expected is None:
+            return frozenset(range(len(self._watched)))
+        given = None if self._optimizers is None else [known() for known in self._optimizers]
+        bindings = (self._bind(known) for known in given or list(self._bindings) if known is not None)
+        return frozenset().union(*(binding.index_set for binding in bindings if binding is not None))
 
     def _marks(self) -> list[tuple[int, int]]:
         """Return what changes when gradients are accumulated, for some parameters."""
@@ -575,11 +636,14 @@ class Agent:
         The gradients of every evaluation are clipped.
         """
 
+        self._awaited = None if begun is None else id(optimizer)
+
         @functools.wraps(closure)
         def measured(*given: Any, **named: Any) -> Any:
             nonlocal begun
             result = closure(*given, **named)
             first, begun = begun, None
+            self._awaited = None
             self._act(optimizer, first)
             return result
 
@@ -636,10 +700,10 @@ class Agent:
     def _take_pending(self, round_: Round) -> None:
         round_.losses += self._pending_losses
         round_.clips += self._pending_clips
-        round_.value_clipped |= self._pending_value_clip
+        round_.value_clipped |= bool(self._pending_value_clip)
         self._pending_losses.clear()
         self._pending_clips.clear()
-        self._pending_value_clip = False
+        self._pending_value_clip = frozenset()
         if self._logged:
             round_.logged.update(self._logged)
             self._logged = {}
@@ -721,9 +785,9 @@ class Agent:
     def _has_stepped(self, index: int) -> bool:
         """Return whether the optimizer of a parameter has stepped in the open round."""
         assert self._round is not None
+        stepped = self._round.stepped - {self._awaited}
         return any(
-            id(optimizer) in self._round.stepped and index in binding.index_set
-            for optimizer, binding in self._bindings.items()
+            id(optimizer) in stepped and index in binding.index_set for optimizer, binding in self._bindings.items()
         )
 
     def _measure(

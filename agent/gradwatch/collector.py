@@ -520,7 +520,7 @@ class _Vectors:
 
     def undo(self, clip: Clip, total: float) -> None:
         """Take a clipping by norm out of what was measured after it."""
-        chosen = sorted(clip.indices) if clip.indices is not None else slice(None)
+        chosen = sorted(clip.indices)
         for vector in (self.grad_norm, self.max_unit_ratio):
             vector[chosen] = unclipped(vector[chosen].astype(np.float64), total, number(clip.max_norm))
 
@@ -589,15 +589,14 @@ def _coefficients(clips: Sequence[Clip], count: int) -> NDArray[np.float64]:
         if clip.partial:
             continue
         coefficient = clip_coefficient(number(clip.total_norm), number(clip.max_norm))
-        chosen = slice(None) if clip.indices is None else np.fromiter(clip.indices, np.intp, len(clip.indices))
-        coefficients[chosen] *= coefficient
+        coefficients[np.fromiter(clip.indices, np.intp, len(clip.indices))] *= coefficient
     return coefficients
 
 
 def _limit(clips: Sequence[Clip], grad_norm: wire.Vector) -> float:
     """Return the limit that clipping set to the L2 norm of the whole gradient; infinite where it set none."""
     present = set(np.flatnonzero(grad_norm != wire.MISSING).tolist())
-    whole = (clip for clip in clips if clip.norm_type == 2.0 and (clip.indices is None or clip.indices >= present))
+    whole = (clip for clip in clips if clip.norm_type == 2.0 and clip.indices >= present)
     return min((limit for clip in whole if (limit := number(clip.max_norm)) > 0), default=math.inf)
 
 

@@ -21,8 +21,8 @@ class Clip:
 
     total_norm: Tensor
     max_norm: Scalar
-    indices: frozenset[int] | None = None
-    """Of the parameters that it scaled; only known where the step is sampled."""
+    indices: frozenset[int]
+    """Of the parameters whose gradients it scaled, and that still are what it made of them."""
     partial: bool = False
     """Whether the norm is this rank's part of it, of sharded gradients."""
     norm_type: float = 2.0

@@ -373,6 +373,95 @@ def test_the_loss_of_an_unwatched_model_is_not_ours(server: Server) -> None:
         assert server.trail("loss") == pytest.approx({1: float(model(GRAD_A, 1.0))})
 
 
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
+@pytest.mark.parametrize("thrower", ["model", "optimizer"])
+@pytest.mark.parametrize("bad", [math.nan, 1000.0])
+def test_a_step_that_the_user_leaves_out_leaves_nothing_behind(
+    server: Server, clip: Callable[[Any, float], Any], thrower: str, bad: float
+) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer) as agent:
+        for value in (12.0, bad, 12.0):
+            (model if thrower == "model" else optimizer).zero_grad()
+            model(GRAD_A, value).backward()
+            clip(model.parameters(), 3.0)
+            if value == 12.0:
+                optimizer.step()
+        (model if thrower == "model" else optimizer).zero_grad()
+        model(GRAD_A, 12.0).backward()
+        optimizer.step()
+        assert agent._slots._made - len(agent._slots._free) <= 3
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+    for step in (1, 2, 3):
+        assert server.values("grad_norm", step) == pytest.approx({"a": 5.0, "b": 12.0})
+        assert server.values("nonfinite_count", step) == {"a": 0.0, "b": 0.0}
+    assert "clipped_grad_norm" in server.samples[1].statistics
+    assert "clipped_grad_norm" not in server.samples[2].statistics
+    assert server.trail("loss") == {1: 59.0, 2: 59.0, 3: 59.0}
+
+
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
+@pytest.mark.parametrize("given", [True, False])
+def test_what_another_optimizer_throws_away_is_not_ours(
+    server: Server, clip: Callable[[Any, float], Any], given: bool
+) -> None:
+    """The generator's loss passes through the discriminator, whose gradients of it nobody wants."""
+    model = Two()
+    generator, discriminator = torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)
+    with watch(model, server, [generator, discriminator] if given else None):
+        for _ in range(3):
+            discriminator.zero_grad()
+            (model.b * 12.0).sum().backward()
+            discriminator.step()
+            generator.zero_grad()
+            model(GRAD_A, 100.0).backward()
+            clip([model.a], 2.0)
+            discriminator.zero_grad()
+            generator.step()
+    for step in (1, 2, 3):
+        assert server.values("grad_norm", step) == pytest.approx({"a": 5.0, "b": 12.0})
+        assert server.values("clipped_grad_norm", step)["a"] < 3.0
+    assert server.trail("loss") == dict.fromkeys((1, 2, 3), 48.0 + 11.0 + 400.0)
+
+
+def test_when_every_optimizer_throws_away_the_loss_is_gone(server: Server) -> None:
+    model = Two()
+    optimizers = [torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)]
+    with watch(model, server, optimizers):
+        for value in (12.0, 1000.0, 12.0):
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=False)
+            model(GRAD_A, value).backward()
+            clip_grad_norm_(model.parameters(), 6.5)
+            for optimizer in optimizers if value == 12.0 else []:
+                optimizer.step()
+    assert server.values("grad_norm", 2) == pytest.approx({"a": 5.0, "b": 12.0})
+    assert server.trail("loss") == {1: 59.0, 2: 59.0}
+
+
+def test_gradients_that_are_clipped_in_the_closure_belong_to_its_step(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(GRAD_A, 12.0)
+        loss.backward()
+        clip_grad_value_(model.parameters(), 3.0)
+        return loss
+
+    with watch(model, server, optimizer):
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        model(GRAD_A, 1.0).backward()
+        optimizer.step()
+    assert server.values("grad_norm", 1) == {"a": 5.0, "b": 12.0}
+    assert server.values("clipped_grad_norm", 1) == pytest.approx({"a": math.sqrt(18), "b": 3.0})
+    assert server.values("grad_norm", 2) == {"a": 5.0, "b": 1.0}
+    assert "clipped_grad_norm" not in server.samples[1].statistics
+
+
 def test_closures_are_measured_after_their_first_evaluation(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)

@@ -26,6 +26,7 @@ from gradwatch.classifier import Classifier
 from gradwatch.clipper import Clipper, listed
 from gradwatch.collector import Collector
 from gradwatch.governor import Governor
+from gradwatch.marks import Mark, Marks
 from gradwatch.mirrors import Logger, mirror
 from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
 from gradwatch.process import attributes, automatic_name, rank, tell_the_launcher
@@ -194,6 +195,7 @@ class Agent:
         """Indices of the parameters whose gradients were clipped by value."""
         self._gone: frozenset[int] = frozenset()
         """Indices of the parameters whose gradients were thrown away since the last loss."""
+        self._marks = Marks()
         self._awaited: int | None = None
         """Id of the optimizer whose closure makes the gradients that it is about to step with."""
         self._logged: dict[str, Scalar] = {}
@@ -436,8 +438,13 @@ class Agent:
     @_guarded
     def after_backward(self, scalars: Sequence[Tensor], before: object) -> None:
         """Gradients of these scalars were accumulated."""
-        if before is not None and self._marks() == before:
-            return  # the loss of another model
+        if before is None:
+            return
+        ours, changed = self._marks.changed(cast("dict[int, Mark]", before), self._watched, scalars)
+        if not ours:
+            return
+        if self._is_pending:
+            self._forget(changed)  # there is more to them now than what was clipped
         self._gone = frozenset()
         for scalar in scalars:
             original = next((original for scaled, original in self._scaled if scaled() is scalar), None)
@@ -549,18 +556,10 @@ class Agent:
         bindings = (self._bind(known) for known in given or list(self._bindings) if known is not None)
         return frozenset().union(*(binding.index_set for binding in bindings if binding is not None))
 
-    def _marks(self) -> list[tuple[int, int]]:
-        """Return what changes when gradients are accumulated, for some parameters."""
-        marks = []
-        for place in {0, len(self._watched) // 2, len(self._watched) - 1}:
-            parameter = self._watched[place].parameter() if self._watched else None
-            grad = None if parameter is None else parameter.grad
-            marks.append((0, 0) if grad is None else (id(grad), grad._version))  # noqa: SLF001
-        return marks
-
     @_guarded
-    def _marked(self) -> object:
-        return self._marks()
+    def _marked(self) -> dict[int, Mark]:
+        clipped = self._pending_value_clip.union(*(clip.indices for clip in self._pending_clips))
+        return self._marks.before(self._watched, clipped)
 
     @_guarded
     def _trace(self, tensors: Sequence[Tensor]) -> None:

@@ -360,6 +360,72 @@ def test_backward_takes_what_torch_takes(server: Server) -> None:
         assert isinstance(torch.amp.GradScaler("cpu").scale([model.b.sum()]), list)
 
 
+def test_the_loss_is_known_whatever_is_frozen(server: Server) -> None:
+    """First, middle and last parameter are frozen, as a low-rank adapter freezes all but itself."""
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(5)))
+    for place in (0, 2, 4):
+        model[place].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    truth = {}
+    with watch(model, server, optimizer):
+        for step in range(1, 5):
+            if step == 3:  # the other way round
+                model.requires_grad_(True)
+                model[1].requires_grad_(False)
+                model[3].requires_grad_(False)
+            optimizer.zero_grad()
+            loss = model(torch.ones(2)).sum()
+            loss.backward()
+            optimizer.step()
+            truth[step] = loss.item()
+    assert server.trail("loss") == truth
+
+
+@pytest.mark.parametrize("steps", [6, 130])
+def test_the_loss_is_known_whichever_head_is_trained(server: Server, steps: int) -> None:
+    heads, elsewhere = nn.ModuleList(nn.Linear(1, 1) for _ in range(6)), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.01)
+    truth = {}
+    with gradwatch.attach(heads, optimizer, url=server.url, every=1000):
+        for step in range(1, steps + 1):
+            optimizer.zero_grad()
+            # Long enough one of them alone that it is taken for what is always trained; then the others, in turn.
+            head = heads[0 if steps > 6 and step < 110 else step % 6]
+            loss = head(torch.ones(1)).square().sum()
+            loss.backward()
+            elsewhere(torch.ones(1)).sum().backward() if step % 3 == 0 and step > 110 else None
+            optimizer.step()
+            truth[step] = loss.item()
+    assert server.trail("loss") == truth
+
+
+def test_what_was_clipped_before_the_last_backward_is_no_clipping_of_the_step(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    norms: list[float] = []
+    with watch(model, server, optimizer):
+        for last in (True, False):
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            clip_grad_norm_(model.parameters(), 1.3)  # a tenth is left: 0.5 and 1.2
+            model([[1.5, 0.0, 2.0], [0.0, 0.0, 0.0]], 5.0).backward()  # 3 and 6.2 now
+            norms = [clip_grad_norm_(model.parameters(), 1.3).item()] if last else norms
+            optimizer.step()
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            clip_grad_value_(model.parameters(), 1.0)
+            model.b.sum().backward()
+            clip_grad_value_(model.parameters(), 1.5) if last else None
+            optimizer.step()
+    assert server.scalar("global_grad_norm", 1) == pytest.approx(math.hypot(3.0, 6.2))
+    assert norms == [pytest.approx(math.hypot(3.0, 6.2))]
+    assert server.scalar("clipped_global_grad_norm", 1) == pytest.approx(1.3)
+    assert server.values("grad_norm", 3) == pytest.approx({"a": 3.0, "b": 6.2})
+    assert server.values("grad_norm", 2)["b"] == 2.0
+    assert server.values("clipped_grad_norm", 2)["b"] == 1.5
+    assert server.values("grad_norm", 4)["b"] == 2.0
+
+
 def test_the_loss_of_an_unwatched_model_is_not_ours(server: Server) -> None:
     model, critic = Two(), nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

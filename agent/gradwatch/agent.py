@@ -186,6 +186,9 @@ class Agent:
         self._due = True
         self._in_trouble = False
         self._was_finite = True
+        """Whether all losses and clip norms of the round before this one were finite."""
+        self._forced = False
+        """Whether the next round is sampled although it is not due."""
         self._step = _resumed_step(optimizers or []) if resumed else 0
         self._round: Round | None = None
         self._pending_losses: deque[Tensor] = deque(maxlen=_PENDING)
@@ -676,9 +679,9 @@ class Agent:
         self._take_pending(round_)
         finite = all(map(_finite, round_.losses)) and all(_finite(clip.total_norm) for clip in round_.clips)
         if not finite and self._was_finite:
-            round_.sampled = not round_.skipped
             self._in_trouble = True
-        self._was_finite = finite
+            self._force(round_, {id(optimizer)})
+        round_.finite = finite
         if not round_.sampled:
             return None
         self._note_rates(optimizer, round_)
@@ -777,9 +780,17 @@ class Agent:
         if round_ is None or any(self._has_stepped(index) for index in binding.indices[:1]):
             round_ = self._next_round or Round(self._step + 1, time.time(), self._due)
             self._next_round = round_
-        if round_.sampled or (force and self._was_finite):
-            round_.sampled = True
+        if force and self._was_finite:
+            self._force(round_, set())
+        if round_.sampled:
             self._measure(binding, round_)
+
+    def _force(self, round_: Round, stepping: set[int]) -> None:
+        """Sample a round although it is not due; the next one where an optimizer was not measured and has stepped."""
+        if round_.sampled or round_.skipped:
+            return
+        round_.sampled = round_.stepped <= stepping
+        self._forced = not round_.sampled
 
     def _has_stepped(self, index: int) -> bool:
         """Return whether the optimizer of a parameter has stepped in the open round."""
@@ -861,7 +872,10 @@ class Agent:
         if self._in_trouble:
             self._in_trouble = False
             self._governor.trouble()
-        self._due = self._governor.due(self._step + 1)
+        self._due = self._governor.due(self._step + 1) or self._forced
+        self._forced = False
+        if not round_.skipped:
+            self._was_finite = round_.finite
         if round_.sampled:
             round_.scalars["step_seconds"] = self._governor.step_seconds
             round_.scalars["overhead_ratio"] = self._governor.overhead_ratio

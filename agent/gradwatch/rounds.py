@@ -86,6 +86,8 @@ class Round:
     """Indices of parameters that AGC leaves alone, or would: the classifier's."""
     seen: Sequence[Seen] = ()
     """What hooks saw that look for the first bad number."""
+    finite: bool = True
+    """Whether its losses and clip norms are, as far as can be seen without waiting."""
     skipped: bool = False
     """Whether the loss scaler skipped the step of an optimizer: there is no sample then."""
     agent_seconds: float = 0.0

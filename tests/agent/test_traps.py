@@ -236,6 +236,25 @@ def test_the_first_bad_step_is_sampled_even_if_none_was_due(server: Server) -> N
     assert [step for step, loss in server.trail("loss").items() if not math.isfinite(loss)] == [5, 6, 7]
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_first_bad_round_of_several_optimizers_is_sampled_whole(server: Server, clip: bool) -> None:
+    """Where the other has stepped already, unmeasured, that is the next one: it must not look as without gradient."""
+    model = Two()
+    first, second = torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)
+    with gradwatch.attach(model, [first, second], url=server.url, every=1000):
+        for step in range(1, 31):
+            model.zero_grad()
+            (model.a * torch.tensor(GRAD_A)).sum().backward()
+            first.step()
+            (model.b * (math.nan if step >= 5 else 12.0)).sum().backward()
+            if clip:
+                clip_grad_norm_([model.b], 1.0)
+            second.step()
+    assert [sample.step for sample in server.samples] == [1, 6]
+    assert server.values("grad_norm", 6)["a"] == 5.0
+    assert server.values("nonfinite_count", 6) == {"a": 0.0, "b": 1.0}
+
+
 def test_nonfinite_elements_are_counted_exactly(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -781,6 +781,29 @@ def test_compiled(server: Server, what: str) -> None:
     assert server.values("grad_norm")["a"] == 5.0
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_clipping_that_is_compiled(server: Server, whole: bool) -> None:
+    """As one graph it stays one, and is not heard; else the graph is broken around it."""
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def clip() -> None:
+        clip_grad_norm_(model.parameters(), 6.5)
+        if whole:
+            clip_grad_value_(model.parameters(), 1e9)
+
+    with warnings.catch_warnings(), watch(model, server, optimizer):
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(clip, backend="eager", fullgraph=whole)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            compiled()
+            optimizer.step()
+    assert server.scalar("global_grad_norm") == pytest.approx(6.5 if whole else 13.0)
+    assert server.trail("clip_norm") == ({} if whole else {1: 13.0, 2: 13.0})
+
+
 def test_a_compiled_model_keeps_its_names_and_registration_order(server: Server) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     with warnings.catch_warnings():

@@ -26,6 +26,7 @@ from gradwatch.classifier import Classifier
 from gradwatch.clipper import Clipper, listed
 from gradwatch.collector import Collector
 from gradwatch.governor import Governor
+from gradwatch.marks import Mark, Marks
 from gradwatch.mirrors import Logger, mirror
 from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
 from gradwatch.process import attributes, automatic_name, rank, tell_the_launcher
@@ -185,12 +186,21 @@ class Agent:
         self._due = True
         self._in_trouble = False
         self._was_finite = True
+        """Whether all losses and clip norms of the round before this one were finite."""
+        self._forced = False
+        """Whether the next round is sampled although it is not due."""
         self._step = _resumed_step(optimizers or []) if resumed else 0
         self._round: Round | None = None
         self._pending_losses: deque[Tensor] = deque(maxlen=_PENDING)
         self._pending_clips: deque[Clip] = deque(maxlen=_PENDING)
         self._next_round: Round | None = None
-        self._pending_value_clip = False
+        self._pending_value_clip: frozenset[int] = frozenset()
+        """Indices of the parameters whose gradients were clipped by value."""
+        self._gone: frozenset[int] = frozenset()
+        """Indices of the parameters whose gradients were thrown away since the last loss."""
+        self._marks = Marks()
+        self._awaited: int | None = None
+        """Id of the optimizer whose closure makes the gradients that it is about to step with."""
         self._logged: dict[str, Scalar] = {}
         self._scaled: deque[tuple[weakref.ref[Tensor], Tensor]] = deque(maxlen=_SCALED)
         """Scaled losses that may still be propagated, with what they were."""
@@ -413,8 +423,10 @@ class Agent:
         if self._round is None or id(optimizer) not in self._round.stepped:
             return
         self._round.updates += self._updates.of(optimizer)
-        self._pending_losses.clear()  # of a closure that was evaluated again
-        self._pending_clips.clear()
+        self._awaited = None
+        if self._is_pending:  # of a closure that was evaluated again
+            self._pending_losses.clear()
+            self._forget(self._bindings[optimizer].index_set)
         if self._complete(self._round):
             self._finish_round()
 
@@ -423,15 +435,20 @@ class Agent:
         if self._looks:
             self._look(tensors)
         self._trace(tensors)
+        self._forget_thrown_away()
         return self._marked()
 
     @_guarded
     def after_backward(self, scalars: Sequence[Tensor], before: object) -> None:
         """Gradients of these scalars were accumulated."""
-        if before is not None and self._marks() == before:
-            return  # the loss of another model
-        if isinstance(before, list) and all(mark == 0 for mark, _ in before):
-            self._pending_losses.clear()  # what they belonged to was forgotten
+        if before is None:
+            return
+        ours, changed = self._marks.changed(cast("dict[int, Mark]", before), self._watched, scalars)
+        if not ours:
+            return
+        if self._is_pending:
+            self._forget(changed)  # there is more to them now than what was clipped
+        self._gone = frozenset()
         for scalar in scalars:
             original = next((original for scaled, original in self._scaled if scaled() is scalar), None)
             self._pending_losses.append(_kept(scalar) if original is None else original)
@@ -453,8 +470,7 @@ class Agent:
         if fired:
             return
         round_ = self._enter(optimizer)
-        round_.sampled = False
-        round_.skipped = True
+        round_.skip()
         self._take_pending(round_)
         if self._complete(round_):
             self._finish_round()
@@ -479,28 +495,74 @@ class Agent:
         """Gradients are about to be clipped by value."""
         binding = self._lists.binding(parameters)
         if binding.indices:
-            self._pending_value_clip = True
+            self._pending_value_clip |= binding.index_set
             self._measure_before_clip(binding, force=False)
 
     @_guarded
     def after_zero_grad(self, optimizer: Optimizer) -> None:
-        """The gradients are forgotten, and so is the loss that they belonged to."""
-        if self._pending_losses and self._bind(optimizer) is not None:
+        """The gradients are thrown away, and so is what was noted of them; the loss unless another has a part of it."""
+        binding = self._bind(optimizer) if self._is_pending else None
+        if binding is None:
+            return
+        self._forget(binding.index_set)
+        self._gone |= binding.index_set
+        if self._pending_losses and not self._has_gradient(self._stepped_by_any() - self._gone):
             self._pending_losses.clear()
-            self._pending_clips.clear()
 
-    def _marks(self) -> list[tuple[int, int]]:
-        """Return what changes when gradients are accumulated, for some parameters."""
-        marks = []
-        for place in {0, len(self._watched) // 2, len(self._watched) - 1}:
-            parameter = self._watched[place].parameter() if self._watched else None
-            grad = None if parameter is None else parameter.grad
-            marks.append((0, 0) if grad is None else (id(grad), grad._version))  # noqa: SLF001
-        return marks
+    @property
+    def _is_pending(self) -> bool:
+        """Whether something was noted that waits for its step."""
+        return bool(
+            self._pending_losses or self._pending_clips or self._pending_value_clip or self._next_round is not None
+        )
 
     @_guarded
-    def _marked(self) -> object:
-        return self._marks()
+    def _forget_thrown_away(self) -> None:
+        """Forget what waits for its step where no gradient is left: ``model.zero_grad()`` says nothing."""
+        everything = range(len(self._watched))
+        if self._is_pending and not self._has_gradient(everything):
+            self._pending_losses.clear()
+            self._forget(frozenset(everything))
+
+    def _forget(self, indices: frozenset[int]) -> None:
+        """Forget what was noted of gradients that are not what they were, before they were stepped."""
+        for clip in self._pending_clips:
+            clip.indices -= indices
+        self._pending_clips = deque((clip for clip in self._pending_clips if clip.indices), maxlen=_PENDING)
+        self._pending_value_clip -= indices
+        round_, coming = self._round, self._next_round
+        if round_ is not None:
+            round_.readings = [
+                reading
+                for reading in round_.readings
+                if not reading.before_clip
+                or indices.isdisjoint(reading.claim.plan.indices)
+                or any(map(self._has_stepped, reading.claim.plan.indices))
+            ]
+        if coming is None:
+            return
+        coming.readings = [kept for kept in coming.readings if indices.isdisjoint(kept.claim.plan.indices)]
+        if not coming.readings:
+            self._next_round = None
+            if coming.slot is not None:
+                self._slots.give_back(coming.slot)
+
+    def _has_gradient(self, indices: Iterable[int]) -> bool:
+        parameters = (self._watched[index].parameter() for index in indices)
+        return any(parameter is not None and parameter.grad is not None for parameter in parameters)
+
+    def _stepped_by_any(self) -> frozenset[int]:
+        """Return the indices of the parameters that some optimizer steps; of all while it is not known which do."""
+        if self._expected is None:
+            return frozenset(range(len(self._watched)))
+        given = None if self._optimizers is None else [known() for known in self._optimizers]
+        bindings = (self._bind(known) for known in given or list(self._bindings) if known is not None)
+        return frozenset().union(*(binding.index_set for binding in bindings if binding is not None))
+
+    @_guarded
+    def _marked(self) -> dict[int, Mark]:
+        clipped = self._pending_value_clip.union(*(clip.indices for clip in self._pending_clips))
+        return self._marks.before(self._watched, clipped)
 
     @_guarded
     def _trace(self, tensors: Sequence[Tensor]) -> None:
@@ -576,11 +638,14 @@ class Agent:
         The gradients of every evaluation are clipped.
         """
 
+        self._awaited = None if begun is None else id(optimizer)
+
         @functools.wraps(closure)
         def measured(*given: Any, **named: Any) -> Any:
             nonlocal begun
             result = closure(*given, **named)
             first, begun = begun, None
+            self._awaited = None
             self._act(optimizer, first)
             return result
 
@@ -614,9 +679,9 @@ class Agent:
         self._take_pending(round_)
         finite = all(map(_finite, round_.losses)) and all(_finite(clip.total_norm) for clip in round_.clips)
         if not finite and self._was_finite:
-            round_.sampled = True
             self._in_trouble = True
-        self._was_finite = finite
+            self._force(round_, {id(optimizer)})
+        round_.finite = finite
         if not round_.sampled:
             return None
         self._note_rates(optimizer, round_)
@@ -637,10 +702,10 @@ class Agent:
     def _take_pending(self, round_: Round) -> None:
         round_.losses += self._pending_losses
         round_.clips += self._pending_clips
-        round_.value_clipped |= self._pending_value_clip
+        round_.value_clipped |= bool(self._pending_value_clip)
         self._pending_losses.clear()
         self._pending_clips.clear()
-        self._pending_value_clip = False
+        self._pending_value_clip = frozenset()
         if self._logged:
             round_.logged.update(self._logged)
             self._logged = {}
@@ -715,16 +780,24 @@ class Agent:
         if round_ is None or any(self._has_stepped(index) for index in binding.indices[:1]):
             round_ = self._next_round or Round(self._step + 1, time.time(), self._due)
             self._next_round = round_
-        if round_.sampled or (force and self._was_finite):
-            round_.sampled = True
+        if force and self._was_finite:
+            self._force(round_, set())
+        if round_.sampled:
             self._measure(binding, round_)
+
+    def _force(self, round_: Round, stepping: set[int]) -> None:
+        """Sample a round although it is not due; the next one where an optimizer was not measured and has stepped."""
+        if round_.sampled or round_.skipped:
+            return
+        round_.sampled = round_.stepped <= stepping
+        self._forced = not round_.sampled
 
     def _has_stepped(self, index: int) -> bool:
         """Return whether the optimizer of a parameter has stepped in the open round."""
         assert self._round is not None
+        stepped = self._round.stepped - {self._awaited}
         return any(
-            id(optimizer) in self._round.stepped and index in binding.index_set
-            for optimizer, binding in self._bindings.items()
+            id(optimizer) in stepped and index in binding.index_set for optimizer, binding in self._bindings.items()
         )
 
     def _measure(
@@ -799,7 +872,10 @@ class Agent:
         if self._in_trouble:
             self._in_trouble = False
             self._governor.trouble()
-        self._due = self._governor.due(self._step + 1)
+        self._due = self._governor.due(self._step + 1) or self._forced
+        self._forced = False
+        if not round_.skipped:
+            self._was_finite = round_.finite
         if round_.sampled:
             round_.scalars["step_seconds"] = self._governor.step_seconds
             round_.scalars["overhead_ratio"] = self._governor.overhead_ratio

@@ -308,10 +308,9 @@ class Composer:
         if round_.clips and not round_.clips[-1].partial:
             trail["clip_norm"] = number(round_.clips[-1].total_norm)
         events: list[wire.Event] = []
-        readings = [
-            reading for reading in round_.readings if reading.found_inf is None or not number(reading.found_inf)
-        ]
-        if round_.skipped or len(readings) < len(round_.readings):
+        if any(reading.found_inf is not None and number(reading.found_inf) for reading in round_.readings):
+            round_.skip()  # a fused optimizer looks for itself
+        if round_.skipped:
             self.skipped_steps += 1
             events.append(
                 wire.Event(
@@ -321,7 +320,7 @@ class Composer:
         origin = of_seen(round_.seen)
         if origin is not None:
             events.append(origin.event(round_.step, round_.at))
-        return self._draft(round_, readings) if readings else None, trail, events
+        return self._draft(round_) if round_.readings else None, trail, events
 
     def trouble(self, trail: dict[str, float], events: Sequence[wire.Event], draft: "Draft | None") -> bool:
         """Return whether a round shows a sign of trouble."""
@@ -339,17 +338,17 @@ class Composer:
             self._usual_norm = norm if not self._usual_norm else 0.95 * self._usual_norm + 0.05 * norm
         return troubled
 
-    def _draft(self, round_: Round, readings: Sequence[Reading]) -> "Draft":
+    def _draft(self, round_: Round) -> "Draft":
         vectors = _Vectors(self._weight_norm.size)
         coefficients = _coefficients(round_.clips, self._weight_norm.size)
-        for reading in sorted(readings, key=lambda reading: reading.before_clip):
+        for reading in sorted(round_.readings, key=lambda reading: reading.before_clip):
             self._enter(reading, vectors, coefficients)
         for index in round_.empty:
             vectors.set_zero(index)
         for update in round_.updates:
             _enter_update(update, vectors)
         vectors.weight_norm = self._weight_norm.copy()
-        return Draft(round_, vectors, self._histograms(readings, round_.spared))
+        return Draft(round_, vectors, self._histograms(round_.readings, round_.spared))
 
     def finish(self, draft: "Draft", others: Sequence[Part]) -> wire.Sample:
         """Return the sample of a draft, of all ranks together where there are others."""
@@ -521,7 +520,7 @@ class _Vectors:
 
     def undo(self, clip: Clip, total: float) -> None:
         """Take a clipping by norm out of what was measured after it."""
-        chosen = sorted(clip.indices) if clip.indices is not None else slice(None)
+        chosen = sorted(clip.indices)
         for vector in (self.grad_norm, self.max_unit_ratio):
             vector[chosen] = unclipped(vector[chosen].astype(np.float64), total, number(clip.max_norm))
 
@@ -590,15 +589,14 @@ def _coefficients(clips: Sequence[Clip], count: int) -> NDArray[np.float64]:
         if clip.partial:
             continue
         coefficient = clip_coefficient(number(clip.total_norm), number(clip.max_norm))
-        chosen = slice(None) if clip.indices is None else np.fromiter(clip.indices, np.intp, len(clip.indices))
-        coefficients[chosen] *= coefficient
+        coefficients[np.fromiter(clip.indices, np.intp, len(clip.indices))] *= coefficient
     return coefficients
 
 
 def _limit(clips: Sequence[Clip], grad_norm: wire.Vector) -> float:
     """Return the limit that clipping set to the L2 norm of the whole gradient; infinite where it set none."""
     present = set(np.flatnonzero(grad_norm != wire.MISSING).tolist())
-    whole = (clip for clip in clips if clip.norm_type == 2.0 and (clip.indices is None or clip.indices >= present))
+    whole = (clip for clip in clips if clip.norm_type == 2.0 and clip.indices >= present)
     return min((limit for clip in whole if (limit := number(clip.max_norm)) > 0), default=math.inf)
 
 

@@ -21,8 +21,8 @@ class Clip:
 
     total_norm: Tensor
     max_norm: Scalar
-    indices: frozenset[int] | None = None
-    """Of the parameters that it scaled; only known where the step is sampled."""
+    indices: frozenset[int]
+    """Of the parameters whose gradients it scaled, and that still are what it made of them."""
     partial: bool = False
     """Whether the norm is this rank's part of it, of sharded gradients."""
     norm_type: float = 2.0
@@ -86,8 +86,18 @@ class Round:
     """Indices of parameters that AGC leaves alone, or would: the classifier's."""
     seen: Sequence[Seen] = ()
     """What hooks saw that look for the first bad number."""
+    finite: bool = True
+    """Whether its losses and clip norms are, as far as can be seen without waiting."""
     skipped: bool = False
+    """Whether the loss scaler skipped the step of an optimizer: there is no sample then."""
     agent_seconds: float = 0.0
+
+    def skip(self) -> None:
+        """Forget what was measured: the Inf that the scaler looks for is no news of the gradients."""
+        self.skipped = True
+        self.sampled = False
+        for measured in (self.readings, self.updates, self.empty):
+            measured.clear()
 
 
 @dataclass(slots=True)

@@ -135,9 +135,23 @@ def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callabl
 
     @functools.wraps(original)
     def ours(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs) if _listeners else original(*args, **kwargs)
+        if not _listeners or (torch.compiler.is_compiling() and _is_one_graph()):
+            return original(*args, **kwargs)
+        return wrapper(original, *args, **kwargs)
 
     return ours
+
+
+def _is_one_graph() -> bool:
+    """Return whether the compiler, which calls this while it traces, was asked for ``fullgraph=True``."""
+    try:
+        return bool(sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator.current_tx().one_graph)
+    except (AttributeError, KeyError):
+        return False
+
+
+# What ``torch.compiler.assume_constant_result`` does, without an import of the compiler.
+_is_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def _replace_inside(function: Any, wrapper: Callable[..., Any]) -> None:

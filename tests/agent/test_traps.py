@@ -236,6 +236,25 @@ def test_the_first_bad_step_is_sampled_even_if_none_was_due(server: Server) -> N
     assert [step for step, loss in server.trail("loss").items() if not math.isfinite(loss)] == [5, 6, 7]
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_first_bad_round_of_several_optimizers_is_sampled_whole(server: Server, clip: bool) -> None:
+    """Where the other has stepped already, unmeasured, that is the next one: it must not look as without gradient."""
+    model = Two()
+    first, second = torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)
+    with gradwatch.attach(model, [first, second], url=server.url, every=1000):
+        for step in range(1, 31):
+            model.zero_grad()
+            (model.a * torch.tensor(GRAD_A)).sum().backward()
+            first.step()
+            (model.b * (math.nan if step >= 5 else 12.0)).sum().backward()
+            if clip:
+                clip_grad_norm_([model.b], 1.0)
+            second.step()
+    assert [sample.step for sample in server.samples] == [1, 6]
+    assert server.values("grad_norm", 6)["a"] == 5.0
+    assert server.values("nonfinite_count", 6) == {"a": 0.0, "b": 1.0}
+
+
 def test_nonfinite_elements_are_counted_exactly(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -289,6 +308,48 @@ def test_loss_scaling_with_clipping(server: Server, fused: bool) -> None:
     assert server.values("clipped_grad_norm") == pytest.approx({"a": 2.5, "b": 6.0})
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
+def test_a_step_that_was_clipped_and_skipped_has_no_sample(
+    server: Server, clip: Callable[[Any, float], Any], fused: bool
+) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model, server, optimizer):
+        for value in (12.0, math.inf, 12.0):
+            optimizer.zero_grad()
+            loss = model(GRAD_A, 12.0)
+            scaler.scale(loss).backward()
+            assert model.b.grad is not None
+            model.b.grad *= value  # what an overflow in half precision does
+            scaler.unscale_(optimizer)
+            clip(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+    assert [sample.step for sample in server.samples] == [1, 3]
+    assert server.scalar("skipped_steps", 3) == 1.0
+    assert [event.step for event in server.events] == [2]
+    assert server.trail("loss")[2] == pytest.approx(loss.item(), abs=5.0)
+    assert server.values("grad_norm", 3) == pytest.approx({"a": 5.0, "b": 144.0})
+
+
+def test_a_round_in_which_one_optimizer_was_skipped_has_no_sample(server: Server) -> None:
+    model = Two()
+    optimizers = [torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model, server, optimizers):
+        for value in (12.0, math.inf, 12.0):
+            model.zero_grad()
+            scaler.scale(model(GRAD_A, value)).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+    assert [sample.step for sample in server.samples] == [1, 3]
+    assert server.values("grad_norm", 3) == {"a": 5.0, "b": 12.0}
+    assert server.scalar("skipped_steps", 3) == 1.0
+
+
 def test_the_loss_is_unscaled_however_it_was_scaled(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -318,6 +379,72 @@ def test_backward_takes_what_torch_takes(server: Server) -> None:
         assert isinstance(torch.amp.GradScaler("cpu").scale([model.b.sum()]), list)
 
 
+def test_the_loss_is_known_whatever_is_frozen(server: Server) -> None:
+    """First, middle and last parameter are frozen, as a low-rank adapter freezes all but itself."""
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(5)))
+    for place in (0, 2, 4):
+        model[place].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    truth = {}
+    with watch(model, server, optimizer):
+        for step in range(1, 5):
+            if step == 3:  # the other way round
+                model.requires_grad_(True)
+                model[1].requires_grad_(False)
+                model[3].requires_grad_(False)
+            optimizer.zero_grad()
+            loss = model(torch.ones(2)).sum()
+            loss.backward()
+            optimizer.step()
+            truth[step] = loss.item()
+    assert server.trail("loss") == truth
+
+
+@pytest.mark.parametrize("steps", [6, 130])
+def test_the_loss_is_known_whichever_head_is_trained(server: Server, steps: int) -> None:
+    heads, elsewhere = nn.ModuleList(nn.Linear(1, 1) for _ in range(6)), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.01)
+    truth = {}
+    with gradwatch.attach(heads, optimizer, url=server.url, every=1000):
+        for step in range(1, steps + 1):
+            optimizer.zero_grad()
+            # Long enough one of them alone that it is taken for what is always trained; then the others, in turn.
+            head = heads[0 if steps > 6 and step < 110 else step % 6]
+            loss = head(torch.ones(1)).square().sum()
+            loss.backward()
+            elsewhere(torch.ones(1)).sum().backward() if step % 3 == 0 and step > 110 else None
+            optimizer.step()
+            truth[step] = loss.item()
+    assert server.trail("loss") == truth
+
+
+def test_what_was_clipped_before_the_last_backward_is_no_clipping_of_the_step(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    norms: list[float] = []
+    with watch(model, server, optimizer):
+        for last in (True, False):
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            clip_grad_norm_(model.parameters(), 1.3)  # a tenth is left: 0.5 and 1.2
+            model([[1.5, 0.0, 2.0], [0.0, 0.0, 0.0]], 5.0).backward()  # 3 and 6.2 now
+            norms = [clip_grad_norm_(model.parameters(), 1.3).item()] if last else norms
+            optimizer.step()
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            clip_grad_value_(model.parameters(), 1.0)
+            model.b.sum().backward()
+            clip_grad_value_(model.parameters(), 1.5) if last else None
+            optimizer.step()
+    assert server.scalar("global_grad_norm", 1) == pytest.approx(math.hypot(3.0, 6.2))
+    assert norms == [pytest.approx(math.hypot(3.0, 6.2))]
+    assert server.scalar("clipped_global_grad_norm", 1) == pytest.approx(1.3)
+    assert server.values("grad_norm", 3) == pytest.approx({"a": 3.0, "b": 6.2})
+    assert server.values("grad_norm", 2)["b"] == 2.0
+    assert server.values("clipped_grad_norm", 2)["b"] == 1.5
+    assert server.values("grad_norm", 4)["b"] == 2.0
+
+
 def test_the_loss_of_an_unwatched_model_is_not_ours(server: Server) -> None:
     model, critic = Two(), nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -329,6 +456,95 @@ def test_the_loss_of_an_unwatched_model_is_not_ours(server: Server) -> None:
         optimizer.step()
     with torch.no_grad():
         assert server.trail("loss") == pytest.approx({1: float(model(GRAD_A, 1.0))})
+
+
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
+@pytest.mark.parametrize("thrower", ["model", "optimizer"])
+@pytest.mark.parametrize("bad", [math.nan, 1000.0])
+def test_a_step_that_the_user_leaves_out_leaves_nothing_behind(
+    server: Server, clip: Callable[[Any, float], Any], thrower: str, bad: float
+) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer) as agent:
+        for value in (12.0, bad, 12.0):
+            (model if thrower == "model" else optimizer).zero_grad()
+            model(GRAD_A, value).backward()
+            clip(model.parameters(), 3.0)
+            if value == 12.0:
+                optimizer.step()
+        (model if thrower == "model" else optimizer).zero_grad()
+        model(GRAD_A, 12.0).backward()
+        optimizer.step()
+        assert agent._slots._made - len(agent._slots._free) <= 3
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+    for step in (1, 2, 3):
+        assert server.values("grad_norm", step) == pytest.approx({"a": 5.0, "b": 12.0})
+        assert server.values("nonfinite_count", step) == {"a": 0.0, "b": 0.0}
+    assert "clipped_grad_norm" in server.samples[1].statistics
+    assert "clipped_grad_norm" not in server.samples[2].statistics
+    assert server.trail("loss") == {1: 59.0, 2: 59.0, 3: 59.0}
+
+
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
+@pytest.mark.parametrize("given", [True, False])
+def test_what_another_optimizer_throws_away_is_not_ours(
+    server: Server, clip: Callable[[Any, float], Any], given: bool
+) -> None:
+    """The generator's loss passes through the discriminator, whose gradients of it nobody wants."""
+    model = Two()
+    generator, discriminator = torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)
+    with watch(model, server, [generator, discriminator] if given else None):
+        for _ in range(3):
+            discriminator.zero_grad()
+            (model.b * 12.0).sum().backward()
+            discriminator.step()
+            generator.zero_grad()
+            model(GRAD_A, 100.0).backward()
+            clip([model.a], 2.0)
+            discriminator.zero_grad()
+            generator.step()
+    for step in (1, 2, 3):
+        assert server.values("grad_norm", step) == pytest.approx({"a": 5.0, "b": 12.0})
+        assert server.values("clipped_grad_norm", step)["a"] < 3.0
+    assert server.trail("loss") == dict.fromkeys((1, 2, 3), 48.0 + 11.0 + 400.0)
+
+
+def test_when_every_optimizer_throws_away_the_loss_is_gone(server: Server) -> None:
+    model = Two()
+    optimizers = [torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)]
+    with watch(model, server, optimizers):
+        for value in (12.0, 1000.0, 12.0):
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=False)
+            model(GRAD_A, value).backward()
+            clip_grad_norm_(model.parameters(), 6.5)
+            for optimizer in optimizers if value == 12.0 else []:
+                optimizer.step()
+    assert server.values("grad_norm", 2) == pytest.approx({"a": 5.0, "b": 12.0})
+    assert server.trail("loss") == {1: 59.0, 2: 59.0}
+
+
+def test_gradients_that_are_clipped_in_the_closure_belong_to_its_step(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(GRAD_A, 12.0)
+        loss.backward()
+        clip_grad_value_(model.parameters(), 3.0)
+        return loss
+
+    with watch(model, server, optimizer):
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        model(GRAD_A, 1.0).backward()
+        optimizer.step()
+    assert server.values("grad_norm", 1) == {"a": 5.0, "b": 12.0}
+    assert server.values("clipped_grad_norm", 1) == pytest.approx({"a": math.sqrt(18), "b": 3.0})
+    assert server.values("grad_norm", 2) == {"a": 5.0, "b": 1.0}
+    assert "clipped_grad_norm" not in server.samples[1].statistics
 
 
 def test_closures_are_measured_after_their_first_evaluation(server: Server) -> None:
@@ -563,6 +779,29 @@ def test_compiled(server: Server, what: str) -> None:
     assert [sample.step for sample in server.samples] == [1, 2, 3]
     assert server.names == ["a", "b"]
     assert server.values("grad_norm")["a"] == 5.0
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_clipping_that_is_compiled(server: Server, whole: bool) -> None:
+    """As one graph it stays one, and is not heard; else the graph is broken around it."""
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def clip() -> None:
+        clip_grad_norm_(model.parameters(), 6.5)
+        if whole:
+            clip_grad_value_(model.parameters(), 1e9)
+
+    with warnings.catch_warnings(), watch(model, server, optimizer):
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(clip, backend="eager", fullgraph=whole)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(GRAD_A, 12.0).backward()
+            compiled()
+            optimizer.step()
+    assert server.scalar("global_grad_norm") == pytest.approx(6.5 if whole else 13.0)
+    assert server.trail("clip_norm") == ({} if whole else {1: 13.0, 2: 13.0})
 
 
 def test_a_compiled_model_keeps_its_names_and_registration_order(server: Server) -> None:

@@ -700,6 +700,7 @@ class Agent:
             binding = self._bindings[optimizer] = Binding(groups, self._find)
             binding.signature = signature
             self._looks = max(self._looks, _LOOKS)
+            self._classifier.renew()
             others = sum(map(len, groups)) - len(binding.indices)
             if self._clipper is not None and binding.indices and others:
                 self.warn(f"{others} parameters of {type(optimizer).__name__} belong to no watched module: not clipped")

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_MOST_NODES: Final = 100_000
-"""Of the graph of a loss, where no optimizer is there yet to tell what is trained."""
+_MOST_NODES: Final = 20_000
+"""Of the graph of a loss, where no optimizer is there yet to tell what is trained; more could overflow the stack, see
+``classifier``."""
 _kept: Final[list[nn.Module]] = []
 """Stands for the model of a program that has parameters but no modules."""
 

@@ -30,6 +30,7 @@ from gradwatch.marks import Mark, Marks
 from gradwatch.mirrors import Logger, mirror
 from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
 from gradwatch.process import attributes, automatic_name, rank, tell_the_launcher
+from gradwatch.progress import steps_made
 from gradwatch.ranks import ranks_of
 from gradwatch.rounds import Clip, Reading, Registered, Round, Scalar
 from gradwatch.sender import Http, Sender
@@ -71,6 +72,7 @@ def attach(
     every: int | None = None,
     overhead_budget: float = 0.01,
     clip: float | AGC | None = None,
+    step: int | None = None,
 ) -> "Agent":
     """Watch the gradients of ``model`` from now on and report them to the server at ``url``.
 
@@ -86,6 +88,8 @@ def attach(
         overhead_budget: the agent's largest share of the step time, 0.01 for 1%.
         clip: None, or how gradients are clipped adaptively before each step, on every rank: ``gradwatch.AGC(...)``, or
             a number for ``AGC(number)``. An error of the clipping is raised, not swallowed.
+        step: optimizer steps that the training has made so far: the next one is counted as ``step + 1``. None: 0 for a
+            new run; for a resumed one what a restored optimizer says, now or when it first steps. SGD says nothing.
 
     Returns:
         The agent, already watching. Attached again to the same parameters (in a notebook), it replaces the earlier one.
@@ -99,7 +103,9 @@ def attach(
     models = [model] if isinstance(model, nn.Module) else list(model)
     if not models or not all(isinstance(module, nn.Module) for module in models):
         raise TypeError(f"model must be a torch.nn.Module or several of them, not {model!r:.80}")
-    settings = resolve(url=url, token=token, project=project, run=run, every=every, overhead_budget=overhead_budget)
+    settings = resolve(
+        url=url, token=token, project=project, run=run, every=every, overhead_budget=overhead_budget, step=step
+    )
     return Agent(models, _optimizers(optimizer), settings, clip=agc)
 
 
@@ -189,7 +195,13 @@ class Agent:
         """Whether all losses and clip norms of the round before this one were finite."""
         self._forced = False
         """Whether the next round is sampled although it is not due."""
-        self._step = _resumed_step(optimizers or []) if resumed else 0
+        self._step = settings.step or 0
+        self._step_is_open = resumed and settings.step is None
+        """Whether nothing has said yet how many steps the resumed run has made."""
+        if self._step_is_open:
+            self._step = steps_made(optimizers or [], wait=True)
+            self._step_is_open = not self._step
+        self._expected = self._expected and dict.fromkeys(self._expected, self._step)
         self._round: Round | None = None
         self._pending_losses: deque[Tensor] = deque(maxlen=_PENDING)
         self._pending_clips: deque[Clip] = deque(maxlen=_PENDING)
@@ -660,6 +672,8 @@ class Agent:
                 self._expected = dict.fromkeys(self._round.stepped, self._step)
             self._finish_round()
         if self._round is None:
+            if self._step_is_open:
+                self._recall_step(optimizer)
             self._step += 1
             self._round = self._next_round or Round(self._step, time.time(), self._due)
             self._next_round = None
@@ -668,6 +682,18 @@ class Agent:
         if self._expected is not None:
             self._expected[id(optimizer)] = self._step
         return self._round
+
+    def _recall_step(self, optimizer: Optimizer) -> None:
+        """Find out where a resumed run stands, at its first step: the optimizer may have been restored by now."""
+        self._step_is_open = False
+        given = (known() for known in self._optimizers or ())
+        self._step = steps_made([optimizer, *(known for known in given if known is not None)])
+        self._expected = self._expected and dict.fromkeys(self._expected, self._step)
+        if not self._step and self._report is not None:
+            self.warn(
+                f"run {self.run_id} is resumed, but {type(optimizer).__name__} does not say how many steps were made: "
+                "they are counted from 1 again, which hides the earlier ones; pass step= to attach()"
+            )
 
     def _complete(self, round_: Round) -> bool:
         """Return whether every optimizer has stepped that usually does."""
@@ -739,6 +765,7 @@ class Agent:
             binding = self._bindings[optimizer] = Binding(groups, self._find)
             binding.signature = signature
             self._looks = max(self._looks, _LOOKS)
+            self._classifier.renew()
             others = sum(map(len, groups)) - len(binding.indices)
             if self._clipper is not None and binding.indices and others:
                 self.warn(f"{others} parameters of {type(optimizer).__name__} belong to no watched module: not clipped")
@@ -1044,16 +1071,3 @@ def _finite(scalar: Tensor) -> bool:
     seen = scalar.detach()
     seen = seen if seen.dtype in (torch.float32, torch.float64) else seen.float()
     return bool(math.isfinite(seen.numpy().item()))
-
-
-def _resumed_step(optimizers: Sequence[Optimizer]) -> int:
-    """Return the step that a restored optimizer says it has made; 0 where it says nothing that can be read."""
-    steps = [0]
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            step = state.get("step") if isinstance(state, dict) else None
-            if isinstance(step, Tensor) and step.device.type == "cpu" and step.numel() == 1:
-                steps.append(int(step.numpy().item()))
-            elif isinstance(step, int):
-                steps.append(step)
-    return max(steps)

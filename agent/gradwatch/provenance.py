@@ -25,7 +25,8 @@ Node = Any
 _ELEMENTWISE: Final = ("MulBackward", "AddBackward", "SubBackward", "DivBackward", "AddcmulBackward", "PowBackward")
 _TURNING: Final = ("TBackward", "TransposeBackward", "PermuteBackward", "ViewBackward", "ToCopyBackward")
 _MOST_SEEN: Final = 100_000
-_MOST_NODES: Final = 50_000
+_MOST_NODES: Final = 20_000
+"""That are read of a graph; more could overflow the stack, see ``classifier``."""
 
 
 @dataclass(frozen=True, slots=True)

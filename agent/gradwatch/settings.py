@@ -29,6 +29,8 @@ class Settings:
     """Steps between samples; None: governed by ``overhead_budget_ratio``."""
     overhead_budget_ratio: float = 0.01
     """Largest share of the step time that the agent may take."""
+    step: int | None = None
+    """Optimizer steps made so far; None: what the optimizers say."""
     spool_directory: Path
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class Settings:
             raise SettingsError(
                 f"overhead_budget={self.overhead_budget_ratio} must be over 0 and at most 1 (0.01 is 1%)"
             )
+        if self.step is not None and self.step < 0:
+            raise SettingsError(f"step={self.step} must be the number of steps made so far, 0 or more, or None")
 
 
 def resolve(
@@ -50,6 +54,7 @@ def resolve(
     run: str | None = None,
     every: int | None = None,
     overhead_budget: float = 0.01,
+    step: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Settings:
     """Return the settings for these arguments, completed from the environment where an argument is None.
@@ -65,6 +70,7 @@ def resolve(
         run=run or given.get("GRADWATCH_RUN") or None,
         every_steps=_steps(given.get("GRADWATCH_EVERY")) if every is None else every,
         overhead_budget_ratio=overhead_budget,
+        step=step,
         spool_directory=spool_directory(given),
     )
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 import gradwatch
 from gradwatch import wire
+from gradwatch.settings import SettingsError
 
-from .conftest import Server
+from .conftest import OwnErrors, Server
 
 
 def network() -> nn.Sequential:
@@ -232,6 +234,64 @@ def test_a_run_can_be_resumed_by_its_id(server: Server) -> None:
     attempts = sorted({registration.attempt for registration in server.registrations})
     assert len(attempts) == 2
     assert [sample.step for batch in server.batches if batch.attempt == attempts[1] for sample in batch.samples] == [3]
+
+
+RESUMED = f"run-{'ab' * 8}"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("run", [None, RESUMED])
+def test_steps_go_on_from_where_the_user_says(server: Server, kind: Any, run: str | None) -> None:
+    model = network()
+    optimizer = kind(model.parameters(), lr=0.1)
+    step(model, optimizer)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1, run=run, step=41):
+        step(model, optimizer)
+        step(model, optimizer)
+    assert [sample.step for sample in server.samples] == [42, 43]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_state_that_is_loaded_after_attaching_tells_the_step(server: Server, given: bool) -> None:
+    model = network()
+    before = torch.optim.Adam(model.parameters())
+    for _ in range(5):
+        step(model, before)
+    optimizer = torch.optim.Adam(model.parameters())
+    with gradwatch.attach(model, optimizer if given else None, url=server.url, every=1, run=RESUMED):
+        optimizer.load_state_dict(before.state_dict())
+        step(model, optimizer)
+        step(model, optimizer)
+    assert [sample.step for sample in server.samples] == [6, 7]
+
+
+def test_a_resumed_run_of_which_nothing_tells_the_step_says_what_to_pass(server: Server, own_errors: OwnErrors) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1, run=RESUMED):
+        step(model, optimizer)
+        step(model, optimizer)
+    assert [sample.step for sample in server.samples] == [1, 2]
+    assert own_errors.warnings == 1
+
+
+def test_two_optimizers_that_take_turns_count_alike_after_a_resumption(server: Server) -> None:
+    """One steps three times for each step of the other, which has not been seen yet when the first round ends."""
+    model = network()
+    often, seldom = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[2]))
+    for start in (0, 1000):
+        with gradwatch.attach(model, [often, seldom], url=server.url, every=1, step=start):
+            for _ in range(2):
+                for _ in range(3):
+                    step(model, often)
+                step(model, seldom)
+        assert [sample.step - start for sample in server.samples if sample.step > start] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_number_of_steps_that_cannot_be(server: Server) -> None:
+    with pytest.raises(SettingsError, match="step=-1 must be"):
+        gradwatch.attach(network(), url=server.url, step=-1)
 
 
 def test_arguments_win_over_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

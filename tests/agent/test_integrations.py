@@ -79,6 +79,88 @@ def test_lightning(server: Server, tmp_path: Path, automatic: bool) -> None:
     assert server.batches[-1].end is not None
 
 
+@pytest.mark.parametrize("optimizers", [1, 2])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.filterwarnings("ignore")
+def test_a_lightning_training_that_is_resumed_counts_on(
+    server: Server, tmp_path: Path, kind: Any, optimizers: int
+) -> None:
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.nets = nn.ModuleList(Net() for _ in range(optimizers))
+            self.automatic_optimization = optimizers == 1
+
+        def training_step(self, batch: dict[str, Tensor]) -> Tensor | None:
+            losses: list[Tensor] = [net(**batch)["loss"] for net in self.nets]
+            if self.automatic_optimization:
+                return losses[0]
+            for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return None
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return [kind(net.parameters(), lr=1e-3) for net in self.nets]
+
+    def fit(epochs: int, run: str | None, checkpoint: Path | None) -> tuple[str, list[int]]:
+        seen = len(server.batches)
+        callback = LightningCallback(url=server.url, every=1, run=run)
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=[callback],
+        )
+        trainer.fit(Module(), DataLoader(Points(), batch_size=3), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        assert callback.agent is not None
+        return callback.agent.run_id, [sample.step for batch in server.batches[seen:] for sample in batch.samples]
+
+    run, steps = fit(1, None, None)
+    assert steps == [1, 2, 3, 4]
+    resumed, steps = fit(2, run, tmp_path / "last.ckpt")
+    assert resumed == run
+    # Lightning adds up what its optimizers did; SGD does not tell its own part, and a gap hides nothing.
+    first = 9 if optimizers == 2 and kind is torch.optim.SGD else 5
+    assert steps == [first, first + 1, first + 2, first + 3]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_that_is_resumed_counts_on(server: Server, tmp_path: Path, optimizer: str) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    def train(steps: int, run: str | None, *, resume: bool) -> tuple[str, list[int]]:
+        seen = len(server.batches)
+        callback = TrainerCallback(url=server.url, every=1, run=run)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            optim=optimizer,
+            report_to=[],
+            use_cpu=True,
+            save_steps=4,
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model=Net(), args=arguments, train_dataset=Points(), callbacks=[callback]).train(
+            resume_from_checkpoint=resume
+        )
+        assert callback.agent is not None
+        return callback.agent.run_id, [sample.step for batch in server.batches[seen:] for sample in batch.samples]
+
+    run, steps = train(4, "first", resume=False)
+    assert steps == [1, 2, 3, 4]
+    assert train(7, run, resume=True) == (run, [5, 6, 7])
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_with_accumulation_and_clipping(server: Server, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments

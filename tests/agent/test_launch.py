@@ -192,6 +192,111 @@ def test_parameters_without_modules_take_the_optimizers_names(server: Server, sc
     assert server.values("grad_norm")["layer.w"] == pytest.approx(6**0.5)
 
 
+COMPILED = """
+import sys, torch
+from torch import nn
+torch.manual_seed(0)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 1)
+    def forward(self, x):
+        return self.two(self.one(x).tanh())
+model = Net()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+graphs = []
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+how, fullgraph = sys.argv[1], sys.argv[2] == "full"
+if how == "in place":
+    model.compile(backend=backend, fullgraph=fullgraph)
+    forward = model
+else:
+    forward = torch.compile(model if how == "module" else lambda x: model(x), backend=backend, fullgraph=fullgraph)
+for _ in range(5):
+    optimizer.zero_grad()
+    forward(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+print(len(graphs), [parameter.tolist() for parameter in model.parameters()])
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "graphs"), [("module", "full"), ("module", "parts"), ("in place", "full"), ("function", "full")]
+)
+def test_a_compiled_training_compiles_and_ends_as_without(server: Server, script: Path, how: str, graphs: str) -> None:
+    script.write_text(COMPILED, encoding="utf-8")
+    plain = subprocess.run(
+        [sys.executable, str(script), how, graphs], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert plain.stdout.startswith("1 ")
+    done = launch(server, sys.executable, str(script), how, graphs)
+    assert (done.returncode, done.stdout, done.stderr) == (0, plain.stdout, plain.stderr)
+    assert server.names == ["one.weight", "one.bias", "two.weight", "two.bias"]
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+
+
+def test_models_that_are_not_trained_are_let_go_and_not_watched(server: Server, script: Path) -> None:
+    script.write_text(
+        "import gc, weakref, torch\n"
+        "from torch import nn\n"
+        "alive = []\n"
+        "for _ in range(20):\n"
+        "    candidate = nn.Sequential(nn.Linear(3, 4))\n"
+        "    candidate(torch.ones(1, 3))\n"
+        "    alive.append(weakref.ref(candidate))\n"
+        "teacher = candidate\n"
+        "del candidate\n"
+        "print(sum(model() is not None for model in alive))\n"
+        "if True:\n" + "".join(f"    {line}\n" for line in SCRIPT.splitlines()) + "del model, optimizer, teacher\n"
+        "gc.collect()\n"
+        "print(sum(type(found) is nn.Linear for found in gc.get_objects()))\n",
+        encoding="utf-8",
+    )
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\nout\n0\n", "err\n")
+    assert server.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert len(server.samples) == 5
+
+
+def test_two_networks_that_are_trained_in_turns_are_both_watched(server: Server, script: Path) -> None:
+    """As in the usual training of a GAN: the discriminator's first backward pass comes before the generator ran."""
+    script.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "g, d = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(3, 1))\n"
+        "og, od = (torch.optim.SGD(net.parameters(), lr=0.1) for net in (g, d))\n"
+        "for _ in range(3):\n"
+        "    od.zero_grad()\n"
+        "    d(torch.ones(1, 3)).sum().backward()\n"
+        "    od.step()\n"
+        "    og.zero_grad()\n"
+        "    d(g(torch.ones(1, 2))).sum().backward()\n"
+        "    og.step()\n",
+        encoding="utf-8",
+    )
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert server.names == ["0.0.weight", "0.0.bias", "1.0.weight", "1.0.bias"]
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+
+
+def test_an_optimizer_that_is_made_after_the_first_backward_pass(server: Server, script: Path) -> None:
+    script.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "model = nn.Sequential(nn.Linear(2, 3))\n"
+        "model(torch.ones(1, 2)).sum().backward()\n"
+        "torch.optim.SGD(model.parameters(), lr=0.1).step()\n",
+        encoding="utf-8",
+    )
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert server.names == ["0.weight", "0.bias"]
+    assert [sample.step for sample in server.samples] == [1]
+
+
 def test_a_program_that_attaches_by_itself_is_watched_once(server: Server, script: Path) -> None:
     script.write_text(
         SCRIPT.replace("for _ in", "import gradwatch\nagent = gradwatch.attach(model, optimizer)\nfor _ in"),

@@ -22,6 +22,7 @@ def watch(
         accelerator: gives the model inside its wrappers.
         model: as prepared.
         optimizer: as prepared, or None: every optimizer that steps the model.
-        options: those of ``gradwatch.attach``.
+        options: those of ``gradwatch.attach``; ``step=`` among them where the run is resumed with an optimizer that
+            does not count (SGD): Accelerate does not count steps either.
     """
     return attach(accelerator.unwrap_model(model), optimizer, **options)

@@ -5,10 +5,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gradwatch.agent import Agent, attach
+from gradwatch.progress import steps_made
 
 
 class GradwatchCallback(Callback):
-    """Attaches when the fit starts, closes when it ends or fails.
+    """Attaches when the training starts, closes when it ends or fails.
 
     Args:
         options: those of ``gradwatch.attach``.
@@ -18,9 +19,10 @@ class GradwatchCallback(Callback):
         self._options = options
         self.agent: Agent | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach; the optimizers exist by now, automatic and manual optimisation step them alike."""
-        self.agent = attach(pl_module, trainer.optimizers, **self._options)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach; by now the optimizers exist and a checkpoint is restored, the number of its steps too."""
+        options = {"step": _steps_made(trainer), **self._options}
+        self.agent = attach(pl_module, trainer.optimizers, **options)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the run."""
@@ -33,3 +35,9 @@ class GradwatchCallback(Callback):
     def _close(self, status: str) -> None:
         if self.agent is not None:
             self.agent.close(status=status)
+
+
+def _steps_made(trainer: Trainer) -> int:
+    """Return the number of steps; Lightning adds those of several optimizers up, each of Adam's kind counts its own."""
+    made = steps_made(trainer.optimizers, wait=True) if len(trainer.optimizers) > 1 else 0
+    return made or trainer.global_step

@@ -28,9 +28,10 @@ class GradwatchCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Attach to every optimizer that steps the model."""
+        """Attach to every optimizer that steps the model; a restored trainer goes on counting where it stands."""
         if model is not None:
-            self.agent = attach(model, **{"run": args.run_name or None, **self._options})
+            known = {"run": args.run_name or None, "step": state.global_step}
+            self.agent = attach(model, **{**known, **self._options})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -647,11 +647,9 @@ class Agent:
 
     def _note_rates(self, optimizer: Optimizer, round_: Round) -> None:
         for group in optimizer.param_groups:
-            count = sum(name.startswith("learning_rate") for name in round_.scalars)
             rate = group.get("lr")
             if rate is not None:
-                name = f"learning_rate.{count}" if count else "learning_rate"
-                round_.scalars[name] = _kept(rate) if isinstance(rate, Tensor) else float(rate)
+                round_.rates.append(_kept(rate) if isinstance(rate, Tensor) else float(rate))
         scaler = self._scaler() if self._scaler is not None else None
         scale = getattr(scaler, "_scale", None)
         if isinstance(scale, Tensor):

@@ -893,8 +893,12 @@ class Agent:
             return
         self._adopted = True
         for leftover in leftovers(self._settings.spool_directory):
-            if leftover.url == self._settings.url:
+            if leftover.url != self._settings.url:
+                continue
+            try:
                 Sender(leftover, http, self.losses, self.warn).deliver(time.monotonic() + 30)
+            except Exception as error:  # the agent's guard: out of a damaged file comes anything
+                self.warn(f"the spool {leftover.path}, of another process, cannot be read and stays: {error}")
 
     def _note_trouble(self, unclear: bool) -> None:
         self._in_trouble = True
@@ -926,7 +930,7 @@ class _Report:
         )
         self._http = Http(settings.url, settings.token)
         adopt = functools.partial(agent.adopt, self._http)
-        self.sender = Sender(self.spool, self._http, agent.losses, agent.warn, idle=adopt)
+        self.sender = Sender(self.spool, self._http, agent.losses, agent.warn, idle=adopt, failed=agent.failed)
 
     def close(self) -> None:
         """Wait for the sender, which was told when to end."""

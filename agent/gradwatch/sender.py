@@ -117,6 +117,7 @@ class Sender:
         timeout_seconds: how long an answer may take.
         chance: source of the jitter, uniform in [0, 1).
         idle: called when everything is delivered; delivers what others left behind.
+        failed: called with an exception of the thread, which goes on.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Sender:
         timeout_seconds: float = 10.0,
         chance: Callable[[], float] | None = None,
         idle: Callable[[], None] | None = None,
+        failed: Callable[[Exception], None] | None = None,
     ) -> None:
         self._queue = queue
         self._transport = transport
@@ -137,6 +139,7 @@ class Sender:
         self._timeout_seconds = timeout_seconds
         self._chance = chance or random.Random(time.time_ns()).random  # noqa: S311 -- jitter, and never the user's generator
         self._idle = idle
+        self._failed = failed
         self._registration: Entry | None = None
         self._failures = 0
         self._warned: set[str] = set()
@@ -181,27 +184,45 @@ class Sender:
         return True
 
     def _work(self) -> None:
-        while True:
-            self.seconds = time.thread_time()
-            left = self._timeout_seconds if self._deadline is None else self._deadline - time.monotonic()
-            if left <= 0:
-                return  # the spool may be closed by now
-            entry = self._queue.first()
-            if self._deadline is not None and entry is None:
-                return
-            if entry is None:
-                if self._idle is not None:
-                    self._idle()
-                self._wake.wait()
-                self._wake.clear()
-                continue
-            answer = self._offer(entry, min(left, self._timeout_seconds))
-            if answer.verdict in ("committed", "poison"):
-                self._failures = 0
-            elif self._deadline is not None:
-                time.sleep(min(CLOSING_PAUSE_SECONDS, max(left, 0.0)))  # a server that is being restarted comes back
-            else:
-                self._pause(answer)
+        working = True
+        while working:
+            try:
+                working = self._advance()
+            except Exception as error:  # the agent's guard
+                if self._failed is None:
+                    raise
+                self._failed(error)
+                self._wait(Answer("later"))
+
+    def _advance(self) -> bool:
+        """Deliver one document, or wait for one; return False when it is time to stop."""
+        self.seconds = time.thread_time()
+        left = self._timeout_seconds if self._deadline is None else self._deadline - time.monotonic()
+        if left <= 0:
+            return False  # the spool may be closed by now
+        entry = self._queue.first()
+        if self._deadline is not None and entry is None:
+            return False
+        if entry is None:
+            if self._idle is not None:
+                self._idle()
+            self._wake.wait()
+            self._wake.clear()
+            return True
+        answer = self._offer(entry, min(left, self._timeout_seconds))
+        if answer.verdict in ("committed", "poison"):
+            self._failures = 0
+        else:
+            self._wait(answer)
+        return True
+
+    def _wait(self, answer: Answer) -> None:
+        """Wait before the next attempt; while the agent is being closed only a little."""
+        if self._deadline is None:
+            self._pause(answer)
+        else:
+            left = self._deadline - time.monotonic()
+            time.sleep(min(CLOSING_PAUSE_SECONDS, max(left, 0.0)))  # a server that is being restarted comes back
 
     def _offer(self, entry: Entry, timeout_seconds: float) -> Answer:
         """Send one document and draw the consequences, all but the pause."""

@@ -267,6 +267,8 @@ class Leftover:
         self.path = path
         self._held = held
         self._connection = connection
+        self._after = 0
+        """Number of the last document that was delivered: on a full disk it cannot be removed."""
         row = connection.execute("SELECT url, run FROM origin").fetchone()
         self.url: str = row[0] if row else ""
         self.run: str = row[1] if row else ""
@@ -279,17 +281,25 @@ class Leftover:
 
     def first(self) -> Entry | None:
         """Return the oldest document, None where nothing waits."""
-        return _first(self._connection, 0)
+        return _first(self._connection, self._after)
 
     def forget(self, entry: Entry) -> None:
-        """Remove ``entry``."""
-        self._connection.execute("DELETE FROM entry WHERE number = ?", (entry.number,))
-        self._connection.commit()
+        """Remove ``entry``; what cannot be removed is sent again by the next who finds it, and stored once."""
+        self._after = entry.number
+        try:
+            self._connection.execute("DELETE FROM entry WHERE number = ?", (entry.number,))
+            self._connection.commit()
+        except sqlite3.Error:
+            with suppress(sqlite3.Error):
+                self._connection.rollback()
 
     def close(self) -> None:
         """Let go; an empty spool leaves no file behind."""
-        empty = not self.pending
-        self._connection.close()
+        empty = False
+        with suppress(sqlite3.Error):
+            empty = not self.pending
+        with suppress(sqlite3.Error):
+            self._connection.close()
         if empty:
             for suffix in ("", "-wal", "-shm", ".lock"):
                 with suppress(OSError):

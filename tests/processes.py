@@ -6,9 +6,11 @@ import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 import httpx
 import numpy as np
+import pytest
 
 from gradwatch import wire
 
@@ -44,6 +47,21 @@ def wait_for(log: Path, line: str) -> None:
             return
         threading.Event().wait(0.05)
     raise AssertionError(log.read_text())
+
+
+@contextmanager
+def small_disk(megabytes: int) -> Iterator[Path]:
+    """Mount a disk of this size, which takes root's rights."""
+    with tempfile.TemporaryDirectory(prefix="gradwatch-disk-", dir="/tmp") as name:
+        options = f"size={megabytes}m,mode=777"
+        mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "gradwatch", name], check=False)
+        if mounting.returncode and "CI" not in os.environ:
+            pytest.skip("only root mounts a small disk")
+        assert not mounting.returncode, "mounting a small disk takes root's rights"
+        try:
+            yield Path(name)
+        finally:
+            subprocess.run(["umount", "--lazy", name], check=True)
 
 
 class GradwatchServer:

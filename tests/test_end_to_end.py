@@ -61,7 +61,7 @@ def test_what_the_server_shows_is_what_the_optimizer_saw(shared_server: Gradwatc
     assert (run["project"], run["name"], run["state"], run["last_step"]) == ("numbers", "plain", "finished", 6)
     units = {entry["name"]: entry["units"] for entry in run["parameters"]}
     assert units == {"0.weight": 7, "0.bias": 1, "2.weight": 3, "2.bias": 1}
-    assert run["dropped"] == {"samples": 0, "bytes": 0, "errors": 0}
+    assert run["dropped"] == {"samples": 0, "bytes": 0, "errors": 0, "values": 0}
     np.testing.assert_allclose(_stored(shared_server, agent, "grad_norm"), gradients, rtol=1e-5)
     np.testing.assert_allclose(_stored(shared_server, agent, "weight_norm"), weights, rtol=1e-5)
     ratios = np.array(gradients) / (np.array(weights) + 1e-3)

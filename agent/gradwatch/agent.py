@@ -52,6 +52,10 @@ _SCALED: Final = 16
 """Scaled losses that are remembered."""
 _SEARCH_STEPS: Final = 100
 """Steps between two searches for the origin of a number that is not finite."""
+_UNSTEPPED: Final = 200
+"""Backward passes after which it is said that no optimizer has stepped what is watched yet."""
+_UNSTEPPED_BESIDE_OTHERS: Final = 20
+"""The same where other optimizers have stepped as often."""
 _HOOKED_STEPS: Final = 3
 """Steps for which hooks look for it."""
 _LOOKS: Final = 5
@@ -97,7 +101,8 @@ def attach(
     Raises:
         SettingsError: an argument cannot be used.
         TypeError: ``model`` or ``optimizer`` is not one.
-        ValueError: ``clip`` cannot be right, or names parameters that are not there.
+        ValueError: ``clip`` cannot be right, names parameters that are not there, or is given with an optimizer that
+            holds none of the model's parameters.
     """
     agc = clip if isinstance(clip, AGC) or clip is None else AGC(clip)
     models = [model] if isinstance(model, nn.Module) else list(model)
@@ -217,6 +222,9 @@ class Agent:
         self._scaled: deque[tuple[weakref.ref[Tensor], Tensor]] = deque(maxlen=_SCALED)
         """Scaled losses that may still be propagated, with what they were."""
         self._scaler: weakref.ref[Any] | None = None
+        self._unstepped: int | None = 0
+        """Backward passes that made gradients before anything watched was stepped; None: something was."""
+        self._steps_of_others = 0
         self._updates = Updates()
         self._weights_seen = 0
         self._depths: list[int] = []
@@ -240,6 +248,7 @@ class Agent:
         if self._closed:
             return
         self._discover()
+        self._check_given(optimizers or [])
         self._replace_earlier()
         if self.watching:
             self._start(models, settings, resumed=resumed)
@@ -421,6 +430,7 @@ class Agent:
             Exception: what goes wrong in clipping; what goes wrong in monitoring is swallowed.
         """
         begun = self._begin(optimizer)
+        self._steps_of_others += begun is None
         closure = kwargs.get("closure") or next((argument for argument in args[1:] if callable(argument)), None)
         if closure is None:
             self._act(optimizer, begun)
@@ -461,6 +471,8 @@ class Agent:
         if self._is_pending:
             self._forget(changed)  # there is more to them now than what was clipped
         self._gone = frozenset()
+        if self._unstepped is not None:
+            self._note_unstepped()
         for scalar in scalars:
             original = next((original for scaled, original in self._scaled if scaled() is scalar), None)
             self._pending_losses.append(_kept(scalar) if original is None else original)
@@ -667,6 +679,7 @@ class Agent:
 
     def _enter(self, optimizer: Optimizer) -> Round:
         """Return the round that this step belongs to, a new one where the optimizer has already stepped in it."""
+        self._unstepped = None
         if self._round is not None and id(optimizer) in self._round.stepped:
             if self._expected is None:
                 self._expected = dict.fromkeys(self._round.stepped, self._step)
@@ -738,11 +751,9 @@ class Agent:
 
     def _note_rates(self, optimizer: Optimizer, round_: Round) -> None:
         for group in optimizer.param_groups:
-            count = sum(name.startswith("learning_rate") for name in round_.scalars)
             rate = group.get("lr")
             if rate is not None:
-                name = f"learning_rate.{count}" if count else "learning_rate"
-                round_.scalars[name] = _kept(rate) if isinstance(rate, Tensor) else float(rate)
+                round_.rates.append(_kept(rate) if isinstance(rate, Tensor) else float(rate))
         scaler = self._scaler() if self._scaler is not None else None
         scale = getattr(scaler, "_scale", None)
         if isinstance(scale, Tensor):
@@ -801,6 +812,34 @@ class Agent:
                 + ("clipped or measured" if self._clipper is not None else "measured")
             )
         return False
+
+    def _check_given(self, optimizers: Iterable[Optimizer]) -> None:
+        """Say which optimizer steps nothing that is watched: it holds copies of the parameters, or another model's.
+
+        Raises:
+            ValueError: it was to be clipped.
+        """
+        for optimizer in optimizers:
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            if any(self._find(parameter) is not None for parameter in parameters):
+                continue
+            text = f"{type(optimizer).__name__} steps no parameter of the model that was given to attach()"
+            if self._clipper is not None:
+                raise ValueError(f"{text}: nothing would be clipped. Give the model whose parameters it holds")
+            self.warn(f"{text}: nothing of it is measured")
+
+    def _note_unstepped(self) -> None:
+        """Count a backward pass, and say once where no optimizer takes what comes of them."""
+        assert self._unstepped is not None
+        self._unstepped += 1
+        if self._unstepped < _UNSTEPPED and min(self._unstepped, self._steps_of_others) < _UNSTEPPED_BESIDE_OTHERS:
+            return
+        text = f"after {self._unstepped} backward passes no torch.optim.Optimizer has stepped a watched parameter: " + (
+            "nothing is clipped or measured" if self._clipper is not None else "nothing is measured"
+        )
+        self._unstepped = None
+        self.warn(text)
+        self._collector.put(wire.Event(step=self._step, at=time.time(), kind="not_stepped", message=text))
 
     def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
         round_ = self._round
@@ -998,8 +1037,12 @@ class Agent:
             return
         self._adopted = True
         for leftover in leftovers(self._settings.spool_directory):
-            if leftover.url == self._settings.url:
+            if leftover.url != self._settings.url:
+                continue
+            try:
                 Sender(leftover, http, self.losses, self.warn).deliver(time.monotonic() + 30)
+            except Exception as error:  # the agent's guard: out of a damaged file comes anything
+                self.warn(f"the spool {leftover.path}, of another process, cannot be read and stays: {error}")
 
     def _note_trouble(self, unclear: bool) -> None:
         self._in_trouble = True
@@ -1031,7 +1074,7 @@ class _Report:
         )
         self._http = Http(settings.url, settings.token)
         adopt = functools.partial(agent.adopt, self._http)
-        self.sender = Sender(self.spool, self._http, agent.losses, agent.warn, idle=adopt)
+        self.sender = Sender(self.spool, self._http, agent.losses, agent.warn, idle=adopt, failed=agent.failed)
 
     def close(self) -> None:
         """Wait for the sender, which was told when to end."""

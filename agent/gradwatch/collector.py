@@ -36,6 +36,19 @@ from gradwatch.statistics import (
 
 POLL_SECONDS: Final = 0.1
 LARGEST_BATCH_BYTES: Final = 4 << 20
+LARGEST_BATCH_SAMPLES: Final = 500
+LARGEST_BATCH_VALUES: Final = 50_000
+"""Losses and logged numbers."""
+LARGEST_BATCH_EVENTS: Final = 5_000
+LARGEST_BATCH_NAMES: Final = 200
+"""All of these are well below what a server takes by default."""
+MOST_NAMES: Final = 1_000
+"""Different names that a run may log: the server keeps the latest value of each with the run."""
+LONGEST_NAME: Final = 512
+"""In characters, as the server has it."""
+_OWN_NAMES: Final = ("loss", "clip_norm")
+MOST_RATES: Final = 16
+"""Parameter groups up to which the learning rate of each is told."""
 LONGEST_QUEUE: Final = 20_000
 """Steps that may wait for the collector; more are counted as dropped."""
 _BACKLOG: Final = 8
@@ -95,6 +108,9 @@ class Collector:
         self._drafts: deque[tuple[Draft, Patience]] = deque()
         """Samples that the other ranks' parts are still missing from."""
         self._batch = _Batch()
+        self._names: set[str] = set()
+        """What was logged so far."""
+        self._refused_name = False
         self.seconds = 0.0
         """Processor time that this thread has taken."""
         self._thread = threading.Thread(target=self._work, name="gradwatch-collector", daemon=True)
@@ -150,7 +166,7 @@ class Collector:
                 return
             self._messages.popleft()
             self._take(message)
-            if self._batch.bytes >= LARGEST_BATCH_BYTES:
+            if self._batch.full:
                 self._flush(force=True)
 
     def _take(self, message: Message) -> None:
@@ -178,9 +194,9 @@ class Collector:
                 self._slots.give_back(message.slot)
         if self._spool is not None:
             for name, value in trail.items():
-                self._batch.trail.setdefault(name, []).append((message.step, value))
+                if self._allows(name):
+                    self._batch_for(name).put(message.step, name, value)
             self._batch.events.extend(events)
-            self._batch.bytes += 16 * len(trail)
             self._reflect(message.step, trail)
         if self._composer.trouble(trail, events, draft):
             self._trouble(self._composer.unclear)
@@ -192,6 +208,28 @@ class Collector:
             self._ranks.offer(message.step, self._composer.part(draft))
         else:
             self._drafts.append((draft, Patience()))
+
+    def _allows(self, name: str) -> bool:
+        """Return whether the server will take a number of this name; else count it and say so once."""
+        if name in self._names or name in _OWN_NAMES:
+            return True
+        if len(self._names) < MOST_NAMES and len(name) <= LONGEST_NAME and _is_text(name):
+            self._names.add(name)
+            return True
+        self._losses.values += 1
+        if not self._refused_name:
+            self._refused_name = True
+            self._warn(
+                f"log({name[:40]}=...) is dropped, as all is that has a name of more than {LONGEST_NAME} characters "
+                f"or with NUL, or a new one beyond {MOST_NAMES:,}"
+            )
+        return False
+
+    def _batch_for(self, name: str) -> "_Batch":
+        """Return the batch that takes a number of this name: another one where this holds too many names."""
+        if name not in self._batch.trail and len(self._batch.trail) >= LARGEST_BATCH_NAMES:
+            self._flush(force=True)
+        return self._batch
 
     def _join(self, *, wait: bool) -> None:
         """Finish the samples that the other ranks have added to."""
@@ -217,6 +255,9 @@ class Collector:
         sample = self._composer.finish(draft, others)
         self._batch.samples.append(sample)
         self._batch.bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
+        self._batch.bytes += 32 * len(sample.scalars) + 9 * sum(map(len, sample.histograms.values()))
+        if self._batch.full:
+            self._flush(force=True)
         self._reflect(sample.step, {name: wire.number(value) for name, value in sample.scalars.items()})
 
     def _reflect(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -261,7 +302,23 @@ class _Batch:
         self.events: list[wire.Event] = []
         self.end: wire.End | None = None
         self.bytes = 0
+        self.values = 0
         self.opened_at = time.monotonic()
+
+    def put(self, step: int, name: str, value: float) -> None:
+        """Add a number that belongs to no sample."""
+        self.trail.setdefault(name, []).append((step, value))
+        self.values += 1
+        self.bytes += 16
+
+    @property
+    def full(self) -> bool:
+        return (
+            self.bytes >= LARGEST_BATCH_BYTES
+            or len(self.samples) >= LARGEST_BATCH_SAMPLES
+            or self.values >= LARGEST_BATCH_VALUES
+            or len(self.events) >= LARGEST_BATCH_EVENTS
+        )
 
     @property
     def empty(self) -> bool:
@@ -464,7 +521,7 @@ class Composer:
         return {name: counts.tolist() for name, counts in zip(wire.HISTOGRAMS, thirds, strict=True)}
 
     def _scalars(self, round_: Round, statistics: dict[wire.Statistic, wire.Vector]) -> dict[str, float]:
-        scalars = {name: number(value) for name, value in round_.scalars.items()}
+        scalars = {name: number(value) for name, value in round_.scalars.items()} | _rates(round_.rates)
         scalars["global_grad_norm"] = _total(statistics["grad_norm"])
         if "clipped_grad_norm" in statistics:
             scalars["clipped_global_grad_norm"] = _total(statistics["clipped_grad_norm"])
@@ -603,6 +660,23 @@ def _limit(clips: Sequence[Clip], grad_norm: wire.Vector) -> float:
 def _enter_update(update: Update, vectors: _Vectors) -> None:
     units = update.units.detach().cpu().double().numpy()
     vectors.update_norm[list(update.indices)] = norms(units, update.starts)
+
+
+def _rates(rates: Sequence[Scalar]) -> dict[str, float]:
+    """Return the learning rate of each group; of many groups the first one's, the lowest and the highest."""
+    told = list(map(number, rates))
+    if len(told) > MOST_RATES:
+        return {
+            "learning_rate": told[0],
+            "learning_rate.lowest": min(told),
+            "learning_rate.highest": max(told),
+        }
+    return {f"learning_rate.{place}" if place else "learning_rate": rate for place, rate in enumerate(told)}
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a database keeps it."""
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in name)
 
 
 def _total(vector: wire.Vector) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sqlite3
 import sys
 from collections.abc import Sequence
 
@@ -19,16 +20,21 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait for an answer (default 10)")
     options = parser.parse_args(arguments)
     settings = resolve(url=options.url)
-    stayed = 0
+    stayed, damaged = 0, False
     for leftover in leftovers(settings.spool_directory):
         url = (options.url and settings.url) or os.environ.get("GRADWATCH_URL", "").rstrip("/") or leftover.url
-        waiting = leftover.pending
-        left = deliver(leftover, url, settings.token, timeout_seconds=options.timeout)
+        try:
+            waiting = leftover.pending
+            left = deliver(leftover, url, settings.token, timeout_seconds=options.timeout)
+        except (sqlite3.Error, TypeError, ValueError) as error:
+            damaged = True
+            _say(f"{leftover.path} cannot be read and stays: {error}")
+            continue
         stayed += left
         _say(f"{leftover.run}: {waiting - left} of {waiting} documents delivered to {url}")
     if stayed:
         _say(f"{stayed} documents stay in {settings.spool_directory}; run gradwatch flush again when the server is up")
-    return 1 if stayed else 0
+    return 1 if stayed or damaged else 0
 
 
 def deliver(leftover: Leftover, url: str, token: str | None, *, timeout_seconds: float = 10.0) -> int:

@@ -79,6 +79,8 @@ class Round:
     value_clipped: bool = False
     logged: dict[str, Scalar] = field(default_factory=dict)
     scalars: dict[str, Scalar] = field(default_factory=dict)
+    rates: list[Scalar] = field(default_factory=list)
+    """Learning rates, one for each parameter group."""
     updates: list[Update] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     """Indices of parameters without elements that have a gradient."""

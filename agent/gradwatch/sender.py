@@ -12,12 +12,15 @@ from typing import Any, Final, Literal, Protocol
 import urllib3
 
 from gradwatch import wire
+from gradwatch.halves import halves, values
 from gradwatch.spool import Entry, Losses
 
 CLOSING_PAUSE_SECONDS: Final = 0.2
 """Between attempts while the agent is being closed, for as long as its timeout allows."""
 FIRST_PAUSE_SECONDS: Final = 0.25
 LONGEST_PAUSE_SECONDS: Final = 30.0
+MOST_PIECES: Final = 64
+"""In which a refused batch is offered."""
 REFUSED_PAUSE_SECONDS: Final = 60.0
 """Between attempts while the token is refused."""
 
@@ -32,6 +35,8 @@ class Answer:
     verdict: Verdict
     reason: str = ""
     retry_after_seconds: float | None = None
+    divisible: bool = False
+    """Whether the server may take a part of what it refused."""
 
 
 class Queue(Protocol):
@@ -98,7 +103,7 @@ def judge(status: int, headers: Mapping[str, str], body: bytes) -> Answer:
     if status in (401, 403):
         return Answer("refused", reason)
     if status in (400, 413, 415, 422):
-        return Answer("poison", reason)
+        return Answer("poison", reason, divisible=status in (413, 422))
     return Answer("later", reason, _retry_after_seconds(headers.get("Retry-After"), time.time()))
 
 
@@ -113,6 +118,7 @@ class Sender:
         timeout_seconds: how long an answer may take.
         chance: source of the jitter, uniform in [0, 1).
         idle: called when everything is delivered; delivers what others left behind.
+        failed: called with an exception of the thread, which goes on.
     """
 
     def __init__(
@@ -125,6 +131,7 @@ class Sender:
         timeout_seconds: float = 10.0,
         chance: Callable[[], float] | None = None,
         idle: Callable[[], None] | None = None,
+        failed: Callable[[Exception], None] | None = None,
     ) -> None:
         self._queue = queue
         self._transport = transport
@@ -133,6 +140,7 @@ class Sender:
         self._timeout_seconds = timeout_seconds
         self._chance = chance or random.Random(time.time_ns()).random  # noqa: S311 -- jitter, and never the user's generator
         self._idle = idle
+        self._failed = failed
         self._registration: Entry | None = None
         self._failures = 0
         self._warned: set[str] = set()
@@ -177,45 +185,93 @@ class Sender:
         return True
 
     def _work(self) -> None:
-        while True:
-            self.seconds = time.thread_time()
-            left = self._timeout_seconds if self._deadline is None else self._deadline - time.monotonic()
-            if left <= 0:
-                return  # the spool may be closed by now
-            entry = self._queue.first()
-            if self._deadline is not None and entry is None:
-                return
-            if entry is None:
-                if self._idle is not None:
-                    self._idle()
-                self._wake.wait()
-                self._wake.clear()
-                continue
-            answer = self._offer(entry, min(left, self._timeout_seconds))
-            if answer.verdict in ("committed", "poison"):
-                self._failures = 0
-            elif self._deadline is not None:
-                time.sleep(min(CLOSING_PAUSE_SECONDS, max(left, 0.0)))  # a server that is being restarted comes back
-            else:
-                self._pause(answer)
+        working = True
+        while working:
+            try:
+                working = self._advance()
+            except Exception as error:  # the agent's guard
+                if self._failed is None:
+                    raise
+                self._failed(error)
+                self._wait(Answer("later"))
+
+    def _advance(self) -> bool:
+        """Deliver one document, or wait for one; return False when it is time to stop."""
+        self.seconds = time.thread_time()
+        left = self._timeout_seconds if self._deadline is None else self._deadline - time.monotonic()
+        if left <= 0:
+            return False  # the spool may be closed by now
+        entry = self._queue.first()
+        if self._deadline is not None and entry is None:
+            return False
+        if entry is None:
+            if self._idle is not None:
+                self._idle()
+            self._wake.wait()
+            self._wake.clear()
+            return True
+        answer = self._offer(entry, min(left, self._timeout_seconds))
+        if answer.verdict in ("committed", "poison"):
+            self._failures = 0
+        else:
+            self._wait(answer)
+        return True
+
+    def _wait(self, answer: Answer) -> None:
+        """Wait before the next attempt; while the agent is being closed only a little."""
+        if self._deadline is None:
+            self._pause(answer)
+        else:
+            left = self._deadline - time.monotonic()
+            time.sleep(min(CLOSING_PAUSE_SECONDS, max(left, 0.0)))  # a server that is being restarted comes back
 
     def _offer(self, entry: Entry, timeout_seconds: float) -> Answer:
         """Send one document and draw the consequences, all but the pause."""
         answer = self._post(entry, timeout_seconds)
         if answer.verdict == "unknown_run":
             answer = self._register_and_post(entry, answer, timeout_seconds)
-        if answer.verdict == "committed":
+        if answer.verdict == "poison":
+            answer = self._offer_pieces(entry, answer, timeout_seconds)
+        if answer.verdict in ("committed", "poison"):
             self._queue.forget(entry)
-        elif answer.verdict == "poison":
-            self._losses.samples += entry.samples
-            self._losses.bytes += len(entry.body)
-            self._queue.forget(entry)
-            self._warn_once("poison", f"the server refuses a {entry.kind}, which is dropped: {answer.reason}")
         elif answer.verdict == "refused":
             self._warn_once("refused", f"the server refuses the token: {answer.reason}; set GRADWATCH_TOKEN")
         else:
             self._warn_once("later", f"the server cannot be reached, measurements wait in the spool: {answer.reason}")
         return answer
+
+    def _offer_pieces(self, entry: Entry, answer: Answer, timeout_seconds: float) -> Answer:
+        """Send what can be taken of a refused document, and count the rest.
+
+        Until all of it is done the document stays in the queue; its pieces will be the same.
+        """
+        lost, posts, reason = Losses(), 0, answer.reason
+        waiting = [entry]
+        while waiting:
+            piece = waiting.pop()
+            if piece is not entry:
+                if self._deadline is not None and time.monotonic() >= self._deadline:
+                    return Answer("later", reason)
+                answer = self._post(piece, timeout_seconds)
+                posts += 1
+            if answer.verdict == "committed":
+                continue
+            if answer.verdict != "poison":
+                return Answer("later", answer.reason, answer.retry_after_seconds)
+            batch = _batch(piece)
+            parts = halves(batch) if batch is not None and answer.divisible and posts < MOST_PIECES else None
+            if parts is not None:
+                waiting += [piece._replace(samples=len(part.samples), body=wire.encode(part)) for part in parts[::-1]]
+                continue
+            reason = answer.reason
+            lost.samples += piece.samples
+            lost.bytes += len(piece.body)
+            lost.values += 0 if batch is None else values(batch)
+        self._losses.add(lost)
+        if lost.bytes:
+            what = f"a {entry.kind}" if lost.bytes == len(entry.body) else f"a part of a {entry.kind}"
+            self._warn_once("poison", f"the server refuses {what}, which is dropped: {reason}")
+        return Answer("poison" if lost.bytes else "committed", reason)
 
     def _post(self, entry: Entry, timeout_seconds: float) -> Answer:
         if entry.kind == "batch":
@@ -252,6 +308,13 @@ class Sender:
         if kind not in self._warned:
             self._warned.add(kind)
             self._warn(text)
+
+
+def _batch(entry: Entry) -> wire.Batch | None:
+    try:
+        return wire.decode(entry.body, wire.Batch) if entry.kind == "batch" else None
+    except wire.WireError:
+        return None
 
 
 def _object(body: bytes) -> dict[str, Any] | None:

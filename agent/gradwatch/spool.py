@@ -18,6 +18,7 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 
 from gradwatch import wire
+from gradwatch.halves import values
 
 Kind = Literal["registration", "batch"]
 
@@ -51,10 +52,19 @@ class Losses:
     samples: int = 0
     bytes: int = 0
     errors: int = 0
+    values: int = 0
+    """Numbers that belong to no sample: losses and what was logged."""
+
+    def add(self, others: "Losses") -> None:
+        """Count what was lost elsewhere, too."""
+        self.samples += others.samples
+        self.bytes += others.bytes
+        self.errors += others.errors
+        self.values += others.values
 
     def counted(self) -> wire.Dropped:
         """Return the counts as the wire carries them."""
-        return wire.Dropped(samples=self.samples, bytes=self.bytes, errors=self.errors)
+        return wire.Dropped(samples=self.samples, bytes=self.bytes, errors=self.errors, values=self.values)
 
 
 class Spool:
@@ -225,17 +235,16 @@ class Spool:
         """Give up whole batches, oldest first, where thinning is not enough."""
         after = self._acknowledged[-1] if self._acknowledged else 0
         rows = self._connection.execute(
-            "SELECT number, samples, length(body) FROM entry "
-            "WHERE kind = 'batch' AND number > ? ORDER BY number LIMIT 64",
+            "SELECT number, samples, body FROM entry WHERE kind = 'batch' AND number > ? ORDER BY number LIMIT 64",
             (after,),
         ).fetchall()
-        for number, samples, size in rows[1:]:
+        for number, samples, body in rows[1:]:
             if self._bytes <= self._limit_bytes:
                 return
             self._connection.execute("DELETE FROM entry WHERE number = ?", (number,))
-            self._losses.samples += samples
-            self._losses.bytes += size
-            self._bytes -= size
+            lost = Losses(samples=samples, bytes=len(body), values=values(wire.decode(body, wire.Batch)))
+            self._losses.add(lost)
+            self._bytes -= lost.bytes
             self._pending -= 1
 
     def _remove_file(self) -> None:
@@ -258,6 +267,8 @@ class Leftover:
         self.path = path
         self._held = held
         self._connection = connection
+        self._after = 0
+        """Number of the last document that was delivered: on a full disk it cannot be removed."""
         row = connection.execute("SELECT url, run FROM origin").fetchone()
         self.url: str = row[0] if row else ""
         self.run: str = row[1] if row else ""
@@ -270,17 +281,25 @@ class Leftover:
 
     def first(self) -> Entry | None:
         """Return the oldest document, None where nothing waits."""
-        return _first(self._connection, 0)
+        return _first(self._connection, self._after)
 
     def forget(self, entry: Entry) -> None:
-        """Remove ``entry``."""
-        self._connection.execute("DELETE FROM entry WHERE number = ?", (entry.number,))
-        self._connection.commit()
+        """Remove ``entry``; what cannot be removed is sent again by the next who finds it, and stored once."""
+        self._after = entry.number
+        try:
+            self._connection.execute("DELETE FROM entry WHERE number = ?", (entry.number,))
+            self._connection.commit()
+        except sqlite3.Error:
+            with suppress(sqlite3.Error):
+                self._connection.rollback()
 
     def close(self) -> None:
         """Let go; an empty spool leaves no file behind."""
-        empty = not self.pending
-        self._connection.close()
+        empty = False
+        with suppress(sqlite3.Error):
+            empty = not self.pending
+        with suppress(sqlite3.Error):
+            self._connection.close()
         if empty:
             for suffix in ("", "-wal", "-shm", ".lock"):
                 with suppress(OSError):

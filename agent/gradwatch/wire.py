@@ -119,6 +119,8 @@ class Dropped(msgspec.Struct, frozen=True, kw_only=True):
     samples: int = 0
     bytes: int = 0
     errors: int = 0
+    values: int = 0
+    """Numbers that belong to no sample: losses and what was logged."""
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True):

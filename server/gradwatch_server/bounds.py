@@ -84,7 +84,7 @@ def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits) -> None
         _check_time(f"events[{index}].at", event.at)
         _check_names("event", [event.kind, event.parameter or ""], limits)
         _check_text([event.message])
-    for name in ("samples", "bytes", "errors"):
+    for name in ("samples", "bytes", "errors", "values"):
         _check_whole(f"dropped.{name}", getattr(batch.dropped, name))
     if batch.end is not None:
         _check_time("end.at", batch.end.at)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch import inspection, wire
+from gradwatch import inspection, taps, wire
 from gradwatch.agent import Agent
 from gradwatch.classifier import Classifier
 from gradwatch.clipper import Clipper
@@ -531,6 +531,60 @@ def test_what_is_not_clipped_is_said(server: Server, own_errors: OwnErrors) -> N
         assert own_errors.warnings == 1
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         assert own_errors.warnings == 2
+
+
+def test_an_optimizer_of_copies_is_refused(server: Server) -> None:
+    """Float32 copies of the parameters are what it steps: their gradients were never seen."""
+    model = network().bfloat16()
+    optimizer = torch.optim.SGD([p.detach().float() for p in model.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match="SGD steps no parameter of the model"):
+        gradwatch.attach(model, optimizer, url=server.url, clip=CLIP)
+    assert not taps.listeners()
+
+
+def test_an_optimizer_of_copies_is_said_where_nothing_is_clipped(server: Server, own_errors: OwnErrors) -> None:
+    model = network()
+    optimizer = torch.optim.SGD([p.detach().clone() for p in model.parameters()], lr=0.1)
+    gradwatch.attach(model, optimizer, url=server.url).close()
+    assert own_errors.warnings == 1
+
+
+@pytest.mark.parametrize("clip", [None, CLIP])
+@pytest.mark.parametrize("how", ["copies", "by hand"])
+def test_what_no_optimizer_steps_is_said_once(
+    server: Server, own_errors: OwnErrors, how: str, clip: float | None
+) -> None:
+    model = network()
+    copies = torch.optim.SGD([p.detach().clone() for p in model.parameters()], lr=0.1)
+    with gradwatch.attach(model, url=server.url, clip=clip):
+        for batch in range(30 if how == "copies" else 250):
+            model.zero_grad()
+            loss_of(model, batch % 3).backward()
+            if how == "copies":
+                copies.step()
+    assert own_errors.warnings == 1
+    [event] = server.events
+    assert event.kind == "not_stepped"
+    assert ("nothing is clipped" in event.message) == (clip is not None)
+
+
+@pytest.mark.parametrize("how", ["accumulation", "evaluation", "another optimizer beside"])
+def test_what_is_stepped_in_its_own_time_is_not_complained_of(server: Server, own_errors: OwnErrors, how: str) -> None:
+    model, other = network(), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    others = torch.optim.SGD(other.parameters(), lr=0.1)
+    with gradwatch.attach(model, url=server.url, clip=gradwatch.AGC(CLIP, exclude=())):
+        for batch in range(150 if how == "accumulation" else 30):
+            if how == "evaluation":
+                torch.autograd.grad(loss_of(model, 0), list(model.parameters()))
+                others.step()
+            else:
+                loss_of(model, batch % 3).backward()
+            if how == "another optimizer beside" and batch % 10 == 9:
+                others.step()
+                optimizer.step()
+        optimizer.step()
+    assert own_errors.warnings == 0
 
 
 def test_a_norm_beyond_float32_is_clipped_all_the_same(server: Server) -> None:

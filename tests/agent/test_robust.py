@@ -24,6 +24,7 @@ from gradwatch import flush, taps, wire
 from gradwatch.agent import Agent
 from gradwatch.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
 from gradwatch.spool import Entry, Losses, Spool, leftovers
+from tests.processes import small_disk
 
 from .conftest import OwnErrors, Server
 
@@ -236,6 +237,18 @@ class Listed:
 
     def forget(self, entry: Entry) -> None:
         self.entries.remove(entry)
+
+
+class Broken(Listed):
+    """A queue that cannot be read at first."""
+
+    left = 2
+
+    def first(self) -> Entry | None:
+        if self.left:
+            self.left -= 1
+            raise sqlite3.OperationalError("disk I/O error")
+        return super().first()
 
 
 REGISTRATION = Entry(1, "registration", 0, b"r")
@@ -503,3 +516,86 @@ def test_close_is_idempotent_and_leaves_torch_as_it_was(server: Server) -> None:
     agent.close()
     assert state() == before
     assert not optimizer_module._global_optimizer_pre_hooks
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from gradwatch import wire
+from gradwatch.spool import Losses, Spool
+left = Spool(Path(sys.argv[1]), url=sys.argv[2], run="run-" + "0" * 16, losses=Losses(), warn=print)
+for number in range(40):
+    left.append("batch", wire.encode(wire.Batch(id=f"b{number}", events=[wire.Event(step=0, at=0.0, kind="x" * 500)])))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def leave_behind(directory: Path, url: str) -> Path:
+    """Leave a spool as a process that was killed does, write-ahead log and all."""
+    killed = subprocess.run([sys.executable, "-c", _KILLED, str(directory), url], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    return next(directory.glob("*.spool"))
+
+
+def deliver_beside_what_was_left(server: Server) -> Agent:
+    """Train until what was left has been looked at, and on."""
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
+    train(agent, model, optimizer, 3)
+    server.wait(lambda: len(server.samples) == 3)
+    time.sleep(0.5)
+    train(agent, model, optimizer, 3)
+    agent.close(timeout_seconds=5)
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5, 6]
+    assert any(batch.end is not None for batch in server.batches)
+    return agent
+
+
+def test_a_damaged_spool_of_another_process_does_not_hold_up_this_one(
+    server: Server, tmp_path: Path, own_errors: OwnErrors, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "spool"
+    path = leave_behind(directory, server.url)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 4 * 4096] + os.urandom(len(whole) - 4 * 4096))
+    sound = leave_behind(tmp_path / "sound", server.url)
+    for part in sound.parent.iterdir():
+        part.rename(directory / f"sound{part.name}")
+    deliver_beside_what_was_left(server)
+    assert sum(batch.id.startswith("b") and not batch.samples for batch in server.batches) >= 40
+    assert own_errors.warnings == 1
+    assert flush.main(["--url", server.url]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_what_is_left_on_a_full_disk_is_delivered_and_stays(
+    server: Server, monkeypatch: pytest.MonkeyPatch, own_errors: OwnErrors
+) -> None:
+    """A real small disk: what was delivered cannot be removed, and will be sent again."""
+    with small_disk(1) as disk:
+        monkeypatch.setenv("GRADWATCH_SPOOL_DIR", str(disk / "spool"))
+        leave_behind(disk / "spool", server.url)
+        with contextlib.suppress(OSError), (disk / "rest").open("wb", 0) as rest:
+            while True:
+                rest.write(b"x" * 1024)
+        agent = deliver_beside_what_was_left(server)
+        assert {f"b{number}" for number in range(40)} <= {batch.id for batch in server.batches}
+        assert agent.losses.samples == 0
+        assert own_errors.warnings <= 2
+        (disk / "rest").unlink()
+        assert flush.main(["--url", server.url]) == 0
+        assert not list((disk / "spool").glob("*.spool"))
+
+
+def test_a_sender_goes_on_after_an_error_of_its_own() -> None:
+    queue = Broken(REGISTRATION)
+    transport, failed = Scripted(Answer("committed")), list[Exception]()
+    sender = Sender(queue, transport, Losses(), print, failed=failed.append)
+    sender.start()
+    assert transport.done.wait(10)
+    sender.end(time.monotonic() + 5)
+    sender.join()
+    assert not queue.entries
+    assert len(failed) == 2

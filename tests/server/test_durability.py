@@ -7,20 +7,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
 import httpx
-import pytest
 
 from gradwatch import wire
 from tests.postgres import migrated_database, postgres_database, small_tablespace, started_server
-from tests.processes import GradwatchServer, environment, sample
+from tests.processes import GradwatchServer, environment, sample, small_disk
 
 
 class Agent:
@@ -184,24 +182,10 @@ def _has_room_again(
     _check(server, agents)
 
 
-@contextmanager
-def _small_disk() -> Iterator[Path]:
-    """Mount a disk of 64 MB, which takes root's rights."""
-    with tempfile.TemporaryDirectory(prefix="gradwatch-disk-", dir="/tmp") as name:
-        mounting = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=777", "gradwatch", name], check=False)
-        if mounting.returncode and "CI" not in os.environ:
-            pytest.skip("only root mounts a small disk")
-        assert not mounting.returncode, "mounting a small disk takes root's rights"
-        try:
-            yield Path(name)
-        finally:
-            subprocess.run(["umount", "--lazy", name], check=True)
-
-
 def test_a_full_disk_of_postgresql_refuses_clearly_and_nothing_is_lost(tmp_path: Path) -> None:
     """The disk that holds the tables fills up; the one that holds the log of transactions does not."""
     with ExitStack() as stack:
-        disk = stack.enter_context(_small_disk())
+        disk = stack.enter_context(small_disk(64))
         postgres = stack.enter_context(started_server())
         space = stack.enter_context(small_tablespace(postgres, disk))
         url = stack.enter_context(migrated_database(postgres, space))

@@ -87,7 +87,7 @@ batches = st.fixed_dictionaries(
             st.fixed_dictionaries({"step": numbers, "at": numbers, "kind": names}, optional={"parameter": names}),
             max_size=2,
         ),
-        "dropped": st.dictionaries(st.sampled_from(["samples", "bytes", "errors"]), numbers),
+        "dropped": st.dictionaries(st.sampled_from(["samples", "bytes", "errors", "values"]), numbers),
         "end": st.fixed_dictionaries({"at": numbers}, optional={"status": names, "exit_code": numbers}),
         "unknown": anything,
     },

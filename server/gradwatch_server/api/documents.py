@@ -57,7 +57,7 @@ class Run(BaseModel):
     worst_rule: str | None = Field(description="rule of the most severe alert that fires, or fired until the run ended")
     worst_severity: str | None
     scalars: dict[str, Number] = Field(description="the latest value of each scalar")
-    dropped: dict[str, int] = Field(description="what the agent had to give up: samples, bytes, errors")
+    dropped: dict[str, int] = Field(description="what the agent had to give up: samples, bytes, errors, values")
 
 
 class KnownParameter(BaseModel):

@@ -1,0 +1,218 @@
+"""What the server's limits refuse is not sent, or is sent in pieces: nothing goes with what cannot be taken."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gradwatch
+from gradwatch import wire
+from gradwatch.agent import Agent
+from gradwatch.halves import halves
+from gradwatch.sender import Answer, Sender
+from gradwatch.spool import Entry, Losses
+from tests.processes import GradwatchServer
+
+from .conftest import OwnErrors, Server
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GradwatchServer]:
+    with GradwatchServer(tmp_path_factory.mktemp("limits") / "gradwatch.db") as serving:
+        yield serving
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+
+
+def one_layer() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(4, 4)
+    return model, torch.optim.SGD(model.parameters(), lr=0.0)
+
+
+def kept(real: GradwatchServer, agent: Agent) -> dict[str, Any]:
+    found: dict[str, Any] = real.get(f"/api/v1/runs/{agent.run_id}")
+    return found
+
+
+def test_a_model_with_hundreds_of_parameter_groups_arrives(real: GradwatchServer) -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(150)])
+    groups = [{"params": [p], "lr": 1e-6 * (1 + place)} for place, p in enumerate(model.parameters())]
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    with gradwatch.attach(model, optimizer, url=real.url, every=1) as agent:
+        for _ in range(5):
+            step(model, optimizer)
+    run = kept(real, agent)
+    assert run["sample_count"] == 5
+    rates = {name: value for name, value in run["scalars"].items() if name.startswith("learning_rate")}
+    assert rates == pytest.approx({"learning_rate": 1e-6, "learning_rate.lowest": 1e-6, "learning_rate.highest": 3e-4})
+
+
+def test_the_rates_of_many_groups_cost_no_more_than_the_groups(server: Server) -> None:
+    """A sample of 2,000 groups took 220 ms: names were counted for each group."""
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(1000)])
+    spent = {}
+    for several in (False, True):
+        listed = [{"params": [p]} for p in model.parameters()] if several else list(model.parameters())
+        optimizer = torch.optim.SGD(listed, lr=0.0)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
+            taken = []
+            for _ in range(8):
+                before = agent.spent_seconds
+                optimizer.step()
+                taken.append(agent.spent_seconds - before)
+        spent[several] = min(taken)
+    assert spent[True] < 5 * spent[False]
+
+
+def test_hundreds_of_logged_names_arrive_with_the_samples(real: GradwatchServer, own_errors: OwnErrors) -> None:
+    model, optimizer = one_layer()
+    with gradwatch.attach(model, optimizer, url=real.url, every=1) as agent:
+        for place in range(5):
+            agent.log(**({f"class_{name}": 0.5 for name in range(300)} if place == 2 else {}))
+            step(model, optimizer)
+    run = kept(real, agent)
+    assert run["sample_count"] == 5
+    assert len([name for name in run["scalars"] if name.startswith("class_")]) == 300
+    assert run["dropped"] == {"samples": 0, "bytes": 0, "errors": 0, "values": 0}
+    assert own_errors.warnings == 0
+
+
+def test_names_that_never_end_are_bounded_counted_and_said_once(real: GradwatchServer, own_errors: OwnErrors) -> None:
+    model, optimizer = one_layer()
+    with gradwatch.attach(model, optimizer, url=real.url, every=1) as agent:
+        for place in range(6):
+            agent.log(**{f"{place}_{name}": 0.5 for name in range(250)}, **{"x" * 600: 1.0, "nul\0": 1.0})
+            step(model, optimizer)
+    run = kept(real, agent)
+    assert run["sample_count"] == 6
+    assert run["last_step"] == 6
+    assert len([name for name in run["scalars"] if "_" in name and name[0].isdigit()]) == 1000
+    assert run["dropped"]["values"] == agent.losses.values == 500 + 12
+    assert own_errors.warnings == 1
+
+
+def test_a_backlog_of_a_fast_training_arrives(real: GradwatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the server is away batches grow: to what it takes at once, not beyond."""
+    from gradwatch import collector, sender
+
+    monkeypatch.setattr(collector, "_BACKLOG", 0)
+    monkeypatch.setattr(collector, "_GROWN_BATCH_SECONDS", 3600.0)
+    post, away = sender.Http.post, [True]
+
+    def reached(self: sender.Http, *args: Any) -> Answer:
+        return Answer("later", "away") if away[0] else post(self, *args)
+
+    monkeypatch.setattr(sender.Http, "post", reached)
+    model, optimizer = one_layer()
+    agent = gradwatch.attach(model, optimizer, url=real.url, every=1)
+    for _ in range(2500):
+        step(model, optimizer)
+    away[0] = False
+    agent.close(timeout_seconds=60)
+    run = kept(real, agent)
+    assert (run["sample_count"], run["last_step"], run["dropped"]["samples"]) == (2500, 2500, 0)
+
+
+class Limited:
+    """A transport to a server that takes no batch with more than some samples, and none with a bad one."""
+
+    def __init__(self, most_samples: int = 1000, bad: frozenset[int] = frozenset()) -> None:
+        self.most_samples = most_samples
+        self.bad = bad
+        self.taken: dict[str, wire.Batch] = {}
+        self.posts = 0
+        self.away_at = -1
+
+    def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
+        self.posts += 1
+        if self.posts == self.away_at:
+            return Answer("later", "away")
+        batch = wire.decode(body, wire.Batch)
+        steps = [sample.step for sample in batch.samples]
+        if len(steps) > self.most_samples or self.bad & set(steps):
+            return Answer("poison", "422", divisible=True)
+        self.taken.setdefault(batch.id, batch)
+        return Answer("committed")
+
+    @property
+    def steps(self) -> list[int]:
+        return [sample.step for batch in self.taken.values() for sample in batch.samples]
+
+    @property
+    def losses(self) -> list[int]:
+        trails = [batch.trail["loss"] for batch in self.taken.values() if "loss" in batch.trail]
+        return [step for trail in trails for step in trail.steps]
+
+
+class Queue:
+    run = "run-x"
+
+    def __init__(self, *batches: wire.Batch) -> None:
+        self.entries = [Entry(n, "batch", len(b.samples), wire.encode(b)) for n, b in enumerate(batches)]
+
+    def first(self) -> Entry | None:
+        return self.entries[0] if self.entries else None
+
+    def forget(self, entry: Entry) -> None:
+        self.entries.remove(entry)
+
+
+def grown(count: int) -> wire.Batch:
+    return wire.Batch(
+        id="grown",
+        samples=[wire.Sample(step=step, at=0.0, scalars={"x": 1.0}) for step in range(count)],
+        trail={"loss": wire.Trail(steps=list(range(count)), values=[1.0] * count)},
+        events=[wire.Event(step=count - 1, at=0.0, kind="nonfinite_module")],
+        end=wire.End(at=1.0),
+    )
+
+
+def test_a_batch_that_is_too_large_is_sent_in_pieces_in_order() -> None:
+    limited, losses = Limited(most_samples=100), Losses()
+    assert Sender(Queue(grown(450)), limited, losses, print).deliver()
+    assert limited.steps == limited.losses == list(range(450))
+    assert (losses.samples, losses.values) == (0, 0)
+    assert [batch.end is not None for batch in limited.taken.values()] == [False] * (len(limited.taken) - 1) + [True]
+    assert sum(len(batch.events) for batch in limited.taken.values()) == 1
+
+
+def test_only_what_is_refused_is_lost_and_counted() -> None:
+    limited, losses, said = Limited(bad=frozenset({77})), Losses(), list[str]()
+    assert Sender(Queue(grown(200)), limited, losses, said.append).deliver()
+    assert limited.steps == [step for step in range(200) if step != 77]
+    assert limited.losses == list(range(200))
+    assert (losses.samples, losses.values, len(said)) == (1, 0, 1)
+
+
+def test_pieces_that_are_interrupted_are_neither_lost_nor_counted_twice() -> None:
+    for away_at in range(1, 18):
+        limited, losses = Limited(bad=frozenset({3})), Losses()
+        limited.away_at = away_at
+        sender = Sender(Queue(grown(20)), limited, losses, lambda _text: None)
+        if not sender.deliver():
+            assert sender.deliver()
+        assert limited.steps == [step for step in range(20) if step != 3]
+        assert losses.samples == 1
+
+
+def test_a_batch_of_which_nothing_is_taken_is_given_up_after_some_pieces() -> None:
+    limited, losses = Limited(bad=frozenset(range(500))), Losses()
+    assert Sender(Queue(grown(500)), limited, losses, lambda _text: None).deliver()
+    assert losses.samples + len(limited.steps) == 500
+    assert losses.values + len(limited.losses) == 500
+    assert limited.posts < 100
+
+
+def test_halves_hold_the_whole() -> None:
+    parts = halves(grown(5))
+    assert parts is not None
+    assert [part.id for part in parts] == ["grown.0", "grown.1"]
+    assert halves(wire.Batch(id="one", end=wire.End(at=0.0))) is None

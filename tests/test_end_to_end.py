@@ -249,6 +249,22 @@ def test_training_is_bit_identical_with_the_agent(shared_server: GradwatchServer
     assert train(watch=True) == train(watch=False)
 
 
+def test_layers_that_are_frozen_midway_are_not_dead(shared_server: GradwatchServer) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(5, 5), nn.Tanh())], nn.Linear(5, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    with gradwatch.attach(model, optimizer, url=shared_server.url, every=1) as agent:
+        for step, batch in enumerate(_batches(60)):
+            if step == 20:
+                model[:4].requires_grad_(False)
+            optimizer.zero_grad()
+            (model(batch) - batch[:, :3]).square().mean().backward()
+            optimizer.step()
+    assert shared_server.get("/api/v1/alerts", run=agent.run_id) == []
+    described = shared_server.get(f"/api/v1/runs/{agent.run_id}")["parameters"]
+    assert [parameter["trainable"] for parameter in described] == [False] * 4 + [True] * 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [({"every": 0}, "every=0"), ({"overhead_budget": 0.0}, "overhead_budget=0.0"), ({"model": []}, "model")],

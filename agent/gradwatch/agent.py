@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, TypeVar, cast
 
@@ -227,6 +228,8 @@ class Agent:
         self._steps_of_others = 0
         self._updates = Updates()
         self._weights_seen = 0
+        self._trains: dict[int, bool] = {}
+        """By index, of parameters that were frozen or unfrozen since they were found: whether they are trained now."""
         self._depths: list[int] = []
         self._finished_at = 0.0
         self._spent_before = 0.0
@@ -723,6 +726,7 @@ class Agent:
         round_.finite = finite
         if not round_.sampled:
             return None
+        self._note_frozen(binding)
         self._note_rates(optimizer, round_)
         seen = self._measure(binding, round_, optimizer)
         if seen is None:
@@ -793,6 +797,26 @@ class Agent:
 
     def _look_for_new(self) -> None:
         if self._discover() and self.watching:
+            self._register()
+
+    def _note_frozen(self, binding: Binding) -> None:
+        """Register again where ``requires_grad`` has changed.
+
+        Only parameters of the optimizer that steps are asked, and of none: trainings that take turns freeze the others'
+        for each turn.
+        """
+        stepped = frozenset().union(*(known.index_set for known in self._bindings.values()))
+        asked = list(zip(binding.indices, binding.parameters, strict=True))
+        if len(stepped) < len(self._watched):
+            others = ((index, watched.parameter()) for index, watched in enumerate(self._watched))
+            asked += [(index, tensor) for index, tensor in others if tensor is not None and index not in stepped]
+        flipped = {
+            index: tensor.requires_grad
+            for index, tensor in asked
+            if tensor.requires_grad != self._trains.get(index, self._watched[index].trainable)
+        }
+        if flipped:
+            self._trains |= flipped
             self._register()
 
     def _adopts(self, optimizer: Optimizer) -> bool:
@@ -1023,7 +1047,10 @@ class Agent:
     def _register(self) -> None:
         depths = self._depths
         depths += range(len(depths), len(self._watched))
-        self._collector.put(Registered(tuple(self._watched), tuple(depths)))
+        watched = list(self._watched)
+        for index, trains in self._trains.items():
+            watched[index] = replace(watched[index], trainable=trains)
+        self._collector.put(Registered(tuple(watched), tuple(depths)))
 
     def _replace_earlier(self) -> None:
         """Close the agent that watches exactly these parameters: a notebook cell was run again."""

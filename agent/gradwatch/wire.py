@@ -66,7 +66,10 @@ class Parameter(msgspec.Struct, frozen=True):
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True):
-    """A run makes itself known. Sent again with the same id, it may change depths and append parameters, no more."""
+    """A run makes itself known. Sent again with the same id, it may append parameters.
+
+    Of those that are known it may change the depth and whether they are trained, no more.
+    """
 
     version: int = VERSION
     project: str = "default"

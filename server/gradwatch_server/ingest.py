@@ -107,6 +107,7 @@ class Ingest:
         if ahead_seconds and attempt == registration.attempt > 0:
             attempt = max(1, attempt - round(1_000 * ahead_seconds))
             attempts = {**attempts, str(registration.attempt): attempt}
+        registration = msgspec.structs.replace(registration, attempt=attempt)
         if known is None:
             connection.execute(
                 sa.insert(schema.runs).values(
@@ -130,11 +131,12 @@ class Ingest:
         if known.project != registration.project:
             detail = f"run {run_id!r} is not in project {registration.project!r}: use another run id there"
             raise Refused(409, "Another project", detail)
-        self._extend(connection, run_id, registration, known.parameter_count)
+        self._extend(connection, run_id, registration, known)
         if attempt > known.attempt:
             resumed = {
                 "attempt": attempt,
                 "attempts": attempts,
+                "attributes": registration.attributes,
                 "last_seen_at": now,
                 "attempt_first_step": None,
                 "last_step": None,
@@ -148,9 +150,13 @@ class Ingest:
             connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(attempts=attempts))
         return answer
 
-    def _extend(self, connection: sa.Connection, run_id: str, registration: wire.Registration, count: int) -> None:
+    def _extend(
+        self, connection: sa.Connection, run_id: str, registration: wire.Registration, known: sa.Row[Any]
+    ) -> None:
+        """Append parameters; change what may change of the known ones: depths, and whether they are trained."""
+        count = known.parameter_count
         stored = connection.execute(
-            sa.select(*schema.parameters.c["position", "name", "depth"])
+            sa.select(*schema.parameters.c["position", "name", "depth", "trainable"])
             .where(schema.parameters.c.run == run_id)
             .order_by("position")
         ).all()
@@ -162,25 +168,30 @@ class Ingest:
         if len(listed) < count:
             detail = f"run {run_id!r} has {count} parameters already, the registration lists {len(listed)}"
             raise Refused(409, "Parameters missing", f"{detail}: list the known ones first, new ones after them")
-        moved = [
-            {"at": row.position, "to": parameter.depth}
+        told = {
+            row.position: (row.depth if parameter.depth is None else parameter.depth, parameter.trainable)
             for row, parameter in zip(stored, listed, strict=False)
-            if parameter.depth is not None and parameter.depth != row.depth
+        }
+        changed = [
+            {"at": row.position, "to": told[row.position][0], "trains": told[row.position][1]}
+            for row in stored
+            if registration.attempt >= known.attempt and told[row.position] != (row.depth, row.trainable)
         ]
-        if moved:
+        if changed:
             connection.execute(
                 sa.update(schema.parameters)
                 .where(schema.parameters.c.run == run_id, schema.parameters.c.position == sa.bindparam("at"))
-                .values(depth=sa.bindparam("to")),
-                moved,
+                .values(depth=sa.bindparam("to"), trainable=sa.bindparam("trains")),
+                changed,
             )
         if len(listed) > count:
             self._insert_parameters(connection, run_id, listed[count:], count)
             connection.execute(
                 sa.update(schema.runs).where(schema.runs.c.id == run_id).values(parameter_count=len(listed))
             )
-        if moved or len(listed) > count:
-            self._watched.pop(run_id, None)
+        watched = self._watched.get(run_id)
+        if watched is not None and (changed or len(listed) > count):
+            watched.layout = Layout.of(load_parameters(connection, run_id))
 
     def _insert_parameters(
         self, connection: sa.Connection, run_id: str, listed: Sequence[wire.Parameter], first: int

@@ -127,7 +127,7 @@ class Layouts:
         self._known: dict[str, tuple[str, Layout]] = {}
 
     def load(self, connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Layout]:
-        """Return the layouts of these runs; those that gained a parameter or moved one are read anew."""
+        """Return the layouts of these runs; those that gained a parameter or changed one are read anew."""
         depths = _depths(connection, run_ids)
         known = self._known
         changed = [run_id for run_id in run_ids if run_id not in known or known[run_id][0] != depths.get(run_id, "")]
@@ -138,10 +138,11 @@ class Layouts:
 
 
 def _depths(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, str]:
-    """Return the depths of each run's parameters: all that may change of a parameter once it is registered."""
+    """Return the depths of each run's parameters, frozen ones marked: all that may change of a registered one."""
     table = schema.parameters
+    mark = sa.case((table.c.trainable, ""), else_="f")
     ordered = (
-        sa.select(table.c.run, sa.cast(table.c.depth, sa.Text).label("depth"))
+        sa.select(table.c.run, (sa.cast(table.c.depth, sa.Text) + mark).label("depth"))
         .where(table.c.run.in_(run_ids))
         .order_by(table.c.run, table.c.position)
         .subquery()

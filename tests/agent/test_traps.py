@@ -667,9 +667,39 @@ def test_tied_frozen_and_later_unfrozen(server: Server) -> None:
             model(torch.ones(3)).sum().backward()
             optimizer.step()
     assert server.names == ["0.weight", "2.weight", "2.bias"]
-    assert [parameter.trainable for parameter in server.registrations[0].parameters] == [True, False, False]
+    trainable = [[parameter.trainable for parameter in told.parameters] for told in server.registrations]
+    assert (trainable[0], trainable[-1]) == ([True, False, False], [True, True, True])
     assert server.values("grad_norm", 1)["2.weight"] == wire.MISSING
     assert server.values("grad_norm", 2)["2.bias"] == pytest.approx(math.sqrt(2))
+
+
+def test_networks_that_freeze_each_other_in_turn_stay_as_they_are(server: Server) -> None:
+    players = [nn.Linear(3, 3), nn.Linear(3, 3)]
+    optimizers = [torch.optim.SGD(player.parameters(), lr=0.1) for player in players]
+    with gradwatch.attach(players, optimizers, url=server.url, every=1):
+        for _ in range(5):
+            for player, other, optimizer in zip(players, players[::-1], optimizers, strict=True):
+                other.requires_grad_(False)
+                optimizer.zero_grad()
+                player(other(torch.ones(3))).sum().backward()
+                optimizer.step()
+                other.requires_grad_(True)
+    assert all(parameter.trainable for parameter in server.registrations[-1].parameters)
+    assert len(server.registrations) <= 4
+
+
+def test_what_no_optimizer_steps_any_more_is_frozen_too(server: Server) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with gradwatch.attach(model, url=server.url, every=1):
+        for frozen in (False, True):
+            model[0].requires_grad_(not frozen)
+            optimizer = torch.optim.SGD([entry for entry in model.parameters() if entry.requires_grad], lr=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.ones(3)).sum().backward()
+                optimizer.step()
+    trainable = [parameter.trainable for parameter in server.registrations[-1].parameters]
+    assert trainable == [False, False, True, True]
 
 
 @pytest.mark.parametrize("clip", [False, True])

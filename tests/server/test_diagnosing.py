@@ -93,3 +93,70 @@ def test_where_it_began_stays_blamed_when_all_is_bad(shared_server: GradwatchSer
     assert [entry["name"] for entry in alert["parameters"]] == ["inner.weight", "stem.weight", "head.weight"]
     assert alert["evidence"]["nonfinite_gradients"] == 2.0
     assert "just after inner.weight" in alert["cause"]
+
+
+LAYERS = ("0.weight", "1.weight", "2.weight", "head.weight")
+
+
+def _listed(frozen: int) -> list[wire.Parameter]:
+    """Return the layers, the first of them frozen."""
+    return [wire.Parameter(name, [4, 4], units=4, trainable=place >= frozen) for place, name in enumerate(LAYERS)]
+
+
+def _layered(step: int, *first: float) -> wire.Sample:
+    """A sample of a run that learns; ``first``: gradients of its first layers, the others have one."""
+    return sample(step, *first, *[0.1] * (len(LAYERS) - len(first)), loss=3.0 * 0.99**step)
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_frozen_layers_are_not_judged_and_unfrozen_ones_are_again(shared_server: GradwatchServer, attempt: int) -> None:
+    none = (wire.MISSING, wire.MISSING)
+    run = shared_server.post("/api/v1/runs", wire.Registration(parameters=_listed(0), attempt=1)).json()["id"]
+
+    def send(name: str, attempt: int, samples: list[wire.Sample]) -> list[tuple[str, int]]:
+        assert shared_server.store(run, wire.Batch(id=name, attempt=attempt, samples=samples)).status_code == 200
+        found = shared_server.get("/api/v1/alerts", run=run)
+        return [(alert["rule"], alert["fired_step"]) for alert in found]
+
+    assert send("all", 1, [_layered(step) for step in range(1, 31)]) == []
+    frozen = wire.Registration(id=run, parameters=_listed(2), attempt=attempt)
+    assert shared_server.post("/api/v1/runs", frozen).status_code == 200
+    described = shared_server.get(f"/api/v1/runs/{run}")["parameters"]
+    assert [parameter["trainable"] for parameter in described] == [False, False, True, True]
+    assert send("frozen", attempt, [_layered(step, *none) for step in range(31, 91)]) == []
+    thawed = wire.Registration(id=run, parameters=_listed(0), attempt=attempt)
+    assert shared_server.post("/api/v1/runs", thawed).status_code == 200
+    assert send("thawed", attempt, [_layered(step) for step in range(91, 101)]) == []
+    assert send("cut", attempt, [_layered(step, 0.0, 0.0) for step in range(101, 106)]) == [("dead", 104)]
+
+
+def test_what_an_older_attempt_registers_late_freezes_nothing(shared_server: GradwatchServer) -> None:
+    attributes = {"host": "second"}
+    run = shared_server.post("/api/v1/runs", wire.Registration(parameters=_listed(2), attempt=1)).json()["id"]
+    resumed = wire.Registration(id=run, parameters=_listed(0), attempt=2, attributes=attributes)
+    assert shared_server.post("/api/v1/runs", resumed).status_code == 200
+    assert shared_server.get(f"/api/v1/runs/{run}")["attributes"] == attributes
+    late = wire.Registration(id=run, parameters=_listed(2), attempt=1, attributes={"host": "first"})
+    assert shared_server.post("/api/v1/runs", late).status_code == 200
+    described = shared_server.get(f"/api/v1/runs/{run}")
+    assert all(parameter["trainable"] for parameter in described["parameters"])
+    assert described["attributes"] == attributes
+
+
+def test_metrics_take_an_unfrozen_layer_into_account(shared_server: GradwatchServer) -> None:
+    run = shared_server.post("/api/v1/runs", wire.Registration(parameters=_listed(3))).json()["id"]
+    batch = wire.Batch(id="b", samples=[sample(1, 0.001, 0.01, 0.1, 1.0, loss=1.0)])
+    assert shared_server.store(run, batch).status_code == 200
+
+    def slopes() -> list[str]:
+        lines = shared_server.http.get("/metrics").text.splitlines()
+        return [
+            line.split()[-1]
+            for line in lines
+            if line.startswith("gradwatch_run_attenuation_decades_per_layer{") and run in line
+        ]
+
+    assert slopes() == ["NaN"]
+    thawed = wire.Registration(id=run, parameters=_listed(0))
+    assert shared_server.post("/api/v1/runs", thawed).status_code == 200
+    assert [round(float(slope), 3) for slope in slopes()] == [1.0]

@@ -306,7 +306,7 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
         still = np.abs(change) <= little
         steps = np.where(still, min(max(gap, 1), _MOST_STEPS), 1)
         longest = np.where(loud, np.maximum(longest, quiet), longest)
-        quiet = np.where(loud, 0, quiet + steps)
+        quiet = np.where(loud | ~layout.trainable, 0, quiet + steps)  # a frozen one sets no rhythm for later
     elif quiet.any():
         longest, quiet = np.maximum(longest, quiet), np.zeros_like(quiet)
     share = reading.vector("zero_unit_share", size)

@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, TypeVar, cast
+from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, SupportsFloat, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ DISARMED_AFTER: Final = 3
 _ORDER_STEPS: Final = 3
 """Steps after which the order of the gradients is no longer waited for."""
 _PENDING: Final = 1024
-"""Losses and clippings that wait for their step."""
+"""Losses and clippings that wait for their step; losses are summed then, the oldest clippings forgotten."""
 _SCALED: Final = 16
 """Scaled losses that are remembered."""
 _SEARCH_STEPS: Final = 100
@@ -162,6 +162,7 @@ class Agent:
         *,
         ends_run: bool = True,
         clip: AGC | None = None,
+        retired: bool = False,
     ) -> None:
         self._ends_run = ends_run
         """Whether closing it ends the run; under ``gradwatch run`` the exit status of the command does."""
@@ -169,7 +170,7 @@ class Agent:
         self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
         self.run_url = f"{settings.url}/runs/{self.run_id}"
         self._ranks = ranks_of(models)
-        self.watching = rank() == 0 or self._ranks is not None
+        self.watching = not retired and (rank() == 0 or self._ranks is not None)
         self.spent_seconds = 0.0
         """Of the training thread, since the agent was attached."""
         self._models = [weakref.ref(model) for model in models]
@@ -191,7 +192,7 @@ class Agent:
         """Whether the next round is sampled although it is not due."""
         self._step = _resumed_step(optimizers or []) if resumed else 0
         self._round: Round | None = None
-        self._pending_losses: deque[Tensor] = deque(maxlen=_PENDING)
+        self._pending_losses: list[Tensor] = []
         self._pending_clips: deque[Clip] = deque(maxlen=_PENDING)
         self._next_round: Round | None = None
         self._pending_value_clip: frozenset[int] = frozenset()
@@ -275,8 +276,10 @@ class Agent:
             self._report.sender.start()
             tell_the_launcher(self.run_id, settings.url, attempt)
 
-    def log(self, **scalars: float | Tensor) -> None:
-        """Add numbers to the next step, one for each name; a tensor is not waited for.
+    def log(self, **scalars: SupportsFloat) -> None:
+        """Add numbers to the next step, one for each name: Python's, numpy's, tensors of one element.
+
+        A tensor is not waited for.
 
         Raises:
             TypeError: a value is neither a number nor a tensor of one element.
@@ -286,7 +289,7 @@ class Agent:
                 if value.numel() != 1:
                     raise TypeError(f"log({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
                 self._logged[name] = _kept(value)
-            elif isinstance(value, int | float):
+            elif isinstance(value, SupportsFloat):
                 self._logged[name] = float(value)
             else:
                 raise TypeError(f"log({name}=...) takes a number or a tensor of one element, not {value!r:.80}")
@@ -452,6 +455,8 @@ class Agent:
         for scalar in scalars:
             original = next((original for scaled, original in self._scaled if scaled() is scalar), None)
             self._pending_losses.append(_kept(scalar) if original is None else original)
+        if len(self._pending_losses) >= _PENDING:
+            self._pending_losses = _summed(self._pending_losses)
 
     @_guarded
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
@@ -980,6 +985,15 @@ class Agent:
             self._search_from = self._step + _SEARCH_STEPS
             self._hooks_wanted = True
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self  # a copy of a model that holds its agent is not watched; the agent is the same one
+
+    def __reduce__(self) -> tuple[Callable[[str, str], "Agent"], tuple[str, str]]:
+        return _retired, (self.run_id, self.run_url)
+
     def forget_after_fork(self) -> bool:
         """Measure nothing in a forked child, whose threads and spool are the parent's; clip on."""
         if self.watching:
@@ -1022,6 +1036,12 @@ def _close_all() -> None:
         agent.deliver()
 
 
+def _retired(run_id: str, run_url: str) -> Agent:
+    """Return what an agent that was pickled with its model is elsewhere: closed, with nothing to watch."""
+    settings = resolve(url=run_url.removesuffix(f"/runs/{run_id}"), run=run_id, environment={})
+    return Agent([], [], settings, retired=True)
+
+
 def _nothing() -> None:
     """Nobody waits for what is written."""
 
@@ -1031,6 +1051,15 @@ def _kept(scalar: Tensor) -> Tensor:
     kept = local(scalar.detach())
     with torch.no_grad():
         return kept.clone() if kept.dtype in (torch.float32, torch.float64) else kept.float()
+
+
+def _summed(scalars: Iterable[Tensor]) -> list[Tensor]:
+    """Return the sums of the scalars of each device and type."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for scalar in scalars:
+        alike.setdefault((scalar.device, scalar.dtype), []).append(scalar.reshape(()))
+    with torch.no_grad():
+        return [torch.stack(same).sum() for same in alike.values()]
 
 
 def _is_partial(norm: Tensor) -> bool:

@@ -61,6 +61,8 @@ class Listener(Protocol):
 
 _listeners: tuple[Listener, ...] = ()
 _undo: list[Callable[[], None]] = []
+_replaced: set[tuple[Any, str]] = set()
+"""Owners and names of the attributes that are wrapped."""
 _stepping: dict[int, int] = {}
 """For each optimizer in the middle of a step, the id of the frame of torch's outermost wrapper."""
 _norm_type: ContextVar[float] = ContextVar("_norm_type", default=2.0)
@@ -106,7 +108,9 @@ def _set() -> None:
     _undo.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_step)).remove)
     _undo.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)).remove)
     _replace(torch.autograd, "backward", _backward)
+    _replace(torch.amp.GradScaler, "__init__", _make_scaler)
     _replace(torch.amp.GradScaler, "scale", _scale)
+    _find_scalers(torch.amp.GradScaler)
     _replace(torch.amp.GradScaler, "step", _scaler_step)
     _replace(Optimizer, "zero_grad", _zero_grad)
     _replace_inside(clip_grad.clip_grad_value_, _clip_by_value)
@@ -121,9 +125,11 @@ def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Put ``wrapper`` around an attribute. If somebody wraps it again, ours stays inside and merely calls through."""
     original = getattr(owner, name)
     ours = _bound(wrapper, original)
+    _replaced.add((owner, name))
     setattr(owner, name, ours)
 
     def undo() -> None:
+        _replaced.discard((owner, name))
         if getattr(owner, name) is ours:
             setattr(owner, name, original)
 
@@ -132,10 +138,12 @@ def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     wrapper = torch.compiler.disable(wrapper)
+    listening = [True]
+    _undo.append(listening.clear)  # of this one for good: others may listen later, through a wrapper of their own
 
     @functools.wraps(original)
     def ours(*args: Any, **kwargs: Any) -> Any:
-        if not _listeners or (torch.compiler.is_compiling() and _is_one_graph()):
+        if not (_listeners and listening) or (torch.compiler.is_compiling() and _is_one_graph()):
             return original(*args, **kwargs)
         return wrapper(original, *args, **kwargs)
 
@@ -237,6 +245,19 @@ def _scale(original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
             for listener in _listeners:
                 listener.scaled(scaler, output, scaled)
     return result
+
+
+def _make_scaler(original: Callable[..., Any], scaler: Any, *args: Any, **kwargs: Any) -> None:
+    _find_scalers(torch.amp.GradScaler)
+    original(scaler, *args, **kwargs)
+
+
+def _find_scalers(scaler: Any) -> None:
+    """Listen to the loss scalers that scale in their own way, as FSDP's does; they may be imported at any time."""
+    for own in scaler.__subclasses__():
+        if "scale" in vars(own) and (own, "scale") not in _replaced:
+            _replace(own, "scale", _scale)
+        _find_scalers(own)
 
 
 def _scaler_step(original: Callable[..., Any], scaler: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

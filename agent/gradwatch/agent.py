@@ -197,6 +197,8 @@ class Agent:
         self._next_round: Round | None = None
         self._pending_value_clip: frozenset[int] = frozenset()
         """Indices of the parameters whose gradients were clipped by value."""
+        self._exit: tuple[int, int | None] = (0, None)
+        """Step at which ``sys.exit`` was called last, and with what."""
         self._gone: frozenset[int] = frozenset()
         """Indices of the parameters whose gradients were thrown away since the last loss."""
         self._marks = Marks()
@@ -985,6 +987,17 @@ class Agent:
             self._search_from = self._step + _SEARCH_STEPS
             self._hooks_wanted = True
 
+    def exiting(self, status: object) -> None:
+        """``sys.exit`` was called: unless there is another step, that is how the run ends."""
+        if threading.current_thread() is threading.main_thread():
+            code = status if isinstance(status, int) else 0 if status is None else 1
+            self._exit = self._step, code
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return what ``sys.exit`` was called with since the last step; a text, which Python prints, is 1."""
+        return self._exit[1] if self._exit[0] == self._step else None
+
     def __copy__(self) -> Self:
         return self
 
@@ -1030,9 +1043,14 @@ class _Report:
 def _close_all() -> None:
     """At the end of the interpreter the agents wait for their servers at the same time, not one after the other."""
     deadline = time.monotonic() + CLOSING_SECONDS
-    status = "failed" if hasattr(sys, "last_value") else "completed"
+    raised = hasattr(sys, "last_value")
     agents = [listener for listener in taps.listeners() if isinstance(listener, Agent)]
-    for agent in [agent for agent in agents if agent.stop(deadline, status)]:
+    stopped = []
+    for agent in agents:
+        code = None if raised else agent.exit_code
+        if agent.stop(deadline, "failed" if raised or code else "completed", code):
+            stopped.append(agent)
+    for agent in stopped:
         agent.deliver()
 
 

@@ -55,6 +55,9 @@ class Listener(Protocol):
     def after_zero_grad(self, optimizer: Optimizer) -> None:
         """An optimizer forgot its gradients."""
 
+    def exiting(self, status: object) -> None:
+        """``sys.exit`` was called, by any thread; it may be caught."""
+
     def forget_after_fork(self) -> bool:
         """Be what is right in a forked child; return whether to listen on there."""
 
@@ -108,6 +111,7 @@ def _set() -> None:
     _undo.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_step)).remove)
     _undo.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)).remove)
     _replace(torch.autograd, "backward", _backward)
+    _replace(sys, "exit", _exit)
     _replace(torch.amp.GradScaler, "__init__", _make_scaler)
     _replace(torch.amp.GradScaler, "scale", _scale)
     _find_scalers(torch.amp.GradScaler)
@@ -245,6 +249,12 @@ def _scale(original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
             for listener in _listeners:
                 listener.scaled(scaler, output, scaled)
     return result
+
+
+def _exit(original: Callable[..., Any], status: object = None, *args: Any, **kwargs: Any) -> Any:
+    for listener in _listeners:
+        listener.exiting(status)
+    return original(status, *args, **kwargs)
 
 
 def _make_scaler(original: Callable[..., Any], scaler: Any, *args: Any, **kwargs: Any) -> None:

@@ -493,7 +493,8 @@ class Agent:
         limit = _kept(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
         clip = Clip(_kept(total_norm), limit, binding.index_set, _is_partial(total_norm), norm_type)
         # Clipping by NaN or Inf wipes out which gradient it came from: measure before, where it can be seen.
-        if not _finite(clip.total_norm):
+        clip.finite = _finite(clip.total_norm)
+        if not clip.finite:
             self._measure_before_clip(binding, force=True)
         self._pending_clips.append(clip)
 
@@ -684,7 +685,7 @@ class Agent:
     def _observe(self, optimizer: Optimizer, binding: Binding, round_: Round) -> tuple[Pass, Reading] | None:
         """Take note of what belongs to this step, and measure where it is due."""
         self._take_pending(round_)
-        finite = all(map(_finite, round_.losses)) and all(_finite(clip.total_norm) for clip in round_.clips)
+        finite = all(map(_finite, round_.losses)) and all(clip.finite for clip in round_.clips)
         if not finite and self._was_finite:
             self._in_trouble = True
             self._force(round_, {id(optimizer)})
@@ -1088,7 +1089,7 @@ def _finite(scalar: Tensor) -> bool:
     """Return False for a NaN or Inf that can be seen without waiting: on the CPU."""
     if scalar.device.type != "cpu":
         return True
-    seen = scalar.detach()
+    seen = scalar.detach() if scalar.requires_grad else scalar
     seen = seen if seen.dtype in (torch.float32, torch.float64) else seen.float()
     return bool(math.isfinite(seen.numpy().item()))
 

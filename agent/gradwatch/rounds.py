@@ -26,6 +26,8 @@ class Clip:
     partial: bool = False
     """Whether the norm is this rank's part of it, of sharded gradients."""
     norm_type: float = 2.0
+    finite: bool = True
+    """Whether the norm is, as far as can be seen without waiting."""
 
 
 @dataclass(slots=True)

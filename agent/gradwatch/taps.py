@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 _OPTIMIZER_FILE: Final = Optimizer.profile_hook_step.__code__.co_filename
+_compiler: Callable[[], object] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)  # noqa: SLF001
+"""None where no compiler looks at the frames that are run; torch before 2.6 does not tell."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -108,8 +110,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _set() -> None:
     # A compiled step must not be traced into the agent: it breaks the graph around the hooks instead.
-    _undo.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_step)).remove)
-    _undo.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)).remove)
+    _undo.append(register_optimizer_step_pre_hook(_untraced(_before_step)).remove)
+    _undo.append(register_optimizer_step_post_hook(_untraced(_after_step)).remove)
     _replace(torch.autograd, "backward", _backward)
     _replace(sys, "exit", _exit)
     _replace(torch.amp.GradScaler, "__init__", _make_scaler)
@@ -141,7 +143,7 @@ def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    wrapper = torch.compiler.disable(wrapper)
+    wrapper = _untraced(wrapper)
     listening = [True]
     _undo.append(listening.clear)  # of this one for good: others may listen later, through a wrapper of their own
 
@@ -152,6 +154,19 @@ def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callabl
         return wrapper(original, *args, **kwargs)
 
     return ours
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` so that the compiler leaves it alone; where no compiler is at work, that costs nothing."""
+    disabled = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def untraced(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _compiler() is not None:
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return untraced
 
 
 def _is_one_graph() -> bool:

@@ -790,8 +790,9 @@ class Agent:
             self._next_round = round_
         if force and self._was_finite:
             self._force(round_, set())
-        if round_.sampled:
-            self._measure(binding, round_)
+        seen = self._measure(binding, round_) if round_.sampled else None
+        if seen is not None:
+            seen[1].earlier = tuple(self._pending_clips)
 
     def _force(self, round_: Round, stepping: set[int]) -> None:
         """Sample a round although it is not due; the next one where an optimizer was not measured and has stepped."""

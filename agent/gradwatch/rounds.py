@@ -46,6 +46,8 @@ class Reading:
 
     claim: Claim
     before_clip: bool
+    earlier: Sequence[Clip] = ()
+    """Where it was read before a clipping: those by norm that came before that one."""
     scale: Tensor | None = None
     """What the gradients are multiplied by, with a fused optimizer under a loss scaler."""
     found_inf: Tensor | None = None

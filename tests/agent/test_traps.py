@@ -208,6 +208,22 @@ def test_clipping_by_value_reports_before_and_after(server: Server) -> None:
         assert server.values("clipped_grad_norm", step) == pytest.approx({"a": math.sqrt(18), "b": 3.0})
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_clipping_by_norm_and_by_value_reports_what_was_before_both(server: Server, norm_first: bool) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        if norm_first:
+            clip_grad_norm_(model.parameters(), 6.5)  # half is left: 2.5 and 6
+        clip_grad_value_(model.parameters(), 5.0)
+        if not norm_first:
+            clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    assert server.values("grad_norm") == pytest.approx({"a": 5.0, "b": 12.0})
+    assert server.values("clipped_grad_norm")["b"] == pytest.approx(5.0 if norm_first else 0.1 / math.sqrt(2))
+
+
 def test_clipping_does_not_wipe_out_where_the_nan_came_from(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, TypeVar, cast
+from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, SupportsFloat, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ DISARMED_AFTER: Final = 3
 _ORDER_STEPS: Final = 3
 """Steps after which the order of the gradients is no longer waited for."""
 _PENDING: Final = 1024
-"""Losses and clippings that wait for their step."""
+"""Losses and clippings that wait for their step; losses are summed then, the oldest clippings forgotten."""
 _SCALED: Final = 16
 """Scaled losses that are remembered."""
 _SEARCH_STEPS: Final = 100
@@ -174,6 +174,7 @@ class Agent:
         *,
         ends_run: bool = True,
         clip: AGC | None = None,
+        retired: bool = False,
     ) -> None:
         self._ends_run = ends_run
         """Whether closing it ends the run; under ``gradwatch run`` the exit status of the command does."""
@@ -181,7 +182,7 @@ class Agent:
         self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
         self.run_url = f"{settings.url}/runs/{self.run_id}"
         self._ranks = ranks_of(models)
-        self.watching = rank() == 0 or self._ranks is not None
+        self.watching = not retired and (rank() == 0 or self._ranks is not None)
         self.spent_seconds = 0.0
         """Of the training thread, since the agent was attached."""
         self._models = [weakref.ref(model) for model in models]
@@ -209,11 +210,13 @@ class Agent:
             self._step_is_open = not self._step
         self._expected = self._expected and dict.fromkeys(self._expected, self._step)
         self._round: Round | None = None
-        self._pending_losses: deque[Tensor] = deque(maxlen=_PENDING)
+        self._pending_losses: list[Tensor] = []
         self._pending_clips: deque[Clip] = deque(maxlen=_PENDING)
         self._next_round: Round | None = None
         self._pending_value_clip: frozenset[int] = frozenset()
         """Indices of the parameters whose gradients were clipped by value."""
+        self._exit: tuple[int, int | None] = (0, None)
+        """Step at which ``sys.exit`` was called last, and with what."""
         self._gone: frozenset[int] = frozenset()
         """Indices of the parameters whose gradients were thrown away since the last loss."""
         self._marks = Marks()
@@ -299,8 +302,10 @@ class Agent:
             self._report.sender.start()
             tell_the_launcher(self.run_id, settings.url, attempt)
 
-    def log(self, **scalars: float | Tensor) -> None:
-        """Add numbers to the next step, one for each name; a tensor is not waited for.
+    def log(self, **scalars: SupportsFloat) -> None:
+        """Add numbers to the next step, one for each name: Python's, numpy's, tensors of one element.
+
+        A tensor is not waited for.
 
         Raises:
             TypeError: a value is neither a number nor a tensor of one element.
@@ -310,7 +315,7 @@ class Agent:
                 if value.numel() != 1:
                     raise TypeError(f"log({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
                 self._logged[name] = _kept(value)
-            elif isinstance(value, int | float):
+            elif isinstance(value, SupportsFloat):
                 self._logged[name] = float(value)
             else:
                 raise TypeError(f"log({name}=...) takes a number or a tensor of one element, not {value!r:.80}")
@@ -479,6 +484,8 @@ class Agent:
         for scalar in scalars:
             original = next((original for scaled, original in self._scaled if scaled() is scalar), None)
             self._pending_losses.append(_kept(scalar) if original is None else original)
+        if len(self._pending_losses) >= _PENDING:
+            self._pending_losses = _summed(self._pending_losses)
 
     @_guarded
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
@@ -513,7 +520,8 @@ class Agent:
         limit = _kept(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
         clip = Clip(_kept(total_norm), limit, binding.index_set, _is_partial(total_norm), norm_type)
         # Clipping by NaN or Inf wipes out which gradient it came from: measure before, where it can be seen.
-        if not _finite(clip.total_norm):
+        clip.finite = _finite(clip.total_norm)
+        if not clip.finite:
             self._measure_before_clip(binding, force=True)
         self._pending_clips.append(clip)
 
@@ -719,7 +727,7 @@ class Agent:
     def _observe(self, optimizer: Optimizer, binding: Binding, round_: Round) -> tuple[Pass, Reading] | None:
         """Take note of what belongs to this step, and measure where it is due."""
         self._take_pending(round_)
-        finite = all(map(_finite, round_.losses)) and all(_finite(clip.total_norm) for clip in round_.clips)
+        finite = all(map(_finite, round_.losses)) and all(clip.finite for clip in round_.clips)
         if not finite and self._was_finite:
             self._in_trouble = True
             self._force(round_, {id(optimizer)})
@@ -872,8 +880,9 @@ class Agent:
             self._next_round = round_
         if force and self._was_finite:
             self._force(round_, set())
-        if round_.sampled:
-            self._measure(binding, round_)
+        seen = self._measure(binding, round_) if round_.sampled else None
+        if seen is not None:
+            seen[1].earlier = tuple(self._pending_clips)
 
     def _force(self, round_: Round, stepping: set[int]) -> None:
         """Sample a round although it is not due; the next one where an optimizer was not measured and has stepped."""
@@ -1077,6 +1086,26 @@ class Agent:
             self._search_from = self._step + _SEARCH_STEPS
             self._hooks_wanted = True
 
+    def exiting(self, status: object) -> None:
+        """``sys.exit`` was called: unless there is another step, that is how the run ends."""
+        if threading.current_thread() is threading.main_thread():
+            code = status if isinstance(status, int) else 0 if status is None else 1
+            self._exit = self._step, code
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return what ``sys.exit`` was called with since the last step; a text, which Python prints, is 1."""
+        return self._exit[1] if self._exit[0] == self._step else None
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self  # a copy of a model that holds its agent is not watched; the agent is the same one
+
+    def __reduce__(self) -> tuple[Callable[[str, str], "Agent"], tuple[str, str]]:
+        return _retired, (self.run_id, self.run_url)
+
     def forget_after_fork(self) -> bool:
         """Measure nothing in a forked child, whose threads and spool are the parent's; clip on."""
         if self.watching:
@@ -1113,10 +1142,21 @@ class _Report:
 def _close_all() -> None:
     """At the end of the interpreter the agents wait for their servers at the same time, not one after the other."""
     deadline = time.monotonic() + CLOSING_SECONDS
-    status = "failed" if hasattr(sys, "last_value") else "completed"
+    raised = hasattr(sys, "last_value")
     agents = [listener for listener in taps.listeners() if isinstance(listener, Agent)]
-    for agent in [agent for agent in agents if agent.stop(deadline, status)]:
+    stopped = []
+    for agent in agents:
+        code = None if raised else agent.exit_code
+        if agent.stop(deadline, "failed" if raised or code else "completed", code):
+            stopped.append(agent)
+    for agent in stopped:
         agent.deliver()
+
+
+def _retired(run_id: str, run_url: str) -> Agent:
+    """Return what an agent that was pickled with its model is elsewhere: closed, with nothing to watch."""
+    settings = resolve(url=run_url.removesuffix(f"/runs/{run_id}"), run=run_id, environment={})
+    return Agent([], [], settings, retired=True)
 
 
 def _nothing() -> None:
@@ -1130,6 +1170,15 @@ def _kept(scalar: Tensor) -> Tensor:
         return kept.clone() if kept.dtype in (torch.float32, torch.float64) else kept.float()
 
 
+def _summed(scalars: Iterable[Tensor]) -> list[Tensor]:
+    """Return the sums of the scalars of each device and type."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for scalar in scalars:
+        alike.setdefault((scalar.device, scalar.dtype), []).append(scalar.reshape(()))
+    with torch.no_grad():
+        return [torch.stack(same).sum() for same in alike.values()]
+
+
 def _is_partial(norm: Tensor) -> bool:
     return any(placement.is_partial() for placement in getattr(norm, "placements", ()))
 
@@ -1138,6 +1187,6 @@ def _finite(scalar: Tensor) -> bool:
     """Return False for a NaN or Inf that can be seen without waiting: on the CPU."""
     if scalar.device.type != "cpu":
         return True
-    seen = scalar.detach()
+    seen = scalar.detach() if scalar.requires_grad else scalar
     seen = seen if seen.dtype in (torch.float32, torch.float64) else seen.float()
     return bool(math.isfinite(seen.numpy().item()))

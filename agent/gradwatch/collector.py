@@ -397,9 +397,9 @@ class Composer:
 
     def _draft(self, round_: Round) -> "Draft":
         vectors = _Vectors(self._weight_norm.size)
-        coefficients = _coefficients(round_.clips, self._weight_norm.size)
         for reading in sorted(round_.readings, key=lambda reading: reading.before_clip):
-            self._enter(reading, vectors, coefficients)
+            clips = reading.earlier if reading.before_clip else round_.clips
+            self._enter(reading, vectors, _coefficients(clips, self._weight_norm.size))
         for index in round_.empty:
             vectors.set_zero(index)
         for update in round_.updates:
@@ -477,7 +477,7 @@ class Composer:
         vectors.units[indices] = plan.measured_units
         with np.errstate(all="ignore"):
             now = grad_norm / scale
-            factor = 1.0 if reading.before_clip else coefficients[indices]
+            factor = coefficients[indices]
             vectors.grad_norm[indices] = now / factor
             vectors.max_unit_ratio[indices] = measured.max_unit_ratio / scale / factor
             if not reading.before_clip:

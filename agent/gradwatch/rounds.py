@@ -26,6 +26,8 @@ class Clip:
     partial: bool = False
     """Whether the norm is this rank's part of it, of sharded gradients."""
     norm_type: float = 2.0
+    finite: bool = True
+    """Whether the norm is, as far as can be seen without waiting."""
 
 
 @dataclass(slots=True)
@@ -44,6 +46,8 @@ class Reading:
 
     claim: Claim
     before_clip: bool
+    earlier: Sequence[Clip] = ()
+    """Where it was read before a clipping: those by norm that came before that one."""
     scale: Tensor | None = None
     """What the gradients are multiplied by, with a fused optimizer under a loss scaler."""
     found_inf: Tensor | None = None

@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 _OPTIMIZER_FILE: Final = Optimizer.profile_hook_step.__code__.co_filename
+_compiler: Callable[[], object] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)  # noqa: SLF001
+"""None where no compiler looks at the frames that are run; torch before 2.6 does not tell."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -55,12 +57,17 @@ class Listener(Protocol):
     def after_zero_grad(self, optimizer: Optimizer) -> None:
         """An optimizer forgot its gradients."""
 
+    def exiting(self, status: object) -> None:
+        """``sys.exit`` was called, by any thread; it may be caught."""
+
     def forget_after_fork(self) -> bool:
         """Be what is right in a forked child; return whether to listen on there."""
 
 
 _listeners: tuple[Listener, ...] = ()
 _undo: list[Callable[[], None]] = []
+_replaced: set[tuple[Any, str]] = set()
+"""Owners and names of the attributes that are wrapped."""
 _stepping: dict[int, int] = {}
 """For each optimizer in the middle of a step, the id of the frame of torch's outermost wrapper."""
 _norm_type: ContextVar[float] = ContextVar("_norm_type", default=2.0)
@@ -103,10 +110,13 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _set() -> None:
     # A compiled step must not be traced into the agent: it breaks the graph around the hooks instead.
-    _undo.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_step)).remove)
-    _undo.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)).remove)
+    _undo.append(register_optimizer_step_pre_hook(_untraced(_before_step)).remove)
+    _undo.append(register_optimizer_step_post_hook(_untraced(_after_step)).remove)
     _replace(torch.autograd, "backward", _backward)
+    _replace(sys, "exit", _exit)
+    _replace(torch.amp.GradScaler, "__init__", _make_scaler)
     _replace(torch.amp.GradScaler, "scale", _scale)
+    _find_scalers(torch.amp.GradScaler)
     _replace(torch.amp.GradScaler, "step", _scaler_step)
     _replace(Optimizer, "zero_grad", _zero_grad)
     _replace_inside(clip_grad.clip_grad_value_, _clip_by_value)
@@ -121,9 +131,11 @@ def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Put ``wrapper`` around an attribute. If somebody wraps it again, ours stays inside and merely calls through."""
     original = getattr(owner, name)
     ours = _bound(wrapper, original)
+    _replaced.add((owner, name))
     setattr(owner, name, ours)
 
     def undo() -> None:
+        _replaced.discard((owner, name))
         if getattr(owner, name) is ours:
             setattr(owner, name, original)
 
@@ -131,15 +143,30 @@ def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    wrapper = torch.compiler.disable(wrapper)
+    wrapper = _untraced(wrapper)
+    listening = [True]
+    _undo.append(listening.clear)  # of this one for good: others may listen later, through a wrapper of their own
 
     @functools.wraps(original)
     def ours(*args: Any, **kwargs: Any) -> Any:
-        if not _listeners or (torch.compiler.is_compiling() and _is_one_graph()):
+        if not (_listeners and listening) or (torch.compiler.is_compiling() and _is_one_graph()):
             return original(*args, **kwargs)
         return wrapper(original, *args, **kwargs)
 
     return ours
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function`` so that the compiler leaves it alone; where no compiler is at work, that costs nothing."""
+    disabled = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def untraced(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _compiler() is not None:
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return untraced
 
 
 def _is_one_graph() -> bool:
@@ -237,6 +264,25 @@ def _scale(original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
             for listener in _listeners:
                 listener.scaled(scaler, output, scaled)
     return result
+
+
+def _exit(original: Callable[..., Any], status: object = None, *args: Any, **kwargs: Any) -> Any:
+    for listener in _listeners:
+        listener.exiting(status)
+    return original(status, *args, **kwargs)
+
+
+def _make_scaler(original: Callable[..., Any], scaler: Any, *args: Any, **kwargs: Any) -> None:
+    _find_scalers(torch.amp.GradScaler)
+    original(scaler, *args, **kwargs)
+
+
+def _find_scalers(scaler: Any) -> None:
+    """Listen to the loss scalers that scale in their own way, as FSDP's does; they may be imported at any time."""
+    for own in scaler.__subclasses__():
+        if "scale" in vars(own) and (own, "scale") not in _replaced:
+            _replace(own, "scale", _scale)
+        _find_scalers(own)
 
 
 def _scaler_step(original: Callable[..., Any], scaler: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

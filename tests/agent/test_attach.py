@@ -4,6 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +215,14 @@ def test_log_adds_to_the_next_step(server: Server) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
         step(model, optimizer)
-        agent.log(loss=7.5, accuracy=torch.tensor(0.25))
+        agent.log(loss=7.5, accuracy=torch.tensor(0.25), precision=np.float32(0.5), share=Fraction(1, 4))
         step(model, optimizer)
+        with pytest.raises(TypeError, match=r"log\(name=...\) takes a number"):
+            agent.log(name="0.5")  # type: ignore[arg-type]  # what the test is about
         with pytest.raises(TypeError, match=r"log\(norms=...\) takes one number"):
             agent.log(norms=torch.zeros(3))
-    assert server.trail("accuracy") == {2: 0.25}
+    assert server.trail("accuracy") == server.trail("share") == {2: 0.25}
+    assert server.trail("precision") == {2: 0.5}
     assert server.trail("loss")[2] == 7.5
 
 

@@ -423,15 +423,33 @@ def program(url: str, ending: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("ending", "status", "code"), [("", "completed", 0), ("raise ValueError", "failed", 1)])
+_CAUGHT = """
+try: sys.exit(3)
+except SystemExit: pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "code"),
+    [
+        ("", "completed", 0),
+        ("raise ValueError", "failed", 1),
+        ("raise KeyboardInterrupt", "failed", -2),
+        ("import sys; sys.exit()", "completed", 0),
+        ("import sys; sys.exit(3)", "failed", 3),
+        ("import sys; sys.exit('out of data')", "failed", 1),
+        ("import sys" + _CAUGHT + "optimizer.step()", "completed", 0),
+    ],
+)
 def test_the_interpreters_end_delivers(server: Server, ending: str, status: str, code: int) -> None:
     running = program(server.url, ending)
     running.communicate(timeout=60)
     assert running.returncode == code
-    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    assert [sample.step for sample in server.samples][:5] == [1, 2, 3, 4, 5]
     end = server.batches[-1].end
     assert end is not None
     assert end.status == status
+    assert end.exit_code == (code if "sys.exit(" in ending and "except" not in ending else None)
 
 
 _OTHERS = """

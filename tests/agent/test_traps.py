@@ -208,6 +208,22 @@ def test_clipping_by_value_reports_before_and_after(server: Server) -> None:
         assert server.values("clipped_grad_norm", step) == pytest.approx({"a": math.sqrt(18), "b": 3.0})
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_clipping_by_norm_and_by_value_reports_what_was_before_both(server: Server, norm_first: bool) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        if norm_first:
+            clip_grad_norm_(model.parameters(), 6.5)  # half is left: 2.5 and 6
+        clip_grad_value_(model.parameters(), 5.0)
+        if not norm_first:
+            clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    assert server.values("grad_norm") == pytest.approx({"a": 5.0, "b": 12.0})
+    assert server.values("clipped_grad_norm")["b"] == pytest.approx(5.0 if norm_first else 0.1 / math.sqrt(2))
+
+
 def test_clipping_does_not_wipe_out_where_the_nan_came_from(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -610,6 +626,66 @@ def test_accumulation_counts_steps_and_sums_the_loss(server: Server) -> None:
     assert server.trail("loss") == pytest.approx({1: 59.0, 2: 59.0})
 
 
+def test_accumulation_over_any_number_of_batches_sums_the_loss(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer) as agent:
+        for _ in range(2500):
+            model(GRAD_A, 12.0).backward()
+        assert len(agent._pending_losses) <= 1024
+        optimizer.step()
+    assert server.trail("loss") == {1: 59.0 * 2500}
+
+
+def test_the_loss_of_a_scaler_that_scales_in_its_own_way(server: Server) -> None:
+    """As the one for sharded training does; it is imported after the agent was attached, or before."""
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def train(scaler: torch.amp.GradScaler) -> None:
+        optimizer.zero_grad()
+        scaler.scale(model(GRAD_A, 12.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    with watch(model, server, optimizer):
+
+        class Scaler(torch.amp.GradScaler):
+            def scale(self, outputs: Any) -> Any:
+                assert self._scale is not None or not self._lazy_init_scale_growth_tracker(outputs.device)  # type: ignore[func-returns-value]
+                return outputs * self._scale
+
+        own = Scaler.scale
+        train(scaler := Scaler("cpu", init_scale=1024.0))
+        train(scaler)
+    assert server.trail("loss") == {1: 59.0, 2: 59.0}
+    assert Scaler.scale is own
+    with watch(model, server, optimizer):
+        train(scaler)
+    assert server.trail("loss") == {1: 59.0, 2: 59.0}
+
+
+def test_whoever_wrapped_backward_meanwhile_does_not_count_twice(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    monkeypatch.setattr(torch.autograd, "backward", torch.autograd.backward)  # to be put back
+    agent = watch(model, server, optimizer)
+    first = torch.autograd.backward
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return first(*args, **kwargs)
+
+    torch.autograd.backward = theirs
+    agent.close()
+    with watch(model, server, optimizer):
+        for _ in range(2):
+            model(GRAD_A, 12.0).backward()
+        optimizer.step()
+    assert server.trail("loss") == {1: 118.0}
+
+
 def test_several_optimizers_make_one_round(server: Server) -> None:
     model = Two()
     first, second = torch.optim.SGD([model.a], lr=0.25), torch.optim.SGD([model.b], lr=0.5)
@@ -866,6 +942,27 @@ def test_a_watched_model_copies_and_pickles(server: Server) -> None:
             assert place + 1 == 1 or not model.a._post_accumulate_grad_hooks
     assert [sample.step for sample in server.samples] == [1, 2]
     assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+
+
+def test_a_model_that_holds_its_agent_copies_and_pickles(server: Server) -> None:
+    model: Any = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer) as agent:
+        model.agent = agent
+        assert copy.deepcopy(model).agent is copy.copy(model).agent is agent
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        loaded = torch.load(buffer, weights_only=False)
+        optimizer.zero_grad()
+        model(GRAD_A, 12.0).backward()
+        optimizer.step()
+    assert (loaded.agent.run_id, loaded.agent.run_url) == (agent.run_id, agent.run_url)
+    assert not loaded.agent.watching
+    loaded.agent.log(loss=1.0)
+    loaded.agent.close()
+    assert [sample.step for sample in server.samples] == [1]
+    assert len(server.registrations) == 2  # the second when the depth was known
 
 
 def test_retain_graph_and_double_backward(server: Server) -> None:

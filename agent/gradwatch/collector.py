@@ -123,6 +123,7 @@ class Collector:
         """Take a message from the training thread; never waits."""
         if len(self._messages) >= LONGEST_QUEUE and isinstance(message, Round):
             self._losses.samples += message.sampled
+            self._losses.values += len(message.logged) + bool(message.losses) + bool(message.clips)
             if message.slot is not None:
                 self._slots.give_back(message.slot)
             return

@@ -1012,7 +1012,7 @@ class _Report:
     def close(self) -> None:
         """Wait for the sender, which was told when to end."""
         self.sender.join()
-        self.spool.close()
+        self.spool.close(timeout_seconds=0.2)
         self._http.close()
 
 

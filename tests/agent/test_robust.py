@@ -630,3 +630,30 @@ def test_what_a_collector_that_is_held_up_cannot_take_is_counted(
     assert kept < 32
     assert server.batches[-1].dropped.values == 2 * (32 - kept)
     assert server.batches[-1].dropped.samples == 0
+
+
+def test_closing_does_not_wait_for_a_disk_that_hangs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    write, hangs = Spool._write, threading.Event()
+
+    def hanging(self: Spool, change: Callable[[], object]) -> None:
+        if hangs.is_set():
+            assert free.wait(60)
+        write(self, change)
+
+    monkeypatch.setattr(Spool, "_write", hanging)
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
+    train(agent, model, optimizer, 3)
+    server.wait(lambda: len(server.samples) == 3)
+    hangs.set()
+    train(agent, model, optimizer, 3)
+    time.sleep(0.3)
+    started = time.monotonic()
+    agent.close(timeout_seconds=1.0)
+    took = time.monotonic() - started
+    free.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("gradwatch"):
+            thread.join(20)
+    assert took < 3

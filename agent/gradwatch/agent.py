@@ -32,7 +32,7 @@ from gradwatch.mirrors import Logger, mirror
 from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
 from gradwatch.process import attributes, automatic_name, rank, tell_the_launcher
 from gradwatch.progress import steps_made
-from gradwatch.ranks import ranks_of
+from gradwatch.ranks import is_flattened, is_one_of_several, is_sharded, ranks_of
 from gradwatch.rounds import Clip, Reading, Registered, Round, Scalar
 from gradwatch.sender import Http, Sender
 from gradwatch.settings import RUN_ID, Settings, resolve
@@ -229,6 +229,8 @@ class Agent:
         self._unstepped: int | None = 0
         """Backward passes that made gradients before anything watched was stepped; None: something was."""
         self._steps_of_others = 0
+        self._parts_only = ""
+        """Why nothing is measured: this rank holds only parts of the parameters, and no other measures the rest."""
         self._updates = Updates()
         self._weights_seen = 0
         self._trains: dict[int, bool] = {}
@@ -255,6 +257,7 @@ class Agent:
             return
         self._discover()
         self._check_given(optimizers or [])
+        self._check_parts()
         self._replace_earlier()
         if self.watching:
             self._start(models, settings, resumed=resumed)
@@ -297,6 +300,8 @@ class Agent:
         if not any(is_compiled(model) for model in models):
             parameters = ((index, watched.parameter()) for index, watched in enumerate(self._watched))
             self._order = ReadyOrder((index, parameter) for index, parameter in parameters if parameter is not None)
+        if self._parts_only:
+            self._tell_parts()
         self._collector.start()
         if self._report is not None:
             self._report.sender.start()
@@ -784,6 +789,7 @@ class Agent:
         if binding is None or not binding.whole or binding.signature != signature:
             if any(self._find(parameter) is None for group in groups for parameter in group):
                 self._look_for_new()
+            self._check_parts()
             old = binding
             binding = self._bindings[optimizer] = Binding(groups, self._find)
             binding.signature = signature
@@ -801,6 +807,7 @@ class Agent:
         unknown = sum(self._find(parameter) is None for parameter in parameters)
         if 0 < unknown < len(parameters):
             self._look_for_new()
+        self._check_parts()
         return Binding([parameters], self._find)
 
     def _look_for_new(self) -> None:
@@ -860,6 +867,32 @@ class Agent:
                 raise ValueError(f"{text}: nothing would be clipped. Give the model whose parameters it holds")
             self.warn(f"{text}: nothing of it is measured")
 
+    def _check_parts(self) -> None:
+        """Measure no more where the numbers would be those of this rank's part alone.
+
+        Raises:
+            NotImplementedError: they were to be clipped and cannot be.
+        """
+        if self._parts_only or not is_one_of_several():
+            return
+        models = [model for reference in self._models if (model := reference()) is not None]
+        text = ""
+        if is_flattened(models):
+            text = "FullyShardedDataParallel (FSDP1) leaves each rank a part of the parameters: use fully_shard (FSDP2)"
+            if self._clipper is not None:
+                raise NotImplementedError(f"{text}; AGC cannot clip them")
+        elif self._ranks is None and any(map(is_sharded, _parameters(models))):
+            text = "the model was sharded after attach(), the other ranks do not measure: attach after fully_shard"
+        self._parts_only = text
+        if text and self.watching:
+            self.warn(f"{text}. Gradients and weights are not measured")
+            if self._started:
+                self._tell_parts()
+
+    def _tell_parts(self) -> None:
+        event = wire.Event(step=self._step, at=time.time(), kind="not_measured", message=self._parts_only)
+        self._collector.put(event)
+
     def _note_unstepped(self) -> None:
         """Count a backward pass, and say once where no optimizer takes what comes of them."""
         assert self._unstepped is not None
@@ -910,6 +943,9 @@ class Agent:
             optimizer: about to step them; None: before they are clipped.
         """
         before_clip = optimizer is None
+        if self._parts_only:
+            round_.sampled = False
+            return None
         if round_.slot is None:
             round_.slot = self._slots.take()
         if round_.slot is None:
@@ -1135,7 +1171,7 @@ class _Report:
     def close(self) -> None:
         """Wait for the sender, which was told when to end."""
         self.sender.join()
-        self.spool.close()
+        self.spool.close(timeout_seconds=0.2)
         self._http.close()
 
 
@@ -1161,6 +1197,10 @@ def _retired(run_id: str, run_url: str) -> Agent:
 
 def _nothing() -> None:
     """Nobody waits for what is written."""
+
+
+def _parameters(models: Iterable[nn.Module]) -> Iterable[Tensor]:
+    return (parameter for model in models for parameter in model.parameters())
 
 
 def _kept(scalar: Tensor) -> Tensor:

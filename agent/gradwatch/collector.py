@@ -19,7 +19,7 @@ from gradwatch import wire
 from gradwatch.agc import AGC
 from gradwatch.buffers import Slots
 from gradwatch.mirrors import Mirror
-from gradwatch.model import Watched
+from gradwatch.model import LONGEST_NAME, Watched, shortened
 from gradwatch.provenance import of_seen
 from gradwatch.ranks import Joined, Part, Patience, Ranks, joined, shares, unclipped
 from gradwatch.rounds import Clip, Ended, Message, Reading, Registered, Round, Scalar, Update
@@ -44,8 +44,6 @@ LARGEST_BATCH_NAMES: Final = 200
 """All of these are well below what a server takes by default."""
 MOST_NAMES: Final = 1_000
 """Different names that a run may log: the server keeps the latest value of each with the run."""
-LONGEST_NAME: Final = 512
-"""In characters, as the server has it."""
 _OWN_NAMES: Final = ("loss", "clip_norm")
 MOST_RATES: Final = 16
 """Parameter groups up to which the learning rate of each is told."""
@@ -123,6 +121,7 @@ class Collector:
         """Take a message from the training thread; never waits."""
         if len(self._messages) >= LONGEST_QUEUE and isinstance(message, Round):
             self._losses.samples += message.sampled
+            self._losses.values += len(message.logged) + bool(message.losses) + bool(message.clips)
             if message.slot is not None:
                 self._slots.give_back(message.slot)
             return
@@ -285,7 +284,10 @@ class Collector:
                 name: wire.Trail(steps=[step for step, _ in pairs], values=[wire.spell(value) for _, value in pairs])
                 for name, pairs in batch.trail.items()
             },
-            events=batch.events,
+            events=[
+                msgspec.structs.replace(event, parameter=shortened(event.parameter or "") or None)
+                for event in batch.events
+            ],
             dropped=self._losses.counted(),
             end=batch.end,
         )

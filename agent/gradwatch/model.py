@@ -3,8 +3,10 @@
 import math
 import re
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from gradwatch import wire
 from gradwatch.layout import Axis, Spec, spec_of
 
+LONGEST_NAME: Final = 512
+"""In characters, as a server takes it by default."""
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile, FSDP and activation checkpointing put into names."""
 
@@ -34,7 +38,7 @@ class Watched:
     def described(self, depth: int) -> wire.Parameter:
         """Return the parameter as it is registered."""
         return wire.Parameter(
-            name=self.name,
+            name=shortened(self.name),
             shape=list(self.shape),
             dtype=self.dtype,
             depth=depth,
@@ -56,6 +60,14 @@ class Watched:
     def spec(self, tensor: Tensor) -> Spec:
         """Return how ``tensor``, this parameter or its gradient, is reduced."""
         return spec_of(tensor, self.axis, self.groups)
+
+
+def shortened(name: str) -> str:
+    """Return a name that a server takes; of a longer one its end, behind what tells it from others that end so."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    mark = f"{zlib.crc32(name.encode('utf-8', 'replace')):08x}~"
+    return mark + name[len(mark) - LONGEST_NAME :]
 
 
 def walk(models: Sequence[nn.Module]) -> Iterator[Watched]:

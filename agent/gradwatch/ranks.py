@@ -6,6 +6,7 @@ disarmed costs samples, never time.
 """
 
 import itertools
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -138,6 +139,24 @@ def ranks_of(models: Sequence[nn.Module]) -> Ranks | None:
     if not any(is_sharded(parameter) for model in models for parameter in model.parameters()):
         return None
     return Ranks(str(next(_numbers)), distributed.get_rank(), distributed.get_world_size())
+
+
+def is_flattened(models: Sequence[nn.Module]) -> bool:
+    """Return whether FSDP1 shards the models: what it leaves of a parameter does not say what it is a part of."""
+    module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    if module is None:
+        return False
+    wrappers = [
+        inner for model in models for inner in model.modules() if isinstance(inner, module.FullyShardedDataParallel)
+    ]
+    if wrappers:
+        return any(wrapper.sharding_strategy.name != "NO_SHARD" for wrapper in wrappers)
+    return any(getattr(parameter, "_fsdp_flattened", False) for model in models for parameter in model.parameters())
+
+
+def is_one_of_several() -> bool:
+    """Return whether there are other ranks."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _store() -> Any:

@@ -24,7 +24,9 @@ MOST_PIECES: Final = 64
 REFUSED_PAUSE_SECONDS: Final = 60.0
 """Between attempts while the token is refused."""
 
-Verdict = Literal["committed", "unknown_run", "poison", "refused", "later"]
+_UNREGISTERED: Final = "the server refuses to register the run, whose measurements wait in the spool"
+
+Verdict = Literal["committed", "unknown_run", "poison", "refused", "unregistered", "later"]
 """What an answer means for the document: see ``judge``."""
 
 
@@ -236,6 +238,8 @@ class Sender:
             self._queue.forget(entry)
         elif answer.verdict == "refused":
             self._warn_once("refused", f"the server refuses the token: {answer.reason}; set GRADWATCH_TOKEN")
+        elif answer.verdict == "unregistered":
+            self._warn_once("unregistered", f"{_UNREGISTERED}: {answer.reason}")
         else:
             self._warn_once("later", f"the server cannot be reached, measurements wait in the spool: {answer.reason}")
         return answer
@@ -268,7 +272,9 @@ class Sender:
             lost.bytes += len(piece.body)
             lost.values += 0 if batch is None else values(batch)
         self._losses.add(lost)
-        if lost.bytes:
+        if entry.kind == "registration":
+            self._warn_once("unregistered", f"{_UNREGISTERED}: {reason}")
+        elif lost.bytes:
             what = f"a {entry.kind}" if lost.bytes == len(entry.body) else f"a part of a {entry.kind}"
             self._warn_once("poison", f"the server refuses {what}, which is dropped: {reason}")
         return Answer("poison" if lost.bytes else "committed", reason)
@@ -285,6 +291,8 @@ class Sender:
         if self._registration is None:
             return Answer("later", answer.reason)
         registered = self._post(self._registration, timeout_seconds)
+        if registered.verdict == "poison":
+            return Answer("unregistered", registered.reason)
         if registered.verdict != "committed":
             return registered if registered.verdict == "refused" else Answer("later", registered.reason)
         again = self._post(entry, timeout_seconds)

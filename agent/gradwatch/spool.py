@@ -144,15 +144,24 @@ class Spool:
             self._pending -= 1
             self._bytes -= len(entry.body)
 
-    def close(self) -> None:
-        """Write what is open; an empty spool leaves no file behind."""
-        with self._lock:
+    def close(self, timeout_seconds: float = -1.0) -> None:
+        """Write what is open; an empty spool leaves no file behind.
+
+        Args:
+            timeout_seconds: how long a write that is under way is waited for, -1 for ever; the file then stays, for the
+                next who finds it when this process is gone.
+        """
+        if not self._lock.acquire(timeout=timeout_seconds):
+            return
+        try:
             with suppress(sqlite3.Error):
                 self._write(lambda: None)
                 self._connection.close()
             if self._pending <= 0:
                 self._remove_file()
             self._let_go()
+        finally:
+            self._lock.release()
 
     def abandon_after_fork(self) -> None:
         """Let go of the lock file in a forked child, without touching the parent's database."""

@@ -1,5 +1,6 @@
 """What the server's limits refuse is not sent, or is sent in pieces: nothing goes with what cannot be taken."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -216,3 +217,36 @@ def test_halves_hold_the_whole() -> None:
     assert parts is not None
     assert [part.id for part in parts] == ["grown.0", "grown.1"]
     assert halves(wire.Batch(id="one", end=wire.End(at=0.0))) is None
+
+
+def test_names_longer_than_a_server_takes_are_shortened(real: GradwatchServer) -> None:
+    model: nn.Module = nn.Linear(4, 4)
+    for _ in range(30):
+        model = nn.Sequential(OrderedDict({"a_block_inside_another_block": model}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.attach(model, optimizer, url=real.url, every=1) as agent:
+        for _ in range(3):
+            step(model, optimizer)
+        model(torch.full((2, 4), float("nan"))).sum().backward()
+        optimizer.step()
+    run = kept(real, agent)
+    assert run["sample_count"] == 4
+    names = [entry["name"] for entry in run["parameters"]]
+    assert len(set(names)) == 2
+    assert {len(name) for name in names} == {512}
+    assert [name.endswith((".weight", ".bias")) for name in names] == [True, True]
+    assert run["dropped"]["bytes"] == 0
+
+
+def test_a_run_that_cannot_be_registered_is_said_to_be(real: GradwatchServer, own_errors: OwnErrors) -> None:
+    model, optimizer = one_layer()
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr(Agent, "warn", lambda _self, text: said.append(text))
+        agent = gradwatch.attach(model, optimizer, url=real.url, every=1, project="x" * 600)
+        step(model, optimizer)
+        agent.close(timeout_seconds=1)
+    assert len(said) == 1
+    assert "refuses to register" in said[0]
+    assert "limits.name_characters" in said[0]
+    assert agent.losses.samples == 0

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import gradwatch
-from gradwatch import flush, taps, wire
+from gradwatch import collector, flush, taps, wire
 from gradwatch.agent import Agent
 from gradwatch.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
-from gradwatch.spool import Entry, Losses, Spool, leftovers
+from gradwatch.spool import Entry, Kind, Losses, Spool, leftovers
 from tests.processes import small_disk
 
 from .conftest import OwnErrors, Server
@@ -617,3 +617,61 @@ def test_a_sender_goes_on_after_an_error_of_its_own() -> None:
     sender.join()
     assert not queue.entries
     assert len(failed) == 2
+
+
+def test_what_a_collector_that_is_held_up_cannot_take_is_counted(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk holds the collector up: the numbers of steps that are not sampled are lost, too."""
+    held, free = threading.Event(), threading.Event()
+    append = Spool.append
+
+    def slow(self: Spool, kind: Kind, body: bytes, samples: int = 0) -> None:
+        held.set()
+        assert free.wait(60)
+        append(self, kind, body, samples)
+
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1000)
+    train(agent, model, optimizer, 1)
+    server.wait(lambda: bool(server.samples))
+    monkeypatch.setattr(collector, "LONGEST_QUEUE", 10)
+    monkeypatch.setattr(Spool, "append", slow)
+    train(agent, model, optimizer, 1)
+    assert held.wait(10)
+    for _ in range(30):
+        agent.log(accuracy=0.5)
+        train(agent, model, optimizer, 1)
+    free.set()
+    agent.close()
+    kept = len(server.trail("loss"))
+    assert kept < 32
+    assert server.batches[-1].dropped.values == 2 * (32 - kept)
+    assert server.batches[-1].dropped.samples == 0
+
+
+def test_closing_does_not_wait_for_a_disk_that_hangs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    write, hangs = Spool._write, threading.Event()
+
+    def hanging(self: Spool, change: Callable[[], object]) -> None:
+        if hangs.is_set():
+            assert free.wait(60)
+        write(self, change)
+
+    monkeypatch.setattr(Spool, "_write", hanging)
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
+    train(agent, model, optimizer, 3)
+    server.wait(lambda: len(server.samples) == 3)
+    hangs.set()
+    train(agent, model, optimizer, 3)
+    time.sleep(0.3)
+    started = time.monotonic()
+    agent.close(timeout_seconds=1.0)
+    took = time.monotonic() - started
+    free.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("gradwatch"):
+            thread.join(20)
+    assert took < 3

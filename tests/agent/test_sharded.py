@@ -51,12 +51,12 @@ dist.destroy_process_group()
 """
 
 
-def run_ranks(server: Server, kind: str, size: int = 2) -> None:
+def run_ranks(server: Server, kind: str, size: int = 2, program: str = _RANKS) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     ranks = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", _RANKS, str(rank), str(size), port, server.url, kind])
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(rank), str(size), port, server.url, kind])
         for rank in range(size)
     ]
     assert [process.wait(180) for process in ranks] == [0] * size
@@ -118,3 +118,68 @@ def test_a_rank_that_stops_measuring_costs_samples_not_the_training(server: Serv
     run_ranks(server, "late")
     assert [sample.step for sample in server.samples] == [1]
     assert np.all(server.samples[0].statistics["grad_norm"] != wire.MISSING)
+
+
+_UNMEASURABLE = """
+import os, sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+import gradwatch
+from gradwatch.agent import Agent
+Agent.raises_own_errors = True
+rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+torch.manual_seed(3)
+model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False))
+clip = gradwatch.AGC(0.02, exclude=()) if "clip" in kind else None
+def attach(): return gradwatch.attach(model, url=url, every=1, clip=clip)
+if "late" in kind:
+    agent = attach()
+if "fsdp1" in kind:
+    strategy = ShardingStrategy.NO_SHARD if "whole" in kind else ShardingStrategy.FULL_SHARD
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params="orig" in kind, device_id=torch.device("cpu"), sharding_strategy=strategy
+    )
+    model = wrapped if "late" not in kind else model
+else:
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    wrapped = model
+if "late" not in kind:
+    try:
+        agent = attach()
+    except NotImplementedError as error:
+        assert "FSDP1" in str(error) and "clip" in kind, error
+        os._exit(0)
+optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
+for step in range(3):
+    optimizer.zero_grad()
+    wrapped(torch.ones(4, 6)).square().mean().backward()
+    optimizer.step()
+dist.barrier()
+agent.close()
+assert not agent.losses.errors
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["late", "late clip", "fsdp1", "fsdp1 orig", "fsdp1 orig late"])
+def test_one_ranks_part_is_never_taken_for_the_whole(server: Server, kind: str) -> None:
+    """Sharded after attach, or by FSDP1: the other ranks do not measure."""
+    run_ranks(server, kind, program=_UNMEASURABLE)
+    assert server.samples == []
+    assert [event.kind for event in server.events] == ["not_measured"]
+    assert "fully_shard" in server.events[0].message
+    assert 3 in server.trail("loss")
+
+
+def test_what_fsdp1_shards_cannot_be_clipped(server: Server) -> None:
+    run_ranks(server, "fsdp1 clip", program=_UNMEASURABLE)
+    assert server.samples == []
+
+
+def test_what_fsdp1_does_not_shard_is_measured(server: Server) -> None:
+    run_ranks(server, "fsdp1 orig whole", program=_UNMEASURABLE)
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+    assert server.events == []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch import wire
-from gradwatch.layout import Axis, Spec, spec_of
+from gradwatch.layout import MOST_UNITS, Axis, Spec, spec_of
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile, FSDP and activation checkpointing put into names."""
@@ -52,6 +52,11 @@ class Watched:
     def of_experts(self) -> "Watched":
         """Return it as the stacked weights of several experts: each row of each is a unit."""
         return replace(self, axis="experts", units=math.prod(self.shape[:2]) if math.prod(self.shape) else 0)
+
+    def bounded(self) -> "Watched":
+        """Return it as one unit where it has more units than are told apart, on all ranks together."""
+        units = math.prod(self.shape) // max(math.prod(self.shape[1:]), 1) if self.axis == "rows" else self.units
+        return replace(self, axis="whole", units=1) if units > MOST_UNITS else self
 
     def spec(self, tensor: Tensor) -> Spec:
         """Return how ``tensor``, this parameter or its gradient, is reduced."""
@@ -114,8 +119,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _axis(parameter: Tensor, owner: nn.Module | None) -> tuple[Axis, int]:
-    if parameter.dim() < 2:
-        return "whole", 1
+    if parameter.dim() < 2 or not (parameter.is_floating_point() or parameter.is_complex()):
+        return "whole", 1  # integers are packed weights, whose rows mean nothing
     if isinstance(owner, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return "transposed", owner.groups
     if type(owner).__name__.endswith("Norm"):

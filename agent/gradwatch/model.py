@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradwatch import wire
 from gradwatch.layout import MOST_UNITS, Axis, Spec, spec_of
@@ -64,14 +65,17 @@ class Watched:
 
 
 def walk(models: Sequence[nn.Module]) -> Iterator[Watched]:
-    """Yield every parameter once, tied ones under their first name, in the order of registration."""
+    """Yield every parameter once, tied ones under their first name, in the order of registration.
+
+    One of a lazy module, which has no shape before the first forward pass, is found when an optimizer steps it.
+    """
     seen: set[int] = set()
     for place, model in enumerate(models):
         root = unwrapped(model)
         prefix = f"{place}." if len(models) > 1 else ""
         for path, module in root.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in seen:
+                if id(parameter) in seen or is_lazy(parameter):
                     continue
                 seen.add(id(parameter))
                 yield watched(

@@ -727,6 +727,18 @@ def test_clipping_tells_all_units_apart(server: Server) -> None:
     assert server.registrations[0].parameters[0].units == 2**20 + 1
 
 
+def test_a_lazy_module_is_watched_when_it_has_a_shape(server: Server) -> None:
+    model = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1))
+    with watch(model, server):
+        out = model(torch.ones(1, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        out.sum().backward()
+        optimizer.step()
+        assert isinstance(model[0].weight.grad, Tensor)
+    assert sorted(server.names) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    assert server.values("grad_norm")["0.weight"] == pytest.approx(float(model[0].weight.grad.norm()))
+
+
 def test_two_agents_at_once(server: Server) -> None:
     first, second = Two(), nn.Linear(2, 1, bias=False)
     one, two = torch.optim.SGD(first.parameters(), lr=0.0), torch.optim.SGD(second.parameters(), lr=0.0)

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ import gradwatch
 from gradwatch import flush, taps, wire
 from gradwatch.agent import Agent
 from gradwatch.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
+from gradwatch.settings import spool_directory
 from gradwatch.spool import Entry, Losses, Spool, leftovers
 
 from .conftest import OwnErrors, Server
@@ -503,3 +505,15 @@ def test_close_is_idempotent_and_leaves_torch_as_it_was(server: Server) -> None:
     agent.close()
     assert state() == before
     assert not optimizer_module._global_optimizer_pre_hooks
+
+
+def test_a_user_without_a_home_has_a_spool_among_the_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under any uid."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert spool_directory({}) == Path(tempfile.gettempdir()) / f"gradwatch-{os.getuid()}"
+    assert spool_directory({"GRADWATCH_SPOOL_DIR": "~/spool"}) == Path("~/spool")

@@ -27,6 +27,7 @@ from gradwatch.classifier import Classifier
 from gradwatch.clipper import Clipper, listed
 from gradwatch.collector import Collector
 from gradwatch.governor import Governor
+from gradwatch.layout import spec_of
 from gradwatch.marks import Mark, Marks
 from gradwatch.mirrors import Logger, mirror
 from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
@@ -979,7 +980,7 @@ class Agent:
             return
         with torch.no_grad():
             members = [local(parameter) for _, parameter in others]
-            specs = [self._watched[index].spec(member) for (index, _), member in zip(others, members, strict=True)]
+            specs = [spec_of(member, "whole") for member in members]  # nothing but their norms is asked for
             plan = Plan([index for index, _ in others], None, specs)
             claim = round_.slot.claim(plan)
             claim.weights.run(members)
@@ -1043,7 +1044,7 @@ class Agent:
             parameter = watched.parameter()
             known = self._index_of.get(id(parameter))
             if known is None or self._watched[known].parameter() is not parameter:
-                new.append((watched, parameter))
+                new.append((watched.bounded() if self._clipper is None else watched, parameter))
         for watched, parameter in new:
             if watched.name in places:  # another parameter under the same name: a layer was replaced
                 place = places[watched.name]

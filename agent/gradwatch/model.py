@@ -10,9 +10,10 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradwatch import wire
-from gradwatch.layout import Axis, Spec, spec_of
+from gradwatch.layout import MOST_UNITS, Axis, Spec, spec_of
 
 LONGEST_NAME: Final = 512
 """In characters, as a server takes it by default."""
@@ -57,6 +58,11 @@ class Watched:
         """Return it as the stacked weights of several experts: each row of each is a unit."""
         return replace(self, axis="experts", units=math.prod(self.shape[:2]) if math.prod(self.shape) else 0)
 
+    def bounded(self) -> "Watched":
+        """Return it as one unit where it has more units than are told apart, on all ranks together."""
+        units = math.prod(self.shape) // max(math.prod(self.shape[1:]), 1) if self.axis == "rows" else self.units
+        return replace(self, axis="whole", units=1) if units > MOST_UNITS else self
+
     def spec(self, tensor: Tensor) -> Spec:
         """Return how ``tensor``, this parameter or its gradient, is reduced."""
         return spec_of(tensor, self.axis, self.groups)
@@ -71,14 +77,17 @@ def shortened(name: str) -> str:
 
 
 def walk(models: Sequence[nn.Module]) -> Iterator[Watched]:
-    """Yield every parameter once, tied ones under their first name, in the order of registration."""
+    """Yield every parameter once, tied ones under their first name, in the order of registration.
+
+    One of a lazy module, which has no shape before the first forward pass, is found when an optimizer steps it.
+    """
     seen: set[int] = set()
     for place, model in enumerate(models):
         root = unwrapped(model)
         prefix = f"{place}." if len(models) > 1 else ""
         for path, module in root.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in seen:
+                if id(parameter) in seen or is_lazy(parameter):
                     continue
                 seen.add(id(parameter))
                 yield watched(
@@ -126,8 +135,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _axis(parameter: Tensor, owner: nn.Module | None) -> tuple[Axis, int]:
-    if parameter.dim() < 2:
-        return "whole", 1
+    if parameter.dim() < 2 or not (parameter.is_floating_point() or parameter.is_complex()):
+        return "whole", 1  # integers are packed weights, whose rows mean nothing
     if isinstance(owner, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         return "transposed", owner.groups
     if type(owner).__name__.endswith("Norm"):

@@ -2,12 +2,11 @@
 
 A loss that is not finite makes every gradient bad at once, and the step that follows every weight: which module it was
 shows only now. On the CPU the graph of the loss still holds what the operators kept of the forward pass, and is read
-from the input on. Elsewhere, and where reading it would compute anew (activation checkpointing), hooks watch the next
-steps, without waiting for the device, and are removed; they say something only while the weights are still finite.
+from the input on. Elsewhere, and where reading it would run somebody's hooks (activation checkpointing computes anew,
+offloading may hand a tensor out once), hooks watch the next steps, without waiting for the device, and are removed;
+they say something only while the weights are still finite.
 """
 
-import gc
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,11 +51,11 @@ def in_graph(losses: Sequence[Tensor], module_of: Callable[[Tensor], str | None]
     Returns:
         None where the graph does not tell, or must not be read.
     """
-    if _is_recomputed():
-        return None
     watched = False
     for node in _from_the_input([loss.grad_fn for loss in losses if loss.grad_fn is not None]):
         watched |= hasattr(node, "variable") and module_of(node.variable) is not None
+        if _is_hooked(node):
+            return None
         if not all(map(_all_finite, _kept(node))):
             return _named(node, module_of)
     return Origin("", "its graph holds no number that is not finite") if watched else None
@@ -78,7 +77,7 @@ def _nearest(nodes: Sequence[Node], module_of: Callable[[Tensor], str | None]) -
     """Return the module of the parameter that is the fewest operators away."""
     known: set[Node] = set()
     waiting = list(nodes)
-    while waiting:
+    while waiting and len(known) < _MOST_NODES:
         later: list[Node] = []
         for node in waiting:
             if node in known:
@@ -127,16 +126,34 @@ def _inputs(node: Node) -> list[Node]:
     return [below for below, _ in node.next_functions if below is not None]
 
 
+def _is_hooked(node: Node) -> bool:
+    """Return whether reading what a node keeps would run somebody's code: offloading, or activation checkpointing.
+
+    It may compute anew, or hand each tensor out only once. A version of torch that does not tell counts as hooked.
+    """
+    return any(getattr(raw, "unpack_hook", raw) is not None for _, several in _raw(node) for raw in several)
+
+
+def _raw(node: Node) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield what a node of torch's keeps, packed as it is, under the name of what it is."""
+    for name in dir(type(node)):
+        if name.startswith("_raw_saved_"):
+            try:
+                raw = getattr(node, name)
+            except RuntimeError:  # freed
+                continue
+            yield name.removeprefix("_raw"), raw if isinstance(raw, tuple) else (raw,)
+
+
 def _kept(node: Node) -> Iterator[Tensor]:
     """Yield the tensors that a node of torch's keeps for its backward pass."""
-    for name in dir(type(node)):
-        if name.startswith("_saved_"):
-            try:
-                kept = getattr(node, name)
-            except RuntimeError:  # changed in place since, or freed
-                continue
-            if isinstance(kept, Tensor):
-                yield kept
+    for name, _ in _raw(node):
+        try:
+            kept = getattr(node, name)
+        except RuntimeError:  # changed in place since
+            continue
+        if isinstance(kept, Tensor):
+            yield kept
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -146,13 +163,6 @@ def _all_finite(tensor: Tensor) -> bool:
         return tensor.numel() == 0 or all(
             bool(torch.isfinite(bound).numpy().item()) for bound in torch.aminmax(tensor.detach())
         )
-
-
-def _is_recomputed() -> bool:
-    """Return whether activation checkpointing is at work: what it kept is computed anew when it is read."""
-    checkpoint = sys.modules.get("torch.utils.checkpoint")
-    frame = getattr(checkpoint, "_CheckpointFrame", None)
-    return frame is not None and any(type(found) is frame for found in gc.get_objects())
 
 
 class Hooks:

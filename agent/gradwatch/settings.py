@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,11 +90,17 @@ def secret(environment: Mapping[str, str], name: str) -> str | None:
 
 
 def spool_directory(environment: Mapping[str, str]) -> Path:
-    """Return where unsent measurements wait: ``GRADWATCH_SPOOL_DIR``, else the user's cache directory."""
+    """Return where unsent measurements wait: ``GRADWATCH_SPOOL_DIR``, else the user's cache directory.
+
+    A user without a home (a container that runs under any uid) has a folder among the temporary ones.
+    """
     if environment.get("GRADWATCH_SPOOL_DIR"):
-        return Path(environment["GRADWATCH_SPOOL_DIR"]).expanduser()
+        return Path(os.path.expanduser(environment["GRADWATCH_SPOOL_DIR"]))  # noqa: PTH111 -- it does not raise
     cache = environment.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path("~/.cache").expanduser()) / "gradwatch"
+    try:
+        return (Path(cache) if cache else Path("~/.cache").expanduser()) / "gradwatch"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"gradwatch-{os.getuid()}"
 
 
 def _steps(text: str | None) -> int | None:

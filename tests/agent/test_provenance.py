@@ -170,6 +170,32 @@ class Touching(nn.Module):
         return x.as_subclass(Touchy)
 
 
+def test_tensors_that_hooks_hand_out_once_are_left_to_the_backward_pass(server: Server) -> None:
+    """As offloading of activations does; the module hooks find where it began at the next bad loss."""
+    model = network(Normalise(6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> int:
+        kept[len(kept) + 1000 * step] = tensor
+        return len(kept) - 1 + 1000 * step
+
+    with gradwatch.attach(model, optimizer, url=server.url, every=1):
+        for step in range(1, 5):
+            optimizer.zero_grad()
+            inputs = torch.randn(8, 4)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda key: kept.pop(key)):
+                loss = model(with_nan(inputs) if step in (2, 3) else inputs).sum()
+            loss.backward()
+            kept.clear()
+            if not loss.isfinite():
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad.zero_()
+            optimizer.step()
+    assert [event.parameter for event in named(server)] == ["0"]
+
+
 def test_hooks_do_not_raise_into_the_training() -> None:
     model = network(Touching())
     hooks = Hooks([model])

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import gradwatch
 from gradwatch import collector, flush, taps, wire
 from gradwatch.agent import Agent
 from gradwatch.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
+from gradwatch.settings import spool_directory
 from gradwatch.spool import Entry, Kind, Losses, Spool, leftovers
 from tests.processes import small_disk
 
@@ -675,3 +677,15 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(server: Server, monkeypatch
         if thread.name.startswith("gradwatch"):
             thread.join(20)
     assert took < 3
+
+
+def test_a_user_without_a_home_has_a_spool_among_the_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under any uid."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert spool_directory({}) == Path(tempfile.gettempdir()) / f"gradwatch-{os.getuid()}"
+    assert spool_directory({"GRADWATCH_SPOOL_DIR": "~/spool"}) == Path("~/spool")

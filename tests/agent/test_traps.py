@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 import gradwatch
 from gradwatch import taps, wire
 from gradwatch.binding import Binding, Lists
+from gradwatch.buffers import Slot
 
 from .conftest import Server
 
@@ -40,8 +41,8 @@ GRAD_A = [[3.0, 0.0, 4.0], [0.0, 0.0, 0.0]]
 """Norm 5; second unit zero."""
 
 
-def watch(model: nn.Module, server: Server, optimizer: Any = None) -> gradwatch.Agent:
-    return gradwatch.attach(model, optimizer, url=server.url, every=1)
+def watch(model: nn.Module, server: Server, optimizer: Any = None, **options: Any) -> gradwatch.Agent:
+    return gradwatch.attach(model, optimizer, url=server.url, every=1, **options)
 
 
 def test_statistics_worked_by_hand(server: Server) -> None:
@@ -1036,6 +1037,72 @@ def test_transposed_and_grouped_convolutions(server: Server) -> None:
             unit = np.s_[group * 2 : group * 2 + 2, out]
             ratios.append(float(np.linalg.norm(grad[unit])) / max(float(np.linalg.norm(weight[unit])), 1e-3))
     assert server.values("max_unit_ratio")["0.weight"] == pytest.approx(max(ratios), rel=1e-6)
+
+
+def slot_bytes() -> int:
+    return sum(found.bytes for found in gc.get_objects() if type(found) is Slot)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+def test_packed_weights_of_one_column_are_one_unit_and_cost_no_memory(server: Server, dtype: torch.dtype) -> None:
+    """As QLoRA keeps four-bit weights: frozen, of shape (N, 1)."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    rows = 5_000_001  # more than integers are converted at once
+    packed = (torch.arange(rows) % 7).to(dtype)[:, None]
+    model.register_parameter("packed", nn.Parameter(packed, requires_grad=False))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with watch(model, server, optimizer):
+        model[0](torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        assert slot_bytes() < 100_000
+    true = float(np.linalg.norm(packed.double().numpy()))
+    assert server.values("weight_norm")["packed"] == pytest.approx(true, rel=1e-6)
+    assert server.values("grad_norm")["packed"] == -1.0
+    if dtype is torch.uint8:
+        assert server.registrations[0].parameters[0].units == 1
+
+
+@pytest.mark.parametrize(("rows", "units"), [(2**20, 2**20), (2**20 + 1, 1)])
+def test_a_parameter_of_too_many_units_is_one(server: Server, rows: int, units: int) -> None:
+    model = nn.Embedding(rows, 1)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        model(torch.tensor([3, 3, 7])).sum().backward()  # gradients 2 and 1
+        optimizer.step()
+        assert slot_bytes() < 2 * 4 * 2 * units + 100_000
+    assert server.registrations[0].parameters[0].units == units
+    norm, weight = 5.0**0.5, 0.5 * rows**0.5
+    assert server.values("grad_norm")["weight"] == pytest.approx(norm)
+    assert server.values("weight_norm")["weight"] == pytest.approx(weight)
+    assert server.values("max_unit_ratio")["weight"] == pytest.approx(2 / 0.5 if units > 1 else norm / weight)
+    assert server.values("zero_unit_share")["weight"] == pytest.approx(1 - 2 / rows if units > 1 else 0.0)
+
+
+def test_clipping_tells_all_units_apart(server: Server) -> None:
+    model = nn.Embedding(2**20 + 1, 1)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer, clip=gradwatch.AGC(3.0, exclude=[])):
+        model(torch.tensor([3, 3, 7])).sum().backward()
+        optimizer.step()
+    assert model.weight.grad is not None
+    assert model.weight.grad[[3, 7], 0].tolist() == [1.5, 1.0]  # at most three times 0.5
+    assert server.registrations[0].parameters[0].units == 2**20 + 1
+
+
+def test_a_lazy_module_is_watched_when_it_has_a_shape(server: Server) -> None:
+    model = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1))
+    with watch(model, server):
+        out = model(torch.ones(1, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        out.sum().backward()
+        optimizer.step()
+        assert isinstance(model[0].weight.grad, Tensor)
+    assert sorted(server.names) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    assert server.values("grad_norm")["0.weight"] == pytest.approx(float(model[0].weight.grad.norm()))
 
 
 def test_two_agents_at_once(server: Server) -> None:

@@ -24,7 +24,7 @@ _shown = schema.alerts.c.run.is_not(None)
 """Others wait for their last delivery: their run was deleted."""
 
 
-@router.get("/alerts", response_model=list[documents.Alert], responses=problems(404, 422))
+@router.get("/alerts", response_model=list[documents.Alert], responses=problems(422))
 def list_alerts(
     request: Request,
     response: Response,

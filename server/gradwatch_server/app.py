@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib import metadata
@@ -30,9 +30,10 @@ from gradwatch_server.api import (
     stream,
     tile,
 )
+from gradwatch_server.deletion import delete_some
 from gradwatch_server.errors import Refused
 from gradwatch_server.fading import Piece, fade, overdue
-from gradwatch_server.retention import Retention, delete_overdue
+from gradwatch_server.retention import Retention
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 
@@ -120,10 +121,23 @@ async def _prune(services: Services) -> None:
     while True:
         retention = services.settings.configuration.retention
         with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach: in an hour
-            work = partial(delete_overdue, retention=retention)
-            await asyncio.wrap_future(services.writer.submit(work))
+            await _delete(services)
             await _fade(services, retention)
         await asyncio.sleep(_PRUNE_SECONDS)
+
+
+async def _delete(services: Services) -> None:
+    """Remove the runs that are over their time, in pieces between which others write."""
+
+    def look() -> Sequence[str]:
+        with services.engine.connect() as connection:
+            return services.settings.configuration.retention.overdue(connection, time.time())
+
+    for run_id in await asyncio.to_thread(look):
+        settings = services.settings
+        some = partial(delete_some, run_id=run_id, configuration=settings.configuration, public_url=settings.public_url)
+        while await asyncio.wrap_future(services.writer.submit(partial(some, overdue=True), run_id)) == "some":
+            pass
 
 
 async def _fade(services: Services, retention: Retention) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,28 @@ _OVERLAP_SECONDS = 10.0
 Change = dict[str, Any]
 
 
+class _Listener:
+    """What one listener has not been told yet: of each run the newest, however long it does not read."""
+
+    def __init__(self) -> None:
+        self._untold: dict[str, Change] = {}
+        self._news = asyncio.Event()
+
+    def tell(self, changes: Iterable[Change]) -> None:
+        """Add what has changed."""
+        self._untold |= {change["id"]: change for change in changes}
+        self._news.set()
+
+    async def next(self) -> list[Change]:
+        """Wait for a change, or for a while, and return what has changed since the last call."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_QUIET_SECONDS):
+                await self._news.wait()
+        self._news.clear()
+        untold, self._untold = self._untold, {}
+        return list(untold.values())
+
+
 class Feed:
     """Tells every listener which runs have changed.
 
@@ -27,7 +49,7 @@ class Feed:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._listeners: set[asyncio.Queue[list[Change] | None]] = set()
+        self._listeners: set[_Listener] = set()
         self._known: dict[str, tuple[Any, ...]] = {}
         self._poller: asyncio.Task[None] | None = None
         self._closed = False
@@ -37,31 +59,27 @@ class Feed:
 
         It begins with what changed just before, so that nothing falls between a page's first look and its stream.
         """
-        queue: asyncio.Queue[list[Change] | None] = asyncio.Queue()
-        self._listeners.add(queue)
+        listener = _Listener()
+        self._listeners.add(listener)
         if self._poller is None:
             self._known = {}
             self._poller = asyncio.create_task(self._poll())
         elif self._known:
-            queue.put_nowait([self._told(row) for row in self._known.values()])
+            listener.tell(self._told(row) for row in self._known.values())
         try:
             while not self._closed:
-                try:
-                    changes = await asyncio.wait_for(queue.get(), _QUIET_SECONDS)
-                except TimeoutError:
-                    changes = []
-                if changes is None:
-                    return
-                yield changes
+                changes = await listener.next()
+                if not self._closed:
+                    yield changes
         finally:
-            self._listeners.discard(queue)
+            self._listeners.discard(listener)
             await self._rest()
 
     def close(self) -> None:
         """End every stream: the server stops."""
         self._closed = True
-        for queue in self._listeners:
-            queue.put_nowait(None)
+        for listener in self._listeners:
+            listener.tell([])
 
     async def _rest(self) -> None:
         """Poll no more when nobody listens."""
@@ -80,8 +98,8 @@ class Feed:
                 changes = [self._told(seen[run]) for run in seen if self._known.get(run) != seen[run]]
                 self._known = seen
                 if changes:
-                    for queue in self._listeners:
-                        queue.put_nowait(changes)
+                    for listener in self._listeners:
+                        listener.tell(changes)
             await asyncio.sleep(_POLL_SECONDS)
 
     def _seen(self, since: float) -> dict[str, tuple[Any, ...]]:

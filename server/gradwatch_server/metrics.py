@@ -16,8 +16,9 @@ from gradwatch import wire
 from gradwatch_server import schema
 from gradwatch_server.alerts import SEVERITIES
 from gradwatch_server.diagnosis import RULES
+from gradwatch_server.runs import load_active
 from gradwatch_server.services import Services
-from gradwatch_server.snapshot import Snapshot, load_active, load_snapshots
+from gradwatch_server.snapshot import Snapshot, load_snapshots
 
 _RUN_LABELS = ("run", "project", "name")
 _RUN_GAUGES = {
@@ -80,9 +81,9 @@ class RunCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Read the latest samples and the alerts."""
         with self._engine.connect() as connection:
-            active = load_active(connection)
+            active = load_active(connection, time.time() - self._settings.silent_seconds)
             snapshots = load_snapshots(connection, [run["id"] for run in active], self._layouts)
-            unhealthy = _unhealthy(connection)
+            unhealthy = _unhealthy(connection, [run["id"] for run in active])
             alerts = _alerts(connection)
         told = self._told(snapshots)
         yield self._pages(active)
@@ -184,14 +185,14 @@ def _parameters(
 Unhealthy = tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]
 
 
-def _unhealthy(connection: sa.Connection) -> Unhealthy:
+def _unhealthy(connection: sa.Connection, run_ids: Sequence[str]) -> Unhealthy:
     """Return by (run, rule) how many parameters open alerts blame, and by (run, severity) how many alerts fire."""
     table = schema.alerts
     blamed: dict[tuple[str, str], int] = {}
     firing: dict[tuple[str, str], int] = defaultdict(int)
     for row in connection.execute(
         sa.select(*table.c["run", "rule", "severity", "state", "parameters", "parameters_left_out"]).where(
-            table.c.state.in_(("pending", "firing"))
+            table.c.run.in_(run_ids), table.c.state.in_(("pending", "firing"))
         )
     ):
         blamed[row.run, row.rule] = len(row.parameters) + row.parameters_left_out

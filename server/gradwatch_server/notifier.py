@@ -76,10 +76,15 @@ class Notifier:
         self._changed.set()
 
     async def _bury(self, names: list[str]) -> None:
-        """Give up, every few seconds, what nobody will take."""
+        """Give up, every few seconds, what nobody will take, and forget what is left of runs that were deleted."""
+
+        def tidy(connection: sa.Connection) -> int:
+            outbox.forget(connection, time.time())
+            return outbox.bury(connection, names, time.time())
+
         while True:
             try:
-                buried = await written(self._writer, lambda connection: outbox.bury(connection, names, time.time()))
+                buried = await written(self._writer, tidy)
                 if buried:
                     log.warning("deliveries that are dead, because their receivers are disabled or gone: %d", buried)
             except Exception:

@@ -16,6 +16,8 @@ _LONGEST_WAIT_SECONDS = 86_400.0
 _UNKNOWN_SECONDS = 3_600.0
 """How long what nobody takes stays due: another server, or this one's next configuration, may know the receiver."""
 
+_DEAD_SECONDS = 7 * 86_400.0
+
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How transitions of alerts are delivered."""
@@ -187,6 +189,14 @@ def bury(connection: sa.Connection, receivers: Sequence[str], now: float) -> int
     error = sa.case((off, "the receiver is disabled"), else_="the receiver is not configured")
     statement = sa.update(table).where(table.c.state == "due", off | unknown)
     return connection.execute(statement.values(state="dead", error=error)).rowcount
+
+
+def forget(connection: sa.Connection, now: float) -> None:
+    """Remove the alerts of deleted runs of which nothing is due any more; what is dead can be sent again for a week."""
+    alerts, table = schema.alerts, schema.deliveries
+    kept = (table.c.state == "due") | ((table.c.state == "dead") & (table.c.due_at > now - _DEAD_SECONDS))
+    needed = sa.exists().where(table.c.alert == alerts.c.id, kept)
+    connection.execute(sa.delete(alerts).where(alerts.c.run.is_(None), ~needed))
 
 
 def replay(connection: sa.Connection, chosen: sa.ColumnElement[bool], now: float) -> int:

@@ -11,10 +11,11 @@ import sqlalchemy as sa
 
 from gradwatch.settings import secret
 from gradwatch_server.database import open_engine, prepare, writing
+from gradwatch_server.deletion import Left, delete_some
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.fading import Faded, Piece, fade, overdue
-from gradwatch_server.retention import Retention, delete_overdue
-from gradwatch_server.settings import Configuration
+from gradwatch_server.retention import Retention
+from gradwatch_server.settings import Configuration, Settings
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,20 +25,35 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="[retention] says how long")
     given = parser.parse_args(arguments)
     try:
-        retention = Configuration.load(given.config).retention
+        configuration = Configuration.load(given.config)
         engine = open_engine(
             given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
         )
         prepare(engine)
-        with writing(engine) as connection:
-            gone = delete_overdue(connection, retention)
-        faded = _fade(engine, retention)
+        gone = _delete(engine, configuration)
+        faded = _fade(engine, configuration.retention)
     except (GradwatchError, ValueError) as error:
         print(f"gradwatch prune: {error}", file=sys.stderr)
         return 1
     engine.dispose()
     print("; ".join([f"removed {_many(gone, 'run')}", *faded]))
     return 0
+
+
+def _delete(engine: sa.Engine, configuration: Configuration) -> int:
+    """Remove the runs that are over their time, in pieces; return how many went."""
+    public_url = Settings(database_url="", configuration=configuration).public_url
+    with engine.connect() as connection:
+        overdue_runs = configuration.retention.overdue(connection, time.time())
+    return sum(_delete_run(engine, run_id, configuration, public_url) == "nothing" for run_id in overdue_runs)
+
+
+def _delete_run(engine: sa.Engine, run_id: str, configuration: Configuration, public_url: str) -> Left:
+    left: Left = "some"
+    while left == "some":
+        with writing(engine) as connection:
+            left = delete_some(connection, run_id, configuration, public_url, overdue=True)
+    return left
 
 
 def _fade(engine: sa.Engine, retention: Retention) -> list[str]:

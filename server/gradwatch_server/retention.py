@@ -3,10 +3,9 @@
 ``gradwatch prune`` removes once what is over its time, the server once an hour.
 """
 
-import time
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import sqlalchemy as sa
@@ -42,8 +41,12 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.days is None and not self.projects:
             return []
         runs = connection.execute(sa.select(*schema.runs.c["id", "project", "last_seen_at"])).all()
-        kept = {run.id: self.projects.get(run.project, self.days) for run in runs}
-        return [run.id for run in runs if now - run.last_seen_at > 86_400 * (kept[run.id] or float("inf"))]
+        return [run.id for run in runs if self.is_overdue(run, now)]
+
+    def is_overdue(self, run: sa.Row[Any], now: float) -> bool:
+        """Return whether the time of a run is over."""
+        days = self.projects.get(run.project, self.days)
+        return days is not None and now - run.last_seen_at > 86_400 * days
 
 
 def _check_ascending(name: str, days: list[Days]) -> None:
@@ -53,13 +56,3 @@ def _check_ascending(name: str, days: list[Days]) -> None:
                 f"{name} = {days}: level {level + 1} goes after {coarser:g} days, level {level} after {finer:g}: a "
                 "coarser level is kept at least as long as a finer one"
             )
-
-
-def delete_run(connection: sa.Connection, run_id: str) -> bool:
-    """Remove a run with everything that is known of it; return whether it was there."""
-    return connection.execute(sa.delete(schema.runs).where(schema.runs.c.id == run_id)).rowcount > 0
-
-
-def delete_overdue(connection: sa.Connection, retention: Retention) -> int:
-    """Remove the runs whose time is over; return how many went."""
-    return sum(delete_run(connection, run_id) for run_id in retention.overdue(connection, time.time()))

@@ -1,5 +1,6 @@
 """Runs as people see them."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -25,6 +26,15 @@ def load_runs(connection: sa.Connection, project: str | None, state: RunState | 
     return [run for run in runs if state is None or run["state"] == state]
 
 
+def load_active(connection: sa.Connection, since: float) -> list[dict[str, Any]]:
+    """Return the runs that are not finished and have been heard of since a time, the one seen last first."""
+    table = schema.runs
+    active = (table.c.finished_at.is_(None), table.c.last_seen_at >= since)
+    rows = connection.execute(sa.select(table).where(*active).order_by(table.c.last_seen_at.desc(), table.c.id)).all()
+    firing = _firing(connection, sa.select(table.c.id).where(*active))
+    return [_shown(row, firing.get(row.id, [])) for row in rows]
+
+
 def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
     """Return one run.
 
@@ -34,7 +44,7 @@ def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
     row = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id)).one_or_none()
     if row is None:
         raise _unknown(run_id)
-    return _shown(row, _firing(connection, run_id).get(run_id, []))
+    return _shown(row, _firing(connection, [run_id]).get(run_id, []))
 
 
 def check_run(connection: sa.Connection, run_id: str) -> None:
@@ -51,7 +61,9 @@ def _unknown(run_id: str) -> Refused:
     return Refused(404, "Unknown run", f"run {run_id!r} is not known here: GET /api/v1/runs lists those that are")
 
 
-def _firing(connection: sa.Connection, run_id: str | None = None) -> dict[str, list[tuple[str, str, bool]]]:
+def _firing(
+    connection: sa.Connection, run_ids: Sequence[str] | sa.Select[tuple[str]] | None = None
+) -> dict[str, list[tuple[str, str, bool]]]:
     """Return (severity, rule, fires now) by run; with what fired until the run ended, since that is how it ended."""
     table = schema.alerts
     until_end = sa.and_(
@@ -60,8 +72,8 @@ def _firing(connection: sa.Connection, run_id: str | None = None) -> dict[str, l
     query = sa.select(*table.c["run", "severity", "rule", "state"]).where(
         sa.or_(table.c.state == "firing", until_end), table.c.fired_step.is_not(None)
     )
-    if run_id is not None:
-        query = query.where(table.c.run == run_id)
+    if run_ids is not None:
+        query = query.where(table.c.run.in_(run_ids))
     firing: dict[str, list[tuple[str, str, bool]]] = {}
     for row in connection.execute(query):
         firing.setdefault(row.run, []).append((row.severity, row.rule, row.state == "firing"))

@@ -188,7 +188,9 @@ alerts = sa.Table(
     "alerts",
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("run", sa.ForeignKey("runs.id", ondelete="CASCADE"), nullable=False),
+    sa.Column(
+        "run", sa.ForeignKey("runs.id", ondelete="CASCADE"), comment="none: deleted, its end is still to be told"
+    ),
     sa.Column("rule", sa.Text, nullable=False),
     sa.Column("severity", sa.Text, nullable=False),
     sa.Column("state", sa.Text, nullable=False, comment="pending, firing or resolved"),

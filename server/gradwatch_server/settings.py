@@ -69,6 +69,8 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How many parameters of each run count as its most conspicuous."""
     most_parameters: Annotated[int, msgspec.Meta(ge=0)] = 20_000
     """Most parameters of all runs together; beyond it they are left out, and ``/metrics`` says how many."""
+    silent_seconds: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
+    """A run that has not been heard of for so long is left out, though it has not ended; its alerts are counted."""
 
 
 class Project(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

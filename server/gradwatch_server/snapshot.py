@@ -15,7 +15,6 @@ from gradwatch import wire
 from gradwatch_server import schema
 from gradwatch_server.diagnosis import Layout, Reading
 from gradwatch_server.diagnosis.reading import Floats, Profile
-from gradwatch_server.runs import load_runs
 
 _READ: tuple[wire.Statistic, ...] = (
     "grad_norm",
@@ -91,11 +90,6 @@ class Snapshot:
     def _nonfinite(self) -> NDArray[np.bool_]:
         counted = self.reading.vector("nonfinite_count", len(self.layout.names)) > 0.0
         return (self.profile.present & ~self.profile.finite) | counted
-
-
-def load_active(connection: sa.Connection) -> list[dict[str, Any]]:
-    """Return the runs that are not finished, the one seen last first."""
-    return [run for run in load_runs(connection, None, None) if run["state"] != "finished"]
 
 
 def load_snapshots(connection: sa.Connection, run_ids: Sequence[str], layouts: "Layouts") -> dict[str, Snapshot]:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import schema
+from gradwatch_server.database import open_engine, writing
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.settings import Configuration
 from tests.processes import GradwatchServer, WebhookReceiver, sample
@@ -129,6 +132,26 @@ def test_a_finished_run_is_gone_at_the_next_scrape(shared_server: GradwatchServe
     assert run_id in scrape(shared_server.http)
     assert shared_server.store(run_id, wire.Batch(id="2", attempt=1, end=wire.End(at=time.time()))).status_code == 200
     assert run_id not in scrape(shared_server.http)
+
+
+def test_a_run_that_was_killed_is_gone_when_it_has_been_silent_for_long(tmp_path: Path) -> None:
+    file = tmp_path / "gradwatch.toml"
+    file.write_text("[metrics]\nsilent_seconds = 3600\n")
+    with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(file)) as server:
+        killed, alive = _stored(server, sample(1, math.nan, 1, 1)), _stored(server, sample(1, 1, 1, 1))
+        assert killed in scrape(server.http)
+        engine = open_engine(f"sqlite:///{server.database}")
+        with writing(engine) as connection:
+            earlier = sa.update(schema.runs).where(schema.runs.c.id == killed)
+            connection.execute(earlier.values(last_seen_at=schema.runs.c.last_seen_at - 3601))
+        engine.dispose()
+        text = scrape(server.http)
+        assert killed not in text
+        assert alive in text
+        assert 'gradwatch_alerts{rule="nonfinite",severity="critical",state="firing"} 1.0' in text
+        assert killed in [run["id"] for run in server.get("/api/v1/runs")]
+        server.store(killed, wire.Batch(id="2", attempt=1, samples=[sample(2, 1, 1, 1)])).raise_for_status()
+        assert killed in scrape(server.http)
 
 
 def test_what_is_not_finite_is_told_as_such(shared_server: GradwatchServer) -> None:

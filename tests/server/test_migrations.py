@@ -82,6 +82,20 @@ def _fill(engine: sa.Engine, tables: sa.MetaData) -> None:
             for step in STEPS
         ],
         "batches": [{"run": "old", "rank": 0, "id": "b1", "at": 1.0}],
+        "alerts": [
+            {"id": "a1", "run": "old", "rule": "dead", "severity": "warning", "state": "firing", "parameters": []}
+            | dict.fromkeys(("held", "clear", "hold_samples", "clear_samples", "first_step", "first_at"), 1)
+            | {"parameters_left_out": 0, "evidence": {}, "summary": "", "cause": "", "remedy": ""}
+        ],
+        "transitions": [
+            {"id": "t1", "alert": "a1", "number": 1, "state": "firing", "severity": "warning", "step": 1, "at": 1.0}
+            | {"payload": "{}"}
+        ],
+        "deliveries": [
+            {"id": "d1", "transition": "t1", "alert": "a1", "number": 1, "receiver": "hook", "state": "delivered"}
+            | dict.fromkeys(("attempts", "due_at", "leased_until", "created_at", "delivered_at"), 1)
+        ],
+        "attempts": [{"delivery": "d1", "number": 1, "at": 1.0, "seconds": 0.1, "status": 204, "error": ""}],
     }
     with engine.begin() as connection:
         for name, listed in rows.items():
@@ -104,6 +118,10 @@ def test_data_of_every_revision_is_there_afterwards(empty_url: str, revision: st
         assert server.store("old", wire.Batch(id="b1", samples=[sample(99, 1, 1, 1, 1)])).json()["duplicate"]
         assert server.store("old", wire.Batch(id="b2", samples=[sample(41, 1, 1, 1, 1)])).status_code == 200
         assert server.get("/api/v1/runs/old")["sample_count"] == 41
+        (alert,) = server.get("/api/v1/alerts/a1/deliveries")
+        assert [attempt["status"] for attempt in alert["attempts"]] == [204]
+        assert server.http.delete("/api/v1/runs/old").status_code == 204
+        assert server.get("/api/v1/deliveries") == []
 
 
 def test_the_migrated_schema_is_the_one_that_the_code_has(empty_url: str) -> None:

@@ -31,7 +31,22 @@ def test_pages_follow_one_another_without_a_gap(tmp_path: Path, own_database_url
         assert found == ids
         assert server.http.get(f"/api/v1/{path}", params={"limit": 0}).status_code == 422
         assert server.http.get(f"/api/v1/{path}", params={"limit": 10_001}).status_code == 422
-        assert server.http.get(f"/api/v1/{path}", params={"before": "nothing"}).status_code == 404
+        for nowhere in ("nothing", "nan,1", "inf,1", "1.0,\0", ""):
+            assert server.http.get(f"/api/v1/{path}", params={"before": nowhere}).status_code == 422
+
+
+def test_the_next_page_is_there_though_the_last_entry_of_this_one_is_gone(server: GradwatchServer) -> None:
+    run = server.register(["a"])
+    fill(f"sqlite:///{server.database}", run, ["nobody"] * 3)
+    _spread(f"sqlite:///{server.database}")
+    ids = [entry["id"] for entry in server.get("/api/v1/alerts")]
+    first = server.http.get("/api/v1/alerts", params={"limit": 2})
+    engine = open_engine(f"sqlite:///{server.database}")
+    with writing(engine) as connection:  # as a pending alert is forgotten
+        connection.execute(sa.delete(schema.alerts).where(schema.alerts.c.id == ids[1]))
+    engine.dispose()
+    following = server.http.get(first.links["next"]["url"])
+    assert [entry["id"] for entry in following.json()] == ids[2:]
 
 
 def _spread(url: str) -> None:

@@ -1,15 +1,25 @@
 """Runs go when they are deleted or their time is over, and nothing of them stays."""
 
+import json
 import subprocess
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import schema
-from gradwatch_server.database import open_engine
-from tests.processes import GradwatchServer, environment, sample
+from gradwatch_server import outbox, schema
+from gradwatch_server.database import migrate, open_engine, writing
+from gradwatch_server.deletion import Left, delete_some
+from gradwatch_server.ingest import Ingest
+from gradwatch_server.receivers import Webhook
+from gradwatch_server.settings import Configuration
+from tests.processes import GradwatchServer, WebhookReceiver, environment, sample
+from tests.server.hook import configuration, settled
+
+HOOK = Webhook(name="hook", url="https://example.com/")
 
 
 def _filled(server: GradwatchServer, **fields: str) -> str:
@@ -42,10 +52,98 @@ def test_a_deleted_run_leaves_nothing(shared_server: GradwatchServer, database_u
     assert shared_server.store(run, wire.Batch(id="c", samples=[sample(99, 1.0, 1.0)])).status_code == 404
 
 
+def test_a_run_goes_a_little_at_a_time(tmp_path: Path, own_database_url: str) -> None:
+    with GradwatchServer(tmp_path / "gradwatch.db", url=own_database_url) as server:
+        run, other = _filled(server), _filled(server)
+    engine, rows = open_engine(own_database_url), _rows(own_database_url, run)
+    with writing(engine) as connection:  # as of a network so large that 16 of its samples are enough at once
+        large = sa.update(schema.runs).where(schema.runs.c.id == run).values(parameter_count=100_000)
+        connection.execute(large)
+    left: Left = "some"
+    counts = [rows["samples"] + rows["rollups"]]
+    while left == "some":
+        with writing(engine) as connection:
+            left = delete_some(connection, run, Configuration(), "http://localhost", seconds=0.0)
+        found = _rows(own_database_url, run)
+        counts.append(found.get("samples", 0) + found.get("rollups", 0))
+    assert counts[0] > 70
+    assert counts[-1] == 0
+    assert all(0 < before - after < 32 for before, after in pairwise(counts)), counts
+    with writing(engine) as connection:
+        assert delete_some(connection, run, Configuration(), "http://localhost") == "unknown"
+        assert delete_some(connection, other, Configuration(), "http://localhost", overdue=True) == "unknown"
+    engine.dispose()
+    assert _rows(own_database_url, run) == {}
+    assert _rows(own_database_url, other) == rows
+
+
+def test_those_who_were_told_of_a_run_are_told_that_it_was_deleted(tmp_path: Path, own_database_url: str) -> None:
+    """Although the receiver is away when it is deleted, and the server is killed before it is back."""
+    with WebhookReceiver(statuses=[204, 503]) as receiver:
+        config = tmp_path / "gradwatch.toml"
+        config.write_text(configuration(f"retry_seconds = {[0.2] * 50}\ncircuit_failures = 100", hook=receiver.url))
+        options = ("--config", str(config))
+        with GradwatchServer(tmp_path / "gradwatch.db", *options, url=own_database_url) as server:
+            run = _filled(server)
+            receiver.wait(1)
+            settled(server)
+            assert server.http.delete(f"/api/v1/runs/{run}").status_code == 204
+            receiver.wait(3)
+            assert server.get("/api/v1/alerts") == []
+            (alert,) = {each["alert"] for each in server.get("/api/v1/deliveries")}
+            assert server.http.get(f"/api/v1/alerts/{alert}").status_code == 404
+            server.kill()
+            receiver.statuses = [204]
+            server.start()
+            settled(server)
+            _until_forgotten(own_database_url)
+        told = [json.loads(body)["data"] for _, body in receiver.requests]
+        assert [(each["id"], each["state"], each["resolution"]) for each in (told[0], told[-1])] == [
+            (alert, "firing", None),
+            (alert, "resolved", "the run was deleted"),
+        ]
+
+
+def _until_forgotten(url: str) -> None:
+    engine = open_engine(url)
+    deadline = time.monotonic() + 30
+    tables = (schema.alerts, schema.transitions, schema.deliveries, schema.attempts)
+    counts = [sa.select(sa.func.count()).select_from(table) for table in tables]
+    with engine.connect() as connection:
+        while any(connection.execute(count).scalar_one() for count in counts):
+            assert time.monotonic() < deadline
+            connection.rollback()
+            time.sleep(0.1)
+    engine.dispose()
+
+
+def test_what_a_receiver_refused_of_a_deleted_run_can_be_sent_again_for_a_week(own_database_url: str) -> None:
+    engine, ingest = open_engine(own_database_url), Ingest(Configuration(receivers=[HOOK]), "http://localhost")
+    migrate(engine)
+    with writing(engine) as connection:
+        ingest.register(connection, "r", wire.Registration(parameters=[wire.Parameter("a", [4, 4], units=4)]))
+        ingest.store(connection, "r", wire.Batch(id="ill", samples=[sample(1, float("nan"))]))
+        assert delete_some(connection, "r", Configuration(receivers=[HOOK]), "http://localhost") == "nothing"
+        now = time.time()
+        connection.execute(sa.update(schema.deliveries).values(state="dead", due_at=now))
+        outbox.forget(connection, now + 7 * 86_400 - 1)
+        assert outbox.replay(connection, schema.deliveries.c.state == "dead", now) == 2
+        connection.execute(sa.update(schema.deliveries).values(state="dead", due_at=now))
+        outbox.forget(connection, now + 7 * 86_400)
+        assert connection.execute(sa.select(schema.deliveries)).all() == []
+    engine.dispose()
+
+
 def test_prune_removes_what_is_over_its_time_and_nothing_else(tmp_path: Path) -> None:
     database = tmp_path / "gradwatch.db"
-    with GradwatchServer(database) as server:
+    receiver = WebhookReceiver()
+    retention = "[retention]\ndays = 30\nprojects = { kept = 60, brief = 1 }\n"
+    config = tmp_path / "gradwatch.toml"
+    config.write_text(configuration("", hook=receiver.url))
+    with receiver, GradwatchServer(database, "--config", str(config)) as server:
         old, kept, brief = _filled(server), _filled(server, project="kept"), _filled(server, project="brief")
+        receiver.wait(3)
+        settled(server)
     url = f"sqlite:///{database}"
     engine = open_engine(url)
     with engine.begin() as connection:
@@ -53,12 +151,17 @@ def test_prune_removes_what_is_over_its_time_and_nothing_else(tmp_path: Path) ->
             earlier = sa.update(schema.runs).where(schema.runs.c.id == run)
             connection.execute(earlier.values(last_seen_at=schema.runs.c.last_seen_at - 86_400 * days))
     engine.dispose()
-    (tmp_path / "gradwatch.toml").write_text("[retention]\ndays = 30\nprojects = { kept = 60, brief = 1 }\n")
+    config.write_text(configuration("", hook=receiver.url) + retention)
     command = [sys.executable, "-m", "gradwatch", "prune", "--database-url", url, "--config", "gradwatch.toml"]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "removed 2 runs\n"
     assert _rows(url, old) == _rows(url, brief) == {}
     assert _rows(url, kept)["samples"] > 70
+    receiver = WebhookReceiver()
+    config.write_text(configuration("", hook=receiver.url))
+    with receiver, GradwatchServer(database, "--config", str(config)):
+        told = [json.loads(body)["data"] for _, body in receiver.wait(2)]
+    assert {(each["run"]["id"], each["state"]) for each in told} == {(old, "resolved"), (brief, "resolved")}
 
 
 def test_the_profile_and_the_latest_sample(shared_server: GradwatchServer) -> None:

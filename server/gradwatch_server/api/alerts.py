@@ -20,9 +20,11 @@ router = APIRouter(prefix="/api/v1", tags=["alerts"])
 
 AlertId = Annotated[str, Path(alias="id", max_length=64)]
 Text = Annotated[str | None, Query(max_length=512)]
+_shown = schema.alerts.c.run.is_not(None)
+"""Others wait for their last delivery: their run was deleted."""
 
 
-@router.get("/alerts", response_model=list[documents.Alert], responses=problems(404, 422))
+@router.get("/alerts", response_model=list[documents.Alert], responses=problems(422))
 def list_alerts(
     request: Request,
     response: Response,
@@ -36,7 +38,7 @@ def list_alerts(
 ) -> Any:
     """List alerts, the newest first: by the time of the sample at which they began."""
     table = schema.alerts
-    query = sa.select(table)
+    query = sa.select(table).where(_shown)
     for column, wanted in ((table.c.run, run), (table.c.rule, rule), (table.c.state, state)):
         if wanted is not None:
             query = query.where(column == wanted)
@@ -82,7 +84,8 @@ async def withdraw_acknowledgement(request: Request, alert_id: AlertId) -> Any:
 
 
 def _load(connection: sa.Connection, alert_id: str) -> dict[str, Any]:
-    row = connection.execute(sa.select(schema.alerts).where(schema.alerts.c.id == alert_id)).mappings().one_or_none()
+    query = sa.select(schema.alerts).where(schema.alerts.c.id == alert_id, _shown)
+    row = connection.execute(query).mappings().one_or_none()
     if row is None:
         raise Refused(404, "Unknown alert", f"alert {alert_id!r} is not known here: GET /api/v1/alerts lists them")
     return dict(row)

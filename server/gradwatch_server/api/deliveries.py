@@ -24,7 +24,7 @@ Text = Annotated[str | None, Query(max_length=512)]
 _table = schema.deliveries
 
 
-@router.get("/deliveries", response_model=list[documents.Delivery], responses=problems(404, 422))
+@router.get("/deliveries", response_model=list[documents.Delivery], responses=problems(422))
 def list_deliveries(
     request: Request,
     response: Response,

@@ -1,5 +1,6 @@
 """Long lists, a page at a time: the newest first, and a link to what follows."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from gradwatch_server.errors import Refused
 
 Limit = Annotated[int, Query(ge=1, le=10_000, description="most entries in one answer, the newest first")]
 Before = Annotated[
-    str | None, Query(max_length=512, description="id of an entry: what is older than it; the Link header has the next")
+    str | None, Query(max_length=512, description="what is older than an entry: the Link header has the next page's")
 ]
 
 
@@ -28,21 +29,32 @@ def read_page(
         connection: to read with.
         query: what is listed, not ordered yet.
         order: when an entry was made, and its id.
-        before: the last entry of the page before; none: the first page.
+        before: time and id of the last entry of the page before, which may be gone by now; none: the first page.
         limit: most entries.
         exchange: the request and its answer.
 
     Raises:
-        Refused: 404 where ``before`` is not known.
+        Refused: 422 where ``before`` is not of a ``Link`` header.
     """
     (made_at, entry_id), (request, response) = order, exchange
     if before is not None:
-        last = connection.execute(sa.select(made_at).where(entry_id == before)).scalar_one_or_none()
-        if last is None:
-            raise Refused(404, "Unknown entry", f"before={before!r} is not known here: begin without it")
-        query = query.where(sa.or_(made_at < last, sa.and_(made_at == last, entry_id < before)))
+        last, last_id = _place(before)
+        query = query.where(sa.or_(made_at < last, sa.and_(made_at == last, entry_id < last_id)))
     rows = connection.execute(query.order_by(made_at.desc(), entry_id.desc()).limit(limit + 1)).mappings().all()
     if len(rows) > limit:
-        following = request.url.include_query_params(before=rows[limit - 1][entry_id.name])
+        last_row = rows[limit - 1]
+        following = request.url.include_query_params(before=f"{last_row[made_at.name]!r},{last_row[entry_id.name]}")
         response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
     return rows[:limit]
+
+
+def _place(before: str) -> tuple[float, str]:
+    """Return the time and the id that a ``Link`` header named."""
+    made_at, _, entry_id = before.partition(",")
+    try:
+        place = float(made_at), entry_id
+    except ValueError:
+        place = math.nan, ""
+    if not math.isfinite(place[0]) or not entry_id.isprintable():
+        raise Refused(422, "Unknown page", f"before={before!r} is not of a Link header: begin without it")
+    return place

@@ -15,9 +15,9 @@ from gradwatch_server.api import documents
 from gradwatch_server.api.numbers import answer, spelled
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
+from gradwatch_server.deletion import delete_some
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import load_order, load_parameters
-from gradwatch_server.retention import delete_run
 from gradwatch_server.runs import RunState, check_run, load_run, load_runs
 from gradwatch_server.services import Services
 
@@ -205,9 +205,14 @@ def show_clip_advice(
 
 @router.delete("/runs/{id}", status_code=204, responses=problems(401, 403, 404, 422, 503))
 async def remove_run(request: Request, run_id: RunId) -> Response:
-    """Remove a run with everything that is known of it; its alerts and deliveries go as well."""
+    """Remove a run with everything that is known of it; who was told of its alerts is told that they are over."""
     services = cast("Services", request.app.state.services)
-    work = partial(delete_run, run_id=run_id)
-    if not await asyncio.wrap_future(services.writer.submit(work, run_id)):
+    settings = services.settings
+    work = partial(delete_some, run_id=run_id, configuration=settings.configuration, public_url=settings.public_url)
+    left = await asyncio.wrap_future(services.writer.submit(work, run_id))
+    if left == "unknown":
         raise Refused(404, "Unknown run", f"run {run_id!r} is not known here: GET /api/v1/runs lists those that are")
+    while left == "some":
+        left = await asyncio.wrap_future(services.writer.submit(work, run_id))
+    services.notifier.wake()
     return Response(status_code=204)

@@ -1,0 +1,73 @@
+"""How a run goes: its samples a little at a time, between which others write; then the rest at once, and it is told.
+
+Whoever was told of an alert of the run is told that it is over. What is not delivered by then outlives the run, as
+alerts without one, until it is delivered or has long been dead; ``outbox.forget`` removes it.
+"""
+
+import time
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from gradwatch_server import ledger, schema
+from gradwatch_server.settings import Configuration
+
+Left = Literal["unknown", "some", "nothing"]
+
+RUN_DELETED = "the run was deleted"
+_PIECE_SECONDS = 0.04
+"""About how long one transaction removes samples: as long as the writer's other commits."""
+_VALUES_AT_ONCE = 2**18
+_ROWS_AT_ONCE = 4_096
+
+
+def delete_some(
+    connection: sa.Connection,
+    run_id: str,
+    configuration: Configuration,
+    public_url: str,
+    *,
+    overdue: bool = False,
+    seconds: float = _PIECE_SECONDS,
+) -> Left:
+    """Remove a little of a run, or what is left of it where that is little.
+
+    Args:
+        connection: a transaction that writes.
+        run_id: the run.
+        configuration: who is to be told, and how long runs are kept.
+        public_url: where people reach the page.
+        overdue: leave the run alone if it has been heard of meanwhile, and so is not over its time.
+        seconds: about how long this may take.
+
+    Returns:
+        What is left: some of it, nothing, or unknown, where there is no such run, or none that is over its time.
+    """
+    run = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()).one_or_none()
+    if run is None or (overdue and not configuration.retention.is_overdue(run, time.time())):
+        return "unknown"
+    if not _emptied(connection, run, time.monotonic() + seconds):
+        return "some"
+    book = ledger.Book(connection, run, configuration, public_url)
+    book.close(run.last_step or 0, time.time(), RUN_DELETED)
+    book.save()
+    alerts, deliveries = schema.alerts, schema.deliveries
+    due = sa.exists().where(deliveries.c.alert == alerts.c.id, deliveries.c.state == "due")
+    connection.execute(sa.update(alerts).where(alerts.c.run == run_id, due).values(run=None))
+    connection.execute(sa.delete(schema.runs).where(schema.runs.c.id == run_id))
+    return "nothing"
+
+
+def _emptied(connection: sa.Connection, run: sa.Row[Any], until: float) -> bool:
+    """Remove what there may be much of; return whether that was all."""
+    vectors = max(16, _VALUES_AT_ONCE // max(1, run.parameter_count))
+    most_of = {schema.rollups: vectors, schema.samples: vectors}
+    most_of |= dict.fromkeys((schema.scalars, schema.trails, schema.batches, schema.events), _ROWS_AT_ONCE)
+    for table, most in most_of.items():
+        key = [column for column in table.primary_key if column.name != "run"]
+        some = sa.select(*key).where(table.c.run == run.id).limit(most)
+        statement = sa.delete(table).where(table.c.run == run.id, sa.tuple_(*key).in_(some))
+        while connection.execute(statement).rowcount == most:
+            if time.monotonic() >= until:
+                return False
+    return True

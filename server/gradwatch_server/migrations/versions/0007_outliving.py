@@ -1,0 +1,35 @@
+"""Alerts may outlive their run until its end has been delivered: they have none then."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0007_outliving"
+down_revision = "0004_bytes"
+
+_CHAIN = ("alerts", "transitions", "deliveries", "attempts")
+"""Each refers to those before it."""
+
+
+def upgrade() -> None:
+    """Allow it. SQLite has no way to change a column, and a table that is dropped takes those that refer to it along:
+    all of them are made anew.
+    """
+    connection = op.get_bind()
+    if connection.dialect.name == "postgresql":
+        op.alter_column("alerts", "run", nullable=True)
+        return
+    listed = sa.text("SELECT type, name, tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    made = [row for row in connection.execute(listed) if row.tbl_name in _CHAIN]
+    tables = {row.name: row.sql for row in made if row.type == "table"}
+    tables["alerts"] = tables["alerts"].replace("run TEXT NOT NULL", "run TEXT", 1)
+    for name in _CHAIN:
+        op.execute(f"CREATE TEMPORARY TABLE kept_{name} AS SELECT * FROM {name}")  # noqa: S608
+    for name in reversed(_CHAIN):
+        op.execute(f"DROP TABLE main.{name}")
+    for name in _CHAIN:
+        connection.exec_driver_sql(tables[name])
+        op.execute(f"INSERT INTO {name} SELECT * FROM kept_{name}")  # noqa: S608
+        op.execute(f"DROP TABLE kept_{name}")
+    for row in made:
+        if row.type == "index":
+            connection.exec_driver_sql(row.sql)

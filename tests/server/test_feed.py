@@ -1,0 +1,44 @@
+"""What the stream tells a listener that does not read for a while."""
+
+import asyncio
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from gradwatch import wire
+from gradwatch_server.database import migrate, open_engine, writing
+from gradwatch_server.feed import Feed
+from gradwatch_server.ingest import Ingest
+from gradwatch_server.settings import Configuration
+from tests.processes import sample
+
+
+def _store(engine: sa.Engine, run: str, step: int) -> None:
+    with writing(engine) as connection:
+        batch = wire.Batch(id=str(step), samples=[sample(step, 1.0)])
+        Ingest(Configuration(), "http://localhost").store(connection, run, batch)
+
+
+def test_a_listener_that_does_not_read_is_told_the_newest_of_each_run_and_no_more(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite:///{tmp_path / 'gradwatch.db'}")
+    migrate(engine)
+    with writing(engine) as connection:
+        for run in ("one", "two"):
+            registration = wire.Registration(parameters=[wire.Parameter("a", [4, 4], units=4)])
+            Ingest(Configuration(), "http://localhost").register(connection, run, registration)
+
+    async def told() -> list[list[tuple[str, int | None]]]:
+        feed, seen = Feed(engine), []
+        stream = feed.listen()
+        seen.append(await anext(stream))
+        for step in range(1, 4):
+            for run in ("one", "two"):
+                _store(engine, run, step)
+            await asyncio.sleep(1.2)
+        seen.append(await anext(stream))
+        feed.close()
+        assert [changes async for changes in stream] == []
+        return [sorted((change["id"], change["last_step"]) for change in changes) for changes in seen]
+
+    assert asyncio.run(told()) == [[("one", None), ("two", None)], [("one", 3), ("two", 3)]]
+    engine.dispose()

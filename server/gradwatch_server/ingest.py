@@ -1,9 +1,7 @@
 """The transaction behind every 2xx: sample rows, diagnosis, alerts, transitions and due deliveries commit together."""
 
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -11,26 +9,20 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch.wire import STATISTICS
-from gradwatch_server import diagnosis, ledger, queries, schema, shelf
+from gradwatch_server import diagnosis, ledger, memories, queries, schema, shelf
 from gradwatch_server.advice import advise
 from gradwatch_server.bounds import check_batch, check_registration
 from gradwatch_server.database import upsert
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, exploding, nonfinite
+from gradwatch_server.diagnosis import Layout, Reading, exploding, nonfinite
 from gradwatch_server.errors import Refused
+from gradwatch_server.memories import Memories, Watched
 from gradwatch_server.runs import RUN_ENDED
 from gradwatch_server.settings import Configuration
 
-REPLAYED_FIRST_SAMPLES = 16
-"""How a run began is what its later samples are compared with."""
-REPLAYED_LAST_SAMPLES = 112
 _ADVISED = 100
 """Samples before an explosion that its remedy is taken from, at most."""
-_RUNS_IN_MEMORY = 256
 _SLOWER = 5.0
 """Times the usual interval that one batch counts at most."""
-_LOSSES_KEPT = 1_024
-"""Between two samples."""
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -49,28 +41,13 @@ class Registered(msgspec.Struct, frozen=True):
     created: bool
 
 
-@dataclass
-class _Watched:
-    """What the diagnosis remembers of a run, and up to which sample."""
-
-    layout: Layout
-    memory: Memory
-    sample_count: int
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    """Step and loss of the steps since the last sample, which may have come in earlier batches."""
-
-
 class Ingest:
-    """Registers runs and stores batches; holds the diagnosis' memory of the runs that report now.
-
-    The memory is a cache: where it does not match what the database holds (another server took part, a commit failed,
-    the server was started again), it is rebuilt from the stored samples.
-    """
+    """Registers runs and stores batches; holds the diagnosis' memory of the runs that report now."""
 
     def __init__(self, configuration: Configuration, public_url: str) -> None:
         self._configuration = configuration
         self._public_url = public_url
-        self._watched: OrderedDict[str, _Watched] = OrderedDict()
+        self._memories = Memories()
         self.batches = 0
         self.duplicates = 0
         self.samples = 0
@@ -90,9 +67,7 @@ class Ingest:
         check_registration(registration, self._configuration.limits)
         now = time.time()
         known = connection.execute(
-            sa.select(*schema.runs.c["project", "attempt", "parameter_count"])
-            .where(schema.runs.c.id == run_id)
-            .with_for_update()
+            sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()
         ).one_or_none()
         answer = Registered(run_id, f"{self._public_url}/runs/{run_id}", known is None)
         if known is None:
@@ -111,6 +86,7 @@ class Ingest:
                     attributes=registration.attributes,
                     dropped={},
                     scalars={},
+                    memory_mark=memories.new_mark(),
                 )
             )
             self._insert_parameters(connection, run_id, registration.parameters, 0)
@@ -161,6 +137,8 @@ class Ingest:
             for row in stored
             if registration.attempt >= known.attempt and told[row.position] != (row.depth, row.trainable)
         ]
+        if changed or len(listed) > count or registration.attempt > known.attempt:
+            self._put_down(connection, known)
         if changed:
             connection.execute(
                 sa.update(schema.parameters)
@@ -173,9 +151,13 @@ class Ingest:
             connection.execute(
                 sa.update(schema.runs).where(schema.runs.c.id == run_id).values(parameter_count=len(listed))
             )
-        watched = self._watched.get(run_id)
-        if watched is not None and (changed or len(listed) > count):
-            watched.layout = Layout.of(load_parameters(connection, run_id))
+
+    def _put_down(self, connection: sa.Connection, run: sa.Row[Any]) -> None:
+        """Store what is remembered of a run as it is: once it has changed, its samples would be replayed as others."""
+        if run.diagnosed_step is not None:
+            memories.save(connection, run.id, self._watch(connection, run), run.diagnosed_step)
+        changed = sa.update(schema.runs).where(schema.runs.c.id == run.id)
+        connection.execute(changed.values(memory_mark=memories.new_mark()))
 
     def _insert_parameters(
         self, connection: sa.Connection, run_id: str, listed: Sequence[wire.Parameter], first: int
@@ -212,10 +194,11 @@ class Ingest:
         check_batch(batch, run.parameter_count, self._configuration.limits)
         if not self._claim(connection, run_id, batch, now):
             return Stored(batch.id, 0, duplicate=True)
+        watched = self._watch(connection, run) if batch.attempt >= run.attempt else None
         changes = shelf.put(connection, run, batch)
         changes |= self._progress(run, batch, now)
-        if batch.attempt >= run.attempt:
-            changes |= self._diagnose(connection, run, batch, now)
+        if watched is not None:
+            changes |= self._diagnose(connection, run, watched, batch, now)
             if batch.end is not None:
                 changes |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
         connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(changes))
@@ -257,14 +240,16 @@ class Ingest:
             changes["last_step"] = max([*steps, run.last_step or 0])
         return changes
 
-    def _diagnose(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
+    def _diagnose(
+        self, connection: sa.Connection, run: sa.Row[Any], watched: Watched, batch: wire.Batch, now: float
+    ) -> dict[str, Any]:
         thresholds = self._configuration.thresholds(run.project)
-        watched = self._watch(connection, run, thresholds)
         book = ledger.Book(connection, run, self._configuration, self._public_url)
-        losses = sorted([*watched.losses, *_losses(batch)])
-        readings = _readings(batch, run.diagnosed_step, losses)
-        watched.losses = [(step, loss) for step, loss in losses if not readings or step > readings[-1].step]
-        watched.losses = watched.losses[-_LOSSES_KEPT:]
+        told = _losses(batch)
+        losses = watched.losses | told
+        readings = _readings(batch, run.diagnosed_step, sorted(losses.items()))
+        step = readings[-1].step if readings else run.diagnosed_step
+        watched.wait(losses, step)
         for reading in readings:
             watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, thresholds)
             book.enter(findings, reading.step, reading.at)
@@ -272,14 +257,18 @@ class Ingest:
         self._name_module(connection, run.id, watched, book)
         self._name_threshold(connection, run.id, book)
         book.save()
-        watched.sample_count = run.sample_count + len(batch.samples)
-        self._watched[run.id] = watched
-        while len(self._watched) > _RUNS_IN_MEMORY:
-            self._watched.popitem(last=False)
-        return {"diagnosed_step": readings[-1].step} if readings else {}
+        watched.unsaved += len(readings)
+        watched.mark = memories.new_mark(run.memory_mark)
+        known = -1 if run.diagnosed_step is None else run.diagnosed_step
+        late = any(step <= known for step in (*told, *(sample.step for sample in batch.samples)))
+        due = watched.unsaved >= memories.SAVED_EVERY_SAMPLES or (watched.unsaved and (watched.fresh or batch.end))
+        if step is not None and (due or late):  # what came late was not looked at, and would be in a replay
+            memories.save(connection, run.id, watched, step)
+        self._memories.put(run.id, watched)
+        return {"diagnosed_step": step, "memory_mark": watched.mark}
 
     @staticmethod
-    def _name_module(connection: sa.Connection, run_id: str, watched: _Watched, book: ledger.Book) -> None:
+    def _name_module(connection: sa.Connection, run_id: str, watched: Watched, book: ledger.Book) -> None:
         """Have the alert for non-finite numbers name the module that the agent found, whichever of them came first."""
         first_step = book.began(nonfinite.RULE)
         if first_step is None:
@@ -303,15 +292,17 @@ class Ingest:
         if recommended is not None:
             book.refine(exploding.RULE, lambda found: exploding.name_threshold(found, recommended))
 
-    def _watch(self, connection: sa.Connection, run: sa.Row[Any], thresholds: Thresholds) -> _Watched:
-        watched = self._watched.pop(run.id, None)
-        if watched is not None and watched.sample_count == run.sample_count:
-            return watched
-        layout = Layout.of(load_parameters(connection, run.id))
-        memory = Memory()
-        for reading in _stored_readings(connection, run.id, run.diagnosed_step):
-            memory, _ = diagnosis.examine(layout, memory, reading, thresholds)
-        return _Watched(layout, memory, run.sample_count)
+    def _watch(self, connection: sa.Connection, run: sa.Row[Any]) -> Watched:
+        """Return what is remembered of a run, up to the sample that its row names."""
+        watched = self._memories.take(run.id)
+        if watched is not None and watched.mark == run.memory_mark:
+            watched.fresh = False
+        else:
+            known = watched is not None and memories.same_parameters(watched.mark, run.memory_mark)
+            layout = watched.layout if watched and known else Layout.of(load_parameters(connection, run.id))
+            watched = memories.load(connection, run, layout, self._configuration.thresholds(run.project))
+        watched.resume(run.attempt)
+        return watched
 
     def _finish(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
         book = ledger.Book(connection, run, self._configuration, self._public_url)
@@ -347,7 +338,7 @@ def load_order(connection: sa.Connection, run_id: str) -> tuple[list[int], list[
 def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, float]]) -> list[Reading]:
     """Return what the rules have not seen yet, in the order of the steps."""
     readings = []
-    earlier = -1 if after is None else after
+    earlier = after
     for sample in sorted(batch.samples, key=lambda sample: sample.step):
         if after is not None and sample.step <= after:
             continue
@@ -357,36 +348,14 @@ def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, 
                 at=sample.at,
                 statistics=sample.statistics,
                 scalars=shelf.scalars_at(sample, batch.trail),
-                losses=[(step, loss) for step, loss in losses if earlier < step <= sample.step],
+                losses=memories.between(losses, earlier, sample.step),
             )
         )
         earlier = sample.step
     return readings
 
 
-def _losses(batch: wire.Batch) -> list[tuple[int, float]]:
-    """Return step and loss of every step that the batch tells of."""
-    if "loss" not in batch.trail:
-        return []
-    trail = batch.trail["loss"]
-    return [(step, wire.number(loss)) for step, loss in zip(trail.steps, trail.values, strict=True)]
-
-
-def _stored_readings(connection: sa.Connection, run_id: str, up_to: int | None) -> list[Reading]:
-    """Return the first and last samples that have been diagnosed: the batch at hand is stored, but not due yet."""
-    if up_to is None:
-        return []
-    table = schema.samples
-    known = sa.select(table).where(table.c.run == run_id, table.c.level == 0, table.c.step <= up_to)
-    first = connection.execute(known.order_by(table.c.step).limit(REPLAYED_FIRST_SAMPLES)).mappings().all()
-    last = connection.execute(known.order_by(table.c.step.desc()).limit(REPLAYED_LAST_SAMPLES)).mappings().all()
-    rows = {row["step"]: row for row in (*first, *reversed(last))}
-    return [
-        Reading(
-            step=row["step"],
-            at=row["at"],
-            statistics={name: row[name] for name in STATISTICS if row[name] is not None},
-            scalars={name: wire.number(value) for name, value in (row["scalars"] or {}).items()},
-        )
-        for row in rows.values()
-    ]
+def _losses(batch: wire.Batch) -> dict[int, float]:
+    """Return the loss of every step that the batch tells of."""
+    sampled = {sample.step: wire.number(sample.scalars["loss"]) for sample in batch.samples if "loss" in sample.scalars}
+    return sampled | memories.told_losses(batch.trail)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from gradwatch_server import diagnosis, ledger, memories, queries, schema, shelf
 from gradwatch_server.advice import advise
 from gradwatch_server.bounds import check_batch, check_registration
 from gradwatch_server.database import upsert
-from gradwatch_server.diagnosis import Layout, Reading, exploding, nonfinite
+from gradwatch_server.diagnosis import Layout, Memory, Reading, exploding, nonfinite
 from gradwatch_server.errors import Refused
 from gradwatch_server.memories import Memories, Watched
 from gradwatch_server.runs import RUN_ENDED
@@ -101,6 +102,8 @@ class Ingest:
                 "attributes": registration.attributes,
                 "last_seen_at": now,
                 "attempt_first_step": None,
+                "scalar_steps": {},
+                "dropped": {},
                 "last_step": None,
                 "diagnosed_step": None,
                 "finished_at": None,
@@ -219,15 +222,14 @@ class Ingest:
         return connection.execute(_insert_batch(connection.dialect.name), row).one_or_none() is not None
 
     def _progress(self, run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
-        latest = {name: scalar.values[-1] for name, scalar in batch.trail.items() if scalar.values}
-        for sample in batch.samples:
-            latest |= sample.scalars
-        changes: dict[str, Any] = {
-            "last_seen_at": now,
-            "sample_count": run.sample_count + len(batch.samples),
-            "scalars": run.scalars | shelf.spelled(latest),
-            "dropped": msgspec.to_builtins(batch.dropped),
-        }
+        changes: dict[str, Any] = {"last_seen_at": now, "sample_count": run.sample_count + len(batch.samples)}
+        if batch.attempt >= run.attempt:
+            known = run.scalar_steps
+            latest = {name: told for name, told in _latest(batch).items() if told[0] >= known.get(name, 0)}
+            changes["scalars"] = run.scalars | shelf.spelled({name: value for name, (_, value) in latest.items()})
+            changes["scalar_steps"] = known | {name: step for name, (step, _) in latest.items()}
+            dropped = msgspec.to_builtins(batch.dropped)
+            changes["dropped"] = {name: max(count, run.dropped.get(name, 0)) for name, count in dropped.items()}
         if batch.samples:
             times = sorted(sample.at for sample in batch.samples)
             span = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else now - run.last_seen_at
@@ -250,12 +252,16 @@ class Ingest:
         readings = _readings(batch, run.diagnosed_step, sorted(losses.items()))
         step = readings[-1].step if readings else run.diagnosed_step
         watched.wait(losses, step)
+        self._look_at_late(connection, run, watched, batch, book)
         for reading in readings:
             watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, thresholds)
             book.enter(findings, reading.step, reading.at)
             book.enter_silence(None, reading.step, now)
         self._name_module(connection, run.id, watched, book)
         self._name_threshold(connection, run.id, book)
+        if run.finished_at is not None and batch.end is None:
+            at = max([run.finished_at, *(sample.at for sample in batch.samples)])
+            book.close(step or 0, at, f"{RUN_ENDED}: {run.status}")
         book.save()
         watched.unsaved += len(readings)
         watched.mark = memories.new_mark(run.memory_mark)
@@ -266,6 +272,22 @@ class Ingest:
             memories.save(connection, run.id, watched, step)
         self._memories.put(run.id, watched)
         return {"diagnosed_step": step, "memory_mark": watched.mark}
+
+    def _look_at_late(
+        self, connection: sa.Connection, run: sa.Row[Any], watched: Watched, batch: wire.Batch, book: ledger.Book
+    ) -> None:
+        """Look for what is not finite in samples that came after later ones: no other rule does without history."""
+        known = -1 if run.diagnosed_step is None else run.diagnosed_step
+        late = [sample for sample in batch.samples if sample.step <= known]
+        limits = self._configuration.thresholds(run.project).nonfinite
+        for sample in sorted(late, key=lambda sample: sample.step):
+            if book.began(nonfinite.RULE) is not None:
+                return
+            scalars = shelf.scalars_at(sample, batch.trail)
+            reading = Reading(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
+            found = nonfinite.find(watched.layout, Memory(), reading, reading.profile(watched.layout), limits)
+            if found is not None and not _was_told(connection, run.id, nonfinite.RULE, sample.step):
+                book.enter_late(found, sample.step, sample.at)
 
     @staticmethod
     def _name_module(connection: sa.Connection, run_id: str, watched: Watched, book: ledger.Book) -> None:
@@ -353,6 +375,28 @@ def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, 
         )
         earlier = sample.step
     return readings
+
+
+def _was_told(connection: sa.Connection, run_id: str, rule: str, step: int) -> bool:
+    """Return whether an alert of a rule, over by now, was there at a step."""
+    table = schema.alerts
+    mine = table.c.run == run_id, table.c.rule == rule, table.c.state == "resolved"
+    then = table.c.first_step <= step, table.c.resolved_step >= step
+    return connection.execute(sa.select(table.c.id).where(*mine, *then).limit(1)).first() is not None
+
+
+def _latest(batch: wire.Batch) -> dict[str, tuple[int, wire.Number]]:
+    """Return the last step and value of each scalar that the batch tells of."""
+    told = {
+        name: max(zip(scalar.steps, scalar.values, strict=True), key=itemgetter(0))
+        for name, scalar in batch.trail.items()
+        if scalar.steps
+    }
+    for sample in batch.samples:
+        for name, value in sample.scalars.items():
+            if name not in told or sample.step >= told[name][0]:
+                told[name] = (sample.step, value)
+    return told
 
 
 def _losses(batch: wire.Batch) -> dict[int, float]:

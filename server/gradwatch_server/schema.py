@@ -84,6 +84,9 @@ runs = sa.Table(
     sa.Column("dropped", _json, nullable=False),
     sa.Column("scalars", _json, nullable=False, comment="the latest value of each scalar"),
     sa.Column(
+        "scalar_steps", _json, nullable=False, server_default="{}", comment="at which steps of this attempt these were"
+    ),
+    sa.Column(
         "memory_mark",
         sa.Text,
         comment="changes with what is remembered of the run; none: since before that was stored",

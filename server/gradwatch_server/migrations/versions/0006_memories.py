@@ -1,14 +1,15 @@
-"""What the diagnosis remembers of a run outlives the server and is shared between several."""
+"""What the diagnosis remembers of a run outlives the server and is shared between several; scalars know their steps."""
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.dialects import postgresql
 
 revision = "0006_memories"
 down_revision = "0004_bytes"
 
 
 def upgrade() -> None:
-    """Create the table, and the run's mark by which a server sees that another one took part."""
+    """Create the table, the run's mark by which a server sees that another one took part, and the steps."""
     op.create_table(
         "memories",
         sa.Column("run", sa.Text(), nullable=False),
@@ -21,5 +22,8 @@ def upgrade() -> None:
     )
     comment = "changes with what is remembered of the run; none: since before that was stored"
     op.add_column("runs", sa.Column("memory_mark", sa.Text(), comment=comment))
+    json = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
+    comment = "at which steps of this attempt these were"
+    op.add_column("runs", sa.Column("scalar_steps", json, nullable=False, server_default="{}", comment=comment))
     if op.get_bind().dialect.name == "postgresql":
         op.execute("ALTER TABLE memories ALTER COLUMN body SET STORAGE EXTERNAL")

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from gradwatch_server import schema
-from gradwatch_server.ingest import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLES
 from gradwatch_server.lanes import STATISTIC_NAMES
 from gradwatch_server.levels import pruned_to
+from gradwatch_server.memories import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLES
 from gradwatch_server.retention import Retention
 
 _BUCKETS_AT_ONCE = 8

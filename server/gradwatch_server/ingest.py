@@ -1,10 +1,7 @@
 """The transaction behind every 2xx: sample rows, diagnosis, alerts, transitions and due deliveries commit together."""
 
-import bisect
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from operator import itemgetter
 from typing import Any
@@ -13,26 +10,20 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch.wire import STATISTICS
-from gradwatch_server import diagnosis, ledger, queries, schema, shelf
+from gradwatch_server import diagnosis, ledger, memories, queries, schema, shelf
 from gradwatch_server.advice import advise
 from gradwatch_server.bounds import check_batch, check_registration, check_scalar_names
 from gradwatch_server.database import upsert
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, exploding, nonfinite
+from gradwatch_server.diagnosis import Layout, Memory, Reading, exploding, nonfinite
 from gradwatch_server.errors import Refused
+from gradwatch_server.memories import Memories, Watched
 from gradwatch_server.runs import RUN_ENDED
 from gradwatch_server.settings import Configuration
 
-REPLAYED_FIRST_SAMPLES = 16
-"""How a run began is what its later samples are compared with."""
-REPLAYED_LAST_SAMPLES = 112
 _ADVISED = 100
 """Samples before an explosion that its remedy is taken from, at most."""
-_RUNS_IN_MEMORY = 256
 _SLOWER = 5.0
 """Times the usual interval that one batch counts at most."""
-_LOSSES_KEPT = 1_024
-"""Between two samples."""
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -51,28 +42,13 @@ class Registered(msgspec.Struct, frozen=True):
     created: bool
 
 
-@dataclass
-class _Watched:
-    """What the diagnosis remembers of a run, and up to which sample."""
-
-    layout: Layout
-    memory: Memory
-    sample_count: int
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    """Step and loss of the steps since the last sample, which may have come in earlier batches."""
-
-
 class Ingest:
-    """Registers runs and stores batches; holds the diagnosis' memory of the runs that report now.
-
-    The memory is a cache: where it does not match what the database holds (another server took part, a commit failed,
-    the server was started again), it is rebuilt from the stored samples.
-    """
+    """Registers runs and stores batches; holds the diagnosis' memory of the runs that report now."""
 
     def __init__(self, configuration: Configuration, public_url: str) -> None:
         self._configuration = configuration
         self._public_url = public_url
-        self._watched: OrderedDict[str, _Watched] = OrderedDict()
+        self._memories = Memories()
         self.batches = 0
         self.duplicates = 0
         self.samples = 0
@@ -97,9 +73,7 @@ class Ingest:
         check_registration(registration, self._configuration.limits)
         now = time.time()
         known = connection.execute(
-            sa.select(*schema.runs.c["project", "attempt", "attempts", "parameter_count"])
-            .where(schema.runs.c.id == run_id)
-            .with_for_update()
+            sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()
         ).one_or_none()
         answer = Registered(run_id, f"{self._public_url}/runs/{run_id}", known is None)
         attempts = {} if known is None else known.attempts
@@ -124,6 +98,7 @@ class Ingest:
                     attributes=registration.attributes,
                     dropped={},
                     scalars={},
+                    memory_mark=memories.new_mark(),
                 )
             )
             self._insert_parameters(connection, run_id, registration.parameters, 0)
@@ -139,6 +114,8 @@ class Ingest:
                 "attributes": registration.attributes,
                 "last_seen_at": now,
                 "attempt_first_step": None,
+                "scalar_steps": {},
+                "dropped": {},
                 "last_step": None,
                 "diagnosed_step": None,
                 "finished_at": None,
@@ -177,6 +154,8 @@ class Ingest:
             for row in stored
             if registration.attempt >= known.attempt and told[row.position] != (row.depth, row.trainable)
         ]
+        if changed or len(listed) > count or registration.attempt > known.attempt:
+            self._put_down(connection, known)
         if changed:
             connection.execute(
                 sa.update(schema.parameters)
@@ -189,9 +168,13 @@ class Ingest:
             connection.execute(
                 sa.update(schema.runs).where(schema.runs.c.id == run_id).values(parameter_count=len(listed))
             )
-        watched = self._watched.get(run_id)
-        if watched is not None and (changed or len(listed) > count):
-            watched.layout = Layout.of(load_parameters(connection, run_id))
+
+    def _put_down(self, connection: sa.Connection, run: sa.Row[Any]) -> None:
+        """Store what is remembered of a run as it is: once it has changed, its samples would be replayed as others."""
+        if run.diagnosed_step is not None:
+            memories.save(connection, run.id, self._watch(connection, run), run.diagnosed_step)
+        changed = sa.update(schema.runs).where(schema.runs.c.id == run.id)
+        connection.execute(changed.values(memory_mark=memories.new_mark()))
 
     def _insert_parameters(
         self, connection: sa.Connection, run_id: str, listed: Sequence[wire.Parameter], first: int
@@ -230,10 +213,11 @@ class Ingest:
         check_scalar_names(batch, run.coverage.get("scalars", {}), self._configuration.limits)
         if not self._claim(connection, run_id, batch, now):
             return Stored(batch.id, 0, duplicate=True)
+        watched = self._watch(connection, run) if batch.attempt >= run.attempt else None
         changes = shelf.put(connection, run, batch)
         changes |= self._progress(run, batch, now)
-        if batch.attempt >= run.attempt:
-            changes |= self._diagnose(connection, run, batch, now)
+        if watched is not None:
+            changes |= self._diagnose(connection, run, watched, batch, now)
             if batch.end is not None:
                 changes |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
         connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(changes))
@@ -254,15 +238,14 @@ class Ingest:
         return connection.execute(_insert_batch(connection.dialect.name), row).one_or_none() is not None
 
     def _progress(self, run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
-        latest = {name: scalar.values[-1] for name, scalar in batch.trail.items() if scalar.values}
-        for sample in batch.samples:
-            latest |= sample.scalars
-        changes: dict[str, Any] = {
-            "last_seen_at": now,
-            "sample_count": run.sample_count + len(batch.samples),
-            "scalars": run.scalars | shelf.spelled(latest),
-            "dropped": msgspec.to_builtins(batch.dropped),
-        }
+        changes: dict[str, Any] = {"last_seen_at": now, "sample_count": run.sample_count + len(batch.samples)}
+        if batch.attempt >= run.attempt:
+            known = run.scalar_steps
+            latest = {name: told for name, told in _latest(batch).items() if told[0] >= known.get(name, 0)}
+            changes["scalars"] = run.scalars | shelf.spelled({name: value for name, (_, value) in latest.items()})
+            changes["scalar_steps"] = known | {name: step for name, (step, _) in latest.items()}
+            dropped = msgspec.to_builtins(batch.dropped)
+            changes["dropped"] = {name: max(count, run.dropped.get(name, 0)) for name, count in dropped.items()}
         if batch.samples:
             times = sorted(sample.at for sample in batch.samples)
             span = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else now - run.last_seen_at
@@ -275,29 +258,57 @@ class Ingest:
             changes["last_step"] = max([*steps, run.last_step or 0])
         return changes
 
-    def _diagnose(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
+    def _diagnose(
+        self, connection: sa.Connection, run: sa.Row[Any], watched: Watched, batch: wire.Batch, now: float
+    ) -> dict[str, Any]:
         thresholds = self._configuration.thresholds(run.project)
-        watched = self._watch(connection, run, thresholds)
         book = ledger.Book(connection, run, self._configuration, self._public_url)
-        losses = sorted([*watched.losses, *_losses(batch)])
-        readings = _readings(batch, run.diagnosed_step, losses)
-        watched.losses = [(step, loss) for step, loss in losses if not readings or step > readings[-1].step]
-        watched.losses = watched.losses[-_LOSSES_KEPT:]
+        told = _losses(batch)
+        losses = watched.losses | told
+        readings = _readings(batch, run.diagnosed_step, sorted(losses.items()))
+        step = readings[-1].step if readings else run.diagnosed_step
+        watched.wait(losses, step)
+        self._look_at_late(connection, run, watched, batch, book)
         for reading in readings:
             watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, thresholds)
             book.enter(findings, reading.step, reading.at)
             book.enter_silence(None, reading.step, now)
         self._name_module(connection, run.id, watched, book)
         self._name_threshold(connection, run.id, book)
+        if run.finished_at is not None and batch.end is None:
+            at = max([run.finished_at, *(sample.at for sample in batch.samples)])
+            book.close(step or 0, at, f"{RUN_ENDED}: {run.status}")
         book.save()
-        watched.sample_count = run.sample_count + len(batch.samples)
-        self._watched[run.id] = watched
-        while len(self._watched) > _RUNS_IN_MEMORY:
-            self._watched.popitem(last=False)
-        return {"diagnosed_step": readings[-1].step} if readings else {}
+        watched.unsaved += len(readings)
+        watched.mark = memories.new_mark(run.memory_mark)
+        known = -1 if run.diagnosed_step is None else run.diagnosed_step
+        late = any(step <= known for step in (*told, *(sample.step for sample in batch.samples)))
+        due = watched.unsaved >= memories.SAVED_EVERY_SAMPLES or (watched.unsaved and (watched.fresh or batch.end))
+        if step is not None and (due or late):  # what came late was not looked at, and would be in a replay
+            memories.save(connection, run.id, watched, step)
+        self._memories.put(run.id, watched)
+        return {"diagnosed_step": step, "memory_mark": watched.mark}
+
+    def _look_at_late(
+        self, connection: sa.Connection, run: sa.Row[Any], watched: Watched, batch: wire.Batch, book: ledger.Book
+    ) -> None:
+        """Look for what is not finite in samples that came after later ones: no other rule does without history."""
+        known = -1 if run.diagnosed_step is None else run.diagnosed_step
+        late = [sample for sample in batch.samples if sample.step <= known]
+        limits = self._configuration.thresholds(run.project).nonfinite
+        scalars = shelf.scalars_by_step(batch)
+        for sample in sorted(late, key=lambda sample: sample.step):
+            if book.began(nonfinite.RULE) is not None:
+                return
+            reading = Reading(
+                step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars[sample.step]
+            )
+            found = nonfinite.find(watched.layout, Memory(), reading, reading.profile(watched.layout), limits)
+            if found is not None and not _was_told(connection, run.id, nonfinite.RULE, sample.step):
+                book.enter_late(found, sample.step, sample.at)
 
     @staticmethod
-    def _name_module(connection: sa.Connection, run_id: str, watched: _Watched, book: ledger.Book) -> None:
+    def _name_module(connection: sa.Connection, run_id: str, watched: Watched, book: ledger.Book) -> None:
         """Have the alert for non-finite numbers name the module that the agent found, whichever of them came first."""
         first_step = book.began(nonfinite.RULE)
         if first_step is None:
@@ -321,15 +332,17 @@ class Ingest:
         if recommended is not None:
             book.refine(exploding.RULE, lambda found: exploding.name_threshold(found, recommended))
 
-    def _watch(self, connection: sa.Connection, run: sa.Row[Any], thresholds: Thresholds) -> _Watched:
-        watched = self._watched.pop(run.id, None)
-        if watched is not None and watched.sample_count == run.sample_count:
-            return watched
-        layout = Layout.of(load_parameters(connection, run.id))
-        memory = Memory()
-        for reading in _stored_readings(connection, run.id, run.diagnosed_step):
-            memory, _ = diagnosis.examine(layout, memory, reading, thresholds)
-        return _Watched(layout, memory, run.sample_count)
+    def _watch(self, connection: sa.Connection, run: sa.Row[Any]) -> Watched:
+        """Return what is remembered of a run, up to the sample that its row names."""
+        watched = self._memories.take(run.id)
+        if watched is not None and watched.mark == run.memory_mark:
+            watched.fresh = False
+        else:
+            known = watched is not None and memories.same_parameters(watched.mark, run.memory_mark)
+            layout = watched.layout if watched and known else Layout.of(load_parameters(connection, run.id))
+            watched = memories.load(connection, run, layout, self._configuration.thresholds(run.project))
+        watched.resume(run.attempt)
+        return watched
 
     def _finish(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
         book = ledger.Book(connection, run, self._configuration, self._public_url)
@@ -367,16 +380,11 @@ def _effective(attempts: Mapping[str, int], number: int) -> int:
     return attempts.get(str(number), number)
 
 
-def _until(losses: Sequence[tuple[int, float]], step: int) -> int:
-    """Return how many of these losses, by ascending steps, are of ``step`` or before."""
-    return bisect.bisect_right(losses, step, key=itemgetter(0))
-
-
 def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, float]]) -> list[Reading]:
     """Return what the rules have not seen yet, in the order of the steps."""
     readings = []
     scalars = shelf.scalars_by_step(batch)
-    earlier = -1 if after is None else after
+    earlier = after
     for sample in sorted(batch.samples, key=lambda sample: sample.step):
         if after is not None and sample.step <= after:
             continue
@@ -386,36 +394,36 @@ def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, 
                 at=sample.at,
                 statistics=sample.statistics,
                 scalars=scalars[sample.step],
-                losses=losses[_until(losses, earlier) : _until(losses, sample.step)],
+                losses=memories.between(losses, earlier, sample.step),
             )
         )
         earlier = sample.step
     return readings
 
 
-def _losses(batch: wire.Batch) -> list[tuple[int, float]]:
-    """Return step and loss of every step that the batch tells of."""
-    if "loss" not in batch.trail:
-        return []
-    trail = batch.trail["loss"]
-    return [(step, wire.number(loss)) for step, loss in zip(trail.steps, trail.values, strict=True)]
+def _was_told(connection: sa.Connection, run_id: str, rule: str, step: int) -> bool:
+    """Return whether an alert of a rule, over by now, was there at a step."""
+    table = schema.alerts
+    mine = table.c.run == run_id, table.c.rule == rule, table.c.state == "resolved"
+    then = table.c.first_step <= step, table.c.resolved_step >= step
+    return connection.execute(sa.select(table.c.id).where(*mine, *then).limit(1)).first() is not None
 
 
-def _stored_readings(connection: sa.Connection, run_id: str, up_to: int | None) -> list[Reading]:
-    """Return the first and last samples that have been diagnosed: the batch at hand is stored, but not due yet."""
-    if up_to is None:
-        return []
-    table = schema.samples
-    known = sa.select(table).where(table.c.run == run_id, table.c.level == 0, table.c.step <= up_to)
-    first = connection.execute(known.order_by(table.c.step).limit(REPLAYED_FIRST_SAMPLES)).mappings().all()
-    last = connection.execute(known.order_by(table.c.step.desc()).limit(REPLAYED_LAST_SAMPLES)).mappings().all()
-    rows = {row["step"]: row for row in (*first, *reversed(last))}
-    return [
-        Reading(
-            step=row["step"],
-            at=row["at"],
-            statistics={name: row[name] for name in STATISTICS if row[name] is not None},
-            scalars={name: wire.number(value) for name, value in (row["scalars"] or {}).items()},
-        )
-        for row in rows.values()
-    ]
+def _latest(batch: wire.Batch) -> dict[str, tuple[int, wire.Number]]:
+    """Return the last step and value of each scalar that the batch tells of."""
+    told = {
+        name: max(zip(scalar.steps, scalar.values, strict=True), key=itemgetter(0))
+        for name, scalar in batch.trail.items()
+        if scalar.steps
+    }
+    for sample in batch.samples:
+        for name, value in sample.scalars.items():
+            if name not in told or sample.step >= told[name][0]:
+                told[name] = (sample.step, value)
+    return told
+
+
+def _losses(batch: wire.Batch) -> dict[int, float]:
+    """Return the loss of every step that the batch tells of."""
+    sampled = {sample.step: wire.number(sample.scalars["loss"]) for sample in batch.samples if "loss" in sample.scalars}
+    return sampled | memories.told_losses(batch.trail)

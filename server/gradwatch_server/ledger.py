@@ -55,6 +55,11 @@ class Book:
         if finding is not None or stalled.RULE in self._open:
             self._advance(stalled.RULE, finding, step, at)
 
+    def enter_late(self, finding: Finding, step: int, at: float) -> None:
+        """Begin an alert that a sample shows which came after later ones; what is open has seen more than it."""
+        if finding.rule not in self._open:
+            self._advance(finding.rule, finding, step, at)
+
     def refine(self, rule: str, refined: Callable[[Finding], Finding]) -> None:
         """Change what the open alert of a rule says; what this transaction is about to tell says it too."""
         if rule not in self._open:

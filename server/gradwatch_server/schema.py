@@ -90,6 +90,14 @@ runs = sa.Table(
     sa.Column("attributes", _json, nullable=False),
     sa.Column("dropped", _json, nullable=False),
     sa.Column("scalars", _json, nullable=False, comment="the latest value of each scalar"),
+    sa.Column(
+        "scalar_steps", _json, nullable=False, server_default="{}", comment="at which steps of this attempt these were"
+    ),
+    sa.Column(
+        "memory_mark",
+        sa.Text,
+        comment="changes with what is remembered of the run; none: since before that was stored",
+    ),
     sa.Index(None, "project", "last_seen_at"),
     sa.Index(None, "last_seen_at"),
 )
@@ -286,6 +294,16 @@ tokens = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("expires_at", sa.Double),
     sa.Column("revoked_at", sa.Double),
+)
+
+memories = sa.Table(
+    "memories",
+    metadata,
+    _run(),
+    sa.Column("attempt", sa.BigInteger, nullable=False),
+    sa.Column("step", sa.BigInteger, comment="of the last sample in it"),
+    sa.Column("version", sa.Integer, nullable=False, comment="of the bytes; another one is replayed"),
+    sa.Column("body", sa.LargeBinary, nullable=False),
 )
 
 written = sa.Table(

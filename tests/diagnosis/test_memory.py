@@ -64,7 +64,7 @@ def test_memory_is_bounded_and_earlier_memories_stay_as_they_were() -> None:
 
 
 def test_a_memory_of_another_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="version 99, not 2: replay"):
+    with pytest.raises(ValueError, match="version 99, not 3: replay"):
         Memory.from_bytes(msgspec.msgpack.encode({"version": 99}))
 
 

@@ -160,3 +160,44 @@ def test_metrics_take_an_unfrozen_layer_into_account(shared_server: GradwatchSer
     thawed = wire.Registration(id=run, parameters=_listed(0))
     assert shared_server.post("/api/v1/runs", thawed).status_code == 200
     assert [round(float(slope), 3) for slope in slopes()] == [1.0]
+
+
+def _bad(steps: range) -> list[wire.Sample]:
+    return [sample(step, NAN, NAN, loss=9.0) for step in steps]
+
+
+def _good(steps: range, loss: float = 1.0) -> list[wire.Sample]:
+    return [sample(step, 0.1, 0.1, loss=loss) for step in steps]
+
+
+def test_a_late_sample_that_is_not_finite_is_told_once(shared_server: GradwatchServer) -> None:
+    run = shared_server.register()
+    parts = [_good(range(1, 11)), _good(range(21, 31)), _bad(range(11, 15)), _bad(range(15, 18)), _good(range(31, 46))]
+    seen = []
+    for name, samples in enumerate([*parts, _bad(range(18, 21))]):
+        assert shared_server.store(run, wire.Batch(id=str(name), samples=samples)).status_code == 200
+        alerts = shared_server.get("/api/v1/alerts", run=run)
+        seen.append([(alert["state"], alert["first_step"], alert["fired_step"]) for alert in alerts])
+    assert seen == [[], [], [("firing", 11, 11)], [("firing", 11, 11)], [("resolved", 11, 11)], [("resolved", 11, 11)]]
+
+
+def test_a_late_sample_ends_no_other_alert(shared_server: GradwatchServer) -> None:
+    run = shared_server.register()
+    for name, samples in enumerate(
+        [_good(range(1, 11)), _bad(range(21, 31)), _good(range(11, 21)), _bad(range(11, 21))]
+    ):
+        assert shared_server.store(run, wire.Batch(id=str(name), samples=samples)).status_code == 200
+    (alert,) = shared_server.get("/api/v1/alerts", run=run)
+    assert (alert["state"], alert["fired_step"]) == ("firing", 21)
+
+
+@pytest.mark.parametrize("step", [5, 20])
+def test_what_a_sample_raises_after_the_end_is_over_at_once(shared_server: GradwatchServer, step: int) -> None:
+    run = shared_server.register()
+    ended = wire.Batch(id="a", samples=_good(range(6, 11)), end=wire.End(at=1_790_000_011.0))
+    assert shared_server.store(run, ended).status_code == 200
+    assert shared_server.store(run, wire.Batch(id="b", samples=_bad(range(step, step + 1)))).status_code == 200
+    (alert,) = shared_server.get("/api/v1/alerts", run=run)
+    assert (alert["rule"], alert["state"], alert["fired_step"]) == ("nonfinite", "resolved", step)
+    assert alert["resolution"] == "the run has ended: completed"
+    assert shared_server.get(f"/api/v1/runs/{run}")["state"] == "finished"

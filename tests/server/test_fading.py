@@ -21,7 +21,7 @@ from gradwatch_server import queries, schema
 from gradwatch_server.database import open_engine, prepare, writing
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.fading import fade, overdue
-from gradwatch_server.ingest import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLES
+from gradwatch_server.memories import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLES
 from gradwatch_server.retention import Retention
 from gradwatch_server.settings import Configuration
 from tests.processes import GradwatchServer, environment, sample

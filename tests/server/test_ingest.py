@@ -115,6 +115,28 @@ def test_attempts_are_ordered_by_the_servers_clock(shared_server: GradwatchServe
     ]
 
 
+def test_the_state_of_a_run_is_that_of_its_latest_steps(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"], attempt=1)
+
+    def send(name: str, attempt: int, steps: range, dropped: int, **scalars: float) -> tuple[Any, Any]:
+        told = wire.Dropped(samples=dropped)
+        samples = [sample(step, 1.0, **scalars) for step in steps]
+        trail = {"accuracy": wire.Trail(steps=[steps[0]], values=[float(steps[0])])}
+        batch = wire.Batch(id=name, attempt=attempt, samples=samples, trail=trail, dropped=told)
+        assert shared_server.store(run, batch).status_code == 200
+        described = shared_server.get(f"/api/v1/runs/{run}")
+        return described["scalars"], described["dropped"]["samples"]
+
+    assert send("a", 1, range(1, 11), 1, loss=1.0) == ({"loss": 1.0, "accuracy": 1.0}, 1)
+    assert send("c", 1, range(21, 31), 3, loss=0.5) == ({"loss": 0.5, "accuracy": 21.0}, 3)
+    late = {"loss": 0.5, "accuracy": 21.0, "rare": 7.0}
+    assert send("b", 1, range(11, 21), 2, loss=9.0, rare=7.0) == (late, 3)
+    shared_server.register(["a"], id=run, attempt=2)
+    resumed = {"loss": 0.4, "accuracy": 5.0, "rare": 7.0}
+    assert send("d", 2, range(5, 15), 0, loss=0.4) == (resumed, 0)
+    assert send("e", 1, range(31, 33), 500, loss=77.0) == (resumed, 0)
+
+
 def test_a_run_may_gain_parameters(shared_server: GradwatchServer) -> None:
     run = shared_server.register(["a"])
     shared_server.store(run, wire.Batch(id="b1", samples=[sample(1, 1.0)]))

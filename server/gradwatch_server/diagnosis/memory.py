@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gradwatch_server.diagnosis.finding import Finding
 from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading, any_of, median
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
 
 HISTORY_SAMPLES = 64
@@ -226,6 +226,14 @@ class Memory:
             "unclipped_samples": self.unclipped_samples + 1 if idle_clip else 0,
         }
 
+    def resumed(self) -> "Memory":
+        """Return what a new attempt starts with: the run's history, and what has lasted; nothing that names a step.
+
+        Its weights come from a checkpoint: they did not change since the last sample, they are others.
+        """
+        losses = replace(self.losses, lately=())
+        return replace(self, losses=losses, growths=(), suspect_since=None, weights=None, since=())
+
     def to_bytes(self) -> bytes:
         """Return the memory as bytes that ``from_bytes`` reads."""
         content = {entry.name: _packed(getattr(self, entry.name)) for entry in fields(self)}
@@ -338,13 +346,25 @@ def _packed(value: Any) -> Any:
     if isinstance(value, Losses):
         return [value.first, value.recent, value.lowest, value.lately]
     if isinstance(value, np.ndarray):
-        return {"kind": value.dtype.kind, "data": value.tobytes()}
+        narrow = _narrowed(value)
+        return {"type": narrow.dtype.str, "kind": value.dtype.kind, "data": narrow.tobytes()}
     return value
+
+
+def _narrowed(vector: NDArray[Any]) -> NDArray[Any]:
+    """Return a vector in the smallest type that holds it exactly: norms were measured in float32, counts are small."""
+    if vector.dtype.kind == "i":
+        return vector.astype(np.min_scalar_type(int(vector.max(initial=0))))
+    if vector.dtype.kind != "f":
+        return vector
+    with np.errstate(over="ignore"):
+        narrow = vector.astype(np.float32)
+    return narrow if np.array_equal(narrow, vector, equal_nan=True) else vector
 
 
 def _unpacked(value: Any) -> Any:
     if isinstance(value, dict):
-        return np.frombuffer(value["data"], _KINDS[value["kind"]])
+        return np.frombuffer(value["data"], value["type"]).astype(_KINDS[value["kind"]])
     if isinstance(value, list):
         return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in value)
     return value

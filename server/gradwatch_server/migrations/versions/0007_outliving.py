@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0007_outliving"
-down_revision = "0004_bytes"
+down_revision = "0006_memories"
 
 _CHAIN = ("alerts", "transitions", "deliveries", "attempts")
 """Each refers to those before it."""

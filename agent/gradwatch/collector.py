@@ -285,7 +285,9 @@ class Collector:
                 for name, pairs in batch.trail.items()
             },
             events=[
-                msgspec.structs.replace(event, parameter=shortened(event.parameter or "") or None)
+                event
+                if event.parameter is None
+                else msgspec.structs.replace(event, parameter=shortened(event.parameter))
                 for event in batch.events
             ],
             dropped=self._losses.counted(),

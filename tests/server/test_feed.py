@@ -10,7 +10,7 @@ from gradwatch_server.database import migrate, open_engine, writing
 from gradwatch_server.feed import Feed
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.settings import Configuration
-from tests.processes import sample
+from tests.processes import run_apart, sample
 
 
 def _store(engine: sa.Engine, run: str, step: int) -> None:
@@ -40,5 +40,5 @@ def test_a_listener_that_does_not_read_is_told_the_newest_of_each_run_and_no_mor
         assert [changes async for changes in stream] == []
         return [sorted((change["id"], change["last_step"]) for change in changes) for changes in seen]
 
-    assert asyncio.run(told()) == [[("one", None), ("two", None)], [("one", 3), ("two", 3)]]
+    assert run_apart(told()) == [[("one", None), ("two", None)], [("one", 3), ("two", 3)]]
     engine.dispose()

@@ -125,6 +125,12 @@ def test_a_whole_number_may_be_written_as_a_float(shared_server: GradwatchServer
     assert shared_server.get(f"/api/v1/runs/{run_id}")["last_step"] == 3
 
 
+def test_a_depth_may_be_written_as_a_float(shared_server: GradwatchServer) -> None:
+    body = b'{"parameters": [{"name": "a", "shape": [4.0], "depth": 2.0}]}'
+    answer = shared_server.http.post("/api/v1/runs", content=body, headers={"content-type": wire.JSON_TYPE})
+    assert answer.status_code == 201, answer.text
+
+
 def test_a_run_without_parameters_can_be_read(shared_server: GradwatchServer) -> None:
     run_id = shared_server.register([])
     shared_server.store(run_id, wire.Batch(id="b", samples=[sample(step, loss=1.0) for step in range(40)]))

@@ -32,7 +32,7 @@ from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.receivers import Email, Message
 from gradwatch_server.receivers.mail import _MailWay
 from gradwatch_server.settings import Configuration
-from tests.processes import GradwatchServer, WebhookReceiver, sample
+from tests.processes import GradwatchServer, WebhookReceiver, run_apart, sample
 
 NAN = float("nan")
 LOOPBACK = 'allow_networks = ["127.0.0.0/8"]'
@@ -264,7 +264,7 @@ def test_mail_goes_to_the_first_address_of_its_host_that_answers() -> None:
             return await way.send(Message("msg_1", _test_payload(now), now), now)
 
     with mail_server() as (mails, port):
-        assert asyncio.run(send(port)) == Answer(250)
+        assert run_apart(send(port)) == Answer(250)
         assert [mail["To"] for mail in mails.taken] == ["b@example.com"]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import re
 import zlib
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -137,12 +138,15 @@ def _decode(body: bytes, document: type[Document], content_type: str, most: int)
         raise Refused(400, "Malformed document", str(error)) from None
 
 
+_WHOLE_WANTED = re.compile("Expected `int.*`, got `float`")
+
+
 def _decode_numbers(body: bytes, document: type[Document], content_type: str) -> Document:
     """Return the document; in JSON, 2.0 is the whole number 2, as JSON Schema has it."""
     try:
         return wire.decode(body, document, content_type)
     except wire.WireError as error:
-        if content_type != wire.JSON_TYPE or "Expected `int`, got `float`" not in str(error):
+        if content_type != wire.JSON_TYPE or not _WHOLE_WANTED.search(str(error)):
             raise
     return wire.decode(msgspec.json.encode(_whole(msgspec.json.decode(body))), document, content_type)
 

@@ -10,7 +10,7 @@ from gradwatch.model import Watched
 Mark = tuple[int, int] | None
 """Identity and version of a gradient; None where there is none."""
 
-_SURE: Final = 100
+_SURE: Final = 10
 """Backward passes after which only those are looked at that got a gradient in every one of them."""
 _FEW: Final = 4
 _NODES: Final = 10_000

@@ -19,6 +19,10 @@ _PIECE_SECONDS = 0.04
 """About how long one transaction removes samples: as long as the writer's other commits."""
 _VALUES_AT_ONCE = 2**18
 _ROWS_AT_ONCE = 4_096
+_PLACES = {"trails": [schema.trails.c.first_step], "events": [schema.events.c.step]}
+"""Where a table's rows stand within a run; else by the rest of its key. An equality on all but the last of these
+columns and a range of that one are what PostgreSQL estimates well enough to use the index.
+"""
 
 
 def delete_some(
@@ -64,10 +68,20 @@ def _emptied(connection: sa.Connection, run: sa.Row[Any], until: float) -> bool:
     most_of = {schema.rollups: vectors, schema.samples: vectors}
     most_of |= dict.fromkeys((schema.scalars, schema.trails, schema.batches, schema.events), _ROWS_AT_ONCE)
     for table, most in most_of.items():
-        key = [column for column in table.primary_key if column.name != "run"]
-        some = sa.select(*key).where(table.c.run == run.id).limit(most)
-        statement = sa.delete(table).where(table.c.run == run.id, sa.tuple_(*key).in_(some))
-        while connection.execute(statement).rowcount == most:
+        while _remove(connection, table, run.id, most):
             if time.monotonic() >= until:
                 return False
+    return True
+
+
+def _remove(connection: sa.Connection, table: sa.Table, run_id: str, most: int) -> bool:
+    """Remove up to about so many rows that follow one another in an index; return whether there were any."""
+    *before, place = _PLACES.get(table.name) or [each for each in table.primary_key if each.name != "run"]
+    mine = table.c.run == run_id
+    first = connection.execute(sa.select(*before, place).where(mine).order_by(*before, place).limit(1)).one_or_none()
+    if first is None:
+        return False
+    mine = sa.and_(mine, *(column == value for column, value in zip(before, first, strict=False)))
+    last = connection.execute(sa.select(place).where(mine).order_by(place).offset(most - 1).limit(1)).scalar()
+    connection.execute(sa.delete(table).where(mine if last is None else mine & (place <= last)))
     return True

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 import torch
 
+from gradwatch_server.database import open_engine, prepare
 from tests.postgres import migrated_database, postgres_server
 from tests.processes import GradwatchServer
 
@@ -31,6 +33,15 @@ def _empty_database(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 def database_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A migrated, empty database of each engine in turn, shared by a module's tests."""
     yield from _empty_database(request, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def engine(database_url: str) -> Iterator[sa.Engine]:
+    """The tests' database of each engine in turn, open."""
+    opened = open_engine(database_url)
+    prepare(opened)
+    yield opened
+    opened.dispose()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

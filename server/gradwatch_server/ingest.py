@@ -296,7 +296,7 @@ class Ingest:
         known = -1 if run.diagnosed_step is None else run.diagnosed_step
         late = [sample for sample in batch.samples if sample.step <= known]
         limits = self._configuration.thresholds(run.project).nonfinite
-        scalars = shelf.scalars_by_step(batch)
+        scalars = shelf.scalars_by_step(batch) if late else {}
         for sample in sorted(late, key=lambda sample: sample.step):
             if book.began(nonfinite.RULE) is not None:
                 return

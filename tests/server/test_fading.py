@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from gradwatch import wire
 from gradwatch_server import queries, schema
-from gradwatch_server.database import open_engine, prepare, writing
+from gradwatch_server.database import writing
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.fading import fade, overdue
 from gradwatch_server.memories import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLES
@@ -31,14 +31,6 @@ NAN = float("nan")
 DAY = 86_400.0
 MEASURED = 1_790_000_000.0
 """Time of step 0 in these tests; each step takes a second."""
-
-
-@pytest.fixture(scope="module")
-def engine(database_url: str) -> Iterator[sa.Engine]:
-    opened = open_engine(database_url)
-    prepare(opened)
-    yield opened
-    opened.dispose()
 
 
 class FadingStore(Store):

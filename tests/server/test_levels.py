@@ -1,6 +1,5 @@
 """The levels: whatever order the samples came in, every range reads as if all of it had been gathered at once."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,20 +12,12 @@ from numpy.typing import NDArray
 from gradwatch import wire
 from gradwatch_server import queries
 from gradwatch_server.buckets import Buckets
-from gradwatch_server.database import open_engine, prepare, writing
+from gradwatch_server.database import writing
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.settings import Configuration
 from tests.processes import sample
 
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module")
-def engine(database_url: str) -> Iterator[sa.Engine]:
-    opened = open_engine(database_url)
-    prepare(opened)
-    yield opened
-    opened.dispose()
 
 
 class Store:

@@ -1,7 +1,7 @@
 """What the diagnosis remembers outlives the server: who judges a run, and since when, changes nothing."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradwatch import wire
 from gradwatch_server import memories, schema
-from gradwatch_server.database import open_engine, prepare, writing
+from gradwatch_server.database import writing
 from gradwatch_server.diagnosis import Layout, Memory
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.memories import Memories, Watched
@@ -23,14 +23,6 @@ from tests.processes import GradwatchServer, sample
 
 LAYERS = ("0.weight", "1.weight", "aux.weight", "2.weight", "head.weight")
 _ids = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def engine(database_url: str) -> Iterator[sa.Engine]:
-    opened = open_engine(database_url)
-    prepare(opened)
-    yield opened
-    opened.dispose()
 
 
 def _ingest() -> Ingest:

@@ -42,7 +42,7 @@ def build() -> Dashboard:
               prom(f"sum(rate(gradwatch_ingest_values_total{_RATE}))", "values")),
         lines("Commits", "Mean time of a transaction with its sync to disk.", "s",
               prom(_mean(_COMMITS, "instance"), "{{instance}}")),
-        lines("Waiting batches", "Batches that wait for the writer.", "short",
+        lines("Waiting batches", "Batches taken in and not stored yet.", "short",
               prom("gradwatch_queued_batches", "{{instance}}")),
         lines("Memory", "Resident memory of each server.", "bytes",
               prom('process_resident_memory_bytes{job="gradwatch"}', "{{instance}}")),

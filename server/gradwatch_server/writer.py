@@ -45,6 +45,8 @@ class Writer:
         self.most = capacity
         self._most_of_run = capacity_per_run
         self._of_run: Counter[str] = Counter()
+        self.waiting = 0
+        """Pieces that have been taken in and are not done: they wait, or a writer is at them."""
         self._counting = threading.Lock()
         self._closed = False
         self.commits = 0
@@ -63,11 +65,6 @@ class Writer:
         """Let so many pieces wait from now on."""
         with self._counting:
             self.most, self._most_of_run = capacity, capacity_per_run
-
-    @property
-    def waiting(self) -> int:
-        """Pieces of work that wait now."""
-        return sum(waiting.qsize() for waiting in self._queues)
 
     def submit(self, work: Callable[[sa.Connection], Result], run_id: str = "") -> Future[Result]:
         """Queue a piece of work on a run; the future holds its result once it is on disk.
@@ -93,6 +90,7 @@ class Writer:
                 raise Refused(503, "Queue full", detail, retry_after_seconds=1)
             self._queues[hash(run_id) % len(self._queues)].put(_Piece(run_id, work, future))
             self._of_run[run_id] += 1
+            self.waiting += 1
         return future
 
     def close(self, timeout_seconds: float) -> None:
@@ -141,6 +139,7 @@ class Writer:
                 self.commits += 1
                 self.commit_seconds += time.perf_counter() - started
             self._of_run -= Counter(piece.run_id for piece in group)
+            self.waiting -= len(group)
         for settle in settled:
             settle()
         return worked

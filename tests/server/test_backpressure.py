@@ -20,18 +20,20 @@ from gradwatch_server.writer import Writer
 from tests.processes import GradwatchServer, sample
 
 PACKED = {"content-type": wire.MESSAGEPACK_TYPE}
-LIMITS = "[limits]\nqueued_batches = 3\nqueued_batches_per_run = 2\ndrain_seconds = 3\n"
+LIMITS = "[limits]\nqueued_batches = 4\nqueued_batches_per_run = 2\ndrain_seconds = 3\n"
 
 
 @contextmanager
 def stuck(url: str) -> Iterator[None]:
     """Keep every writer of a database waiting."""
     engine = open_engine(url)
-    with writing(engine) as connection:
-        if engine.dialect.name == "postgresql":
-            connection.execute(sa.text("LOCK TABLE batches IN ACCESS EXCLUSIVE MODE"))
-        yield
-    engine.dispose()
+    try:
+        with writing(engine) as connection:
+            if engine.dialect.name == "postgresql":
+                connection.execute(sa.text("LOCK TABLE batches IN ACCESS EXCLUSIVE MODE"))
+            yield
+    finally:
+        engine.dispose()
 
 
 class Fleet:
@@ -50,9 +52,9 @@ class Fleet:
         return self._threads.submit(self.server.store, run, batch)
 
     def waiting(self, count: int) -> None:
-        """Wait until so many batches have been taken in, the one that the writer is at among them."""
+        """Wait until so many batches have been taken in, those that a writer is at among them."""
         for _ in range(600):
-            if self.server.get("/api/v1/server")["queued_batches"] == count - 1:
+            if self.server.get("/api/v1/server")["queued_batches"] == count:
                 return
             threading.Event().wait(0.02)
         raise AssertionError(self.server.get("/api/v1/server"))

@@ -266,7 +266,9 @@ class ServerCollector(Collector):
             count_value=writer.commits,
             sum_value=writer.commit_seconds,
         )
-        yield GaugeMetricFamily("gradwatch_queued_batches", "Batches taken in and not stored yet.", value=writer.waiting)
+        yield GaugeMetricFamily(
+            "gradwatch_queued_batches", "Batches taken in and not stored yet.", value=writer.waiting
+        )
         yield GaugeMetricFamily(
             "gradwatch_queue_limit_batches", "Batches that may wait for the writer.", value=writer.most
         )

@@ -3,42 +3,39 @@
 import atexit
 import functools
 import logging
-import math
 import secrets
 import sys
 import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, SupportsFloat, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch import inspection, provenance, taps, wire
+from gradwatch import taps, wire
 from gradwatch.agc import AGC
-from gradwatch.binding import Binding, Lists, Pass
-from gradwatch.buffers import Plan, Slots
-from gradwatch.classifier import Classifier
-from gradwatch.clipper import Clipper, listed
+from gradwatch.binding import Binding, Pass
+from gradwatch.classifier import LOOKS, LOOKS_TO_CLIP, Classifier
+from gradwatch.clipper import Clipper
 from gradwatch.collector import Collector
 from gradwatch.governor import Governor
-from gradwatch.layout import spec_of
 from gradwatch.marks import Mark, Marks
+from gradwatch.meter import Meter
 from gradwatch.mirrors import Logger, mirror
-from gradwatch.model import ReadyOrder, Watched, is_compiled, local, walk
+from gradwatch.optimizers import Optimizers, unwrapped
+from gradwatch.parameters import Parameters
+from gradwatch.pending import Pending
 from gradwatch.process import attributes, automatic_name, rank, tell_the_launcher
 from gradwatch.progress import steps_made
-from gradwatch.ranks import is_flattened, is_one_of_several, is_sharded, ranks_of
-from gradwatch.rounds import Clip, Reading, Registered, Round, Scalar
-from gradwatch.sender import Http, Sender
+from gradwatch.ranks import is_flattened, is_partial, parts_only, ranks_of
+from gradwatch.report import Report
+from gradwatch.rounds import Clip, Reading, Round
+from gradwatch.scalars import Scalar, is_finite, kept
+from gradwatch.search import Search
 from gradwatch.settings import RUN_ID, Settings, resolve
-from gradwatch.spool import Losses, Spool, leftovers
-from gradwatch.updates import Updates
+from gradwatch.spool import Losses
 
 _log = logging.getLogger("gradwatch")
 
@@ -46,23 +43,6 @@ CLOSING_SECONDS: Final = 10.0
 """Longest wait for the server at the end, of all agents together at the end of the interpreter."""
 DISARMED_AFTER: Final = 3
 """Errors of its own after which an agent stops measuring."""
-_ORDER_STEPS: Final = 3
-"""Steps after which the order of the gradients is no longer waited for."""
-_PENDING: Final = 1024
-"""Losses and clippings that wait for their step; losses are summed then, the oldest clippings forgotten."""
-_SCALED: Final = 16
-"""Scaled losses that are remembered."""
-_SEARCH_STEPS: Final = 100
-"""Steps between two searches for the origin of a number that is not finite."""
-_UNSTEPPED: Final = 200
-"""Backward passes after which it is said that no optimizer has stepped what is watched yet."""
-_UNSTEPPED_BESIDE_OTHERS: Final = 20
-"""The same where other optimizers have stepped as often."""
-_HOOKED_STEPS: Final = 3
-"""Steps for which hooks look for it."""
-_LOOKS: Final = 5
-_LOOKS_CLIPPING: Final = 100
-"""Backward passes whose graph is searched for the classifier: a head may be trained only now and then."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -113,26 +93,7 @@ def attach(
     settings = resolve(
         url=url, token=token, project=project, run=run, every=every, overhead_budget=overhead_budget, step=step
     )
-    return Agent(models, _optimizers(optimizer), settings, clip=agc)
-
-
-def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] | None:
-    if given is None:
-        return None
-    several = [given] if isinstance(given, Optimizer) or hasattr(given, "param_groups") else list(given)
-    inner = []
-    for optimizer in several:
-        # Accelerate and Lightning hand out wrappers; the optimizer inside is the one that steps.
-        while isinstance(
-            wrapped := getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None), Optimizer
-        ):
-            optimizer = wrapped
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, several of them or None, not {optimizer!r:.80}"
-            )
-        inner.append(optimizer)
-    return inner
+    return Agent(models, unwrapped(optimizer), settings, clip=agc)
 
 
 def _guarded(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R | None]:
@@ -186,16 +147,6 @@ class Agent:
         self.watching = not retired and (rank() == 0 or self._ranks is not None)
         self.spent_seconds = 0.0
         """Of the training thread, since the agent was attached."""
-        self._models = [weakref.ref(model) for model in models]
-        self._watched: list[Watched] = []
-        self._index_of: dict[int, int] = {}
-        self._optimizers = None if optimizers is None else [weakref.ref(optimizer) for optimizer in optimizers]
-        self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        """Optimizers that were not given."""
-        self._bindings: weakref.WeakKeyDictionary[Optimizer, Binding] = weakref.WeakKeyDictionary()
-        self._expected = None if optimizers is None else {id(optimizer): 0 for optimizer in optimizers}
-        """Ids of the optimizers that make a round, with the step at which each was last seen; None: not known yet."""
-        self._lists = Lists(self._bind_list)
         self._governor = Governor(settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None)
         self._due = True
         self._in_trouble = False
@@ -209,47 +160,31 @@ class Agent:
         if self._step_is_open:
             self._step = steps_made(optimizers or [], wait=True)
             self._step_is_open = not self._step
-        self._expected = self._expected and dict.fromkeys(self._expected, self._step)
         self._round: Round | None = None
-        self._pending_losses: list[Tensor] = []
-        self._pending_clips: deque[Clip] = deque(maxlen=_PENDING)
-        self._next_round: Round | None = None
-        self._pending_value_clip: frozenset[int] = frozenset()
-        """Indices of the parameters whose gradients were clipped by value."""
+        self._pending = Pending()
         self._exit: tuple[int, int | None] = (0, None)
         """Step at which ``sys.exit`` was called last, and with what."""
-        self._gone: frozenset[int] = frozenset()
-        """Indices of the parameters whose gradients were thrown away since the last loss."""
         self._marks = Marks()
         self._awaited: int | None = None
         """Id of the optimizer whose closure makes the gradients that it is about to step with."""
-        self._logged: dict[str, Scalar] = {}
-        self._scaled: deque[tuple[weakref.ref[Tensor], Tensor]] = deque(maxlen=_SCALED)
-        """Scaled losses that may still be propagated, with what they were."""
-        self._scaler: weakref.ref[Any] | None = None
-        self._unstepped: int | None = 0
-        """Backward passes that made gradients before anything watched was stepped; None: something was."""
-        self._steps_of_others = 0
         self._parts_only = ""
         """Why nothing is measured: this rank holds only parts of the parameters, and no other measures the rest."""
-        self._updates = Updates()
-        self._weights_seen = 0
-        self._trains: dict[int, bool] = {}
-        """By index, of parameters that were frozen or unfrozen since they were found: whether they are trained now."""
-        self._depths: list[int] = []
         self._finished_at = 0.0
         self._spent_before = 0.0
         self._background_before = 0.0
-        self._order: ReadyOrder | None = None
-        self._search_from = 0
-        """Step from which the origin of a number that is not finite is searched for again."""
-        self._hooks: provenance.Hooks | None = None
-        self._hooks_left = 0
-        self._hooks_wanted = False
-        self._stand_ins: dict[int, int] = {}
-        self._classifier = Classifier(self._find)
-        self._looks = _LOOKS if clip is None else _LOOKS_CLIPPING
+        self._parameters = Parameters(models, clip)
+        self._classifier = Classifier(self._parameters.find, LOOKS if clip is None else LOOKS_TO_CLIP)
         self._clipper = None if clip is None else Clipper(clip, self._classifier)
+        self._search = Search(self._parameters)
+        self._optimizers = Optimizers(
+            optimizers,
+            self._parameters,
+            self._classifier,
+            self._renew,
+            clips=clip is not None,
+            warn=self.warn,
+        )
+        self._optimizers.start_at(self._step)
         self._closed = not self.watching and self._clipper is None
         self._started = False
         self._lock = threading.Lock()
@@ -257,24 +192,22 @@ class Agent:
         if self._closed:
             return
         self._discover()
-        self._check_given(optimizers or [])
+        self._optimizers.check()
         self._check_parts()
         self._replace_earlier()
         if self.watching:
-            self._start(models, settings, resumed=resumed)
+            self._start(settings, resumed=resumed)
         taps.listen(self)
         # Again with each agent: what the user opened before it, a run of wandb for one, is then still open at the end.
         atexit.unregister(_close_all)
         atexit.register(_close_all)
 
-    def _start(self, models: Sequence[nn.Module], settings: Settings, *, resumed: bool) -> None:
+    def _start(self, settings: Settings, *, resumed: bool) -> None:
         self._started = True
-        self._slots = Slots()
-        self._settings = settings
-        self._adopted = False
-        self._report: _Report | None = None
+        self._meter = Meter(self._parameters, self.losses)
+        self._report: Report | None = None
         if self._ranks is None or self._ranks.rank == 0:
-            self._report = _Report(self, settings)
+            self._report = Report(self.run_id, settings, self.losses, self.warn, self.failed)
         attempt = time.time_ns() // 1_000_000
         template = wire.Registration(
             project=settings.project,
@@ -287,7 +220,7 @@ class Agent:
         )
         self._collector = Collector(
             None if self._report is None else self._report.spool,
-            self._slots,
+            self._meter.slots,
             self.losses,
             template,
             None if self._clipper is None else self._clipper.agc,
@@ -298,9 +231,7 @@ class Agent:
             warn=self.warn,
         )
         self._register()
-        if not any(is_compiled(model) for model in models):
-            parameters = ((index, watched.parameter()) for index, watched in enumerate(self._watched))
-            self._order = ReadyOrder((index, parameter) for index, parameter in parameters if parameter is not None)
+        self._parameters.await_order()
         if self._parts_only:
             self._tell_parts()
         self._collector.start()
@@ -320,9 +251,9 @@ class Agent:
             if isinstance(value, Tensor):
                 if value.numel() != 1:
                     raise TypeError(f"log({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
-                self._logged[name] = _kept(value)
+                self._pending.logged[name] = kept(value)
             elif isinstance(value, SupportsFloat):
-                self._logged[name] = float(value)
+                self._pending.logged[name] = float(value)
             else:
                 raise TypeError(f"log({name}=...) takes a number or a tensor of one element, not {value!r:.80}")
 
@@ -351,15 +282,6 @@ class Agent:
     def interval_steps(self) -> int:
         """Return the steps from one sample to the next, as it was last."""
         return self._governor.interval_steps
-
-    def watches(self, parameters: Iterable[int]) -> bool:
-        """Return whether it watches exactly the parameters with these ids."""
-        return self._index_of.keys() == set(parameters)
-
-    @property
-    def is_orphaned(self) -> bool:
-        """Return whether all that it watched is gone."""
-        return all(watched.parameter() is None for watched in self._watched)
 
     def close(
         self, timeout_seconds: float = CLOSING_SECONDS, *, status: str | None = None, exit_code: int | None = None
@@ -397,14 +319,12 @@ class Agent:
         except Exception as error:  # a device that failed must not keep the rest from ending
             self.failed(error)
         self.watching = False
-        self._lists.clear()
+        self._optimizers.forget_lists()
         taps.leave(self)
         if not self._started:
             return False
-        if self._order is not None:
-            self._order.close()
-        if self._hooks is not None:
-            self._hooks.close()
+        self._parameters.close()
+        self._search.close()
         end = wire.End(at=time.time(), status=status, exit_code=exit_code) if self._ends_run else None
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
         if self._report is not None:
@@ -431,8 +351,7 @@ class Agent:
         if self.losses.errors < DISARMED_AFTER or not self.watching:
             return
         self.watching = False
-        if self._hooks is not None:
-            self._hooks.close()
+        self._search.close()
         reason = f"{type(error).__name__}: {error}"
         _log.warning("gradwatch stops watching this run after %d errors of its own: %s", DISARMED_AFTER, reason)
         self._collector.put(wire.Event(step=self._step, at=time.time(), kind="disarmed", message=reason))
@@ -444,7 +363,8 @@ class Agent:
             Exception: what goes wrong in clipping; what goes wrong in monitoring is swallowed.
         """
         begun = self._begin(optimizer)
-        self._steps_of_others += begun is None
+        if begun is None:
+            self._optimizers.note_stranger()
         closure = kwargs.get("closure") or next((argument for argument in args[1:] if callable(argument)), None)
         if closure is None:
             self._act(optimizer, begun)
@@ -458,51 +378,50 @@ class Agent:
         """An optimizer has stepped."""
         if self._round is None or id(optimizer) not in self._round.stepped:
             return
-        self._round.updates += self._updates.of(optimizer)
+        self._meter.measure_updates(optimizer, self._round)
         self._awaited = None
-        if self._is_pending:  # of a closure that was evaluated again
-            self._pending_losses.clear()
-            self._forget(self._bindings[optimizer].index_set)
-        if self._complete(self._round):
+        binding = self._optimizers.binding(optimizer) if self._pending else None
+        if binding is not None:  # of a closure that was evaluated again
+            self._pending.losses.clear()
+            self._forget(binding.index_set)
+        if self._optimizers.have_all(self._round.stepped):
             self._finish_round()
 
-    def before_backward(self, tensors: Sequence[Tensor]) -> object:
-        """Note the state of some gradients: whose loss it is shows afterwards."""
-        if self._looks:
+    def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
+        """Note the state of some gradients: whose losses they are shows afterwards, or when an optimizer steps."""
+        if self._classifier.looks:
             self._look(tensors)
         self._trace(tensors)
         self._forget_thrown_away()
+        self._pending.begin_backward(losses)
         return self._marked()
 
     @_guarded
-    def after_backward(self, scalars: Sequence[Tensor], before: object) -> None:
-        """Gradients of these scalars were accumulated."""
+    def after_backward(self, before: object) -> None:
+        """Gradients were accumulated."""
+        losses = self._pending.end_backward()
         if before is None:
             return
-        ours, changed = self._marks.changed(cast("dict[int, Mark]", before), self._watched, scalars)
+        watched = self._parameters.watched
+        ours, changed = self._marks.changed(cast("dict[int, Mark]", before), watched, losses)
         if not ours:
             return
-        if self._is_pending:
+        if self._pending:
             self._forget(changed)  # there is more to them now than what was clipped
-        self._gone = frozenset()
-        if self._unstepped is not None:
-            self._note_unstepped()
-        for scalar in scalars:
-            original = next((original for scaled, original in self._scaled if scaled() is scalar), None)
-            self._pending_losses.append(_kept(scalar) if original is None else original)
-        if len(self._pending_losses) >= _PENDING:
-            self._pending_losses = _summed(self._pending_losses)
+        self._pending.add_losses(losses)
+        passes = self._optimizers.note_backward()
+        if passes is not None:
+            self._tell_unstepped(passes)
 
     @_guarded
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """A loss scaler multiplied ``original``."""
-        self._scaled.append((weakref.ref(scaled), _kept(original)))
-        self._scaler = weakref.ref(scaler)
+        self._pending.note_scaled(scaler, original, scaled)
 
     @_guarded
     def after_scaler_step(self, optimizer: Optimizer) -> None:
         """A loss scaler stepped ``optimizer``, or skipped it because it found Inf."""
-        binding = self._bind(optimizer)
+        binding = self._optimizers.binding(optimizer)
         if binding is None:
             return
         fired = binding.steps != binding.steps_at_scaler
@@ -511,8 +430,8 @@ class Agent:
             return
         round_ = self._enter(optimizer)
         round_.skip()
-        self._take_pending(round_)
-        if self._complete(round_):
+        self._pending.move_to(round_)
+        if self._optimizers.have_all(round_.stepped):
             self._finish_round()
 
     @_guarded
@@ -520,132 +439,77 @@ class Agent:
         self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: Scalar, norm_type: float
     ) -> None:
         """Gradients are about to be clipped by their total norm."""
-        binding = self._lists.binding(parameters)
+        binding = self._optimizers.binding_of_list(parameters)
         if not binding.indices:
             return
-        limit = _kept(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
-        clip = Clip(_kept(total_norm), limit, binding.index_set, _is_partial(total_norm), norm_type)
+        limit = kept(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
+        clip = Clip(kept(total_norm), limit, binding.index_set, is_partial(total_norm), norm_type)
         # Clipping by NaN or Inf wipes out which gradient it came from: measure before, where it can be seen.
-        clip.finite = _finite(clip.total_norm)
+        clip.finite = is_finite(clip.total_norm)
         if not clip.finite:
             self._measure_before_clip(binding, force=True)
-        self._pending_clips.append(clip)
+        self._pending.clips.append(clip)
 
     @_guarded
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
         """Gradients are about to be clipped by value."""
-        binding = self._lists.binding(parameters)
+        binding = self._optimizers.binding_of_list(parameters)
         if binding.indices:
-            self._pending_value_clip |= binding.index_set
+            self._pending.value_clipped |= binding.index_set
             self._measure_before_clip(binding, force=False)
 
     @_guarded
     def after_zero_grad(self, optimizer: Optimizer) -> None:
         """The gradients are thrown away, and so is what was noted of them; the loss unless another has a part of it."""
-        binding = self._bind(optimizer) if self._is_pending else None
+        binding = self._optimizers.binding(optimizer) if self._pending else None
         if binding is None:
             return
         self._forget(binding.index_set)
-        self._gone |= binding.index_set
-        if self._pending_losses and not self._has_gradient(self._stepped_by_any() - self._gone):
-            self._pending_losses.clear()
-
-    @property
-    def _is_pending(self) -> bool:
-        """Whether something was noted that waits for its step."""
-        return bool(
-            self._pending_losses or self._pending_clips or self._pending_value_clip or self._next_round is not None
-        )
+        pending = self._pending
+        pending.gone |= binding.index_set
+        if pending.losses and not self._parameters.some_has_gradient(self._optimizers.all_indices - pending.gone):
+            pending.losses.clear()
 
     @_guarded
     def _forget_thrown_away(self) -> None:
         """Forget what waits for its step where no gradient is left: ``model.zero_grad()`` says nothing."""
-        everything = range(len(self._watched))
-        if self._is_pending and not self._has_gradient(everything):
-            self._pending_losses.clear()
+        everything = range(len(self._parameters.watched))
+        if self._pending and not self._parameters.some_has_gradient(everything):
+            self._pending.losses.clear()
             self._forget(frozenset(everything))
 
     def _forget(self, indices: frozenset[int]) -> None:
         """Forget what was noted of gradients that are not what they were, before they were stepped."""
-        for clip in self._pending_clips:
-            clip.indices -= indices
-        self._pending_clips = deque((clip for clip in self._pending_clips if clip.indices), maxlen=_PENDING)
-        self._pending_value_clip -= indices
-        round_, coming = self._round, self._next_round
-        if round_ is not None:
-            round_.readings = [
+        slot = self._pending.forget(indices)
+        if slot is not None:
+            self._meter.slots.give_back(slot)
+        if self._round is not None:
+            self._round.readings = [
                 reading
-                for reading in round_.readings
+                for reading in self._round.readings
                 if not reading.before_clip
                 or indices.isdisjoint(reading.claim.plan.indices)
                 or any(map(self._has_stepped, reading.claim.plan.indices))
             ]
-        if coming is None:
-            return
-        coming.readings = [kept for kept in coming.readings if indices.isdisjoint(kept.claim.plan.indices)]
-        if not coming.readings:
-            self._next_round = None
-            if coming.slot is not None:
-                self._slots.give_back(coming.slot)
-
-    def _has_gradient(self, indices: Iterable[int]) -> bool:
-        parameters = (self._watched[index].parameter() for index in indices)
-        return any(parameter is not None and parameter.grad is not None for parameter in parameters)
-
-    def _stepped_by_any(self) -> frozenset[int]:
-        """Return the indices of the parameters that some optimizer steps; of all while it is not known which do."""
-        if self._expected is None:
-            return frozenset(range(len(self._watched)))
-        given = None if self._optimizers is None else [known() for known in self._optimizers]
-        bindings = (self._bind(known) for known in given or list(self._bindings) if known is not None)
-        return frozenset().union(*(binding.index_set for binding in bindings if binding is not None))
 
     @_guarded
     def _marked(self) -> dict[int, Mark]:
-        clipped = self._pending_value_clip.union(*(clip.indices for clip in self._pending_clips))
-        return self._marks.before(self._watched, clipped)
+        return self._marks.before(self._parameters.watched, self._pending.clipped)
 
     @_guarded
     def _trace(self, tensors: Sequence[Tensor]) -> None:
         """Search the graph of a loss that is not finite for where that began."""
         scalars = [tensor for tensor in tensors if tensor.numel() == 1]
-        if all(map(_finite, scalars)) or self._step < self._search_from:
+        if all(map(is_finite, scalars)):
             return
-        originals = [original for scaled, original in self._scaled if any(scaled() is scalar for scalar in scalars)]
-        if originals and all(map(_finite, originals)):
-            return  # the loss scaler is too large, and will see to it
-        self._search_from = self._step + _SEARCH_STEPS
-        modules: dict[int, str] = {}
-        for watched in self._watched:
-            parameter = watched.parameter()
-            if parameter is not None:
-                if not bool(torch.isfinite(parameter.detach()).all().numpy().item()):
-                    return  # everything is bad already, since an earlier step
-                modules[id(parameter)] = watched.module
-        origin = provenance.in_graph(scalars, lambda tensor: modules.get(id(tensor)))
-        if origin is not None:
-            self._collector.put(origin.event(self._step + 1, time.time()))
-        self._hooks_wanted = origin is None
-
-    def _search_with_hooks(self, round_: Round) -> None:
-        """Take what the hooks saw; set or remove them."""
-        if self._hooks is not None:
-            round_.seen = self._hooks.take()
-            self._hooks_left -= 1
-            if not self._hooks_left:
-                self._hooks.close()
-                self._hooks = None
-        elif self._hooks_wanted:
-            self._hooks_wanted = False
-            models = [model for reference in self._models if (model := reference()) is not None]
-            if not any(is_compiled(model) for model in models):
-                self._hooks = provenance.Hooks(models)
-                self._hooks_left = _HOOKED_STEPS
+        event = self._search.in_graph(scalars, self._pending.originals(scalars), self._step)
+        if event is not None:
+            self._collector.put(event)
 
     @_guarded
     def _begin(self, optimizer: Optimizer) -> tuple[Binding, Round] | None:
         """Open the step; return None where it concerns nothing that is watched."""
-        binding = self._bind(optimizer)
+        binding = self._optimizers.binding(optimizer)
         if binding is None:
             return None
         binding.steps += 1
@@ -656,13 +520,13 @@ class Agent:
         seen = self._observe(optimizer, *begun) if begun is not None else None
         if self._clipper is None:
             return
-        binding = begun[0] if begun is not None else self._bind(optimizer)
+        binding = begun[0] if begun is not None else self._optimizers.binding(optimizer)
         if binding is None:
             return
-        pass_ = seen[0] if seen is not None else self._clipper.own_pass(binding, self._watched)
+        pass_ = seen[0] if seen is not None else self._clipper.own_pass(binding, self._parameters.watched)
         if pass_ is None:
             return
-        limits = self._clipper.clip(optimizer, binding, pass_, self._watched)
+        limits = self._clipper.clip(optimizer, binding, pass_, self._parameters.watched)
         if seen is not None:
             seen[1].limits = limits
 
@@ -696,44 +560,37 @@ class Agent:
 
     def _enter(self, optimizer: Optimizer) -> Round:
         """Return the round that this step belongs to, a new one where the optimizer has already stepped in it."""
-        self._unstepped = None
         if self._round is not None and id(optimizer) in self._round.stepped:
-            if self._expected is None:
-                self._expected = dict.fromkeys(self._round.stepped, self._step)
+            self._optimizers.settle(self._round.stepped, self._step)
             self._finish_round()
         if self._round is None:
             if self._step_is_open:
                 self._recall_step(optimizer)
             self._step += 1
-            self._round = self._next_round or Round(self._step, time.time(), self._due)
-            self._next_round = None
+            self._round = self._pending.coming or Round(self._step, time.time(), self._due)
+            self._pending.coming = None
             self._round.step = self._step
         self._round.stepped.add(id(optimizer))
-        if self._expected is not None:
-            self._expected[id(optimizer)] = self._step
+        self._pending.enter(self._round)
+        self._optimizers.enter(optimizer, self._step)
         return self._round
 
     def _recall_step(self, optimizer: Optimizer) -> None:
         """Find out where a resumed run stands, at its first step: the optimizer may have been restored by now."""
         self._step_is_open = False
-        given = (known() for known in self._optimizers or ())
-        self._step = steps_made([optimizer, *(known for known in given if known is not None)])
-        self._expected = self._expected and dict.fromkeys(self._expected, self._step)
+        self._step = steps_made([optimizer, *self._optimizers.given])
+        self._optimizers.start_at(self._step)
         if not self._step and self._report is not None:
             self.warn(
                 f"run {self.run_id} is resumed, but {type(optimizer).__name__} does not say how many steps were made: "
                 "they are counted from 1 again, which hides the earlier ones; pass step= to attach()"
             )
 
-    def _complete(self, round_: Round) -> bool:
-        """Return whether every optimizer has stepped that usually does."""
-        return self._expected is not None and self._expected.keys() <= round_.stepped
-
     @_guarded
     def _observe(self, optimizer: Optimizer, binding: Binding, round_: Round) -> tuple[Pass, Reading] | None:
         """Take note of what belongs to this step, and measure where it is due."""
-        self._take_pending(round_)
-        finite = all(map(_finite, round_.losses)) and all(clip.finite for clip in round_.clips)
+        self._pending.move_to(round_)
+        finite = all(map(is_finite, round_.losses)) and all(clip.finite for clip in round_.clips)
         if not finite and self._was_finite:
             self._in_trouble = True
             self._force(round_, {id(optimizer)})
@@ -742,78 +599,28 @@ class Agent:
             return None
         self._note_frozen(binding)
         self._note_rates(optimizer, round_)
-        seen = self._measure(binding, round_, optimizer)
-        if seen is None:
+        if self._parts_only:
+            round_.sampled = False
             return None
-        reading = seen[1]
-        scale = getattr(optimizer, "grad_scale", None)
-        if isinstance(scale, Tensor):
-            reading.scale = _kept(scale)
-        found_inf = getattr(optimizer, "found_inf", None)
-        if isinstance(found_inf, Tensor):
-            reading.found_inf = _kept(found_inf)
-        if self._weights_seen < len(self._watched):
-            self._measure_other_weights(round_)
+        seen = self._meter.measure_before_step(binding, round_, optimizer)
+        if self._clipper is not None:
+            self.spent_seconds -= self._meter.pass_seconds  # clipping needs this pass at every step
         return seen
-
-    def _take_pending(self, round_: Round) -> None:
-        round_.losses += self._pending_losses
-        round_.clips += self._pending_clips
-        round_.value_clipped |= bool(self._pending_value_clip)
-        self._pending_losses.clear()
-        self._pending_clips.clear()
-        self._pending_value_clip = frozenset()
-        if self._logged:
-            round_.logged.update(self._logged)
-            self._logged = {}
 
     def _note_rates(self, optimizer: Optimizer, round_: Round) -> None:
         for group in optimizer.param_groups:
             rate = group.get("lr")
             if rate is not None:
-                round_.rates.append(_kept(rate) if isinstance(rate, Tensor) else float(rate))
-        scaler = self._scaler() if self._scaler is not None else None
-        scale = getattr(scaler, "_scale", None)
-        if isinstance(scale, Tensor):
-            round_.scalars["loss_scale"] = _kept(scale)
+                round_.rates.append(kept(rate) if isinstance(rate, Tensor) else float(rate))
+        scale = self._pending.loss_scale
+        if scale is not None:
+            round_.scalars["loss_scale"] = kept(scale)
 
-    def _bind(self, optimizer: Optimizer) -> Binding | None:
-        """Return what is known of ``optimizer``; None where it steps nothing that is watched."""
-        if optimizer in self._strangers:
-            return None
-        given = self._optimizers is None or any(known() is optimizer for known in self._optimizers)
-        if not given and not self._adopts(optimizer):
-            return None
-        binding = self._bindings.get(optimizer)
-        groups: list[list[Tensor]] = [group["params"] for group in optimizer.param_groups]
-        signature = tuple(value for group in groups for value in (len(group), sum(map(id, group))))
-        if binding is None or not binding.whole or binding.signature != signature:
-            if any(self._find(parameter) is None for group in groups for parameter in group):
-                self._look_for_new()
-            self._check_parts()
-            old = binding
-            binding = self._bindings[optimizer] = Binding(groups, self._find)
-            binding.signature = signature
-            self._looks = max(self._looks, _LOOKS)
-            self._classifier.renew()
-            others = sum(map(len, groups)) - len(binding.indices)
-            if self._clipper is not None and binding.indices and others:
-                self.warn(f"{others} parameters of {type(optimizer).__name__} belong to no watched module: not clipped")
-            if old is not None:
-                binding.steps, binding.steps_at_scaler = old.steps, old.steps_at_scaler
-        return binding if binding.indices else None
-
-    def _bind_list(self, parameters: Sequence[Tensor]) -> Binding:
-        """Return what is known of a list; one that holds nothing of ours is another model's, and may come often."""
-        unknown = sum(self._find(parameter) is None for parameter in parameters)
-        if 0 < unknown < len(parameters):
-            self._look_for_new()
-        self._check_parts()
-        return Binding([parameters], self._find)
-
-    def _look_for_new(self) -> None:
-        if self._discover() and self.watching:
+    def _renew(self, unknown: bool) -> None:
+        """Look for new parameters where some are not known, before what is known of an optimizer is put together."""
+        if unknown and self._discover() and self.watching:
             self._register()
+        self._check_parts()
 
     def _note_frozen(self, binding: Binding) -> None:
         """Register again where ``requires_grad`` has changed.
@@ -821,52 +628,12 @@ class Agent:
         Only parameters of the optimizer that steps are asked, and of none: trainings that take turns freeze the others'
         for each turn.
         """
-        stepped = frozenset().union(*(known.index_set for known in self._bindings.values()))
+        stepped = self._optimizers.stepped_indices
         asked = list(zip(binding.indices, binding.parameters, strict=True))
-        if len(stepped) < len(self._watched):
-            others = ((index, watched.parameter()) for index, watched in enumerate(self._watched))
-            asked += [(index, tensor) for index, tensor in others if tensor is not None and index not in stepped]
-        flipped = {
-            index: tensor.requires_grad
-            for index, tensor in asked
-            if tensor.requires_grad != self._trains.get(index, self._watched[index].trainable)
-        }
-        if flipped:
-            self._trains |= flipped
+        if len(stepped) < len(self._parameters.watched):
+            asked += self._parameters.other_than(stepped)
+        if self._parameters.freeze(asked):
             self._register()
-
-    def _adopts(self, optimizer: Optimizer) -> bool:
-        """Take an optimizer for one of those that were given, if they are all gone: it was made anew.
-
-        Any other that steps watched parameters is told of, once.
-        """
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        ours = any(self._find(parameter) is not None for parameter in parameters)
-        if ours and self._optimizers is not None and all(known() is None for known in self._optimizers):
-            self._optimizers.append(weakref.ref(optimizer))
-            return True
-        self._strangers.add(optimizer)
-        if ours:
-            self.warn(
-                f"{type(optimizer).__name__} steps watched parameters, but was not given to attach(): it is not "
-                + ("clipped or measured" if self._clipper is not None else "measured")
-            )
-        return False
-
-    def _check_given(self, optimizers: Iterable[Optimizer]) -> None:
-        """Say which optimizer steps nothing that is watched: it holds copies of the parameters, or another model's.
-
-        Raises:
-            ValueError: it was to be clipped.
-        """
-        for optimizer in optimizers:
-            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            if any(self._find(parameter) is not None for parameter in parameters):
-                continue
-            text = f"{type(optimizer).__name__} steps no parameter of the model that was given to attach()"
-            if self._clipper is not None:
-                raise ValueError(f"{text}: nothing would be clipped. Give the model whose parameters it holds")
-            self.warn(f"{text}: nothing of it is measured")
 
     def _check_parts(self) -> None:
         """Measure no more where the numbers would be those of this rank's part alone.
@@ -874,17 +641,12 @@ class Agent:
         Raises:
             NotImplementedError: they were to be clipped and cannot be.
         """
-        if self._parts_only or not is_one_of_several():
+        if self._parts_only:
             return
-        models = [model for reference in self._models if (model := reference()) is not None]
-        text = ""
-        if is_flattened(models):
-            text = "FullyShardedDataParallel (FSDP1) leaves each rank a part of the parameters: use fully_shard (FSDP2)"
-            if self._clipper is not None:
-                raise NotImplementedError(f"{text}; AGC cannot clip them")
-        elif self._ranks is None and any(map(is_sharded, _parameters(models))):
-            text = "the model was sharded after attach(), the other ranks do not measure: attach after fully_shard"
-        self._parts_only = text
+        models = self._parameters.models
+        self._parts_only = text = parts_only(models, self._ranks)
+        if text and self._clipper is not None and is_flattened(models):
+            raise NotImplementedError(f"{text}; AGC cannot clip them")
         if text and self.watching:
             self.warn(f"{text}. Gradients and weights are not measured")
             if self._started:
@@ -894,29 +656,25 @@ class Agent:
         event = wire.Event(step=self._step, at=time.time(), kind="not_measured", message=self._parts_only)
         self._collector.put(event)
 
-    def _note_unstepped(self) -> None:
-        """Count a backward pass, and say once where no optimizer takes what comes of them."""
-        assert self._unstepped is not None
-        self._unstepped += 1
-        if self._unstepped < _UNSTEPPED and min(self._unstepped, self._steps_of_others) < _UNSTEPPED_BESIDE_OTHERS:
-            return
-        text = f"after {self._unstepped} backward passes no torch.optim.Optimizer has stepped a watched parameter: " + (
+    def _tell_unstepped(self, passes: int) -> None:
+        text = f"after {passes} backward passes no torch.optim.Optimizer has stepped a watched parameter: " + (
             "nothing is clipped or measured" if self._clipper is not None else "nothing is measured"
         )
-        self._unstepped = None
         self.warn(text)
         self._collector.put(wire.Event(step=self._step, at=time.time(), kind="not_stepped", message=text))
 
     def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
         round_ = self._round
         if round_ is None or any(self._has_stepped(index) for index in binding.indices[:1]):
-            round_ = self._next_round or Round(self._step + 1, time.time(), self._due)
-            self._next_round = round_
+            round_ = self._pending.coming or Round(self._step + 1, time.time(), self._due)
+            self._pending.coming = round_
         if force and self._was_finite:
             self._force(round_, set())
-        seen = self._measure(binding, round_) if round_.sampled else None
+        if self._parts_only:
+            round_.sampled = False
+        seen = self._meter.measure(binding, round_, before_clip=True) if round_.sampled else None
         if seen is not None:
-            seen[1].earlier = tuple(self._pending_clips)
+            seen[1].earlier = tuple(self._pending.clips)
 
     def _force(self, round_: Round, stepping: set[int]) -> None:
         """Sample a round although it is not due; the next one where an optimizer was not measured and has stepped."""
@@ -928,63 +686,7 @@ class Agent:
     def _has_stepped(self, index: int) -> bool:
         """Return whether the optimizer of a parameter has stepped in the open round."""
         assert self._round is not None
-        stepped = self._round.stepped - {self._awaited}
-        return any(
-            id(optimizer) in stepped and index in binding.index_set for optimizer, binding in self._bindings.items()
-        )
-
-    def _measure(
-        self, binding: Binding, round_: Round, optimizer: Optimizer | None = None
-    ) -> tuple[Pass, Reading] | None:
-        """Write the unit norms of the gradients that are there, and of their weights, to the round's slot.
-
-        Args:
-            binding: the parameters.
-            round_: takes the reading.
-            optimizer: about to step them; None: before they are clipped.
-        """
-        before_clip = optimizer is None
-        if self._parts_only:
-            round_.sampled = False
-            return None
-        if round_.slot is None:
-            round_.slot = self._slots.take()
-        if round_.slot is None:
-            self.losses.samples += 1
-            round_.sampled = False
-            return None
-        started = time.perf_counter()
-        pass_ = binding.measure(round_.slot, self._watched)
-        if self._clipper is not None and not before_clip:
-            self.spent_seconds -= time.perf_counter() - started  # clipping needs this pass at every step
-        if pass_ is None:
-            return None
-        reading = Reading(pass_.claim, before_clip)
-        inspection.inspect(reading, pass_.grads)
-        round_.readings.append(reading)
-        round_.empty += pass_.plan.empty
-        if optimizer is not None:
-            self._updates.keep(optimizer, binding, pass_)
-        return pass_, reading
-
-    def _measure_other_weights(self, round_: Round) -> None:
-        """Measure, once, the weights that this round did not: frozen ones, and those of other optimizers."""
-        measured = {index for reading in round_.readings for index in reading.claim.plan.indices}
-        others = [
-            (index, parameter)
-            for index, watched in enumerate(self._watched)
-            if index not in measured and (parameter := watched.parameter()) is not None
-        ]
-        self._weights_seen = len(self._watched)
-        if not others or round_.slot is None:
-            return
-        with torch.no_grad():
-            members = [local(parameter) for _, parameter in others]
-            specs = [spec_of(member, "whole") for member in members]  # nothing but their norms is asked for
-            plan = Plan([index for index, _ in others], None, specs)
-            claim = round_.slot.claim(plan)
-            claim.weights.run(members)
-            round_.readings.append(Reading(claim, before_clip=False))
+        return self._optimizers.have_stepped(index, self._round.stepped - {self._awaited})
 
     def _finish_round(self) -> None:
         """Hand the round over and decide whether the next one is sampled."""
@@ -992,9 +694,7 @@ class Agent:
         if round_ is None:
             return
         self._round = None
-        self._updates.clear()
-        if round_.slot is not None:
-            round_.slot.send()
+        self._meter.send(round_)
         now = time.perf_counter()
         step_seconds = now - self._finished_at if self._finished_at else 0.0
         self._finished_at = now
@@ -1016,64 +716,29 @@ class Agent:
             round_.scalars["step_seconds"] = self._governor.step_seconds
             round_.scalars["overhead_ratio"] = self._governor.overhead_ratio
             round_.scalars["interval_steps"] = float(self._governor.interval_steps)
-            round_.spared = self._classifier.indices if self._clipper is None else self._clipper.spared(self._watched)
-        if self._hooks is not None or self._hooks_wanted:
-            self._search_with_hooks(round_)
+            round_.spared = (
+                self._classifier.indices if self._clipper is None else self._clipper.spared(self._parameters.watched)
+            )
+        self._search.take_seen(round_)
         self._collector.put(round_)
-        self._learn_order()
-        if self._expected is not None:
-            self._expected = {key: step for key, step in self._expected.items() if step > self._step - 100}
-
-    def _learn_order(self) -> None:
-        if self._order is None or not (self._order.known or self._step >= _ORDER_STEPS):
-            return
-        self._order.close()
-        known = self._order.known
-        depths = self._order.depths(len(self._watched))
-        self._order = None
-        if known:
-            self._depths = depths
+        if self._parameters.learn_order(self._step):
             self._register()
+        self._optimizers.forget_idle(self._step)
 
     def _discover(self) -> bool:
         """Look for parameters that are not known yet; return whether there were any."""
-        models = [model for reference in self._models if (model := reference()) is not None]
-        new = []
-        places = {watched.name: place for place, watched in enumerate(self._watched)}
-        for watched in walk(models):
-            parameter = watched.parameter()
-            known = self._index_of.get(id(parameter))
-            if known is None or self._watched[known].parameter() is not parameter:
-                new.append((watched.bounded() if self._clipper is None else watched, parameter))
-        for watched, parameter in new:
-            if watched.name in places:  # another parameter under the same name: a layer was replaced
-                place = places[watched.name]
-                self._watched[place] = watched
-            else:
-                place = len(self._watched)
-                self._watched.append(watched)
-            self._index_of[id(parameter)] = place
-        self._lists.clear()
+        new = self._parameters.discover()
+        self._optimizers.forget_lists()
         if new and self._clipper is not None:
-            for index in self._clipper.agc.stacked(*listed(self._watched)):
-                self._watched[index] = self._watched[index].of_experts()
-            self._clipper.know(self._watched)
-        return bool(new)
-
-    def _find(self, tensor: Tensor) -> int | None:
-        """Return the index of a watched parameter."""
-        index = self._index_of.get(id(tensor))
-        if index is not None and self._watched[index].parameter() is tensor:
-            return index
-        return self._stand_ins.get(id(tensor))
+            self._clipper.know(self._parameters.watched)
+        return new
 
     def _look(self, losses: Sequence[Tensor]) -> None:
         """Search the graph of a loss for the classifier; on every rank that clips."""
-        self._looks -= 1
         started = time.perf_counter()
         try:
-            if any(binding.sharded for binding in self._bindings.values()):
-                self._note_stand_ins()
+            if self._optimizers.are_sharded:
+                self._parameters.note_stand_ins()
             self._classifier.look(losses)
         except Exception as error:  # the agent's guard; without an answer the clipper guesses, and says so
             self.failed(error)
@@ -1082,46 +747,21 @@ class Agent:
         finally:
             self.spent_seconds += time.perf_counter() - started
 
-    def _note_stand_ins(self) -> None:
-        """Sharded parameters are gathered for the forward pass: what stands in for them then is in the graph."""
-        index_of = {watched.name: index for index, watched in enumerate(self._watched)}
-        for watched in walk([model for reference in self._models if (model := reference()) is not None]):
-            parameter = watched.parameter()
-            if id(parameter) not in self._index_of and watched.name in index_of:
-                self._stand_ins[id(parameter)] = index_of[watched.name]
-
     def _register(self) -> None:
-        depths = self._depths
-        depths += range(len(depths), len(self._watched))
-        watched = list(self._watched)
-        for index, trains in self._trains.items():
-            watched[index] = replace(watched[index], trainable=trains)
-        self._collector.put(Registered(tuple(watched), tuple(depths)))
+        self._collector.put(self._parameters.registered())
 
     def _replace_earlier(self) -> None:
         """Close the agent that watches exactly these parameters: a notebook cell was run again."""
         for other in taps.listeners():
-            if isinstance(other, Agent) and (other.watches(self._index_of) or other.is_orphaned):
-                other.close(timeout_seconds=1.0)
-
-    def adopt(self, http: Http) -> None:
-        """Deliver, once, what dead processes left for this server on this machine."""
-        if self._adopted:
-            return
-        self._adopted = True
-        for leftover in leftovers(self._settings.spool_directory):
-            if leftover.url != self._settings.url:
+            if not isinstance(other, Agent):
                 continue
-            try:
-                Sender(leftover, http, self.losses, self.warn).deliver(time.monotonic() + 30)
-            except Exception as error:  # the agent's guard: out of a damaged file comes anything
-                self.warn(f"the spool {leftover.path}, of another process, cannot be read and stays: {error}")
+            if other._parameters.ids == self._parameters.ids or other._parameters.are_gone:  # noqa: SLF001
+                other.close(timeout_seconds=1.0)
 
     def _note_trouble(self, unclear: bool) -> None:
         self._in_trouble = True
-        if unclear and self._step >= self._search_from:
-            self._search_from = self._step + _SEARCH_STEPS
-            self._hooks_wanted = True
+        if unclear:
+            self._search.want_hooks(self._step)
 
     def exiting(self, status: object) -> None:
         """``sys.exit`` was called: unless there is another step, that is how the run ends."""
@@ -1158,24 +798,6 @@ class Agent:
         _log.warning("gradwatch: %s", text)
 
 
-class _Report:
-    """The way to the server: the spool and what empties it. Only the rank that reports has one."""
-
-    def __init__(self, agent: Agent, settings: Settings) -> None:
-        self.spool = Spool(
-            settings.spool_directory, url=settings.url, run=agent.run_id, losses=agent.losses, warn=agent.warn
-        )
-        self._http = Http(settings.url, settings.token)
-        adopt = functools.partial(agent.adopt, self._http)
-        self.sender = Sender(self.spool, self._http, agent.losses, agent.warn, idle=adopt, failed=agent.failed)
-
-    def close(self) -> None:
-        """Wait for the sender, which was told when to end."""
-        self.sender.join()
-        self.spool.close(timeout_seconds=0.2)
-        self._http.close()
-
-
 def _close_all() -> None:
     """At the end of the interpreter the agents wait for their servers at the same time, not one after the other."""
     deadline = time.monotonic() + CLOSING_SECONDS
@@ -1198,36 +820,3 @@ def _retired(run_id: str, run_url: str) -> Agent:
 
 def _nothing() -> None:
     """Nobody waits for what is written."""
-
-
-def _parameters(models: Iterable[nn.Module]) -> Iterable[Tensor]:
-    return (parameter for model in models for parameter in model.parameters())
-
-
-def _kept(scalar: Tensor) -> Tensor:
-    """Return a copy of a number that stays on its device, whatever becomes of the original."""
-    kept = local(scalar.detach())
-    with torch.no_grad():
-        return kept.clone() if kept.dtype in (torch.float32, torch.float64) else kept.float()
-
-
-def _summed(scalars: Iterable[Tensor]) -> list[Tensor]:
-    """Return the sums of the scalars of each device and type."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for scalar in scalars:
-        alike.setdefault((scalar.device, scalar.dtype), []).append(scalar.reshape(()))
-    with torch.no_grad():
-        return [torch.stack(same).sum() for same in alike.values()]
-
-
-def _is_partial(norm: Tensor) -> bool:
-    return any(placement.is_partial() for placement in getattr(norm, "placements", ()))
-
-
-def _finite(scalar: Tensor) -> bool:
-    """Return False for a NaN or Inf that can be seen without waiting: on the CPU."""
-    if scalar.device.type != "cpu":
-        return True
-    seen = scalar.detach() if scalar.requires_grad else scalar
-    seen = seen if seen.dtype in (torch.float32, torch.float64) else seen.float()
-    return bool(math.isfinite(seen.numpy().item()))

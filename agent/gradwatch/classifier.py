@@ -6,6 +6,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
+LOOKS: Final = 5
+"""Losses that are looked at, at first and when something has changed."""
+LOOKS_TO_CLIP: Final = 100
+"""Losses that are looked at first where AGC leaves the classifier alone: a head may be trained only now and then."""
 _TAKES_WEIGHTS: Final = re.compile(
     r"_?(?:Addmm|Mm|Bmm|Baddbmm|Addbmm|Linear|MkldnnLinear|Convolution|ConvolutionOverrideable|SlowConv\w+"
     r"|Embedding\w*|MkldnnRnnLayer|CudnnRnn|MiopenRnn|GroupedMm|ScaledMm|ScaledGroupedMm|Bilinear|Trilinear)Backward\d+"
@@ -35,10 +39,13 @@ class Classifier:
 
     Args:
         find: gives the index of a watched parameter, None for any other tensor.
+        looks: losses that are looked at first.
     """
 
-    def __init__(self, find: Callable[[Tensor], int | None]) -> None:
+    def __init__(self, find: Callable[[Tensor], int | None], looks: int = LOOKS) -> None:
         self._find = find
+        self.looks = looks
+        """Losses that are still to be looked at."""
         self._seen: set[frozenset[int]] = set()
         self.indices: frozenset[int] = frozenset()
         """Of the weights found so far."""
@@ -53,9 +60,11 @@ class Classifier:
     def renew(self) -> None:
         """Search on, however much was searched in vain: something has changed."""
         self._in_vain = 0
+        self.looks = max(self.looks, LOOKS)
 
     def look(self, losses: Iterable[Tensor]) -> bool:
         """Search the graphs of some losses; return whether anything new was found."""
+        self.looks -= 1
         if self._in_vain >= _MOST_IN_VAIN:
             return False
         account = _Account()

@@ -154,9 +154,25 @@ def is_flattened(models: Sequence[nn.Module]) -> bool:
     return any(getattr(parameter, "_fsdp_flattened", False) for model in models for parameter in model.parameters())
 
 
-def is_one_of_several() -> bool:
-    """Return whether there are other ranks."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+def parts_only(models: Sequence[nn.Module], ranks: Ranks | None) -> str:
+    """Return why this rank's numbers would be those of its part alone; empty where they are not.
+
+    Args:
+        models: what is watched.
+        ranks: the way to the other ranks, as it was found at first.
+    """
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return ""
+    if is_flattened(models):
+        return "FullyShardedDataParallel (FSDP1) leaves each rank a part of the parameters: use fully_shard (FSDP2)"
+    if ranks is None and any(is_sharded(parameter) for model in models for parameter in model.parameters()):
+        return "the model was sharded after attach(), the other ranks do not measure: attach after fully_shard"
+    return ""
+
+
+def is_partial(norm: Tensor) -> bool:
+    """Return whether a norm is this rank's part of it."""
+    return any(placement.is_partial() for placement in getattr(norm, "placements", ()))
 
 
 def _store() -> Any:

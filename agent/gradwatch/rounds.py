@@ -11,8 +11,7 @@ from gradwatch import wire
 from gradwatch.buffers import Claim, Slot
 from gradwatch.model import Watched
 from gradwatch.provenance import Seen
-
-Scalar = float | Tensor
+from gradwatch.scalars import Scalar
 
 
 @dataclass(slots=True)

@@ -34,11 +34,11 @@ class Listener(Protocol):
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
 
-    def before_backward(self, tensors: Sequence[Tensor]) -> object:
-        """Gradients of these are about to be accumulated; what is returned comes back afterwards."""
+    def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
+        """Gradients of these, the losses among them, are about to be accumulated; what is returned comes back then."""
 
-    def after_backward(self, scalars: Sequence[Tensor], before: object) -> None:
-        """Gradients of these scalars were accumulated."""
+    def after_backward(self, before: object) -> None:
+        """They were accumulated."""
 
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """A loss scaler multiplied ``original``."""
@@ -245,12 +245,12 @@ def _backward(original: Callable[..., Any], tensors: Any, grad_tensors: Any = No
     if isinstance(tensors, Iterator):
         tensors = tuple(tensors)
     several = [tensors] if isinstance(tensors, Tensor) else [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    before = [listener.before_backward(several) for listener in _listeners]
+    losses = [tensor for tensor in several if tensor.numel() == 1] if grad_tensors is None else []
+    listening = _listeners
+    before = [listener.before_backward(several, losses) for listener in listening]
     result = original(tensors, grad_tensors, *args, **kwargs)
-    if grad_tensors is None:
-        scalars = [tensor for tensor in several if tensor.numel() == 1]
-        for listener, marks in zip(_listeners, before, strict=False):
-            listener.after_backward(scalars, marks)
+    for listener, marks in zip(listening, before, strict=True):
+        listener.after_backward(marks)
     return result
 
 

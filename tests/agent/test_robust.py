@@ -346,7 +346,7 @@ def test_it_disarms_after_three_errors_and_says_why(
     monkeypatch.setattr(Agent, "raises_own_errors", False)
     model, optimizer = network()
     agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
-    agent._slots = None  # type: ignore[assignment]
+    agent._meter = None  # type: ignore[assignment]
     for _ in range(10):
         optimizer.zero_grad()
         model(torch.ones(4, 5)).sum().backward()
@@ -557,13 +557,16 @@ def leave_behind(directory: Path, url: str) -> Path:
     return next(directory.glob("*.spool"))
 
 
-def deliver_beside_what_was_left(server: Server) -> Agent:
+def deliver_beside_what_was_left(server: Server, looked_at: Callable[[], bool]) -> Agent:
     """Train until what was left has been looked at, and on."""
     model, optimizer = network()
     agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
     train(agent, model, optimizer, 3)
     server.wait(lambda: len(server.samples) == 3)
-    time.sleep(0.5)
+    deadline = time.monotonic() + 20
+    while not looked_at():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
     train(agent, model, optimizer, 3)
     agent.close(timeout_seconds=5)
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5, 6]
@@ -583,8 +586,12 @@ def test_a_damaged_spool_of_another_process_does_not_hold_up_this_one(
     sound = leave_behind(tmp_path / "sound", server.url)
     for part in sound.parent.iterdir():
         part.rename(directory / f"sound{part.name}")
-    deliver_beside_what_was_left(server)
-    assert sum(batch.id.startswith("b") and not batch.samples for batch in server.batches) >= 40
+
+    def looked_at() -> bool:
+        left = sum(batch.id.startswith("b") and not batch.samples for batch in server.batches)
+        return left >= 40 and own_errors.warnings == 1
+
+    deliver_beside_what_was_left(server, looked_at)
     assert own_errors.warnings == 1
     assert flush.main(["--url", server.url]) == 1
     assert "cannot be read" in capsys.readouterr().err
@@ -600,8 +607,8 @@ def test_what_is_left_on_a_full_disk_is_delivered_and_stays(
         with contextlib.suppress(OSError), (disk / "rest").open("wb", 0) as rest:
             while True:
                 rest.write(b"x" * 1024)
-        agent = deliver_beside_what_was_left(server)
-        assert {f"b{number}" for number in range(40)} <= {batch.id for batch in server.batches}
+        left = {f"b{number}" for number in range(40)}
+        agent = deliver_beside_what_was_left(server, lambda: left <= {batch.id for batch in server.batches})
         assert agent.losses.samples == 0
         assert own_errors.warnings <= 2
         (disk / "rest").unlink()
@@ -654,10 +661,11 @@ def test_what_a_collector_that_is_held_up_cannot_take_is_counted(
 
 def test_closing_does_not_wait_for_a_disk_that_hangs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     free = threading.Event()
-    write, hangs = Spool._write, threading.Event()
+    write, hangs, held = Spool._write, threading.Event(), threading.Event()
 
     def hanging(self: Spool, change: Callable[[], object]) -> None:
         if hangs.is_set():
+            held.set()
             assert free.wait(60)
         write(self, change)
 
@@ -668,7 +676,7 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(server: Server, monkeypatch
     server.wait(lambda: len(server.samples) == 3)
     hangs.set()
     train(agent, model, optimizer, 3)
-    time.sleep(0.3)
+    assert held.wait(10)
     started = time.monotonic()
     agent.close(timeout_seconds=1.0)
     took = time.monotonic() - started

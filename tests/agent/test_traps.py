@@ -493,7 +493,7 @@ def test_a_step_that_the_user_leaves_out_leaves_nothing_behind(
         (model if thrower == "model" else optimizer).zero_grad()
         model(GRAD_A, 12.0).backward()
         optimizer.step()
-        assert agent._slots._made - len(agent._slots._free) <= 3
+        assert agent._meter.slots._made - len(agent._meter.slots._free) <= 3
     assert [sample.step for sample in server.samples] == [1, 2, 3]
     for step in (1, 2, 3):
         assert server.values("grad_norm", step) == pytest.approx({"a": 5.0, "b": 12.0})
@@ -633,7 +633,7 @@ def test_accumulation_over_any_number_of_batches_sums_the_loss(server: Server) -
     with watch(model, server, optimizer) as agent:
         for _ in range(2500):
             model(GRAD_A, 12.0).backward()
-        assert len(agent._pending_losses) <= 1024
+        assert len(agent._pending.losses) <= 1024
         optimizer.step()
     assert server.trail("loss") == {1: 59.0 * 2500}
 
@@ -715,21 +715,27 @@ def test_an_optimizer_over_part_of_the_model(server: Server) -> None:
     assert server.values("weight_norm") == pytest.approx({"a": math.sqrt(13), "b": 4.0})
 
 
-def test_optimizer_in_backward(server: Server) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_optimizer_in_backward(server: Server, at_once: bool) -> None:
+    """Gradients are thrown away at once, or before the next backward pass."""
     model = Two()
     optimizers = {parameter: torch.optim.SGD([parameter], lr=0.0) for parameter in model.parameters()}
 
     def apply(parameter: Tensor) -> None:
         optimizers[parameter].step()  # type: ignore[index]
-        optimizers[parameter].zero_grad()  # type: ignore[index]
+        if at_once:
+            optimizers[parameter].zero_grad()  # type: ignore[index]
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(apply)
     with watch(model, server):
-        for _ in range(3):
-            model(GRAD_A, 12.0).backward()
+        for factor in (1.0, 1.0, 2.0):
+            model.zero_grad()
+            (model(GRAD_A, 12.0) * factor).backward()
     assert [sample.step for sample in server.samples] == [1, 2, 3]
-    assert server.values("grad_norm", 1) == server.values("grad_norm", 3) == {"a": 5.0, "b": 12.0}
+    assert server.values("grad_norm", 1) == server.values("grad_norm", 2) == {"a": 5.0, "b": 12.0}
+    assert server.values("grad_norm", 3) == {"a": 10.0, "b": 24.0}
+    assert server.trail("loss") == {1: 59.0, 2: 59.0, 3: 118.0}
 
 
 def test_tied_frozen_and_later_unfrozen(server: Server) -> None:

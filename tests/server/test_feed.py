@@ -1,6 +1,5 @@
 """What the stream tells a listener that does not read for a while."""
 
-import asyncio
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -29,15 +28,17 @@ def test_a_listener_that_does_not_read_is_told_the_newest_of_each_run_and_no_mor
 
     async def told() -> list[list[tuple[str, int | None]]]:
         feed, seen = Feed(engine), []
-        stream = feed.listen()
+        stream, reader = feed.listen(), feed.listen()
         seen.append(await anext(stream))
         for step in range(1, 4):
             for run in ("one", "two"):
                 _store(engine, run, step)
-            await asyncio.sleep(1.2)
+            heard: dict[str, int | None] = {}
+            while set(heard.values()) != {step}:
+                heard |= {change["id"]: change["last_step"] for change in await anext(reader)}
         seen.append(await anext(stream))
         feed.close()
-        assert [changes async for changes in stream] == []
+        assert [changes for listener in (stream, reader) async for changes in listener] == []
         return [sorted((change["id"], change["last_step"]) for change in changes) for changes in seen]
 
     assert run_apart(told()) == [[("one", None), ("two", None)], [("one", 3), ("two", 3)]]

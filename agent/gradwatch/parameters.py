@@ -1,0 +1,141 @@
+"""What is watched: the parameters of some models, looked for again as they change, and what is registered of them."""
+
+import weakref
+from collections.abc import Iterable, Set
+from dataclasses import replace
+from typing import Final
+
+from torch import Tensor, nn
+
+from gradwatch.agc import AGC
+from gradwatch.clipper import listed
+from gradwatch.model import ReadyOrder, Watched, is_compiled, walk
+from gradwatch.rounds import Registered
+
+_ORDER_STEPS: Final = 3
+"""Steps after which the order of the gradients is no longer waited for."""
+
+
+class Parameters:
+    """The parameters of some models, each at an index that it keeps. Nothing of the models is kept alive.
+
+    Args:
+        models: whose parameters they are.
+        agc: how they are clipped; None: not.
+    """
+
+    def __init__(self, models: Iterable[nn.Module], agc: AGC | None) -> None:
+        self.watched: list[Watched] = []
+        """By index."""
+        self._models = [weakref.ref(model) for model in models]
+        self._agc = agc
+        self._index_of: dict[int, int] = {}
+        self._stand_ins: dict[int, int] = {}
+        self._trains: dict[int, bool] = {}
+        """By index, of those that were frozen or unfrozen since they were found: whether they are trained now."""
+        self._depths: list[int] = []
+        self._order: ReadyOrder | None = None
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Return the models that are still there."""
+        return [model for reference in self._models if (model := reference()) is not None]
+
+    @property
+    def are_gone(self) -> bool:
+        """Return whether none of them is left."""
+        return all(watched.parameter() is None for watched in self.watched)
+
+    @property
+    def ids(self) -> Set[int]:
+        """Return what tells them from others."""
+        return self._index_of.keys()
+
+    def discover(self) -> bool:
+        """Look for parameters that are not known yet; return whether there were any."""
+        new = []
+        places = {watched.name: place for place, watched in enumerate(self.watched)}
+        for watched in walk(self.models):
+            parameter = watched.parameter()
+            known = self._index_of.get(id(parameter))
+            if known is None or self.watched[known].parameter() is not parameter:
+                new.append((watched.bounded() if self._agc is None else watched, parameter))
+        for watched, parameter in new:
+            if watched.name in places:  # another parameter under the same name: a layer was replaced
+                place = places[watched.name]
+                self.watched[place] = watched
+            else:
+                place = len(self.watched)
+                self.watched.append(watched)
+            self._index_of[id(parameter)] = place
+        if new and self._agc is not None:
+            for index in self._agc.stacked(*listed(self.watched)):
+                self.watched[index] = self.watched[index].of_experts()
+        return bool(new)
+
+    def find(self, tensor: Tensor) -> int | None:
+        """Return the index of a watched parameter, or of what stands in for it; None for any other tensor."""
+        index = self._index_of.get(id(tensor))
+        if index is not None and self.watched[index].parameter() is tensor:
+            return index
+        return self._stand_ins.get(id(tensor))
+
+    def note_stand_ins(self) -> None:
+        """Sharded parameters are gathered for the forward pass: what stands in for them then is in the graph."""
+        index_of = {watched.name: index for index, watched in enumerate(self.watched)}
+        for watched in walk(self.models):
+            parameter = watched.parameter()
+            if id(parameter) not in self._index_of and watched.name in index_of:
+                self._stand_ins[id(parameter)] = index_of[watched.name]
+
+    def some_has_gradient(self, indices: Iterable[int]) -> bool:
+        """Return whether any of some has a gradient."""
+        parameters = (self.watched[index].parameter() for index in indices)
+        return any(parameter is not None and parameter.grad is not None for parameter in parameters)
+
+    def other_than(self, indices: Set[int]) -> list[tuple[int, Tensor]]:
+        """Return the parameters that are still there, but for some, each with its index."""
+        return [
+            (index, parameter)
+            for index, watched in enumerate(self.watched)
+            if index not in indices and (parameter := watched.parameter()) is not None
+        ]
+
+    def freeze(self, asked: Iterable[tuple[int, Tensor]]) -> bool:
+        """Take note of ``requires_grad`` of some; return whether that of any has changed."""
+        flipped = {
+            index: tensor.requires_grad
+            for index, tensor in asked
+            if tensor.requires_grad != self._trains.get(index, self.watched[index].trainable)
+        }
+        self._trains |= flipped
+        return bool(flipped)
+
+    def registered(self) -> Registered:
+        """Return what the server is told of them."""
+        self._depths += range(len(self._depths), len(self.watched))
+        watched = list(self.watched)
+        for index, trains in self._trains.items():
+            watched[index] = replace(watched[index], trainable=trains)
+        return Registered(tuple(watched), tuple(self._depths))
+
+    def await_order(self) -> None:
+        """Learn the depths from the order in which gradients become ready."""
+        if not any(map(is_compiled, self.models)):
+            self._order = ReadyOrder(self.other_than(frozenset()))
+
+    def learn_order(self, step: int) -> bool:
+        """Return whether the depths are known now, and were not before."""
+        if self._order is None or not (self._order.known or step >= _ORDER_STEPS):
+            return False
+        self._order.close()
+        known = self._order.known
+        if known:
+            self._depths = self._order.depths(len(self.watched))
+        self._order = None
+        return known
+
+    def close(self) -> None:
+        """Take the hooks away that wait for the order."""
+        if self._order is not None:
+            self._order.close()

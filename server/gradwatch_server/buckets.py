@@ -21,7 +21,7 @@ class Buckets:
     ``first_steps`` and ``last_steps`` have shape (buckets,), the others (buckets, parameters). ``low``, ``high`` and
     ``mean`` are over finite values, ``last`` is the newest value as it was measured. ``finite`` and ``nonfinite`` count
     the values that are finite, and that are NaN or infinite; neither counts a missing gradient. Where a bucket holds
-    no finite value, ``low``, ``high`` and ``mean`` are that of ``last``.
+    no finite value, ``low``, ``high`` and ``mean`` are that of ``last``. ``mean`` has no columns where it was not read.
     """
 
     first_steps: Steps
@@ -34,13 +34,14 @@ class Buckets:
     nonfinite: Counts
 
     @classmethod
-    def of_samples(cls, steps: Steps, values: Floats, missing: float | None = MISSING) -> Self:
+    def of_samples(cls, steps: Steps, values: Floats, missing: float | None = MISSING, *, means: bool = True) -> Self:
         """Return one bucket a sample.
 
         Args:
             steps: shape (samples,), ascending.
             values: shape (samples, parameters), float32 or float64.
             missing: the value that stands for no measurement; none where every value is one.
+            means: whether the means are kept.
         """
         measurable = np.isfinite(values)
         if missing is None:
@@ -48,7 +49,8 @@ class Buckets:
         else:
             present = values != missing
             finite, nonfinite = measurable & present, ~measurable & present
-        return cls(steps, steps, values, values, values, values, finite.view(np.uint8), nonfinite.view(np.uint8))
+        mean = values if means else values[:, :0]
+        return cls(steps, steps, values, values, mean, values, finite.view(np.uint8), nonfinite.view(np.uint8))
 
     @classmethod
     def concatenated(cls, parts: Sequence["Buckets"]) -> "Buckets":
@@ -89,15 +91,18 @@ class Buckets:
             return self._all_finite(starts, ends)
         infinite = self.low.dtype.type(np.inf)
         finite = _reduced(np.add, self.finite, starts, np.int64)
-        total = _reduced(np.add, np.where(measured, self.mean, 0).astype(np.float64) * self.finite, starts)
         last = self._newest(starts, ends)
         nothing = finite == 0
+        mean = self.mean[starts]
+        if mean.shape[1]:
+            total = _reduced(np.add, np.where(measured, self.mean, 0).astype(np.float64) * self.finite, starts)
+            mean = np.where(nothing, last, (total / np.maximum(finite, 1)).astype(mean.dtype))
         return Buckets(
             self.first_steps[starts],
             self.last_steps[ends],
             np.where(nothing, last, _reduced(np.minimum, np.where(measured, self.low, infinite), starts)),
             np.where(nothing, last, _reduced(np.maximum, np.where(measured, self.high, -infinite), starts)),
-            np.where(nothing, last, (total / np.maximum(finite, 1)).astype(self.mean.dtype)),
+            mean,
             last,
             finite,
             _reduced(np.add, self.nonfinite, starts, np.int64),
@@ -106,16 +111,19 @@ class Buckets:
     def _all_finite(self, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> "Buckets":
         """Return the same as ``gathered`` where every bucket holds finite values, in a third of the time."""
         finite = _reduced(np.add, self.finite, starts, np.int64)
-        if np.may_share_memory(self.mean, self.last):  # samples: each counts once
-            total = _reduced(np.add, self.mean, starts, np.float64)
-        else:
-            total = _reduced(np.add, self.mean * self.finite.astype(np.float64), starts)
+        mean = self.mean[starts]
+        if mean.shape[1]:
+            if np.may_share_memory(self.mean, self.last):  # samples: each counts once
+                total = _reduced(np.add, self.mean, starts, np.float64)
+            else:
+                total = _reduced(np.add, self.mean * self.finite.astype(np.float64), starts)
+            mean = (total / finite).astype(mean.dtype)
         return Buckets(
             self.first_steps[starts],
             self.last_steps[ends],
             _reduced(np.minimum, self.low, starts),
             _reduced(np.maximum, self.high, starts),
-            (total / finite).astype(self.mean.dtype),
+            mean,
             self.last[ends],
             finite,
             _reduced(np.add, self.nonfinite, starts, np.int64),

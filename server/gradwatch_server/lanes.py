@@ -3,6 +3,7 @@
 The time of a bucket of samples is 0 until the level below it fades; from then on it is that of its newest sample.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ TRAIL_STEPS = 4_096
 """A row of a trail stays within one such stretch of steps, so that a range of steps is a range of keys."""
 
 _PLANES = ("low", "high", "mean", "last", "finite", "nonfinite")
+_COUNTS = ("finite", "nonfinite")
 _decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
 
 
@@ -56,10 +58,14 @@ class SampleLane:
         names: Sequence[str],
         parameter_count: int,
         columns: Sequence[int] | None = None,
+        *,
+        means: bool = True,
     ) -> None:
-        """Read only some of the parameters, in this order, where ``columns`` names them."""
+        """Read only some of the parameters, in this order, where ``columns`` names them; the means where asked for."""
         self._connection = connection
         self._run = run_id
+        self._mine = {"of_run": run_id}
+        self._read = _PLANES if means else tuple(name for name in _PLANES if name != "mean")
         self._names = list(names)
         self._only = columns[0] if columns is not None and len(columns) == 1 else None
         self._width = parameter_count if self._only is None else 1
@@ -72,13 +78,9 @@ class SampleLane:
         return self._samples(first, last) if level == 0 else self._rollups(level, first, last)
 
     def _samples(self, first: int, last: int) -> Buckets:
-        table = schema.samples
-        stored = [name for name in STATISTICS if name in self._needed()]
-        rows = self._connection.execute(
-            sa.select(table.c.step, *(self._vector(table, name) for name in stored))
-            .where(table.c.run == self._run, table.c.level == 0, table.c.step.between(first, last))
-            .order_by(table.c.step)
-        ).all()
+        stored = tuple(name for name in STATISTICS if name in self._needed())
+        statement = _samples_of(self._connection.dialect.name, stored, self._only)
+        rows = self._connection.execute(statement, self._mine | {"first": first, "last": last}).all()
         columns: dict[str, Rows] = {
             name: self._unpacked([row[place] for row in rows]) for place, name in enumerate(stored, 1)
         }
@@ -103,18 +105,7 @@ class SampleLane:
         if "ratio" in self._names:
             planes["ratio"] = ratio(planes["grad_norm"], planes["weight_norm"])
         values = np.concatenate([planes[name] for name in self._names], axis=1)
-        return Buckets.of_samples(np.array(steps, np.int64), values)
-
-    def _vector(self, table: sa.Table, name: str) -> sa.ColumnElement[Any]:
-        """Return a column of vectors; where one parameter is read, the database cuts it out: none where it is later."""
-        engine = self._connection.dialect.name
-        if self._only is None:
-            return raw(table.c[name], engine)
-        place, column = self._only, f"{table.name}.{name}"
-        cut = (
-            f"{column}[{place + 1}:{place + 1}]" if engine == "postgresql" else f"substr({column}, {4 * place + 1}, 4)"
-        )
-        return raw(sa.literal_column(cut), engine)
+        return Buckets.of_samples(np.array(steps, np.int64), values, means="mean" in self._read)
 
     def _unpacked(self, packed: Sequence[bytes | None]) -> Rows:
         return unpack(packed, self._connection.dialect.name)
@@ -130,24 +121,10 @@ class SampleLane:
         steps, last_steps = self._spans(level, first, last)
         if not len(steps):
             return self._nothing()
-        table = schema.rollups
-        rows = self._connection.execute(
-            sa.select(
-                table.c.statistic,
-                table.c.step,
-                *(self._vector(table, name) for name in _PLANES[:4]),
-                *(raw(table.c[name], self._connection.dialect.name) for name in _PLANES[4:]),
-            )
-            .where(
-                table.c.run == self._run,
-                table.c.statistic.in_(self._names),
-                table.c.level == level,
-                table.c.step.between(int(steps[0]), int(steps[-1])),
-            )
-            .order_by(table.c.statistic, table.c.step)
-        ).all()
+        statement = _rollups_of(self._connection.dialect.name, self._read, self._only)
         found: dict[str, list[sa.Row[Any]]] = {name: [] for name in self._names}
-        for row in rows:
+        within = {"level": level, "names": self._names, "first": int(steps[0]), "last": int(steps[-1])}
+        for row in self._connection.execute(statement, self._mine | within):
             found[row[0]].append(row)
         parts = [self._planes(steps, found[name]) for name in self._names]
         planes = [np.concatenate(plane, axis=1) if len(plane) > 1 else plane[0] for plane in zip(*parts, strict=True)]
@@ -155,40 +132,38 @@ class SampleLane:
 
     def _planes(self, steps: NDArray[np.int64], rows: Sequence[Any]) -> list[NDArray[Any]]:
         """Return low, high, mean, last and both counts of one statistic, each of shape (steps, parameters)."""
-        vectors = [self._unpacked([row[index] for row in rows]) for index in range(2, 6)]
-        known = [0 if vector is None else len(vector) for vector in vectors[0]]
-        planes = [_stacked(plane, self._width) for plane in vectors]
-        for index in (6, 7):
-            counts = self._unpacked([row[index] for row in rows])
+        packed = {name: self._unpacked([row[place] for row in rows]) for place, name in enumerate(self._read, 2)}
+        known = [0 if vector is None else len(vector) for vector in packed["last"]]
+        planes: dict[str, NDArray[Any]] = {}
+        for name, vectors in packed.items():
+            if name not in _COUNTS:
+                planes[name] = self._chosen(_stacked(vectors, self._width))
+                continue
+            counts = vectors
             if self._only is not None:
                 counts = [one if one is None or len(one) == 1 else one[self._only :][:1] for one in counts]
-            planes.append(_counts(counts, known, self._width))
-        planes = [self._chosen(plane) for plane in planes]
-        if len(rows) == len(steps):
-            return planes
-        at = np.searchsorted(steps, np.array([row[1] for row in rows], np.int64))
-        whole: list[NDArray[Any]] = [np.full((len(steps), self._read_width), MISSING, np.float32) for _ in range(4)]
-        whole += [np.zeros((len(steps), self._read_width), np.int64) for _ in range(2)]
-        for plane, part in zip(whole, planes, strict=True):
-            plane[at] = part
-        return whole
+            planes[name] = self._chosen(_counts(counts, known, self._width))
+        if len(rows) != len(steps):
+            at = np.searchsorted(steps, np.array([row[1] for row in rows], np.int64))
+            for name, part in planes.items():
+                shape = len(steps), self._read_width
+                whole = np.zeros(shape, np.int64) if name in _COUNTS else np.full(shape, MISSING, np.float32)
+                whole[at] = part
+                planes[name] = whole
+        return [planes[name] if name in planes else np.empty((len(steps), 0), np.float32) for name in _PLANES]
 
     def _nothing(self) -> Buckets:
         return Buckets.of_samples(np.empty(0, np.int64), np.empty((0, len(self._names) * self._read_width), np.float32))
 
     def _spans(self, level: int, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the first and the last steps of the buckets of a level that begin in a range."""
-        table = schema.samples
-        rows = self._connection.execute(
-            sa.select(*table.c["step", "last_step"])
-            .where(table.c.run == self._run, table.c.level == level, table.c.step.between(first, last))
-            .order_by(table.c.step)
-        ).all()
+        rows = self._connection.execute(_spans, self._mine | {"level": level, "first": first, "last": last}).all()
         return np.array([row[0] for row in rows], np.int64), np.array([row[1] for row in rows], np.int64)
 
     def count(self, level: int, first: int, last: int, most: int) -> int:
         """Return how many buckets of a level begin in a range, counting no further than ``most``."""
-        return _count(self._connection, schema.samples, [schema.samples.c.run == self._run], level, first, last, most)
+        within = {"level": level, "first": first, "last": last, "most": most}
+        return int(self._connection.execute(_counting(schema.samples), self._mine | within).scalar_one())
 
     def insert(self, level: int, buckets: Buckets) -> None:
         """Add buckets to a level."""
@@ -229,11 +204,11 @@ class SampleLane:
 
     def end(self, level: int) -> int:
         """Return the last step that the buckets of a level reach; -1 where there is none."""
-        return _end(self._connection, schema.samples, [schema.samples.c.run == self._run], level)
+        return _end(self._connection, schema.samples, self._mine, level)
 
     def around(self, level: int, step: int) -> tuple[int, int]:
         """Return the first step of the bucket that ``step`` falls into, and the last one before the next bucket."""
-        return _around(self._connection, schema.samples, [schema.samples.c.run == self._run], level, step)
+        return _around(self._connection, schema.samples, self._mine, level, step)
 
 
 class ScalarLane:
@@ -245,7 +220,7 @@ class ScalarLane:
         self._connection = connection
         self._run = run_id
         self._name = name
-        self._mine = [schema.scalars.c.run == run_id, schema.scalars.c.name == name]
+        self._mine = {"of_run": run_id, "of_name": name}
 
     def load(self, level: int, first: int, last: int) -> Buckets:
         """Return the buckets of a level; of a step that was sent more than once the newest value."""
@@ -266,12 +241,8 @@ class ScalarLane:
         return Buckets.of_samples(steps, values[:, None], missing=None)
 
     def _rollups(self, level: int, first: int, last: int) -> Buckets:
-        table = schema.scalars
-        rows = self._connection.execute(
-            sa.select(table.c.step, table.c.last_step, *(table.c[name] for name in _PLANES))
-            .where(*self._mine, table.c.level == level, table.c.step.between(first, last))
-            .order_by(table.c.step)
-        ).all()
+        within = {"level": level, "first": first, "last": last}
+        rows = self._connection.execute(_scalars_of, self._mine | within).all()
         columns = list(zip(*rows, strict=True)) or [()] * 8
         steps, last_steps = np.array(columns[0], np.int64), np.array(columns[1], np.int64)
         floats: list[NDArray[Any]] = [np.array(column, np.float64)[:, None] for column in columns[2:6]]
@@ -280,7 +251,8 @@ class ScalarLane:
 
     def count(self, level: int, first: int, last: int, most: int) -> int:
         """Return how many buckets of a level begin in a range, counting no further than ``most``."""
-        return _count(self._connection, schema.scalars, self._mine, level, first, last, most)
+        within = {"level": level, "first": first, "last": last, "most": most}
+        return int(self._connection.execute(_counting(schema.scalars), self._mine | within).scalar_one())
 
     def insert(self, level: int, buckets: Buckets) -> None:
         """Add buckets to a level."""
@@ -296,9 +268,8 @@ class ScalarLane:
 
     def delete(self, level: int, first: int, last: int) -> None:
         """Remove buckets of a level above 0."""
-        table = schema.scalars
-        within = (*self._mine, table.c.level == level, table.c.step.between(first, last))
-        self._connection.execute(sa.delete(table).where(*within))
+        within = {"level": level, "first": first, "last": last}
+        self._connection.execute(_delete_scalars, self._mine | within)
 
     def replace(self, level: int, first: int, bucket: Buckets) -> None:
         """Put one bucket in the place of the one that begins at ``first``."""
@@ -314,6 +285,76 @@ class ScalarLane:
         return _around(self._connection, schema.scalars, self._mine, level, step)
 
 
+def _own(table: sa.Table) -> list[sa.ColumnElement[bool]]:
+    """Return what chooses the rows of one level of a lane."""
+    keys = [name for name in ("run", "name") if name in table.c]
+    chosen = [table.c[name] == sa.bindparam(f"of_{name}") for name in keys]
+    return [*chosen, table.c.level == sa.bindparam("level")]
+
+
+def _within(table: sa.Table) -> list[sa.ColumnElement[bool]]:
+    """Return what chooses those of them that begin in a range."""
+    return [*_own(table), table.c.step.between(sa.bindparam("first"), sa.bindparam("last"))]
+
+
+def _vector(table: sa.Table, name: str, engine: str, only: int | None) -> sa.ColumnElement[Any]:
+    """Return a column of vectors; where one parameter is read, the database cuts it out: none where it is later."""
+    if only is None:
+        return raw(table.c[name], engine)
+    column = f"{table.name}.{name}"
+    cut = f"{column}[{only + 1}:{only + 1}]" if engine == "postgresql" else f"substr({column}, {4 * only + 1}, 4)"
+    return raw(sa.literal_column(cut), engine)
+
+
+# A statement is made once: to put one together takes SQLAlchemy as long as PostgreSQL takes for a small one.
+@functools.lru_cache(256)
+def _samples_of(engine: str, names: Sequence[str], only: int | None) -> sa.Select[Any]:
+    table = schema.samples
+    vectors = [_vector(table, name, engine, only) for name in names]
+    mine = (table.c.run == sa.bindparam("of_run"), table.c.level == 0)
+    between = table.c.step.between(sa.bindparam("first"), sa.bindparam("last"))
+    return sa.select(table.c.step, *vectors).where(*mine, between).order_by(table.c.step)
+
+
+@functools.lru_cache(256)
+def _rollups_of(engine: str, planes: Sequence[str], only: int | None) -> sa.Select[Any]:
+    table = schema.rollups
+    vectors = [_vector(table, name, engine, None if name in _COUNTS else only) for name in planes]
+    named = table.c.statistic.in_(sa.bindparam("names", expanding=True))
+    chosen = sa.select(table.c.statistic, table.c.step, *vectors).where(*_within(table), named)
+    return chosen.order_by(table.c.statistic, table.c.step)
+
+
+@functools.cache
+def _counting(table: sa.Table) -> sa.Select[Any]:
+    few = sa.select(table.c.step).where(*_within(table)).limit(sa.bindparam("most")).subquery()
+    return sa.select(sa.func.count()).select_from(few)
+
+
+@functools.cache
+def _newest(table: sa.Table) -> sa.Select[Any]:
+    return sa.select(table.c.last_step).where(*_own(table)).order_by(table.c.step.desc()).limit(1)
+
+
+@functools.cache
+def _neighbours(table: sa.Table) -> tuple[sa.Select[Any], sa.Select[Any], sa.Select[Any]]:
+    at: sa.BindParameter[int] = sa.bindparam("at")
+    return (
+        sa.select(sa.func.max(table.c.step)).where(*_own(table), table.c.step <= at),
+        sa.select(sa.func.min(table.c.step)).where(*_own(table)),
+        sa.select(sa.func.min(table.c.step)).where(*_own(table), table.c.step > at),
+    )
+
+
+_spans = (
+    sa.select(*schema.samples.c["step", "last_step"]).where(*_within(schema.samples)).order_by(schema.samples.c.step)
+)
+_scalars_of = (
+    sa.select(*schema.scalars.c["step", "last_step", *_PLANES])
+    .where(*_within(schema.scalars))
+    .order_by(schema.scalars.c.step)
+)
+_delete_scalars = sa.delete(schema.scalars).where(*_within(schema.scalars))
 _insert_spans = sa.insert(schema.samples)
 _insert_rollups = sa.insert(schema.rollups)
 _insert_scalars = sa.insert(schema.scalars)
@@ -330,30 +371,22 @@ def load_trails(connection: sa.Connection, run_id: str, first: int, last: int) -
     return [_decode_trails.decode(blob) for (blob,) in rows]
 
 
-def _count(
-    connection: sa.Connection, table: sa.Table, mine: Sequence[Any], level: int, first: int, last: int, most: int
-) -> int:
-    within = (*mine, table.c.level == level, table.c.step.between(first, last))
-    few = sa.select(table.c.step).where(*within).limit(most).subquery()
-    return int(connection.execute(sa.select(sa.func.count()).select_from(few)).scalar_one())
-
-
-def _end(connection: sa.Connection, table: sa.Table, mine: Sequence[Any], level: int) -> int:
-    newest = sa.select(table.c.last_step).where(*mine, table.c.level == level).order_by(table.c.step.desc()).limit(1)
-    found = connection.execute(newest).scalar()
+def _end(connection: sa.Connection, table: sa.Table, mine: Mapping[str, str], level: int) -> int:
+    found = connection.execute(_newest(table), {**mine, "level": level}).scalar()
     return -1 if found is None else int(found)
 
 
-def _around(connection: sa.Connection, table: sa.Table, mine: Sequence[Any], level: int, step: int) -> tuple[int, int]:
-    within = (*mine, table.c.level == level)
-    start = connection.execute(sa.select(sa.func.max(table.c.step)).where(*within, table.c.step <= step)).scalar()
+def _around(
+    connection: sa.Connection, table: sa.Table, mine: Mapping[str, str], level: int, step: int
+) -> tuple[int, int]:
+    before, first, after = _neighbours(table)
+    own = {**mine, "level": level}
+    start = connection.execute(before, own | {"at": step}).scalar()
     if start is None:
-        start = connection.execute(sa.select(sa.func.min(table.c.step)).where(*within)).scalar_one()
+        start = connection.execute(first, own).scalar_one()
     if start is None:
         return LAST_STEP, LAST_STEP
-    following = connection.execute(
-        sa.select(sa.func.min(table.c.step)).where(*within, table.c.step > max(step, start))
-    ).scalar()
+    following = connection.execute(after, own | {"at": max(step, start)}).scalar()
     return start, LAST_STEP if following is None else following - 1
 
 

@@ -87,19 +87,21 @@ def read_statistic(
     to_step: int | None,
     columns: Sequence[int],
     points: int,
+    *,
+    means: bool = True,
 ) -> Buckets:
     """Return a statistic of these parameters over a range, in at most ``points`` buckets.
 
     At least a third of ``points`` comes back where that many samples of the run lie in the range; of thousands of
-    parameters, as many as make two million cells. Samples in which the
-    statistic was not measured are left out; a parameter that the run gained later is missing before.
+    parameters, as many as make two million cells. Samples in which the statistic was not measured are left out; a
+    parameter that the run gained later is missing before. Without ``means`` they are not read, and have no columns.
 
     Where the finer levels are gone, what is left of them takes their place: fewer and larger buckets, of which one at
     either end may reach out of the range.
     """
     run = _run(connection, run_id)
     points = max(1, min(points, _MOST_CELLS // max(1, len(columns))))
-    lane = SampleLane(connection, run_id, [statistic], run.parameter_count, list(columns))
+    lane = SampleLane(connection, run_id, [statistic], run.parameter_count, list(columns), means=means)
     levels = len(run.coverage.get("samples", []))
     pruned = run.coverage.get("pruned", [])
     if (from_step or 0) > pruned_to(pruned, 0):

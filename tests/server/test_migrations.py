@@ -1,6 +1,6 @@
 """Migrations: from every revision, on both engines, with data in it; and nothing else is needed to go on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tests.postgres import plain_owner, postgres_database
 from tests.processes import GradwatchServer, sample
 
 VALUES = np.array([0.5, float("nan"), float("inf"), wire.MISSING], np.float32)
+HIGHEST = np.array([9.0, *VALUES[1:]], np.float32)
 STEPS = range(1, 41)
 
 
@@ -51,7 +52,13 @@ def _plainly(url: str) -> Iterator[tuple[sa.Engine, sa.MetaData]]:
 def _fill(engine: sa.Engine, tables: sa.MetaData) -> None:
     """Write a run as the first revision had it, by the tables that are there."""
     binary = engine.dialect.name == "sqlite"
-    vector: Any = VALUES.tobytes() if binary else VALUES.tolist()
+
+    def packed(values: Iterable[float]) -> Any:
+        vector = np.array(list(values), np.float32)
+        return vector.tobytes() if binary else vector.tolist()
+
+    planes = {"low": VALUES, "high": HIGHEST, "mean": VALUES, "last": VALUES}
+    counts = {"finite": (16, 0, 0, 0), "nonfinite": (0, 16, 16, 0)}
     rows: dict[str, list[dict[str, Any]]] = {
         "runs": [
             {
@@ -66,7 +73,7 @@ def _fill(engine: sa.Engine, tables: sa.MetaData) -> None:
                 "sample_count": 40,
                 "parameter_count": 4,
                 "statistics": ["grad_norm"],
-                "coverage": {},
+                "coverage": {"samples": [[32, 8]]},
                 "attributes": {},
                 "dropped": {},
                 "scalars": {},
@@ -78,8 +85,19 @@ def _fill(engine: sa.Engine, tables: sa.MetaData) -> None:
             for place in range(4)
         ],
         "samples": [
-            {"run": "old", "level": 0, "step": step, "attempt": 0, "at": float(step), "grad_norm": vector}
+            {"run": "old", "level": 0, "step": step, "attempt": 0, "at": float(step), "grad_norm": packed(VALUES)}
+            | {"last_step": None}
             for step in STEPS
+        ]
+        + [
+            {"run": "old", "level": 1, "step": first, "attempt": 0, "at": 0.0, "grad_norm": None}
+            | {"last_step": first + 15}
+            for first in (1, 17)
+        ],
+        "rollups": [
+            {"run": "old", "statistic": "grad_norm", "level": 1, "step": first}
+            | {name: packed(values) for name, values in (planes | counts).items()}
+            for first in (1, 17)
         ],
         "batches": [{"run": "old", "rank": 0, "id": "b1", "at": 1.0}],
         "alerts": [
@@ -115,6 +133,9 @@ def test_data_of_every_revision_is_there_afterwards(empty_url: str, revision: st
         seen = server.get("/api/v1/runs/old/map", statistic="grad_norm", points=100)
         assert seen["steps"] == list(STEPS)
         assert seen["last"] == [[0.5, "NaN", "Infinity", None]] * len(STEPS)
+        wide = server.get("/api/v1/runs/old/map", statistic="grad_norm", points=3)
+        assert wide["steps"] == [1, 17, 33]
+        assert wide["max"] == [[top, "NaN", "Infinity", None] for top in (9.0, 9.0, 0.5)]
         assert server.store("old", wire.Batch(id="b1", samples=[sample(99, 1, 1, 1, 1)])).json()["duplicate"]
         assert server.store("old", wire.Batch(id="b2", samples=[sample(41, 1, 1, 1, 1)])).status_code == 200
         assert server.get("/api/v1/runs/old")["sample_count"] == 41
@@ -124,12 +145,26 @@ def test_data_of_every_revision_is_there_afterwards(empty_url: str, revision: st
         assert server.get("/api/v1/deliveries") == []
 
 
+def _partitions(engine: sa.Engine) -> set[str]:
+    """Return the tables that hold a part of another one's rows."""
+    if engine.dialect.name == "sqlite":
+        return set()
+    with engine.connect() as connection:
+        found = connection.scalars(sa.text("SELECT relname FROM pg_class WHERE relispartition AND relkind = 'r'"))
+        return set(found)
+
+
 def test_the_migrated_schema_is_the_one_that_the_code_has(empty_url: str) -> None:
     engine = open_engine(empty_url)
     migrate(engine)
-    with _plainly(empty_url) as (_, found):
+    with _plainly(empty_url) as (plain, found):
         columns = {name: {column.name for column in table.c} for name, table in found.tables.items()}
+        partitions = _partitions(plain)
     assert columns.pop("alembic_version")
+    assert bool(partitions) == (plain.dialect.name == "postgresql")
+    assert {name: columns.pop(name) for name in partitions} == {
+        name: columns[name.split("_")[0]] for name in partitions
+    }
     assert columns == {name: {column.name for column in table.c} for name, table in schema.metadata.tables.items()}
     with engine.connect() as connection:
         assert MigrationContext.configure(connection).get_current_revision() == _revisions()[-1]

@@ -103,7 +103,7 @@ def show_map(
     """One statistic of all parameters over the steps: the layer x step map."""
     check_run(connection, run_id)
     order, names = load_order(connection, run_id)
-    buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points)
+    buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
     content: dict[str, Any] = {
         "run": run_id,
         "statistic": statistic,

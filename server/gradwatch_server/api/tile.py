@@ -39,7 +39,7 @@ def show_tile(
     """
     check_run(connection, run_id)
     order, names = load_order(connection, run_id)
-    buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points)
+    buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
     header = {
         "statistic": statistic,
         "parameters": names,

@@ -1,7 +1,8 @@
 """How a run goes: its samples a little at a time, between which others write; then the rest at once, and it is told.
 
-Whoever was told of an alert of the run is told that it is over. What is not delivered by then outlives the run, as
-alerts without one, until it is delivered or has long been dead; ``outbox.forget`` removes it.
+A server that ends before that leaves the rest to the next one. Whoever was told of an alert of the run is told that it
+is over. What is not delivered by then outlives the run, as alerts without one, until it is delivered or has long been
+dead; ``outbox.forget`` removes it.
 """
 
 import time
@@ -51,6 +52,9 @@ def delete_some(
     if run is None or (overdue and not configuration.retention.is_overdue(run, time.time())):
         return "unknown"
     if not _emptied(connection, run, time.monotonic() + seconds):
+        if not overdue and run.deleted_at is None:  # whoever deletes it may be gone before the end
+            begun = sa.update(schema.runs).where(schema.runs.c.id == run_id)
+            connection.execute(begun.values(deleted_at=time.time()))
         return "some"
     book = ledger.Book(connection, run, configuration, public_url)
     book.close(run.last_step or 0, time.time(), RUN_DELETED)

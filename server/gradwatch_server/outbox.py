@@ -116,7 +116,8 @@ def record(connection: sa.Connection, made: Sequence[Attempt], pace: Delivery) -
     table = schema.deliveries
     ids = [attempt.due.id for attempt in made]
     rows = connection.execute(
-        sa.select(*table.c["id", "state", "attempts", "due_at", "leased_until", "error", "delivered_at"])
+        sa.select(*table.c["id", "state", "attempts", "attempts_before"])
+        .add_columns(*table.c["due_at", "leased_until", "error", "delivered_at"])
         .where(table.c.id.in_(ids))
         .order_by(table.c.id)
         .with_for_update()
@@ -142,7 +143,7 @@ def _outcome(before: Mapping[str, Any], attempt: Attempt, pace: Delivery) -> dic
     number, ended = before["attempts"] + 1, attempt.at + attempt.seconds
     if before["leased_until"] != attempt.due.leased_until:
         return {"attempts": number}
-    state, due_at = _next(number, attempt.answer, ended, pace)
+    state, due_at = _next(number - before["attempts_before"], attempt.answer, ended, pace)
     return {
         "state": state,
         "attempts": number,
@@ -160,6 +161,7 @@ def _try(number: int, attempt: Attempt) -> dict[str, Any]:
 
 
 def _next(number: int, answer: Answer, now: float, pace: Delivery) -> tuple[str, float]:
+    """Return the state after an attempt, counted from the first one or since it was sent again, and when it is due."""
     if answer.verdict == "delivered":
         return "delivered", now
     if answer.verdict != "failed" or number > len(pace.retry_seconds):
@@ -200,7 +202,7 @@ def forget(connection: sa.Connection, now: float) -> None:
 
 
 def replay(connection: sa.Connection, chosen: sa.ColumnElement[bool], now: float) -> int:
-    """Make deliveries due again, with the id they had; return how many.
+    """Make deliveries due again, with the id they had and all attempts before them; return how many.
 
     Those after them of the same alert and receiver are due again as well, delivered or not: the receiver's last word is
     how the alert stands. One that is under way is sent once more, for it may arrive before what is sent again.
@@ -221,6 +223,7 @@ def replay(connection: sa.Connection, chosen: sa.ColumnElement[bool], now: float
     ).all()
     again = [row.id for row in rows if row.state != "due"]
     fresh = {"state": "due", "due_at": now, "leased_until": 0.0, "delivered_at": None}
+    fresh |= {"attempts_before": table.c.attempts}
     update = sa.update(table).where(table.c.id == sa.bindparam("of"))
     if again:
         connection.execute(update.values(fresh), [{"of": each} for each in again])

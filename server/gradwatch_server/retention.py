@@ -38,15 +38,15 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def overdue(self, connection: sa.Connection, now: float) -> Sequence[str]:
         """Return the ids of the runs whose time is over."""
+        chosen = sa.select(*schema.runs.c["id", "project", "last_seen_at", "deleted_at"])
         if self.days is None and not self.projects:
-            return []
-        runs = connection.execute(sa.select(*schema.runs.c["id", "project", "last_seen_at"])).all()
-        return [run.id for run in runs if self.is_overdue(run, now)]
+            chosen = chosen.where(schema.runs.c.deleted_at.is_not(None))
+        return [run.id for run in connection.execute(chosen) if self.is_overdue(run, now)]
 
     def is_overdue(self, run: sa.Row[Any], now: float) -> bool:
-        """Return whether the time of a run is over."""
+        """Return whether the time of a run is over, or somebody has begun to delete it."""
         days = self.projects.get(run.project, self.days)
-        return days is not None and now - run.last_seen_at > 86_400 * days
+        return run.deleted_at is not None or (days is not None and now - run.last_seen_at > 86_400 * days)
 
 
 def _check_ascending(name: str, days: list[Days]) -> None:

@@ -166,6 +166,19 @@ def _firing_before_resolved(hook: Hook, alerts: int) -> None:
     assert list(states.values()) == [["firing", "resolved"]] * alerts
 
 
+def test_what_is_sent_again_is_tried_as_often_as_at_first(tmp_path: Path) -> None:
+    with WebhookReceiver(statuses=[500]) as failing:
+        config = tmp_path / "gradwatch.toml"
+        config.write_text(configuration("retry_seconds = [0.1]\ncircuit_failures = 100", failing=failing.url))
+        with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config)) as server:
+            server.store(server.register(["a"]), wire.Batch(id="b", samples=[sample(1, NAN)]))
+            for attempts in (2, 4, 6):
+                settled(server)
+                (dead,) = server.get("/api/v1/deliveries", state="dead")
+                assert dead["attempts"] == attempts == len(failing.requests)
+                assert server.http.post(f"/api/v1/deliveries/{dead['id']}/replay").json() == {"deliveries": 1}
+
+
 def test_busy_is_asked_again_when_it_says_and_gone_is_left_alone(tmp_path: Path) -> None:
     with (
         WebhookReceiver(statuses=[410]) as gone,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -74,6 +75,22 @@ def test_a_run_goes_a_little_at_a_time(tmp_path: Path, own_database_url: str) ->
         assert delete_some(connection, other, Configuration(), "http://localhost", overdue=True) == "unknown"
     engine.dispose()
     assert _rows(own_database_url, run) == {}
+    assert _rows(own_database_url, other) == rows
+
+
+def test_a_run_that_is_half_gone_goes_with_the_next_server(tmp_path: Path, own_database_url: str) -> None:
+    with GradwatchServer(tmp_path / "gradwatch.db", url=own_database_url) as server:
+        run, other = _filled(server), _filled(server)
+    engine, rows = open_engine(own_database_url), _rows(own_database_url, other)
+    with writing(engine) as connection:
+        assert delete_some(connection, run, Configuration(), "http://localhost", seconds=0.0) == "some"
+    engine.dispose()
+    assert _rows(own_database_url, run)
+    with GradwatchServer(tmp_path / "gradwatch.db", url=own_database_url):
+        deadline = time.monotonic() + 30
+        while _rows(own_database_url, run):
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.05)
     assert _rows(own_database_url, other) == rows
 
 

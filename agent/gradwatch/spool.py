@@ -324,6 +324,8 @@ def _owned(path: Path) -> Iterator[Leftover | None]:
         leftover = Leftover(path, held, _reopen(path))
     except (OSError, sqlite3.Error):
         if held is not None:
+            if not path.exists():  # delivered and removed meanwhile
+                Path(f"{path}.lock").unlink(missing_ok=True)
             os.close(held)
         yield None
         return
@@ -336,13 +338,21 @@ def _owned(path: Path) -> Iterator[Leftover | None]:
 def leftovers(directory: Path) -> Iterator[Leftover]:
     """Yield each spool in ``directory`` that no living process owns, oldest first; the next lets go of it."""
     try:
-        paths = sorted(directory.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
+        paths = list(directory.glob(f"*{_SUFFIX}"))
     except OSError:
         return
-    for path in paths:
+    for path in sorted(paths, key=_written_at):
         with _owned(path) as leftover:
             if leftover is not None:
                 yield leftover
+
+
+def _written_at(path: Path) -> float:
+    """Return when a file was last written; 0 where another process has delivered and removed it meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _own(path: Path) -> int:

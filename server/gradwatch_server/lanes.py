@@ -347,7 +347,9 @@ def _neighbours(table: sa.Table) -> tuple[sa.Select[Any], sa.Select[Any], sa.Sel
 
 
 _spans = (
-    sa.select(*schema.samples.c["step", "last_step"]).where(*_within(schema.samples)).order_by(schema.samples.c.step)
+    sa.select(*schema.samples.c["step", "last_step"])
+    .where(*_within(schema.samples), schema.samples.c.level > sa.literal_column("0"))  # as the index of SQLite says
+    .order_by(schema.samples.c.step)
 )
 _scalars_of = (
     sa.select(*schema.scalars.c["step", "last_step", *_PLANES])

@@ -205,6 +205,13 @@ def test_no_other_file_in_the_folder_is_touched(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".lock"} == before
 
 
+def test_a_spool_that_vanishes_meanwhile_hides_no_other(tmp_path: Path) -> None:
+    left = leave_behind(tmp_path, "http://localhost")
+    (tmp_path / "0.spool").symlink_to(tmp_path / "delivered")
+    assert [(leftover.path, leftover.pending) for leftover in leftovers(tmp_path)] == [(left, 40)]
+    assert not (tmp_path / "0.spool.lock").exists()
+
+
 class Scripted:
     """A transport that answers from a list, and notes what it got."""
 

@@ -1,4 +1,7 @@
-"""What was begun and is gone on with: a run that is being deleted, a delivery that is sent again."""
+"""What was begun and is gone on with: a run that is being deleted, a delivery that is sent again.
+
+And an index from which SQLite reads the steps of buckets, whose rows lie far apart among the samples.
+"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +11,7 @@ down_revision = "0008_partitions"
 
 
 def upgrade() -> None:
-    """Add the columns."""
+    """Add the columns and the index."""
     op.add_column(
         "runs",
         sa.Column("deleted_at", sa.Double(), nullable=True, comment="since then it goes, a little at a time"),
@@ -19,3 +22,6 @@ def upgrade() -> None:
             "attempts_before", sa.Integer(), nullable=False, server_default="0", comment="it was last sent again"
         ),
     )
+    if op.get_bind().dialect.name == "sqlite":
+        columns = ["run", "level", "step", "last_step"]
+        op.create_index("ix_samples_spans", "samples", columns, sqlite_where=sa.text("level > 0"))

@@ -16,6 +16,7 @@ from gradwatch.wire import MISSING, STATISTICS, Statistic, Trail, Vector, number
 from gradwatch_server import schema
 from gradwatch_server.buckets import Buckets, Floats
 from gradwatch_server.levels import LAST_STEP
+from gradwatch_server.readahead import reading_ahead
 from gradwatch_server.vectors import Rows, raw, unpack
 
 RATIO_EPS = 1e-3
@@ -123,9 +124,11 @@ class SampleLane:
             return self._nothing()
         statement = _rollups_of(self._connection.dialect.name, self._read, self._only)
         found: dict[str, list[sa.Row[Any]]] = {name: [] for name in self._names}
-        within = {"level": level, "names": self._names, "first": int(steps[0]), "last": int(steps[-1])}
-        for row in self._connection.execute(statement, self._mine | within):
-            found[row[0]].append(row)
+        level_of = self._mine | {"level": level, "names": self._names}
+        with reading_ahead(self._connection, _touching, level_of, steps):
+            within = {"first": int(steps[0]), "last": int(steps[-1])}
+            for row in self._connection.execute(statement, level_of | within):
+                found[row[0]].append(row)
         parts = [self._planes(steps, found[name]) for name in self._names]
         planes = [np.concatenate(plane, axis=1) if len(plane) > 1 else plane[0] for plane in zip(*parts, strict=True)]
         return Buckets(steps, last_steps, *planes)
@@ -323,6 +326,11 @@ def _rollups_of(engine: str, planes: Sequence[str], only: int | None) -> sa.Sele
     named = table.c.statistic.in_(sa.bindparam("names", expanding=True))
     chosen = sa.select(table.c.statistic, table.c.step, *vectors).where(*_within(table), named)
     return chosen.order_by(table.c.statistic, table.c.step)
+
+
+_touching = sa.select(sa.func.max(schema.rollups.c.nonfinite)).where(  # the last column: all before it are read, too
+    *_within(schema.rollups), schema.rollups.c.statistic.in_(sa.bindparam("names", expanding=True))
+)
 
 
 @functools.cache

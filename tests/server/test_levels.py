@@ -177,3 +177,17 @@ def test_a_parameter_that_came_later_is_missing_before(engine: sa.Engine) -> Non
     store.put({step: [1.0, float(step), 2.0] for step in range(41, 101)})
     for points in (1, 5, 12, 100):
         store.check(None, None, points)
+
+
+def test_rows_that_are_read_ahead_are_the_same(database_url: str, engine: sa.Engine) -> None:
+    """A range of 150 buckets of level 1; on SQLite others fetch parts of it meanwhile."""
+    store = Store(engine, "ahead")
+    for first in range(0, 2_400, 800):
+        store.put({step: [float(step), NAN if step == 1_000 else 1.0] for step in range(first, first + 800)})
+    taken: list[object] = []
+    sa.event.listen(engine, "checkout", lambda *_: taken.append(None))
+    with engine.connect() as connection:
+        found = queries.read_statistic(connection, "ahead", "grad_norm", None, None, [0, 1], 400)
+    assert len(taken) == (4 if database_url.startswith("sqlite") else 1)
+    assert found.high[:, 0].tolist() == [float(step) for step in range(15, 2_400, 16)]
+    assert found.nonfinite[:, 1].nonzero()[0].tolist() == [1_000 // 16]

@@ -27,7 +27,8 @@ def reading_ahead(
         steps: of the rows, ascending.
     """
     tasks = []
-    if connection.dialect.name == "sqlite" and len(steps) >= _FEWEST_ROWS:
+    writes = connection.get_execution_options().get("writes", False)  # its engine's other connections would wait for it
+    if connection.dialect.name == "sqlite" and len(steps) >= _FEWEST_ROWS and not writes:
         for part in np.array_split(steps, _PARTS)[1:]:
             within = {**parameters, "first": int(part[0]), "last": int(part[-1])}
             tasks.append(_helpers.submit(_touch, connection.engine, statement, within))

@@ -189,5 +189,8 @@ def test_rows_that_are_read_ahead_are_the_same(database_url: str, engine: sa.Eng
     with engine.connect() as connection:
         found = queries.read_statistic(connection, "ahead", "grad_norm", None, None, [0, 1], 400)
     assert len(taken) == (4 if database_url.startswith("sqlite") else 1)
+    with writing(engine) as connection:
+        queries.read_statistic(connection, "ahead", "grad_norm", None, None, [0, 1], 400)
+    assert len(taken) == (5 if database_url.startswith("sqlite") else 2)
     assert found.high[:, 0].tolist() == [float(step) for step in range(15, 2_400, 16)]
     assert found.nonfinite[:, 1].nonzero()[0].tolist() == [1_000 // 16]

@@ -393,14 +393,13 @@ class Agent:
             self._look(tensors)
         self._trace(tensors)
         self._forget_thrown_away()
-        self._pending.begin_backward(losses)
-        return self._marked()
+        return self._marked(losses)
 
     @_guarded
-    def after_backward(self, before: object) -> None:
-        """Gradients were accumulated."""
-        losses = self._pending.end_backward()
-        if before is None:
+    def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
+        """Gradients of these losses were accumulated; of none, or none at all: there is nothing to note."""
+        left = self._pending.end_backward(losses)
+        if before is None or not losses:
             return
         watched = self._parameters.watched
         ours, changed = self._marks.changed(cast("dict[int, Mark]", before), watched, losses)
@@ -408,7 +407,7 @@ class Agent:
             return
         if self._pending:
             self._forget(changed)  # there is more to them now than what was clipped
-        self._pending.add_losses(losses)
+        self._pending.add_losses(left)
         passes = self._optimizers.note_backward()
         if passes is not None:
             self._tell_unstepped(passes)
@@ -493,7 +492,8 @@ class Agent:
             ]
 
     @_guarded
-    def _marked(self) -> dict[int, Mark]:
+    def _marked(self, losses: Sequence[Tensor]) -> dict[int, Mark]:
+        self._pending.begin_backward(losses)
         return self._marks.before(self._parameters.watched, self._pending.clipped)
 
     @_guarded

@@ -46,14 +46,14 @@ class Pending:
         return self.value_clipped.union(*(clip.indices for clip in self.clips))
 
     def begin_backward(self, losses: Iterable[Tensor]) -> None:
-        """Losses are about to be differentiated."""
-        self._under_way = [weakref.ref(loss) for loss in losses]
+        """Losses are about to be differentiated, maybe within another backward pass."""
+        self._under_way += map(weakref.ref, losses)
 
-    def end_backward(self) -> list[Tensor]:
-        """The losses were differentiated; return those that belong to no step yet."""
-        losses = [loss for reference in self._under_way if (loss := reference()) is not None]
-        self._under_way = []
-        return losses
+    def end_backward(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """Losses were differentiated; return those that belong to no step yet."""
+        known = [loss for reference in self._under_way if (loss := reference()) is not None]
+        self._under_way = [weakref.ref(loss) for loss in known if not _among(loss, losses)]
+        return [loss for loss in losses if _among(loss, known)]
 
     def add_losses(self, losses: Iterable[Tensor]) -> None:
         """Keep what was differentiated for the next step."""
@@ -64,8 +64,9 @@ class Pending:
 
     def enter(self, round_: Round) -> None:
         """An optimizer steps: within a backward pass, it steps with the gradient of what is being differentiated."""
-        if self._under_way:
-            round_.losses += map(self._original, self.end_backward())
+        losses = [loss for known in self._under_way if (loss := known()) is not None]
+        self._under_way = []
+        round_.losses += map(self._original, losses)
 
     def _original(self, loss: Tensor) -> Tensor:
         """Return a loss as it was before a loss scaler multiplied it."""
@@ -118,3 +119,7 @@ class Pending:
             return None
         self.coming = None
         return coming.slot
+
+
+def _among(tensor: Tensor, tensors: Iterable[Tensor]) -> bool:
+    return any(tensor is other for other in tensors)

@@ -37,8 +37,8 @@ class Listener(Protocol):
     def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
         """Gradients of these, the losses among them, are about to be accumulated; what is returned comes back then."""
 
-    def after_backward(self, before: object) -> None:
-        """They were accumulated."""
+    def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
+        """They were accumulated; where that failed, ``before`` is None."""
 
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """A loss scaler multiplied ``original``."""
@@ -248,9 +248,14 @@ def _backward(original: Callable[..., Any], tensors: Any, grad_tensors: Any = No
     losses = [tensor for tensor in several if tensor.numel() == 1] if grad_tensors is None else []
     listening = _listeners
     before = [listener.before_backward(several, losses) for listener in listening]
-    result = original(tensors, grad_tensors, *args, **kwargs)
+    try:
+        result = original(tensors, grad_tensors, *args, **kwargs)
+    except BaseException:
+        for listener in listening:
+            listener.after_backward(losses, None)
+        raise
     for listener, marks in zip(listening, before, strict=True):
-        listener.after_backward(marks)
+        listener.after_backward(losses, marks)
     return result
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from gradwatch import taps, wire
@@ -736,6 +737,30 @@ def test_optimizer_in_backward(server: Server, at_once: bool) -> None:
     assert server.values("grad_norm", 1) == server.values("grad_norm", 2) == {"a": 5.0, "b": 12.0}
     assert server.values("grad_norm", 3) == {"a": 10.0, "b": 24.0}
     assert server.trail("loss") == {1: 59.0, 2: 59.0, 3: 118.0}
+
+
+def test_a_backward_pass_within_another_leaves_it_its_loss(server: Server) -> None:
+    """Reentrant checkpointing differentiates each part by itself; a pass that fails has no loss."""
+    model = nn.Linear(2, 2, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+
+    def fail(_grad: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    with watch(model, server, optimizer):
+        for step in range(3):
+            failing = model(torch.ones(2)).sum()
+            failing.register_hook(fail)
+            with pytest.raises(ZeroDivisionError):
+                failing.backward()
+            optimizer.zero_grad()
+            inputs = torch.full((2,), step + 1.0, requires_grad=True)
+            checkpoint(model, inputs, use_reentrant=True).sum().backward()
+            optimizer.step()
+            del failing
+    assert server.trail("loss") == {1: 4.0, 2: 8.0, 3: 12.0}
 
 
 def test_tied_frozen_and_later_unfrozen(server: Server) -> None:

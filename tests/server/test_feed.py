@@ -34,7 +34,7 @@ def test_a_listener_that_does_not_read_is_told_the_newest_of_each_run_and_no_mor
             for run in ("one", "two"):
                 _store(engine, run, step)
             heard: dict[str, int | None] = {}
-            while set(heard.values()) != {step}:
+            while heard != {"one": step, "two": step}:
                 heard |= {change["id"]: change["last_step"] for change in await anext(reader)}
         seen.append(await anext(stream))
         feed.close()

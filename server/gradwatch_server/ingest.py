@@ -214,10 +214,11 @@ class Ingest:
         if not self._claim(connection, run_id, batch, now):
             return Stored(batch.id, 0, duplicate=True)
         watched = self._watch(connection, run) if batch.attempt >= run.attempt else None
-        changes = shelf.put(connection, run, batch)
+        scalars = shelf.scalars_by_step(batch)
+        changes = shelf.put(connection, run, batch, scalars)
         changes |= self._progress(run, batch, now)
         if watched is not None:
-            changes |= self._diagnose(connection, run, watched, batch, now)
+            changes |= self._diagnose(connection, run, watched, batch, scalars, now)
             if batch.end is not None:
                 changes |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
         connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(changes))
@@ -259,16 +260,22 @@ class Ingest:
         return changes
 
     def _diagnose(
-        self, connection: sa.Connection, run: sa.Row[Any], watched: Watched, batch: wire.Batch, now: float
+        self,
+        connection: sa.Connection,
+        run: sa.Row[Any],
+        watched: Watched,
+        batch: wire.Batch,
+        scalars: Mapping[int, Mapping[str, float]],
+        now: float,
     ) -> dict[str, Any]:
         thresholds = self._configuration.thresholds(run.project)
         book = ledger.Book(connection, run, self._configuration, self._public_url)
         told = _losses(batch)
         losses = watched.losses | told
-        readings = _readings(batch, run.diagnosed_step, sorted(losses.items()))
+        readings = _readings(batch, run.diagnosed_step, scalars, sorted(losses.items()))
         step = readings[-1].step if readings else run.diagnosed_step
         watched.wait(losses, step)
-        self._look_at_late(connection, run, watched, batch, book)
+        self._look_at_late(connection, run, watched, batch, scalars, book)
         for reading in readings:
             watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, thresholds)
             book.enter(findings, reading.step, reading.at)
@@ -290,13 +297,18 @@ class Ingest:
         return {"diagnosed_step": step, "memory_mark": watched.mark}
 
     def _look_at_late(
-        self, connection: sa.Connection, run: sa.Row[Any], watched: Watched, batch: wire.Batch, book: ledger.Book
+        self,
+        connection: sa.Connection,
+        run: sa.Row[Any],
+        watched: Watched,
+        batch: wire.Batch,
+        scalars: Mapping[int, Mapping[str, float]],
+        book: ledger.Book,
     ) -> None:
         """Look for what is not finite in samples that came after later ones: no other rule does without history."""
         known = -1 if run.diagnosed_step is None else run.diagnosed_step
         late = [sample for sample in batch.samples if sample.step <= known]
         limits = self._configuration.thresholds(run.project).nonfinite
-        scalars = shelf.scalars_by_step(batch) if late else {}
         for sample in sorted(late, key=lambda sample: sample.step):
             if book.began(nonfinite.RULE) is not None:
                 return
@@ -380,10 +392,14 @@ def _effective(attempts: Mapping[str, int], number: int) -> int:
     return attempts.get(str(number), number)
 
 
-def _readings(batch: wire.Batch, after: int | None, losses: Sequence[tuple[int, float]]) -> list[Reading]:
+def _readings(
+    batch: wire.Batch,
+    after: int | None,
+    scalars: Mapping[int, Mapping[str, float]],
+    losses: Sequence[tuple[int, float]],
+) -> list[Reading]:
     """Return what the rules have not seen yet, in the order of the steps."""
     readings = []
-    scalars = shelf.scalars_by_step(batch)
     earlier = after
     for sample in sorted(batch.samples, key=lambda sample: sample.step):
         if after is not None and sample.step <= after:

@@ -18,8 +18,10 @@ from gradwatch_server.levels import LAST_STEP, Levels, pruned_to
 _decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
 
 
-def put(connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch) -> dict[str, Any]:
-    """Store the content of a batch and carry the levels on; return what changes in the run's row.
+def put(
+    connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, scalars: Mapping[int, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Store the content of a batch, with its ``scalars_by_step``; return what changes in the run's row.
 
     The latest attempt wins from its first step on: what an older one has stored there goes, what it still sends is
     left out.
@@ -36,7 +38,7 @@ def put(connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch) -> dict[
     used = {name for sample in samples for name in sample.statistics}
     statistics = [name for name in STATISTICS if name in used or name in run.statistics]
     if samples:
-        _put_samples(connection, run.id, batch, samples)
+        _put_samples(connection, run.id, batch, samples, scalars)
     if trail:
         coverage["batches"] = coverage.get("batches", 0) + 1
         _put_trail(connection, run.id, batch, trail, coverage["batches"])
@@ -94,8 +96,13 @@ def _cut_trails(connection: sa.Connection, run_id: str, attempt: int, first: int
     return len(reaching) + gone
 
 
-def _put_samples(connection: sa.Connection, run_id: str, batch: wire.Batch, samples: list[wire.Sample]) -> None:
-    scalars = scalars_by_step(batch)
+def _put_samples(
+    connection: sa.Connection,
+    run_id: str,
+    batch: wire.Batch,
+    samples: list[wire.Sample],
+    scalars: Mapping[int, Mapping[str, float]],
+) -> None:
     rows = [
         {
             "run": run_id,

@@ -189,6 +189,7 @@ class Agent:
         self._started = False
         self._lock = threading.Lock()
         self.losses = Losses()
+        self._meter = Meter(self._parameters, self.losses)
         if self._closed:
             return
         self._discover()
@@ -204,7 +205,6 @@ class Agent:
 
     def _start(self, settings: Settings, *, resumed: bool) -> None:
         self._started = True
-        self._meter = Meter(self._parameters, self.losses)
         self._report: Report | None = None
         if self._ranks is None or self._ranks.rank == 0:
             self._report = Report(self.run_id, settings, self.losses, self.warn, self.failed)
@@ -599,9 +599,6 @@ class Agent:
             return None
         self._note_frozen(binding)
         self._note_rates(optimizer, round_)
-        if self._parts_only:
-            round_.sampled = False
-            return None
         seen = self._meter.measure_before_step(binding, round_, optimizer)
         if self._clipper is not None:
             self.spent_seconds -= self._meter.pass_seconds  # clipping needs this pass at every step
@@ -645,6 +642,7 @@ class Agent:
             return
         models = self._parameters.models
         self._parts_only = text = parts_only(models, self._ranks)
+        self._meter.stopped = bool(text)
         if text and self._clipper is not None and is_flattened(models):
             raise NotImplementedError(f"{text}; AGC cannot clip them")
         if text and self.watching:
@@ -670,8 +668,6 @@ class Agent:
             self._pending.coming = round_
         if force and self._was_finite:
             self._force(round_, set())
-        if self._parts_only:
-            round_.sampled = False
         seen = self._meter.measure(binding, round_, before_clip=True) if round_.sampled else None
         if seen is not None:
             seen[1].earlier = tuple(self._pending.clips)
@@ -735,6 +731,7 @@ class Agent:
 
     def _look(self, losses: Sequence[Tensor]) -> None:
         """Search the graph of a loss for the classifier; on every rank that clips."""
+        self._classifier.looks -= 1
         started = time.perf_counter()
         try:
             if self._optimizers.are_sharded:

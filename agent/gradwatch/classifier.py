@@ -64,7 +64,6 @@ class Classifier:
 
     def look(self, losses: Iterable[Tensor]) -> bool:
         """Search the graphs of some losses; return whether anything new was found."""
-        self.looks -= 1
         if self._in_vain >= _MOST_IN_VAIN:
             return False
         account = _Account()

@@ -29,6 +29,8 @@ class Meter:
         self.slots = Slots()
         self.pass_seconds = 0.0
         """Time that the last pass over gradients and weights took: where they are clipped, clipping needs it, too."""
+        self.stopped = False
+        """Whether nothing is measured any more: the numbers would be wrong."""
         self._parameters = parameters
         self._losses = losses
         self._updates = Updates()
@@ -44,9 +46,12 @@ class Meter:
             before_clip: whether they are read before ``clip_grad_norm_`` or ``clip_grad_value_`` changes them.
 
         Returns:
-            None where there is no gradient, or no room: the round is not sampled then.
+            None where there is no gradient; where it was stopped or there is no room, the round is not sampled then.
         """
         self.pass_seconds = 0.0
+        if self.stopped:
+            round_.sampled = False
+            return None
         if round_.slot is None:
             round_.slot = self.slots.take()
         if round_.slot is None:

@@ -38,11 +38,11 @@ class Search:
         """Search the graph of losses that are not finite; where it does not tell, hooks watch the next steps.
 
         Args:
-            losses: of one element each, about to be differentiated.
+            losses: of one element each, about to be differentiated; at least one of them is not finite.
             originals: what those were that a loss scaler has multiplied.
             step: made so far.
         """
-        if all(map(is_finite, losses)) or step < self._from:
+        if step < self._from:
             return None
         if originals and all(map(is_finite, originals)):
             return None  # the loss scaler is too large, and will see to it

@@ -81,7 +81,7 @@ class SampleLane:
     def _samples(self, first: int, last: int) -> Buckets:
         stored = tuple(name for name in STATISTICS if name in self._needed())
         statement = _samples_of(self._connection.dialect.name, stored, self._only)
-        rows = self._connection.execute(statement, self._mine | {"first": first, "last": last}).all()
+        rows = self._connection.execute(statement, self._mine | {"level": 0, "first": first, "last": last}).all()
         columns: dict[str, Rows] = {
             name: self._unpacked([row[place] for row in rows]) for place, name in enumerate(stored, 1)
         }
@@ -314,23 +314,20 @@ def _vector(table: sa.Table, name: str, engine: str, only: int | None) -> sa.Col
 def _samples_of(engine: str, names: Sequence[str], only: int | None) -> sa.Select[Any]:
     table = schema.samples
     vectors = [_vector(table, name, engine, only) for name in names]
-    mine = (table.c.run == sa.bindparam("of_run"), table.c.level == 0)
-    between = table.c.step.between(sa.bindparam("first"), sa.bindparam("last"))
-    return sa.select(table.c.step, *vectors).where(*mine, between).order_by(table.c.step)
+    return sa.select(table.c.step, *vectors).where(*_within(table)).order_by(table.c.step)
 
 
 @functools.lru_cache(256)
 def _rollups_of(engine: str, planes: Sequence[str], only: int | None) -> sa.Select[Any]:
     table = schema.rollups
     vectors = [_vector(table, name, engine, None if name in _COUNTS else only) for name in planes]
-    named = table.c.statistic.in_(sa.bindparam("names", expanding=True))
-    chosen = sa.select(table.c.statistic, table.c.step, *vectors).where(*_within(table), named)
+    chosen = sa.select(table.c.statistic, table.c.step, *vectors).where(*_within(table), _named)
     return chosen.order_by(table.c.statistic, table.c.step)
 
 
-_touching = sa.select(sa.func.max(schema.rollups.c.nonfinite)).where(  # the last column: all before it are read, too
-    *_within(schema.rollups), schema.rollups.c.statistic.in_(sa.bindparam("names", expanding=True))
-)
+_named = schema.rollups.c.statistic.in_(sa.bindparam("names", expanding=True))
+_touching = sa.select(sa.func.max(schema.rollups.c.nonfinite)).where(*_within(schema.rollups), _named)
+"""The last column: all before it are read, too."""
 
 
 @functools.cache

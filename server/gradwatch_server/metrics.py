@@ -269,9 +269,7 @@ class ServerCollector(Collector):
         yield GaugeMetricFamily(
             "gradwatch_queued_batches", "Batches taken in and not stored yet.", value=writer.waiting
         )
-        yield GaugeMetricFamily(
-            "gradwatch_queue_limit_batches", "Batches that may wait for the writer.", value=writer.most
-        )
+        yield GaugeMetricFamily("gradwatch_queue_limit_batches", "Batches that may be under way.", value=writer.most)
         yield from _written(services)
         yield _attempts(services)
         with services.engine.connect() as connection:

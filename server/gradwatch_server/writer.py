@@ -62,7 +62,7 @@ class Writer:
             thread.start()
 
     def configure(self, capacity: int, capacity_per_run: int) -> None:
-        """Let so many pieces wait from now on."""
+        """Let so many pieces be under way from now on."""
         with self._counting:
             self.most, self._most_of_run = capacity, capacity_per_run
 
@@ -74,7 +74,7 @@ class Writer:
             run_id: the run that it is about; empty: none.
 
         Raises:
-            Refused: too many pieces of this run wait, the queue is full, or the server is stopping.
+            Refused: too many pieces of this run are under way, the queue is full, or the server is stopping.
         """
         future: Future[Result] = Future()
         with self._counting:

@@ -14,8 +14,12 @@ from gradwatch import kernels
 from gradwatch.layout import Arena, Bound, Layout, Piece, Scratch, Spec
 
 _BUDGET_BYTES: Final = 32 << 20
+_OBJECT_BYTES: Final = 16 << 10
+"""What a slot takes beside its buffers, about. Tiny models take some thousand steps a second: up to 2,048 samples wait
+while a disk holds the collector up."""
 _FEWEST: Final = 4
-_MOST: Final = 128
+_SCARCE: Final = 64
+"""Slots on their way from which the collector is woken before its time."""
 
 
 class Plan:
@@ -236,20 +240,23 @@ class Slots:
         self._scratch = Scratch()
         self._free: deque[Slot] = deque()
         self._made = 0
-        self._limit = _MOST
+        self._most = _BUDGET_BYTES // _OBJECT_BYTES
+        self._last: Slot | None = None
+        """What was taken last; it is filled by now, which tells how large one is."""
 
     def take(self) -> Slot | None:
         """Return a free slot; None where all are on their way, which costs this sample."""
+        if self._last is not None:
+            self._most = max(_FEWEST, _BUDGET_BYTES // (self._last.bytes + _OBJECT_BYTES))
         try:
-            slot = self._free.popleft()
+            slot = self._free.pop()  # the one used last: its memory is still in the processor's cache
         except IndexError:
-            if self._made >= self._limit:
+            if self._made >= self._most:
                 return None
             slot = Slot(self._scratch)
             self._made += 1
-        if slot.bytes:
-            self._limit = max(_FEWEST, min(_MOST, _BUDGET_BYTES // slot.bytes))
         slot.reset()
+        self._last = slot
         return slot
 
     def give_back(self, slot: Slot) -> None:
@@ -258,5 +265,5 @@ class Slots:
 
     @property
     def scarce(self) -> bool:
-        """Return whether more than half of the slots are on their way."""
-        return self._made - len(self._free) > self._limit // 2
+        """Return whether so many slots are on their way, or half of all, that they should be read now."""
+        return self._made - len(self._free) > min(_SCARCE, self._most // 2)

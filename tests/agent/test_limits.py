@@ -1,5 +1,6 @@
 """What the server's limits refuse is not sent, or is sent in pieces: nothing goes with what cannot be taken."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import gradwatch
 from gradwatch import wire
 from gradwatch.agent import Agent
 from gradwatch.halves import halves
+from gradwatch.rounds import Round
 from gradwatch.sender import Answer, Sender
 from gradwatch.spool import Entry, Losses
 from tests.processes import GradwatchServer
@@ -102,20 +104,29 @@ def test_names_that_never_end_are_bounded_counted_and_said_once(real: GradwatchS
 
 def test_a_backlog_of_a_fast_training_arrives(real: GradwatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the server is away batches grow: to what it takes at once, not beyond."""
-    from gradwatch import collector, sender
+    from gradwatch import collector, composer, sender
 
     monkeypatch.setattr(collector, "_BACKLOG", 0)
     monkeypatch.setattr(collector, "_GROWN_BATCH_SECONDS", 3600.0)
+    compose, composed = composer.Composer.compose, threading.Semaphore(0)
     post, away = sender.Http.post, [True]
+
+    def counted(self: composer.Composer, round_: Round) -> Any:
+        composed.release()
+        return compose(self, round_)
 
     def reached(self: sender.Http, *args: Any) -> Answer:
         return Answer("later", "away") if away[0] else post(self, *args)
 
+    monkeypatch.setattr(composer.Composer, "compose", counted)
     monkeypatch.setattr(sender.Http, "post", reached)
     model, optimizer = one_layer()
     agent = gradwatch.attach(model, optimizer, url=real.url, every=1)
-    for _ in range(2500):
-        step(model, optimizer)
+    for _ in range(10):
+        for _ in range(250):
+            step(model, optimizer)
+        for _ in range(250):
+            assert composed.acquire(timeout=60)
     away[0] = False
     agent.close(timeout_seconds=60)
     run = kept(real, agent)

@@ -666,6 +666,27 @@ def test_what_a_collector_that_is_held_up_cannot_take_is_counted(
     assert server.batches[-1].dropped.samples == 0
 
 
+def test_a_disk_that_stalls_costs_a_fast_training_no_sample(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand steps of a tiny model take less time than some disks need for one write."""
+    held, free = threading.Event(), threading.Event()
+    append = Spool.append
+
+    def slow(self: Spool, kind: Kind, body: bytes, samples: int = 0) -> None:
+        held.set()
+        assert free.wait(60)
+        append(self, kind, body, samples)
+
+    monkeypatch.setattr(Spool, "append", slow)
+    model, optimizer = network()
+    with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
+        train(agent, model, optimizer, 1)
+        assert held.wait(10)
+        train(agent, model, optimizer, 999)
+        free.set()
+    assert [sample.step for sample in server.samples] == list(range(1, 1001))
+    assert agent.losses.samples == 0
+
+
 def test_closing_does_not_wait_for_a_disk_that_hangs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     free = threading.Event()
     write, hangs, held = Spool._write, threading.Event(), threading.Event()

@@ -1,5 +1,8 @@
 """Fixtures for all tests."""
 
+import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,11 +10,33 @@ import pytest
 import sqlalchemy as sa
 import torch
 
+from gradwatch.agent import Agent
+from gradwatch.collector import Collector
 from gradwatch_server.database import open_engine, prepare
 from tests.postgres import migrated_database, postgres_server
-from tests.processes import GradwatchServer
+from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
 torch.set_num_threads(1)  # tests run side by side: several threads each would wait for one another
+
+
+def pytest_configure() -> None:
+    """Keep what tests write in memory where there is room: a shared disk takes seconds for a write at times."""
+    with contextlib.suppress(OSError):
+        if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free >= 4 << 30:
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
+
+
+@pytest.fixture(autouse=True)
+def _patient_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a training all that a test looks for is waited for, however busy the machine is."""
+    monkeypatch.setattr(Agent.close, "__defaults__", (PATIENCE_SECONDS,))
+
+
+@pytest.fixture
+def patient_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an agent is closed without its server: the disk is waited for all the same."""
+    finish = Collector.finish
+    monkeypatch.setattr(Collector, "finish", lambda self, end, _seconds: finish(self, end, PATIENCE_SECONDS))
 
 
 @pytest.fixture(scope="session")

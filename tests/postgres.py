@@ -4,7 +4,6 @@ import importlib.util
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from gradwatch_server.database import migrate, open_engine
+from tests.processes import free_port
 
 _USER = "nobody"
 """PostgreSQL refuses to run as root: its programs are run as this user then."""
@@ -42,27 +42,26 @@ def postgres_server(*options: str) -> Iterator[str]:
     if named:
         yield named
         return
-    with started_server(*options) as url:
+    with started_server(*options, folder=os.environ.get("PYTEST_DEBUG_TEMPROOT", "/tmp")) as url:
         yield url
 
 
 @contextmanager
-def started_server(*options: str) -> Iterator[str]:
-    """Run a PostgreSQL on a free port for as long as the context lasts; yield the address of its first database."""
+def started_server(*options: str, folder: str = "/tmp") -> Iterator[str]:
+    """Run a PostgreSQL on a free port, its data in a folder below this one; yield the address of its first database."""
     programs = binaries()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="gradwatch-pg-", dir="/tmp") as name:
-        folder = Path(name)
-        folder.chmod(0o777)
-        data, log = folder / "data", folder / "log"
-        _run(programs / "initdb", "-D", data, "-U", "gradwatch", "-A", "trust", "-E", "UTF8", "-N", folder=folder)
-        asked = " ".join([f"-p {port} -h 127.0.0.1 -k {folder}", *options])
-        _run(programs / "pg_ctl", "-D", data, "-l", log, "-w", "-o", asked, "start", folder=folder)
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="gradwatch-pg-", dir=folder) as name:
+        home = Path(name)
+        home.chmod(0o777)
+        data, log = home / "data", home / "log"
+        _run(programs / "initdb", "-D", data, "-U", "gradwatch", "-A", "trust", "-E", "UTF8", "-N", folder=home)
+        asked = " ".join([f"-p {port} -h 127.0.0.1 -k {home}", *options])
+        _run(programs / "pg_ctl", "-D", data, "-l", log, "-w", "-o", asked, "start", folder=home)
         try:
             yield f"postgresql://gradwatch@127.0.0.1:{port}/postgres"
         finally:
-            _run(programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop", folder=folder)
+            _run(programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop", folder=home)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def _demo(folder: Path) -> subprocess.Popen[str]:
 
 def test_the_demonstration_ends_as_it_promises(tmp_path: Path) -> None:
     demo = _demo(tmp_path / "demo")
-    output, _ = demo.communicate(timeout=300)
+    output, _ = demo.communicate(timeout=900)
     assert demo.returncode == 0, output
     for expected in ("critical vanishing  20-sigmoid-layers", "critical exploding", "critical nonfinite  nan-midway"):
         assert expected in output

@@ -9,7 +9,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.cli import main
-from tests.processes import GradwatchServer
+from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +31,12 @@ def test_a_server_that_comes_back_gets_everything(server: GradwatchServer) -> No
             model(torch.randn(3, 4)).mean().backward()
             optimizer.step()
             time.sleep(0.01)
-        agent.close(timeout_seconds=30)
+        agent.close(timeout_seconds=2 * PATIENCE_SECONDS)
     series = server.get(f"/api/v1/runs/{agent.run_id}/series", statistic="grad_norm", parameter="weight")
     assert series["steps"] == list(range(1, 61))
 
 
+@pytest.mark.usefixtures("patient_collector")
 def test_flush_delivers_to_a_real_server_what_was_left(server: GradwatchServer, tmp_path: Path) -> None:
     server.stop()
     model = nn.Linear(4, 2)

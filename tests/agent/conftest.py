@@ -13,6 +13,7 @@ import torch
 
 from gradwatch import wire
 from gradwatch.agent import Agent
+from tests.processes import PATIENCE_SECONDS
 
 Answerer = Callable[["Server", str], tuple[int, dict[str, str], bytes] | None]
 
@@ -67,7 +68,7 @@ class Server:
             self.batches.append(batch)
         return b"{}"
 
-    def wait(self, condition: Callable[[], bool], timeout_seconds: float = 20.0) -> None:
+    def wait(self, condition: Callable[[], bool], timeout_seconds: float = PATIENCE_SECONDS) -> None:
         """Wait until ``condition`` holds; it is looked at after each request."""
         with self.changed:
             assert self.changed.wait_for(condition, timeout_seconds), f"waited in vain: {len(self.requests)} requests"
@@ -153,3 +154,6 @@ def _surroundings(own_errors: OwnErrors, tmp_path: Path, monkeypatch: pytest.Mon
     for listener in taps.listeners():
         if isinstance(listener, Agent):
             listener.close(timeout_seconds=0.1)
+    for thread in threading.enumerate():
+        if thread.name.startswith("gradwatch-"):
+            thread.join(PATIENCE_SECONDS)  # what it says belongs to this test

@@ -2,7 +2,6 @@
 
 import logging
 import multiprocessing
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from gradwatch import inspection, taps, wire
 from gradwatch.agent import Agent
 from gradwatch.classifier import Classifier
 from gradwatch.clipper import Clipper
+from tests.processes import free_port
 
 from .conftest import OwnErrors, Server
 
@@ -171,16 +171,16 @@ def test_the_search_for_the_classifier_visits_no_node_twice_and_gives_up_in_vain
     model = Unrolled()
     classifier = classifier_of(model)
     loss = model(torch.randn(1000, 2, 3)).square().mean()
-    started = time.process_time()
+    started = time.thread_time()
     assert classifier.look([loss])
-    assert time.process_time() - started < 0.5, "two seconds where each answer is followed to its beginning"
+    assert time.thread_time() - started < 1.5, "several times as long where each answer is followed to its beginning"
     assert classifier.indices == {0}
     for _ in range(5):
         assert not classifier.look([loss])
-    started = time.process_time()
-    for _ in range(100):
+    started = time.thread_time()
+    for _ in range(1000):
         assert not classifier.look([loss])
-    assert time.process_time() - started < 0.1
+    assert time.thread_time() - started < 0.5, "it does not look any more"
     assert classifier.indices == {0}
     assert not classifier.guessed
 
@@ -195,9 +195,9 @@ def test_a_graph_that_is_too_large_is_read_in_part() -> None:
     answer = model(torch.randn(3, 1, 3)).sum()
     for _ in range(120_000):
         answer = answer + 1.0
-    started = time.process_time()
+    started = time.thread_time()
     assert not classifier.look([answer])
-    assert time.process_time() - started < 2.0
+    assert time.thread_time() - started < 2.0
     assert not classifier.indices
 
 
@@ -437,7 +437,7 @@ _RANKS = """
 import sys
 import torch, torch.distributed as dist
 from torch import nn
-import gradwatch
+import gradwatch, gradwatch.collector
 rank, port, url, kind, granularity, out = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 torch.manual_seed(3)
@@ -452,6 +452,7 @@ elif kind == "fsdp":
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+gradwatch.collector._LAST_PARTS_SECONDS = 60.0
 with gradwatch.attach(net, optimizer, url=url, every=1, clip=gradwatch.AGC(0.05, granularity=granularity)):
     for step in range(3):
         optimizer.zero_grad()
@@ -469,9 +470,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("granularity", ["unit", "tensor"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_several_ranks_clip_what_one_would(server: Server, tmp_path: Path, kind: str, granularity: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     out = tmp_path / "ranks.pt"
     ranks = [
         subprocess.Popen(
@@ -479,7 +478,7 @@ def test_several_ranks_clip_what_one_would(server: Server, tmp_path: Path, kind:
         )
         for rank in range(2)
     ]
-    assert [process.wait(120) for process in ranks] == [0, 0]
+    assert [process.wait(300) for process in ranks] == [0, 0]
 
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 7, bias=False), nn.Linear(7, 1))

@@ -42,7 +42,7 @@ def launch(server: Server, *command: str, **environment: str) -> subprocess.Comp
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
         env={**os.environ, **environment},
     )
 
@@ -72,8 +72,24 @@ def test_the_exit_code_is_the_commands_and_ends_the_run(server: Server, script: 
     assert len(server.samples) == 5
 
 
+COUNTED = """
+from gradwatch.spool import Spool
+append, kept = Spool.append, []
+def counted(self, kind, body, samples=0):
+    append(self, kind, body, samples)
+    kept.append(samples)
+Spool.append = counted
+"""
+KILLED = """
+import os, time
+deadline = time.monotonic() + 60
+while sum(kept) < 5 and time.monotonic() < deadline: time.sleep(0.05)
+os.kill(os.getpid(), 15)
+"""
+
+
 def test_a_signal_kills_as_ever_and_nothing_is_lost(server: Server, script: Path) -> None:
-    script.write_text(f"{SCRIPT}\nimport time, os, signal\ntime.sleep(1)\nos.kill(os.getpid(), 15)", encoding="utf-8")
+    script.write_text(COUNTED + SCRIPT + KILLED, encoding="utf-8")
     assert launch(server, sys.executable, str(script)).returncode == -signal.SIGTERM
     (end,) = [batch.end for batch in server.batches if batch.end is not None]
     assert (end.status, end.exit_code) == ("killed", -signal.SIGTERM)
@@ -93,7 +109,7 @@ def test_signals_and_standard_input_reach_the_command(server: Server, script: Pa
     with subprocess.Popen([*command, str(script)], text=True, **pipes) as running:  # type: ignore[call-overload]
         assert [running.stdout.readline() for _ in range(2)] == ["out\n", "ready\n"]
         running.send_signal(signal.SIGTERM)
-        assert running.communicate("in\n", timeout=60) == ("", "err\n")
+        assert running.communicate("in\n", timeout=300) == ("", "err\n")
     assert running.returncode == 5
     (end,) = [batch.end for batch in server.batches if batch.end is not None]
     assert (end.status, end.exit_code) == ("failed", 5)
@@ -228,7 +244,7 @@ print(len(graphs), [parameter.tolist() for parameter in model.parameters()])
 def test_a_compiled_training_compiles_and_ends_as_without(server: Server, script: Path, how: str, graphs: str) -> None:
     script.write_text(COMPILED, encoding="utf-8")
     plain = subprocess.run(
-        [sys.executable, str(script), how, graphs], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, str(script), how, graphs], capture_output=True, text=True, check=True, timeout=600
     )
     assert plain.stdout.startswith("1 ")
     done = launch(server, sys.executable, str(script), how, graphs)

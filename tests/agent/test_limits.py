@@ -1,6 +1,8 @@
 """What the server's limits refuse is not sent, or is sent in pieces: nothing goes with what cannot be taken."""
 
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +18,7 @@ from gradwatch.halves import halves
 from gradwatch.rounds import Round
 from gradwatch.sender import Answer, Sender
 from gradwatch.spool import Entry, Losses
-from tests.processes import GradwatchServer
+from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
 from .conftest import OwnErrors, Server
 
@@ -59,8 +61,8 @@ def test_a_model_with_hundreds_of_parameter_groups_arrives(real: GradwatchServer
 def test_the_rates_of_many_groups_cost_no_more_than_the_groups(server: Server) -> None:
     """A sample of 2,000 groups took 220 ms: names were counted for each group."""
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(1000)])
-    spent = {}
-    for several in (False, True):
+    spent = {False: math.inf, True: math.inf}
+    for several in (False, True) * 3:
         listed = [{"params": [p]} for p in model.parameters()] if several else list(model.parameters())
         optimizer = torch.optim.SGD(listed, lr=0.0)
         for parameter in model.parameters():
@@ -71,7 +73,7 @@ def test_the_rates_of_many_groups_cost_no_more_than_the_groups(server: Server) -
                 before = agent.spent_seconds
                 optimizer.step()
                 taken.append(agent.spent_seconds - before)
-        spent[several] = min(taken)
+        spent[several] = min(spent[several], *taken)
     assert spent[True] < 5 * spent[False]
 
 
@@ -126,9 +128,9 @@ def test_a_backlog_of_a_fast_training_arrives(real: GradwatchServer, monkeypatch
         for _ in range(250):
             step(model, optimizer)
         for _ in range(250):
-            assert composed.acquire(timeout=60)
+            assert composed.acquire(timeout=PATIENCE_SECONDS)
     away[0] = False
-    agent.close(timeout_seconds=60)
+    agent.close()
     run = kept(real, agent)
     assert (run["sample_count"], run["last_step"], run["dropped"]["samples"]) == (2500, 2500, 0)
 
@@ -256,8 +258,12 @@ def test_a_run_that_cannot_be_registered_is_said_to_be(real: GradwatchServer, ow
         patch.setattr(Agent, "warn", lambda _self, text: said.append(text))
         agent = gradwatch.attach(model, optimizer, url=real.url, every=1, project="x" * 600)
         step(model, optimizer)
-        agent.close(timeout_seconds=1)
-    assert len(said) == 1
-    assert "refuses to register" in said[0]
-    assert "limits.name_characters" in said[0]
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not said and time.monotonic() < deadline:
+            threading.Event().wait(0.02)
+        told = list(said)  # what it says while it ends may be about the time that it had left
+        agent.close(timeout_seconds=0.1)
+    assert len(told) == 1
+    assert "refuses to register" in told[0]
+    assert "limits.name_characters" in told[0]
     assert agent.losses.samples == 0

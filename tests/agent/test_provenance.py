@@ -147,7 +147,7 @@ def test_where_the_graph_cannot_be_read_hooks_watch_the_next_steps_and_go(server
                 pickle.loads(pickle.dumps(model))
             if step > 3 and hooked[-2:] == [True, False]:
                 break
-            server.wait(partial(reached, server, step), 5.0)
+            server.wait(partial(reached, server, step))
         assert agent.watching
     assert sum(hooked) == 3
     assert not hooked[-1]

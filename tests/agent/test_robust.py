@@ -26,7 +26,7 @@ from gradwatch.agent import Agent
 from gradwatch.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
 from gradwatch.settings import spool_directory
 from gradwatch.spool import Entry, Kind, Losses, Spool, leftovers
-from tests.processes import small_disk
+from tests.processes import PATIENCE_SECONDS, small_disk
 
 from .conftest import OwnErrors, Server
 
@@ -67,20 +67,21 @@ def refusing() -> str:
 
 
 def test_steps_are_not_delayed_whatever_the_server_does(server: Server, hanging: str, refusing: str) -> None:
-    """No step is delayed by more than 50 ms: the fastest of three tries counts, since the machine is shared."""
+    """No step is delayed by more than 50 ms: the fastest of ten tries counts, since the machine is shared."""
     answers = iter([(500, {}, b"no"), (200, {"Content-Type": "text/html"}, b"<html>"), (302, {}, b"")] * 1000)
     server.answer = lambda *_: next(answers)
     for url in (refusing, hanging, server.url):
         model, optimizer = network()
         agent = gradwatch.attach(model, optimizer, url=url, every=1)
         train(agent, model, optimizer)
-        assert min(max(train(agent, model, optimizer, 30)) for _ in range(3)) < 0.05
+        assert any(max(train(agent, model, optimizer, 30)) < 0.05 for _ in range(10))
         started = time.monotonic()
         agent.close(timeout_seconds=0.5)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 8, "a request may take 10 seconds"
     assert not server.samples
 
 
+@pytest.mark.usefixtures("patient_collector")
 def test_what_a_dead_server_leaves_behind_flush_delivers(
     server: Server, refusing: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +98,7 @@ def test_what_a_dead_server_leaves_behind_flush_delivers(
     assert len(server.samples) == 5
 
 
+@pytest.mark.usefixtures("patient_collector")
 def test_the_next_agent_delivers_what_the_last_one_left(server: Server) -> None:
     server.answer = lambda *_: (503, {}, b"{}")
     model, optimizer = network()
@@ -294,8 +296,8 @@ def test_it_backs_off_and_honours_retry_after() -> None:
     queue = Listed(REGISTRATION)
     sender = Sender(queue, transport, Losses(), lambda _text: None, chance=lambda: 1.0)
     sender.start()
-    assert transport.done.wait(20)
-    sender.end(time.monotonic() + 5)
+    assert transport.done.wait(PATIENCE_SECONDS)
+    sender.end(time.monotonic() + PATIENCE_SECONDS)
     sender.join()
     assert not queue.entries
     gaps = [after - before for before, after in zip(transport.at, transport.at[1:], strict=False)]
@@ -310,11 +312,15 @@ def test_pauses_are_shortened_by_chance(chance: float, share: float) -> None:
     transport = Scripted(*[Answer("later")] * 3, Answer("committed"))
     sender = Sender(Listed(REGISTRATION), transport, Losses(), lambda _text: None, chance=lambda: chance)
     sender.start()
-    assert transport.done.wait(20)
-    sender.end(time.monotonic() + 5)
+    assert transport.done.wait(PATIENCE_SECONDS)
+    sender.end(time.monotonic() + PATIENCE_SECONDS)
     sender.join()
-    took = transport.at[-1] - transport.at[0]
-    assert 0.99 * share <= took / (7 * FIRST_PAUSE_SECONDS) < share + 0.4
+    pauses = [
+        (after - before) / (FIRST_PAUSE_SECONDS * 2**number)
+        for number, (before, after) in enumerate(itertools.pairwise(transport.at))
+    ]
+    assert len(pauses) == 3
+    assert 0.99 * share <= min(pauses) < share + 0.4, "one of them at least was not held up by the machine"
 
 
 @pytest.mark.parametrize(
@@ -404,7 +410,7 @@ def test_a_forked_training_is_not_reported_twice(server: Server) -> None:
         train(agent, model, optimizer, 2)
         child = multiprocessing.get_context("fork").Process(target=_train_in_child, args=(model, optimizer))
         child.start()
-        child.join(30)
+        child.join(2 * PATIENCE_SECONDS)
         assert child.exitcode == 0
         train(agent, model, optimizer, 1)
     assert [sample.step for sample in server.samples] == [1, 2, 3]
@@ -452,7 +458,7 @@ except SystemExit: pass
 )
 def test_the_interpreters_end_delivers(server: Server, ending: str, status: str, code: int) -> None:
     running = program(server.url, ending)
-    running.communicate(timeout=60)
+    running.communicate(timeout=300)
     assert running.returncode == code
     assert [sample.step for sample in server.samples][:5] == [1, 2, 3, 4, 5]
     end = server.batches[-1].end
@@ -463,7 +469,7 @@ def test_the_interpreters_end_delivers(server: Server, ending: str, status: str,
 
 _OTHERS = """
 import gradwatch.agent
-gradwatch.agent.CLOSING_SECONDS = 2.0
+gradwatch.agent.CLOSING_SECONDS = 5.0
 models = [nn.Linear(5, 3) for _ in range(3)]
 agents = [gradwatch.attach(model, every=1) for model in models]
 optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.0)
@@ -479,8 +485,8 @@ atexit.register(gradwatch.agent._close_all)
 
 
 def test_at_the_interpreters_end_several_agents_share_one_timeout(server: Server, refusing: str) -> None:
-    out, _ = program(refusing, _OTHERS).communicate(timeout=60)
-    assert 1.5 < float(out) < 4
+    out, _ = program(refusing, _OTHERS).communicate(timeout=300)
+    assert 4 < float(out) < 15, "one after the other they would take 20 seconds"
     assert flush.main(["--url", server.url]) == 0
     assert len({registration.id for registration in server.registrations}) == 4
     assert [sample.step for sample in server.samples] == sorted([1, 2, 3, 4, 5] * 4)
@@ -504,13 +510,24 @@ def test_an_error_while_closing_does_not_keep_the_rest_from_ending(server: Serve
     own_errors.seen.clear()
 
 
+_WRITTEN = """
+import glob, os, sqlite3, time
+def written():
+    for path in glob.glob(os.environ["GRADWATCH_SPOOL_DIR"] + "/*.spool"):
+        with sqlite3.connect(path) as spool:
+            yield from (samples for (samples,) in spool.execute("SELECT samples FROM entry"))
+deadline = time.monotonic() + 60
+while sum(written()) < 5 and time.monotonic() < deadline: time.sleep(0.05)
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_kills_as_ever_and_the_spool_has_it_all(server: Server, refusing: str, number: signal.Signals) -> None:
-    running = program(refusing, "import time; time.sleep(1); print('ready', flush=True); signal.pause()")
+    running = program(refusing, _WRITTEN + "print('ready', flush=True); signal.pause()")
     assert running.stdout is not None
     assert running.stdout.readline() == "ready\n"
     running.send_signal(number)
-    running.communicate(timeout=60)
+    running.communicate(timeout=300)
     assert running.returncode == -number
     assert flush.main(["--url", server.url]) == 0
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
@@ -570,12 +587,12 @@ def deliver_beside_what_was_left(server: Server, looked_at: Callable[[], bool]) 
     agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
     train(agent, model, optimizer, 3)
     server.wait(lambda: len(server.samples) == 3)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not looked_at():
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
     train(agent, model, optimizer, 3)
-    agent.close(timeout_seconds=5)
+    agent.close()
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5, 6]
     assert any(batch.end is not None for batch in server.batches)
     return agent
@@ -628,8 +645,8 @@ def test_a_sender_goes_on_after_an_error_of_its_own() -> None:
     transport, failed = Scripted(Answer("committed")), list[Exception]()
     sender = Sender(queue, transport, Losses(), print, failed=failed.append)
     sender.start()
-    assert transport.done.wait(10)
-    sender.end(time.monotonic() + 5)
+    assert transport.done.wait(PATIENCE_SECONDS)
+    sender.end(time.monotonic() + PATIENCE_SECONDS)
     sender.join()
     assert not queue.entries
     assert len(failed) == 2
@@ -654,7 +671,7 @@ def test_what_a_collector_that_is_held_up_cannot_take_is_counted(
     monkeypatch.setattr(collector, "LONGEST_QUEUE", 10)
     monkeypatch.setattr(Spool, "append", slow)
     train(agent, model, optimizer, 1)
-    assert held.wait(10)
+    assert held.wait(PATIENCE_SECONDS)
     for _ in range(30):
         agent.log(accuracy=0.5)
         train(agent, model, optimizer, 1)
@@ -680,7 +697,7 @@ def test_a_disk_that_stalls_costs_a_fast_training_no_sample(server: Server, monk
     model, optimizer = network()
     with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
         train(agent, model, optimizer, 1)
-        assert held.wait(10)
+        assert held.wait(PATIENCE_SECONDS)
         train(agent, model, optimizer, 999)
         free.set()
     assert [sample.step for sample in server.samples] == list(range(1, 1001))
@@ -704,15 +721,15 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(server: Server, monkeypatch
     server.wait(lambda: len(server.samples) == 3)
     hangs.set()
     train(agent, model, optimizer, 3)
-    assert held.wait(10)
+    assert held.wait(PATIENCE_SECONDS)
     started = time.monotonic()
     agent.close(timeout_seconds=1.0)
     took = time.monotonic() - started
     free.set()
     for thread in threading.enumerate():
         if thread.name.startswith("gradwatch"):
-            thread.join(20)
-    assert took < 3
+            thread.join(PATIENCE_SECONDS)
+    assert took < 20, "the disk hangs for a minute"
 
 
 def test_a_user_without_a_home_has_a_spool_among_the_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """FSDP2: the statistics of sharded parameters are those of the whole, without a collective."""
 
 import math
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from gradwatch import wire
+from tests.processes import free_port
 
 from .conftest import Server
 
@@ -21,7 +21,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-import gradwatch
+import gradwatch, gradwatch.collector
 from gradwatch.agent import Agent
 Agent.raises_own_errors = True
 rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
@@ -34,6 +34,8 @@ fully_shard(model[0], mesh=mesh)
 fully_shard(model, mesh=mesh)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 clip = gradwatch.AGC(0.02, exclude=()) if kind == "agc" else None
+if kind != "late":
+    gradwatch.collector._LAST_PARTS_SECONDS = 60.0
 with gradwatch.attach(model, optimizer, url=url, every=1, clip=clip) as agent:
     for step in range(3):
         optimizer.zero_grad()
@@ -52,14 +54,12 @@ dist.destroy_process_group()
 
 
 def run_ranks(server: Server, kind: str, size: int = 2, program: str = _RANKS) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     ranks = [
         subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(rank), str(size), port, server.url, kind])
         for rank in range(size)
     ]
-    assert [process.wait(180) for process in ranks] == [0] * size
+    assert [process.wait(400) for process in ranks] == [0] * size
 
 
 def truth(kind: str) -> list[dict[str, Any]]:

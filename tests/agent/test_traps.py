@@ -2,7 +2,6 @@
 
 import gc
 import math
-import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 import gradwatch
 from gradwatch import wire
 from gradwatch.buffers import Slot
+from tests.processes import free_port
 
 from .conftest import Server
 from .watching import GRAD_A, Two, watch
@@ -450,13 +450,11 @@ dist.destroy_process_group()
 def test_data_parallel_rank_0_reports(server: Server) -> None:
     import subprocess
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     ranks = [
         subprocess.Popen([sys.executable, "-W", "ignore", "-c", _DDP, str(rank), port, server.url]) for rank in range(2)
     ]
-    assert [process.wait(60) for process in ranks] == [0, 0]
+    assert [process.wait(300) for process in ranks] == [0, 0]
     assert {registration.id for registration in server.registrations} == {server.registrations[0].id}
     assert server.names == ["weight"]
     # The mean of (3, 4) and (5, 4) is (4, 4).

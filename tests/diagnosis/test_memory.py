@@ -86,12 +86,14 @@ def test_a_sample_costs_little(size: int, most_seconds: float) -> None:
     """A quarter of the bound on a free machine; the best of many, since others use it too."""
     parameters = [Parameter(f"{index}.weight", [64, 64], units=64) for index in range(size)]
     layout, memory, best = Layout.of(parameters), Memory(), math.inf
-    gradients = np.random.default_rng(0).lognormal(-2, 1, (40, size)).astype(np.float32)
+    gradients = np.random.default_rng(0).lognormal(-2, 1, (1_000, size)).astype(np.float32)
     for step, row in enumerate(gradients):
         reading = _reading(step, list(row), [3.0] * size, 2.3 * 0.99**step)
         started = time.perf_counter()
         memory, _ = examine(layout, memory, reading, Thresholds())
         best = min(best, time.perf_counter() - started)
+        if step >= 40 and best < most_seconds:
+            break
     assert best < most_seconds
 
 

@@ -20,7 +20,7 @@ from gradwatch.demo.networks import CASES, Case, train
 from gradwatch.demo.receiver import Alert, Receiver
 from gradwatch.demo.server import Server
 
-_ALERT_SECONDS = 20.0
+_ALERT_SECONDS = 60.0
 _RED, _YELLOW, _GREEN, _DIM, _BOLD, _PLAIN = "\033[31m", "\033[33m", "\033[32m", "\033[2m", "\033[1m", "\033[0m"
 
 
@@ -121,6 +121,7 @@ def _watch(case: Case, url: str, screen: _Screen) -> _Outcome:
                 screen.progress(f"  {case.name:<24} step {step:>4}/{case.steps}  loss {loss:<12.4g}")
 
         train(case, model, optimizer, progress)
+        agent.close(timeout_seconds=_ALERT_SECONDS, status="completed")
     screen.settle(f"  {case.name:<24} {case.steps} steps, last loss {last:.4g}")
     return _Outcome(case, agent.run_id)
 

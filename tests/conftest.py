@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 import torch
+from hypothesis import HealthCheck, settings
 
 from gradwatch.agent import Agent
 from gradwatch.collector import Collector
@@ -16,6 +17,10 @@ from gradwatch_server.database import open_engine, prepare
 from tests.postgres import migrated_database, postgres_server
 from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
+settings.register_profile(
+    "calm", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("calm")
 torch.set_num_threads(1)  # tests run side by side: several threads each would wait for one another
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -74,8 +74,10 @@ def postgres_database(server_url: str, tablespace: str = "pg_default") -> Iterat
     try:
         yield sa.make_url(server_url).set(database=name).render_as_string(hide_password=False)
     finally:
-        with admin.connect() as connection:
-            connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+        for attempt in range(6):  # it waits 5 seconds for the ends of those that it ends
+            with admin.connect() as connection, suppress(*[sa.exc.OperationalError] * (attempt < 5)):
+                connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+                break
         admin.dispose()
 
 

@@ -83,7 +83,7 @@ class GradwatchServer:
     def __init__(self, database: Path, *options: str, port: int = 0, url: str | None = None) -> None:
         """Keep its log beside ``database``, an SQLite file; where ``url`` is given, the data is there instead."""
         self.database = database
-        self._command = [sys.executable, "-m", "gradwatch", "serve", "--port", str(port)]
+        self._command = [sys.executable, "-m", "gradwatch", "serve", "--port", str(port or free_port())]
         self._command += ["--database-url", url or f"sqlite:///{database}", *options]
         self.log = database.with_suffix(".log")
         self.start()

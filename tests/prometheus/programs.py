@@ -1,6 +1,5 @@
 """A real Prometheus, Alertmanager and VictoriaMetrics, started by the tests themselves on free ports."""
 
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -9,22 +8,14 @@ from typing import Any, Self
 
 import httpx
 
-_PATIENCE_SECONDS = 60.0
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from tests.processes import PATIENCE_SECONDS, free_port
 
 
 def until(found: Callable[[], Any], what: str) -> Any:
     """Ask until there is an answer, and return it."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not (answer := found()):
-        assert time.monotonic() < deadline, f"no {what} within {_PATIENCE_SECONDS:.0f} s"
+        assert time.monotonic() < deadline, f"no {what} within {PATIENCE_SECONDS:.0f} s"
         time.sleep(0.1)
     return answer
 
@@ -43,13 +34,13 @@ class Program:
     def __enter__(self) -> Self:
         self._log = (self._folder / "log").open("wb")
         self.process = subprocess.Popen(self._command, cwd=self._folder, stdout=self._log, stderr=self._log)
-        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_SECONDS, trust_env=False)
         until(self._ready, f"answer of {self._command[0]}, see {self._folder / 'log'}")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait(30)
+        self.process.kill()
+        self.process.wait()
         self.http.close()
         self._log.close()
 

@@ -4,13 +4,14 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.timeseries import Series, encode
-from tests.processes import GradwatchServer, WebhookReceiver
+from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver
 from tests.processes import sample as planned
 from tests.prometheus.programs import Program, Prometheus, VictoriaMetrics, until
 from tests.prometheus.scraped import scrape
@@ -36,11 +37,17 @@ def _count(server: GradwatchServer, name: str) -> float:
 
 
 def _kept_step(server: GradwatchServer) -> int | None:
-    engine = sa.create_engine(f"sqlite:///{server.database}")
+    engine = sa.create_engine(f"sqlite:///{server.database}", connect_args={"timeout": PATIENCE_SECONDS})
     with engine.connect() as connection:
         step = connection.execute(sa.text("SELECT max(step) FROM written")).scalar()
     engine.dispose()
     return None if step is None else int(step)
+
+
+def _all(program: Program, expression: str, count: int) -> list[dict[str, Any]]:
+    """Return what is found once all of it is: VictoriaMetrics shows what was written about once a second."""
+    found = program.query(expression)
+    return found if found and len(found[0]["values"]) >= count else []
 
 
 @pytest.mark.parametrize("store", STORES, ids=lambda store: store.__name__)
@@ -52,11 +59,11 @@ def test_every_sample_arrives_at_its_own_time(store: Callable[[Path], Program], 
         server.store(run_id, wire.Batch(id="1", samples=samples)).raise_for_status()
         until(lambda: _count(server, "sent_samples_total") == 50, "50 samples sent")
         labels = f'run="{run_id}",parameter="stem.weight",depth="000"'
-        (grad,) = until(lambda: program.query(f"gradwatch_sample_grad_norm{{{labels}}}[5m]"), "written samples")
+        (grad,) = until(lambda: _all(program, f"gradwatch_sample_grad_norm{{{labels}}}[5m]", 50), "written samples")
         assert grad["values"] == [[start + step, f"{step + 0.5:g}"] for step in range(1, 51)]
-        (step,) = program.query(f'gradwatch_sample_step{{run="{run_id}"}}[5m]')
+        (step,) = until(lambda: _all(program, f'gradwatch_sample_step{{run="{run_id}"}}[5m]', 50), "their steps")
         assert step["values"] == [[start + number, str(number)] for number in range(1, 51)]
-        assert program.query(f'gradwatch_sample_scalar{{run="{run_id}",scalar="loss"}}')
+        until(lambda: program.query(f'gradwatch_sample_scalar{{run="{run_id}",scalar="loss"}}'), "their losses")
         assert not program.query(f'gradwatch_sample_grad_norm{{run="{run_id}",parameter="head.weight"}}')
         assert _count(server, "set_aside_samples_total") == 0
 
@@ -134,7 +141,7 @@ def test_a_store_that_wants_other_credentials_sets_nothing_aside(tmp_path: Path)
 
 def test_an_error_that_nobody_foresaw_does_not_end_it(tmp_path: Path) -> None:
     with WebhookReceiver([204]) as store, _server(tmp_path, store.url.removesuffix("/hook")) as server:
-        engine = sa.create_engine(f"sqlite:///{server.database}")
+        engine = sa.create_engine(f"sqlite:///{server.database}", connect_args={"timeout": PATIENCE_SECONDS})
         with engine.begin() as connection:
             connection.execute(sa.text("ALTER TABLE written RENAME TO away"))
         until(lambda: _count(server, "errors_total") >= 1, "an error counted")

@@ -17,7 +17,7 @@ from gradwatch_server.deletion import Left, delete_some
 from gradwatch_server.ingest import Ingest
 from gradwatch_server.receivers import Webhook
 from gradwatch_server.settings import Configuration
-from tests.processes import GradwatchServer, WebhookReceiver, environment, sample
+from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, environment, sample
 from tests.server.hook import configuration, settled
 
 HOOK = Webhook(name="hook", url="https://example.com/")
@@ -87,7 +87,7 @@ def test_a_run_that_is_half_gone_goes_with_the_next_server(tmp_path: Path, own_d
     engine.dispose()
     assert _rows(own_database_url, run)
     with GradwatchServer(tmp_path / "gradwatch.db", url=own_database_url):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 2 * PATIENCE_SECONDS
         while _rows(own_database_url, run):
             assert time.monotonic() < deadline
             threading.Event().wait(0.05)
@@ -98,7 +98,8 @@ def test_those_who_were_told_of_a_run_are_told_that_it_was_deleted(tmp_path: Pat
     """Although the receiver is away when it is deleted, and the server is killed before it is back."""
     with WebhookReceiver(statuses=[204, 503]) as receiver:
         config = tmp_path / "gradwatch.toml"
-        config.write_text(configuration(f"retry_seconds = {[0.2] * 50}\ncircuit_failures = 100", hook=receiver.url))
+        pace = f"retry_seconds = {[0.2] * 50}\ncircuit_failures = 100\nlease_seconds = 3\ntimeout_seconds = 2"
+        config.write_text(configuration(pace, hook=receiver.url))
         options = ("--config", str(config))
         with GradwatchServer(tmp_path / "gradwatch.db", *options, url=own_database_url) as server:
             run = _filled(server)
@@ -123,7 +124,7 @@ def test_those_who_were_told_of_a_run_are_told_that_it_was_deleted(tmp_path: Pat
 
 def _until_forgotten(url: str) -> None:
     engine = open_engine(url)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 2 * PATIENCE_SECONDS
     tables = (schema.alerts, schema.transitions, schema.deliveries, schema.attempts)
     counts = [sa.select(sa.func.count()).select_from(table) for table in tables]
     with engine.connect() as connection:

@@ -1,6 +1,7 @@
 """Runs that stop reporting: told by the server's clock, its own downtime apart; over when they are heard of again."""
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def told(receiver: WebhookReceiver, count: int) -> list[dict[str, Any]]:
 
 def test_a_run_that_falls_silent_is_told_and_resolves_when_it_is_back(tmp_path: Path) -> None:
     config = tmp_path / "gradwatch.toml"
-    config.write_text(QUICK)
+    config.write_text("")
     options = ("--config", str(config))
     with (
         WebhookReceiver() as receiver,
@@ -48,6 +49,8 @@ def test_a_run_that_falls_silent_is_told_and_resolves_when_it_is_back(tmp_path: 
         server.store(done, wire.Batch(id="b", samples=reports(1).samples, end=wire.End(at=1_790_000_003.0)))
         server.store(patient, reports(1))
         server.store(silent, reports(1))
+        config.write_text(QUICK)
+        server.process.send_signal(signal.SIGHUP)
         (fired,) = told(receiver, 1)
         assert (fired["run"]["id"], fired["rule"], fired["severity"]) == (silent, "stalled", "warning")
         assert (fired["first_step"], fired["parameters"]) == (2, [])
@@ -68,7 +71,7 @@ def _metrics(server: GradwatchServer) -> str:
 
 def test_a_restarted_server_does_not_count_its_own_absence(tmp_path: Path) -> None:
     config = tmp_path / "gradwatch.toml"
-    config.write_text(QUICK)
+    config.write_text("")
     with (
         WebhookReceiver() as receiver,
         GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config), "--webhook", receiver.url) as server,
@@ -76,11 +79,13 @@ def test_a_restarted_server_does_not_count_its_own_absence(tmp_path: Path) -> No
         run = server.register()
         server.store(run, reports(1))
         server.kill()
+        config.write_text(QUICK)
         down_until = time.time()
         server.start()
         (fired,) = told(receiver, 1)
         assert fired["fired_at"] - down_until >= 1.0
         server.stop()
+        config.write_text("")
         server.start()
         assert server.get(f"/api/v1/runs/{run}")["state"] == "stalled"
         server.store(run, reports(3))

@@ -58,14 +58,17 @@ def test_a_failed_delivery_is_retried_with_the_same_id(tmp_path: Path) -> None:
 
 
 def test_a_delivery_that_is_due_survives_kill_9(tmp_path: Path) -> None:
+    config = tmp_path / "gradwatch.toml"
+    config.write_text("[delivery]\nlease_seconds = 3\ntimeout_seconds = 2\n")
     with WebhookReceiver(statuses=[503, 204]) as receiver:
-        with GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server:
+        options = ("--config", str(config), "--webhook", receiver.url)
+        with GradwatchServer(tmp_path / "gradwatch.db", *options) as server:
             run = server.register(["a"])
             server.store(run, wire.Batch(id="b", samples=[sample(1, NAN)]))
             receiver.wait(1)
             server.kill()
             server.start()
-            first, second = receiver.wait(2, seconds=90)
+            first, second = receiver.wait(2)
             assert first[0]["webhook-id"] == second[0]["webhook-id"]
         assert json.loads(second[1])["data"]["rule"] == "nonfinite"
 

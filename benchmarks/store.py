@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlencode
 
 import httpx
 import numpy as np
@@ -228,19 +229,29 @@ def zooms(count: int) -> list[tuple[int, int]]:
 
 
 def reads(server: GradwatchServer, count: int) -> Figures:
-    """Read the large run at every zoom; yield what, how long and the bar."""
+    """Read the large run at every zoom; yield what, how long and the bar.
+
+    As the fleet writes: by ``http.client``, since httpx takes twice as long for 5 MB as the server.
+    """
     path, ranges = "/api/v1/runs/million", zooms(count)
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+
+    def fetch(address: str) -> None:
+        connection.request("GET", address)
+        answer = connection.getresponse()
+        told = answer.read()
+        assert answer.status == 200, told
 
     def get(what: str, turn: int, **query: str | int) -> None:
         first, last = ranges[turn % len(ranges)]
-        asked: dict[str, str | int] = {"from_step": first, "to_step": last, **query}
-        assert server.http.get(f"{path}/{what}", params=asked).status_code == 200
+        fetch(f"{path}/{what}?" + urlencode({"from_step": first, "to_step": last, **query}))
 
     yield "map 500 x 300 JSON, p95 ms", latency(lambda turn: get("map", turn, points=500)), "60"
     yield "map 500 x 300 packed, p95 ms", latency(lambda turn: get("tile", turn, points=500)), "60"
     series: dict[str, str | int] = {"statistic": "ratio", "parameter": "layer3.weight", "points": 1_000}
     yield "series 1,000 points, p95 ms", latency(lambda turn: get("series", turn, **series)), "60"
-    yield "opening the run, p95 ms", latency(lambda _: [server.get(path), server.http.get(f"{path}/tile")], 20), "100"
+    yield "opening the run, p95 ms", latency(lambda _: [fetch(path), fetch(f"{path}/tile")], 20), "100"
+    connection.close()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from gradwatch_server import schema
 from gradwatch_server.buckets import Buckets, Floats
 from gradwatch_server.levels import LAST_STEP
 from gradwatch_server.readahead import reading_ahead
-from gradwatch_server.vectors import Rows, raw, unpack
+from gradwatch_server.vectors import Gathered, Rows, gathered, raw, read
 
 RATIO_EPS = 1e-3
 """The eps of ``ratio = grad_norm / (weight_norm + eps)``, the same as AGC's."""
@@ -37,7 +37,8 @@ def ratio(grad_norm: NDArray[np.float32], weight_norm: NDArray[np.float32]) -> N
         np.divide(grad_norm, divided, out=divided)
     missing = grad_norm == MISSING
     missing |= weight_norm == MISSING
-    divided[missing] = MISSING
+    if missing.any():
+        divided[missing] = MISSING
     return divided
 
 
@@ -81,35 +82,33 @@ class SampleLane:
     def _samples(self, first: int, last: int) -> Buckets:
         stored = tuple(name for name in STATISTICS if name in self._needed())
         statement = _samples_of(self._connection.dialect.name, stored, self._only)
-        rows = self._connection.execute(statement, self._mine | {"level": 0, "first": first, "last": last}).all()
-        columns: dict[str, Rows] = {
-            name: self._unpacked([row[place] for row in rows]) for place, name in enumerate(stored, 1)
-        }
-        return self._measured(columns, [row[0] for row in rows])
+        found = read(self._connection, statement, self._mine | {"level": 0, "first": first, "last": last})
+        if not found:
+            return self._nothing()
+        steps, columns = found[""]
+        return self._measured(dict(zip(stored, columns, strict=True)), steps)
 
     def of_samples(self, samples: Mapping[int, Mapping[Statistic, Vector]]) -> Buckets:
         """Return the buckets of level 0 that these statistics make, by their steps in ascending order."""
         stored = [name for name in STATISTICS if name in self._needed()]
         columns: dict[str, Rows] = {name: [statistics.get(name) for statistics in samples.values()] for name in stored}
-        return self._measured(columns, list(samples))
+        return self._measured(columns, np.array(list(samples), np.int64))
 
-    def _measured(self, columns: dict[str, Rows], steps: Sequence[int]) -> Buckets:
+    def _measured(self, columns: dict[str, Rows], steps: NDArray[np.int64]) -> Buckets:
         if not all(isinstance(vectors, np.ndarray) for vectors in columns.values()):
             enough = all if len(self._names) == 1 else any
             rows = zip(*columns.values(), strict=True)
             kept = [place for place, row in enumerate(rows) if enough(vector is not None for vector in row)]
             columns = {name: [vectors[place] for place in kept] for name, vectors in columns.items()}
-            steps = [steps[place] for place in kept]
+            steps = steps[kept]
         planes: dict[str, Floats] = {
             name: self._chosen(_stacked(vectors, self._width)) for name, vectors in columns.items()
         }
         if "ratio" in self._names:
             planes["ratio"] = ratio(planes["grad_norm"], planes["weight_norm"])
-        values = np.concatenate([planes[name] for name in self._names], axis=1)
-        return Buckets.of_samples(np.array(steps, np.int64), values, means="mean" in self._read)
-
-    def _unpacked(self, packed: Sequence[bytes | None]) -> Rows:
-        return unpack(packed, self._connection.dialect.name)
+        mine = [planes[name] for name in self._names]
+        values = mine[0] if len(mine) == 1 else np.concatenate(mine, axis=1)
+        return Buckets.of_samples(steps, values, means="mean" in self._read)
 
     def _chosen(self, rows: NDArray[Any]) -> NDArray[Any]:
         return rows if self._columns is None else rows[:, self._columns]
@@ -123,22 +122,21 @@ class SampleLane:
         if not len(steps):
             return self._nothing()
         statement = _rollups_of(self._connection.dialect.name, self._read, self._only)
-        found: dict[str, list[sa.Row[Any]]] = {name: [] for name in self._names}
         level_of = self._mine | {"level": level, "names": self._names}
         with reading_ahead(self._connection, _touching, level_of, steps):
             within = {"first": int(steps[0]), "last": int(steps[-1])}
-            for row in self._connection.execute(statement, level_of | within):
-                found[row[0]].append(row)
-        parts = [self._planes(steps, found[name]) for name in self._names]
+            found = read(self._connection, statement, level_of | within)
+        nothing = Gathered(np.empty(0, np.int64), [[] for _ in self._read])
+        parts = [self._planes(steps, found.get(name, nothing)) for name in self._names]
         planes = [np.concatenate(plane, axis=1) if len(plane) > 1 else plane[0] for plane in zip(*parts, strict=True)]
         return Buckets(steps, last_steps, *planes)
 
-    def _planes(self, steps: NDArray[np.int64], rows: Sequence[Any]) -> list[NDArray[Any]]:
+    def _planes(self, steps: NDArray[np.int64], found: Gathered) -> list[NDArray[Any]]:
         """Return low, high, mean, last and both counts of one statistic, each of shape (steps, parameters)."""
-        packed = {name: self._unpacked([row[place] for row in rows]) for place, name in enumerate(self._read, 2)}
-        known = [0 if vector is None else len(vector) for vector in packed["last"]]
+        columns = dict(zip(self._read, found.columns, strict=True))
+        known = [0 if vector is None else len(vector) for vector in columns["last"]]
         planes: dict[str, NDArray[Any]] = {}
-        for name, vectors in packed.items():
+        for name, vectors in columns.items():
             if name not in _COUNTS:
                 planes[name] = self._chosen(_stacked(vectors, self._width))
                 continue
@@ -146,8 +144,8 @@ class SampleLane:
             if self._only is not None:
                 counts = [one if one is None or len(one) == 1 else one[self._only :][:1] for one in counts]
             planes[name] = self._chosen(_counts(counts, known, self._width))
-        if len(rows) != len(steps):
-            at = np.searchsorted(steps, np.array([row[1] for row in rows], np.int64))
+        if len(found.steps) != len(steps):
+            at = np.searchsorted(steps, found.steps)
             for name, part in planes.items():
                 shape = len(steps), self._read_width
                 whole = np.zeros(shape, np.int64) if name in _COUNTS else np.full(shape, MISSING, np.float32)
@@ -156,7 +154,8 @@ class SampleLane:
         return [planes[name] if name in planes else np.empty((len(steps), 0), np.float32) for name in _PLANES]
 
     def _nothing(self) -> Buckets:
-        return Buckets.of_samples(np.empty(0, np.int64), np.empty((0, len(self._names) * self._read_width), np.float32))
+        values = np.empty((0, len(self._names) * self._read_width), np.float32)
+        return Buckets.of_samples(np.empty(0, np.int64), values, means="mean" in self._read)
 
     def _spans(self, level: int, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the first and the last steps of the buckets of a level that begin in a range."""
@@ -314,7 +313,8 @@ def _vector(table: sa.Table, name: str, engine: str, only: int | None) -> sa.Col
 def _samples_of(engine: str, names: Sequence[str], only: int | None) -> sa.Select[Any]:
     table = schema.samples
     vectors = [_vector(table, name, engine, only) for name in names]
-    return sa.select(table.c.step, *vectors).where(*_within(table)).order_by(table.c.step)
+    none = sa.literal_column("''").label("statistic")
+    return gathered(sa.select(none, table.c.step, *vectors).where(*_within(table)).order_by(table.c.step), engine)
 
 
 @functools.lru_cache(256)
@@ -322,7 +322,7 @@ def _rollups_of(engine: str, planes: Sequence[str], only: int | None) -> sa.Sele
     table = schema.rollups
     vectors = [_vector(table, name, engine, None if name in _COUNTS else only) for name in planes]
     chosen = sa.select(table.c.statistic, table.c.step, *vectors).where(*_within(table), _named)
-    return chosen.order_by(table.c.statistic, table.c.step)
+    return gathered(chosen.order_by(table.c.statistic, table.c.step), engine)
 
 
 _named = schema.rollups.c.statistic.in_(sa.bindparam("names", expanding=True))

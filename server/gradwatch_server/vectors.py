@@ -3,8 +3,8 @@
 SQLite holds them as little-endian bytes, PostgreSQL as ``real[]``.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import psycopg
@@ -54,22 +54,88 @@ def _of_array(data: abc.Buffer) -> NDArray[np.float32]:
     return np.frombuffer(data, _ELEMENT, offset=_HEADER_BYTES)["value"].astype(np.float32)
 
 
+class Gathered(NamedTuple):
+    """What a ``read`` found of one statistic: the steps of its rows, ascending, and each column's vectors."""
+
+    steps: NDArray[np.int64]
+    columns: list[Rows]
+
+
 def raw(vector: sa.ColumnElement[Any], engine: str) -> sa.ColumnElement[Any]:
-    """Return what selects a vector as bytes, for ``unpack``: thousands of them are decoded at once."""
+    """Return what selects a vector as bytes, for ``read``: thousands of them are decoded at once."""
     return sa.type_coerce(sa.func.gradwatch_bytes(vector) if engine == "postgresql" else vector, sa.types.NULLTYPE)
 
 
-def unpack(packed: Sequence[bytes | None], engine: str) -> Rows:
-    """Return the vectors that ``raw`` selected; where all are of one length, they are the rows of a matrix."""
-    header = _HEADER_BYTES if engine == "postgresql" else 0
-    lengths = {-1 if data is None else len(data) for data in packed}
-    if len(lengths) == 1 and min(lengths) > header:
-        joined = np.frombuffer(b"".join(data for data in packed if data is not None), np.uint8)
-        rows = joined.reshape(len(packed), -1)[:, header:]
-        if not header or joined[0]:
+def gathered(rows: sa.Select[Any], engine: str) -> sa.Select[Any]:
+    """Return what ``read`` executes of a select of statistics, steps and raw vectors, in this order.
+
+    PostgreSQL strings the vectors of a statistic together: a row for each would cost it and the driver more than what
+    is in it. They come as they lie there, which need not be in the order of the steps.
+    """
+    if engine != "postgresql":
+        return rows
+    each = rows.order_by(None).offset(sa.literal_column("0")).subquery()  # OFFSET 0: what it selects is computed once
+    statistic, step, *vectors = each.c
+
+    def strung(part: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+        return sa.func.string_agg(part, sa.literal_column("''::bytea"), type_=sa.types.NULLTYPE)
+
+    parts = [strung(sa.func.int8send(step))]
+    for vector in vectors:
+        parts += [strung(sa.func.int4send(sa.func.coalesce(sa.func.octet_length(vector), -1))), strung(vector)]
+    return sa.select(statistic, *parts).group_by(statistic)
+
+
+def read(connection: sa.Connection, statement: sa.Select[Any], parameters: Mapping[str, Any]) -> dict[str, Gathered]:
+    """Return the vectors that a ``gathered`` select finds, by statistic."""
+    rows = connection.execute(statement, parameters).all()
+    if connection.dialect.name == "postgresql":
+        return {row[0]: _of_strung(row[1:]) for row in rows}
+    if not rows:
+        return {}
+    statistics, *columns = zip(*rows, strict=True)
+    found = {}
+    for statistic in dict.fromkeys(statistics):
+        first = statistics.index(statistic)
+        steps, *packed = (column[first : first + statistics.count(statistic)] for column in columns)
+        found[statistic] = Gathered(np.array(steps, np.int64), [_unpacked(column) for column in packed])
+    return found
+
+
+def _of_strung(parts: Sequence[bytes | None]) -> Gathered:
+    """Return the vectors that were strung together: the steps, then lengths and bytes of each column in turn."""
+    steps = np.frombuffer(parts[0] or b"", ">i8").astype(np.int64)
+    columns = [
+        _split(strung or b"", np.frombuffer(lengths or b"", ">i4"), _HEADER_BYTES)
+        for lengths, strung in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    if (steps[1:] > steps[:-1]).all():
+        return Gathered(steps, columns)
+    order = steps.argsort()
+    ordered = [rows[order] if isinstance(rows, np.ndarray) else [rows[place] for place in order] for rows in columns]
+    return Gathered(steps[order], ordered)
+
+
+def _unpacked(packed: Sequence[bytes | None]) -> Rows:
+    lengths = np.array([-1 if data is None else len(data) for data in packed], np.int64)
+    return _split(b"".join(data for data in packed if data is not None), lengths, 0)
+
+
+def _split(strung: bytes, lengths: NDArray[np.integer[Any]], header: int) -> Rows:
+    """Return the vectors that lie one after the other, none where a length is -1; of one length: as a matrix."""
+    if len(lengths) and lengths[0] > header and (lengths == lengths[0]).all():
+        rows = np.frombuffer(strung, np.uint8).reshape(len(lengths), -1)[:, header:]
+        if not header or strung[0]:
             return rows.view("<f4")
         return np.ascontiguousarray(rows).view(_ELEMENT)["value"].astype(np.float32)
-    return [None if data is None else _of_array(data) if header else np.frombuffer(data, "<f4") for data in packed]
+    ends = np.maximum(lengths, 0).cumsum().tolist()
+    pieces = [strung[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
+    decoded = _of_array if header else _of_bytes
+    return [None if length < 0 else decoded(piece) for piece, length in zip(pieces, lengths.tolist(), strict=True)]
+
+
+def _of_bytes(data: abc.Buffer) -> NDArray[np.float32]:
+    return np.frombuffer(data, "<f4")
 
 
 class BinaryCursor(psycopg.Cursor[Any]):

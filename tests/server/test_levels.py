@@ -180,6 +180,28 @@ def test_a_parameter_that_came_later_is_missing_before(engine: sa.Engine) -> Non
         store.check(None, None, points)
 
 
+@pytest.mark.parametrize("later", [2, 3], ids=["alike", "gained"])
+def test_rows_read_in_the_order_of_their_steps_wherever_they_lie(engine: sa.Engine, later: int) -> None:
+    store = Store(engine, f"lie{later}")
+    for first in range(80, -1, -20):
+        if first == 40:
+            store.parameters = later
+            listed = [wire.Parameter(f"p{position}", [1]) for position in range(later)]
+            with writing(engine) as connection:
+                store.ingest.register(connection, store.run, wire.Registration(parameters=listed))
+        store.put({step: [float(step), 1.0, 2.0][: store.parameters] for step in range(first, first + 20)})
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":  # else it goes by the index, which is in that order
+            for way in ("indexscan", "bitmapscan", "indexonlyscan"):
+                connection.execute(sa.text(f"SET LOCAL enable_{way} = off"))
+        for columns in ([0], list(range(later))):
+            found = queries.read_statistic(connection, store.run, "grad_norm", 3, 95, columns, 100)
+            assert found.first_steps.tolist() == found.low[:, 0].tolist() == list(range(3, 96))
+            gathered = queries.read_statistic(connection, store.run, "grad_norm", None, None, columns, 9)
+            assert (gathered.first_steps == gathered.low[:, 0]).all()
+            assert (gathered.last_steps == gathered.last[:, 0]).all()
+
+
 def test_rows_that_are_read_ahead_are_the_same(database_url: str, engine: sa.Engine) -> None:
     """A range of 150 buckets of level 1; on SQLite others fetch parts of it meanwhile."""
     store = Store(engine, "ahead")

@@ -171,6 +171,24 @@ def test_the_migrated_schema_is_the_one_that_the_code_has(empty_url: str) -> Non
     engine.dispose()
 
 
+_ELSEWHERE = "SELECT pg_relation_size(reltoastrelid) FROM pg_class WHERE relname = 'samples_0'"
+
+
+def test_a_sample_of_two_vectors_is_stored_in_one_piece(postgres: str, tmp_path: Path) -> None:
+    with postgres_database(postgres) as url:
+        engine = open_engine(url)
+        migrate(engine)
+        with GradwatchServer(tmp_path / "server.db", url=url) as server:
+            run = server.register([f"p{place}" for place in range(300)])
+            values = np.random.default_rng(1).random(300, np.float32)
+            measured: dict[wire.Statistic, wire.Vector] = {"grad_norm": values, "weight_norm": values}
+            listed = [wire.Sample(step=step, at=1.0, statistics=measured) for step in range(10)]
+            assert server.store(run, wire.Batch(id="b1", samples=listed)).status_code == 200
+        with engine.connect() as connection:
+            assert connection.scalar(sa.text(_ELSEWHERE)) == 0
+        engine.dispose()
+
+
 _LANGUAGE = "SELECT lanname FROM pg_proc JOIN pg_language l ON l.oid = prolang WHERE proname = 'gradwatch_bytes'"
 
 

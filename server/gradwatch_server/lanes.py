@@ -313,8 +313,8 @@ def _vector(table: sa.Table, name: str, engine: str, only: int | None) -> sa.Col
 def _samples_of(engine: str, names: Sequence[str], only: int | None) -> sa.Select[Any]:
     table = schema.samples
     vectors = [_vector(table, name, engine, only) for name in names]
-    none = sa.literal_column("''").label("statistic")
-    return gathered(sa.select(none, table.c.step, *vectors).where(*_within(table)).order_by(table.c.step), engine)
+    one = sa.literal_column("''", sa.Text).label("statistic")
+    return gathered(sa.select(one, table.c.step, *vectors).where(*_within(table)).order_by(table.c.step), engine)
 
 
 @functools.lru_cache(256)

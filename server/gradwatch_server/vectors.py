@@ -58,7 +58,7 @@ class Gathered(NamedTuple):
     """What a ``read`` found of one statistic: the steps of its rows, ascending, and each column's vectors."""
 
     steps: NDArray[np.int64]
-    columns: list[Rows]
+    columns: Sequence[Rows]
 
 
 def raw(vector: sa.ColumnElement[Any], engine: str) -> sa.ColumnElement[Any]:
@@ -105,7 +105,7 @@ def read(connection: sa.Connection, statement: sa.Select[Any], parameters: Mappi
 def _of_strung(parts: Sequence[bytes | None]) -> Gathered:
     """Return the vectors that were strung together: the steps, then lengths and bytes of each column in turn."""
     steps = np.frombuffer(parts[0] or b"", ">i8").astype(np.int64)
-    columns = [
+    columns: list[Rows] = [
         _split(strung or b"", np.frombuffer(lengths or b"", ">i4"), _HEADER_BYTES)
         for lengths, strung in zip(parts[1::2], parts[2::2], strict=True)
     ]

@@ -31,7 +31,7 @@ from gradwatch.process import attributes, automatic_name, rank, tell_the_launche
 from gradwatch.progress import steps_made
 from gradwatch.ranks import is_flattened, is_partial, parts_only, ranks_of
 from gradwatch.report import Report
-from gradwatch.rounds import Clip, Reading, Round
+from gradwatch.rounds import Clip, Reading, Round, acted
 from gradwatch.scalars import Scalar, is_finite, kept
 from gradwatch.search import Search
 from gradwatch.settings import RUN_ID, Settings, resolve
@@ -405,7 +405,7 @@ class Agent:
         ours, changed = self._marks.changed(cast("dict[int, Mark]", before), watched, losses)
         if not ours:
             return
-        if self._pending:
+        if self._noted:
             self._forget(changed)  # there is more to them now than what was clipped
         self._pending.add_losses(left)
         passes = self._optimizers.note_backward()
@@ -443,10 +443,11 @@ class Agent:
             return
         limit = kept(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
         clip = Clip(kept(total_norm), limit, binding.index_set, is_partial(total_norm), norm_type)
-        # Clipping by NaN or Inf wipes out which gradient it came from: measure before, where it can be seen.
+        # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
+        # before, where it can be seen.
         clip.finite = is_finite(clip.total_norm)
-        if not clip.finite:
-            self._measure_before_clip(binding, force=True)
+        if not clip.finite or (isinstance(limit, float) and not limit) or binding.halves:
+            self._measure_before_clip(binding, force=not clip.finite)
         self._pending.clips.append(clip)
 
     @_guarded
@@ -458,14 +459,23 @@ class Agent:
             self._measure_before_clip(binding, force=False)
 
     @_guarded
-    def after_zero_grad(self, optimizer: Optimizer) -> None:
-        """The gradients are thrown away, and so is what was noted of them; the loss unless another has a part of it."""
-        binding = self._optimizers.binding(optimizer) if self._pending else None
-        if binding is None:
+    def after_zero_grad(self, owner: Optimizer | nn.Module) -> None:
+        """The gradients of an optimizer or a module are thrown away."""
+        if not self._noted:
             return
-        self._forget(binding.index_set)
+        if isinstance(owner, nn.Module):
+            found = map(self._parameters.find, owner.parameters())
+            self._forget_zeroed(frozenset(index for index in found if index is not None))
+            return
+        binding = self._optimizers.binding(owner)
+        if binding is not None:
+            self._forget_zeroed(binding.index_set)
+
+    def _forget_zeroed(self, indices: frozenset[int]) -> None:
+        """Forget what was noted of some gradients; the loss, too, unless others have a part of it."""
+        self._forget(indices)
         pending = self._pending
-        pending.gone |= binding.index_set
+        pending.gone |= indices
         if pending.losses and not self._parameters.some_has_gradient(self._optimizers.all_indices - pending.gone):
             pending.losses.clear()
 
@@ -473,7 +483,7 @@ class Agent:
     def _forget_thrown_away(self) -> None:
         """Forget what waits for its step where no gradient is left: ``model.zero_grad()`` says nothing."""
         everything = range(len(self._parameters.watched))
-        if self._pending and not self._parameters.some_has_gradient(everything):
+        if self._noted and not self._parameters.some_has_gradient(everything):
             self._pending.losses.clear()
             self._forget(frozenset(everything))
 
@@ -482,19 +492,21 @@ class Agent:
         slot = self._pending.forget(indices)
         if slot is not None:
             self._meter.slots.give_back(slot)
-        if self._round is not None:
-            self._round.readings = [
-                reading
-                for reading in self._round.readings
-                if not reading.before_clip
-                or indices.isdisjoint(reading.claim.plan.indices)
-                or any(map(self._has_stepped, reading.claim.plan.indices))
-            ]
+        if self._round is not None and (known := indices & self._round.clipped):
+            self._round.forget(frozenset(index for index in known if not self._has_stepped(index)))
+
+    @property
+    def _noted(self) -> bool:
+        """Return whether anything was noted that depends on gradients as they are."""
+        return bool(self._pending) or (self._round is not None and bool(self._round.clipped))
 
     @_guarded
     def _marked(self, losses: Sequence[Tensor]) -> dict[int, Mark]:
         self._pending.begin_backward(losses)
-        return self._marks.before(self._parameters.watched, self._pending.clipped)
+        clipped = self._pending.clipped
+        if self._round is not None:
+            clipped |= self._round.clipped
+        return self._marks.before(self._parameters.watched, clipped)
 
     @_guarded
     def _trace(self, tensors: Sequence[Tensor]) -> None:
@@ -600,6 +612,8 @@ class Agent:
         self._note_frozen(binding)
         self._note_rates(optimizer, round_)
         seen = self._meter.measure_before_step(binding, round_, optimizer)
+        if seen is not None:
+            seen[1].clips = acted(round_.clips, binding.index_set, stepping=True)
         if self._clipper is not None:
             self.spent_seconds -= self._meter.pass_seconds  # clipping needs this pass at every step
         return seen
@@ -663,14 +677,21 @@ class Agent:
 
     def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
         round_ = self._round
-        if round_ is None or any(self._has_stepped(index) for index in binding.indices[:1]):
+        asked = binding.indices if round_ is not None and round_.sampled else binding.indices[:1]
+        stepped = frozenset() if round_ is None else frozenset(filter(self._has_stepped, asked))
+        if round_ is None or len(stepped) == len(asked):
+            stepped = frozenset()
             round_ = self._pending.coming or Round(self._step + 1, time.time(), self._due)
             self._pending.coming = round_
         if force and self._was_finite:
             self._force(round_, set())
-        seen = self._meter.measure(binding, round_, before_clip=True) if round_.sampled else None
+        waiting = binding.index_set - stepped
+        if not round_.sampled or any(reading.before_clip and waiting <= reading.live for reading in round_.readings):
+            return
+        seen = self._meter.measure(binding, round_, before_clip=True)
         if seen is not None:
-            seen[1].earlier = tuple(self._pending.clips)
+            seen[1].void = stepped
+            seen[1].clips = acted((*round_.clips, *self._pending.clips), waiting, stepping=False)
 
     def _force(self, round_: Round, stepping: set[int]) -> None:
         """Sample a round although it is not due; the next one where an optimizer was not measured and has stepped."""

@@ -60,6 +60,8 @@ class Binding:
         self.group_of = {index: place for index, _, place in known}
         """Place of each parameter's group, by index."""
         self.sharded = any(hasattr(parameter, "to_local") for _, parameter, _ in known)
+        self.halves = any(parameter.dtype == torch.float16 for _, parameter, _ in known)
+        """Whether there is one whose gradient loses what is small when it is scaled down."""
         self._plans: OrderedDict[bytes, Plan] = OrderedDict()
         self.signature: tuple[int, ...] = ()
         """Of the groups: what differs where they were changed."""

@@ -1,6 +1,7 @@
 """The composer: makes the statistics of a sample out of what was measured of a round."""
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,7 +15,7 @@ from gradwatch.agc import AGC
 from gradwatch.model import Watched
 from gradwatch.provenance import of_seen
 from gradwatch.ranks import Joined, Part, joined, shares, unclipped
-from gradwatch.rounds import Clip, Reading, Round, Update
+from gradwatch.rounds import Acted, Clip, Reading, Round, Update
 from gradwatch.scalars import Scalar
 from gradwatch.spool import Losses
 from gradwatch.statistics import (
@@ -105,9 +106,10 @@ class Composer:
 
     def _draft(self, round_: Round) -> "Draft":
         vectors = _Vectors(self._weight_norm.size)
-        for reading in sorted(round_.readings, key=lambda reading: reading.before_clip):
-            clips = reading.earlier if reading.before_clip else round_.clips
-            self._enter(reading, vectors, _coefficients(clips, self._weight_norm.size))
+        # What was read before it was clipped stands over what was read then; of several, what was read first.
+        before = [reading for reading in round_.readings if reading.before_clip]
+        for reading in [*(reading for reading in round_.readings if not reading.before_clip), *reversed(before)]:
+            self._enter(reading, vectors)
         for index in round_.empty:
             vectors.set_zero(index)
         for update in round_.updates:
@@ -171,7 +173,7 @@ class Composer:
         largest = np.where(mine, vectors.max_unit_ratio, wire.MISSING).astype(np.float64)
         return Part(sums, largest, [number(clip.total_norm) for clip in draft.round.clips])
 
-    def _enter(self, reading: Reading, vectors: "_Vectors", coefficients: NDArray[np.float64]) -> None:
+    def _enter(self, reading: Reading, vectors: "_Vectors") -> None:
         plan = reading.claim.plan
         indices = np.array([plan.indices[position] for position in plan.measured], np.intp)
         weight_units = reading.claim.weight_units()
@@ -183,16 +185,19 @@ class Composer:
         grad_norm, nonfinite = _repaired(measured, indices, reading)
         scale = 1.0 if reading.scale is None else number(reading.scale)
         vectors.units[indices] = plan.measured_units
+        live = ~np.isin(indices, list(reading.void))
+        places = indices[live]
+        self._weight_norm[places] = measured.weight_norm[live]
+        vectors.note_partial(reading.clips, places)
         with np.errstate(all="ignore"):
             now = grad_norm / scale
-            factor = coefficients[indices]
-            vectors.grad_norm[indices] = now / factor
-            vectors.max_unit_ratio[indices] = measured.max_unit_ratio / scale / factor
+            factor = _coefficients(reading.clips, self._weight_norm.size)[indices]
+            vectors.grad_norm[places] = (now / factor)[live]
+            vectors.max_unit_ratio[places] = (measured.max_unit_ratio / scale / factor)[live]
             if not reading.before_clip:
                 vectors.clipped_grad_norm[indices] = vectors.found_norm[indices] = now
-        vectors.zero_unit_share[indices] = measured.zero_unit_share
-        vectors.nonfinite_count[indices] = nonfinite
-        self._weight_norm[indices] = measured.weight_norm
+        vectors.zero_unit_share[places] = measured.zero_unit_share[live]
+        vectors.nonfinite_count[places] = nonfinite[live]
         if self._agc is not None and reading.limits is not None:
             vectors.limits[plan.indices] = reading.limits
             by_agc = clipped_by_agc(
@@ -233,7 +238,7 @@ class Composer:
         scalars["global_grad_norm"] = _total(statistics["grad_norm"])
         if "clipped_grad_norm" in statistics:
             scalars["clipped_global_grad_norm"] = _total(statistics["clipped_grad_norm"])
-        limit = _limit(round_.clips, statistics["grad_norm"])
+        limit = _limit(round_, statistics["grad_norm"])
         if math.isfinite(limit):
             scalars["global_grad_norm_limit"] = limit
         scalars["skipped_steps"] = float(self.skipped_steps)
@@ -271,6 +276,15 @@ class _Vectors:
         self.units = np.zeros(count)
         self.limits = np.full(count, np.inf)
         """Largest ratio that AGC let through."""
+        self._partial: list[tuple[Clip, set[int]]] = []
+        """Clippings of which only this rank's part of the norm is known, with the parameters to take them out of."""
+
+    def note_partial(self, clips: Sequence[Acted], places: NDArray[np.intp]) -> None:
+        """What is known of these parameters was read after these clippings, and no others."""
+        entered = set(places.tolist())
+        for _, scaled in self._partial:
+            scaled -= entered
+        self._partial += [(clip, entered & mine) for clip, mine in clips if clip.partial]
 
     def take(self, whole: Joined) -> None:
         """Take the statistics of the whole parameters for those of this rank's part."""
@@ -285,7 +299,7 @@ class _Vectors:
 
     def undo(self, clip: Clip, total: float) -> None:
         """Take a clipping by norm out of what was measured after it."""
-        chosen = sorted(clip.indices)
+        chosen = sorted(index for other, scaled in self._partial if other is clip for index in scaled)
         for vector in (self.grad_norm, self.max_unit_ratio):
             vector[chosen] = unclipped(vector[chosen].astype(np.float64), total, number(clip.max_norm))
 
@@ -339,21 +353,25 @@ def _repaired(
     return grad_norm, nonfinite
 
 
-def _coefficients(clips: Sequence[Clip], count: int) -> NDArray[np.float64]:
-    """Return what each parameter's gradient was multiplied by before the step, shape (parameters,)."""
+def _coefficients(clips: Sequence[Acted], count: int) -> NDArray[np.float64]:
+    """Return what each parameter's gradient was multiplied by before it was read, shape (parameters,)."""
     coefficients = np.ones(count)
-    for clip in clips:
+    for clip, indices in clips:
         if clip.partial:
             continue
         coefficient = clip_coefficient(number(clip.total_norm), number(clip.max_norm))
-        coefficients[np.fromiter(clip.indices, np.intp, len(clip.indices))] *= coefficient
+        coefficients[np.fromiter(indices, np.intp, len(indices))] *= coefficient
     return coefficients
 
 
-def _limit(clips: Sequence[Clip], grad_norm: wire.Vector) -> float:
+def _limit(round_: Round, grad_norm: wire.Vector) -> float:
     """Return the limit that clipping set to the L2 norm of the whole gradient; infinite where it set none."""
     present = set(np.flatnonzero(grad_norm != wire.MISSING).tolist())
-    whole = (clip for clip in clips if clip.norm_type == 2.0 and clip.indices >= present)
+    scaled: defaultdict[int, set[int]] = defaultdict(set)
+    for reading in round_.readings:
+        for clip, indices in () if reading.before_clip else reading.clips:
+            scaled[id(clip)] |= indices
+    whole = (clip for clip in round_.clips if clip.norm_type == 2.0 and scaled[id(clip)] >= present)
     return min((limit for clip in whole if (limit := number(clip.max_norm)) > 0), default=math.inf)
 
 

@@ -114,8 +114,8 @@ class Pending:
         coming = self.coming
         if coming is None:
             return None
-        coming.readings = [kept for kept in coming.readings if indices.isdisjoint(kept.claim.plan.indices)]
-        if coming.readings:
+        coming.forget(indices)
+        if any(reading.live for reading in coming.readings):
             return None
         self.coming = None
         return coming.slot

@@ -1,6 +1,6 @@
 """What the training thread hands over after each step: numbers still on the device, nothing computed yet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,12 +21,31 @@ class Clip:
     total_norm: Tensor
     max_norm: Scalar
     indices: frozenset[int]
-    """Of the parameters whose gradients it scaled, and that still are what it made of them."""
+    """Of the parameters whose gradients it scaled, that still are what it made of them, and wait for their step."""
     partial: bool = False
     """Whether the norm is this rank's part of it, of sharded gradients."""
     norm_type: float = 2.0
     finite: bool = True
     """Whether the norm is, as far as can be seen without waiting."""
+
+
+Acted = tuple[Clip, frozenset[int]]
+"""A clipping, and the parameters of a reading whose gradients it had scaled when they were read."""
+
+
+def acted(clips: Iterable[Clip], indices: frozenset[int], *, stepping: bool) -> tuple[Acted, ...]:
+    """Return the clippings that made some gradients what they are.
+
+    Args:
+        clips: those that are known.
+        indices: of the parameters.
+        stepping: whether they are stepped with these gradients: what follows is about others.
+    """
+    found = tuple((clip, mine) for clip in clips if (mine := clip.indices & indices))
+    if stepping:
+        for clip, mine in found:
+            clip.indices -= mine
+    return found
 
 
 @dataclass(slots=True)
@@ -45,8 +64,10 @@ class Reading:
 
     claim: Claim
     before_clip: bool
-    earlier: Sequence[Clip] = ()
-    """Where it was read before a clipping: those by norm that came before that one."""
+    clips: Sequence[Acted] = ()
+    """Clippings by norm that came before it."""
+    void: frozenset[int] = frozenset()
+    """Indices of gradients of which it says nothing: they were changed after it, or had been stepped before."""
     scale: Tensor | None = None
     """What the gradients are multiplied by, with a fused optimizer under a loss scaler."""
     found_inf: Tensor | None = None
@@ -54,6 +75,11 @@ class Reading:
     """By index."""
     limits: NDArray[np.float64] | None = None
     """Largest ratio that AGC lets through, for each parameter of the plan; None where it did not clip."""
+
+    @property
+    def live(self) -> frozenset[int]:
+        """Return the indices of the gradients that it speaks of."""
+        return frozenset(self.claim.plan.indices) - self.void
 
 
 @dataclass(slots=True)
@@ -96,6 +122,22 @@ class Round:
     skipped: bool = False
     """Whether the loss scaler skipped the step of an optimizer: there is no sample then."""
     agent_seconds: float = 0.0
+
+    @property
+    def clipped(self) -> frozenset[int]:
+        """Return the indices of gradients that were clipped, and of which something is known that they may lose."""
+        if not self.sampled:
+            return frozenset()
+        read = (reading.live for reading in self.readings if reading.before_clip)
+        return frozenset().union(*(clip.indices for clip in self.clips), *read)
+
+    def forget(self, indices: frozenset[int]) -> None:
+        """Forget what was noted of gradients that are not what they were, and were not stepped."""
+        for clip in self.clips:
+            clip.indices -= indices
+        for reading in self.readings:
+            if reading.before_clip:
+                reading.void |= indices
 
     def skip(self) -> None:
         """Forget what was measured: the Inf that the scaler looks for is no news of the gradients."""

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -54,8 +54,8 @@ class Listener(Protocol):
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
         """Gradients are about to be clipped by value."""
 
-    def after_zero_grad(self, optimizer: Optimizer) -> None:
-        """An optimizer forgot its gradients."""
+    def after_zero_grad(self, owner: Optimizer | nn.Module) -> None:
+        """An optimizer or a module forgot its gradients."""
 
     def exiting(self, status: object) -> None:
         """``sys.exit`` was called, by any thread; it may be caught."""
@@ -119,6 +119,7 @@ def _set() -> None:
     _find_scalers(torch.amp.GradScaler)
     _replace(torch.amp.GradScaler, "step", _scaler_step)
     _replace(Optimizer, "zero_grad", _zero_grad)
+    _replace(nn.Module, "zero_grad", _zero_grad)
     _replace_inside(clip_grad.clip_grad_value_, _clip_by_value)
     if hasattr(clip_grad, "_clip_grads_with_norm_"):
         _replace_inside(clip_grad.clip_grad_norm_, _note_norm_type)
@@ -298,10 +299,10 @@ def _scaler_step(original: Callable[..., Any], scaler: Any, optimizer: Optimizer
     return result
 
 
-def _zero_grad(original: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-    result = original(optimizer, *args, **kwargs)
+def _zero_grad(original: Callable[..., Any], owner: Optimizer | nn.Module, *args: Any, **kwargs: Any) -> Any:
+    result = original(owner, *args, **kwargs)
     for listener in _listeners:
-        listener.after_zero_grad(optimizer)
+        listener.after_zero_grad(owner)
     return result
 
 

@@ -303,3 +303,97 @@ def test_clipping_another_model_does_not_search_ours(server: Server) -> None:
         assert model.walks == before
         optimizer.step()
     assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+
+
+def _clip_all_after_the_first_step(model: Two, first: torch.optim.SGD) -> None:
+    first.step()
+    clip_grad_norm_(model.parameters(), 1.3)
+
+
+def _clip_all_then_a_new_gradient(model: Two, first: torch.optim.SGD) -> None:
+    clip_grad_norm_(model.parameters(), 1.3)
+    first.step()
+    model.b.grad = None
+    (model.b * 12.0).sum().backward()
+
+
+def _clip_all_then_the_second_by_value(model: Two, first: torch.optim.SGD) -> None:
+    clip_grad_norm_(model.parameters(), 1.3)
+    first.step()
+    clip_grad_value_([model.b], 0.1)
+
+
+def _clip_all_by_value_then_the_second_again(model: Two, first: torch.optim.SGD) -> None:
+    clip_grad_value_(model.parameters(), 1.0)
+    first.step()
+    clip_grad_value_([model.b], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("clip", "after", "limit"),
+    [
+        (_clip_all_after_the_first_step, {"a": 5.0, "b": 1.2}, None),
+        (_clip_all_then_a_new_gradient, {"a": 0.5, "b": 12.0}, None),
+        (_clip_all_then_the_second_by_value, {"a": 0.5, "b": 0.1}, 1.3),
+        (_clip_all_by_value_then_the_second_again, {"a": math.sqrt(2), "b": 0.5}, None),
+    ],
+)
+def test_of_two_optimizers_each_is_told_what_clipped_its_own(
+    server: Server, clip: Callable[[Two, torch.optim.SGD], None], after: dict[str, float], limit: float | None
+) -> None:
+    model = Two()
+    first, second = torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)
+    with watch(model, server, [first, second]):
+        model(GRAD_A, 12.0).backward()
+        clip(model, first)
+        second.step()
+    assert server.values("grad_norm") == pytest.approx({"a": 5.0, "b": 12.0})
+    assert server.values("clipped_grad_norm") == pytest.approx(after, rel=1e-4)
+    assert server.samples[-1].scalars.get("global_grad_norm_limit") == limit
+
+
+def test_clipping_by_value_twice_reports_before_the_first(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        clip_grad_value_(model.parameters(), 3.0)
+        clip_grad_value_(model.parameters(), 1.0)
+        optimizer.step()
+    assert server.values("grad_norm") == pytest.approx({"a": 5.0, "b": 12.0})
+    assert server.values("clipped_grad_norm") == pytest.approx({"a": math.sqrt(2), "b": 1.0})
+
+
+def test_clipping_to_nothing_reports_what_there_was(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with watch(model, server, optimizer):
+        model(GRAD_A, 12.0).backward()
+        clip_grad_norm_(model.parameters(), 0.0)
+        optimizer.step()
+    assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+    assert server.values("clipped_grad_norm") == {"a": 0.0, "b": 0.0}
+
+
+def test_a_small_gradient_of_float16_is_told_as_it_was_before_it_was_rounded_to_nothing(server: Server) -> None:
+    model = Two().half()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        model.a.grad, model.b.grad = (1e-4 * torch.tensor(GRAD_A)).half(), torch.tensor([60_000.0]).half()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert server.values("grad_norm") == pytest.approx({"a": 5e-4, "b": 60_000.0}, rel=1e-3)
+    assert server.values("clipped_grad_norm")["a"] == 0.0
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_the_loss_of_a_step_that_was_left_out_goes_with_its_gradients(server: Server, to_none: bool) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        for b in (12.0, math.nan, 6.0):
+            model(GRAD_A, b).backward()
+            if math.isfinite(b):
+                optimizer.step()
+            model.zero_grad(set_to_none=to_none)
+    assert server.trail("loss") == {1: 59.0, 2: 35.0}

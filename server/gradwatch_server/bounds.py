@@ -58,8 +58,11 @@ def check_registration(registration: wire.Registration, limits: Limits) -> None:
     _check_text(registration.attributes.values())
 
 
-def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits) -> None:
+def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits, *, older: bool = False) -> None:
     """Refuse a batch that breaks a limit or does not fit its run.
+
+    Args:
+        older: whether it is of an attempt before the latest, from before the run gained its last parameters maybe.
 
     Raises:
         Refused: 422, with the field and its value.
@@ -75,7 +78,8 @@ def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits) -> None
             f"{len(batch.samples)} samples are more than limits.samples_per_batch ({limits.samples_per_batch})"
         )
     for index, sample in enumerate(batch.samples):
-        _check_sample(f"samples[{index}]", sample, parameter_count, limits)
+        _check_widths(f"samples[{index}]", sample, parameter_count, older=older)
+        _check_sample(f"samples[{index}]", sample, limits)
     _check_trail(batch.trail, limits)
     if len(batch.events) > limits.events_per_batch:
         raise invalid(f"{len(batch.events)} events are more than limits.events_per_batch ({limits.events_per_batch})")
@@ -105,15 +109,19 @@ def check_scalar_names(batch: wire.Batch, known: Iterable[str], limits: Limits) 
         raise invalid(f"{len(names)} scalar names are more than limits.scalar_names_per_run allows a run ({most})")
 
 
-def _check_sample(place: str, sample: wire.Sample, parameter_count: int, limits: Limits) -> None:
-    _check_whole(f"{place}.step", sample.step)
-    _check_time(f"{place}.at", sample.at)
+def _check_widths(place: str, sample: wire.Sample, parameter_count: int, *, older: bool) -> None:
     for name, vector in sample.statistics.items():
-        if vector.shape != (parameter_count,):
+        if vector.size > parameter_count or (vector.size < parameter_count and not older):
             raise invalid(
                 f"{place}.statistics.{name} has {vector.size} values, the run has {parameter_count} parameters: "
                 "register the run again if it has gained some"
             )
+
+
+def _check_sample(place: str, sample: wire.Sample, limits: Limits) -> None:
+    _check_whole(f"{place}.step", sample.step)
+    _check_time(f"{place}.at", sample.at)
+    for name, vector in sample.statistics.items():
         below = vector[vector < 0]
         if below.size and (below != wire.MISSING).any():
             found = below[below != wire.MISSING][0]

@@ -130,7 +130,10 @@ class Ingest:
     def _extend(
         self, connection: sa.Connection, run_id: str, registration: wire.Registration, known: sa.Row[Any]
     ) -> None:
-        """Append parameters; change what may change of the known ones: depths, and whether they are trained."""
+        """Append parameters; change what may change of the known ones: depths, and whether they are trained.
+
+        What an attempt registered before the run gained parameters comes again where its agent left it behind.
+        """
         count = known.parameter_count
         stored = connection.execute(
             sa.select(*schema.parameters.c["position", "name", "depth", "trainable"])
@@ -142,6 +145,8 @@ class Ingest:
             if row.name != parameter.name:
                 detail = f"run {run_id!r} has parameter {row.name!r} at {row.position}, not {parameter.name!r}"
                 raise Refused(409, "Another run", f"{detail}: use another run id for another network")
+        if len(listed) < count and registration.attempt <= known.attempt:
+            return
         if len(listed) < count:
             detail = f"run {run_id!r} has {count} parameters already, the registration lists {len(listed)}"
             raise Refused(409, "Parameters missing", f"{detail}: list the known ones first, new ones after them")
@@ -209,11 +214,12 @@ class Ingest:
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         batch = msgspec.structs.replace(batch, attempt=_effective(run.attempts, batch.attempt))
-        check_batch(batch, run.parameter_count, self._configuration.limits)
+        older = batch.attempt < run.attempt
+        check_batch(batch, run.parameter_count, self._configuration.limits, older=older)
         check_scalar_names(batch, run.coverage.get("scalars", {}), self._configuration.limits)
         if not self._claim(connection, run_id, batch, now):
             return Stored(batch.id, 0, duplicate=True)
-        watched = self._watch(connection, run) if batch.attempt >= run.attempt else None
+        watched = None if older else self._watch(connection, run)
         scalars = shelf.scalars_by_step(batch)
         changes = shelf.put(connection, run, batch, scalars)
         changes |= self._progress(run, batch, now)

@@ -147,6 +147,49 @@ def test_a_run_may_gain_parameters(shared_server: GradwatchServer) -> None:
     assert seen["last"] == [[1.0, None], [1.0, 2.0]]
 
 
+def test_what_an_older_attempt_measured_is_kept_though_the_run_has_gained_parameters(
+    shared_server: GradwatchServer,
+) -> None:
+    run = shared_server.register(["a"], attempt=1)
+    shared_server.store(run, wire.Batch(id="b1", attempt=1, samples=[sample(1, 1.0)]))
+    shared_server.register(["a", "b"], id=run, attempt=2)
+    early = [sample(step, {20: 50.0, 30: NAN}.get(step, 1.0)) for step in range(2, 50)]
+    late = wire.Batch(id="b2", attempt=1, samples=early)
+    assert shared_server.store(run, late).json()["samples"] == 48
+    assert shared_server.get(f"/api/v1/runs/{run}/latest")["statistics"]["grad_norm"] == [1.0, None]
+    wide = [sample(step, 1.0, 2.0) for step in range(50, 80)]
+    assert shared_server.store(run, wire.Batch(id="c1", attempt=2, samples=wide)).status_code == 200
+    later = wire.Batch(id="b3", attempt=1, samples=[sample(12, 70.0)])
+    assert shared_server.store(run, later).status_code == 200
+    each = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm", points=100)
+    assert each["steps"] == list(range(1, 80))
+    assert [values[1] for values in each["last"]] == [None] * 49 + [2.0] * 30
+    coarse = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm", points=6)
+    assert len(coarse["steps"]) <= 6
+    assert max(values[0] for values in coarse["max"]) == 70.0
+    assert [sum(counts) for counts in zip(*coarse["nonfinite"], strict=True)] == [1, 0]
+    one = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="b", points=6)
+    assert one["last"] == [values[1] for values in coarse["last"]]
+    assert shared_server.get("/api/v1/alerts", run=run) == []
+    for attempt, values in ((1, (1.0, 1.0, 1.0)), (2, (1.0,))):
+        unfit = wire.Batch(id=f"unfit-{attempt}", attempt=attempt, samples=[sample(3, *values)])
+        assert shared_server.store(run, unfit).status_code == 422
+
+
+def test_a_registration_from_before_the_run_gained_parameters_may_come_again(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"], attempt=1)
+    shared_server.register(["a", "b"], id=run, attempt=2)
+    shared_server.register(["a", "b", "c"], id=run, attempt=2)
+    before = shared_server.get(f"/api/v1/runs/{run}")
+    for attempt, names in ((1, ["a"]), (2, ["a", "b"])):
+        shared_server.register(names, id=run, attempt=attempt)
+        assert shared_server.get(f"/api/v1/runs/{run}") == before
+    for attempt, names, reason in ((1, ["z"], "'a'"), (3, ["a"], "has 3 parameters already")):
+        listed = [wire.Parameter(name, [4, 4], units=4) for name in names]
+        refused = shared_server.post("/api/v1/runs", wire.Registration(id=run, attempt=attempt, parameters=listed))
+        assert (refused.status_code, reason in refused.json()["detail"]) == (409, True)
+
+
 def test_parameters_are_shown_in_the_order_of_depth(shared_server: GradwatchServer) -> None:
     parameters = [wire.Parameter("head", [2, 2], depth=1), wire.Parameter("stem", [2, 2], depth=0)]
     run = shared_server.post("/api/v1/runs", wire.Registration(parameters=parameters)).json()["id"]

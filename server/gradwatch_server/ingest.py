@@ -113,7 +113,6 @@ class Ingest:
                 "attempts": attempts,
                 "attributes": registration.attributes,
                 "last_seen_at": now,
-                "attempt_first_step": None,
                 "scalar_steps": {},
                 "dropped": {},
                 "last_step": None,

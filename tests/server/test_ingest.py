@@ -1,13 +1,16 @@
 """Ingest from the outside: what is acknowledged is stored once, what is refused changes nothing."""
 
 import gzip
+import itertools
 import json
 import time
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import schema
 from tests.processes import GradwatchServer, sample
 
 NAN, INF = float("nan"), float("inf")
@@ -78,6 +81,56 @@ def test_the_latest_attempt_wins_from_its_first_step_on(shared_server: Gradwatch
     series = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")
     assert series["steps"] == [1, 2, 3, 4, 5, 6, 8]
     assert series["last"] == [1.0] * 5 + [2.0] * 2
+
+
+def test_each_attempt_ends_where_any_later_one_begins(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"], attempt=1)
+    identities = itertools.count()
+
+    def send(attempt: int, steps: range) -> dict[int, float]:
+        samples = [sample(step, float(attempt), loss=float(attempt)) for step in steps]
+        batch = wire.Batch(id=str(next(identities)), attempt=attempt, samples=samples)
+        assert shared_server.store(run, batch).status_code == 200
+        of_a = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")
+        loss = shared_server.get(f"/api/v1/runs/{run}/series", statistic="loss")
+        assert (of_a["steps"], of_a["last"]) == (loss["steps"], loss["last"])
+        return dict(zip(of_a["steps"], of_a["last"], strict=True))
+
+    send(1, range(55))
+    shared_server.register(["a"], id=run, attempt=2)
+    two = send(2, range(50, 100, 5))
+    assert two == dict.fromkeys(range(50), 1.0) | dict.fromkeys(range(50, 100, 5), 2.0)
+    assert send(1, range(55, 70)) == two
+    shared_server.register(["a"], id=run, attempt=3)
+    assert send(1, range(55, 70)) == two
+    three = send(3, range(80, 100, 5))
+    assert three == two | dict.fromkeys(range(80, 100, 5), 3.0)
+    assert send(1, range(71, 79)) == three
+    late = send(2, range(76, 86))
+    assert late == three | dict.fromkeys(range(76, 80), 2.0)
+    earlier = send(2, range(45, 46))
+    assert earlier == {step: value for step, value in late.items() if not 45 <= step < 50} | {45: 2.0}
+    assert send(1, range(44, 50)) == earlier
+    coarse = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm", points=6)
+    assert [values[0] for values in coarse["last"]] == [earlier[step] for step in coarse["last_steps"]]
+
+
+def test_many_attempts_take_little_room_and_are_not_mixed(shared_server: GradwatchServer, engine: sa.Engine) -> None:
+    run = shared_server.register(["a"], attempt=1)
+    for attempt in range(1, 121):
+        shared_server.register(["a"], id=run, attempt=attempt)
+        samples = [sample(step, float(attempt)) for step in (10 * attempt, 10 * attempt + 5)]
+        shared_server.store(run, wire.Batch(id=str(attempt), attempt=attempt, samples=samples))
+    for attempt in (1, 15, 60):
+        samples = [sample(step, float(attempt)) for step in range(10 * attempt, 1_300)]
+        shared_server.store(run, wire.Batch(id=f"late-{attempt}", attempt=attempt, samples=samples))
+    seen = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")
+    steps = [step for attempt in range(1, 121) for step in (10 * attempt, 10 * attempt + 5)]
+    assert seen["steps"] == sorted({*steps, *range(600, 610)})
+    assert seen["last"] == [float(step // 10) for step in seen["steps"]]
+    with engine.connect() as connection:
+        kept = sa.select(schema.runs.c.first_steps).where(schema.runs.c.id == run)
+        assert len(connection.execute(kept).scalar_one()) == 100
 
 
 def test_attempts_are_ordered_by_the_servers_clock(shared_server: GradwatchServer) -> None:

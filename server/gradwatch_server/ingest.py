@@ -259,7 +259,7 @@ class Ingest:
             slow = _SLOWER * (usual or span)  # a long pause does not become usual
             changes["usual_interval_seconds"] = span if usual is None else 0.8 * usual + 0.2 * min(span, slow)
         steps = [sample.step for sample in batch.samples]
-        steps += [scalar.steps[-1] for scalar in batch.trail.values() if scalar.steps]
+        steps += [max(scalar.steps) for scalar in batch.trail.values() if scalar.steps]
         if steps and batch.attempt >= run.attempt:
             changes["last_step"] = max([*steps, run.last_step or 0])
         return changes

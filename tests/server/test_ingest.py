@@ -72,6 +72,16 @@ def test_batches_out_of_order_end_in_order(shared_server: GradwatchServer) -> No
     assert shared_server.get(f"/api/v1/runs/{run}")["last_step"] == 5
 
 
+def test_a_trail_need_not_be_in_order(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    trail = {"loss": wire.Trail(steps=[9, 3], values=[1.0, 2.0])}
+    assert shared_server.store(run, wire.Batch(id="b", trail=trail)).status_code == 200
+    described = shared_server.get(f"/api/v1/runs/{run}")
+    assert (described["last_step"], described["scalars"]) == (9, {"loss": 1.0})
+    loss = shared_server.get(f"/api/v1/runs/{run}/series", statistic="loss")
+    assert (loss["steps"], loss["last"]) == ([3, 9], [2.0, 1.0])
+
+
 def test_the_latest_attempt_wins_from_its_first_step_on(shared_server: GradwatchServer) -> None:
     run = shared_server.register(["a"], attempt=1)
     shared_server.store(run, wire.Batch(id="b1", attempt=1, samples=[sample(step, 1.0) for step in range(1, 11)]))

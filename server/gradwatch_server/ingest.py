@@ -445,6 +445,6 @@ def _latest(batch: wire.Batch) -> dict[str, tuple[int, wire.Number]]:
 
 
 def _losses(batch: wire.Batch) -> dict[int, float]:
-    """Return the loss of every step that the batch tells of."""
+    """Return the loss of every step that the batch tells of; what a sample carries itself wins."""
     sampled = {sample.step: wire.number(sample.scalars["loss"]) for sample in batch.samples if "loss" in sample.scalars}
-    return sampled | memories.told_losses(batch.trail)
+    return memories.told_losses(batch.trail) | sampled

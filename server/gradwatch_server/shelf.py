@@ -193,14 +193,14 @@ _insert_trails = sa.insert(schema.trails)
 
 
 def _with_samples(batch: wire.Batch) -> dict[str, Trail]:
-    """Return the scalars of every step, those that only samples carry among them."""
+    """Return the scalars of every step, what samples carry among them: where a trail tells the same, the sample's."""
     found: defaultdict[str, dict[int, wire.Number]] = defaultdict(dict)
     for sample in batch.samples:
         for name, value in sample.scalars.items():
             found[name][sample.step] = value
     for name, trail in batch.trail.items():
         if name in found or len(set(trail.steps)) < len(trail.steps):
-            found[name] |= dict(zip(trail.steps, trail.values, strict=True))
+            found[name] = dict(zip(trail.steps, trail.values, strict=True)) | found[name]
     made = {name: Trail(steps=list(values), values=list(values.values())) for name, values in found.items()}
     return {name: trail for name, trail in (batch.trail | made).items() if trail.steps}
 

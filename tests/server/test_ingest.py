@@ -82,6 +82,17 @@ def test_a_trail_need_not_be_in_order(shared_server: GradwatchServer) -> None:
     assert (loss["steps"], loss["last"]) == ([3, 9], [2.0, 1.0])
 
 
+def test_a_scalar_told_twice_of_a_step_is_the_samples(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    trail = {"loss": wire.Trail(steps=[1, 2], values=[7.0, NAN])}
+    batch = wire.Batch(id="b", samples=[sample(step, 1.0, loss=1.0) for step in (1, 2)], trail=trail)
+    assert shared_server.store(run, batch).status_code == 200
+    assert shared_server.get(f"/api/v1/runs/{run}/series", statistic="loss")["last"] == [1.0, 1.0]
+    assert shared_server.get(f"/api/v1/runs/{run}/latest")["scalars"] == {"loss": 1.0}
+    assert shared_server.get(f"/api/v1/runs/{run}")["scalars"] == {"loss": 1.0}
+    assert shared_server.get("/api/v1/alerts", run=run) == []
+
+
 def test_the_latest_attempt_wins_from_its_first_step_on(shared_server: GradwatchServer) -> None:
     run = shared_server.register(["a"], attempt=1)
     shared_server.store(run, wire.Batch(id="b1", attempt=1, samples=[sample(step, 1.0) for step in range(1, 11)]))

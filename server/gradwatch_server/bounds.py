@@ -11,8 +11,8 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.settings import Limits
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{2,63}")
-_LARGEST_STEP = 2**53
-_LARGEST_TIME = 1e11
+LARGEST_STEP = 2**53
+LARGEST_TIME = 1e11
 
 
 def invalid(detail: str) -> Refused:
@@ -44,7 +44,7 @@ def check_registration(registration: wire.Registration, limits: Limits) -> None:
     for parameter in listed:
         if parameter.units < 0 or any(extent < 0 for extent in parameter.shape) or (parameter.depth or 0) < 0:
             raise invalid(f"parameter {parameter.name!r}: shape, units and depth are not negative")
-        if max([parameter.units, parameter.depth or 0, *parameter.shape]) > _LARGEST_STEP:
+        if max([parameter.units, parameter.depth or 0, *parameter.shape]) > LARGEST_STEP:
             raise invalid(f"parameter {parameter.name!r}: shape, units or depth is larger than 2**53")
         if parameter.depth is not None and parameter.depth >= 2**31:
             raise invalid(f"parameter {parameter.name!r}: depth {parameter.depth} is larger than 2**31")
@@ -144,7 +144,7 @@ def _check_trail(trail: Mapping[str, wire.Trail], limits: Limits) -> None:
             raise invalid(
                 f"trail.{name} has {len(scalar.steps)} steps and {len(scalar.values)} values: as many of each"
             )
-        if scalar.steps and not 0 <= min(scalar.steps) <= max(scalar.steps) <= _LARGEST_STEP:
+        if scalar.steps and not 0 <= min(scalar.steps) <= max(scalar.steps) <= LARGEST_STEP:
             raise invalid(f"trail.{name}.steps are not all between 0 and 2**53")
     total = sum(len(scalar.steps) for scalar in trail.values())
     if total > limits.scalars_per_batch:
@@ -168,12 +168,12 @@ def _check_text(texts: Iterable[str]) -> None:
 
 
 def _check_whole(place: str, value: int) -> None:
-    if not 0 <= value <= _LARGEST_STEP:
+    if not 0 <= value <= LARGEST_STEP:
         raise invalid(f"{place} {value} is not between 0 and 2**53")
 
 
 def _check_time(place: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and 0 <= value <= _LARGEST_TIME):
+    if value is not None and not (math.isfinite(value) and 0 <= value <= LARGEST_TIME):
         raise invalid(f"{place} {value} is not a time in Unix seconds")
 
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from gradwatch import wire
 from gradwatch_server import diagnosis, ledger, memories, queries, schema, shelf
 from gradwatch_server.advice import advise
-from gradwatch_server.bounds import check_batch, check_registration, check_scalar_names
+from gradwatch_server.bounds import LARGEST_STEP, check_batch, check_registration, check_scalar_names
 from gradwatch_server.database import upsert
 from gradwatch_server.diagnosis import Layout, Memory, Reading, exploding, nonfinite
 from gradwatch_server.errors import Refused
@@ -79,7 +79,7 @@ class Ingest:
         attempts = {} if known is None else known.attempts
         attempt = _effective(attempts, registration.attempt)
         if ahead_seconds and attempt == registration.attempt > 0:
-            attempt = max(1, attempt - round(1_000 * ahead_seconds))
+            attempt = min(max(1, attempt - round(1_000 * ahead_seconds)), LARGEST_STEP)
             attempts = {**attempts, str(registration.attempt): attempt}
         registration = msgspec.structs.replace(registration, attempt=attempt)
         if known is None:

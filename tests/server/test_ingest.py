@@ -189,6 +189,19 @@ def test_attempts_are_ordered_by_the_servers_clock(shared_server: GradwatchServe
     ]
 
 
+@pytest.mark.parametrize("clock", ["1e306", "-1e300", "-1e16", "1e16", "-1", "inf", "nan", "noon", "0", "1e11"])
+@pytest.mark.parametrize("attempt", [1, 2**53])
+def test_whatever_a_clock_tells_an_attempt_is_taken(shared_server: GradwatchServer, clock: str, attempt: int) -> None:
+    document = wire.Registration(attempt=attempt, parameters=[wire.Parameter("a", [1])])
+    headers = {"content-type": wire.MESSAGEPACK_TYPE, wire.CLOCK_HEADER: clock}
+    answer = shared_server.http.post("/api/v1/runs", content=wire.encode(document), headers=headers)
+    assert answer.status_code == 201, answer.text
+    run = answer.json()["id"]
+    stored = shared_server.store(run, wire.Batch(id="b", attempt=attempt, samples=[sample(1, 1.0)]))
+    assert stored.status_code == 200, stored.text
+    assert shared_server.get(f"/api/v1/runs/{run}")["last_step"] == 1
+
+
 def test_the_state_of_a_run_is_that_of_its_latest_steps(shared_server: GradwatchServer) -> None:
     run = shared_server.register(["a"], attempt=1)
 

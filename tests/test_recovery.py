@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch import wire
 from gradwatch.cli import main
-from tests.processes import PATIENCE_SECONDS, GradwatchServer
+from gradwatch.spool import Losses, Spool
+from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +54,46 @@ def test_flush_delivers_to_a_real_server_what_was_left(server: GradwatchServer, 
     run = server.get(f"/api/v1/runs/{agent.run_id}")
     assert (run["sample_count"], run["last_step"], run["state"]) == (30, 30, "finished")
     assert not list((tmp_path / "spool").glob("*"))
+
+
+def _leave_behind(directory: Path, url: str, *documents: wire.Registration | wire.Batch) -> None:
+    """Leave a spool with these documents, of a run "gained", as a process that has ended does."""
+    spool = Spool(directory, url=url, run="gained", losses=Losses(), warn=print)
+    for document in documents:
+        if isinstance(document, wire.Batch):
+            spool.append("batch", wire.encode(document), len(document.samples))
+        else:
+            spool.append("registration", wire.encode(document))
+    spool.close()
+
+
+def test_what_an_older_attempt_left_is_delivered_though_the_run_has_gained_a_parameter(
+    server: GradwatchServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = wire.Registration(id="gained", attempt=1, parameters=[wire.Parameter("a", [4, 4], units=4)])
+    waiting = wire.Batch(id="b1", attempt=1, samples=[sample(step, 1.0) for step in range(1, 50)])
+    _leave_behind(tmp_path / "spool", server.url, first, waiting)
+    server.register(["a"], id="gained", attempt=1)
+    server.register(["a", "b"], id="gained", attempt=2)
+    server.store("gained", wire.Batch(id="c1", attempt=2, samples=[sample(100, 1.0, 1.0)]))
+    assert main(["flush"]) == 0
+    assert "2 of 2 documents delivered" in capsys.readouterr().err
+    series = server.get("/api/v1/runs/gained/series", statistic="grad_norm", parameter="a")
+    assert series["steps"] == [*range(1, 50), 100]
+
+
+def test_flush_says_what_the_server_refuses(
+    server: GradwatchServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.register(["a"], id="gained", attempt=1)
+    trail = {"loss": wire.Trail(steps=[1, 2], values=[1.0, 1.0])}
+    bad = wire.Batch(id="b1", attempt=1, samples=[sample(step, 1.0, 1.0) for step in (1, 2)], trail=trail)
+    good = wire.Batch(id="b2", attempt=1, samples=[sample(3, 1.0)])
+    _leave_behind(tmp_path / "spool", server.url, bad, good)
+    assert main(["flush"]) == 1
+    said = capsys.readouterr().err
+    assert "has 2 values, the run has 1 parameters" in said
+    assert "gained: 1 of 2 documents delivered" in said
+    assert "the server did not take all of 1 documents: 2 samples and" in said
+    assert not list((tmp_path / "spool").glob("*"))
+    assert main(["flush"]) == 0

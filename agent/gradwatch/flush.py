@@ -5,14 +5,26 @@ import os
 import sqlite3
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from gradwatch.sender import Http, Sender
 from gradwatch.settings import resolve
 from gradwatch.spool import Leftover, Losses, leftovers
 
 
+class Outcome(NamedTuple):
+    """What became of one spool."""
+
+    left: int
+    """Documents that stay behind."""
+    refused: int
+    """Documents of which the server did not take all."""
+    lost: Losses
+    """What was in them, and is dropped."""
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Deliver every spool that no living process owns; the exit code is 1 where something stays behind."""
+    """Deliver every spool that no living process owns; the exit code is 1 where something stays behind or is lost."""
     parser = argparse.ArgumentParser(
         prog="gradwatch flush", description="Deliver what agents on this machine left in the spool."
     )
@@ -20,30 +32,37 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait for an answer (default 10)")
     options = parser.parse_args(arguments)
     settings = resolve(url=options.url)
-    stayed, damaged = 0, False
+    stayed, failed = 0, False
     for leftover in leftovers(settings.spool_directory):
         url = (options.url and settings.url) or os.environ.get("GRADWATCH_URL", "").rstrip("/") or leftover.url
         try:
             waiting = leftover.pending
-            left = deliver(leftover, url, settings.token, timeout_seconds=options.timeout)
+            left, refused, lost = deliver(leftover, url, settings.token, timeout_seconds=options.timeout)
         except (sqlite3.Error, TypeError, ValueError) as error:
-            damaged = True
+            failed = True
             _say(f"{leftover.path} cannot be read and stays: {error}")
             continue
         stayed += left
-        _say(f"{leftover.run}: {waiting - left} of {waiting} documents delivered to {url}")
+        _say(f"{leftover.run}: {waiting - left - refused} of {waiting} documents delivered to {url}")
+        if refused:
+            failed = True
+            _say(f"{leftover.run}: the server did not take all of {refused} documents: {_told(lost)} are dropped")
     if stayed:
         _say(f"{stayed} documents stay in {settings.spool_directory}; run gradwatch flush again when the server is up")
-    return 1 if stayed or damaged else 0
+    return 1 if stayed or failed else 0
 
 
-def deliver(leftover: Leftover, url: str, token: str | None, *, timeout_seconds: float = 10.0) -> int:
-    """Deliver one spool and return how many documents stay behind."""
-    http = Http(url, token)
-    sender = Sender(leftover, http, Losses(), _say, timeout_seconds=timeout_seconds)
+def deliver(leftover: Leftover, url: str, token: str | None, *, timeout_seconds: float = 10.0) -> Outcome:
+    """Deliver one spool."""
+    http, lost = Http(url, token), Losses()
+    sender = Sender(leftover, http, lost, _say, timeout_seconds=timeout_seconds)
     sender.deliver()
     http.close()
-    return leftover.pending
+    return Outcome(leftover.pending, sender.refused, lost)
+
+
+def _told(lost: Losses) -> str:
+    return f"{lost.samples} samples and {lost.values} other numbers ({lost.bytes} bytes)"
 
 
 def _say(text: str) -> None:

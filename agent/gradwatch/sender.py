@@ -149,6 +149,8 @@ class Sender:
         self._wake = threading.Event()
         self._deadline: float | None = None
         """Monotonic time at which to stop; None: go on."""
+        self.refused = 0
+        """Documents of which the server did not take all."""
         self.seconds = 0.0
         """Processor time that the thread has taken."""
         self._thread = threading.Thread(target=self._work, name="gradwatch-sender", daemon=True)
@@ -272,6 +274,7 @@ class Sender:
             lost.bytes += len(piece.body)
             lost.values += 0 if batch is None else values(batch)
         self._losses.add(lost)
+        self.refused += lost.bytes > 0
         if entry.kind == "registration":
             self._warn_once("unregistered", f"{_UNREGISTERED}: {reason}")
         elif lost.bytes:

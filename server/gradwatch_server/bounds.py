@@ -11,8 +11,8 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.settings import Limits
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{2,63}")
-_LARGEST_STEP = 2**53
-_LARGEST_TIME = 1e11
+LARGEST_STEP = 2**53
+LARGEST_TIME = 1e11
 
 
 def invalid(detail: str) -> Refused:
@@ -44,7 +44,7 @@ def check_registration(registration: wire.Registration, limits: Limits) -> None:
     for parameter in listed:
         if parameter.units < 0 or any(extent < 0 for extent in parameter.shape) or (parameter.depth or 0) < 0:
             raise invalid(f"parameter {parameter.name!r}: shape, units and depth are not negative")
-        if max([parameter.units, parameter.depth or 0, *parameter.shape]) > _LARGEST_STEP:
+        if max([parameter.units, parameter.depth or 0, *parameter.shape]) > LARGEST_STEP:
             raise invalid(f"parameter {parameter.name!r}: shape, units or depth is larger than 2**53")
         if parameter.depth is not None and parameter.depth >= 2**31:
             raise invalid(f"parameter {parameter.name!r}: depth {parameter.depth} is larger than 2**31")
@@ -58,8 +58,11 @@ def check_registration(registration: wire.Registration, limits: Limits) -> None:
     _check_text(registration.attributes.values())
 
 
-def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits) -> None:
+def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits, *, older: bool = False) -> None:
     """Refuse a batch that breaks a limit or does not fit its run.
+
+    Args:
+        older: whether it is of an attempt before the latest, from before the run gained its last parameters maybe.
 
     Raises:
         Refused: 422, with the field and its value.
@@ -75,7 +78,8 @@ def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits) -> None
             f"{len(batch.samples)} samples are more than limits.samples_per_batch ({limits.samples_per_batch})"
         )
     for index, sample in enumerate(batch.samples):
-        _check_sample(f"samples[{index}]", sample, parameter_count, limits)
+        _check_widths(f"samples[{index}]", sample, parameter_count, older=older)
+        _check_sample(f"samples[{index}]", sample, limits)
     _check_trail(batch.trail, limits)
     if len(batch.events) > limits.events_per_batch:
         raise invalid(f"{len(batch.events)} events are more than limits.events_per_batch ({limits.events_per_batch})")
@@ -105,15 +109,19 @@ def check_scalar_names(batch: wire.Batch, known: Iterable[str], limits: Limits) 
         raise invalid(f"{len(names)} scalar names are more than limits.scalar_names_per_run allows a run ({most})")
 
 
-def _check_sample(place: str, sample: wire.Sample, parameter_count: int, limits: Limits) -> None:
-    _check_whole(f"{place}.step", sample.step)
-    _check_time(f"{place}.at", sample.at)
+def _check_widths(place: str, sample: wire.Sample, parameter_count: int, *, older: bool) -> None:
     for name, vector in sample.statistics.items():
-        if vector.shape != (parameter_count,):
+        if vector.size > parameter_count or (vector.size < parameter_count and not older):
             raise invalid(
                 f"{place}.statistics.{name} has {vector.size} values, the run has {parameter_count} parameters: "
                 "register the run again if it has gained some"
             )
+
+
+def _check_sample(place: str, sample: wire.Sample, limits: Limits) -> None:
+    _check_whole(f"{place}.step", sample.step)
+    _check_time(f"{place}.at", sample.at)
+    for name, vector in sample.statistics.items():
         below = vector[vector < 0]
         if below.size and (below != wire.MISSING).any():
             found = below[below != wire.MISSING][0]
@@ -136,7 +144,7 @@ def _check_trail(trail: Mapping[str, wire.Trail], limits: Limits) -> None:
             raise invalid(
                 f"trail.{name} has {len(scalar.steps)} steps and {len(scalar.values)} values: as many of each"
             )
-        if scalar.steps and not 0 <= min(scalar.steps) <= max(scalar.steps) <= _LARGEST_STEP:
+        if scalar.steps and not 0 <= min(scalar.steps) <= max(scalar.steps) <= LARGEST_STEP:
             raise invalid(f"trail.{name}.steps are not all between 0 and 2**53")
     total = sum(len(scalar.steps) for scalar in trail.values())
     if total > limits.scalars_per_batch:
@@ -160,12 +168,12 @@ def _check_text(texts: Iterable[str]) -> None:
 
 
 def _check_whole(place: str, value: int) -> None:
-    if not 0 <= value <= _LARGEST_STEP:
+    if not 0 <= value <= LARGEST_STEP:
         raise invalid(f"{place} {value} is not between 0 and 2**53")
 
 
 def _check_time(place: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and 0 <= value <= _LARGEST_TIME):
+    if value is not None and not (math.isfinite(value) and 0 <= value <= LARGEST_TIME):
         raise invalid(f"{place} {value} is not a time in Unix seconds")
 
 

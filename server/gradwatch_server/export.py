@@ -20,6 +20,7 @@ from gradwatch_server.database import open_engine, prepare
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.ingest import load_parameters
 from gradwatch_server.levels import pruned_to
+from gradwatch_server.vectors import padded
 
 _CHUNK_SAMPLES = 256
 Column = list[Any] | NDArray[np.float32]
@@ -144,16 +145,8 @@ def _columns(rows: Sequence[sa.Row[Any]], names: Sequence[str], statistics: Sequ
         "parameter": list(names) * len(rows),
     }
     for place, name in enumerate(statistics, 3):
-        whole[name] = np.concatenate([_filled(row[place], width) for row in rows])
+        whole[name] = np.concatenate([padded(row[place], width) for row in rows])
     return whole
-
-
-def _filled(vector: NDArray[np.float32] | None, width: int) -> NDArray[np.float32]:
-    """Return a vector of this width: missing where nothing was measured, or where a parameter came later."""
-    filled = np.full(width, MISSING, np.float32)
-    if vector is not None:
-        filled[: len(vector)] = vector
-    return filled
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from gradwatch import wire
 from gradwatch_server import diagnosis, ledger, memories, queries, schema, shelf
 from gradwatch_server.advice import advise
-from gradwatch_server.bounds import check_batch, check_registration, check_scalar_names
+from gradwatch_server.bounds import LARGEST_STEP, check_batch, check_registration, check_scalar_names
 from gradwatch_server.database import upsert
 from gradwatch_server.diagnosis import Layout, Memory, Reading, exploding, nonfinite
 from gradwatch_server.errors import Refused
@@ -79,7 +79,7 @@ class Ingest:
         attempts = {} if known is None else known.attempts
         attempt = _effective(attempts, registration.attempt)
         if ahead_seconds and attempt == registration.attempt > 0:
-            attempt = max(1, attempt - round(1_000 * ahead_seconds))
+            attempt = min(max(1, attempt - round(1_000 * ahead_seconds)), LARGEST_STEP)
             attempts = {**attempts, str(registration.attempt): attempt}
         registration = msgspec.structs.replace(registration, attempt=attempt)
         if known is None:
@@ -113,7 +113,6 @@ class Ingest:
                 "attempts": attempts,
                 "attributes": registration.attributes,
                 "last_seen_at": now,
-                "attempt_first_step": None,
                 "scalar_steps": {},
                 "dropped": {},
                 "last_step": None,
@@ -130,7 +129,10 @@ class Ingest:
     def _extend(
         self, connection: sa.Connection, run_id: str, registration: wire.Registration, known: sa.Row[Any]
     ) -> None:
-        """Append parameters; change what may change of the known ones: depths, and whether they are trained."""
+        """Append parameters; change what may change of the known ones: depths, and whether they are trained.
+
+        What an attempt registered before the run gained parameters comes again where its agent left it behind.
+        """
         count = known.parameter_count
         stored = connection.execute(
             sa.select(*schema.parameters.c["position", "name", "depth", "trainable"])
@@ -142,6 +144,8 @@ class Ingest:
             if row.name != parameter.name:
                 detail = f"run {run_id!r} has parameter {row.name!r} at {row.position}, not {parameter.name!r}"
                 raise Refused(409, "Another run", f"{detail}: use another run id for another network")
+        if len(listed) < count and registration.attempt <= known.attempt:
+            return
         if len(listed) < count:
             detail = f"run {run_id!r} has {count} parameters already, the registration lists {len(listed)}"
             raise Refused(409, "Parameters missing", f"{detail}: list the known ones first, new ones after them")
@@ -209,11 +213,12 @@ class Ingest:
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         batch = msgspec.structs.replace(batch, attempt=_effective(run.attempts, batch.attempt))
-        check_batch(batch, run.parameter_count, self._configuration.limits)
+        older = batch.attempt < run.attempt
+        check_batch(batch, run.parameter_count, self._configuration.limits, older=older)
         check_scalar_names(batch, run.coverage.get("scalars", {}), self._configuration.limits)
         if not self._claim(connection, run_id, batch, now):
             return Stored(batch.id, 0, duplicate=True)
-        watched = self._watch(connection, run) if batch.attempt >= run.attempt else None
+        watched = None if older else self._watch(connection, run)
         scalars = shelf.scalars_by_step(batch)
         changes = shelf.put(connection, run, batch, scalars)
         changes |= self._progress(run, batch, now)
@@ -254,7 +259,7 @@ class Ingest:
             slow = _SLOWER * (usual or span)  # a long pause does not become usual
             changes["usual_interval_seconds"] = span if usual is None else 0.8 * usual + 0.2 * min(span, slow)
         steps = [sample.step for sample in batch.samples]
-        steps += [scalar.steps[-1] for scalar in batch.trail.values() if scalar.steps]
+        steps += [max(scalar.steps) for scalar in batch.trail.values() if scalar.steps]
         if steps and batch.attempt >= run.attempt:
             changes["last_step"] = max([*steps, run.last_step or 0])
         return changes
@@ -440,6 +445,6 @@ def _latest(batch: wire.Batch) -> dict[str, tuple[int, wire.Number]]:
 
 
 def _losses(batch: wire.Batch) -> dict[int, float]:
-    """Return the loss of every step that the batch tells of."""
+    """Return the loss of every step that the batch tells of; what a sample carries itself wins."""
     sampled = {sample.step: wire.number(sample.scalars["loss"]) for sample in batch.samples if "loss" in sample.scalars}
-    return sampled | memories.told_losses(batch.trail)
+    return memories.told_losses(batch.trail) | sampled

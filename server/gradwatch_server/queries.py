@@ -26,6 +26,8 @@ __all__ = [
 
 _AT_ONCE = 500
 """Steps that one statement asks for by name."""
+_LOOKED_THROUGH = 8_192
+"""Samples among which histograms are looked for where not every one carries them."""
 _MOST_CELLS = 2_000_000
 """Of one answer, points x parameters: a map of more parameters has fewer points."""
 
@@ -125,21 +127,48 @@ def read_histograms(
 ) -> tuple[list[int], NDArray[np.float64]]:
     """Return histograms of units' ratios at up to ``points`` samples spread over what is left of a range.
 
+    Of each part of the range it is the last sample that carries them, looked for among the newest ones of the part.
+
     Returns:
         Their steps, and the counts, shape (steps, thirds, bins).
     """
     first = max(from_step or 0, pruned_to(_run(connection, run_id).coverage.get("pruned", []), 0) + 1)
-    spread = read_statistic(connection, run_id, "grad_norm", first or None, to_step, [], points).last_steps.tolist()
-    table = schema.samples
-    found: dict[int, dict[str, list[float]]] = {}
-    for begin in range(0, len(spread), _AT_ONCE):
-        wanted = table.c.step.in_(spread[begin : begin + _AT_ONCE])
-        rows = sa.select(*table.c["step", "histograms"]).where(table.c.run == run_id, table.c.level == 0, wanted)
-        found |= {step: histograms for step, histograms in connection.execute(rows) if histograms}
+    spread = read_statistic(connection, run_id, "grad_norm", first or None, to_step, [], points)
+    found = _histograms_of(connection, run_id, spread.last_steps.tolist())
+    parts = zip(spread.first_steps.tolist(), spread.last_steps.tolist(), strict=True)
+    without = [part for part in parts if part[1] not in found]
+    found |= _histograms_of(connection, run_id, _last_carrying(connection, run_id, without))
     bins = HISTOGRAM_EDGES.size + 1
     steps = [step for step in sorted(found) if all(len(found[step].get(name, ())) == bins for name in HISTOGRAMS)]
     counts = [[found[step][name] for name in HISTOGRAMS] for step in steps]
     return steps, np.array(counts, np.float64).reshape(len(steps), len(HISTOGRAMS), bins)
+
+
+def _histograms_of(connection: sa.Connection, run_id: str, steps: Sequence[int]) -> dict[int, dict[str, list[float]]]:
+    """Return the histograms of those of these samples that carry them."""
+    table = schema.samples
+    found: dict[int, dict[str, list[float]]] = {}
+    for begin in range(0, len(steps), _AT_ONCE):
+        wanted = table.c.step.in_(steps[begin : begin + _AT_ONCE])
+        rows = sa.select(*table.c["step", "histograms"]).where(table.c.run == run_id, table.c.level == 0, wanted)
+        found |= {step: histograms for step, histograms in connection.execute(rows) if histograms}
+    return found
+
+
+def _last_carrying(connection: sa.Connection, run_id: str, parts: Sequence[tuple[int, int]]) -> list[int]:
+    """Return the last sample that carries histograms of each part, given by its ends, where one of the newest does."""
+    most = max(1, _LOOKED_THROUGH // max(1, len(parts)))
+    steps: list[int] = []
+    for begin in range(0, len(parts), _AT_ONCE):
+        ends = sa.values(sa.column("first", sa.BigInteger), sa.column("last", sa.BigInteger))
+        part = ends.data(parts[begin : begin + _AT_ONCE]).cte("part")
+        table = schema.samples
+        mine = table.c.run == run_id, table.c.level == 0, table.c.step.between(part.c.first, part.c.last)
+        newest = sa.select(table.c.step, sa.cast(table.c.histograms, sa.Text).label("told")).where(*mine)
+        few = newest.order_by(table.c.step.desc()).limit(most).correlate(part).subquery()
+        last = sa.select(sa.func.max(few.c.step)).where(few.c.told != "null").scalar_subquery()
+        steps += [step for step in connection.scalars(sa.select(last).select_from(part)) if step is not None]
+    return steps
 
 
 def read_latest(connection: sa.Connection, run_id: str) -> sa.Row[Any] | None:

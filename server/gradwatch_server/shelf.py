@@ -15,6 +15,9 @@ from gradwatch_server.database import upsert
 from gradwatch_server.lanes import TRAIL_STEPS, SampleLane, ScalarLane, measured
 from gradwatch_server.levels import LAST_STEP, Levels, pruned_to
 
+_ATTEMPTS_KEPT = 100
+"""Whose first steps are remembered apart; those of all before count as one."""
+
 _decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
 
 
@@ -23,18 +26,19 @@ def put(
 ) -> dict[str, Any]:
     """Store the content of a batch, with its ``scalars_by_step``; return what changes in the run's row.
 
-    The latest attempt wins from its first step on: what an older one has stored there goes, what it still sends is
-    left out.
+    An attempt wins from its first step on: what an older one has stored there goes, what it still sends is left out.
     """
     coverage = msgspec.json.decode(msgspec.json.encode(run.coverage))
     samples, trail = batch.samples, _with_samples(batch)
-    floor = run.attempt_first_step if batch.attempt <= run.attempt else None
-    if batch.attempt < run.attempt:
-        end = LAST_STEP if floor is None else floor
+    begun = {int(attempt): step for attempt, step in run.first_steps.items()}
+    end = min((step for attempt, step in begun.items() if attempt > batch.attempt), default=LAST_STEP)
+    if end < LAST_STEP:
         samples = [sample for sample in samples if sample.step < end]
         trail = _between(trail, 0, end - 1)
-    else:
-        floor = _supersede(connection, run, batch, floor, coverage)
+    first = min([sample.step for sample in samples] + [min(scalar.steps) for scalar in trail.values()], default=end)
+    if first < begun.get(batch.attempt, end):
+        _supersede(connection, run, batch.attempt, first, begun, coverage)
+        begun = _limiting(begun | {batch.attempt: first})
     used = {name for sample in samples for name in sample.statistics}
     statistics = [name for name in STATISTICS if name in used or name in run.statistics]
     if samples:
@@ -53,31 +57,46 @@ def put(
     for name, scalar in trail.items():
         levels = Levels(ScalarLane(connection, run.id, name), coverage.setdefault("scalars", {}).setdefault(name, []))
         levels.add(scalar.steps)
-    return {"attempt_first_step": floor, "statistics": statistics, "coverage": coverage}
+    told = {str(attempt): step for attempt, step in begun.items()}
+    return {"first_steps": told, "statistics": statistics, "coverage": coverage}
+
+
+def _limiting(begun: Mapping[int, int]) -> dict[int, int]:
+    """Return the first steps of those attempts that no later one begins before, by attempt.
+
+    Of many attempts the oldest count as one, which begins where the first of them does: what they still send is left
+    out from there on, rather than mixed.
+    """
+    kept: dict[int, int] = {}
+    least = LAST_STEP
+    for attempt, step in sorted(begun.items(), reverse=True):
+        if step < least:
+            kept[attempt] = least = step
+    newest = sorted(kept)[-_ATTEMPTS_KEPT:]
+    return {attempt: kept[attempt] for attempt in newest} | {newest[0]: least}
 
 
 def _supersede(
-    connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, floor: int | None, coverage: dict[str, Any]
-) -> int | None:
-    """Remove what older attempts stored from the first step of this one on; return that step."""
-    steps = [sample.step for sample in batch.samples] + [step for trail in batch.trail.values() for step in trail.steps]
-    first = min(steps, default=LAST_STEP)
-    if first >= (LAST_STEP if floor is None else floor):
-        return floor
+    connection: sa.Connection,
+    run: sa.Row[Any],
+    attempt: int,
+    first: int,
+    begun: Mapping[int, int],
+    coverage: dict[str, Any],
+) -> None:
+    """Remove what older attempts stored from the first step of this one on."""
     table = schema.samples
-    before = LAST_STEP if floor is None else floor
-    stretch = (table.c.step.between(first, before), table.c.attempt < batch.attempt)
+    stretch = (table.c.step.between(first, begun.get(attempt, LAST_STEP)), table.c.attempt < attempt)
     gone = connection.execute(sa.delete(table).where(table.c.run == run.id, table.c.level == 0, *stretch)).rowcount
-    begins, pruned = floor is None, pruned_to(coverage.get("pruned", []), 0)
+    begins, pruned = all(known < attempt for known in begun), pruned_to(coverage.get("pruned", []), 0)
     if gone or (begins and first <= pruned):
         lane = SampleLane(connection, run.id, measured(run.statistics), run.parameter_count)
         levels = Levels(lane, coverage.get("samples", []), coverage.get("pruned"))
-        # Where this attempt has stored later steps already, buckets of theirs could not be gathered again.
+        # Where this attempt or a later one has stored later steps, buckets of theirs could not be gathered again.
         levels.cut(first if begins else max(first, pruned + 1))
-    if _cut_trails(connection, run.id, batch.attempt, first):
+    if _cut_trails(connection, run.id, attempt, first):
         for name, covered in coverage.get("scalars", {}).items():
             Levels(ScalarLane(connection, run.id, name), covered).cut(first)
-    return first
 
 
 def _cut_trails(connection: sa.Connection, run_id: str, attempt: int, first: int) -> int:
@@ -174,14 +193,14 @@ _insert_trails = sa.insert(schema.trails)
 
 
 def _with_samples(batch: wire.Batch) -> dict[str, Trail]:
-    """Return the scalars of every step, those that only samples carry among them."""
+    """Return the scalars of every step, what samples carry among them: where a trail tells the same, the sample's."""
     found: defaultdict[str, dict[int, wire.Number]] = defaultdict(dict)
     for sample in batch.samples:
         for name, value in sample.scalars.items():
             found[name][sample.step] = value
     for name, trail in batch.trail.items():
         if name in found or len(set(trail.steps)) < len(trail.steps):
-            found[name] |= dict(zip(trail.steps, trail.values, strict=True))
+            found[name] = dict(zip(trail.steps, trail.values, strict=True)) | found[name]
     made = {name: Trail(steps=list(values), values=list(values.values())) for name, values in found.items()}
     return {name: trail for name, trail in (batch.trail | made).items() if trail.steps}
 

@@ -12,6 +12,8 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from psycopg import abc, adapt, postgres, pq
 
+from gradwatch.wire import MISSING
+
 _ELEMENT = np.dtype([("bytes", ">i4"), ("value", ">f4")])
 _HEADER = np.dtype(">i4")
 _HEADER_BYTES = 20
@@ -59,6 +61,14 @@ class Gathered(NamedTuple):
 
     steps: NDArray[np.int64]
     columns: Sequence[Rows]
+
+
+def padded(vector: NDArray[np.float32] | None, width: int) -> NDArray[np.float32]:
+    """Return a vector of this width: missing where nothing was measured, or where the run gained a parameter later."""
+    whole = np.full(width, MISSING, np.float32)
+    if vector is not None:
+        whole[: len(vector)] = vector
+    return whole
 
 
 def raw(vector: sa.ColumnElement[Any], engine: str) -> sa.ColumnElement[Any]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -105,6 +106,24 @@ def test_a_run_without_parameters_or_samples_has_no_advice(server: GradwatchServ
         assert server.get(f"/api/v1/runs/{run}/clip-advice")["recommended"] is None
     server.store(run, wire.Batch(id="1", samples=[sample(step, 1.0) for step in range(700)]))
     assert server.get(f"/api/v1/runs/{run}/clip-advice")["samples"] == 0
+
+
+def test_histograms_are_found_where_not_every_sample_carries_them(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a.weight"])
+    carried = {name: [1.0] * (wire.HISTOGRAM_EDGES.size + 1) for name in wire.HISTOGRAMS}
+    for first in range(0, 3_200, 800):
+        plain = [sample(step, 1.0) for step in range(first, first + 800)]
+        samples = [msgspec.structs.replace(one, histograms={} if one.step % 10 else carried) for one in plain]
+        assert shared_server.store(run, wire.Batch(id=str(first), samples=samples)).status_code == 200
+    for points in (10_000, 500, 100, 20):
+        advice = shared_server.get(f"/api/v1/runs/{run}/clip-advice", points=points)
+        assert min(points, 320) / 3 <= advice["samples"] <= points
+        assert not any(step % 10 for step in advice["steps"])
+        assert advice["steps"] == sorted(set(advice["steps"]))
+        assert advice["steps"][0] < 3_200 / 3
+        assert advice["steps"][-1] > 3_200 * 2 / 3
+    part = shared_server.get(f"/api/v1/runs/{run}/clip-advice", from_step=1_005, to_step=1_035)
+    assert part["steps"] == [1_010, 1_020, 1_030]
 
 
 def test_the_remedy_of_an_explosion_names_the_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
 """Ingest from the outside: what is acknowledged is stored once, what is refused changes nothing."""
 
 import gzip
+import itertools
 import json
 import time
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import schema
 from tests.processes import GradwatchServer, sample
 
 NAN, INF = float("nan"), float("inf")
@@ -69,6 +72,27 @@ def test_batches_out_of_order_end_in_order(shared_server: GradwatchServer) -> No
     assert shared_server.get(f"/api/v1/runs/{run}")["last_step"] == 5
 
 
+def test_a_trail_need_not_be_in_order(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    trail = {"loss": wire.Trail(steps=[9, 3], values=[1.0, 2.0])}
+    assert shared_server.store(run, wire.Batch(id="b", trail=trail)).status_code == 200
+    described = shared_server.get(f"/api/v1/runs/{run}")
+    assert (described["last_step"], described["scalars"]) == (9, {"loss": 1.0})
+    loss = shared_server.get(f"/api/v1/runs/{run}/series", statistic="loss")
+    assert (loss["steps"], loss["last"]) == ([3, 9], [2.0, 1.0])
+
+
+def test_a_scalar_told_twice_of_a_step_is_the_samples(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    trail = {"loss": wire.Trail(steps=[1, 2], values=[7.0, NAN])}
+    batch = wire.Batch(id="b", samples=[sample(step, 1.0, loss=1.0) for step in (1, 2)], trail=trail)
+    assert shared_server.store(run, batch).status_code == 200
+    assert shared_server.get(f"/api/v1/runs/{run}/series", statistic="loss")["last"] == [1.0, 1.0]
+    assert shared_server.get(f"/api/v1/runs/{run}/latest")["scalars"] == {"loss": 1.0}
+    assert shared_server.get(f"/api/v1/runs/{run}")["scalars"] == {"loss": 1.0}
+    assert shared_server.get("/api/v1/alerts", run=run) == []
+
+
 def test_the_latest_attempt_wins_from_its_first_step_on(shared_server: GradwatchServer) -> None:
     run = shared_server.register(["a"], attempt=1)
     shared_server.store(run, wire.Batch(id="b1", attempt=1, samples=[sample(step, 1.0) for step in range(1, 11)]))
@@ -78,6 +102,56 @@ def test_the_latest_attempt_wins_from_its_first_step_on(shared_server: Gradwatch
     series = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")
     assert series["steps"] == [1, 2, 3, 4, 5, 6, 8]
     assert series["last"] == [1.0] * 5 + [2.0] * 2
+
+
+def test_each_attempt_ends_where_any_later_one_begins(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"], attempt=1)
+    identities = itertools.count()
+
+    def send(attempt: int, steps: range) -> dict[int, float]:
+        samples = [sample(step, float(attempt), loss=float(attempt)) for step in steps]
+        batch = wire.Batch(id=str(next(identities)), attempt=attempt, samples=samples)
+        assert shared_server.store(run, batch).status_code == 200
+        of_a = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")
+        loss = shared_server.get(f"/api/v1/runs/{run}/series", statistic="loss")
+        assert (of_a["steps"], of_a["last"]) == (loss["steps"], loss["last"])
+        return dict(zip(of_a["steps"], of_a["last"], strict=True))
+
+    send(1, range(55))
+    shared_server.register(["a"], id=run, attempt=2)
+    two = send(2, range(50, 100, 5))
+    assert two == dict.fromkeys(range(50), 1.0) | dict.fromkeys(range(50, 100, 5), 2.0)
+    assert send(1, range(55, 70)) == two
+    shared_server.register(["a"], id=run, attempt=3)
+    assert send(1, range(55, 70)) == two
+    three = send(3, range(80, 100, 5))
+    assert three == two | dict.fromkeys(range(80, 100, 5), 3.0)
+    assert send(1, range(71, 79)) == three
+    late = send(2, range(76, 86))
+    assert late == three | dict.fromkeys(range(76, 80), 2.0)
+    earlier = send(2, range(45, 46))
+    assert earlier == {step: value for step, value in late.items() if not 45 <= step < 50} | {45: 2.0}
+    assert send(1, range(44, 50)) == earlier
+    coarse = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm", points=6)
+    assert [values[0] for values in coarse["last"]] == [earlier[step] for step in coarse["last_steps"]]
+
+
+def test_many_attempts_take_little_room_and_are_not_mixed(shared_server: GradwatchServer, engine: sa.Engine) -> None:
+    run = shared_server.register(["a"], attempt=1)
+    for attempt in range(1, 121):
+        shared_server.register(["a"], id=run, attempt=attempt)
+        samples = [sample(step, float(attempt)) for step in (10 * attempt, 10 * attempt + 5)]
+        shared_server.store(run, wire.Batch(id=str(attempt), attempt=attempt, samples=samples))
+    for attempt in (1, 15, 60):
+        samples = [sample(step, float(attempt)) for step in range(10 * attempt, 1_300)]
+        shared_server.store(run, wire.Batch(id=f"late-{attempt}", attempt=attempt, samples=samples))
+    seen = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")
+    steps = [step for attempt in range(1, 121) for step in (10 * attempt, 10 * attempt + 5)]
+    assert seen["steps"] == sorted({*steps, *range(600, 610)})
+    assert seen["last"] == [float(step // 10) for step in seen["steps"]]
+    with engine.connect() as connection:
+        kept = sa.select(schema.runs.c.first_steps).where(schema.runs.c.id == run)
+        assert len(connection.execute(kept).scalar_one()) == 100
 
 
 def test_attempts_are_ordered_by_the_servers_clock(shared_server: GradwatchServer) -> None:
@@ -115,6 +189,19 @@ def test_attempts_are_ordered_by_the_servers_clock(shared_server: GradwatchServe
     ]
 
 
+@pytest.mark.parametrize("clock", ["1e306", "-1e300", "-1e16", "1e16", "-1", "inf", "nan", "noon", "0", "1e11"])
+@pytest.mark.parametrize("attempt", [1, 2**53])
+def test_whatever_a_clock_tells_an_attempt_is_taken(shared_server: GradwatchServer, clock: str, attempt: int) -> None:
+    document = wire.Registration(attempt=attempt, parameters=[wire.Parameter("a", [1])])
+    headers = {"content-type": wire.MESSAGEPACK_TYPE, wire.CLOCK_HEADER: clock}
+    answer = shared_server.http.post("/api/v1/runs", content=wire.encode(document), headers=headers)
+    assert answer.status_code == 201, answer.text
+    run = answer.json()["id"]
+    stored = shared_server.store(run, wire.Batch(id="b", attempt=attempt, samples=[sample(1, 1.0)]))
+    assert stored.status_code == 200, stored.text
+    assert shared_server.get(f"/api/v1/runs/{run}")["last_step"] == 1
+
+
 def test_the_state_of_a_run_is_that_of_its_latest_steps(shared_server: GradwatchServer) -> None:
     run = shared_server.register(["a"], attempt=1)
 
@@ -145,6 +232,49 @@ def test_a_run_may_gain_parameters(shared_server: GradwatchServer) -> None:
     seen = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm")
     assert seen["parameters"] == ["a", "b"]
     assert seen["last"] == [[1.0, None], [1.0, 2.0]]
+
+
+def test_what_an_older_attempt_measured_is_kept_though_the_run_has_gained_parameters(
+    shared_server: GradwatchServer,
+) -> None:
+    run = shared_server.register(["a"], attempt=1)
+    shared_server.store(run, wire.Batch(id="b1", attempt=1, samples=[sample(1, 1.0)]))
+    shared_server.register(["a", "b"], id=run, attempt=2)
+    early = [sample(step, {20: 50.0, 30: NAN}.get(step, 1.0)) for step in range(2, 50)]
+    late = wire.Batch(id="b2", attempt=1, samples=early)
+    assert shared_server.store(run, late).json()["samples"] == 48
+    assert shared_server.get(f"/api/v1/runs/{run}/latest")["statistics"]["grad_norm"] == [1.0, None]
+    wide = [sample(step, 1.0, 2.0) for step in range(50, 80)]
+    assert shared_server.store(run, wire.Batch(id="c1", attempt=2, samples=wide)).status_code == 200
+    later = wire.Batch(id="b3", attempt=1, samples=[sample(12, 70.0)])
+    assert shared_server.store(run, later).status_code == 200
+    each = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm", points=100)
+    assert each["steps"] == list(range(1, 80))
+    assert [values[1] for values in each["last"]] == [None] * 49 + [2.0] * 30
+    coarse = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm", points=6)
+    assert len(coarse["steps"]) <= 6
+    assert max(values[0] for values in coarse["max"]) == 70.0
+    assert [sum(counts) for counts in zip(*coarse["nonfinite"], strict=True)] == [1, 0]
+    one = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="b", points=6)
+    assert one["last"] == [values[1] for values in coarse["last"]]
+    assert shared_server.get("/api/v1/alerts", run=run) == []
+    for attempt, values in ((1, (1.0, 1.0, 1.0)), (2, (1.0,))):
+        unfit = wire.Batch(id=f"unfit-{attempt}", attempt=attempt, samples=[sample(3, *values)])
+        assert shared_server.store(run, unfit).status_code == 422
+
+
+def test_a_registration_from_before_the_run_gained_parameters_may_come_again(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"], attempt=1)
+    shared_server.register(["a", "b"], id=run, attempt=2)
+    shared_server.register(["a", "b", "c"], id=run, attempt=2)
+    before = shared_server.get(f"/api/v1/runs/{run}")
+    for attempt, names in ((1, ["a"]), (2, ["a", "b"])):
+        shared_server.register(names, id=run, attempt=attempt)
+        assert shared_server.get(f"/api/v1/runs/{run}") == before
+    for attempt, names, reason in ((1, ["z"], "'a'"), (3, ["a"], "has 3 parameters already")):
+        listed = [wire.Parameter(name, [4, 4], units=4) for name in names]
+        refused = shared_server.post("/api/v1/runs", wire.Registration(id=run, attempt=attempt, parameters=listed))
+        assert (refused.status_code, reason in refused.json()["detail"]) == (409, True)
 
 
 def test_parameters_are_shown_in_the_order_of_depth(shared_server: GradwatchServer) -> None:

@@ -145,6 +145,33 @@ def test_data_of_every_revision_is_there_afterwards(empty_url: str, revision: st
         assert server.get("/api/v1/deliveries") == []
 
 
+@pytest.mark.parametrize("first_step", [36, None])
+def test_the_attempts_of_a_migrated_run_are_not_mixed(empty_url: str, first_step: int | None, tmp_path: Path) -> None:
+    begun = {1: 1, 2: 21} | ({} if first_step is None else {3: first_step})
+    engine = open_engine(empty_url)
+    command.upgrade(alembic_of(engine), "0010_in_place")
+    with _plainly(empty_url) as (plain, tables):
+        _fill(plain, tables)
+        runs, samples = tables.tables["runs"], tables.tables["samples"]
+        with plain.begin() as connection:
+            connection.execute(sa.update(runs).values(attempt=3, attempt_first_step=first_step))
+            for attempt, step in begun.items():
+                mine = samples.c.level == 0, samples.c.step >= step
+                connection.execute(sa.update(samples).where(*mine).values(attempt=attempt))
+    migrate(engine)
+    engine.dispose()
+    with GradwatchServer(tmp_path / "server.db", url=empty_url) as server:
+        for attempt in (1, 2):
+            late = [sample(step, *[float(attempt)] * 4) for step in range(15, 50)]
+            batch = wire.Batch(id=f"late-{attempt}", attempt=attempt, samples=late[:10] if attempt == 2 else late)
+            assert server.store("old", batch).status_code == 200
+        seen = server.get("/api/v1/runs/old/series", statistic="grad_norm", parameter="p0")
+        last = dict(zip(seen["steps"], seen["last"], strict=True))
+    assert last == dict.fromkeys(range(1, 15), 0.5) | dict.fromkeys(range(15, 25), 2.0) | dict.fromkeys(
+        range(25, 41), 0.5
+    )
+
+
 def _partitions(engine: sa.Engine) -> set[str]:
     """Return the tables that hold a part of another one's rows."""
     if engine.dialect.name == "sqlite":

@@ -1,7 +1,6 @@
 """What agents call: register a run, store a batch."""
 
 import asyncio
-import math
 import secrets
 import time
 from functools import partial
@@ -13,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from gradwatch import wire
 from gradwatch_server.api import access, body, documents
 from gradwatch_server.api.problem import problems
+from gradwatch_server.bounds import LARGEST_TIME
 from gradwatch_server.services import Services
 
 _RIGHT_SECONDS = 5.0
@@ -73,12 +73,15 @@ async def store_batch(request: Request, run_id: str) -> Response:
 
 
 def _ahead_seconds(request: Request) -> float:
-    """Return how far the sender's clock is ahead of this one; 0 where it does not say, or is right within seconds."""
+    """Return how far the sender's clock is ahead of this one; 0 where it tells no time, or is right within seconds."""
     try:
-        ahead = float(request.headers.get(wire.CLOCK_HEADER, "nan")) - time.time()
+        clock = float(request.headers.get(wire.CLOCK_HEADER, "nan"))
     except ValueError:
         return 0.0
-    return ahead if _RIGHT_SECONDS < abs(ahead) < math.inf else 0.0
+    if not 0 <= clock <= LARGEST_TIME:
+        return 0.0
+    ahead = clock - time.time()
+    return ahead if abs(ahead) > _RIGHT_SECONDS else 0.0
 
 
 def _json(answer: msgspec.Struct, status: int) -> Response:

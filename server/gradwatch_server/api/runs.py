@@ -20,6 +20,7 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import load_order, load_parameters
 from gradwatch_server.runs import RunState, check_run, load_run, load_runs
 from gradwatch_server.services import Services
+from gradwatch_server.vectors import padded
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 
@@ -163,12 +164,14 @@ def show_latest(connection: Reader, run_id: RunId) -> Response:
     if newest is None:
         raise Refused(404, "No samples", f"run {run_id!r} has no sample yet")
     vectors = {name: getattr(newest, name) for name in wire.STATISTICS}
+    positions, names = load_order(connection, run_id)
+    width = len(names)
     content = {
         "run": run_id,
         "step": newest.step,
         "at": newest.at,
-        "parameters": [name for _, name in sorted(zip(*load_order(connection, run_id), strict=True))],
-        "statistics": {name: spelled(vector) for name, vector in vectors.items() if vector is not None},
+        "parameters": [name for _, name in sorted(zip(positions, names, strict=True))],
+        "statistics": {name: spelled(padded(vector, width)) for name, vector in vectors.items() if vector is not None},
         "scalars": newest.scalars,
     }
     return answer(content)

@@ -90,7 +90,7 @@ def _complete(described: dict[str, Any]) -> None:
     described["security"] = [{name: []} for name in _SCHEMES] + [{}]
     for path, operations in described["paths"].items():
         for operation in operations.values():
-            answers = [401, 403] if path.startswith(("/api/", "/metrics")) else []
+            answers = [401, 403, 421] if path.startswith(("/api/", "/metrics")) else []
             answers += [400] if "requestBody" in operation else []
             if operation["responses"].pop("422", None) is not None:  # FastAPI's own document is never sent
                 answers.append(422)

@@ -168,6 +168,7 @@ def test_runs_are_listed_by_project_and_state(shared_server: GradwatchServer) ->
 
 MESSAGEPACK = {"content-type": wire.MESSAGEPACK_TYPE}
 JSON = {"content-type": wire.JSON_TYPE}
+_NORMS = b'{"step": 1, "at": 1, "statistics": {"grad_norm": [%s, 1]}}'
 GOOD = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0, 2.0)]))
 
 
@@ -176,6 +177,8 @@ GOOD = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0, 2.0)]))
     [
         (JSON, b'{"version": 2, "id": "b"}', 400, "version 2 is unknown"),
         (JSON, b"{", 400, "truncated"),
+        (JSON, b'{"id": "b", "samples": [%s]}' % (_NORMS % (b"1" + b"0" * 399)), 400, "beyond its range"),
+        (JSON, b'{"id": "b", "samples": [%s]}' % (_NORMS % b"1e39"), 400, "1e+39 is beyond its range"),
         (MESSAGEPACK, b"\xc1", 400, "malformed"),
         (MESSAGEPACK | {"content-encoding": "gzip"}, b"not gzip", 400, "not gzip"),
         (MESSAGEPACK | {"content-encoding": "gzip"}, gzip.compress(GOOD)[:-4], 400, "cut off"),

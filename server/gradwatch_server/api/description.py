@@ -3,6 +3,7 @@
 from typing import Any
 
 import msgspec
+import numpy as np
 from fastapi import FastAPI
 
 from gradwatch import wire
@@ -109,7 +110,6 @@ def _bind(schema: dict[str, Any], bound: dict[str, Any]) -> None:
 
 
 def _vector_schema(_kind: type) -> dict[str, Any]:
-    element = {
-        "anyOf": [{"type": "number", "minimum": 0}, {"const": -1}, {"type": "null"}, {"enum": ["NaN", "Infinity"]}]
-    }
+    measured = {"type": "number", "minimum": 0, "maximum": float(np.finfo(np.float32).max)}
+    element = {"anyOf": [measured, {"const": -1}, {"type": "null"}, {"enum": ["NaN", "Infinity"]}]}
     return {"type": "array", "items": element, "description": "one value for each parameter; null: missing"}

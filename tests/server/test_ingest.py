@@ -6,11 +6,14 @@ import time
 from typing import Any
 
 import pytest
+import zstandard
 
 from gradwatch import wire
 from tests.processes import GradwatchServer, sample
 
 NAN, INF = float("nan"), float("inf")
+_SKIPPED = bytes.fromhex("502a4d1804000000") + b"skip"
+"""A frame of zstd that carries no content."""
 
 
 def test_a_sample_comes_back_as_it_was_sent(shared_server: GradwatchServer) -> None:
@@ -44,6 +47,17 @@ def test_a_compressed_body_is_read(shared_server: GradwatchServer) -> None:
         f"/api/v1/runs/{run}/samples",
         content=gzip.compress(wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0)]))),
         headers={"content-type": wire.MESSAGEPACK_TYPE, "content-encoding": "gzip"},
+    )
+    assert answer.json()["samples"] == 1
+
+
+def test_a_body_of_several_zstd_frames_is_read_whole(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    content = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0)]))
+    answer = shared_server.http.post(
+        f"/api/v1/runs/{run}/samples",
+        content=_SKIPPED + zstandard.compress(content[:9]) + zstandard.compress(b"") + zstandard.compress(content[9:]),
+        headers={"content-type": wire.MESSAGEPACK_TYPE, "content-encoding": "zstd"},
     )
     assert answer.json()["samples"] == 1
 
@@ -170,6 +184,8 @@ MESSAGEPACK = {"content-type": wire.MESSAGEPACK_TYPE}
 JSON = {"content-type": wire.JSON_TYPE}
 _NORMS = b'{"step": 1, "at": 1, "statistics": {"grad_norm": [%s, 1]}}'
 GOOD = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0, 2.0)]))
+_FRAME = zstandard.ZstdCompressor(write_checksum=True).compress(GOOD)
+_RAW = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(range(256)))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +198,10 @@ GOOD = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0, 2.0)]))
         (MESSAGEPACK, b"\xc1", 400, "malformed"),
         (MESSAGEPACK | {"content-encoding": "gzip"}, b"not gzip", 400, "not gzip"),
         (MESSAGEPACK | {"content-encoding": "gzip"}, gzip.compress(GOOD)[:-4], 400, "cut off"),
+        (MESSAGEPACK | {"content-encoding": "zstd"}, _FRAME[:-4], 400, "zstd"),
+        (MESSAGEPACK | {"content-encoding": "zstd"}, _FRAME + _FRAME[:-1], 400, "zstd"),
+        (MESSAGEPACK | {"content-encoding": "zstd"}, _FRAME + _FRAME[:2], 400, "zstd"),
+        (MESSAGEPACK | {"content-encoding": "zstd"}, _RAW[:-100], 400, "zstd stream is cut off"),
         (MESSAGEPACK | {"content-encoding": "br"}, GOOD, 415, "'br'"),
         ({"content-type": "text/plain"}, GOOD, 415, "'text/plain'"),
         ({}, GOOD, 415, "''"),

@@ -231,3 +231,15 @@ def test_rows_that_are_read_ahead_are_the_same(database_url: str, engine: sa.Eng
     assert not helped.acquire(blocking=False)
     assert found.high[:, 0].tolist() == [float(step) for step in range(15, 2_400, 16)]
     assert found.nonfinite[:, 1].nonzero()[0].tolist() == [1_000 // 16]
+
+
+@pytest.mark.parametrize("ones", [[1.0] * 128, [1.0] * 127 + ["NaN"]], ids=["finite", "beside NaN"])
+def test_the_mean_of_large_losses_is_finite(engine: sa.Engine, ones: list[wire.Number]) -> None:
+    store = Store(engine, f"large{ones[-1]}")
+    largest = float(np.finfo(np.float64).max)
+    trail = wire.Trail(steps=list(range(512)), values=[*[1.5e308] * 128, *[-1.5e308] * 128, *ones, *[largest] * 128])
+    with writing(engine) as connection:
+        store.ingest.store(connection, store.run, wire.Batch(id="b", trail={"loss": trail}))
+        wide, narrow = (queries.read_scalar(connection, store.run, "loss", 0, 511, points) for points in (8, 1))
+    np.testing.assert_allclose(wide.mean[::2, 0], [1.5e308, -1.5e308, 1.0, largest], rtol=1e-12)
+    np.testing.assert_allclose(narrow.mean[:, 0], [largest / narrow.finite[0, 0] * 128], rtol=1e-12)

@@ -12,6 +12,8 @@ from gradwatch.wire import MISSING
 Floats = NDArray[np.floating[Any]]
 Steps = NDArray[np.int64]
 Counts = NDArray[np.integer[Any]]
+UNMEASURED = -1
+"""In place of the number of non-finite values of a bucket for which the one statistic that is read was not measured."""
 _SMALL = 2.0**-64
 """No sum of fewer than 2**63 numbers that were multiplied by it is beyond float64."""
 
@@ -63,6 +65,11 @@ class Buckets:
 
     def __len__(self) -> int:
         return len(self.first_steps)
+
+    def measured(self) -> "Buckets":
+        """Return the buckets that are not marked as ``UNMEASURED``."""
+        kept = (self.nonfinite != UNMEASURED).all(axis=1)
+        return self if kept.all() else Buckets(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
 
     def head(self, count: int) -> "Buckets":
         """Return the first ``count`` buckets."""

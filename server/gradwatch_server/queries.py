@@ -173,8 +173,8 @@ def _exactly(lane: _Lane, level: int, first: int | None, last: int) -> Buckets:
         return found
     if not len(found):
         return _exactly(lane, level - 1, first, last)
-    parts = [found]
     begin, end = int(found.first_steps[0]), int(found.last_steps[-1])
+    parts = [found.measured()]  # its ends are those of all: nothing finer is looked through where nothing was measured
     if first is not None and first < begin:
         parts.insert(0, _exactly(lane, level - 1, first, begin - 1).thinned(1))
     if end < last:

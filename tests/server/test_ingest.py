@@ -62,6 +62,16 @@ def test_a_body_of_several_zstd_frames_is_read_whole(shared_server: GradwatchSer
     assert answer.json()["samples"] == 1
 
 
+@pytest.mark.parametrize("count", [10, 400])
+def test_a_statistic_that_was_not_measured_has_no_profile(shared_server: GradwatchServer, count: int) -> None:
+    run = shared_server.register(["a"])
+    shared_server.store(run, wire.Batch(id="b", samples=[sample(step, 1.0) for step in range(count)]))
+    profile = shared_server.http.get(f"/api/v1/runs/{run}/profile", params={"statistic": "update_norm"})
+    assert profile.status_code == 404
+    assert "'update_norm'" in profile.json()["detail"]
+    assert shared_server.get(f"/api/v1/runs/{run}/map", statistic="update_norm", points=3)["steps"] == []
+
+
 def test_replaying_a_batch_changes_nothing(shared_server: GradwatchServer) -> None:
     run = shared_server.register(["a"])
     batch = wire.Batch(id="b", samples=[sample(1, 1.0), sample(2, 2.0)])

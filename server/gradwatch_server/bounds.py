@@ -77,6 +77,8 @@ def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits) -> None
     for index, sample in enumerate(batch.samples):
         _check_sample(f"samples[{index}]", sample, parameter_count, limits)
     _check_trail(batch.trail, limits)
+    _check_distinct("scalars", [batch.trail, *(sample.scalars for sample in batch.samples)], limits)
+    _check_distinct("histograms", [sample.histograms for sample in batch.samples], limits)
     if len(batch.events) > limits.events_per_batch:
         raise invalid(f"{len(batch.events)} events are more than limits.events_per_batch ({limits.events_per_batch})")
     for index, event in enumerate(batch.events):
@@ -118,8 +120,6 @@ def _check_sample(place: str, sample: wire.Sample, parameter_count: int, limits:
         if below.size and (below != wire.MISSING).any():
             found = below[below != wire.MISSING][0]
             raise invalid(f"{place}.statistics.{name} holds {found}: a norm, share or count is never negative")
-    if len(sample.scalars) + len(sample.histograms) > limits.scalar_names:
-        raise invalid(f"{place} has more scalars than limits.scalar_names allows ({limits.scalar_names})")
     _check_names("scalar", sample.scalars, limits)
     _check_names("histogram", sample.histograms, limits)
     for histogram, counts in sample.histograms.items():
@@ -128,8 +128,6 @@ def _check_sample(place: str, sample: wire.Sample, parameter_count: int, limits:
 
 
 def _check_trail(trail: Mapping[str, wire.Trail], limits: Limits) -> None:
-    if len(trail) > limits.scalar_names:
-        raise invalid(f"trail has {len(trail)} names, more than limits.scalar_names allows ({limits.scalar_names})")
     _check_names("scalar", trail, limits)
     for name, scalar in trail.items():
         if len(scalar.steps) != len(scalar.values):
@@ -141,6 +139,12 @@ def _check_trail(trail: Mapping[str, wire.Trail], limits: Limits) -> None:
     total = sum(len(scalar.steps) for scalar in trail.values())
     if total > limits.scalars_per_batch:
         raise invalid(f"{total} values of scalars are more than limits.scalars_per_batch ({limits.scalars_per_batch})")
+
+
+def _check_distinct(what: str, named: Iterable[Iterable[str]], limits: Limits) -> None:
+    count = len({name for names in named for name in names})
+    if count > limits.scalar_names:
+        raise invalid(f"{count} names of {what} in one batch are more than limits.scalar_names ({limits.scalar_names})")
 
 
 def _check_names(what: str, names: Iterable[str], limits: Limits) -> None:

@@ -41,7 +41,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     events_per_batch: int = 20_000
     """Most events in one batch."""
     scalar_names: int = 256
-    """Most different scalar names in one batch."""
+    """Most different scalar names in one batch, and names of histograms; most attributes of a run."""
     scalar_names_per_run: int = 2_000
     """Most different scalar names in one run, for each has levels of its own."""
     queued_batches: int = 1_000

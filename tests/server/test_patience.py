@@ -124,6 +124,19 @@ def test_a_map_of_very_many_parameters_has_fewer_points(server: GradwatchServer)
     assert (seen["min"][0][0], seen["max"][-1][0]) == (0.0, 299.0)
 
 
+def test_names_of_scalars_are_counted_over_the_batch(tmp_path: Path) -> None:
+    config = tmp_path / "gradwatch.toml"
+    config.write_text("[limits]\nscalar_names = 3\n")
+    with GradwatchServer(tmp_path / "g.db", "--config", str(config)) as server:
+        run = server.register(["a"])
+        samples = [sample(1, 1.0, x=1.0, y=1.0), sample(2, 1.0, y=1.0, z=1.0)]
+        assert server.store(run, wire.Batch(id="1", samples=samples)).status_code == 200
+        trail = {name: Trail(steps=[3], values=[1.0]) for name in ("x", "w")}
+        refused = server.store(run, wire.Batch(id="2", samples=samples, trail=trail))
+        assert (refused.status_code, "4 names of scalars" in refused.text) == (422, True)
+        assert "limits.scalar_names (3)" in refused.text
+
+
 def test_a_run_has_only_so_many_scalar_names(tmp_path: Path) -> None:
     config = tmp_path / "gradwatch.toml"
     config.write_text("[limits]\nscalar_names_per_run = 3\n")

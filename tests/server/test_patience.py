@@ -9,13 +9,16 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
+import pytest
 import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwatch import wire
 from gradwatch.wire import Trail
+from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.lanes import TRAIL_STEPS
+from gradwatch_server.settings import Configuration
 from gradwatch_server.shelf import _between, _stretches
 from tests.postgres import migrated_database
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample, wait_for
@@ -122,6 +125,35 @@ def test_a_map_of_very_many_parameters_has_fewer_points(server: GradwatchServer)
     seen = server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm", points=10_000)
     assert 200 / 3 <= len(seen["steps"]) <= 200
     assert (seen["min"][0][0], seen["max"][-1][0]) == (0.0, 299.0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "bound"),
+    [
+        ("parameters = -1", "at least 1"),
+        ("queued_batches = 0", "at least 1"),
+        ("body_bytes = 0", "at least 1"),
+        ("body_seconds = nan", "at least 0.001"),
+        ("drain_seconds = -1.0", "at least 0"),
+        ("samples_per_batch = 20000", "at most 10,000"),
+        ("name_characters = 2000", "at most 512"),
+    ],
+)
+def test_a_limit_that_cannot_be_meant_is_refused_at_the_start(tmp_path: Path, limit: str, bound: str) -> None:
+    config = tmp_path / "gradwatch.toml"
+    config.write_text(f"[limits]\n{limit}\n")
+    with pytest.raises(ConfigurationError) as refused:
+        Configuration.load(config)
+    assert f"{limit} is not allowed: it is {bound}" in str(refused.value)
+
+
+def test_every_name_that_is_taken_can_be_read(shared_server: GradwatchServer) -> None:
+    longest = "\U0001f525" * 512
+    run = shared_server.register([longest])
+    assert shared_server.store(run, wire.Batch(id="b", samples=[sample(1, 1.0, **{longest: 2.0})])).status_code == 200
+    series = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter=longest)
+    assert series["last"] == [1.0]
+    assert shared_server.get(f"/api/v1/runs/{run}/series", statistic=longest)["last"] == [2.0]
 
 
 def test_names_of_scalars_are_counted_over_the_batch(tmp_path: Path) -> None:

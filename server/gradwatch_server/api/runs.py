@@ -20,12 +20,13 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import load_order, load_parameters
 from gradwatch_server.runs import RunState, check_run, load_run, load_runs
 from gradwatch_server.services import Services
+from gradwatch_server.settings import MOST_NAME_CHARACTERS
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 
 RunId = Annotated[str, Path(alias="id", max_length=64)]
 Step = Annotated[int | None, Query(ge=0, le=2**53)]
-Text = Annotated[str | None, Query(max_length=512)]
+Text = Annotated[str | None, Query(max_length=MOST_NAME_CHARACTERS)]
 
 
 @router.get("/runs", response_model=list[documents.Run], responses=problems(422))
@@ -50,7 +51,9 @@ def show_run(connection: Reader, run_id: RunId) -> Any:
 def show_series(
     connection: Reader,
     run_id: RunId,
-    statistic: Annotated[str, Query(max_length=512, description="of a parameter, or the name of a scalar")],
+    statistic: Annotated[
+        str, Query(max_length=MOST_NAME_CHARACTERS, description="of a parameter, or the name of a scalar")
+    ],
     parameter: Text = None,
     from_step: Step = None,
     to_step: Step = None,

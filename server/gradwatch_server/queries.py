@@ -17,6 +17,7 @@ from gradwatch_server.levels import LAST_STEP, pruned_to
 __all__ = [
     "STATISTIC_NAMES",
     "Buckets",
+    "has_scalar",
     "ratio",
     "read_histograms",
     "read_latest",
@@ -109,6 +110,11 @@ def read_statistic(
     faded = _FadedLane(lane, pruned)
     first, last = faded.widened(from_step or 0, LAST_STEP if to_step is None else to_step)
     return _read(faded, levels, first or None, last, points)
+
+
+def has_scalar(connection: sa.Connection, run_id: str, name: str) -> bool:
+    """Return whether a run has a scalar of this name."""
+    return name in _run(connection, run_id).coverage.get("scalars", {})
 
 
 def read_scalar(

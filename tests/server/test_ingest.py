@@ -72,6 +72,20 @@ def test_a_statistic_that_was_not_measured_has_no_profile(shared_server: Gradwat
     assert shared_server.get(f"/api/v1/runs/{run}/map", statistic="update_norm", points=3)["steps"] == []
 
 
+def test_a_scalar_named_like_a_statistic_is_read_without_a_parameter(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    trail = {"grad_norm": wire.Trail(steps=[1, 2], values=[-5.0, "NaN"])}
+    shared_server.store(run, wire.Batch(id="b", samples=[sample(1, 1.0, ratio=-1.0)], trail=trail))
+    series = f"/api/v1/runs/{run}/series"
+    scalar = shared_server.get(series, statistic="grad_norm")
+    assert (scalar["steps"], scalar["last"], scalar["parameter"]) == ([1, 2], [-5.0, "NaN"], None)
+    assert shared_server.get(series, statistic="ratio")["last"] == [-1.0]
+    assert shared_server.get(series, statistic="grad_norm", from_step=3)["steps"] == []
+    assert shared_server.get(series, statistic="grad_norm", parameter="a")["last"] == [1.0]
+    missing = shared_server.http.get(series, params={"statistic": "weight_norm"})
+    assert (missing.status_code, missing.json()["title"]) == (404, "Parameter missing")
+
+
 def test_replaying_a_batch_changes_nothing(shared_server: GradwatchServer) -> None:
     run = shared_server.register(["a"])
     batch = wire.Batch(id="b", samples=[sample(1, 1.0), sample(2, 2.0)])

@@ -59,9 +59,15 @@ def show_series(
     to_step: Step = None,
     points: Annotated[int, Query(ge=1, le=10_000)] = 1_000,
 ) -> Response:
-    """One statistic of one parameter, or one scalar of the run (``loss``), as min, max, mean and last of buckets."""
+    """One statistic of one parameter, or one scalar of the run (``loss``), as min, max, mean and last of buckets.
+
+    A scalar may be named like a statistic, as trainers log a ``grad_norm``: it is read without ``parameter``.
+    """
     check_run(connection, run_id)
-    if statistic in queries.STATISTIC_NAMES:
+    of_parameters = statistic in queries.STATISTIC_NAMES
+    if of_parameters and parameter is None:
+        of_parameters = not queries.has_scalar(connection, run_id, statistic)
+    if of_parameters:
         order, names = load_order(connection, run_id)
         if parameter is None:
             raise Refused(404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME")
@@ -74,7 +80,7 @@ def show_series(
             known = ", ".join(queries.STATISTIC_NAMES)
             raise Refused(404, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
         buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
-    spell = spelled if statistic in queries.STATISTIC_NAMES else wire.spell_numbers
+    spell = spelled if of_parameters else wire.spell_numbers
     content = {
         "run": run_id,
         "statistic": statistic,

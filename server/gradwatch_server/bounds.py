@@ -55,6 +55,10 @@ def check_registration(registration: wire.Registration, limits: Limits) -> None:
     _check_names("attribute", registration.attributes, limits)
     if len(registration.attributes) > limits.scalar_names:
         raise invalid(f"{len(registration.attributes)} attributes are more than {limits.scalar_names}")
+    for name, value in registration.attributes.items():
+        if len(value) > limits.attribute_characters:
+            most = f"limits.attribute_characters ({limits.attribute_characters})"
+            raise invalid(f"attributes.{name} has {len(value)} characters, more than {most}: {value[:40]!r}...")
     _check_text(registration.attributes.values())
 
 

@@ -42,6 +42,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Most parameters a run may have."""
     name_characters: int = MOST_NAME_CHARACTERS
     """Longest project, run, parameter or scalar name; at most 512, for names are in the keys of the database."""
+    attribute_characters: int = 4_096
+    """Longest value of an attribute of a run: they are read with the run at every batch."""
     samples_per_batch: int = 1_000
     """Most samples in one batch."""
     scalars_per_batch: int = 100_000

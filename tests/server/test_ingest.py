@@ -275,6 +275,7 @@ def test_an_unknown_run_is_refused(shared_server: GradwatchServer) -> None:
         ({"parameters": [], "id": "no spaces"}, 422, "is not a run id"),
         ({"parameters": [{"name": "a", "shape": [-1]}]}, 422, "not negative"),
         ({"parameters": [{"name": "a\0", "shape": [1]}]}, 422, "NUL"),
+        ({"parameters": [], "attributes": {"a": "x" * 4_097}}, 422, "limits.attribute_characters (4096)"),
         ({}, 400, "parameters"),
         ({"parameters": [], "version": 99}, 400, "version 99"),
     ],

@@ -15,6 +15,7 @@ _WHOLE = {"minimum": 0, "maximum": 2**53}
 _TIME = {"minimum": 0, "maximum": 1e11}
 _TEXT = {"maxLength": Limits().name_characters, "pattern": "^[^\\u0000]*$"}
 _NAMES = {"propertyNames": _TEXT, "maxProperties": Limits().scalar_names}
+_VALUE = {"type": "string", "maxLength": Limits().attribute_characters, "pattern": _TEXT["pattern"]}
 _EXIT_CODE = {"minimum": -(2**31), "maximum": 2**31 - 1}
 _BOUNDS: dict[str, dict[str, dict[str, Any]]] = {
     "Registration": {
@@ -24,7 +25,7 @@ _BOUNDS: dict[str, dict[str, dict[str, Any]]] = {
         "name": _TEXT,
         "started_at": _TIME,
         "attempt": _WHOLE,
-        "attributes": {**_NAMES, "additionalProperties": {"type": "string", "pattern": _TEXT["pattern"]}},
+        "attributes": {**_NAMES, "additionalProperties": _VALUE},
         "parameters": {"maxItems": Limits().parameters, "uniqueItems": True},
     },
     "Parameter": {

@@ -51,7 +51,7 @@ def _connected(server: GradwatchServer, buffer_bytes: int | None = None) -> sock
 
 def test_clients_that_take_their_answers_slowly_keep_nobody_else_waiting(server: GradwatchServer) -> None:
     run = _fill(server, [f"p{index}" for index in range(1_000)], 400)
-    ask = f"GET /api/v1/runs/{run}/tile?statistic=grad_norm HTTP/1.1\r\nHost: here\r\n\r\n".encode()
+    ask = f"GET /api/v1/runs/{run}/tile?statistic=grad_norm HTTP/1.1\r\nHost: [::1]\r\n\r\n".encode()
     with ExitStack() as opened:
         readers = [opened.enter_context(_connected(server, 4_096)) for _ in range(READERS)]
         for reader in readers:
@@ -71,7 +71,7 @@ def test_a_body_that_does_not_arrive_is_given_up(tmp_path: Path) -> None:
     config.write_text(f"[limits]\nbody_seconds = 5\n{room}")
     with GradwatchServer(tmp_path / "g.db", "--config", str(config)) as server, _connected(server) as stuck:
         run = server.register([f"p{index}" for index in range(1_000)])
-        head = f"POST /api/v1/runs/{run}/samples HTTP/1.1\r\nHost: here\r\nContent-Type: {wire.MESSAGEPACK_TYPE}\r\n"
+        head = f"POST /api/v1/runs/{run}/samples HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {wire.MESSAGEPACK_TYPE}\r\n"
         stuck.sendall(f"{head}Content-Length: 990000\r\n\r\n".encode() + bytes(900_000))
         told = b""
         while piece := stuck.recv(4_096):  # until the server closes it

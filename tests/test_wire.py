@@ -52,6 +52,16 @@ def test_any_vector_survives_both_forms(values: list[float]) -> None:
     np.testing.assert_array_equal(listed, vector)
 
 
+def _vector(number: bytes) -> bytes:
+    return b'{"id":"b","samples":[{"step":1,"at":1,"statistics":{"grad_norm":[%s, 1]}}]}' % number
+
+
+@pytest.mark.parametrize("number", [b"3.4028235e38", b"340282346638528859811704183484516925440", b'"Infinity"'])
+def test_the_largest_float32_and_infinity_are_read_as_they_are(number: bytes) -> None:
+    vector = wire.decode(_vector(number), wire.Batch, wire.JSON_TYPE).samples[0].statistics["grad_norm"]
+    assert vector.tolist() == [float("inf") if b"I" in number else float(np.finfo(np.float32).max), 1.0]
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -62,6 +72,10 @@ def test_any_vector_survives_both_forms(values: list[float]) -> None:
         (b'{"id":"b","samples":[{"step":1,"at":1,"statistics":{"grad_nrm":[1]}}]}', "Invalid enum value 'grad_nrm'"),
         (b'{"id":"b","samples":[{"step":1,"at":1,"statistics":{"grad_norm":7}}]}', "a vector is a list"),
         (b'{"id":"b","samples":[{"step":1,"at":1,"statistics":{"grad_norm":[true]}}]}', "not True"),
+        (_vector(b"1" + b"0" * 399), "1000000000000000000000000000000000000000 is beyond its range"),
+        (_vector(b"9" * 5_000), ""),
+        (_vector(b"1e39"), "1e+39 is beyond its range"),
+        (_vector(b"-1e39"), "-1e+39 is beyond its range"),
         (b"[" * 100_000, ""),
     ],
 )

@@ -160,6 +160,9 @@ class WireError(ValueError):
 Document = TypeVar("Document", Registration, Batch)
 
 _PACKED = np.dtype("<f4")
+_BEYOND_FLOAT32 = 2.0**128 - 2.0**103
+"""The least number that rounds to an infinite float32; its largest, written in the fewest digits, is below."""
+_INFINITE = (float("inf"), float("-inf"))
 _UNSPELLED: Final[dict[object, float]] = {
     None: MISSING,
     "NaN": float("nan"),
@@ -220,6 +223,8 @@ def _decode(_kind: type, value: object) -> object:
 
 def _element(item: object) -> float:
     if isinstance(item, int | float) and not isinstance(item, bool):
+        if abs(item) >= _BEYOND_FLOAT32 and item not in _INFINITE:
+            raise ValueError(f"a vector holds float32: {item!r:.40} is beyond its range")
         return float(item)
     try:
         return _UNSPELLED[item]

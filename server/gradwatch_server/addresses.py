@@ -121,6 +121,14 @@ def check_address(setting: str, address: str) -> None:
         raise ValueError(f"{setting} {shown!r} is not an http or https address with a host: http://host:port/path")
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether a host, as an address has it, can only be the machine itself."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 class Guard:
     """Resolves a host and lets only allowed addresses pass."""
 

@@ -55,6 +55,10 @@ def check_registration(registration: wire.Registration, limits: Limits) -> None:
     _check_names("attribute", registration.attributes, limits)
     if len(registration.attributes) > limits.scalar_names:
         raise invalid(f"{len(registration.attributes)} attributes are more than {limits.scalar_names}")
+    for name, value in registration.attributes.items():
+        if len(value) > limits.attribute_characters:
+            most = f"limits.attribute_characters ({limits.attribute_characters})"
+            raise invalid(f"attributes.{name} has {len(value)} characters, more than {most}: {value[:40]!r}...")
     _check_text(registration.attributes.values())
 
 
@@ -81,6 +85,8 @@ def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits, *, olde
         _check_widths(f"samples[{index}]", sample, parameter_count, older=older)
         _check_sample(f"samples[{index}]", sample, limits)
     _check_trail(batch.trail, limits)
+    _check_distinct("scalars", [batch.trail, *(sample.scalars for sample in batch.samples)], limits)
+    _check_distinct("histograms", [sample.histograms for sample in batch.samples], limits)
     if len(batch.events) > limits.events_per_batch:
         raise invalid(f"{len(batch.events)} events are more than limits.events_per_batch ({limits.events_per_batch})")
     for index, event in enumerate(batch.events):
@@ -126,8 +132,6 @@ def _check_sample(place: str, sample: wire.Sample, limits: Limits) -> None:
         if below.size and (below != wire.MISSING).any():
             found = below[below != wire.MISSING][0]
             raise invalid(f"{place}.statistics.{name} holds {found}: a norm, share or count is never negative")
-    if len(sample.scalars) + len(sample.histograms) > limits.scalar_names:
-        raise invalid(f"{place} has more scalars than limits.scalar_names allows ({limits.scalar_names})")
     _check_names("scalar", sample.scalars, limits)
     _check_names("histogram", sample.histograms, limits)
     for histogram, counts in sample.histograms.items():
@@ -136,8 +140,6 @@ def _check_sample(place: str, sample: wire.Sample, limits: Limits) -> None:
 
 
 def _check_trail(trail: Mapping[str, wire.Trail], limits: Limits) -> None:
-    if len(trail) > limits.scalar_names:
-        raise invalid(f"trail has {len(trail)} names, more than limits.scalar_names allows ({limits.scalar_names})")
     _check_names("scalar", trail, limits)
     for name, scalar in trail.items():
         if len(scalar.steps) != len(scalar.values):
@@ -149,6 +151,12 @@ def _check_trail(trail: Mapping[str, wire.Trail], limits: Limits) -> None:
     total = sum(len(scalar.steps) for scalar in trail.values())
     if total > limits.scalars_per_batch:
         raise invalid(f"{total} values of scalars are more than limits.scalars_per_batch ({limits.scalars_per_batch})")
+
+
+def _check_distinct(what: str, named: Iterable[Iterable[str]], limits: Limits) -> None:
+    count = len({name for names in named for name in names})
+    if count > limits.scalar_names:
+        raise invalid(f"{count} names of {what} in one batch are more than limits.scalar_names ({limits.scalar_names})")
 
 
 def _check_names(what: str, names: Iterable[str], limits: Limits) -> None:

@@ -12,6 +12,10 @@ from gradwatch.wire import MISSING
 Floats = NDArray[np.floating[Any]]
 Steps = NDArray[np.int64]
 Counts = NDArray[np.integer[Any]]
+UNMEASURED = -1
+"""In place of the number of non-finite values of a bucket for which the one statistic that is read was not measured."""
+_SMALL = 2.0**-64
+"""No sum of fewer than 2**63 numbers that were multiplied by it is beyond float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,11 @@ class Buckets:
     def __len__(self) -> int:
         return len(self.first_steps)
 
+    def measured(self) -> "Buckets":
+        """Return the buckets that are not marked as ``UNMEASURED``."""
+        kept = (self.nonfinite != UNMEASURED).all(axis=1)
+        return self if kept.all() else Buckets(*(getattr(self, name)[kept] for name in self.__dataclass_fields__))
+
     def head(self, count: int) -> "Buckets":
         """Return the first ``count`` buckets."""
         return Buckets(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
@@ -95,8 +104,8 @@ class Buckets:
         nothing = finite == 0
         mean = self.mean[starts]
         if mean.shape[1]:
-            total = _reduced(np.add, np.where(measured, self.mean, 0).astype(np.float64) * self.finite, starts)
-            mean = np.where(nothing, last, (total / np.maximum(finite, 1)).astype(mean.dtype))
+            known = np.where(measured, self.mean, 0)
+            mean = np.where(nothing, last, _averaged(known, self.finite, starts, np.maximum(finite, 1)))
         return Buckets(
             self.first_steps[starts],
             self.last_steps[ends],
@@ -113,11 +122,8 @@ class Buckets:
         finite = _reduced(np.add, self.finite, starts, np.int64)
         mean = self.mean[starts]
         if mean.shape[1]:
-            if np.may_share_memory(self.mean, self.last):  # samples: each counts once
-                total = _reduced(np.add, self.mean, starts, np.float64)
-            else:
-                total = _reduced(np.add, self.mean * self.finite.astype(np.float64), starts)
-            mean = (total / finite).astype(mean.dtype)
+            once = np.may_share_memory(self.mean, self.last)  # samples: each counts once
+            mean = _averaged(self.mean, None if once else self.finite, starts, finite)
         return Buckets(
             self.first_steps[starts],
             self.last_steps[ends],
@@ -148,6 +154,28 @@ def even_starts(count: int, fan_out: int) -> NDArray[np.intp]:
     """Return where groups of ``count`` neighbours begin: of ``fan_out`` to twice that, or one group of fewer."""
     groups = max(1, count // fan_out)
     return np.arange(groups) * count // groups
+
+
+def _averaged(values: Floats, counts: Counts | None, starts: NDArray[np.intp], finite: Counts) -> Floats:
+    """Return the means over groups of ``finite`` values; each counts as often as ``counts`` says, or once.
+
+    Where a sum is beyond float64, which one of float32 never is, the values are made smaller for it: a mean of finite
+    values is finite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = _summed(values, counts, starts)
+        mean = total / finite
+        if values.dtype != np.float32 and not np.isfinite(total).all():
+            smaller = _summed(values * _SMALL, counts, starts) / finite
+            largest = np.finfo(np.float64).max * _SMALL
+            mean = np.where(np.isfinite(total), mean, np.clip(smaller, -largest, largest) / _SMALL)
+    return mean.astype(values.dtype, copy=False)
+
+
+def _summed(values: Floats, counts: Counts | None, starts: NDArray[np.intp]) -> NDArray[np.float64]:
+    if counts is None:
+        return _reduced(np.add, values, starts, np.float64)
+    return _reduced(np.add, values * counts.astype(np.float64), starts)
 
 
 def _reduced(

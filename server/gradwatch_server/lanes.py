@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gradwatch.wire import MISSING, STATISTICS, Statistic, Trail, Vector, number
 from gradwatch_server import schema
-from gradwatch_server.buckets import Buckets, Floats
+from gradwatch_server.buckets import UNMEASURED, Buckets, Floats
 from gradwatch_server.levels import LAST_STEP
 from gradwatch_server.readahead import reading_ahead
 from gradwatch_server.vectors import Gathered, Rows, gathered, raw, read
@@ -76,7 +76,10 @@ class SampleLane:
         self._read_width = parameter_count if columns is None else len(columns)
 
     def load(self, level: int, first: int, last: int) -> Buckets:
-        """Return the buckets of a level; at level 0 those samples in which any of the statistics was measured."""
+        """Return the buckets of a level; at level 0 those samples in which any of the statistics was measured.
+
+        Above it, where only one is read, a bucket in which it was not measured is marked as ``UNMEASURED``.
+        """
         return self._samples(first, last) if level == 0 else self._rollups(level, first, last)
 
     def _samples(self, first: int, last: int) -> Buckets:
@@ -149,6 +152,8 @@ class SampleLane:
             for name, part in planes.items():
                 shape = len(steps), self._read_width
                 whole = np.zeros(shape, np.int64) if name in _COUNTS else np.full(shape, MISSING, np.float32)
+                if name == "nonfinite" and len(self._names) == 1:
+                    whole[:] = UNMEASURED
                 whole[at] = part
                 planes[name] = whole
         return [planes[name] if name in planes else np.empty((len(steps), 0), np.float32) for name in _PLANES]

@@ -17,6 +17,7 @@ from gradwatch_server.levels import LAST_STEP, pruned_to
 __all__ = [
     "STATISTIC_NAMES",
     "Buckets",
+    "has_scalar",
     "ratio",
     "read_histograms",
     "read_latest",
@@ -113,6 +114,11 @@ def read_statistic(
     return _read(faded, levels, first or None, last, points)
 
 
+def has_scalar(connection: sa.Connection, run_id: str, name: str) -> bool:
+    """Return whether a run has a scalar of this name."""
+    return name in _run(connection, run_id).coverage.get("scalars", {})
+
+
 def read_scalar(
     connection: sa.Connection, run_id: str, name: str, from_step: int | None, to_step: int | None, points: int
 ) -> Buckets:
@@ -202,8 +208,8 @@ def _exactly(lane: _Lane, level: int, first: int | None, last: int) -> Buckets:
         return found
     if not len(found):
         return _exactly(lane, level - 1, first, last)
-    parts = [found]
     begin, end = int(found.first_steps[0]), int(found.last_steps[-1])
+    parts = [found.measured()]  # its ends are those of all: nothing finer is looked through where nothing was measured
     if first is not None and first < begin:
         parts.insert(0, _exactly(lane, level - 1, first, begin - 1).thinned(1))
     if end < last:

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import ctypes
 import gc
-import ipaddress
 import logging
 import os
 import platform
@@ -21,7 +20,7 @@ import sqlalchemy as sa
 import uvicorn
 
 from gradwatch.settings import secret
-from gradwatch_server.addresses import EVERYWHERE
+from gradwatch_server.addresses import EVERYWHERE, is_loopback
 from gradwatch_server.app import create_app
 from gradwatch_server.database import open_engine, prepare
 from gradwatch_server.errors import ConfigurationError, GradwatchError
@@ -134,7 +133,7 @@ class _Server(uvicorn.Server):
 
 def _check_open(host: str, engine: sa.Engine) -> None:
     """Refuse to listen to other machines while nobody has to show a token."""
-    if host == "localhost" or (host and _is_loopback(host)):
+    if is_loopback(host):
         return
     with engine.connect() as connection:
         if count_tokens(connection):
@@ -143,13 +142,6 @@ def _check_open(host: str, engine: sa.Engine) -> None:
         f"--host {host} lets other machines in, and this server has no token: make one with "
         "gradwatch token create --scope admin (with the same database), or listen on 127.0.0.1"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listen(settings: Settings) -> socket.socket:

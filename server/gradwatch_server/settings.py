@@ -1,5 +1,6 @@
 """What the server can be told: one configuration file, checked whole, and the command line over it."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,12 +20,19 @@ MOST_SAMPLES = 10_000
 """In one batch, whatever the limits say."""
 
 
+MOST_NAME_CHARACTERS = 512
+"""Of a name, whatever the limits say: PostgreSQL takes 2,704 bytes into a key, and a character may have four."""
+_LEAST_LIMITS = {"body_seconds": 0.001, "drain_seconds": 0}
+"""Where it is not 1."""
+_MOST_LIMITS = {"samples_per_batch": MOST_SAMPLES, "name_characters": MOST_NAME_CHARACTERS}
+
+
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much one request and the server may hold; beyond it a request is refused and says which limit."""
 
     body_bytes: int = 8 * 1024 * 1024
     """Largest body as it arrives."""
-    body_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    body_seconds: float = 60.0
     """Time in which a body has to arrive; beyond it: 408, and what came of it is no longer held."""
     decoded_bytes: int = 16 * 1024 * 1024
     """Largest body after decompression."""
@@ -32,16 +40,18 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Largest part of a batch that is not packed vectors, for it grows many times over in memory; JSON is all that."""
     parameters: int = 100_000
     """Most parameters a run may have."""
-    name_characters: int = 512
-    """Longest project, run, parameter or scalar name."""
-    samples_per_batch: Annotated[int, msgspec.Meta(ge=1, le=MOST_SAMPLES)] = 1_000
+    name_characters: int = MOST_NAME_CHARACTERS
+    """Longest project, run, parameter or scalar name; at most 512, for names are in the keys of the database."""
+    attribute_characters: int = 4_096
+    """Longest value of an attribute of a run: they are read with the run at every batch."""
+    samples_per_batch: int = 1_000
     """Most samples in one batch."""
     scalars_per_batch: int = 100_000
     """Most values of scalars in one batch."""
     events_per_batch: int = 20_000
     """Most events in one batch."""
     scalar_names: int = 256
-    """Most different scalar names in one batch."""
+    """Most different scalar names in one batch, and names of histograms; most attributes of a run."""
     scalar_names_per_run: int = 2_000
     """Most different scalar names in one run, for each has levels of its own."""
     queued_batches: int = 1_000
@@ -54,6 +64,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Time in which a server that was told to stop answers what it has taken; it is not ready, but still listens."""
 
     def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            least, most = _LEAST_LIMITS.get(name, 1), _MOST_LIMITS.get(name, math.inf)
+            if not least <= value <= most:
+                bound = f"at least {least:g}" if value < least or most == math.inf else f"at most {most:,}"
+                raise ValueError(f"{name} = {value} is not allowed: it is {bound}")
         if self.held_bytes < max(self.body_bytes, self.decoded_bytes):
             raise ValueError(
                 f"held_bytes = {self.held_bytes} has no room for one body: it is at least body_bytes and decoded_bytes"

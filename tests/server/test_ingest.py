@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import zstandard
 
 from gradwatch import wire
 from gradwatch_server import schema
 from tests.processes import GradwatchServer, sample
 
 NAN, INF = float("nan"), float("inf")
+_SKIPPED = bytes.fromhex("502a4d1804000000") + b"skip"
+"""A frame of zstd that carries no content."""
 
 
 def test_a_sample_comes_back_as_it_was_sent(shared_server: GradwatchServer) -> None:
@@ -49,6 +52,41 @@ def test_a_compressed_body_is_read(shared_server: GradwatchServer) -> None:
         headers={"content-type": wire.MESSAGEPACK_TYPE, "content-encoding": "gzip"},
     )
     assert answer.json()["samples"] == 1
+
+
+def test_a_body_of_several_zstd_frames_is_read_whole(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    content = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0)]))
+    answer = shared_server.http.post(
+        f"/api/v1/runs/{run}/samples",
+        content=_SKIPPED + zstandard.compress(content[:9]) + zstandard.compress(b"") + zstandard.compress(content[9:]),
+        headers={"content-type": wire.MESSAGEPACK_TYPE, "content-encoding": "zstd"},
+    )
+    assert answer.json()["samples"] == 1
+
+
+@pytest.mark.parametrize("count", [10, 400])
+def test_a_statistic_that_was_not_measured_has_no_profile(shared_server: GradwatchServer, count: int) -> None:
+    run = shared_server.register(["a"])
+    shared_server.store(run, wire.Batch(id="b", samples=[sample(step, 1.0) for step in range(count)]))
+    profile = shared_server.http.get(f"/api/v1/runs/{run}/profile", params={"statistic": "update_norm"})
+    assert profile.status_code == 404
+    assert "'update_norm'" in profile.json()["detail"]
+    assert shared_server.get(f"/api/v1/runs/{run}/map", statistic="update_norm", points=3)["steps"] == []
+
+
+def test_a_scalar_named_like_a_statistic_is_read_without_a_parameter(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    trail = {"grad_norm": wire.Trail(steps=[1, 2], values=[-5.0, "NaN"])}
+    shared_server.store(run, wire.Batch(id="b", samples=[sample(1, 1.0, ratio=-1.0)], trail=trail))
+    series = f"/api/v1/runs/{run}/series"
+    scalar = shared_server.get(series, statistic="grad_norm")
+    assert (scalar["steps"], scalar["last"], scalar["parameter"]) == ([1, 2], [-5.0, "NaN"], None)
+    assert shared_server.get(series, statistic="ratio")["last"] == [-1.0]
+    assert shared_server.get(series, statistic="grad_norm", from_step=3)["steps"] == []
+    assert shared_server.get(series, statistic="grad_norm", parameter="a")["last"] == [1.0]
+    missing = shared_server.http.get(series, params={"statistic": "weight_norm"})
+    assert (missing.status_code, missing.json()["title"]) == (404, "Parameter missing")
 
 
 def test_replaying_a_batch_changes_nothing(shared_server: GradwatchServer) -> None:
@@ -298,7 +336,10 @@ def test_runs_are_listed_by_project_and_state(shared_server: GradwatchServer) ->
 
 MESSAGEPACK = {"content-type": wire.MESSAGEPACK_TYPE}
 JSON = {"content-type": wire.JSON_TYPE}
+_NORMS = b'{"step": 1, "at": 1, "statistics": {"grad_norm": [%s, 1]}}'
 GOOD = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0, 2.0)]))
+_FRAME = zstandard.ZstdCompressor(write_checksum=True).compress(GOOD)
+_RAW = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(range(256)))
 
 
 @pytest.mark.parametrize(
@@ -306,9 +347,15 @@ GOOD = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0, 2.0)]))
     [
         (JSON, b'{"version": 2, "id": "b"}', 400, "version 2 is unknown"),
         (JSON, b"{", 400, "truncated"),
+        (JSON, b'{"id": "b", "samples": [%s]}' % (_NORMS % (b"1" + b"0" * 399)), 400, "beyond its range"),
+        (JSON, b'{"id": "b", "samples": [%s]}' % (_NORMS % b"1e39"), 400, "1e+39 is beyond its range"),
         (MESSAGEPACK, b"\xc1", 400, "malformed"),
         (MESSAGEPACK | {"content-encoding": "gzip"}, b"not gzip", 400, "not gzip"),
         (MESSAGEPACK | {"content-encoding": "gzip"}, gzip.compress(GOOD)[:-4], 400, "cut off"),
+        (MESSAGEPACK | {"content-encoding": "zstd"}, _FRAME[:-4], 400, "zstd"),
+        (MESSAGEPACK | {"content-encoding": "zstd"}, _FRAME + _FRAME[:-1], 400, "zstd"),
+        (MESSAGEPACK | {"content-encoding": "zstd"}, _FRAME + _FRAME[:2], 400, "zstd"),
+        (MESSAGEPACK | {"content-encoding": "zstd"}, _RAW[:-100], 400, "zstd stream is cut off"),
         (MESSAGEPACK | {"content-encoding": "br"}, GOOD, 415, "'br'"),
         ({"content-type": "text/plain"}, GOOD, 415, "'text/plain'"),
         ({}, GOOD, 415, "''"),
@@ -358,6 +405,7 @@ def test_an_unknown_run_is_refused(shared_server: GradwatchServer) -> None:
         ({"parameters": [], "id": "no spaces"}, 422, "is not a run id"),
         ({"parameters": [{"name": "a", "shape": [-1]}]}, 422, "not negative"),
         ({"parameters": [{"name": "a\0", "shape": [1]}]}, 422, "NUL"),
+        ({"parameters": [], "attributes": {"a": "x" * 4_097}}, 422, "limits.attribute_characters (4096)"),
         ({}, 400, "parameters"),
         ({"parameters": [], "version": 99}, 400, "version 99"),
     ],

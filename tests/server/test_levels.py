@@ -231,3 +231,32 @@ def test_rows_that_are_read_ahead_are_the_same(database_url: str, engine: sa.Eng
     assert not helped.acquire(blocking=False)
     assert found.high[:, 0].tolist() == [float(step) for step in range(15, 2_400, 16)]
     assert found.nonfinite[:, 1].nonzero()[0].tolist() == [1_000 // 16]
+
+
+@pytest.mark.parametrize("ones", [[1.0] * 128, [1.0] * 127 + ["NaN"]], ids=["finite", "beside NaN"])
+def test_the_mean_of_large_losses_is_finite(engine: sa.Engine, ones: list[wire.Number]) -> None:
+    store = Store(engine, f"large{ones[-1]}")
+    largest = float(np.finfo(np.float64).max)
+    trail = wire.Trail(steps=list(range(512)), values=[*[1.5e308] * 128, *[-1.5e308] * 128, *ones, *[largest] * 128])
+    with writing(engine) as connection:
+        store.ingest.store(connection, store.run, wire.Batch(id="b", trail={"loss": trail}))
+        wide, narrow = (queries.read_scalar(connection, store.run, "loss", 0, 511, points) for points in (8, 1))
+    np.testing.assert_allclose(wide.mean[::2, 0], [1.5e308, -1.5e308, 1.0, largest], rtol=1e-12)
+    np.testing.assert_allclose(narrow.mean[:, 0], [largest / narrow.finite[0, 0] * 128], rtol=1e-12)
+
+
+@pytest.mark.parametrize("points", [1, 4, 40, 1_000])
+def test_what_was_not_measured_is_left_out_in_every_view(engine: sa.Engine, points: int) -> None:
+    store = Store(engine, f"unmeasured{points}", parameters=1)
+    store.put({step: [1.0] for step in range(400)})
+    late = {step: sample(step, 2.0) for step in range(400, 800)}
+    for one in late.values():
+        one.statistics["update_norm"] = np.array([one.step], np.float32)
+    with writing(engine) as connection:
+        store.ingest.store(connection, store.run, wire.Batch(id="late", samples=list(late.values())))
+        for first, last in ((None, None), (3, None), (0, 390), (100, 420)):
+            found = queries.read_statistic(connection, store.run, "update_norm", first, last, [0], points)
+            within = [float(step) for step in late if (first or 0) <= step <= (last or 800)]
+            assert np.isfinite(found.last).all()
+            assert (found.low.min(), found.high.max()) == (within[0], within[-1]) if within else not len(found)
+            assert not len(queries.read_statistic(connection, store.run, "zero_unit_share", first, last, [0], points))

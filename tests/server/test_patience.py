@@ -9,13 +9,16 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
+import pytest
 import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwatch import wire
 from gradwatch.wire import Trail
+from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.lanes import TRAIL_STEPS
+from gradwatch_server.settings import Configuration
 from gradwatch_server.shelf import _between, _stretches
 from tests.postgres import migrated_database
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample, wait_for
@@ -48,7 +51,7 @@ def _connected(server: GradwatchServer, buffer_bytes: int | None = None) -> sock
 
 def test_clients_that_take_their_answers_slowly_keep_nobody_else_waiting(server: GradwatchServer) -> None:
     run = _fill(server, [f"p{index}" for index in range(1_000)], 400)
-    ask = f"GET /api/v1/runs/{run}/tile?statistic=grad_norm HTTP/1.1\r\nHost: here\r\n\r\n".encode()
+    ask = f"GET /api/v1/runs/{run}/tile?statistic=grad_norm HTTP/1.1\r\nHost: [::1]\r\n\r\n".encode()
     with ExitStack() as opened:
         readers = [opened.enter_context(_connected(server, 4_096)) for _ in range(READERS)]
         for reader in readers:
@@ -68,7 +71,7 @@ def test_a_body_that_does_not_arrive_is_given_up(tmp_path: Path) -> None:
     config.write_text(f"[limits]\nbody_seconds = 5\n{room}")
     with GradwatchServer(tmp_path / "g.db", "--config", str(config)) as server, _connected(server) as stuck:
         run = server.register([f"p{index}" for index in range(1_000)])
-        head = f"POST /api/v1/runs/{run}/samples HTTP/1.1\r\nHost: here\r\nContent-Type: {wire.MESSAGEPACK_TYPE}\r\n"
+        head = f"POST /api/v1/runs/{run}/samples HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {wire.MESSAGEPACK_TYPE}\r\n"
         stuck.sendall(f"{head}Content-Length: 990000\r\n\r\n".encode() + bytes(900_000))
         told = b""
         while piece := stuck.recv(4_096):  # until the server closes it
@@ -122,6 +125,48 @@ def test_a_map_of_very_many_parameters_has_fewer_points(server: GradwatchServer)
     seen = server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm", points=10_000)
     assert 200 / 3 <= len(seen["steps"]) <= 200
     assert (seen["min"][0][0], seen["max"][-1][0]) == (0.0, 299.0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "bound"),
+    [
+        ("parameters = -1", "at least 1"),
+        ("queued_batches = 0", "at least 1"),
+        ("body_bytes = 0", "at least 1"),
+        ("body_seconds = nan", "at least 0.001"),
+        ("drain_seconds = -1.0", "at least 0"),
+        ("samples_per_batch = 20000", "at most 10,000"),
+        ("name_characters = 2000", "at most 512"),
+    ],
+)
+def test_a_limit_that_cannot_be_meant_is_refused_at_the_start(tmp_path: Path, limit: str, bound: str) -> None:
+    config = tmp_path / "gradwatch.toml"
+    config.write_text(f"[limits]\n{limit}\n")
+    with pytest.raises(ConfigurationError) as refused:
+        Configuration.load(config)
+    assert f"{limit} is not allowed: it is {bound}" in str(refused.value)
+
+
+def test_every_name_that_is_taken_can_be_read(shared_server: GradwatchServer) -> None:
+    longest = "\U0001f525" * 512
+    run = shared_server.register([longest])
+    assert shared_server.store(run, wire.Batch(id="b", samples=[sample(1, 1.0, **{longest: 2.0})])).status_code == 200
+    series = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter=longest)
+    assert series["last"] == [1.0]
+    assert shared_server.get(f"/api/v1/runs/{run}/series", statistic=longest)["last"] == [2.0]
+
+
+def test_names_of_scalars_are_counted_over_the_batch(tmp_path: Path) -> None:
+    config = tmp_path / "gradwatch.toml"
+    config.write_text("[limits]\nscalar_names = 3\n")
+    with GradwatchServer(tmp_path / "g.db", "--config", str(config)) as server:
+        run = server.register(["a"])
+        samples = [sample(1, 1.0, x=1.0, y=1.0), sample(2, 1.0, y=1.0, z=1.0)]
+        assert server.store(run, wire.Batch(id="1", samples=samples)).status_code == 200
+        trail = {name: Trail(steps=[3], values=[1.0]) for name in ("x", "w")}
+        refused = server.store(run, wire.Batch(id="2", samples=samples, trail=trail))
+        assert (refused.status_code, "4 names of scalars" in refused.text) == (422, True)
+        assert "limits.scalar_names (3)" in refused.text
 
 
 def test_a_run_has_only_so_many_scalar_names(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_every_link_begins_with_the_public_address(tmp_path: Path) -> None:
             "/api/v1/silences", json=silence, headers={"origin": "https://gradwatch.example.org"}
         )
         assert from_there.status_code == 201
+        assert server.http.get("/api/v1/runs", headers={"host": "gradwatch.example.org"}).status_code == 200
 
 
 def test_without_one_links_lead_to_where_the_server_listens(server: GradwatchServer) -> None:

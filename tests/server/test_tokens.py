@@ -112,3 +112,28 @@ def test_other_machines_are_let_in_only_with_a_token(tmp_path: Path, host: str) 
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "gradwatch token create --scope admin" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["evil.example:{port}", "127.0.0.1.evil.example", "[::1", "192.0.2.1", ""])
+def test_a_name_that_another_site_has_led_here_reads_and_changes_nothing(server: GradwatchServer, host: str) -> None:
+    run = server.register()
+    host = host.format(port=server.url.rpartition(":")[2])
+    for method, path in (("GET", f"/api/v1/runs/{run}"), ("DELETE", f"/api/v1/runs/{run}"), ("GET", "/metrics")):
+        refused = server.http.request(method, path, headers={"host": host, "origin": f"http://{host}"})
+        assert (refused.status_code, refused.headers["content-type"]) == (421, "application/problem+json")
+        assert repr(host) in refused.json()["detail"]
+        assert "public_url" in refused.json()["detail"]
+    assert server.http.get("/readyz", headers={"host": host}).status_code == 200, "a probe may call it by any name"
+    assert server.get(f"/api/v1/runs/{run}")["id"] == run
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "127.9.9.9:80", "[::1]:8321"])
+def test_the_machine_itself_is_called_by_any_of_its_names(server: GradwatchServer, host: str) -> None:
+    assert server.http.get("/api/v1/runs", headers={"host": host}).status_code == 200
+
+
+def test_with_a_token_a_server_is_called_by_any_name(tmp_path: Path) -> None:
+    shown = token(tmp_path / "gradwatch.db", "create", "--scope", "read")
+    with GradwatchServer(tmp_path / "gradwatch.db") as server:
+        headers = {"host": "server:8321", "authorization": f"Bearer {shown}"}
+        assert server.http.get("/metrics", headers=headers).status_code == 200

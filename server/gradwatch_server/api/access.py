@@ -11,8 +11,10 @@ import sqlalchemy as sa
 from fastapi import Request
 
 from gradwatch_server import schema
+from gradwatch_server.addresses import is_loopback
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
+from gradwatch_server.settings import Settings
 from gradwatch_server.tokens import Grant, Scope
 
 VIEWS = ("/", "/runs/{run_id}", "/alerts", "/server")
@@ -80,14 +82,17 @@ async def check(request: Request) -> None:
     """Let a request pass, or refuse it.
 
     Raises:
-        Refused: 401 without a valid token, 403 where it does not allow this or another site's page asks for it.
+        Refused: 401 without a valid token, 403 where it does not allow this or another site's page asks for it, 421
+            for a host that is not this server's while no token is asked for.
     """
-    path = request.url.path
+    path: str = request.scope["path"]  # the Host header moves request.url.path in older versions of Starlette
     _check_origin(request)
     if path.startswith(_OPEN) or is_view(request.method, path):
         return
     await refresh(request)
     services = cast("Services", request.app.state.services)
+    if not services.tokens.asked_for:
+        _check_host(request, services.settings)
     grant = services.tokens.check(shown(request), needed_scope(request.method, path), time.time())
     request.state.grant = grant
     if grant.project is not None and path.startswith(("/api/", "/metrics")):
@@ -116,15 +121,37 @@ def _check_origin(request: Request) -> None:
     else:
         services = cast("Services", request.app.state.services)
         here = (request.headers.get("host", ""), urlsplit(services.settings.public_url).netloc)
-        allowed = urlsplit(origin).netloc in here and origin.startswith(("http://", "https://"))
+        scheme, _, rest = origin.partition("://")
+        allowed = scheme in ("http", "https") and rest in here
     if not allowed:
         detail = f"origin {origin!r} may change nothing here: send the request from this server's page, or without one"
         raise Refused(403, "Another origin", detail)
 
 
+def _check_host(request: Request, settings: Settings) -> None:
+    """Refuse a host that is not this server's: where no token is asked for, nothing else keeps a site's page out.
+
+    Its owner has the name lead to 127.0.0.1 once the page is loaded (DNS rebinding): a browser takes the server's
+    answers for that site's own. No such site is named localhost, or by an address.
+    """
+    given = request.headers.get("host", "")
+    host, ours = _hostname(f"//{given}"), (_hostname(settings.address), _hostname(settings.public_url))
+    if host is not None and (host in ours or is_loopback(host)):
+        return
+    detail = f"host {given!r:.200} is not known here, and no token is asked for: set public_url to the address at which"
+    raise Refused(421, "Another host", f"{detail} this server is reached, or make a token (gradwatch token create)")
+
+
+def _hostname(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:  # a bracket that is not closed
+        return None
+
+
 def _check_project(services: Services, grant: Grant, request: Request) -> None:
     """Refuse what is of another project, or of all of them."""
-    path, here = request.url.path.strip("/").split("/")[2:], request.query_params.get("project")
+    path, here = request.scope["path"].strip("/").split("/")[2:], request.query_params.get("project")
     match path:
         case ["runs" | "silences"] if request.method == "POST":
             return  # the document names the project: its route calls check_named_project

@@ -90,19 +90,27 @@ def _gunzip(body: bytes, most: int) -> bytes:
     return content
 
 
+_END = b"the body is whole"
+_END_FRAME = zstandard.ZstdCompressor(write_checksum=True).compress(_END)
+"""Put behind a body in zstd: its content comes out only where every frame before it is whole, for the reader does not
+tell. A frame that is cut off takes it for its own rest; its checksum is last, so that this never ends with ``_END``."""
+
+
 def _unpack_zstd(body: bytes, most: int) -> bytes:
     """Return the content of one frame or several; what a frame declares of itself is not believed."""
     unpacker = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW_BYTES)
     content = bytearray()
-    source = io.BytesIO(body)
+    source, most_read = io.BytesIO(body + _END_FRAME), most + len(_END)
     try:
         with unpacker.stream_reader(source, read_across_frames=True) as reader:
-            while len(content) <= most and (piece := reader.read(_INLINE_BYTES)):
+            while len(content) <= most_read and (piece := reader.read(_INLINE_BYTES)):
                 content += piece
     except zstandard.ZstdError as error:
-        raise Refused(400, "Malformed document", f"the body is not zstd: {error}") from None
-    _check_unpacked(len(content), most)
-    return bytes(content)
+        raise Refused(400, "Malformed document", f"the body is not zstd, or cut off: {error}") from None
+    _check_unpacked(len(content) - len(_END), most)
+    if not content.endswith(_END):
+        raise Refused(400, "Malformed document", "the zstd stream is cut off")
+    return bytes(content[: -len(_END)])
 
 
 _UNPACKERS: dict[str, Callable[[bytes, int], bytes]] = {"gzip": _gunzip, "zstd": _unpack_zstd}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import msgspec
+import numpy as np
 from fastapi import FastAPI
 
 from gradwatch import wire
@@ -14,6 +15,7 @@ _WHOLE = {"minimum": 0, "maximum": 2**53}
 _TIME = {"minimum": 0, "maximum": 1e11}
 _TEXT = {"maxLength": Limits().name_characters, "pattern": "^[^\\u0000]*$"}
 _NAMES = {"propertyNames": _TEXT, "maxProperties": Limits().scalar_names}
+_VALUE = {"type": "string", "maxLength": Limits().attribute_characters, "pattern": _TEXT["pattern"]}
 _EXIT_CODE = {"minimum": -(2**31), "maximum": 2**31 - 1}
 _BOUNDS: dict[str, dict[str, dict[str, Any]]] = {
     "Registration": {
@@ -23,7 +25,7 @@ _BOUNDS: dict[str, dict[str, dict[str, Any]]] = {
         "name": _TEXT,
         "started_at": _TIME,
         "attempt": _WHOLE,
-        "attributes": {**_NAMES, "additionalProperties": {"type": "string", "pattern": _TEXT["pattern"]}},
+        "attributes": {**_NAMES, "additionalProperties": _VALUE},
         "parameters": {"maxItems": Limits().parameters, "uniqueItems": True},
     },
     "Parameter": {
@@ -90,7 +92,7 @@ def _complete(described: dict[str, Any]) -> None:
     described["security"] = [{name: []} for name in _SCHEMES] + [{}]
     for path, operations in described["paths"].items():
         for operation in operations.values():
-            answers = [401, 403] if path.startswith(("/api/", "/metrics")) else []
+            answers = [401, 403, 421] if path.startswith(("/api/", "/metrics")) else []
             answers += [400] if "requestBody" in operation else []
             if operation["responses"].pop("422", None) is not None:  # FastAPI's own document is never sent
                 answers.append(422)
@@ -109,7 +111,6 @@ def _bind(schema: dict[str, Any], bound: dict[str, Any]) -> None:
 
 
 def _vector_schema(_kind: type) -> dict[str, Any]:
-    element = {
-        "anyOf": [{"type": "number", "minimum": 0}, {"const": -1}, {"type": "null"}, {"enum": ["NaN", "Infinity"]}]
-    }
+    measured = {"type": "number", "minimum": 0, "maximum": float(np.finfo(np.float32).max)}
+    element = {"anyOf": [measured, {"const": -1}, {"type": "null"}, {"enum": ["NaN", "Infinity"]}]}
     return {"type": "array", "items": element, "description": "one value for each parameter; null: missing"}

@@ -20,13 +20,14 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import load_order, load_parameters
 from gradwatch_server.runs import RunState, check_run, load_run, load_runs
 from gradwatch_server.services import Services
+from gradwatch_server.settings import MOST_NAME_CHARACTERS
 from gradwatch_server.vectors import padded
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 
 RunId = Annotated[str, Path(alias="id", max_length=64)]
 Step = Annotated[int | None, Query(ge=0, le=2**53)]
-Text = Annotated[str | None, Query(max_length=512)]
+Text = Annotated[str | None, Query(max_length=MOST_NAME_CHARACTERS)]
 
 
 @router.get("/runs", response_model=list[documents.Run], responses=problems(422))
@@ -51,15 +52,23 @@ def show_run(connection: Reader, run_id: RunId) -> Any:
 def show_series(
     connection: Reader,
     run_id: RunId,
-    statistic: Annotated[str, Query(max_length=512, description="of a parameter, or the name of a scalar")],
+    statistic: Annotated[
+        str, Query(max_length=MOST_NAME_CHARACTERS, description="of a parameter, or the name of a scalar")
+    ],
     parameter: Text = None,
     from_step: Step = None,
     to_step: Step = None,
     points: Annotated[int, Query(ge=1, le=10_000)] = 1_000,
 ) -> Response:
-    """One statistic of one parameter, or one scalar of the run (``loss``), as min, max, mean and last of buckets."""
+    """One statistic of one parameter, or one scalar of the run (``loss``), as min, max, mean and last of buckets.
+
+    A scalar may be named like a statistic, as trainers log a ``grad_norm``: it is read without ``parameter``.
+    """
     check_run(connection, run_id)
-    if statistic in queries.STATISTIC_NAMES:
+    of_parameters = statistic in queries.STATISTIC_NAMES
+    if of_parameters and parameter is None:
+        of_parameters = not queries.has_scalar(connection, run_id, statistic)
+    if of_parameters:
         order, names = load_order(connection, run_id)
         if parameter is None:
             raise Refused(404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME")
@@ -72,7 +81,7 @@ def show_series(
             known = ", ".join(queries.STATISTIC_NAMES)
             raise Refused(404, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
         buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
-    spell = spelled if statistic in queries.STATISTIC_NAMES else wire.spell_numbers
+    spell = spelled if of_parameters else wire.spell_numbers
     content = {
         "run": run_id,
         "statistic": statistic,

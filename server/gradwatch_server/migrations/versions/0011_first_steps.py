@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0012_first_steps"
+revision = "0011_first_steps"
 down_revision = "0010_in_place"
 
 _json = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")

@@ -1,5 +1,6 @@
 """Engines and migrations: SQLite embedded, PostgreSQL beyond."""
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,14 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from gradwatch_server import vectors
 from gradwatch_server.errors import DatabaseError
+
+_CONNECT_SECONDS = 10
 
 
 def open_engine(url: str) -> sa.Engine:
@@ -41,13 +45,44 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     if not folder.is_dir():
         raise DatabaseError(f"the folder {folder} of the database does not exist: create it or name another")
     engine = sa.create_engine(url, pool_size=8, connect_args={"timeout": 30})
+    file = _File(Path(url.database).resolve())
+    sa.event.listen(engine, "do_connect", file.check)
     sa.event.listen(engine, "connect", _set_pragmas)
+    sa.event.listen(engine, "checkout", file.check)
     sa.event.listen(engine, "begin", _begin)
+    sa.event.listen(engine, "commit", file.check)
     return engine
 
 
+class _File:
+    """The file of an SQLite database: one that was deleted or moved takes what is written with it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._identity: tuple[int, int] | None = None
+        """Device and inode, once there is one: no connection creates another."""
+
+    def check(self, *_: Any) -> None:
+        """Let nothing be acknowledged that nobody will find."""
+        found = self._found()
+        self._identity = self._identity or found
+        if found != self._identity:
+            text = f"the file {self._path} was deleted or moved: bring it back, or start the server again"
+            raise sa.exc.OperationalError("", {}, sqlite3.OperationalError(text))
+
+    def _found(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+
 def _open_postgresql(url: sa.URL) -> sa.Engine:
-    engine = sa.create_engine(url.set(drivername="postgresql+psycopg"), pool_size=8, pool_pre_ping=True)
+    given = {"connect_timeout": _CONNECT_SECONDS}
+    engine = sa.create_engine(
+        url.set(drivername="postgresql+psycopg"), pool_size=8, pool_pre_ping=True, connect_args=given
+    )
     sa.event.listen(engine, "connect", lambda connection, _entry: vectors.prepare(connection))
     return engine
 
@@ -68,6 +103,15 @@ def _begin(connection: sa.Connection) -> None:
 
 
 @contextmanager
+def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a connection whose reads all see one state of the database."""
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        yield connection
+
+
+@contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Open a transaction that takes SQLite's write lock at once, so that it never has to be upgraded midway."""
     with engine.execution_options(writes=True).begin() as connection:
@@ -82,25 +126,45 @@ def alembic_of(engine: sa.Engine) -> Config:
     return configuration
 
 
+@contextmanager
+def told(engine: sa.Engine) -> Iterator[None]:
+    """Have a command say what a database refuses, and the way out.
+
+    Raises:
+        DatabaseError: it refused.
+    """
+    name = engine.url.render_as_string()
+    try:
+        yield
+    except CommandError as error:
+        raise DatabaseError(
+            f"the database {name} has a schema that this version does not know ({error}): upgrade gradwatch"
+        ) from None
+    except sa.exc.DBAPIError as error:
+        raise DatabaseError(f"the database {name} cannot be used: {str(error.orig).strip()}") from None
+
+
 def migrate(engine: sa.Engine) -> None:
-    """Bring the schema to this version."""
-    command.upgrade(alembic_of(engine), "head")
+    """Bring the schema to this version.
+
+    Raises:
+        DatabaseError: the database refuses, or is of a newer version.
+    """
+    with told(engine):
+        command.upgrade(alembic_of(engine), "head")
 
 
 def prepare(engine: sa.Engine) -> None:
     """Migrate an embedded SQLite; check that a PostgreSQL has been migrated.
 
     Raises:
-        DatabaseError: the PostgreSQL has another schema; the text says which command brings it to this version.
+        DatabaseError: it cannot be used, or the PostgreSQL has another schema; the text says what to do.
     """
-    try:
-        if engine.dialect.name == "sqlite":
-            migrate(engine)
-            return
-        with engine.connect() as connection:
-            found = MigrationContext.configure(connection).get_current_revision()
-    except sa.exc.OperationalError as error:
-        raise DatabaseError(f"the database {engine.url!r} cannot be opened: {error.orig}") from None
+    if engine.dialect.name == "sqlite":
+        migrate(engine)
+        return
+    with told(engine), engine.connect() as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
     expected = ScriptDirectory.from_config(alembic_of(engine)).get_current_head()
     if found != expected:
         raise DatabaseError(

@@ -5,7 +5,7 @@ import csv
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gradwatch.settings import secret
 from gradwatch.wire import MISSING, STATISTICS
 from gradwatch_server import schema
-from gradwatch_server.database import open_engine, prepare
+from gradwatch_server.database import open_engine, prepare, reading, told
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.ingest import load_parameters
 from gradwatch_server.levels import pruned_to
@@ -162,10 +162,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         engine = open_engine(url)
         prepare(engine)
-        with ExitStack() as stack, engine.connect() as connection:
-            table = _open(given.output, stack)
-            stack.callback(table.close)
-            count = export(connection, given.run, table)
+        with told(engine), reading(engine) as connection:
+            with _made(given.output) as path, ExitStack() as stack:
+                table = _open(path, stack)
+                stack.callback(table.close)
+                count = export(connection, given.run, table)
             gone = _gone(connection, given.run)
     except (GradwatchError, OSError) as error:
         print(f"gradwatch export: {error}", file=sys.stderr)
@@ -182,11 +183,25 @@ def _gone(connection: sa.Connection, run_id: str) -> str:
     return "" if to < 0 else f"; others up to step {to} have been pruned ([retention] level_days)"
 
 
+@contextmanager
+def _made(output: Path | None) -> Iterator[Path | None]:
+    """Have a file written beside its place, which it takes when it is whole: what was there before stays until then."""
+    if output is None:
+        yield None
+        return
+    if output.suffix not in (".csv", ".parquet"):
+        raise ExportError(f"--output {output}: the name ends in .csv or .parquet")
+    path = output.with_name(f".{os.getpid()}-{output.name}")
+    try:
+        yield path
+        path.replace(output)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def _open(path: Path | None, stack: ExitStack) -> Table:
     if path is None:
         return CsvTable(sys.stdout)
-    if path.suffix == ".csv":
-        return CsvTable(stack.enter_context(path.open("w", newline="", encoding="utf-8")))
     if path.suffix == ".parquet":
         return ParquetTable(path)
-    raise ExportError(f"--output {path}: the name ends in .csv or .parquet")
+    return CsvTable(stack.enter_context(path.open("w", newline="", encoding="utf-8")))

@@ -5,8 +5,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import sqlalchemy as sa
-
 from gradwatch.settings import secret
 from gradwatch_server.database import migrate, open_engine
 from gradwatch_server.errors import DatabaseError
@@ -20,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         engine = open_engine(given or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db")
         migrate(engine)
-    except (DatabaseError, ValueError, sa.exc.OperationalError) as error:
+    except (DatabaseError, ValueError) as error:
         print(f"gradwatch migrate: {error}", file=sys.stderr)
         return 1
     print(f"gradwatch migrate: {engine.url.render_as_string()} has the schema of this version")

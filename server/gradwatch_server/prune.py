@@ -10,7 +10,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from gradwatch.settings import secret
-from gradwatch_server.database import open_engine, prepare, writing
+from gradwatch_server.database import open_engine, prepare, told, writing
 from gradwatch_server.deletion import Left, delete_some
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.fading import Faded, Piece, fade, overdue
@@ -30,8 +30,9 @@ def main(arguments: Sequence[str]) -> int:
             given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
         )
         prepare(engine)
-        gone = _delete(engine, configuration)
-        faded = _fade(engine, configuration.retention)
+        with told(engine):
+            gone = _delete(engine, configuration)
+            faded = _fade(engine, configuration.retention)
     except (GradwatchError, ValueError) as error:
         print(f"gradwatch prune: {error}", file=sys.stderr)
         return 1

@@ -53,6 +53,24 @@ metadata = sa.MetaData(
     }
 )
 
+
+class Scalars(TypeDecorator[dict[str, Any]]):
+    """Numbers by name, as floats: PostgreSQL's JSONB gives those that are whole back as integers of any size."""
+
+    impl = sa.JSON
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> TypeEngine[Any]:
+        """Return the column type of the engine in use."""
+        return dialect.type_descriptor(postgresql.JSONB() if dialect.name == "postgresql" else sa.JSON())
+
+    def process_result_value(self, value: dict[str, Any] | None, dialect: sa.Dialect) -> dict[str, Any] | None:  # noqa: ARG002
+        """Return them; what is not finite is spelled."""
+        if value is None:
+            return None
+        return {name: told if isinstance(told, str) else float(told) for name, told in value.items()}
+
+
 _json = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 
 
@@ -96,7 +114,7 @@ runs = sa.Table(
     sa.Column("coverage", _json, nullable=False, comment="how far the levels of each lane reach, see levels.py"),
     sa.Column("attributes", _json, nullable=False),
     sa.Column("dropped", _json, nullable=False),
-    sa.Column("scalars", _json, nullable=False, comment="the latest value of each scalar"),
+    sa.Column("scalars", Scalars, nullable=False, comment="the latest value of each scalar"),
     sa.Column(
         "scalar_steps", _json, nullable=False, server_default="{}", comment="at which steps of this attempt these were"
     ),
@@ -132,7 +150,7 @@ samples = sa.Table(
     sa.Column("last_step", sa.BigInteger, comment="of a bucket, whose numbers are in rollups"),
     sa.Column("attempt", sa.BigInteger, nullable=False),
     sa.Column("at", sa.Double, nullable=False),
-    sa.Column("scalars", _json),
+    sa.Column("scalars", Scalars),
     sa.Column("histograms", _json),
     *(sa.Column(name, Floats) for name in STATISTICS),
 )

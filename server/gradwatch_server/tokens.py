@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from gradwatch.settings import secret
 from gradwatch_server import schema
-from gradwatch_server.database import open_engine, prepare, writing
+from gradwatch_server.database import open_engine, prepare, told, writing
 from gradwatch_server.errors import DatabaseError, Refused
 
 Scope = Literal["ingest", "read", "admin"]
@@ -135,6 +135,13 @@ def revoke(connection: sa.Connection, token_id: str) -> bool:
     return connection.execute(ended.values(revoked_at=time.time())).rowcount > 0
 
 
+def _days(text: str) -> float:
+    days = float(text)
+    if not 0 <= days < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of days between 0 and 1,000,000")
+    return days
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gradwatch token", description="Make, list and revoke tokens.")
     parser.add_argument("--database-url", help="(default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)")
@@ -142,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     made = commands.add_parser("create", help="make a token and print it, once")
     made.add_argument("--scope", choices=["ingest", "read", "admin"], required=True)
     made.add_argument("--project", help="allow this project alone (default: every project)")
-    made.add_argument("--days", type=float, help="how long it is valid (default: until it is revoked)")
+    made.add_argument("--days", type=_days, help="how long it is valid (default: until it is revoked)")
     commands.add_parser("list", help="list the tokens")
     commands.add_parser("revoke", help="end a token").add_argument("id")
     return parser
@@ -156,7 +163,7 @@ def main(arguments: Sequence[str]) -> int:
             given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
         )
         prepare(engine)
-        with writing(engine) as connection:
+        with told(engine), writing(engine) as connection:
             return _run(connection, given)
     except (DatabaseError, ValueError) as error:
         print(f"gradwatch token: {error}", file=sys.stderr)

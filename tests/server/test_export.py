@@ -52,6 +52,16 @@ def test_csv_and_parquet_hold_every_sample(shared_server: GradwatchServer, datab
     assert table["step"].to_pylist() == [int(row["step"]) for row in rows]
 
 
+def test_a_table_that_cannot_be_made_leaves_the_one_that_is_there(
+    shared_server: GradwatchServer, database_url: str, tmp_path: Path
+) -> None:
+    for name in ("run.csv", "run.parquet"):
+        (tmp_path / name).write_text("mine")
+        assert _export(database_url, tmp_path, "typo", "--output", name).returncode == 1
+        assert (tmp_path / name).read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_cannot_be_exported_is_said(shared_server: GradwatchServer, database_url: str, tmp_path: Path) -> None:
     empty = shared_server.register(["a"])
     for arguments, reason in (

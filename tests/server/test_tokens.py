@@ -88,6 +88,15 @@ def test_a_revoked_and_an_expired_token_open_nothing(tmp_path: Path) -> None:
             assert status(server, "GET", "/api/v1/runs", shown) == 401
 
 
+@pytest.mark.parametrize("days", ["nan", "inf", "-1", "soon"])
+def test_a_time_that_is_none_makes_no_token(tmp_path: Path, days: str) -> None:
+    database = tmp_path / "gradwatch.db"
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        token(database, "create", "--scope", "read", "--days", days)
+    assert "--days" in refused.value.stderr
+    assert token(database, "list") == ""
+
+
 def test_only_the_digest_is_kept(tmp_path: Path) -> None:
     shown = token(tmp_path / "gradwatch.db", "create", "--scope", "read")
     engine = sa.create_engine(f"sqlite:///{tmp_path / 'gradwatch.db'}")

@@ -14,7 +14,7 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz", response_model=documents.Health)
-def healthz() -> Any:
+async def healthz() -> Any:  # not in a thread: all of them may wait for the database
     """Answer while the process lives."""
     return {"status": "ok"}
 

@@ -6,11 +6,12 @@ from typing import Annotated, cast
 import sqlalchemy as sa
 from fastapi import Depends, Request
 
+from gradwatch_server.database import reading
 from gradwatch_server.services import Services
 
 
 def _connection(request: Request) -> Iterator[sa.Connection]:
-    with cast("Services", request.app.state.services).engine.connect() as connection:
+    with reading(cast("Services", request.app.state.services).engine) as connection:
         yield connection
 
 

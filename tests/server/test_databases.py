@@ -1,0 +1,135 @@
+"""What a database may do to a server and its commands: give other numbers back, change meanwhile, stand still, go."""
+
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+import sqlalchemy as sa
+
+from gradwatch import wire
+from gradwatch_server.database import open_engine, reading, writing
+from tests.postgres import migrated_database, plain_owner, postgres_database
+from tests.processes import GradwatchServer, environment, sample
+
+
+def _command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gradwatch", *arguments]
+    return subprocess.run(command, env=environment(), cwd=folder, capture_output=True, text=True, check=False)
+
+
+def _says(done: subprocess.CompletedProcess[str], reason: str) -> None:
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_scalar_of_any_size_is_told_as_the_number_that_it_was(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    scalars: dict[str, wire.Number] = {"huge": 1e300, "exploded": 1e20, "whole": 3.0, "bad": "NaN"}
+    measured = msgspec.structs.replace(sample(1, 1.0), scalars=scalars)
+    assert shared_server.store(run, wire.Batch(id="b", samples=[measured])).status_code == 200
+    for path in (f"/api/v1/runs/{run}/latest", f"/api/v1/runs/{run}"):
+        assert shared_server.get(path)["scalars"] == scalars
+        assert '"whole":3.0' in shared_server.http.get(path).text
+
+
+def test_all_reads_of_an_answer_see_one_state(engine: sa.Engine) -> None:
+    count = sa.text("SELECT count(*) FROM silences")
+    silence = "INSERT INTO silences VALUES ('s', '*', '*', '*', 'me', '', 0, 1)"
+    with reading(engine) as connection:
+        before = connection.scalar(count)
+        with writing(engine) as other:
+            other.execute(sa.text(silence))
+        assert connection.scalar(count) == before
+    with reading(engine) as connection:
+        assert connection.scalar(count) == before + 1
+        if engine.dialect.name == "postgresql":
+            with pytest.raises(sa.exc.InternalError, match="read-only"):
+                connection.execute(sa.text(silence))
+    with writing(engine) as connection:
+        connection.execute(sa.text("DELETE FROM silences"))
+
+
+def test_a_server_whose_database_stands_still_lives(postgres: str, tmp_path: Path) -> None:
+    with migrated_database(postgres) as url, GradwatchServer(tmp_path / "server.db", url=url) as server:
+        engine = open_engine(url)
+        with engine.connect() as connection:
+            connection.execute(sa.text("LOCK TABLE runs IN ACCESS EXCLUSIVE MODE"))
+            asked = threading.Barrier(46)
+
+            def ask() -> None:
+                with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+                    asked.wait()
+                    assert http.get("/api/v1/runs").status_code in (200, 503)
+
+            readers = [threading.Thread(target=ask) for _ in range(45)]
+            for reader in readers:
+                reader.start()
+            asked.wait()
+            assert [server.http.get("/healthz").status_code for _ in range(20)] == [200] * 20
+        for reader in readers:
+            reader.join()
+        engine.dispose()
+
+
+@pytest.mark.parametrize("fate", ["deleted", "moved", "replaced"])
+def test_nothing_is_acknowledged_for_a_file_that_is_not_there(server: GradwatchServer, fate: str) -> None:
+    run = server.register(["a"])
+    assert server.store(run, wire.Batch(id="b1", samples=[sample(1, 1.0)])).status_code == 200
+    path = server.database
+    away = path.rename(path.with_name("away.db"))
+    if fate == "deleted":
+        away.unlink()
+    if fate == "replaced":
+        path.touch()
+    refused = server.store(run, wire.Batch(id="b2", samples=[sample(2, 1.0)]))
+    assert refused.status_code == 503
+    assert "was deleted or moved" in refused.json()["detail"]
+    assert server.http.get("/readyz").status_code == server.http.get("/api/v1/runs").status_code == 503
+    assert path.exists() == (fate == "replaced")
+    if fate == "moved":
+        away.rename(path)
+        assert server.store(run, wire.Batch(id="b2", samples=[sample(2, 1.0)])).status_code == 200
+        assert server.get(f"/api/v1/runs/{run}")["sample_count"] == 2
+
+
+_COMMANDS = [["serve", "--port", "0"], ["migrate"], ["token", "list"], ["export", "a"]]
+
+
+@pytest.mark.parametrize("command", _COMMANDS, ids=lambda command: command[0])
+def test_a_database_of_a_newer_version_is_refused_in_words(tmp_path: Path, command: Sequence[str]) -> None:
+    assert _command(tmp_path, "migrate").returncode == 0
+    with sqlite3.connect(tmp_path / "gradwatch.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999_later'")
+    _says(_command(tmp_path, *command), "upgrade gradwatch")
+
+
+@pytest.mark.parametrize("command", _COMMANDS, ids=lambda command: command[0])
+def test_a_file_that_is_no_database_is_refused_in_words(tmp_path: Path, command: Sequence[str]) -> None:
+    (tmp_path / "gradwatch.db").write_text("these are notes, and no database\n" * 100)
+    _says(_command(tmp_path, *command), "file is not a database")
+
+
+def test_a_role_without_rights_is_refused_in_words(postgres: str, tmp_path: Path) -> None:
+    with postgres_database(postgres) as url, plain_owner(url) as plain_url:
+        assert _command(tmp_path, "migrate", "--database-url", url).returncode == 0
+        for command in (["migrate"], ["token", "list"]):
+            _says(_command(tmp_path, command[0], "--database-url", plain_url, *command[1:]), "permission denied")
+
+
+def test_a_client_that_hangs_up_is_no_error_of_the_server(server: GradwatchServer) -> None:
+    run = server.register(["a"])
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+        head = f"POST /api/v1/runs/{run}/samples HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall((head + "Content-Length: 1000\r\n\r\n{").encode())
+        client.shutdown(socket.SHUT_WR)
+        client.recv(1)  # until the server has seen it
+    assert server.stop() == 0
+    assert "Traceback" not in server.log.read_text()

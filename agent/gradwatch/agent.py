@@ -3,6 +3,7 @@
 import atexit
 import functools
 import logging
+import os
 import secrets
 import sys
 import threading
@@ -21,6 +22,7 @@ from gradwatch.classifier import LOOKS, LOOKS_TO_CLIP, Classifier
 from gradwatch.clipper import Clipper
 from gradwatch.collector import Collector
 from gradwatch.governor import Governor
+from gradwatch.launch import Note
 from gradwatch.marks import Mark, Marks
 from gradwatch.meter import Meter
 from gradwatch.mirrors import Logger, mirror
@@ -43,6 +45,9 @@ CLOSING_SECONDS: Final = 10.0
 """Longest wait for the server at the end, of all agents together at the end of the interpreter."""
 DISARMED_AFTER: Final = 3
 """Errors of its own after which an agent stops measuring."""
+
+_finishing: Final[list[threading.Thread]] = []
+"""Those that end a training after which others followed."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -206,6 +211,7 @@ class Agent:
     def _start(self, settings: Settings, *, resumed: bool) -> None:
         self._started = True
         self._report: Report | None = None
+        self._note: Note | None = None
         if self._ranks is None or self._ranks.rank == 0:
             self._report = Report(self.run_id, settings, self.losses, self.warn, self.failed)
         attempt = time.time_ns() // 1_000_000
@@ -237,7 +243,8 @@ class Agent:
         self._collector.start()
         if self._report is not None:
             self._report.sender.start()
-            tell_the_launcher(self.run_id, settings.url, attempt)
+            self._note = Note(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
+            tell_the_launcher(self._note)
 
     def log(self, **scalars: SupportsFloat) -> None:
         """Add numbers to the next step, one for each name: Python's, numpy's, tensors of one element.
@@ -279,6 +286,20 @@ class Agent:
         return self._collector.seconds + (0.0 if self._report is None else self._report.sender.seconds)
 
     @property
+    def step(self) -> int:
+        """Return the number of the last step."""
+        return self._step
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Return the models that are watched and still there."""
+        return self._parameters.models
+
+    def watches(self, parameter: Tensor) -> bool:
+        """Return whether a parameter is among those that are watched."""
+        return self._parameters.find(parameter) is not None
+
+    @property
     def interval_steps(self) -> int:
         """Return the steps from one sample to the next, as it was last."""
         return self._governor.interval_steps
@@ -309,6 +330,27 @@ class Agent:
             status: how the run ended.
             exit_code: of the process, where known.
         """
+        if not self._leave():
+            return False
+        self._write(deadline, status, exit_code)
+        return True
+
+    def finish_aside(self) -> None:
+        """End a training after which others follow in this process, without waiting for the server or a disk."""
+        self._ends_run = True
+        if self._leave():
+            _finishing[:] = [thread for thread in _finishing if thread.is_alive()]
+            _finishing.append(threading.Thread(target=self._write_and_deliver, name="gradwatch-finishing", daemon=True))
+            _finishing[-1].start()
+
+    def _write_and_deliver(self) -> None:
+        self._write(time.monotonic() + CLOSING_SECONDS, "completed", None)
+        if self._note is not None:
+            tell_the_launcher(self._note, ended=True)
+        self.deliver()
+
+    def _leave(self) -> bool:
+        """Hear nothing more; return whether there is something to end."""
         with self._lock:
             if self._closed:
                 return False
@@ -325,11 +367,14 @@ class Agent:
             return False
         self._parameters.close()
         self._search.close()
+        return True
+
+    def _write(self, deadline: float, status: str, exit_code: int | None) -> None:
+        """Write what is there, and how the run ended."""
         end = wire.End(at=time.time(), status=status, exit_code=exit_code) if self._ends_run else None
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
         if self._report is not None:
             self._report.sender.end(deadline)
-        return True
 
     def deliver(self) -> None:
         """Wait until the server has taken what is there, or the deadline of ``stop`` has come."""
@@ -807,6 +852,8 @@ def _close_all() -> None:
             stopped.append(agent)
     for agent in stopped:
         agent.deliver()
+    for thread in _finishing:
+        thread.join(max(deadline - time.monotonic(), 0.0))
 
 
 def _retired(run_id: str, run_url: str) -> Agent:

@@ -36,6 +36,8 @@ class Note(msgspec.Struct, frozen=True):
     url: str
     attempt: int
     pid: int
+    ended: bool = False
+    """Whether the run has ended before the command did: another training followed in the same process."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -109,6 +111,8 @@ def _finish(folder: Path, status: int) -> None:
         settings = resolve()
         ending = "completed" if status == 0 else "killed" if status < 0 else "failed"
         for note in notes:
+            if note.ended:
+                continue
             end = wire.End(at=time.time(), status=ending, exit_code=status)
             batch = wire.Batch(id=f"end-{note.pid}-{note.attempt}", attempt=note.attempt, end=end)
             spool = Spool(settings.spool_directory, url=note.url, run=note.run, losses=Losses(), warn=_say)

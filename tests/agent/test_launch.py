@@ -115,6 +115,50 @@ def test_signals_and_standard_input_reach_the_command(server: Server, script: Pa
     assert (end.status, end.exit_code) == ("failed", 5)
 
 
+INTERRUPTED = """
+import signal, sys
+seen = []
+signal.signal(signal.SIGINT, lambda *_: (seen.append(1), print("interrupted", flush=True)))
+signal.signal(signal.SIGQUIT, lambda *_: (seen.append(1), print("quit", flush=True)))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(len(seen)))
+print("ready", flush=True)
+while True: signal.pause()
+"""
+IN_A_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_signals_of_a_supervisor_reach_the_command() -> None:
+    command = [sys.executable, "-m", "gradwatch", "run", "--", sys.executable, "-c", INTERRUPTED]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, start_new_session=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+            running.send_signal(number)
+        assert running.communicate(timeout=300)[0] == "interrupted\nquit\n"
+    assert running.returncode == 2
+
+
+@pytest.mark.parametrize(("key", "answer"), [(b"\x03", "interrupted\n"), (b"\x1c", "quit\n")])
+def test_a_key_reaches_the_command_once(key: bytes, answer: str) -> None:
+    ours, terminal = os.openpty()
+    command = [sys.executable, "-c", IN_A_TERMINAL, "-m", "gradwatch", "run", "--", sys.executable, "-c", INTERRUPTED]
+    with subprocess.Popen(command, text=True, stdin=terminal, stdout=subprocess.PIPE) as running:
+        os.close(terminal)
+        assert running.stdout is not None
+        said = [running.stdout.readline()]
+        os.write(ours, key)
+        said.append(running.stdout.readline())
+        running.terminate()
+    os.close(ours)
+    assert said == ["ready\n", answer]
+    assert running.returncode == 1
+
+
 def test_a_child_of_the_command_is_watched(server: Server, script: Path) -> None:
     done = launch(server, "sh", "-c", f"{sys.executable} {script}; exit 3")
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")

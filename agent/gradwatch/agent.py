@@ -3,12 +3,14 @@
 import atexit
 import functools
 import logging
+import multiprocessing
 import os
 import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, SupportsFloat, TypeVar, cast
 
@@ -48,6 +50,9 @@ DISARMED_AFTER: Final = 3
 
 _finishing: Final[list[threading.Thread]] = []
 """Those that end a training after which others followed."""
+
+_in_child: Final[list[Finalize]] = []
+"""What closes the agents of a child of ``multiprocessing``."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -204,9 +209,7 @@ class Agent:
         if self.watching:
             self._start(settings, resumed=resumed)
         taps.listen(self)
-        # Again with each agent: what the user opened before it, a run of wandb for one, is then still open at the end.
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)
+        _close_at_the_end()
 
     def _start(self, settings: Settings, *, resumed: bool) -> None:
         self._started = True
@@ -808,8 +811,7 @@ class Agent:
     def exiting(self, status: object) -> None:
         """``sys.exit`` was called: unless there is another step, that is how the run ends."""
         if threading.current_thread() is threading.main_thread():
-            code = status if isinstance(status, int) else 0 if status is None else 1
-            self._exit = self._step, code
+            self._exit = self._step, _code(status)
 
     @property
     def exit_code(self) -> int | None:
@@ -840,15 +842,45 @@ class Agent:
         _log.warning("gradwatch: %s", text)
 
 
-def _close_all() -> None:
+def _code(status: object) -> int:
+    """Return the exit code of ``sys.exit``; a text, which Python prints, is 1."""
+    return status if isinstance(status, int) else 0 if status is None else 1
+
+
+def _ending(error: BaseException | None) -> tuple[str, int | None]:
+    """Return how a run ends that an exception ends, or none, and the exit code where it says one."""
+    if isinstance(error, SystemExit):
+        code = _code(error.code)
+        return "failed" if code else "completed", code
+    return "completed" if error is None else "failed", None
+
+
+def _close_at_the_end() -> None:
+    """Again with each agent: what the user opened before it, a run of wandb for one, is then still open at the end."""
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    if multiprocessing.parent_process() is None:
+        return
+    for earlier in _in_child:
+        earlier.cancel()
+    _in_child[:] = [Finalize(None, _close_all_in_child, exitpriority=0)]
+
+
+def _close_all_in_child() -> None:
+    """A child of ``multiprocessing`` leaves by ``os._exit``, with the exception that ended it still under way here."""
+    _close_all(_ending(sys.exc_info()[1]))
+
+
+def _close_all(ending: tuple[str, int | None] | None = None) -> None:
     """At the end of the interpreter the agents wait for their servers at the same time, not one after the other."""
     deadline = time.monotonic() + CLOSING_SECONDS
-    raised = hasattr(sys, "last_value")
+    if ending is None and hasattr(sys, "last_value"):
+        ending = "failed", None
     agents = [listener for listener in taps.listeners() if isinstance(listener, Agent)]
     stopped = []
     for agent in agents:
-        code = None if raised else agent.exit_code
-        if agent.stop(deadline, "failed" if raised or code else "completed", code):
+        status, code = ending or ("failed" if agent.exit_code else "completed", agent.exit_code)
+        if agent.stop(deadline, status, code):
             stopped.append(agent)
     for agent in stopped:
         agent.deliver()

@@ -388,9 +388,10 @@ class Agent:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self.close(status="completed" if kind is None else "failed")
+        status, code = _ending(error)
+        self.close(status=status, exit_code=code)
 
     def failed(self, error: Exception) -> None:
         """Count an error of the agent's own; after some, stop measuring and say so once."""

@@ -491,6 +491,28 @@ def test_the_interpreters_end_delivers(server: Server, ending: str, status: str,
     assert end.exit_code == (code if "sys.exit(" in ending and "except" not in ending else None)
 
 
+@pytest.mark.parametrize(
+    ("ending", "status", "code"),
+    [
+        (None, "completed", None),
+        (ValueError("ended"), "failed", None),
+        (SystemExit(), "completed", 0),
+        (SystemExit(0), "completed", 0),
+        (SystemExit(3), "failed", 3),
+        (SystemExit("out of data"), "failed", 1),
+    ],
+)
+def test_what_leaves_the_context_says_how_the_run_ended(
+    server: Server, ending: BaseException | None, status: str, code: int | None
+) -> None:
+    model, optimizer = network()
+    with contextlib.suppress(ValueError, SystemExit), gradwatch.attach(model, optimizer, url=server.url):
+        if ending is not None:
+            raise ending
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == (status, code)
+
+
 _OTHERS = """
 import gradwatch.agent
 gradwatch.agent.CLOSING_SECONDS = 5.0

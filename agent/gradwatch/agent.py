@@ -361,6 +361,7 @@ class Agent:
         try:
             if self.watching:
                 self._finish_round()
+                self._hand_over_logged()
         except Exception as error:  # a device that failed must not keep the rest from ending
             self.failed(error)
         self.watching = False
@@ -769,6 +770,13 @@ class Agent:
         if self._parameters.learn_order(self._step):
             self._register()
         self._optimizers.forget_idle(self._step)
+
+    def _hand_over_logged(self) -> None:
+        """What is logged after the last step, as the result of a last validation is, belongs to that step."""
+        if self._started and self._pending.logged:
+            last = Round(self._step, time.time(), sampled=False)
+            last.logged, self._pending.logged = self._pending.logged, {}
+            self._collector.put(last)
 
     def _discover(self) -> bool:
         """Look for parameters that are not known yet; return whether there were any."""

@@ -441,6 +441,8 @@ class Agent:
         """Note the state of some gradients: whose losses they are shows afterwards, or when an optimizer steps."""
         if self._classifier.looks:
             self._look(tensors)
+        if self._parameters.awaits_order:
+            self._check_order(tensors)
         self._trace(tensors)
         self._forget_thrown_away()
         return self._marked(losses)
@@ -545,6 +547,10 @@ class Agent:
     def _marked(self, losses: Sequence[Tensor]) -> dict[int, Mark]:
         self._pending.begin_backward(losses)
         return self._marks.before(self._parameters.watched, self._pending.clipped)
+
+    @_guarded
+    def _check_order(self, tensors: Sequence[Tensor]) -> None:
+        self._parameters.check_order(tensors)
 
     @_guarded
     def _trace(self, tensors: Sequence[Tensor]) -> None:

@@ -7,6 +7,7 @@ objects that are there.
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,17 +29,21 @@ class Waiting:
     def __init__(self) -> None:
         self._due = True
         """Whether the next backward pass may be the first of a training that nobody watches."""
+        self._retired = False
+        self._made: list[weakref.ref[Optimizer]] = []
+        """Optimizers that were made since a backward pass was looked at."""
         self._trainings: Trainings | None = None
         self._backward = torch.autograd.backward
         self._make = make = Optimizer.__init__
 
         @functools.wraps(make)
-        def noted_make(*args: Any, **kwargs: Any) -> None:
-            make(*args, **kwargs)
+        def noted_make(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            make(optimizer, *args, **kwargs)
+            self._made.append(weakref.ref(optimizer))
             self._due = True
 
         self._our_make = noted_make
-        Optimizer.__init__ = noted_make  # type: ignore[method-assign]
+        Optimizer.__init__ = noted_make  # type: ignore[method-assign,assignment]
         self._our_backward = self._backward
         self._wrap(self._watched_backward)
 
@@ -51,12 +56,10 @@ class Waiting:
             torch.autograd.backward = self._our_backward = watched_backward
 
     def _watched_backward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._due:
-            self._due = False
-            if self._attach(args[0] if args else kwargs.get("tensors")):
-                return torch.autograd.backward(*args, **kwargs)  # as the new agent hears it
-        elif self._trainings is not None:
-            self._trainings.finish_idle()
+        if self._due and not self._retired and self._attach(args[0] if args else kwargs.get("tensors")):
+            return torch.autograd.backward(*args, **kwargs)  # as the new agent hears it
+        if self._trainings is not None and self._trainings.some_may_be_over:
+            self._finish_idle()
         return self._backward(*args, **kwargs)
 
     def _attach(self, losses: Any) -> bool:
@@ -65,14 +68,25 @@ class Waiting:
         Args:
             losses: what the backward pass is called with: a tensor or several.
         """
+        self._due = False
+        made, self._made = self._made, []
         try:
             trainings = self._trainings or self._begin()
             if not trainings.are_of_the_program:
-                return trainings.attach(losses if isinstance(losses, list | tuple) else [losses])
+                several = losses if isinstance(losses, list | tuple) else [losses]
+                return trainings.attach(several, [known for reference in made if (known := reference()) is not None])
         except Exception as error:  # the program must not notice
-            sys.stderr.write(f"gradwatch: cannot watch this process: {type(error).__name__}: {error}\n")
+            _say_why(error)
         self._retire()
         return False
+
+    def _finish_idle(self) -> None:
+        assert self._trainings is not None
+        try:
+            self._trainings.finish_idle()
+        except Exception as error:  # the program must not notice
+            _say_why(error)
+            self._retire()
 
     def _begin(self) -> "Trainings":
         """Import what needs all of torch, and leave the compiler out from now on."""
@@ -85,12 +99,15 @@ class Waiting:
 
     def _retire(self) -> None:
         """Look no more. Where somebody has wrapped ours meanwhile, it merely calls through."""
-        self._due = False
-        self._trainings = None
+        self._retired = True
         if torch.autograd.backward is self._our_backward:
             torch.autograd.backward = self._backward
         if Optimizer.__init__ is self._our_make:
             Optimizer.__init__ = self._make  # type: ignore[method-assign]
+
+
+def _say_why(error: Exception) -> None:
+    sys.stderr.write(f"gradwatch: cannot watch this process: {type(error).__name__}: {error}\n")
 
 
 def script_name(argument: str) -> str:

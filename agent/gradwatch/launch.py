@@ -1,8 +1,8 @@
 """``gradwatch run -- python train.py``: the agent attached to a command whose code is untouched.
 
 The command gets a folder with a ``sitecustomize`` on its PYTHONPATH, which reaches its child processes and the workers
-of ``torchrun`` and ``accelerate launch``. In each process that imports ``torch.optim``, the first optimizer that steps
-is watched. The run is finished with the exit status of the command.
+of ``torchrun`` and ``accelerate launch``. In each process that imports ``torch.optim``, what is trained is watched: see
+``automatic`` and ``trainings``. The last run is finished with the exit status of the command.
 """
 
 import argparse

@@ -17,6 +17,8 @@ from gradwatch.settings import RUN_ID, Settings, resolve
 
 _IDLE_STEPS: Final = 100
 """Steps of the newest training after which an earlier one that made none is over."""
+_MOST_RUNS: Final = 100
+"""Of one process: what trains thousands of short-lived copies, as meta-learning does, is no sweep."""
 _MOST_NODES: Final = 20_000
 """Of the graph of a loss, where no optimizer is there yet to tell what is trained; more could overflow the stack, see
 ``classifier``."""
@@ -41,11 +43,25 @@ class Trainings:
         """Return whether the program attaches by itself."""
         return any(listener not in self._agents for listener in taps.listeners())
 
-    def attach(self, losses: Sequence[Any]) -> bool:
+    @property
+    def some_may_be_over(self) -> bool:
+        """Return whether others began later."""
+        return bool(self._last)
+
+    def attach(self, losses: Sequence[Any], made: Sequence[Optimizer]) -> bool:
         """Begin a run where new optimizers step what is not watched; finish those whose optimizers are gone.
 
-        Before there is an optimizer, what some losses reach is watched.
+        Args:
+            losses: what they reach is watched where there is no optimizer yet.
+            made: optimizers that were made since this was called last. A program may make one for each step: the
+                objects of the process are searched only for what is not watched.
+
+        Raises:
+            RuntimeError: there are too many.
         """
+        if self._agents and all(map(self._watch, _stepped(made))):
+            self._known.update(made)
+            return False
         optimizers, modules = _there()
         older = [optimizer for optimizer in optimizers if optimizer in self._known]
         new = [optimizer for optimizer in optimizers if optimizer not in self._known]
@@ -59,6 +75,8 @@ class Trainings:
         models = [model for model in roots or kept if id(model) not in watched]
         if not models:
             return False
+        if self._runs == _MOST_RUNS:
+            raise RuntimeError(f"it has begun {_MOST_RUNS} runs; attach() watches what you choose")
         for agent in list(self._agents):
             if not any(map(agent.watches, _stepped(older))):
                 self._finish(agent)

@@ -393,6 +393,17 @@ def test_each_fold_of_a_program_is_a_run(server: Server, script: Path) -> None:
     )
 
 
+def test_runs_without_end_are_bounded_and_it_says_so(server: Server, script: Path) -> None:
+    """As of meta-learning, which trains a copy of its model for each task."""
+    folds = FOLDS.replace("KEPT", "False").replace("STEPS", "5")
+    script.write_text(f"import gradwatch.trainings as t\nt._MOST_RUNS = 2\n{folds}", encoding="utf-8")
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert "it has begun 2 runs" in done.stderr
+    assert len(names_by_run(server)) == 2
+    assert len(server.samples) == 10
+
+
 def test_a_fold_whose_optimizer_is_kept_is_over_when_the_next_goes_on(server: Server, script: Path) -> None:
     """What comes of the program is told of the last fold alone."""
     folds = FOLDS.replace("KEPT", "True").replace("STEPS", "110")

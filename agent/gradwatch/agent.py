@@ -3,11 +3,14 @@
 import atexit
 import functools
 import logging
+import multiprocessing
+import os
 import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, SupportsFloat, TypeVar, cast
 
@@ -21,6 +24,7 @@ from gradwatch.classifier import LOOKS, LOOKS_TO_CLIP, Classifier
 from gradwatch.clipper import Clipper
 from gradwatch.collector import Collector
 from gradwatch.governor import Governor
+from gradwatch.launch import Note
 from gradwatch.marks import Mark, Marks
 from gradwatch.meter import Meter
 from gradwatch.mirrors import Logger, mirror
@@ -43,6 +47,12 @@ CLOSING_SECONDS: Final = 10.0
 """Longest wait for the server at the end, of all agents together at the end of the interpreter."""
 DISARMED_AFTER: Final = 3
 """Errors of its own after which an agent stops measuring."""
+
+_finishing: Final[list[threading.Thread]] = []
+"""Those that end a training after which others followed."""
+
+_in_child: Final[list[Finalize]] = []
+"""What closes the agents of a child of ``multiprocessing``."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -199,13 +209,12 @@ class Agent:
         if self.watching:
             self._start(settings, resumed=resumed)
         taps.listen(self)
-        # Again with each agent: what the user opened before it, a run of wandb for one, is then still open at the end.
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)
+        _close_at_the_end()
 
     def _start(self, settings: Settings, *, resumed: bool) -> None:
         self._started = True
         self._report: Report | None = None
+        self._note: Note | None = None
         if self._ranks is None or self._ranks.rank == 0:
             self._report = Report(self.run_id, settings, self.losses, self.warn, self.failed)
         attempt = time.time_ns() // 1_000_000
@@ -237,7 +246,8 @@ class Agent:
         self._collector.start()
         if self._report is not None:
             self._report.sender.start()
-            tell_the_launcher(self.run_id, settings.url, attempt)
+            self._note = Note(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
+            tell_the_launcher(self._note)
 
     def log(self, **scalars: SupportsFloat) -> None:
         """Add numbers to the next step, one for each name: Python's, numpy's, tensors of one element.
@@ -279,6 +289,20 @@ class Agent:
         return self._collector.seconds + (0.0 if self._report is None else self._report.sender.seconds)
 
     @property
+    def step(self) -> int:
+        """Return the number of the last step."""
+        return self._step
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Return the models that are watched and still there."""
+        return self._parameters.models
+
+    def watches(self, parameter: Tensor) -> bool:
+        """Return whether a parameter is among those that are watched."""
+        return self._parameters.find(parameter) is not None
+
+    @property
     def interval_steps(self) -> int:
         """Return the steps from one sample to the next, as it was last."""
         return self._governor.interval_steps
@@ -309,6 +333,27 @@ class Agent:
             status: how the run ended.
             exit_code: of the process, where known.
         """
+        if not self._leave():
+            return False
+        self._write(deadline, status, exit_code)
+        return True
+
+    def finish_aside(self) -> None:
+        """End a training after which others follow in this process, without waiting for the server or a disk."""
+        self._ends_run = True
+        if self._leave():
+            _finishing[:] = [thread for thread in _finishing if thread.is_alive()]
+            _finishing.append(threading.Thread(target=self._write_and_deliver, name="gradwatch-finishing", daemon=True))
+            _finishing[-1].start()
+
+    def _write_and_deliver(self) -> None:
+        self._write(time.monotonic() + CLOSING_SECONDS, "completed", None)
+        if self._note is not None:
+            tell_the_launcher(self._note, ended=True)
+        self.deliver()
+
+    def _leave(self) -> bool:
+        """Hear nothing more; return whether there is something to end."""
         with self._lock:
             if self._closed:
                 return False
@@ -316,6 +361,7 @@ class Agent:
         try:
             if self.watching:
                 self._finish_round()
+                self._hand_over_logged()
         except Exception as error:  # a device that failed must not keep the rest from ending
             self.failed(error)
         self.watching = False
@@ -325,11 +371,14 @@ class Agent:
             return False
         self._parameters.close()
         self._search.close()
+        return True
+
+    def _write(self, deadline: float, status: str, exit_code: int | None) -> None:
+        """Write what is there, and how the run ended."""
         end = wire.End(at=time.time(), status=status, exit_code=exit_code) if self._ends_run else None
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
         if self._report is not None:
             self._report.sender.end(deadline)
-        return True
 
     def deliver(self) -> None:
         """Wait until the server has taken what is there, or the deadline of ``stop`` has come."""
@@ -340,9 +389,10 @@ class Agent:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self.close(status="completed" if kind is None else "failed")
+        status, code = _ending(error)
+        self.close(status=status, exit_code=code)
 
     def failed(self, error: Exception) -> None:
         """Count an error of the agent's own; after some, stop measuring and say so once."""
@@ -391,6 +441,8 @@ class Agent:
         """Note the state of some gradients: whose losses they are shows afterwards, or when an optimizer steps."""
         if self._classifier.looks:
             self._look(tensors)
+        if self._parameters.awaits_order:
+            self._check_order(tensors)
         self._trace(tensors)
         self._forget_thrown_away()
         return self._marked(losses)
@@ -507,6 +559,10 @@ class Agent:
         if self._round is not None:
             clipped |= self._round.clipped
         return self._marks.before(self._parameters.watched, clipped)
+
+    @_guarded
+    def _check_order(self, tensors: Sequence[Tensor]) -> None:
+        self._parameters.check_order(tensors)
 
     @_guarded
     def _trace(self, tensors: Sequence[Tensor]) -> None:
@@ -742,6 +798,13 @@ class Agent:
             self._register()
         self._optimizers.forget_idle(self._step)
 
+    def _hand_over_logged(self) -> None:
+        """What is logged after the last step, as the result of a last validation is, belongs to that step."""
+        if self._started and self._pending.logged:
+            last = Round(self._step, time.time(), sampled=False)
+            last.logged, self._pending.logged = self._pending.logged, {}
+            self._collector.put(last)
+
     def _discover(self) -> bool:
         """Look for parameters that are not known yet; return whether there were any."""
         new = self._parameters.discover()
@@ -784,8 +847,7 @@ class Agent:
     def exiting(self, status: object) -> None:
         """``sys.exit`` was called: unless there is another step, that is how the run ends."""
         if threading.current_thread() is threading.main_thread():
-            code = status if isinstance(status, int) else 0 if status is None else 1
-            self._exit = self._step, code
+            self._exit = self._step, _code(status)
 
     @property
     def exit_code(self) -> int | None:
@@ -816,18 +878,50 @@ class Agent:
         _log.warning("gradwatch: %s", text)
 
 
-def _close_all() -> None:
+def _code(status: object) -> int:
+    """Return the exit code of ``sys.exit``; a text, which Python prints, is 1."""
+    return status if isinstance(status, int) else 0 if status is None else 1
+
+
+def _ending(error: BaseException | None) -> tuple[str, int | None]:
+    """Return how a run ends that an exception ends, or none, and the exit code where it says one."""
+    if isinstance(error, SystemExit):
+        code = _code(error.code)
+        return "failed" if code else "completed", code
+    return "completed" if error is None else "failed", None
+
+
+def _close_at_the_end() -> None:
+    """Again with each agent: what the user opened before it, a run of wandb for one, is then still open at the end."""
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    if multiprocessing.parent_process() is None:
+        return
+    for earlier in _in_child:
+        earlier.cancel()
+    _in_child[:] = [Finalize(None, _close_all_in_child, exitpriority=0)]
+
+
+def _close_all_in_child() -> None:
+    """A child of ``multiprocessing`` leaves by ``os._exit``, with the exception that ended it still under way here."""
+    _close_all(_ending(sys.exc_info()[1]))
+
+
+def _close_all(ending: tuple[str, int | None] | None = None) -> None:
     """At the end of the interpreter the agents wait for their servers at the same time, not one after the other."""
     deadline = time.monotonic() + CLOSING_SECONDS
-    raised = hasattr(sys, "last_value")
+    if ending is None and hasattr(sys, "last_value"):
+        ending = "failed", None
     agents = [listener for listener in taps.listeners() if isinstance(listener, Agent)]
     stopped = []
     for agent in agents:
-        code = None if raised else agent.exit_code
-        if agent.stop(deadline, "failed" if raised or code else "completed", code):
+        status, code = ending or ("failed" if agent.exit_code else "completed", agent.exit_code)
+        if agent.stop(deadline, status, code):
             stopped.append(agent)
     for agent in stopped:
         agent.deliver()
+    for thread in _finishing:
+        thread.join(max(deadline - time.monotonic(), 0.0))
 
 
 def _retired(run_id: str, run_url: str) -> Agent:

@@ -292,8 +292,11 @@ class _Batch:
         self.opened_at = time.monotonic()
 
     def put(self, step: int, name: str, value: float) -> None:
-        """Add a number that belongs to no sample."""
-        self.trail.setdefault(name, []).append((step, value))
+        """Add a number that belongs to no sample; of one that is logged again after the last step the later counts."""
+        pairs = self.trail.setdefault(name, [])
+        if pairs and pairs[-1][0] == step:
+            pairs.pop()
+        pairs.append((step, value))
         self.values += 1
         self.bytes += 16
 

@@ -1,8 +1,8 @@
 """``gradwatch run -- python train.py``: the agent attached to a command whose code is untouched.
 
 The command gets a folder with a ``sitecustomize`` on its PYTHONPATH, which reaches its child processes and the workers
-of ``torchrun`` and ``accelerate launch``. In each process that imports ``torch.optim``, the first optimizer that steps
-is watched. The run is finished with the exit status of the command.
+of ``torchrun`` and ``accelerate launch``. In each process that imports ``torch.optim``, what is trained is watched: see
+``automatic`` and ``trainings``. The last run is finished with the exit status of the command.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from gradwatch.spool import Losses, Spool, leftovers
 
 _FOLDER: Final = Path(__file__).parent / "autoload"
 _PASSED_ON: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that only the launcher gets; those of the terminal reach the command by themselves."""
+_OF_THE_TERMINAL: Final = (signal.SIGINT, signal.SIGQUIT)
+"""Signals that Ctrl-C and its like send to the command as well."""
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -36,6 +37,8 @@ class Note(msgspec.Struct, frozen=True):
     url: str
     attempt: int
     pid: int
+    ended: bool = False
+    """Whether the run has ended before the command did: another training followed in the same process."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,17 +90,29 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
         return 127 if isinstance(error, FileNotFoundError) else 126
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        process.send_signal(number)
+        if number not in _OF_THE_TERMINAL or not _is_in_foreground():
+            process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
-    # The terminal sends Ctrl-C to the command as well: it decides what becomes of it.
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    before[signal.SIGQUIT] = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+    before = {number: signal.signal(number, pass_on) for number in (*_PASSED_ON, *_OF_THE_TERMINAL)}
     try:
         return process.wait()
     finally:
         for number, action in before.items():
             signal.signal(number, action)
+
+
+def _is_in_foreground() -> bool:
+    """Return whether the terminal sends its signals to our process group, which is the command's."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:  # a supervisor has none
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
 
 
 def _finish(folder: Path, status: int) -> None:
@@ -109,6 +124,8 @@ def _finish(folder: Path, status: int) -> None:
         settings = resolve()
         ending = "completed" if status == 0 else "killed" if status < 0 else "failed"
         for note in notes:
+            if note.ended:
+                continue
             end = wire.End(at=time.time(), status=ending, exit_code=status)
             batch = wire.Batch(id=f"end-{note.pid}-{note.attempt}", attempt=note.attempt, end=end)
             spool = Spool(settings.spool_directory, url=note.url, run=note.run, losses=Losses(), warn=_say)

@@ -6,7 +6,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from gradwatch.layout import MOST_UNITS, Axis, Spec, spec_of
 
 LONGEST_NAME: Final = 512
 """In characters, as a server takes it by default."""
+_MOST_NODES: Final = 20_000
+"""That are read of a graph; more could overflow the stack, see ``classifier``."""
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile, FSDP and activation checkpointing put into names."""
 
@@ -125,6 +127,21 @@ def is_compiled(model: nn.Module) -> bool:
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
+
+
+def compiled_leaves(losses: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the leaves that compiled graphs take in the graphs of some losses: any function may have been compiled."""
+    known: set[Any] = set()
+    waiting = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    while waiting and len(known) < _MOST_NODES:
+        node = waiting.pop()
+        if node in known:
+            continue
+        known.add(node)
+        below = [node for node, _ in node.next_functions if node is not None]
+        waiting += below
+        if node.name() == "CompiledFunctionBackward":
+            yield from (leaf.variable for leaf in below if hasattr(leaf, "variable"))
 
 
 def local(tensor: Tensor) -> Tensor:

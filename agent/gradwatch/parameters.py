@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gradwatch.agc import AGC
 from gradwatch.clipper import listed
-from gradwatch.model import ReadyOrder, Watched, is_compiled, walk
+from gradwatch.model import ReadyOrder, Watched, compiled_leaves, is_compiled, walk
 from gradwatch.rounds import Registered
 
 _ORDER_STEPS: Final = 3
@@ -123,6 +123,17 @@ class Parameters:
         """Learn the depths from the order in which gradients become ready."""
         if not any(map(is_compiled, self.models)):
             self._order = ReadyOrder(self.other_than(frozenset()))
+
+    @property
+    def awaits_order(self) -> bool:
+        """Return whether the next backward pass may tell the order."""
+        return self._order is not None and not self._order.known
+
+    def check_order(self, losses: Iterable[Tensor]) -> None:
+        """Keep the order of registration where a compiled graph is about to make our gradients ready, all at once."""
+        if self._order is not None and any(self.find(tensor) is not None for tensor in compiled_leaves(losses)):
+            self._order.close()
+            self._order = None
 
     def learn_order(self, step: int) -> bool:
         """Return whether the depths are known now, and were not before."""

@@ -28,13 +28,16 @@ def automatic_name() -> str:
     return f"{script_name(sys.argv[0] if sys.argv else '')} {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
-def tell_the_launcher(run: str, url: str, attempt: int) -> None:
-    """Leave a note for ``gradwatch run``, which finishes the run with the exit status of the command."""
+def tell_the_launcher(note: Note, *, ended: bool = False) -> None:
+    """Leave a note for ``gradwatch run``, which finishes a run that has not ended with the command's exit status."""
     folder = os.environ.get("GRADWATCH_LAUNCH")
     if folder:
-        note = Note(run=run, url=url, attempt=attempt, pid=os.getpid())
+        document = msgspec.json.encode(msgspec.structs.replace(note, ended=ended))
         with contextlib.suppress(OSError):
-            (Path(folder) / f"{attempt}-{run}.json").write_bytes(msgspec.json.encode(note))
+            whole = Path(folder) / f"{note.attempt}-{note.run}.json"
+            part = whole.with_suffix(".part")
+            part.write_bytes(document)
+            part.replace(whole)
 
 
 def attributes() -> dict[str, str]:

@@ -110,8 +110,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _set() -> None:
     # A compiled step must not be traced into the agent: it breaks the graph around the hooks instead.
-    _undo.append(register_optimizer_step_pre_hook(_untraced(_before_step)).remove)
-    _undo.append(register_optimizer_step_post_hook(_untraced(_after_step)).remove)
+    _undo.append(register_optimizer_step_pre_hook(untraced(_before_step)).remove)
+    _undo.append(register_optimizer_step_post_hook(untraced(_after_step)).remove)
     _replace(torch.autograd, "backward", _backward)
     _replace(sys, "exit", _exit)
     _replace(torch.amp.GradScaler, "__init__", _make_scaler)
@@ -144,7 +144,7 @@ def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    wrapper = _untraced(wrapper)
+    wrapper = untraced(wrapper)
     listening = [True]
     _undo.append(listening.clear)  # of this one for good: others may listen later, through a wrapper of their own
 
@@ -157,7 +157,7 @@ def _bound(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callabl
     return ours
 
 
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` so that the compiler leaves it alone; where no compiler is at work, that costs nothing."""
     disabled = torch.compiler.disable(function)
 

@@ -226,6 +226,21 @@ def test_log_adds_to_the_next_step(server: Server) -> None:
     assert server.trail("loss")[2] == 7.5
 
 
+def test_what_is_logged_after_the_last_step_belongs_to_it(server: Server) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.attach(model, optimizer, url=server.url) as agent:
+        agent.log(accuracy=0.25)
+        step(model, optimizer)
+        agent.log(accuracy=0.5)
+        step(model, optimizer)
+        agent.log(accuracy=torch.tensor(0.75), best=2)
+    assert server.trail("accuracy") == {1: 0.25, 2: 0.75}
+    assert server.trail("best") == {2: 2.0}
+    trails = [batch.trail["accuracy"].steps for batch in server.batches if "accuracy" in batch.trail]
+    assert all(len(set(steps)) == len(steps) for steps in trails)
+
+
 def test_a_run_can_be_resumed_by_its_id(server: Server) -> None:
     model = network()
     optimizer = torch.optim.Adam(model.parameters())

@@ -115,6 +115,50 @@ def test_signals_and_standard_input_reach_the_command(server: Server, script: Pa
     assert (end.status, end.exit_code) == ("failed", 5)
 
 
+INTERRUPTED = """
+import signal, sys
+seen = []
+signal.signal(signal.SIGINT, lambda *_: (seen.append(1), print("interrupted", flush=True)))
+signal.signal(signal.SIGQUIT, lambda *_: (seen.append(1), print("quit", flush=True)))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(len(seen)))
+print("ready", flush=True)
+while True: signal.pause()
+"""
+IN_A_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_signals_of_a_supervisor_reach_the_command() -> None:
+    command = [sys.executable, "-m", "gradwatch", "run", "--", sys.executable, "-c", INTERRUPTED]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, start_new_session=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+            running.send_signal(number)
+        assert running.communicate(timeout=300)[0] == "interrupted\nquit\n"
+    assert running.returncode == 2
+
+
+@pytest.mark.parametrize(("key", "answer"), [(b"\x03", "interrupted\n"), (b"\x1c", "quit\n")])
+def test_a_key_reaches_the_command_once(key: bytes, answer: str) -> None:
+    ours, terminal = os.openpty()
+    command = [sys.executable, "-c", IN_A_TERMINAL, "-m", "gradwatch", "run", "--", sys.executable, "-c", INTERRUPTED]
+    with subprocess.Popen(command, text=True, stdin=terminal, stdout=subprocess.PIPE) as running:
+        os.close(terminal)
+        assert running.stdout is not None
+        said = [running.stdout.readline()]
+        os.write(ours, key)
+        said.append(running.stdout.readline())
+        running.terminate()
+    os.close(ours)
+    assert said == ["ready\n", answer]
+    assert running.returncode == 1
+
+
 def test_a_child_of_the_command_is_watched(server: Server, script: Path) -> None:
     done = launch(server, "sh", "-c", f"{sys.executable} {script}; exit 3")
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
@@ -311,6 +355,104 @@ def test_an_optimizer_that_is_made_after_the_first_backward_pass(server: Server,
     assert (done.returncode, done.stderr) == (0, "")
     assert server.names == ["0.weight", "0.bias"]
     assert [sample.step for sample in server.samples] == [1]
+
+
+FOLDS = """
+import torch
+from torch import nn
+kept = []
+for fold in range(3):
+    model = nn.Sequential(nn.Linear(2 + fold, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if KEPT:
+        kept.append(optimizer)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2 + fold)).sum().backward()
+        optimizer.step()
+"""
+
+
+def names_by_run(server: Server) -> dict[str, str]:
+    """Return the name of each run, in the order in which they began."""
+    begun = sorted(server.registrations, key=lambda registration: registration.started_at or 0.0)
+    return {str(registration.id): registration.name for registration in begun}
+
+
+def test_each_fold_of_a_program_is_a_run(server: Server, script: Path) -> None:
+    script.write_text(FOLDS.replace("KEPT", "False").replace("STEPS", "5"), encoding="utf-8")
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *others = names_by_run(server).values()
+    assert first.startswith("train ")
+    assert others == [f"{first} #2", f"{first} #3"]
+    assert [sample.step for sample in server.samples] == [step for step in (1, 2, 3, 4, 5) for _ in range(3)]
+    ends = [batch.end for batch in server.batches if batch.end is not None]
+    assert (
+        sorted((end.status, str(end.exit_code)) for end in ends) == [("completed", "0")] + [("completed", "None")] * 2
+    )
+
+
+def test_runs_without_end_are_bounded_and_it_says_so(server: Server, script: Path) -> None:
+    """As of meta-learning, which trains a copy of its model for each task."""
+    folds = FOLDS.replace("KEPT", "False").replace("STEPS", "5")
+    script.write_text(f"import gradwatch.trainings as t\nt._MOST_RUNS = 2\n{folds}", encoding="utf-8")
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert "it has begun 2 runs" in done.stderr
+    assert len(names_by_run(server)) == 2
+    assert len(server.samples) == 10
+
+
+def test_a_fold_whose_optimizer_is_kept_is_over_when_the_next_goes_on(server: Server, script: Path) -> None:
+    """What comes of the program is told of the last fold alone."""
+    folds = FOLDS.replace("KEPT", "True").replace("STEPS", "110")
+    script.write_text(f"{folds}\nraise SystemExit(3)", encoding="utf-8")
+    assert launch(server, sys.executable, str(script)).returncode == 3
+    assert len(server.samples) == 330
+    ends = [batch.end for batch in server.batches if batch.end is not None]
+    assert sorted((end.status, end.exit_code) for end in ends[:2]) == [("completed", None)] * 2
+    assert [(end.status, end.exit_code) for end in ends[2:]] == [("failed", 3)]
+
+
+def test_a_backward_pass_of_something_else_comes_first(server: Server, script: Path) -> None:
+    script.write_text(f"import torch\ntorch.ones(3, requires_grad=True).sum().backward()\n{SCRIPT}", encoding="utf-8")
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\n", "err\n")
+    assert server.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert sorted(server.trail("loss")) == [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+
+
+def test_a_second_optimizer_of_a_watched_model_begins_no_run(server: Server, script: Path) -> None:
+    again = SCRIPT.partition("model = ")[2].partition("\n")[2]
+    script.write_text(SCRIPT + again, encoding="utf-8")
+    assert launch(server, sys.executable, str(script)).returncode == 0
+    assert len(names_by_run(server)) == 1
+    assert [sample.step for sample in server.samples] == list(range(1, 11))
+
+
+def test_a_network_that_joins_another_one_has_a_run_beside_it(server: Server, script: Path) -> None:
+    script.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def step(model, optimizer):\n"
+        "    optimizer.zero_grad()\n"
+        "    model(torch.ones(1, 2)).sum().backward()\n"
+        "    optimizer.step()\n"
+        "first, second = nn.Linear(2, 1), nn.Linear(2, 3)\n"
+        "one = torch.optim.SGD(first.parameters(), lr=0.1)\n"
+        "step(first, one)\n"
+        "two = torch.optim.SGD(second.parameters(), lr=0.1)\n"
+        "for _ in range(2):\n"
+        "    step(first, one)\n"
+        "    step(second, two)\n",
+        encoding="utf-8",
+    )
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(names_by_run(server)) == 2
+    assert [sample.step for sample in server.samples] == [1, 1, 2, 2, 3]
+    assert [batch.end.status for batch in server.batches if batch.end is not None] == ["completed"] * 2
 
 
 def test_a_program_that_attaches_by_itself_is_watched_once(server: Server, script: Path) -> None:

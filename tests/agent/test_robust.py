@@ -416,6 +416,30 @@ def test_a_forked_training_is_not_reported_twice(server: Server) -> None:
     assert [sample.step for sample in server.samples] == [1, 2, 3]
 
 
+def _attach_in_child(url: str, ending: BaseException | None) -> None:
+    torch.set_num_threads(1)
+    model, optimizer = network()
+    train(gradwatch.attach(model, optimizer, url=url, every=1), model, optimizer)
+    if ending is not None:
+        raise ending
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "code"),
+    [(None, "completed", None), (SystemExit(3), "failed", 3), (ValueError("ended"), "failed", None)],
+)
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_training_in_a_child_that_is_never_closed(
+    server: Server, ending: BaseException | None, status: str, code: int | None
+) -> None:
+    child = multiprocessing.get_context("fork").Process(target=_attach_in_child, args=(server.url, ending))
+    child.start()
+    child.join(2 * PATIENCE_SECONDS)
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == (status, code)
+
+
 _PROGRAM = """
 import os, signal, sys, torch, gradwatch
 from torch import nn
@@ -465,6 +489,28 @@ def test_the_interpreters_end_delivers(server: Server, ending: str, status: str,
     assert end is not None
     assert end.status == status
     assert end.exit_code == (code if "sys.exit(" in ending and "except" not in ending else None)
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "code"),
+    [
+        (None, "completed", None),
+        (ValueError("ended"), "failed", None),
+        (SystemExit(), "completed", 0),
+        (SystemExit(0), "completed", 0),
+        (SystemExit(3), "failed", 3),
+        (SystemExit("out of data"), "failed", 1),
+    ],
+)
+def test_what_leaves_the_context_says_how_the_run_ended(
+    server: Server, ending: BaseException | None, status: str, code: int | None
+) -> None:
+    model, optimizer = network()
+    with contextlib.suppress(ValueError, SystemExit), gradwatch.attach(model, optimizer, url=server.url):
+        if ending is not None:
+            raise ending
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == (status, code)
 
 
 _OTHERS = """

@@ -322,6 +322,26 @@ def test_a_compiled_model_keeps_its_names_and_registration_order(server: Server)
     assert max(depths[:2]) < min(depths[2:])
 
 
+@pytest.mark.parametrize("what", ["model", "function"])
+def test_what_is_compiled_after_attach_keeps_the_registration_order(server: Server, what: str) -> None:
+    model = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(3, 3), nn.Tanh())])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(x: Tensor) -> Tensor:
+        result: Tensor = model(x).sum()
+        return result
+
+    with warnings.catch_warnings(), watch(model, server, optimizer):
+        warnings.simplefilter("ignore")
+        compiled: Any = torch.compile(model if what == "model" else loss, backend="aot_eager")
+        for _ in range(2):
+            optimizer.zero_grad()
+            compiled(torch.ones(3)).sum().backward()
+            optimizer.step()
+        assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    assert [parameter.depth for parameter in server.registrations[-1].parameters] == list(range(8))
+
+
 @pytest.mark.parametrize(
     "make",
     [

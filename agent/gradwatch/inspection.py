@@ -41,6 +41,8 @@ def inspect(reading: Reading, grads: Sequence[Tensor]) -> None:
 
 def _repair(grad: Tensor, norm: float) -> Repair | None:
     """Return what a norm in float32 does not say; None where it said all: there is nothing but zeros."""
+    if not grad.numel():  # a sparse gradient that holds no row
+        return None
     with torch.no_grad():
         if not math.isfinite(norm):
             nonfinite = grad.numel() - int(torch.count_nonzero(torch.isfinite(grad)).numpy().item())

@@ -297,5 +297,5 @@ def _reduce_sparse(tensor: Tensor, out: Tensor) -> None:
     indices, values = held.indices(), held.values()
     if torch.is_complex(values):
         values = torch.view_as_real(values)
-    squares = values.to(out.dtype).square().reshape(values.shape[0], -1).sum(1)
+    squares = values.to(out.dtype).square().reshape(values.shape[0], math.prod(values.shape[1:])).sum(1)
     out.zero_().index_add_(0, indices[0] if out.numel() > 1 else torch.zeros_like(indices[0]), squares).sqrt_()

@@ -219,6 +219,29 @@ def test_sparse_gradients(server: Server, clip: bool) -> None:
     assert server.registrations[0].parameters[0].units == 6
 
 
+@pytest.mark.parametrize("clip", [None, gradwatch.AGC(1.0, exclude=[])])
+def test_a_sparse_gradient_without_rows_is_zero(server: Server, clip: gradwatch.AGC | None) -> None:
+    """A batch in which no word is known; of a vector the gradient is sparse, too."""
+    model, table = nn.Module(), nn.Embedding(3, 2, sparse=True)
+    vector = nn.Parameter(torch.ones(4))
+    model.register_module("table", table)
+    model.register_parameter("vector", vector)
+    nn.init.ones_(table.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer, clip=clip):
+        for rows in ([], [2, 2], []):
+            optimizer.zero_grad()
+            index = torch.tensor(rows, dtype=torch.long)
+            table(index).sum().backward()
+            vector.grad = torch.sparse_coo_tensor(index[None], torch.ones(len(rows)), (4,), check_invariants=True)
+            optimizer.step()
+    norms = [server.values("grad_norm", step) for step in (1, 2, 3)]
+    nothing = {"table.weight": 0.0, "vector": 0.0}
+    assert norms == [nothing, pytest.approx({"table.weight": math.sqrt(8), "vector": 2.0}), nothing]
+    shares = [server.values("zero_unit_share", step)["table.weight"] for step in (1, 2, 3)]
+    assert shares == [1.0, pytest.approx(2 / 3), 1.0]
+
+
 def test_complex_empty_and_zero_dimensional(server: Server) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

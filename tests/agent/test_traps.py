@@ -274,6 +274,26 @@ def test_complex_empty_and_zero_dimensional(server: Server) -> None:
     assert [parameter.units for parameter in server.registrations[0].parameters] == [2, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("clip", [None, gradwatch.AGC(1e9, exclude=[])])
+@pytest.mark.parametrize("width", [2, 200])  # gathered with others, or reduced where it lies
+@pytest.mark.parametrize("rows", [(1200, 800), (800, 1200), (1200, 1200)])
+def test_data_of_another_shape(server: Server, width: int, rows: tuple[int, int], clip: gradwatch.AGC | None) -> None:
+    """Layers that grow, are pruned or change places; nothing that torch warns of reaches the user."""
+    model = nn.ParameterList([torch.full((size, width), 2.0) for size in (1000, 1000)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer, clip=clip):
+        for sizes in ((1000, 1000), rows, rows[::-1]):
+            for parameter, size in zip(model, sizes, strict=True):
+                parameter.grad = None
+                parameter.data = torch.full((size, width), 2.0)
+                parameter.sum().backward()
+            optimizer.step()
+    for step, sizes in ((1, (1000, 1000)), (2, rows), (3, rows[::-1])):
+        norms = [math.sqrt(size * width) for size in sizes]
+        assert list(server.values("grad_norm", step).values()) == pytest.approx(norms)
+        assert list(server.values("weight_norm", step).values()) == pytest.approx([2 * norm for norm in norms])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(server: Server, dtype: torch.dtype) -> None:
     model = nn.Linear(300, 200).to(dtype)

@@ -1,11 +1,13 @@
 """What the training thread hands over after each step: numbers still on the device, nothing computed yet."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradwatch import wire
 from gradwatch.buffers import Claim, Slot
@@ -73,8 +75,8 @@ class Round:
     at: float
     sampled: bool
     slot: Slot | None = None
-    stepped: set[int] = field(default_factory=set)
-    """Ids of the optimizers that have stepped."""
+    stepped: dict[weakref.ref[Optimizer], frozenset[int]] = field(default_factory=dict)
+    """The optimizers that have stepped, with the indices of their parameters. An id may be another's by now."""
     readings: list[Reading] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     """Their sum is the loss whose gradient was applied."""

@@ -302,6 +302,29 @@ def test_several_optimizers_make_one_round(server: Server) -> None:
     assert (server.scalar("learning_rate"), server.scalar("learning_rate.1")) == (0.25, 0.5)
 
 
+@pytest.mark.parametrize(("split", "given"), [(False, False), (False, True), (True, False)])
+def test_optimizers_that_are_made_anew_for_each_step(server: Server, split: bool, given: bool) -> None:
+    """As meta-learning and federated training do; what comes later often lies where an earlier one lay."""
+    model = Two()
+
+    def made() -> list[torch.optim.Optimizer]:
+        groups = [[model.a], [model.b]] if split else [[model.a, model.b]]
+        return [torch.optim.SGD(group, lr=0.0) for group in groups]
+
+    optimizers = made()
+    with watch(model, server, optimizers if given else None):
+        for step in range(6):
+            optimizers = made() if step else optimizers
+            model.zero_grad()
+            model(GRAD_A, step + 1.0).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert server.trail("loss") == {step: pytest.approx(11.0 + 4 * step) for step in range(1, 7)}
+    assert [server.values("grad_norm", step) for step in range(1, 7)] == [
+        {"a": 5.0, "b": float(step)} for step in range(1, 7)
+    ]
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_optimizer_in_backward(server: Server, at_once: bool) -> None:
     """Gradients are thrown away at once, or before the next backward pass."""

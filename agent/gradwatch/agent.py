@@ -404,7 +404,7 @@ class Agent:
             return
         watched = self._parameters.watched
         ours, changed = self._marks.changed(cast("dict[int, Mark]", before), watched, losses)
-        if not ours:
+        if not ours or not self._pending.is_home(losses, watched):
             return
         if self._pending:
             self._forget(changed)  # there is more to them now than what was clipped
@@ -575,7 +575,7 @@ class Agent:
             self._pending.coming = None
             self._round.step = self._step
         self._round.stepped[entered] = binding.index_set
-        self._pending.enter(self._round)
+        self._pending.enter(self._round, self._parameters.watched)
         self._optimizers.enter(optimizer, self._step)
         return self._round
 

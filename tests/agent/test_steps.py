@@ -1,6 +1,7 @@
 """Which step a backward pass, its loss and its gradients belong to, each against a truth computed by hand."""
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -370,6 +371,70 @@ def test_a_backward_pass_within_another_leaves_it_its_loss(server: Server) -> No
             optimizer.step()
             del failing
     assert server.trail("loss") == {1: 4.0, 2: 8.0, 3: 12.0}
+
+
+def meanwhile(work: Callable[[], object]) -> None:
+    """Let another thread work, and wait for it."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("stepping", ["meanwhile", "afterwards"])
+def test_trainings_in_several_threads_have_each_their_own_loss(server: Server, stepping: str) -> None:
+    """One makes a step, or its gradients, while another one is in the middle of its backward pass."""
+    ours, other = Two(), Two()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
+    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        ours(GRAD_A, 12.0).backward()
+        if stepping == "meanwhile":
+            optimizer.step()
+
+    with watch(ours, server, optimizer), watch(other, server, other_optimizer, run="other") as second:
+        for _ in range(3):
+            held = other(GRAD_A, 1.0)
+            held.register_hook(lambda _grad: meanwhile(step))
+            other_optimizer.zero_grad()
+            held.backward()
+            if stepping == "afterwards":
+                optimizer.step()
+            other_optimizer.step()
+        second.close()
+    losses = [tuple(batch.trail["loss"].values) for batch in server.batches if "loss" in batch.trail]
+    assert sorted(value for values in losses for value in values) == [15.0] * 3 + [59.0] * 3
+    assert all(len(set(values)) == 1 for values in losses)
+
+
+def test_a_step_on_a_thread_of_autograd(server: Server) -> None:
+    """On an accelerator hooks run on its thread, while the one that trains waits."""
+    model = Two()
+    optimizers = {parameter: torch.optim.SGD([parameter], lr=0.0) for parameter in model.parameters()}
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda ready: meanwhile(optimizers[ready].step))
+    with watch(model, server):
+        for factor in (1.0, 2.0, 3.0):
+            model.zero_grad()
+            (model(GRAD_A, 12.0) * factor).backward()
+    assert server.trail("loss") == {1: 59.0, 2: 118.0, 3: 177.0}
+
+
+def test_a_training_that_moves_to_another_thread_keeps_its_loss(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(GRAD_A, 12.0).backward()
+        optimizer.step()
+
+    with watch(model, server, optimizer):
+        for _ in range(2):
+            step()
+            meanwhile(step)
+    assert server.trail("loss") == dict.fromkeys(range(1, 5), 59.0)
 
 
 def test_retain_graph_and_double_backward(server: Server) -> None:

@@ -419,11 +419,12 @@ class Agent:
         self._pending.note_scaled(scaler, original, scaled)
 
     @_guarded
-    def after_scaler_step(self, optimizer: Optimizer) -> None:
+    def after_scaler_step(self, scaler: object, optimizer: Optimizer) -> None:
         """A loss scaler stepped ``optimizer``, or skipped it because it found Inf."""
         binding = self._optimizers.binding(optimizer)
         if binding is None:
             return
+        self._pending.note_scaler(scaler)
         fired = binding.steps != binding.steps_at_scaler
         binding.steps_at_scaler = binding.steps
         if fired:

@@ -33,9 +33,10 @@ class Pending:
         """The next round, where something was measured of it already."""
         self.gone: frozenset[int] = frozenset()
         """Indices of the parameters whose gradients were thrown away since the last loss."""
-        self._scaled: deque[tuple[weakref.ref[Tensor], Tensor]] = deque(maxlen=_SCALED)
-        """Scaled losses that may still be propagated, with what they were."""
+        self._scaled: deque[tuple[weakref.ref[Tensor], Tensor, weakref.ref[Any]]] = deque(maxlen=_SCALED)
+        """Scaled losses that may still be propagated, with what they were and their scaler; of any training."""
         self._scaler: weakref.ref[Any] | None = None
+        """The one of this training."""
         self._under_way: dict[int, list[weakref.ref[Tensor]]] = {}
         """Losses that are being differentiated, and belong to no step yet, by the thread that does it."""
         self._home = threading.get_ident()
@@ -93,18 +94,24 @@ class Pending:
                 round_.losses += map(self._original, losses)
 
     def _original(self, loss: Tensor) -> Tensor:
-        """Return a loss as it was before a loss scaler multiplied it."""
-        original = next((original for scaled, original in self._scaled if scaled() is loss), None)
-        return kept(loss) if original is None else original
+        """Return a loss of this training as it was before a loss scaler multiplied it, which is known by that."""
+        for scaled, original, scaler in self._scaled:
+            if scaled() is loss:
+                self._scaler = scaler
+                return original
+        return kept(loss)
 
     def note_scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """Remember what a scaled loss was."""
-        self._scaled.append((weakref.ref(scaled), kept(original)))
+        self._scaled.append((weakref.ref(scaled), kept(original), weakref.ref(scaler)))
+
+    def note_scaler(self, scaler: object) -> None:
+        """Remember a loss scaler that steps, or skips, an optimizer of this training."""
         self._scaler = weakref.ref(scaler)
 
     def originals(self, scalars: Sequence[Tensor]) -> list[Tensor]:
         """Return what the scaled ones of some losses were."""
-        return [original for scaled, original in self._scaled if any(scaled() is scalar for scalar in scalars)]
+        return [original for scaled, original, _ in self._scaled if any(scaled() is scalar for scalar in scalars)]
 
     @property
     def loss_scale(self) -> Tensor | None:

@@ -121,6 +121,29 @@ def test_loss_scaling_with_clipping(server: Server, fused: bool) -> None:
     assert server.values("clipped_grad_norm") == pytest.approx({"a": 2.5, "b": 6.0})
 
 
+def test_the_scale_of_another_training_is_not_ours(server: Server) -> None:
+    ours, other = Two(), Two()
+    optimizer, elsewhere = (torch.optim.SGD(model.parameters(), lr=0.0) for model in (ours, other))
+    scaler, stranger = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (16.0, 1024.0))
+
+    def train_other() -> None:
+        stranger.scale(other(GRAD_A, 12.0)).backward()
+        stranger.step(elsewhere)
+        stranger.update()
+
+    with watch(ours, server, optimizer):
+        ours(GRAD_A, 12.0).backward()
+        train_other()
+        optimizer.step()
+        for in_parts in (False, True):
+            scaled = scaler.scale(ours(GRAD_A, 12.0))
+            (scaled / 2 if in_parts else scaled).backward()
+            train_other()
+            scaler.step(optimizer)
+            scaler.update()
+    assert [sample.scalars.get("loss_scale") for sample in server.samples] == [None, 16.0, 16.0]
+
+
 def test_a_round_in_which_one_optimizer_was_skipped_has_no_sample(server: Server) -> None:
     model = Two()
     optimizers = [torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)]

@@ -32,16 +32,6 @@ class Clip:
 
 
 @dataclass(slots=True)
-class Repair:
-    """What unit norms cannot say about one gradient."""
-
-    nonfinite: Scalar
-    """Elements that are NaN or infinite."""
-    norm: Scalar | None = None
-    """Its norm in float64, where squares overflow or vanish in float32."""
-
-
-@dataclass(slots=True)
 class Reading:
     """Unit norms of the parameters that one optimizer steps."""
 
@@ -52,8 +42,8 @@ class Reading:
     scale: Tensor | None = None
     """What the gradients are multiplied by, with a fused optimizer under a loss scaler."""
     found_inf: Tensor | None = None
-    repairs: dict[int, Repair] = field(default_factory=dict)
-    """By index."""
+    nonfinite: dict[int, float] = field(default_factory=dict)
+    """Elements of gradients that are NaN or infinite, by index, where they were counted."""
     limits: NDArray[np.float64] | None = None
     """Largest ratio that AGC lets through, for each parameter of the plan; None where it did not clip."""
 

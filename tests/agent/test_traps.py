@@ -82,9 +82,57 @@ def test_vanishing_below_what_float32_can_square(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with watch(model, server, optimizer):
-        model([[3e-30, 0.0, 4e-30], [0.0, 0.0, 0.0]], 0.0).backward()
+        for second in (0.0, 6e-25):
+            optimizer.zero_grad()
+            model([[3e-25, 0.0, 4e-25], [second, 0.0, 0.0]], 0.0).backward()
+            optimizer.step()
+    assert server.values("grad_norm", 1) == pytest.approx({"a": 5e-25, "b": 0.0}, rel=1e-6, abs=0.0)
+    assert server.values("max_unit_ratio", 1) == pytest.approx({"a": 5e-25 / 3, "b": 0.0}, rel=1e-6, abs=0.0)
+    assert server.values("zero_unit_share", 1) == {"a": 0.5, "b": 1.0}
+    assert server.values("max_unit_ratio", 2)["a"] == pytest.approx(3e-25, rel=1e-6, abs=0.0)
+    assert server.values("zero_unit_share", 2) == {"a": 0.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_and_gradients_above_what_float32_can_square(server: Server, frozen: bool) -> None:
+    """A frozen weight is measured apart from those that have gradients; a last unit is as usual."""
+    model = Two()
+    model.a.data = torch.tensor([[3e25, 0.0, 4e25], [1.0, 2.0, 2.0]])
+    model.a.requires_grad_(not frozen)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        model([[6e24, 0.0, 8e24], [3e25, 0.0, 4e25]], 12.0).backward()
         optimizer.step()
-    assert server.values("grad_norm") == pytest.approx({"a": 5e-30, "b": 0.0})
+    assert server.values("weight_norm") == pytest.approx({"a": 5e25, "b": 4.0})
+    if not frozen:
+        assert server.values("grad_norm") == pytest.approx({"a": math.hypot(1e25, 5e25), "b": 12.0})
+        assert server.values("max_unit_ratio") == pytest.approx({"a": 5e25 / 3, "b": 3.0})
+        assert server.values("nonfinite_count") == {"a": 0.0, "b": 0.0}
+        assert sum(map(sum, server.samples[-1].histograms.values())) == 3
+
+
+def test_a_large_gradient_that_float32_cannot_square(server: Server) -> None:
+    """Of one whose other rows are as usual, those that look like zero are taken for it: an embedding has many."""
+    model = nn.Embedding(1024, 1024)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        for usual in (0.0, 1.0):
+            model.weight.grad = torch.zeros_like(model.weight)
+            model.weight.grad[:2, 0] = torch.tensor([3e-25, usual])
+            optimizer.step()
+    assert server.values("grad_norm", 1)["weight"] == pytest.approx(3e-25, rel=1e-6, abs=0.0)
+    assert [server.values("zero_unit_share", step)["weight"] for step in (1, 2)] == [1023 / 1024] * 2
+
+
+def test_sparse_gradients_that_float32_cannot_square(server: Server) -> None:
+    model = nn.Embedding(4, 2, sparse=True)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        (model(torch.tensor([1, 1, 2])) * torch.tensor([3e-25, 4e-25])).sum().backward()
+        optimizer.step()
+    assert server.values("grad_norm")["weight"] == pytest.approx(5e-25 * math.sqrt(5), rel=1e-6, abs=0.0)
+    assert server.values("zero_unit_share") == {"weight": 0.5}
 
 
 @pytest.mark.parametrize("fused", [False, True])

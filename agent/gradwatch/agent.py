@@ -168,6 +168,7 @@ class Agent:
         self._marks = Marks()
         self._awaited: weakref.ref[Optimizer] | None = None
         """The optimizer whose closure makes the gradients that it is about to step with."""
+        self._uncalled_was_told = False
         self._parts_only = ""
         """Why nothing is measured: this rank holds only parts of the parameters, and no other measures the rest."""
         self._finished_at = 0.0
@@ -380,6 +381,9 @@ class Agent:
         if self._round is None or weakref.ref(optimizer) not in self._round.stepped:
             return
         self._meter.measure_updates(optimizer, self._round)
+        if self._awaited == weakref.ref(optimizer):
+            self._pending.move_to(self._round)
+            self._tell_uncalled(optimizer)
         self._awaited = None
         binding = self._optimizers.binding(optimizer) if self._pending else None
         if binding is not None:  # of a closure that was evaluated again
@@ -550,9 +554,11 @@ class Agent:
         @functools.wraps(closure)
         def measured(*given: Any, **named: Any) -> Any:
             nonlocal begun
-            result = closure(*given, **named)
+            try:
+                result = closure(*given, **named)
+            finally:
+                self._awaited = None
             first, begun = begun, None
-            self._awaited = None
             self._act(optimizer, first)
             return result
 
@@ -665,6 +671,19 @@ class Agent:
         )
         self.warn(text)
         self._collector.put(wire.Event(step=self._step, at=time.time(), kind="not_stepped", message=text))
+
+    def _tell_uncalled(self, optimizer: Optimizer) -> None:
+        """Say once that an optimizer has stepped without its closure: what it stepped with was seen by nobody."""
+        if self._uncalled_was_told:
+            return
+        self._uncalled_was_told = True
+        text = (
+            f"{type(optimizer).__name__}.step(closure) did not call its closure: the loss of such a step is kept, "
+            + ("its gradients are not clipped or measured" if self._clipper is not None else "nothing is measured")
+            + ". Call step() without one"
+        )
+        self.warn(text)
+        self._collector.put(wire.Event(step=self._step, at=time.time(), kind="not_measured", message=text))
 
     def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
         round_ = self._round

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import gradwatch
 from gradwatch import wire
 
-from .conftest import Server
+from .conftest import OwnErrors, Server
 from .watching import GRAD_A, Two, watch
 
 
@@ -188,6 +188,47 @@ def test_closures_are_measured_after_their_first_evaluation(server: Server) -> N
     assert server.values("grad_norm", 1) == pytest.approx({"a": math.sqrt(13), "b": 4.0})
     assert server.trail("loss")[1] == pytest.approx((13 + 16) / 2)
     assert server.values("grad_norm", 2) == pytest.approx({"a": first[0], "b": first[1]}, rel=1e-5)
+
+
+class Deaf(torch.optim.SGD):
+    """Takes a closure, as Lightning and others pass one, and does not call it."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+
+
+@pytest.mark.parametrize("clip", [None, 1e9])
+def test_a_closure_that_is_not_called_leaves_the_loss(
+    server: Server, clip: float | None, own_errors: OwnErrors
+) -> None:
+    model = Two()
+    optimizer = Deaf(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer, clip=None if clip is None else gradwatch.AGC(clip, exclude=[])):
+        for value in (12.0, 13.0):
+            optimizer.zero_grad()
+            model(GRAD_A, value).backward()
+            optimizer.step(lambda: None)
+        optimizer.step()
+    assert server.trail("loss") == {1: 59.0, 2: 63.0}
+    assert [sample.step for sample in server.samples] == [3]
+    (event,) = server.events
+    assert (event.step, event.kind, own_errors.warnings) == (1, "not_measured", 1)
+    assert ("not clipped" in event.message) == (clip is not None)
+
+
+def test_a_closure_that_fails_was_called(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def closure() -> float:
+        raise ValueError("no batch")
+
+    with watch(model, server, optimizer):
+        with pytest.raises(ValueError, match="no batch"):
+            optimizer.step(closure)
+        model(GRAD_A, 12.0).backward()
+        optimizer.step()
+    assert not server.events
 
 
 def test_a_subclass_that_calls_super_counts_once(server: Server) -> None:

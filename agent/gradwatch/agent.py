@@ -9,6 +9,7 @@ import secrets
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.util import Finalize
 from types import TracebackType
@@ -175,8 +176,9 @@ class Agent:
         self._exit: tuple[int, int | None] = (0, None)
         """Step at which ``sys.exit`` was called last, and with what."""
         self._marks = Marks()
-        self._awaited: int | None = None
-        """Id of the optimizer whose closure makes the gradients that it is about to step with."""
+        self._awaited: weakref.ref[Optimizer] | None = None
+        """The optimizer whose closure makes the gradients that it is about to step with."""
+        self._uncalled_was_told = False
         self._parts_only = ""
         """Why nothing is measured: this rank holds only parts of the parameters, and no other measures the rest."""
         self._finished_at = 0.0
@@ -426,15 +428,18 @@ class Agent:
     @_guarded
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
-        if self._round is None or id(optimizer) not in self._round.stepped:
+        if self._round is None or weakref.ref(optimizer) not in self._round.stepped:
             return
         self._meter.measure_updates(optimizer, self._round)
+        if self._awaited == weakref.ref(optimizer):
+            self._pending.move_to(self._round)
+            self._tell_uncalled(optimizer)
         self._awaited = None
         binding = self._optimizers.binding(optimizer) if self._pending else None
         if binding is not None:  # of a closure that was evaluated again
             self._pending.losses.clear()
             self._forget(binding.index_set)
-        if self._optimizers.have_all(self._round.stepped):
+        if self._optimizers.have_all(self._round.stepped.keys()):
             self._finish_round()
 
     def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
@@ -455,7 +460,7 @@ class Agent:
             return
         watched = self._parameters.watched
         ours, changed = self._marks.changed(cast("dict[int, Mark]", before), watched, losses)
-        if not ours:
+        if not ours or not self._pending.is_home(losses, watched):
             return
         if self._noted:
             self._forget(changed)  # there is more to them now than what was clipped
@@ -470,19 +475,20 @@ class Agent:
         self._pending.note_scaled(scaler, original, scaled)
 
     @_guarded
-    def after_scaler_step(self, optimizer: Optimizer) -> None:
+    def after_scaler_step(self, scaler: object, optimizer: Optimizer) -> None:
         """A loss scaler stepped ``optimizer``, or skipped it because it found Inf."""
         binding = self._optimizers.binding(optimizer)
         if binding is None:
             return
+        self._pending.note_scaler(scaler)
         fired = binding.steps != binding.steps_at_scaler
         binding.steps_at_scaler = binding.steps
         if fired:
             return
-        round_ = self._enter(optimizer)
+        round_ = self._enter(optimizer, binding)
         round_.skip()
         self._pending.move_to(round_)
-        if self._optimizers.have_all(round_.stepped):
+        if self._optimizers.have_all(round_.stepped.keys()):
             self._finish_round()
 
     @_guarded
@@ -581,7 +587,7 @@ class Agent:
         if binding is None:
             return None
         binding.steps += 1
-        return binding, self._enter(optimizer)
+        return binding, self._enter(optimizer, binding)
 
     def _act(self, optimizer: Optimizer, begun: tuple[Binding, Round] | None) -> None:
         """Measure where a sample is due, and clip, in one pass; without ``begun`` only clip."""
@@ -611,14 +617,16 @@ class Agent:
         The gradients of every evaluation are clipped.
         """
 
-        self._awaited = None if begun is None else id(optimizer)
+        self._awaited = None if begun is None else weakref.ref(optimizer)
 
         @functools.wraps(closure)
         def measured(*given: Any, **named: Any) -> Any:
             nonlocal begun
-            result = closure(*given, **named)
+            try:
+                result = closure(*given, **named)
+            finally:
+                self._awaited = None
             first, begun = begun, None
-            self._awaited = None
             self._act(optimizer, first)
             return result
 
@@ -626,11 +634,14 @@ class Agent:
             return args, {**kwargs, "closure": measured}
         return tuple(measured if argument is closure else argument for argument in args), kwargs
 
-    def _enter(self, optimizer: Optimizer) -> Round:
-        """Return the round that this step belongs to, a new one where the optimizer has already stepped in it."""
-        if self._round is not None and id(optimizer) in self._round.stepped:
-            self._optimizers.settle(self._round.stepped, self._step)
-            self._finish_round()
+    def _enter(self, optimizer: Optimizer, binding: Binding) -> Round:
+        """Return the round that this step belongs to: a new one where the optimizer, or its like, has stepped in it."""
+        entered = weakref.ref(optimizer)
+        if self._round is not None:
+            stepped = self._round.stepped
+            if entered in stepped or self._optimizers.takes_over(optimizer, stepped):
+                self._optimizers.settle(stepped, self._step)
+                self._finish_round()
         if self._round is None:
             if self._step_is_open:
                 self._recall_step(optimizer)
@@ -638,8 +649,8 @@ class Agent:
             self._round = self._pending.coming or Round(self._step, time.time(), self._due)
             self._pending.coming = None
             self._round.step = self._step
-        self._round.stepped.add(id(optimizer))
-        self._pending.enter(self._round)
+        self._round.stepped[entered] = binding.index_set
+        self._pending.enter(self._round, self._parameters.watched)
         self._optimizers.enter(optimizer, self._step)
         return self._round
 
@@ -661,7 +672,7 @@ class Agent:
         finite = all(map(is_finite, round_.losses)) and all(clip.finite for clip in round_.clips)
         if not finite and self._was_finite:
             self._in_trouble = True
-            self._force(round_, {id(optimizer)})
+            self._force(round_, {weakref.ref(optimizer)})
         round_.finite = finite
         if not round_.sampled:
             return None
@@ -731,6 +742,19 @@ class Agent:
         self.warn(text)
         self._collector.put(wire.Event(step=self._step, at=time.time(), kind="not_stepped", message=text))
 
+    def _tell_uncalled(self, optimizer: Optimizer) -> None:
+        """Say once that an optimizer has stepped without its closure: what it stepped with was seen by nobody."""
+        if self._uncalled_was_told:
+            return
+        self._uncalled_was_told = True
+        text = (
+            f"{type(optimizer).__name__}.step(closure) did not call its closure: the loss of such a step is kept, "
+            + ("its gradients are not clipped or measured" if self._clipper is not None else "nothing is measured")
+            + ". Call step() without one"
+        )
+        self.warn(text)
+        self._collector.put(wire.Event(step=self._step, at=time.time(), kind="not_measured", message=text))
+
     def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
         round_ = self._round
         asked = binding.indices if round_ is not None and round_.sampled else binding.indices[:1]
@@ -749,17 +773,17 @@ class Agent:
             seen[1].void = stepped
             seen[1].clips = acted((*round_.clips, *self._pending.clips), waiting, stepping=False)
 
-    def _force(self, round_: Round, stepping: set[int]) -> None:
+    def _force(self, round_: Round, stepping: set[weakref.ref[Optimizer]]) -> None:
         """Sample a round although it is not due; the next one where an optimizer was not measured and has stepped."""
         if round_.sampled or round_.skipped:
             return
-        round_.sampled = round_.stepped <= stepping
+        round_.sampled = round_.stepped.keys() <= stepping
         self._forced = not round_.sampled
 
     def _has_stepped(self, index: int) -> bool:
         """Return whether the optimizer of a parameter has stepped in the open round."""
         assert self._round is not None
-        return self._optimizers.have_stepped(index, self._round.stepped - {self._awaited})
+        return self._optimizers.have_stepped(index, self._round.stepped.keys() - {self._awaited})
 
     def _finish_round(self) -> None:
         """Hand the round over and decide whether the next one is sampled."""

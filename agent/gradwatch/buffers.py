@@ -137,6 +137,12 @@ class Claim:
         self.grad_arenas: dict[Arena, Tensor] = {}
         """Where those of the gradients are."""
         self.grads: Bound | None = None
+        self.grad_repairs: dict[int, NDArray[np.float64]] = {}
+        """Norms of the units of those gradients whose squares float32 does not hold, by place in the plan's order.
+
+        Beside the buffers: AGC clips by what is there, whether a step is sampled or not."""
+        self.weight_repairs: dict[int, NDArray[np.float64]] = {}
+        """The same of the weights."""
         if plan.grads is not None:
             self.grad_arenas = {arena: device[arena][grad_at[arena] :] for arena in plan.grads.sizes}
             self.grads = kernels.bind(plan.grads, self.grad_arenas, slot.scratch)
@@ -145,19 +151,32 @@ class Claim:
         """Return the norms of the gradients' units in the plan's order, once they have arrived."""
         assert self.plan.grads is not None
         host = self._slot.host_arrays
-        return self.plan.ordered_grads({arena: host[arena][self._grad_at[arena] :] for arena in self.plan.grads.sizes})
-
-    def raw_grads(self) -> list[NDArray[Any]]:
-        """Return the same as they lie in the buffers, without a copy: in any order, float32 or float64."""
-        assert self.plan.grads is not None
-        sizes = self.plan.grads.sizes
-        return [self._slot.host_arrays[arena][self._grad_at[arena] :][:size] for arena, size in sizes.items()]
+        places = {arena: host[arena][self._grad_at[arena] :] for arena in self.plan.grads.sizes}
+        return self._put_right(self.plan.ordered_grads(places), self.grad_repairs)
 
     def weight_units(self) -> NDArray[np.float64]:
         """Return the norms of the weights' units in the plan's order, once they have arrived."""
         host = self._slot.host_arrays
         places = {arena: host[arena][self._weight_at[arena] :] for arena in self.plan.weights.sizes}
-        return self.plan.ordered_weights(places)
+        return self._put_right(self.plan.ordered_weights(places), self.weight_repairs)
+
+    def raw_grads(self) -> list[NDArray[Any]]:
+        """Return the norms of the gradients' units as they lie in the buffers: no copy, any order, either float."""
+        assert self.plan.grads is not None
+        return self._raw(self.plan.grads, self._grad_at)
+
+    def raw_weights(self) -> list[NDArray[Any]]:
+        """Return the norms of the weights' units in the same way."""
+        return self._raw(self.plan.weights, self._weight_at)
+
+    def _raw(self, layout: Layout, at: Mapping[Arena, int]) -> list[NDArray[Any]]:
+        return [self._slot.host_arrays[arena][at[arena] :][:size] for arena, size in layout.sizes.items()]
+
+    def _put_right(self, units: NDArray[np.float64], repairs: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:
+        for place, repaired in repairs.items():
+            start = self.plan.starts[place]
+            units[start : start + repaired.size] = repaired
+        return units
 
 
 class Slot:
@@ -185,6 +204,7 @@ class Slot:
             if len(self._claims) >= 4096:
                 self._claims.clear()
             claim = self._claims[id(plan), at] = Claim(plan, self, grad_at, weight_at)
+        claim.grad_repairs, claim.weight_repairs = {}, {}
         for arena, size in sizes.items():
             self._used[arena] = self._used.get(arena, 0) + size
         return claim

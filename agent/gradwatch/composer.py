@@ -341,16 +341,13 @@ def number(value: Scalar) -> float:
 def _repaired(
     measured: ByParameter, indices: NDArray[np.intp], reading: Reading
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return norms and counts of non-finite elements, with what unit norms could not say put right."""
-    grad_norm, nonfinite = measured.grad_norm, measured.nonfinite_units
-    if not reading.repairs:
-        return grad_norm, nonfinite
-    place = {int(index): position for position, index in enumerate(indices)}
-    for index, repair in reading.repairs.items():
-        nonfinite[place[index]] = count = number(repair.nonfinite)
-        if repair.norm is not None and not count:
-            grad_norm[place[index]] = number(repair.norm)
-    return grad_norm, nonfinite
+    """Return norms, and counts of non-finite elements where there are any: of units where these were not counted."""
+    nonfinite = measured.nonfinite_units
+    if reading.nonfinite:
+        place = {int(index): position for position, index in enumerate(indices)}
+        for index, count in reading.nonfinite.items():
+            nonfinite[place[index]] = count
+    return measured.grad_norm, nonfinite
 
 
 def _coefficients(clips: Sequence[Acted], count: int) -> NDArray[np.float64]:

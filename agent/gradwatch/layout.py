@@ -154,16 +154,17 @@ class Bound:
         self, layout: Layout, arenas: dict[Arena, Tensor], scratch: Scratch, pieces: Sequence[Piece] | None = None
     ) -> None:
         self.layout = layout
-        self._steps: list[tuple[Piece, Tensor, Tensor | None, Tensor | None]] = []
+        self._steps: list[tuple[Piece, list[int], Tensor, Tensor | None, Tensor | None]] = []
         for piece in layout.pieces if pieces is None else pieces:
+            elements = [math.prod(layout.specs[position].shape) for position in piece.positions]
             out = arenas[piece.arena][piece.start : piece.stop]
             if not piece.gathered:
-                self._steps.append((piece, out, None, None))
+                self._steps.append((piece, elements, out, None, None))
                 continue
             flat = scratch.take(piece.arena, piece.elements)
             shape = piece.spec.shape
             target = flat.view(-1, *shape[1:]) if piece.spec.axis == "rows" and len(shape) > 1 else flat
-            self._steps.append((piece, out, target, flat.view(piece.stop - piece.start, -1)))
+            self._steps.append((piece, elements, out, target, flat.view(piece.stop - piece.start, -1)))
 
     def run(self, tensors: Sequence[Tensor]) -> None:
         """Write the unit norms of ``tensors``, which must be of the layout's specification, in its order.
@@ -171,18 +172,19 @@ class Bound:
         Raises:
             LayoutChangedError: a tensor has another shape now.
         """
-        for piece, out, target, rows in self._steps:
-            if target is None or rows is None:
-                reduce_in_place(tensors[piece.positions[0]], piece.spec, out)
-                continue
-            shape = target.shape
+        for piece, elements, out, target, rows in self._steps:
             members = [tensors[position] for position in piece.positions]
+            # Before torch sees them: it would make its output larger, and warn the user of it. What is gathered has
+            # one row shape, which torch looks after: the elements tell the rest, in a third of the time of a shape.
+            if members[0].shape != piece.spec.shape or list(map(Tensor.numel, members)) != elements:
+                raise LayoutChangedError(f"a tensor of {piece.spec.shape}, or gathered with one, has another shape now")
+            if target is None or rows is None:
+                reduce_in_place(members[0], piece.spec, out)
+                continue
             if piece.spec.shape == ():
                 torch.stack(members, out=target)
             else:
                 torch.cat(members, out=target)
-            if target.shape != shape:
-                raise LayoutChangedError(f"{len(members)} tensors make {tuple(target.shape)}, not {tuple(shape)}")
             torch.linalg.vector_norm(rows, dim=1, out=out)
 
 
@@ -297,5 +299,5 @@ def _reduce_sparse(tensor: Tensor, out: Tensor) -> None:
     indices, values = held.indices(), held.values()
     if torch.is_complex(values):
         values = torch.view_as_real(values)
-    squares = values.to(out.dtype).square().reshape(values.shape[0], -1).sum(1)
+    squares = values.to(out.dtype).square().reshape(values.shape[0], math.prod(values.shape[1:])).sum(1)
     out.zero_().index_add_(0, indices[0] if out.numel() > 1 else torch.zeros_like(indices[0]), squares).sqrt_()

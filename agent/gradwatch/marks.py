@@ -57,7 +57,7 @@ class Marks:
             self._narrow(changed)
         elif changed.isdisjoint(self._few):
             self._few, self._always, self._passes = None, None, 0
-            return bool(changed) or _leads_to(losses, watched), changed
+            return bool(changed) or leads_to(losses, watched), changed
         return bool(changed), changed
 
     def _narrow(self, changed: frozenset[int]) -> None:
@@ -78,9 +78,12 @@ def _mark(known: Watched) -> Mark:
     return None if grad is None else (id(grad), grad._version)  # noqa: SLF001
 
 
-def _leads_to(losses: Iterable[Tensor], watched: Sequence[Watched]) -> bool:
+def leads_to(losses: Iterable[Tensor], watched: Sequence[Watched]) -> bool:
     """Return whether the graph of some losses leads to a watched parameter."""
     ids = {id(parameter) for known in watched if (parameter := known.parameter()) is not None}
+    losses = list(losses)
+    if any(id(loss) in ids for loss in losses):
+        return True
     nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     seen = set(nodes)
     for node in nodes:

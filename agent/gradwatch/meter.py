@@ -64,7 +64,7 @@ class Meter:
         if pass_ is None:
             return None
         reading = Reading(pass_.claim, before_clip)
-        inspection.inspect(reading, pass_.grads)
+        inspection.inspect(reading, pass_.grads, pass_.members)
         round_.readings.append(reading)
         round_.empty += pass_.plan.empty
         return pass_, reading
@@ -97,7 +97,9 @@ class Meter:
             specs = [spec_of(member, "whole") for member in members]  # nothing but their norms is asked for
             claim = round_.slot.claim(Plan([index for index, _ in others], None, specs))
             claim.weights.run(members)
-            round_.readings.append(Reading(claim, before_clip=False))
+            reading = Reading(claim, before_clip=False)
+            inspection.inspect(reading, (), members)
+            round_.readings.append(reading)
 
     def measure_updates(self, optimizer: Optimizer, round_: Round) -> None:
         """Measure how far an optimizer has moved the weights that were kept before it stepped."""

@@ -1,8 +1,8 @@
 """Which optimizers step what is watched, and which of them make one step of the training together."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence, Set
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Final, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -43,6 +43,13 @@ def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] 
     return inner
 
 
+class _Expected(NamedTuple):
+    """When one that makes a round was last seen, and what it steps; nothing while it has not stepped."""
+
+    step: int
+    indices: frozenset[int]
+
+
 class Optimizers:
     """The optimizers of a training. None of them is kept alive.
 
@@ -75,8 +82,10 @@ class Optimizers:
         """Those that were not given."""
         self._bindings: weakref.WeakKeyDictionary[Optimizer, Binding] = weakref.WeakKeyDictionary()
         self._lists = Lists(self._bind_list)
-        self._expected: dict[int, int] | None = None if given is None else {id(optimizer): 0 for optimizer in given}
-        """Ids of those that make a round, with the step at which each was last seen; None: not known yet."""
+        self._expected: dict[weakref.ref[Optimizer], _Expected] | None = None
+        """Those that make a round; None: not known yet."""
+        if given is not None:
+            self._expected = {weakref.ref(optimizer): _Expected(0, frozenset()) for optimizer in given}
         self._unstepped: int | None = 0
         """Backward passes that made gradients before anything watched was stepped; None: something was."""
         self._steps_of_others = 0
@@ -170,7 +179,7 @@ class Optimizers:
         """
         ours = self._steps_ours(optimizer)
         if ours and self._given is not None and not self.given:
-            self._given.append(weakref.ref(optimizer))
+            self._given = [weakref.ref(optimizer)]
             return True
         self._strangers.add(optimizer)
         if ours:
@@ -180,34 +189,52 @@ class Optimizers:
             )
         return False
 
-    def have_stepped(self, index: int, stepped: Set[int]) -> bool:
-        """Return whether one of those with the ids ``stepped`` steps a parameter."""
-        return any(id(known) in stepped and index in binding.index_set for known, binding in self._bindings.items())
+    def have_stepped(self, index: int, stepped: Set[weakref.ref[Optimizer]]) -> bool:
+        """Return whether one of ``stepped`` steps a parameter."""
+        return any(
+            index in binding.index_set and weakref.ref(known) in stepped for known, binding in self._bindings.items()
+        )
+
+    def takes_over(self, optimizer: Optimizer, stepped: Mapping[weakref.ref[Optimizer], frozenset[int]]) -> bool:
+        """Return whether one is new, and steps what one of ``stepped`` did that is gone: it was made anew."""
+        if self._expected is not None and weakref.ref(optimizer) in self._expected:
+            return False
+        gone = [indices for known, indices in stepped.items() if known() is None]
+        return bool(gone) and not self._bindings[optimizer].index_set.isdisjoint(frozenset().union(*gone))
 
     def enter(self, optimizer: Optimizer, step: int) -> None:
-        """Note that one makes a step, or was kept from it by a loss scaler."""
+        """Note that one makes a step, or was kept from it by a loss scaler. It is waited for in place of its like."""
         self._unstepped = None
-        if self._expected is not None:
-            self._expected[id(optimizer)] = step
+        if self._expected is None:
+            return
+        entered, indices = weakref.ref(optimizer), self._bindings[optimizer].index_set
+        if entered not in self._expected:
+            self._expected = {
+                known: last
+                for known, last in self._expected.items()
+                if known() is not None or (last.indices and last.indices.isdisjoint(indices))
+            }
+        self._expected[entered] = _Expected(step, indices)
 
-    def settle(self, stepped: Iterable[int], step: int) -> None:
+    def settle(self, stepped: Mapping[weakref.ref[Optimizer], frozenset[int]], step: int) -> None:
         """Learn from a step that is over which make a step together, where that is not known."""
         if self._expected is None:
-            self._expected = dict.fromkeys(stepped, step)
+            self._expected = {known: _Expected(step, indices) for known, indices in stepped.items()}
 
     def start_at(self, step: int) -> None:
         """Count from ``step``."""
         if self._expected is not None:
-            self._expected = dict.fromkeys(self._expected, step)
+            self._expected = {known: last._replace(step=step) for known, last in self._expected.items()}
 
-    def have_all(self, stepped: Set[int]) -> bool:
+    def have_all(self, stepped: Set[weakref.ref[Optimizer]]) -> bool:
         """Return whether every one has stepped that usually does."""
         return self._expected is not None and self._expected.keys() <= stepped
 
     def forget_idle(self, step: int) -> None:
         """Wait no longer for those that have not stepped for long."""
         if self._expected is not None:
-            self._expected = {key: last for key, last in self._expected.items() if last > step - _FORGOTTEN_AFTER}
+            oldest = step - _FORGOTTEN_AFTER
+            self._expected = {known: last for known, last in self._expected.items() if last.step > oldest}
 
     def note_stranger(self) -> None:
         """Note that one steps which steps nothing that is watched."""

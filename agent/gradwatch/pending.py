@@ -1,5 +1,6 @@
 """What was noted since the last step, and waits for the next one: losses, clippings, numbers of the user's."""
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -8,6 +9,8 @@ from typing import Any, Final
 from torch import Tensor
 
 from gradwatch.buffers import Slot
+from gradwatch.marks import leads_to
+from gradwatch.model import Watched
 from gradwatch.rounds import Clip, Round
 from gradwatch.scalars import Scalar, kept, summed
 
@@ -30,11 +33,14 @@ class Pending:
         """The next round, where something was measured of it already."""
         self.gone: frozenset[int] = frozenset()
         """Indices of the parameters whose gradients were thrown away since the last loss."""
-        self._scaled: deque[tuple[weakref.ref[Tensor], Tensor]] = deque(maxlen=_SCALED)
-        """Scaled losses that may still be propagated, with what they were."""
+        self._scaled: deque[tuple[weakref.ref[Tensor], Tensor, weakref.ref[Any]]] = deque(maxlen=_SCALED)
+        """Scaled losses that may still be propagated, with what they were and their scaler; of any training."""
         self._scaler: weakref.ref[Any] | None = None
-        self._under_way: list[weakref.ref[Tensor]] = []
-        """Losses that are being differentiated, and belong to no step yet."""
+        """The one of this training."""
+        self._under_way: dict[int, list[weakref.ref[Tensor]]] = {}
+        """Losses that are being differentiated, and belong to no step yet, by the thread that does it."""
+        self._home = threading.get_ident()
+        """The thread that trains. Others may train other models at the same time."""
 
     def __bool__(self) -> bool:
         """Return whether anything waits that depends on the gradients as they are."""
@@ -47,13 +53,24 @@ class Pending:
 
     def begin_backward(self, losses: Iterable[Tensor]) -> None:
         """Losses are about to be differentiated, maybe within another backward pass."""
-        self._under_way += map(weakref.ref, losses)
+        self._under_way.setdefault(threading.get_ident(), []).extend(map(weakref.ref, losses))
 
     def end_backward(self, losses: Sequence[Tensor]) -> list[Tensor]:
         """Losses were differentiated; return those that belong to no step yet."""
-        known = [loss for reference in self._under_way if (loss := reference()) is not None]
-        self._under_way = [weakref.ref(loss) for loss in known if not _among(loss, losses)]
+        known = _alive(self._under_way.pop(threading.get_ident(), ()))
+        left = [weakref.ref(loss) for loss in known if not _among(loss, losses)]
+        if left:
+            self._under_way[threading.get_ident()] = left
         return [loss for loss in losses if _among(loss, known)]
+
+    def is_home(self, losses: Sequence[Tensor], watched: Sequence[Watched]) -> bool:
+        """Return whether the thread that has differentiated losses is the one that trains; it may have changed.
+
+        While another thread trains another model, gradients may change that it has not made.
+        """
+        if threading.get_ident() != self._home and leads_to(losses, watched):
+            self._home = threading.get_ident()
+        return threading.get_ident() == self._home
 
     def add_losses(self, losses: Iterable[Tensor]) -> None:
         """Keep what was differentiated for the next step."""
@@ -62,25 +79,39 @@ class Pending:
         if len(self.losses) >= _PENDING:
             self.losses = summed(self.losses)
 
-    def enter(self, round_: Round) -> None:
-        """An optimizer steps: within a backward pass, it steps with the gradient of what is being differentiated."""
-        losses = [loss for known in self._under_way if (loss := known()) is not None]
-        self._under_way = []
-        round_.losses += map(self._original, losses)
+    def enter(self, round_: Round, watched: Sequence[Watched]) -> None:
+        """An optimizer steps: within a backward pass, it steps with the gradient of what is being differentiated.
+
+        It may do so on a thread of autograd's, for whoever waits for the pass.
+        """
+        stepping = threading.get_ident()
+        if not self._under_way:
+            self._home = stepping
+        for thread in (stepping,) if stepping == self._home else tuple(self._under_way):
+            losses = _alive(self._under_way.get(thread, ()))
+            if thread in (stepping, self._home) or leads_to(losses, watched):
+                self._under_way.pop(thread, None)
+                round_.losses += map(self._original, losses)
 
     def _original(self, loss: Tensor) -> Tensor:
-        """Return a loss as it was before a loss scaler multiplied it."""
-        original = next((original for scaled, original in self._scaled if scaled() is loss), None)
-        return kept(loss) if original is None else original
+        """Return a loss of this training as it was before a loss scaler multiplied it, which is known by that."""
+        for scaled, original, scaler in self._scaled:
+            if scaled() is loss:
+                self._scaler = scaler
+                return original
+        return kept(loss)
 
     def note_scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """Remember what a scaled loss was."""
-        self._scaled.append((weakref.ref(scaled), kept(original)))
+        self._scaled.append((weakref.ref(scaled), kept(original), weakref.ref(scaler)))
+
+    def note_scaler(self, scaler: object) -> None:
+        """Remember a loss scaler that steps, or skips, an optimizer of this training."""
         self._scaler = weakref.ref(scaler)
 
     def originals(self, scalars: Sequence[Tensor]) -> list[Tensor]:
         """Return what the scaled ones of some losses were."""
-        return [original for scaled, original in self._scaled if any(scaled() is scalar for scalar in scalars)]
+        return [original for scaled, original, _ in self._scaled if any(scaled() is scalar for scalar in scalars)]
 
     @property
     def loss_scale(self) -> Tensor | None:
@@ -119,6 +150,10 @@ class Pending:
             return None
         self.coming = None
         return coming.slot
+
+
+def _alive(references: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:
+    return [tensor for reference in references if (tensor := reference()) is not None]
 
 
 def _among(tensor: Tensor, tensors: Iterable[Tensor]) -> bool:

@@ -1,11 +1,13 @@
 """What the training thread hands over after each step: numbers still on the device, nothing computed yet."""
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradwatch import wire
 from gradwatch.buffers import Claim, Slot
@@ -49,16 +51,6 @@ def acted(clips: Iterable[Clip], indices: frozenset[int], *, stepping: bool) -> 
 
 
 @dataclass(slots=True)
-class Repair:
-    """What unit norms cannot say about one gradient."""
-
-    nonfinite: Scalar
-    """Elements that are NaN or infinite."""
-    norm: Scalar | None = None
-    """Its norm in float64, where squares overflow or vanish in float32."""
-
-
-@dataclass(slots=True)
 class Reading:
     """Unit norms of the parameters that one optimizer steps."""
 
@@ -71,8 +63,8 @@ class Reading:
     scale: Tensor | None = None
     """What the gradients are multiplied by, with a fused optimizer under a loss scaler."""
     found_inf: Tensor | None = None
-    repairs: dict[int, Repair] = field(default_factory=dict)
-    """By index."""
+    nonfinite: dict[int, float] = field(default_factory=dict)
+    """Elements of gradients that are NaN or infinite, by index, where they were counted."""
     limits: NDArray[np.float64] | None = None
     """Largest ratio that AGC lets through, for each parameter of the plan; None where it did not clip."""
 
@@ -99,8 +91,8 @@ class Round:
     at: float
     sampled: bool
     slot: Slot | None = None
-    stepped: set[int] = field(default_factory=set)
-    """Ids of the optimizers that have stepped."""
+    stepped: dict[weakref.ref[Optimizer], frozenset[int]] = field(default_factory=dict)
+    """The optimizers that have stepped, with the indices of their parameters. An id may be another's by now."""
     readings: list[Reading] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     """Their sum is the loss whose gradient was applied."""

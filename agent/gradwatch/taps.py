@@ -43,7 +43,7 @@ class Listener(Protocol):
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """A loss scaler multiplied ``original``."""
 
-    def after_scaler_step(self, optimizer: Optimizer) -> None:
+    def after_scaler_step(self, scaler: object, optimizer: Optimizer) -> None:
         """A loss scaler had its chance to step ``optimizer``, or skipped it."""
 
     def before_norm_clip(
@@ -295,7 +295,7 @@ def _scaler_step(original: Callable[..., Any], scaler: Any, optimizer: Optimizer
     result = original(scaler, optimizer, *args, **kwargs)
     if scaler.is_enabled():
         for listener in _listeners:
-            listener.after_scaler_step(optimizer)
+            listener.after_scaler_step(scaler, optimizer)
     return result
 
 

@@ -1,6 +1,7 @@
 """Which step a backward pass, its loss and its gradients belong to, each against a truth computed by hand."""
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import gradwatch
 from gradwatch import wire
 
-from .conftest import Server
+from .conftest import OwnErrors, Server
 from .watching import GRAD_A, Two, watch
 
 
@@ -189,6 +190,47 @@ def test_closures_are_measured_after_their_first_evaluation(server: Server) -> N
     assert server.values("grad_norm", 2) == pytest.approx({"a": first[0], "b": first[1]}, rel=1e-5)
 
 
+class Deaf(torch.optim.SGD):
+    """Takes a closure, as Lightning and others pass one, and does not call it."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+
+
+@pytest.mark.parametrize("clip", [None, 1e9])
+def test_a_closure_that_is_not_called_leaves_the_loss(
+    server: Server, clip: float | None, own_errors: OwnErrors
+) -> None:
+    model = Two()
+    optimizer = Deaf(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer, clip=None if clip is None else gradwatch.AGC(clip, exclude=[])):
+        for value in (12.0, 13.0):
+            optimizer.zero_grad()
+            model(GRAD_A, value).backward()
+            optimizer.step(lambda: None)
+        optimizer.step()
+    assert server.trail("loss") == {1: 59.0, 2: 63.0}
+    assert [sample.step for sample in server.samples] == [3]
+    (event,) = server.events
+    assert (event.step, event.kind, own_errors.warnings) == (1, "not_measured", 1)
+    assert ("not clipped" in event.message) == (clip is not None)
+
+
+def test_a_closure_that_fails_was_called(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def closure() -> float:
+        raise ValueError("no batch")
+
+    with watch(model, server, optimizer):
+        with pytest.raises(ValueError, match="no batch"):
+            optimizer.step(closure)
+        model(GRAD_A, 12.0).backward()
+        optimizer.step()
+    assert not server.events
+
+
 def test_a_subclass_that_calls_super_counts_once(server: Server) -> None:
     class Outer(torch.optim.SGD):
         fails = False
@@ -302,6 +344,29 @@ def test_several_optimizers_make_one_round(server: Server) -> None:
     assert (server.scalar("learning_rate"), server.scalar("learning_rate.1")) == (0.25, 0.5)
 
 
+@pytest.mark.parametrize(("split", "given"), [(False, False), (False, True), (True, False)])
+def test_optimizers_that_are_made_anew_for_each_step(server: Server, split: bool, given: bool) -> None:
+    """As meta-learning and federated training do; what comes later often lies where an earlier one lay."""
+    model = Two()
+
+    def made() -> list[torch.optim.Optimizer]:
+        groups = [[model.a], [model.b]] if split else [[model.a, model.b]]
+        return [torch.optim.SGD(group, lr=0.0) for group in groups]
+
+    optimizers = made()
+    with watch(model, server, optimizers if given else None):
+        for step in range(6):
+            optimizers = made() if step else optimizers
+            model.zero_grad()
+            model(GRAD_A, step + 1.0).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert server.trail("loss") == {step: pytest.approx(11.0 + 4 * step) for step in range(1, 7)}
+    assert [server.values("grad_norm", step) for step in range(1, 7)] == [
+        {"a": 5.0, "b": float(step)} for step in range(1, 7)
+    ]
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_optimizer_in_backward(server: Server, at_once: bool) -> None:
     """Gradients are thrown away at once, or before the next backward pass."""
@@ -347,6 +412,70 @@ def test_a_backward_pass_within_another_leaves_it_its_loss(server: Server) -> No
             optimizer.step()
             del failing
     assert server.trail("loss") == {1: 4.0, 2: 8.0, 3: 12.0}
+
+
+def meanwhile(work: Callable[[], object]) -> None:
+    """Let another thread work, and wait for it."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("stepping", ["meanwhile", "afterwards"])
+def test_trainings_in_several_threads_have_each_their_own_loss(server: Server, stepping: str) -> None:
+    """One makes a step, or its gradients, while another one is in the middle of its backward pass."""
+    ours, other = Two(), Two()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.0)
+    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        ours(GRAD_A, 12.0).backward()
+        if stepping == "meanwhile":
+            optimizer.step()
+
+    with watch(ours, server, optimizer), watch(other, server, other_optimizer, run="other") as second:
+        for _ in range(3):
+            held = other(GRAD_A, 1.0)
+            held.register_hook(lambda _grad: meanwhile(step))
+            other_optimizer.zero_grad()
+            held.backward()
+            if stepping == "afterwards":
+                optimizer.step()
+            other_optimizer.step()
+        second.close()
+    losses = [tuple(batch.trail["loss"].values) for batch in server.batches if "loss" in batch.trail]
+    assert sorted(value for values in losses for value in values) == [15.0] * 3 + [59.0] * 3
+    assert all(len(set(values)) == 1 for values in losses)
+
+
+def test_a_step_on_a_thread_of_autograd(server: Server) -> None:
+    """On an accelerator hooks run on its thread, while the one that trains waits."""
+    model = Two()
+    optimizers = {parameter: torch.optim.SGD([parameter], lr=0.0) for parameter in model.parameters()}
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda ready: meanwhile(optimizers[ready].step))
+    with watch(model, server):
+        for factor in (1.0, 2.0, 3.0):
+            model.zero_grad()
+            (model(GRAD_A, 12.0) * factor).backward()
+    assert server.trail("loss") == {1: 59.0, 2: 118.0, 3: 177.0}
+
+
+def test_a_training_that_moves_to_another_thread_keeps_its_loss(server: Server) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(GRAD_A, 12.0).backward()
+        optimizer.step()
+
+    with watch(model, server, optimizer):
+        for _ in range(2):
+            step()
+            meanwhile(step)
+    assert server.trail("loss") == dict.fromkeys(range(1, 5), 59.0)
 
 
 def test_retain_graph_and_double_backward(server: Server) -> None:

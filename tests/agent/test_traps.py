@@ -82,9 +82,57 @@ def test_vanishing_below_what_float32_can_square(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with watch(model, server, optimizer):
-        model([[3e-30, 0.0, 4e-30], [0.0, 0.0, 0.0]], 0.0).backward()
+        for second in (0.0, 6e-25):
+            optimizer.zero_grad()
+            model([[3e-25, 0.0, 4e-25], [second, 0.0, 0.0]], 0.0).backward()
+            optimizer.step()
+    assert server.values("grad_norm", 1) == pytest.approx({"a": 5e-25, "b": 0.0}, rel=1e-6, abs=0.0)
+    assert server.values("max_unit_ratio", 1) == pytest.approx({"a": 5e-25 / 3, "b": 0.0}, rel=1e-6, abs=0.0)
+    assert server.values("zero_unit_share", 1) == {"a": 0.5, "b": 1.0}
+    assert server.values("max_unit_ratio", 2)["a"] == pytest.approx(3e-25, rel=1e-6, abs=0.0)
+    assert server.values("zero_unit_share", 2) == {"a": 0.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_and_gradients_above_what_float32_can_square(server: Server, frozen: bool) -> None:
+    """A frozen weight is measured apart from those that have gradients; a last unit is as usual."""
+    model = Two()
+    model.a.data = torch.tensor([[3e25, 0.0, 4e25], [1.0, 2.0, 2.0]])
+    model.a.requires_grad_(not frozen)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        model([[6e24, 0.0, 8e24], [3e25, 0.0, 4e25]], 12.0).backward()
         optimizer.step()
-    assert server.values("grad_norm") == pytest.approx({"a": 5e-30, "b": 0.0})
+    assert server.values("weight_norm") == pytest.approx({"a": 5e25, "b": 4.0})
+    if not frozen:
+        assert server.values("grad_norm") == pytest.approx({"a": math.hypot(1e25, 5e25), "b": 12.0})
+        assert server.values("max_unit_ratio") == pytest.approx({"a": 5e25 / 3, "b": 3.0})
+        assert server.values("nonfinite_count") == {"a": 0.0, "b": 0.0}
+        assert sum(map(sum, server.samples[-1].histograms.values())) == 3
+
+
+def test_a_large_gradient_that_float32_cannot_square(server: Server) -> None:
+    """Of one whose other rows are as usual, those that look like zero are taken for it: an embedding has many."""
+    model = nn.Embedding(1024, 1024)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        for usual in (0.0, 1.0):
+            model.weight.grad = torch.zeros_like(model.weight)
+            model.weight.grad[:2, 0] = torch.tensor([3e-25, usual])
+            optimizer.step()
+    assert server.values("grad_norm", 1)["weight"] == pytest.approx(3e-25, rel=1e-6, abs=0.0)
+    assert [server.values("zero_unit_share", step)["weight"] for step in (1, 2)] == [1023 / 1024] * 2
+
+
+def test_sparse_gradients_that_float32_cannot_square(server: Server) -> None:
+    model = nn.Embedding(4, 2, sparse=True)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        (model(torch.tensor([1, 1, 2])) * torch.tensor([3e-25, 4e-25])).sum().backward()
+        optimizer.step()
+    assert server.values("grad_norm")["weight"] == pytest.approx(5e-25 * math.sqrt(5), rel=1e-6, abs=0.0)
+    assert server.values("zero_unit_share") == {"weight": 0.5}
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -119,6 +167,29 @@ def test_loss_scaling_with_clipping(server: Server, fused: bool) -> None:
         scaler.update()
     assert server.values("grad_norm") == pytest.approx({"a": 5.0, "b": 12.0})
     assert server.values("clipped_grad_norm") == pytest.approx({"a": 2.5, "b": 6.0})
+
+
+def test_the_scale_of_another_training_is_not_ours(server: Server) -> None:
+    ours, other = Two(), Two()
+    optimizer, elsewhere = (torch.optim.SGD(model.parameters(), lr=0.0) for model in (ours, other))
+    scaler, stranger = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (16.0, 1024.0))
+
+    def train_other() -> None:
+        stranger.scale(other(GRAD_A, 12.0)).backward()
+        stranger.step(elsewhere)
+        stranger.update()
+
+    with watch(ours, server, optimizer):
+        ours(GRAD_A, 12.0).backward()
+        train_other()
+        optimizer.step()
+        for in_parts in (False, True):
+            scaled = scaler.scale(ours(GRAD_A, 12.0))
+            (scaled / 2 if in_parts else scaled).backward()
+            train_other()
+            scaler.step(optimizer)
+            scaler.update()
+    assert [sample.scalars.get("loss_scale") for sample in server.samples] == [None, 16.0, 16.0]
 
 
 def test_a_round_in_which_one_optimizer_was_skipped_has_no_sample(server: Server) -> None:
@@ -219,6 +290,29 @@ def test_sparse_gradients(server: Server, clip: bool) -> None:
     assert server.registrations[0].parameters[0].units == 6
 
 
+@pytest.mark.parametrize("clip", [None, gradwatch.AGC(1.0, exclude=[])])
+def test_a_sparse_gradient_without_rows_is_zero(server: Server, clip: gradwatch.AGC | None) -> None:
+    """A batch in which no word is known; of a vector the gradient is sparse, too."""
+    model, table = nn.Module(), nn.Embedding(3, 2, sparse=True)
+    vector = nn.Parameter(torch.ones(4))
+    model.register_module("table", table)
+    model.register_parameter("vector", vector)
+    nn.init.ones_(table.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer, clip=clip):
+        for rows in ([], [2, 2], []):
+            optimizer.zero_grad()
+            index = torch.tensor(rows, dtype=torch.long)
+            table(index).sum().backward()
+            vector.grad = torch.sparse_coo_tensor(index[None], torch.ones(len(rows)), (4,), check_invariants=True)
+            optimizer.step()
+    norms = [server.values("grad_norm", step) for step in (1, 2, 3)]
+    nothing = {"table.weight": 0.0, "vector": 0.0}
+    assert norms == [nothing, pytest.approx({"table.weight": math.sqrt(8), "vector": 2.0}), nothing]
+    shares = [server.values("zero_unit_share", step)["table.weight"] for step in (1, 2, 3)]
+    assert shares == [1.0, pytest.approx(2 / 3), 1.0]
+
+
 def test_complex_empty_and_zero_dimensional(server: Server) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -249,6 +343,26 @@ def test_complex_empty_and_zero_dimensional(server: Server) -> None:
     assert server.values("grad_norm") == pytest.approx(expected)
     assert server.values("weight_norm") == pytest.approx({**expected, "scalar": 2.0, "gain": 3.0, "wide": 10.0})
     assert [parameter.units for parameter in server.registrations[0].parameters] == [2, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("clip", [None, gradwatch.AGC(1e9, exclude=[])])
+@pytest.mark.parametrize("width", [2, 200])  # gathered with others, or reduced where it lies
+@pytest.mark.parametrize("rows", [(1200, 800), (800, 1200), (1200, 1200)])
+def test_data_of_another_shape(server: Server, width: int, rows: tuple[int, int], clip: gradwatch.AGC | None) -> None:
+    """Layers that grow, are pruned or change places; nothing that torch warns of reaches the user."""
+    model = nn.ParameterList([torch.full((size, width), 2.0) for size in (1000, 1000)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer, clip=clip):
+        for sizes in ((1000, 1000), rows, rows[::-1]):
+            for parameter, size in zip(model, sizes, strict=True):
+                parameter.grad = None
+                parameter.data = torch.full((size, width), 2.0)
+                parameter.sum().backward()
+            optimizer.step()
+    for step, sizes in ((1, (1000, 1000)), (2, rows), (3, rows[::-1])):
+        norms = [math.sqrt(size * width) for size in sizes]
+        assert list(server.values("grad_norm", step).values()) == pytest.approx(norms)
+        assert list(server.values("weight_norm", step).values()) == pytest.approx([2 * norm for norm in norms])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

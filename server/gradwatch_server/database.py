@@ -4,8 +4,9 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import psycopg
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
@@ -84,7 +85,17 @@ def _open_postgresql(url: sa.URL) -> sa.Engine:
         url.set(drivername="postgresql+psycopg"), pool_size=8, pool_pre_ping=True, connect_args=given
     )
     sa.event.listen(engine, "connect", lambda connection, _entry: vectors.prepare(connection))
+    sa.event.listen(engine, "begin", _choose_snapshot)
     return engine
+
+
+def _choose_snapshot(connection: sa.Connection) -> None:
+    """Have all statements of a reader see one state, as on SQLite: the driver's own BEGIN says so."""
+    driver = cast("psycopg.Connection[Any]", connection.connection.dbapi_connection)
+    reads = not connection.get_execution_options().get("writes", False)
+    if driver.read_only is not reads:
+        driver.read_only = reads
+        driver.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ if reads else None
 
 
 def _set_pragmas(connection: Any, _entry: ConnectionPoolEntry) -> None:
@@ -103,17 +114,11 @@ def _begin(connection: sa.Connection) -> None:
 
 
 @contextmanager
-def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Open a connection whose reads all see one state of the database."""
-    with engine.connect() as connection:
-        if engine.dialect.name == "postgresql":
-            connection = connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        yield connection
-
-
-@contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Open a transaction that takes SQLite's write lock at once, so that it never has to be upgraded midway."""
+    """Open a transaction that writes, which a connection of ``engine.connect()`` cannot on PostgreSQL.
+
+    It takes SQLite's write lock at once, so that it never has to be upgraded midway.
+    """
     with engine.execution_options(writes=True).begin() as connection:
         yield connection
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gradwatch.settings import secret
 from gradwatch.wire import MISSING, STATISTICS
 from gradwatch_server import schema
-from gradwatch_server.database import open_engine, prepare, reading, told
+from gradwatch_server.database import open_engine, prepare, told
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.ingest import load_parameters
 from gradwatch_server.levels import pruned_to
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         engine = open_engine(url)
         prepare(engine)
-        with told(engine), reading(engine) as connection:
+        with told(engine), engine.connect() as connection:
             with _made(given.output) as path, ExitStack() as stack:
                 table = _open(path, stack)
                 stack.callback(table.close)

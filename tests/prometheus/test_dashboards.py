@@ -17,7 +17,7 @@ from dashboards.build import FOLDER, written
 from dashboards.frame import TITLES
 
 from gradwatch import wire
-from gradwatch_server.database import migrate, open_engine
+from gradwatch_server.database import migrate, open_engine, writing
 from tests.postgres import postgres_database
 from tests.processes import ROOT, GradwatchServer, WebhookReceiver, sample
 from tests.prometheus.programs import Prometheus, scraping, until
@@ -229,7 +229,7 @@ def test_long_ranges_are_read_from_the_rollups_and_nothing_is_lost(postgres: str
                 trail = {"loss": wire.Trail(steps=list(steps), values=[abs(step - 5_000.0) for step in steps])}
                 server.store(run_id, wire.Batch(id=str(first), samples=samples, trail=trail)).raise_for_status()
         seen = _Seen(run_id, engine, Prometheus(tmp_path))
-        with engine.begin() as connection:  # what was measured is gone: the roll-ups have to know
+        with writing(engine) as connection:  # what was measured is gone: the roll-ups have to know
             connection.exec_driver_sql("DELETE FROM samples WHERE level = 0 AND step BETWEEN 1000 AND 30000")
         rows = seen.rows(STATEMENTS["gradwatch-run.json Layer by step"])
         losses = seen.rows(STATEMENTS["gradwatch-run.json Loss by step"])

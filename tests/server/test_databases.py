@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server.database import open_engine, reading, writing
+from gradwatch_server.database import open_engine, writing
 from tests.postgres import migrated_database, plain_owner, postgres_database
 from tests.processes import GradwatchServer, environment, sample
 
@@ -43,12 +43,12 @@ def test_a_scalar_of_any_size_is_told_as_the_number_that_it_was(shared_server: G
 def test_all_reads_of_an_answer_see_one_state(engine: sa.Engine) -> None:
     count = sa.text("SELECT count(*) FROM silences")
     silence = "INSERT INTO silences VALUES ('s', '*', '*', '*', 'me', '', 0, 1)"
-    with reading(engine) as connection:
+    with engine.connect() as connection:
         before = connection.scalar(count)
         with writing(engine) as other:
             other.execute(sa.text(silence))
         assert connection.scalar(count) == before
-    with reading(engine) as connection:
+    with engine.connect() as connection:
         assert connection.scalar(count) == before + 1
         if engine.dialect.name == "postgresql":
             with pytest.raises(sa.exc.InternalError, match="read-only"):

@@ -29,5 +29,6 @@ def readyz(request: Request) -> Any:
         with services.engine.connect() as connection:
             connection.execute(sa.text("SELECT 1"))
     except sa.exc.SQLAlchemyError as error:
-        raise Refused(503, "Database out of reach", type(error).__name__, retry_after_seconds=5) from None
+        reason = error.orig if isinstance(error, sa.exc.OperationalError) else type(error).__name__
+        raise Refused(503, "Database out of reach", str(reason).strip(), retry_after_seconds=5) from None
     return {"status": "ready"}

@@ -6,12 +6,11 @@ from typing import Annotated, cast
 import sqlalchemy as sa
 from fastapi import Depends, Request
 
-from gradwatch_server.database import reading
 from gradwatch_server.services import Services
 
 
 def _connection(request: Request) -> Iterator[sa.Connection]:
-    with reading(cast("Services", request.app.state.services).engine) as connection:
+    with cast("Services", request.app.state.services).engine.connect() as connection:
         yield connection
 
 

@@ -2,10 +2,11 @@
 
 from alembic import context
 
+from gradwatch_server.database import writing
 from gradwatch_server.schema import metadata
 
 engine = context.config.attributes["engine"]
-with engine.begin() as connection:
+with writing(engine) as connection:
     context.configure(connection=connection, target_metadata=metadata, render_as_batch=True)
     with context.begin_transaction():
         context.run_migrations()

@@ -11,7 +11,8 @@ FROM build AS build-training
 RUN /opt/gradwatch/bin/pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[agent]'
 
 FROM python:3.12.11-slim-bookworm AS base
-RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin gradwatch
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin gradwatch && \
+    install --directory --owner=10001 --group=10001 /run/gradwatch
 ENV PATH=/opt/gradwatch/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 10001:10001
 WORKDIR /tmp

@@ -12,8 +12,9 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch_server.database import migrate, open_engine
-from tests.postgres import binaries, postgres_server
-from tests.processes import ROOT
+from tests.postgres import binaries, postgres_database, postgres_server
+from tests.processes import ROOT, GradwatchServer, environment
+from tests.prometheus.programs import Prometheus, until
 
 SECRETS = ("GRADWATCH_POSTGRES_PASSWORD", "GRADWATCH_READER_PASSWORD", "GRADWATCH_GRAFANA_PASSWORD")
 KNOWN = dict.fromkeys(SECRETS, "secret")
@@ -83,6 +84,38 @@ def test_everything_that_is_mounted_exists() -> None:
     for service in _services().values():
         for volume in service.get("volumes", []):
             assert volume["type"] == "volume" or Path(volume["source"]).exists(), volume
+
+
+def test_what_the_first_start_makes_lets_prometheus_and_a_training_in(postgres: str, tmp_path: Path) -> None:
+    services = _services("--profile", "demo")
+    assert all(
+        {"/run/gradwatch"} <= {volume["target"] for volume in services[name]["volumes"]}
+        for name in ("migrate", "prometheus", "training")
+    )
+    with postgres_database(postgres) as url:
+        script = services["migrate"]["command"][-1].replace("$$", "$").replace("/run/gradwatch", str(tmp_path))
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        for _ in range(2):  # a second start makes no others
+            subprocess.run(["sh", "-ec", script], env=environment(GRADWATCH_DATABASE_URL=url, PATH=path), check=True)
+        listed = _tokens(url)
+        assert sorted(line.split()[1] for line in listed.splitlines()) == ["ingest", "read"]
+        with GradwatchServer(tmp_path / "server.db", "--host", "0.0.0.0", url=url) as server:
+            sent = {"authorization": f"Bearer {(tmp_path / 'ingest').read_text().strip()}"}
+            registered = server.http.post("/api/v1/runs", json={"parameters": []}, headers=sent)
+            assert registered.status_code == 201, registered.text
+            assert server.http.post("/api/v1/runs", json={"parameters": []}).status_code == 401
+            ours = (ROOT / "dashboards" / "prometheus" / "prometheus.yml").read_text()
+            configuration = ours.replace("/run/gradwatch", str(tmp_path)).replace("15s", "1s")
+            configuration = configuration.replace("server:8321", server.url.removeprefix("http://"))
+            with Prometheus(
+                tmp_path / "prometheus", configuration.replace("rule_files:\n  - rules.yml\n", "")
+            ) as prometheus:
+                until(lambda: prometheus.query('up{job="gradwatch"} == 1'), "a scrape")
+
+
+def _tokens(url: str) -> str:
+    command = [sys.executable, "-m", "gradwatch", "token", "--database-url", url, "list"]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
 
 
 def test_grafanas_role_reads_and_changes_nothing() -> None:

@@ -17,7 +17,11 @@ def _promtool(*arguments: str, folder: Path = RULES) -> subprocess.CompletedProc
 
 @pytest.mark.parametrize(
     "arguments",
-    [("check", "rules", "rules.yml"), ("test", "rules", "rules_test.yml"), ("check", "config", "prometheus.yml")],
+    [
+        ("check", "rules", "rules.yml"),
+        ("test", "rules", "rules_test.yml"),
+        ("check", "config", "--syntax-only", "prometheus.yml"),
+    ],
     ids=" ".join,
 )
 def test_promtool_finds_nothing(arguments: tuple[str, ...]) -> None:

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import msgspec
@@ -83,22 +82,40 @@ def surroundings(environment: Mapping[str, str], given: Mapping[str, str | None]
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run the command on our own standard streams, passing signals on, and return its status as ``Popen`` gives it."""
+    caught: list[int] = []
+    before = {
+        number: signal.signal(number, lambda it, _: caught.append(it)) for number in (*_PASSED_ON, *_OF_THE_TERMINAL)
+    }
+    before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
+    # A signal that comes just before a wait begins would not end it: each leaves a byte, which does.
+    awake, wake = os.pipe()
+    os.set_blocking(wake, False)
+    earlier = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     try:
-        process = subprocess.Popen(command, env=environment)
+        return _waited(command, environment, caught, awake)
     except OSError as error:
         sys.stderr.write(f"gradwatch run: {command[0]}: {error.strerror}\n")
         return 127 if isinstance(error, FileNotFoundError) else 126
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        if number not in _OF_THE_TERMINAL or not _is_in_foreground():
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (*_PASSED_ON, *_OF_THE_TERMINAL)}
-    try:
-        return process.wait()
     finally:
+        signal.set_wakeup_fd(earlier)
         for number, action in before.items():
             signal.signal(number, action)
+        os.close(awake)
+        os.close(wake)
+
+
+def _waited(command: Sequence[str], environment: Mapping[str, str], caught: list[int], awake: int) -> int:
+    process = subprocess.Popen(command, env=environment)
+    while (status := process.poll()) is None:
+        while caught:
+            _pass_on(process, caught.pop(0))
+        os.read(awake, 1024)
+    return status
+
+
+def _pass_on(process: subprocess.Popen[bytes], number: int) -> None:
+    if number not in _OF_THE_TERMINAL or not _is_in_foreground():
+        process.send_signal(number)
 
 
 def _is_in_foreground() -> bool:

@@ -188,7 +188,7 @@ def test_what_was_undone_is_not_remembered(engine: sa.Engine) -> None:
 
     with writing(engine) as connection:
         ingest.store(connection, run, batch("first", 1, 1.0))
-    with engine.connect() as connection:
+    with engine.execution_options(writes=True).connect() as connection:
         ingest.store(connection, run, batch("undone", 21, 9.0))
         connection.rollback()
     with writing(engine) as connection:

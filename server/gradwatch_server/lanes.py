@@ -17,7 +17,7 @@ from gradwatch_server import schema
 from gradwatch_server.buckets import UNMEASURED, Buckets, Floats
 from gradwatch_server.levels import LAST_STEP
 from gradwatch_server.readahead import reading_ahead
-from gradwatch_server.vectors import Gathered, Rows, gathered, raw, read
+from gradwatch_server.vectors import Gathered, Rows, gathered, raw, read, stretches
 
 RATIO_EPS = 1e-3
 """The eps of ``ratio = grad_norm / (weight_norm + eps)``, the same as AGC's."""
@@ -85,7 +85,8 @@ class SampleLane:
     def _samples(self, first: int, last: int) -> Buckets:
         stored = tuple(name for name in STATISTICS if name in self._needed())
         statement = _samples_of(self._connection.dialect.name, stored, self._only)
-        found = read(self._connection, statement, self._mine | {"level": 0, "first": first, "last": last})
+        within = {"level": 0, "first": first, "last": last, "stretches": stretches(last - first)}
+        found = read(self._connection, statement, self._mine | within)
         if not found:
             return self._nothing()
         steps, columns = found[""]
@@ -124,10 +125,10 @@ class SampleLane:
         steps, last_steps = self._spans(level, first, last)
         if not len(steps):
             return self._nothing()
-        statement = _rollups_of(self._connection.dialect.name, self._read, self._only)
+        statement = _rollups_of(self._connection.dialect.name, self._read, self._only, len(self._names) > 1)
         level_of = self._mine | {"level": level, "names": self._names}
         with reading_ahead(self._connection, _touching, level_of, steps):
-            within = {"first": int(steps[0]), "last": int(steps[-1])}
+            within = {"first": int(steps[0]), "last": int(steps[-1]), "stretches": stretches(len(steps))}
             found = read(self._connection, statement, level_of | within)
         nothing = Gathered(np.empty(0, np.int64), [[] for _ in self._read])
         parts = [self._planes(steps, found.get(name, nothing)) for name in self._names]
@@ -319,15 +320,20 @@ def _samples_of(engine: str, names: Sequence[str], only: int | None) -> sa.Selec
     table = schema.samples
     vectors = [_vector(table, name, engine, only) for name in names]
     one = sa.literal_column("''", sa.Text).label("statistic")
-    return gathered(sa.select(one, table.c.step, *vectors).where(*_within(table)).order_by(table.c.step), engine)
+    chosen = sa.select(one, table.c.step, *vectors).where(*_within(table)).order_by(table.c.step)
+    ends = sa.select(sa.func.min(table.c.step), sa.func.max(table.c.step) + 1).where(*_within(table))
+    return gathered(chosen, ends, engine, several=False)
 
 
 @functools.lru_cache(256)
-def _rollups_of(engine: str, planes: Sequence[str], only: int | None) -> sa.Select[Any]:
+def _rollups_of(engine: str, planes: Sequence[str], only: int | None, several: bool) -> sa.Select[Any]:
     table = schema.rollups
     vectors = [_vector(table, name, engine, None if name in _COUNTS else only) for name in planes]
     chosen = sa.select(table.c.statistic, table.c.step, *vectors).where(*_within(table), _named)
-    return gathered(chosen.order_by(table.c.statistic, table.c.step), engine)
+    first, last = (sa.bindparam(name, type_=sa.BigInteger) for name in ("first", "last"))
+    ends: list[sa.ColumnElement[Any]] = [first.label("begin"), (last + 1).label("end")]
+    ordered = chosen.order_by(table.c.statistic, table.c.step)
+    return gathered(ordered, sa.select(*ends), engine, several=several)
 
 
 _named = schema.rollups.c.statistic.in_(sa.bindparam("names", expanding=True))

@@ -17,6 +17,8 @@ from gradwatch.wire import MISSING
 _ELEMENT = np.dtype([("bytes", ">i4"), ("value", ">f4")])
 _HEADER = np.dtype(">i4")
 _HEADER_BYTES = 20
+_ROWS_TOGETHER = 64
+_MOST_STRETCHES = 32
 
 Rows = Sequence[NDArray[np.float32] | None] | NDArray[np.float32]
 """Vectors, none where there is none; a matrix where all are there and of one length."""
@@ -76,31 +78,58 @@ def raw(vector: sa.ColumnElement[Any], engine: str) -> sa.ColumnElement[Any]:
     return sa.type_coerce(sa.func.gradwatch_bytes(vector) if engine == "postgresql" else vector, sa.types.NULLTYPE)
 
 
-def gathered(rows: sa.Select[Any], engine: str) -> sa.Select[Any]:
+def gathered(rows: sa.Select[Any], ends: sa.Select[Any], engine: str, *, several: bool) -> sa.Select[Any]:
     """Return what ``read`` executes of a select of statistics, steps and raw vectors, in this order.
 
-    PostgreSQL strings the vectors of a statistic together: a row for each would cost it and the driver more than what
-    is in it. They come as they lie there, which need not be in the order of the steps.
+    PostgreSQL strings the vectors of a statistic together, those of a stretch of steps at a time: a row for each would
+    cost it and the driver more than what is in it, and so would one string of megabytes, which is copied as it grows.
+    In a stretch they come as they lie there, which need not be in the order of the steps.
+
+    Args:
+        rows: in the order of the steps.
+        ends: selects the step at which they begin, and the one by which they have ended.
+        engine: name of the dialect.
+        several: whether they are of more than one statistic.
     """
     if engine != "postgresql":
         return rows
-    each = rows.order_by(None).offset(sa.literal_column("0")).subquery()  # OFFSET 0: what it selects is computed once
+    count: sa.BindParameter[int] = sa.bindparam("stretches", type_=sa.BigInteger)
+    numbers = sa.func.generate_series(sa.literal_column("0"), count - 1)
+    stretch = numbers.table_valued("number", name="stretch").render_derived()
+    span = ends.cte("span")
+    first, end = span.c
+    begin, until = (first + (end - first) * number // count for number in (stretch.c.number, stretch.c.number + 1))
+    step = rows.selected_columns[1]
+    mine = rows.where(step >= begin, step < until).order_by(None)
+    each = mine.offset(sa.literal_column("0")).correlate(span, stretch).subquery()  # what it selects is computed once
     statistic, step, *vectors = each.c
 
-    def strung(part: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-        return sa.func.string_agg(part, sa.literal_column("''::bytea"), type_=sa.types.NULLTYPE)
+    def strung(part: sa.ColumnElement[Any], label: str) -> sa.Label[Any]:
+        return sa.func.string_agg(part, sa.literal_column("''::bytea"), type_=sa.types.NULLTYPE).label(label)
 
-    parts = [strung(sa.func.int8send(step))]
-    for vector in vectors:
-        parts += [strung(sa.func.int4send(sa.func.coalesce(sa.func.octet_length(vector), -1))), strung(vector)]
-    return sa.select(statistic, *parts).group_by(statistic)
+    parts = [strung(sa.func.int8send(step), "steps")]
+    for place, vector in enumerate(vectors):
+        lengths = sa.func.int4send(sa.func.coalesce(sa.func.octet_length(vector), -1))
+        parts += [strung(lengths, f"lengths_{place}"), strung(vector, f"vectors_{place}")]
+    grouped = sa.select(statistic, *parts).group_by(statistic) if several else sa.select(sa.func.min(statistic), *parts)
+    strings = grouped.lateral("strings")
+    joined = span.join(stretch, sa.true()).join(strings, sa.true())
+    return sa.select(strings).select_from(joined).where(strings.c.steps.is_not(None))
+
+
+def stretches(rows: int) -> int:
+    """Return into how many stretches the steps of about as many rows are best divided."""
+    return max(1, min(rows // _ROWS_TOGETHER, _MOST_STRETCHES))
 
 
 def read(connection: sa.Connection, statement: sa.Select[Any], parameters: Mapping[str, Any]) -> dict[str, Gathered]:
-    """Return the vectors that a ``gathered`` select finds, by statistic."""
+    """Return the vectors that a ``gathered`` select finds, by statistic; its ``stretches`` are among the parameters."""
     rows = connection.execute(statement, parameters).all()
     if connection.dialect.name == "postgresql":
-        return {row[0]: _of_strung(row[1:]) for row in rows}
+        strings: dict[str, list[Sequence[bytes | None]]] = {}
+        for row in rows:
+            strings.setdefault(row[0], []).append(row[1:])
+        return {statistic: _of_strings(mine) for statistic, mine in strings.items()}
     if not rows:
         return {}
     statistics, *columns = zip(*rows, strict=True)
@@ -112,18 +141,19 @@ def read(connection: sa.Connection, statement: sa.Select[Any], parameters: Mappi
     return found
 
 
-def _of_strung(parts: Sequence[bytes | None]) -> Gathered:
-    """Return the vectors that were strung together: the steps, then lengths and bytes of each column in turn."""
-    steps = np.frombuffer(parts[0] or b"", ">i8").astype(np.int64)
+def _of_strings(strings: Sequence[Sequence[bytes | None]]) -> Gathered:
+    """Return the vectors of strings, each of which is steps, then lengths and bytes of each column in turn."""
+    steps, *parts = (b"".join(part or b"" for part in column) for column in zip(*strings, strict=True))
+    found = np.frombuffer(steps, ">i8").astype(np.int64)
     columns: list[Rows] = [
-        _split(strung or b"", np.frombuffer(lengths or b"", ">i4"), _HEADER_BYTES)
-        for lengths, strung in zip(parts[1::2], parts[2::2], strict=True)
+        _split(vectors, np.frombuffer(lengths, ">i4"), _HEADER_BYTES)
+        for lengths, vectors in zip(parts[::2], parts[1::2], strict=True)
     ]
-    if (steps[1:] > steps[:-1]).all():
-        return Gathered(steps, columns)
-    order = steps.argsort()
+    if (found[1:] > found[:-1]).all():
+        return Gathered(found, columns)
+    order = found.argsort()
     ordered = [rows[order] if isinstance(rows, np.ndarray) else [rows[place] for place in order] for rows in columns]
-    return Gathered(steps[order], ordered)
+    return Gathered(found[order], ordered)
 
 
 def _unpacked(packed: Sequence[bytes | None]) -> Rows:

@@ -202,6 +202,17 @@ def test_rows_read_in_the_order_of_their_steps_wherever_they_lie(engine: sa.Engi
             assert (gathered.last_steps == gathered.last[:, 0]).all()
 
 
+def test_steps_that_lie_far_apart_are_read_whatever_is_between_them(engine: sa.Engine) -> None:
+    """PostgreSQL is asked for stretches of the range; of these all but two are empty."""
+    store = Store(engine, "far-apart")
+    steps = [*range(300), *range(2**35, 2**35 + 7), 2**36]
+    for begin in range(0, len(steps), 100):
+        store.put({step: [float(place), -1.0] for place, step in enumerate(steps[begin : begin + 100], begin)})
+    for first, last in ((None, None), (0, 2**53), (250, 2**35 + 3), (301, 2**35 - 1), (299, 299)):
+        for points in (7, 1_000):
+            store.check(first, last, points)
+
+
 def test_rows_that_are_read_ahead_are_the_same(database_url: str, engine: sa.Engine) -> None:
     """A range of 150 buckets of level 1; on SQLite others fetch parts of it meanwhile."""
     store = Store(engine, "ahead")

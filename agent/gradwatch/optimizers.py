@@ -73,6 +73,8 @@ class Optimizers:
         warn: Callable[[str], None],
     ) -> None:
         self._given = None if given is None else [weakref.ref(optimizer) for optimizer in given]
+        self._held: dict[weakref.ref[Optimizer], frozenset[int | None]] = {}
+        """What each of them was last seen to step."""
         self._parameters = parameters
         self._classifier = classifier
         self._renew = renew
@@ -146,6 +148,8 @@ class Optimizers:
         find = self._parameters.find
         self._renew(any(find(parameter) is None for group in groups for parameter in group))
         binding = self._bindings[optimizer] = Binding(groups, find)
+        if self._given is not None:
+            self._held[weakref.ref(optimizer)] = binding.index_set
         self._classifier.renew()
         others = sum(map(len, groups)) - len(binding.indices)
         if self._clips and binding.indices and others:
@@ -173,14 +177,23 @@ class Optimizers:
         return any(self._parameters.find(parameter) is not None for parameter in parameters)
 
     def _adopts(self, optimizer: Optimizer) -> bool:
-        """Take an optimizer for one of those that were given, if they are all gone: it was made anew.
+        """Take an optimizer for one of those that were given, if that is gone: it was made anew.
 
-        Any other that steps watched parameters is told of, once.
+        It is one whose parameters this steps; where all are gone, any. Any other optimizer that steps watched
+        parameters is told of, once.
         """
-        ours = self._steps_ours(optimizer)
-        if ours and self._given is not None and not self.given:
-            self._given = [weakref.ref(optimizer)]
-            return True
+        stepped = {
+            self._parameters.find(parameter) for group in optimizer.param_groups for parameter in group["params"]
+        }
+        ours = bool(stepped - {None})
+        if ours and self._given is not None:
+            gone = [known for known in self._given if known() is None]
+            alike = [known for known in gone if not self._held.get(known, frozenset(stepped)).isdisjoint(stepped)]
+            if gone and (alike or not self.given):
+                replaced = (alike or gone)[0]
+                self._held.pop(replaced, None)
+                self._given[self._given.index(replaced)] = weakref.ref(optimizer)
+                return True
         self._strangers.add(optimizer)
         if ours:
             self._warn(

@@ -62,11 +62,8 @@ def check_registration(registration: wire.Registration, limits: Limits) -> None:
     _check_text(registration.attributes.values())
 
 
-def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits, *, older: bool = False) -> None:
-    """Refuse a batch that breaks a limit or does not fit its run.
-
-    Args:
-        older: whether it is of an attempt before the latest, from before the run gained its last parameters maybe.
+def check_batch(batch: wire.Batch, limits: Limits) -> None:
+    """Refuse a batch that breaks a limit, whatever its run.
 
     Raises:
         Refused: 422, with the field and its value.
@@ -82,7 +79,6 @@ def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits, *, olde
             f"{len(batch.samples)} samples are more than limits.samples_per_batch ({limits.samples_per_batch})"
         )
     for index, sample in enumerate(batch.samples):
-        _check_widths(f"samples[{index}]", sample, parameter_count, older=older)
         _check_sample(f"samples[{index}]", sample, limits)
     _check_trail(batch.trail, limits)
     _check_distinct("scalars", [batch.trail, *(sample.scalars for sample in batch.samples)], limits)
@@ -103,25 +99,32 @@ def check_batch(batch: wire.Batch, parameter_count: int, limits: Limits, *, olde
             raise invalid(f"end.exit_code {batch.end.exit_code} is not a 32-bit number")
 
 
-def check_scalar_names(batch: wire.Batch, known: Iterable[str], limits: Limits) -> None:
-    """Refuse a batch that brings its run more different scalar names than it may have.
+def check_fit(
+    batch: wire.Batch, parameter_count: int, known_scalars: Iterable[str], limits: Limits, *, older: bool = False
+) -> None:
+    """Refuse a batch that does not fit its run, or brings it more different scalar names than it may have.
+
+    Args:
+        batch: what ``check_batch`` has let through.
+        parameter_count: of the run.
+        known_scalars: names that the run has.
+        limits: in force.
+        older: whether it is of an attempt before the latest, from before the run gained its last parameters maybe.
 
     Raises:
-        Refused: 422, with the limit.
+        Refused: 422, with the field and its value, or the limit.
     """
-    names = {*known, *batch.trail, *(name for sample in batch.samples for name in sample.scalars)}
+    for index, sample in enumerate(batch.samples):
+        for name, vector in sample.statistics.items():
+            if vector.size > parameter_count or (vector.size < parameter_count and not older):
+                raise invalid(
+                    f"samples[{index}].statistics.{name} has {vector.size} values, the run has {parameter_count} "
+                    "parameters: register the run again if it has gained some"
+                )
+    names = {*known_scalars, *batch.trail, *(name for sample in batch.samples for name in sample.scalars)}
     most = limits.scalar_names_per_run
     if len(names) > most:
         raise invalid(f"{len(names)} scalar names are more than limits.scalar_names_per_run allows a run ({most})")
-
-
-def _check_widths(place: str, sample: wire.Sample, parameter_count: int, *, older: bool) -> None:
-    for name, vector in sample.statistics.items():
-        if vector.size > parameter_count or (vector.size < parameter_count and not older):
-            raise invalid(
-                f"{place}.statistics.{name} has {vector.size} values, the run has {parameter_count} parameters: "
-                "register the run again if it has gained some"
-            )
 
 
 def _check_sample(place: str, sample: wire.Sample, limits: Limits) -> None:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from gradwatch import wire
 from gradwatch_server import diagnosis, ledger, memories, queries, schema, shelf
 from gradwatch_server.advice import advise
-from gradwatch_server.bounds import LARGEST_STEP, check_batch, check_registration, check_scalar_names
+from gradwatch_server.bounds import LARGEST_STEP, check_batch, check_fit, check_registration
 from gradwatch_server.database import upsert
 from gradwatch_server.diagnosis import Layout, Memory, Reading, exploding, nonfinite
 from gradwatch_server.errors import Refused
@@ -207,15 +207,21 @@ class Ingest:
             Refused: 404 for a run that is not registered, 422 where the content does not fit the run.
         """
         now = time.time()
+        limits = self._configuration.limits
         run = connection.execute(
             sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()
         ).one_or_none()
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
+        check_batch(batch, limits)
         batch = msgspec.structs.replace(batch, attempt=_effective(run.attempts, batch.attempt))
         older = batch.attempt < run.attempt
-        check_batch(batch, run.parameter_count, self._configuration.limits, older=older)
-        check_scalar_names(batch, run.coverage.get("scalars", {}), self._configuration.limits)
+        try:
+            check_fit(batch, run.parameter_count, run.coverage.get("scalars", {}), limits, older=older)
+        except Refused:
+            if self._knows(connection, run_id, batch):  # it fitted once: the run may have gained parameters since
+                return Stored(batch.id, 0, duplicate=True)
+            raise
         if not self._claim(connection, run_id, batch, now):
             return Stored(batch.id, 0, duplicate=True)
         watched = None if older else self._watch(connection, run)
@@ -237,6 +243,13 @@ class Ingest:
         self.batches += 1
         self.samples += len(batch.samples)
         self.values += sum(vector.size for sample in batch.samples for vector in sample.statistics.values())
+
+    @staticmethod
+    def _knows(connection: sa.Connection, run_id: str, batch: wire.Batch) -> bool:
+        """Return whether a batch of this id is stored."""
+        table = schema.batches
+        same = (table.c.run == run_id, table.c.rank == batch.rank, table.c.id == batch.id)
+        return connection.execute(sa.select(table.c.id).where(*same)).first() is not None
 
     def _claim(self, connection: sa.Connection, run_id: str, batch: wire.Batch, now: float) -> bool:
         """Remember the batch's id; return False where it is known already."""

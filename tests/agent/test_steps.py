@@ -344,7 +344,7 @@ def test_several_optimizers_make_one_round(server: Server) -> None:
     assert (server.scalar("learning_rate"), server.scalar("learning_rate.1")) == (0.25, 0.5)
 
 
-@pytest.mark.parametrize(("split", "given"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(("split", "given"), [(False, False), (False, True), (True, False), (True, True)])
 def test_optimizers_that_are_made_anew_for_each_step(server: Server, split: bool, given: bool) -> None:
     """As meta-learning and federated training do; what comes later often lies where an earlier one lay."""
     model = Two()

@@ -264,9 +264,12 @@ def test_the_state_of_a_run_is_that_of_its_latest_steps(shared_server: Gradwatch
 
 def test_a_run_may_gain_parameters(shared_server: GradwatchServer) -> None:
     run = shared_server.register(["a"])
-    shared_server.store(run, wire.Batch(id="b1", samples=[sample(1, 1.0)]))
+    first = wire.Batch(id="b1", samples=[sample(1, 1.0)])
+    shared_server.store(run, first)
     shared_server.register(["a", "b"], id=run)
     shared_server.store(run, wire.Batch(id="b2", samples=[sample(2, 1.0, 2.0)]))
+    again = shared_server.store(run, first)  # its answer was lost on the way
+    assert (again.status_code, again.json()["duplicate"]) == (200, True)
     seen = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm")
     assert seen["parameters"] == ["a", "b"]
     assert seen["last"] == [[1.0, None], [1.0, 2.0]]

@@ -84,8 +84,9 @@ class SampleLane:
 
     def _samples(self, first: int, last: int) -> Buckets:
         stored = tuple(name for name in STATISTICS if name in self._needed())
-        statement = _samples_of(self._connection.dialect.name, stored, self._only)
-        within = {"level": 0, "first": first, "last": last, "stretches": stretches(last - first)}
+        most = stretches(last - first, self._width)
+        statement = _samples_of(self._connection.dialect.name, stored, self._only, most > 1)
+        within = {"level": 0, "first": first, "last": last, "stretches": most}
         found = read(self._connection, statement, self._mine | within)
         if not found:
             return self._nothing()
@@ -125,10 +126,12 @@ class SampleLane:
         steps, last_steps = self._spans(level, first, last)
         if not len(steps):
             return self._nothing()
-        statement = _rollups_of(self._connection.dialect.name, self._read, self._only, len(self._names) > 1)
+        most = stretches(len(steps), self._width)
+        engine, several = self._connection.dialect.name, len(self._names) > 1
+        statement = _rollups_of(engine, self._read, self._only, most > 1, several)
         level_of = self._mine | {"level": level, "names": self._names}
         with reading_ahead(self._connection, _touching, level_of, steps):
-            within = {"first": int(steps[0]), "last": int(steps[-1]), "stretches": stretches(len(steps))}
+            within = {"first": int(steps[0]), "last": int(steps[-1]), "stretches": most}
             found = read(self._connection, statement, level_of | within)
         nothing = Gathered(np.empty(0, np.int64), [[] for _ in self._read])
         parts = [self._planes(steps, found.get(name, nothing)) for name in self._names]
@@ -316,24 +319,24 @@ def _vector(table: sa.Table, name: str, engine: str, only: int | None) -> sa.Col
 
 # A statement is made once: to put one together takes SQLAlchemy as long as PostgreSQL takes for a small one.
 @functools.lru_cache(256)
-def _samples_of(engine: str, names: Sequence[str], only: int | None) -> sa.Select[Any]:
+def _samples_of(engine: str, names: Sequence[str], only: int | None, divided: bool) -> sa.Select[Any]:
     table = schema.samples
     vectors = [_vector(table, name, engine, only) for name in names]
     one = sa.literal_column("''", sa.Text).label("statistic")
     chosen = sa.select(one, table.c.step, *vectors).where(*_within(table)).order_by(table.c.step)
     ends = sa.select(sa.func.min(table.c.step), sa.func.max(table.c.step) + 1).where(*_within(table))
-    return gathered(chosen, ends, engine, several=False)
+    return gathered(chosen, engine, divided=ends if divided else None, several=False)
 
 
 @functools.lru_cache(256)
-def _rollups_of(engine: str, planes: Sequence[str], only: int | None, several: bool) -> sa.Select[Any]:
+def _rollups_of(engine: str, planes: Sequence[str], only: int | None, divided: bool, several: bool) -> sa.Select[Any]:
     table = schema.rollups
     vectors = [_vector(table, name, engine, None if name in _COUNTS else only) for name in planes]
     chosen = sa.select(table.c.statistic, table.c.step, *vectors).where(*_within(table), _named)
     first, last = (sa.bindparam(name, type_=sa.BigInteger) for name in ("first", "last"))
     ends: list[sa.ColumnElement[Any]] = [first.label("begin"), (last + 1).label("end")]
     ordered = chosen.order_by(table.c.statistic, table.c.step)
-    return gathered(ordered, sa.select(*ends), engine, several=several)
+    return gathered(ordered, engine, divided=sa.select(*ends) if divided else None, several=several)
 
 
 _named = schema.rollups.c.statistic.in_(sa.bindparam("names", expanding=True))

@@ -17,7 +17,7 @@ from gradwatch.wire import MISSING
 _ELEMENT = np.dtype([("bytes", ">i4"), ("value", ">f4")])
 _HEADER = np.dtype(">i4")
 _HEADER_BYTES = 20
-_ROWS_TOGETHER = 64
+_STRING_BYTES = 1 << 18
 _MOST_STRETCHES = 32
 
 Rows = Sequence[NDArray[np.float32] | None] | NDArray[np.float32]
@@ -78,31 +78,43 @@ def raw(vector: sa.ColumnElement[Any], engine: str) -> sa.ColumnElement[Any]:
     return sa.type_coerce(sa.func.gradwatch_bytes(vector) if engine == "postgresql" else vector, sa.types.NULLTYPE)
 
 
-def gathered(rows: sa.Select[Any], ends: sa.Select[Any], engine: str, *, several: bool) -> sa.Select[Any]:
+def gathered(
+    rows: sa.Select[Any], engine: str, *, divided: sa.Select[Any] | None = None, several: bool
+) -> sa.Select[Any]:
     """Return what ``read`` executes of a select of statistics, steps and raw vectors, in this order.
 
-    PostgreSQL strings the vectors of a statistic together, those of a stretch of steps at a time: a row for each would
-    cost it and the driver more than what is in it, and so would one string of megabytes, which is copied as it grows.
-    In a stretch they come as they lie there, which need not be in the order of the steps.
+    PostgreSQL strings the vectors of a statistic together: a row for each would cost it and the driver more than what
+    is in it. So would one string of megabytes, which is copied as it grows: a long range is divided into stretches of
+    steps, each with a string of its own. Within one the vectors come as they lie there, which need not be in the order
+    of the steps.
 
     Args:
         rows: in the order of the steps.
-        ends: selects the step at which they begin, and the one by which they have ended.
         engine: name of the dialect.
+        divided: selects the step at which they begin, and the one by which they have ended, where there are to be
+            several stretches: as many as the parameter of this name says.
         several: whether they are of more than one statistic.
     """
     if engine != "postgresql":
         return rows
+    rows = rows.order_by(None).offset(sa.literal_column("0"))  # so that what it selects is computed once
+    if divided is None:
+        return _strung(rows.subquery(), several=several)
     count: sa.BindParameter[int] = sa.bindparam("stretches", type_=sa.BigInteger)
     numbers = sa.func.generate_series(sa.literal_column("0"), count - 1)
     stretch = numbers.table_valued("number", name="stretch").render_derived()
-    span = ends.cte("span")
+    span = divided.cte("span")
     first, end = span.c
     begin, until = (first + (end - first) * number // count for number in (stretch.c.number, stretch.c.number + 1))
     step = rows.selected_columns[1]
-    mine = rows.where(step >= begin, step < until).order_by(None)
-    each = mine.offset(sa.literal_column("0")).correlate(span, stretch).subquery()  # what it selects is computed once
-    statistic, step, *vectors = each.c
+    mine = rows.where(step >= begin, step < until).correlate(span, stretch)
+    strings = _strung(mine.subquery(), several=several).lateral("strings")
+    joined = span.join(stretch, sa.true()).join(strings, sa.true())
+    return sa.select(strings).select_from(joined).where(strings.c.steps.is_not(None))
+
+
+def _strung(rows: sa.Subquery, *, several: bool) -> sa.Select[Any]:
+    statistic, step, *vectors = rows.c
 
     def strung(part: sa.ColumnElement[Any], label: str) -> sa.Label[Any]:
         return sa.func.string_agg(part, sa.literal_column("''::bytea"), type_=sa.types.NULLTYPE).label(label)
@@ -111,19 +123,18 @@ def gathered(rows: sa.Select[Any], ends: sa.Select[Any], engine: str, *, several
     for place, vector in enumerate(vectors):
         lengths = sa.func.int4send(sa.func.coalesce(sa.func.octet_length(vector), -1))
         parts += [strung(lengths, f"lengths_{place}"), strung(vector, f"vectors_{place}")]
-    grouped = sa.select(statistic, *parts).group_by(statistic) if several else sa.select(sa.func.min(statistic), *parts)
-    strings = grouped.lateral("strings")
-    joined = span.join(stretch, sa.true()).join(strings, sa.true())
-    return sa.select(strings).select_from(joined).where(strings.c.steps.is_not(None))
+    if several:
+        return sa.select(statistic, *parts).group_by(statistic)
+    return sa.select(sa.func.min(statistic), *parts).having(sa.func.count() > 0)
 
 
-def stretches(rows: int) -> int:
-    """Return into how many stretches the steps of about as many rows are best divided."""
-    return max(1, min(rows // _ROWS_TOGETHER, _MOST_STRETCHES))
+def stretches(rows: int, width: int) -> int:
+    """Return into how many stretches the steps of as many vectors of this width are best divided, at most."""
+    return max(1, min(rows * width * 4 // _STRING_BYTES, _MOST_STRETCHES))
 
 
 def read(connection: sa.Connection, statement: sa.Select[Any], parameters: Mapping[str, Any]) -> dict[str, Gathered]:
-    """Return the vectors that a ``gathered`` select finds, by statistic; its ``stretches`` are among the parameters."""
+    """Return the vectors that a ``gathered`` select finds, by statistic."""
     rows = connection.execute(statement, parameters).all()
     if connection.dialect.name == "postgresql":
         strings: dict[str, list[Sequence[bytes | None]]] = {}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gradwatch import wire
-from gradwatch_server import queries
+from gradwatch_server import queries, vectors
 from gradwatch_server.buckets import Buckets
 from gradwatch_server.database import writing
 from gradwatch_server.ingest import Ingest
@@ -210,6 +210,20 @@ def test_steps_that_lie_far_apart_are_read_whatever_is_between_them(engine: sa.E
         store.put({step: [float(place), -1.0] for place, step in enumerate(steps[begin : begin + 100], begin)})
     for first, last in ((None, None), (0, 2**53), (250, 2**35 + 3), (301, 2**35 - 1), (299, 299)):
         for points in (7, 1_000):
+            store.check(first, last, points)
+
+
+def test_long_ranges_come_in_stretches_on_every_level(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run of hundreds of parameters needs: made due here by strings of a few bytes, for reader and writer."""
+    monkeypatch.setattr(vectors, "_STRING_BYTES", 16)
+    store = Store(engine, "stretches")
+    for begin in range(0, 700, 100):
+        store.put(
+            {step: [float(step), NAN if step == 333 else 1.0] for step in range(begin, begin + 100) if step != 50}
+        )
+    store.put({50: [9_000.0, INF]})  # late: the buckets above it are read and gathered anew
+    for first, last in ((None, None), (3, 641), (100, 200)):
+        for points in (2, 7, 40, 1_000):
             store.check(first, last, points)
 
 

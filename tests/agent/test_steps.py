@@ -367,6 +367,26 @@ def test_optimizers_that_are_made_anew_for_each_step(server: Server, split: bool
     ]
 
 
+def test_an_optimizer_made_anew_beside_one_that_stays(server: Server, own_errors: OwnErrors) -> None:
+    """As where a discriminator begins anew. One that steps what the other, which is there, steps is a stranger."""
+    model = Two()
+    stays, anew = torch.optim.SGD([model.a], lr=0.0), torch.optim.SGD([model.b], lr=0.0)
+    with watch(model, server, [stays, anew]):
+        for step in range(4):
+            anew = torch.optim.SGD([model.b], lr=0.0) if step else anew
+            model.zero_grad()
+            model(GRAD_A, step + 1.0).backward()
+            stays.step()
+            anew.step()
+        assert own_errors.warnings == 0
+        del anew
+        torch.optim.SGD([model.a], lr=0.0).step()
+        assert own_errors.warnings == 1
+    assert [server.values("grad_norm", step) for step in range(1, 5)] == [
+        {"a": 5.0, "b": float(step)} for step in range(1, 5)
+    ]
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_optimizer_in_backward(server: Server, at_once: bool) -> None:
     """Gradients are thrown away at once, or before the next backward pass."""

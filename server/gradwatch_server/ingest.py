@@ -208,9 +208,7 @@ class Ingest:
         """
         now = time.time()
         limits = self._configuration.limits
-        run = connection.execute(
-            sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()
-        ).one_or_none()
+        run = connection.execute(_locked_run, {"of_run": run_id}).one_or_none()
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         check_batch(batch, limits)
@@ -232,7 +230,7 @@ class Ingest:
             changes |= self._diagnose(connection, run, watched, batch, scalars, now)
             if batch.end is not None:
                 changes |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
-        connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(changes))
+        connection.execute(_update_run, changes | {"of_run": run_id})
         return Stored(batch.id, len(batch.samples), duplicate=False)
 
     def count(self, stored: Stored, batch: wire.Batch) -> None:
@@ -379,6 +377,12 @@ class Ingest:
         book.close(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
         book.save()
         return {"finished_at": end.at, "status": end.status, "exit_code": end.exit_code}
+
+
+# Made once: to put a statement together takes SQLAlchemy as long as to run it.
+_locked_run = sa.select(schema.runs).where(schema.runs.c.id == sa.bindparam("of_run")).with_for_update()
+_update_run = sa.update(schema.runs).where(schema.runs.c.id == sa.bindparam("of_run"))
+"""Sets the columns that the values name."""
 
 
 @cache

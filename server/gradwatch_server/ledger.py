@@ -18,6 +18,10 @@ from gradwatch_server.diagnosis import Blame, Finding, stalled
 from gradwatch_server.routes import choose
 from gradwatch_server.settings import Configuration
 
+_open_alerts = sa.select(schema.alerts).where(
+    schema.alerts.c.run == sa.bindparam("of_run"), schema.alerts.c.state != "resolved"
+)
+
 
 class Book:
     """The open alerts of one run within one transaction: enter what each sample shows, then save."""
@@ -29,9 +33,7 @@ class Book:
         self._run = run
         self._configuration = configuration
         self._public_url = public_url
-        rows = connection.execute(
-            sa.select(schema.alerts).where(schema.alerts.c.run == run.id, schema.alerts.c.state != "resolved")
-        ).all()
+        rows = connection.execute(_open_alerts, {"of_run": run.id}).all()
         self._open: dict[str, tuple[str, Alert]] = {row.rule: (row.id, _from_row(row)) for row in rows}
         self._stored = {alert_id for alert_id, _ in self._open.values()}
         self._closed: list[tuple[str, Alert]] = []

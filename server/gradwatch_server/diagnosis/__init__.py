@@ -43,7 +43,7 @@ def examine(layout: Layout, memory: Memory, reading: Reading, thresholds: Thresh
         The memory with this sample in it, and one finding for each rule that holds now.
     """
     with np.errstate(all="ignore"):
-        profile = reading.profile(layout)
+        profile = reading.profile(layout, memory.first_weights)
         quiet = quiet_times(memory, layout, reading, profile)
         explosion = exploding.sign(layout, memory, reading, profile, thresholds.exploding)
         rules = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.memory import Memory, growth
+from gradwatch_server.diagnosis.memory import Memory
 from gradwatch_server.diagnosis.reading import TINY, Floats, Indices, Layout, Profile, Reading, median, rank_correlation
 from gradwatch_server.diagnosis.thresholds import Exploding
 
@@ -66,7 +66,7 @@ def find(
     """Say what ``sign`` found; an explosion that has ended in NaN or Inf fires at once."""
     if not limits.enabled or found is None:
         return None
-    overflowed = not profile.finite[profile.present].all() or not math.isfinite(reading.scalars.get("loss", 0.0))
+    overflowed = profile.overflowed or not math.isfinite(reading.scalars.get("loss", 0.0))
     parameters, left_out = blame(layout.names, found.worst, found.values, found.limit)
     return Finding(
         rule=RULE,
@@ -139,13 +139,13 @@ def _blowing_up(memory: Memory, reading: Reading, profile: Profile, limits: Expl
     """The weights grow many times over within a few samples, and nothing is learned."""
     if _learning(memory, profile):
         return None
-    grown, each = growth(memory, profile)
+    grown = profile.typical_growth
     earlier = [value for step, value in memory.growths if reading.step - step <= limits.weight_growth_steps]
     recent = max(grown - min(earlier, default=grown), grown - math.log10(limits.runaway_growth / limits.weight_growth))
     if recent < math.log10(limits.weight_growth):
         return None
     values = np.ones(len(profile.weight))
-    values[profile.matrices] = 10.0**each
+    values[profile.matrices] = 10.0**profile.growth
     return Sign(
         summary=f"Half of the weight matrices have grown {10**recent:.3g} times over in a few samples, "
         "and the loss has not come down",
@@ -243,11 +243,11 @@ def _diverged(memory: Memory, _reading: Reading, profile: Profile, limits: Explo
     """
     if not memory.losses.risen(limits.loss_rise, limits.loss_rise_steps):
         return None
-    grown, each = growth(memory, profile)
+    grown = profile.typical_growth
     if grown < math.log10(limits.risen_growth):
         return None
     values = np.ones(len(profile.weight))
-    values[profile.matrices] = 10.0**each
+    values[profile.matrices] = 10.0**profile.growth
     return Sign(
         summary=f"The loss has been more than {1 + limits.loss_rise:.3g} times where it began for "
         f"{limits.loss_rise_steps} steps, and the weights have grown {10**grown:.3g} times over",
@@ -297,7 +297,7 @@ def _clipped_away(layout: Layout, profile: Profile) -> Sign:
 
 def _not_recovered(layout: Layout, memory: Memory, reading: Reading, profile: Profile) -> Sign | None:
     """There was a sign, and the loss has been as bad as at the beginning, or not finite, ever since."""
-    overflowed = not profile.finite[profile.present].all()
+    overflowed = profile.overflowed
     since = memory.suspect_since if memory.suspect_since is not None else _rose_before(memory, reading)
     if since is None:
         return None

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch_server.diagnosis.finding import Finding
-from gradwatch_server.diagnosis.reading import EPS, TINY, Flags, Floats, Layout, Profile, Reading, any_of, median
+from gradwatch_server.diagnosis.reading import Flags, Floats, Layout, Profile, Reading, any_of, grown, median
 
 VERSION: Final = 3
 """Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
@@ -180,7 +180,7 @@ class Memory:
             quiet: what ``quiet_times`` says of it.
             suspect: whether there is a sign of an explosion at this sample.
         """
-        calm = not suspect and profile.global_gradient > 0.0 and bool(profile.finite[profile.present].all())
+        calm = not suspect and profile.global_gradient > 0.0 and not profile.overflowed
         log_gradient = (math.log10(profile.global_gradient),) if calm else ()
         losses = self.losses
         for loss in reading.every_loss():
@@ -194,8 +194,8 @@ class Memory:
             losses=losses,
             log_gradients=(self.log_gradients + log_gradient)[-HISTORY_SAMPLES:],
             first_log_gradients=(self.first_log_gradients + log_gradient)[:FIRST_SAMPLES],
-            growths=(*self.growths, (reading.step, growth(self, profile)[0]))[-GROWTH_SAMPLES:],
-            best_leverage=max(self.best_leverage, float(np.nanmax(profile.leverages, initial=0.0))),
+            growths=(*self.growths, (reading.step, profile.typical_growth))[-GROWTH_SAMPLES:],
+            best_leverage=max(self.best_leverage, float(np.fmax.reduce(profile.leverages, initial=0.0))),
             best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),
             suspect_since=(reading.step if self.suspect_since is None else self.suspect_since) if suspect else None,
             first_weights=np.where(np.isnan(first), profile.weight, first),
@@ -265,29 +265,6 @@ class QuietTimes(NamedTuple):
     """For how long nearly all of its units have been."""
 
 
-def grown(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[Any]:
-    """Return a remembered vector, lengthened by ``value`` to ``size``."""
-    if vector is not None and len(vector) == size:
-        return vector
-    known = np.zeros(0, type(value)) if vector is None else vector
-    return np.concatenate([known, np.full(size - len(known), value, known.dtype)])
-
-
-def growth(memory: Memory, profile: Profile) -> tuple[float, Floats]:
-    """Return log10 of the growth of the weight matrices since the first sample: the median, and of each.
-
-    A matrix counts as at least a hundredth when it began: the growth of one that began at zero says nothing.
-    """
-    members = profile.matrices
-    if not members.size or memory.first_weights is None:
-        return 0.0, np.zeros(len(members))
-    first = grown(memory.first_weights, len(profile.weight), np.nan)[members]
-    began = np.maximum(np.where(np.isnan(first), profile.weight[members], first), TINY)
-    grew = np.log10(np.maximum(profile.weight[members], TINY) / began)
-    grew[began < 10 * EPS] = 0.0
-    return median(grew), grew
-
-
 def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profile) -> QuietTimes:
     """Return the times of each parameter, this sample included.
 
@@ -317,8 +294,9 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
         quiet = np.where(loud | ~layout.trainable, 0, quiet + steps)  # a frozen one sets no rhythm for later
     elif quiet.any():
         longest, quiet = np.maximum(longest, quiet), np.zeros_like(quiet)
-    share = reading.vector("zero_unit_share", size)
-    idle = np.where(alive, np.where(share >= IDLE_SHARE, idle + 1, 0), idle)
+    silent = reading.vector("zero_unit_share", size) >= IDLE_SHARE
+    if silent.any() or idle.any():
+        idle = np.where(alive, np.where(silent, idle + 1, 0), idle)
     return QuietTimes(quiet, longest, idle)
 
 
@@ -333,10 +311,12 @@ IDLE_SHARE = 0.95
 def _smoothed(usual: Floats | None, profile: Profile) -> Floats:
     """Return the smoothed log gradient of each parameter with this sample in it: a tenth of the way."""
     known = profile.finite & (profile.gradient > 0.0)
-    now = np.log10(np.where(known, profile.gradient, 1.0))
+    everything = bool(known.all())
+    now: Floats = np.log10(profile.gradient if everything else np.where(known, profile.gradient, 1.0))
     before = grown(usual, len(now), np.nan)
-    fresh = np.where(np.isnan(before), now, 0.9 * before + 0.1 * now)
-    return np.where(known, fresh, before)
+    fresh = 0.9 * before + 0.1 * now
+    fresh = np.where(np.isnan(before), now, fresh)
+    return fresh if everything else np.where(known, fresh, before)
 
 
 _KINDS: Final[dict[str, type[Any]]] = {"f": np.float64, "i": np.int64, "b": np.bool_}

@@ -28,7 +28,7 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     """
     size = len(layout.names)
     counts = reading.vector("nonfinite_count", size)
-    bad = profile.present & (~np.isfinite(profile.gradient) | (counts > 0))
+    bad = profile.present & (~profile.finite | (counts > 0))
     bad_weight = ~np.isfinite(profile.weight)
     loss = reading.scalars.get("loss", 0.0)
     if not limits.enabled or not (bad.any() or bad_weight.any() or not math.isfinite(loss)):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,14 @@ def median(values: Sequence[float] | Floats) -> float:
     if math.isnan(ordered[-1]) or len(ordered) % 2:
         return float(ordered[-1] if math.isnan(ordered[-1]) else ordered[middle])
     return (float(ordered[middle - 1]) + float(ordered[middle])) / 2
+
+
+def grown(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[Any]:
+    """Return a remembered vector, lengthened by ``value`` to ``size``: a run may append parameters."""
+    if vector is not None and len(vector) == size:
+        return vector
+    known = np.zeros(0, type(value)) if vector is None else vector
+    return np.concatenate([known, np.full(size - len(known), value, known.dtype)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,12 +191,39 @@ class Profile:
     """NaN where it is not known or not finite."""
     global_gradient: float
     """L2 norm over all finite gradients, before any clipping."""
+    first_weight: Floats | None
+    """Weight norms at the first sample, NaN where a parameter was not there; none: this is the first."""
 
     @property
     def global_weight(self) -> float:
         """L2 norm over the weights of the parameters with a finite gradient."""
         weights = self.weight[self.finite]
         return float(np.sqrt(np.square(weights[np.isfinite(weights)]).sum()))
+
+    @cached_property
+    def overflowed(self) -> bool:
+        """Whether some gradient is there and not finite."""
+        return not np.array_equal(self.finite, self.present)
+
+    @cached_property
+    def growth(self) -> Floats:
+        """Log10 of the growth of each of the weight matrices since the first sample, from input to output.
+
+        A matrix counts as at least a hundredth when it began: the growth of one that began at zero says nothing.
+        """
+        members = self.matrices
+        if not members.size or self.first_weight is None:
+            return np.zeros(len(members))
+        now, first = self.weight[members], self.first_weight[members]
+        began = np.maximum(np.where(np.isnan(first), now, first), TINY)
+        grew: Floats = np.log10(np.maximum(now, TINY) / began)
+        grew[began < 10 * EPS] = 0.0
+        return grew
+
+    @cached_property
+    def typical_growth(self) -> float:
+        """The median of ``growth``; 0 where there is none."""
+        return median(self.growth) if self.matrices.size and self.first_weight is not None else 0.0
 
     @cached_property
     def leverages(self) -> Floats:
@@ -247,8 +282,8 @@ class Reading:
         living = 1.0 - np.clip(silent, 0.0, 1.0)
         return np.where(clipped > 0.0, np.minimum(clipped / np.maximum(living, 1e-6), 1.0), clipped)
 
-    def profile(self, layout: Layout) -> Profile:
-        """Return what the rules share."""
+    def profile(self, layout: Layout, first_weights: Floats | None = None) -> Profile:
+        """Return what the rules share; ``first_weights`` are the weight norms at the run's first sample."""
         size = len(layout.names)
         gradient, weight = self.vector("grad_norm", size), self.vector("weight_norm", size)
         present = gradient != MISSING
@@ -261,6 +296,7 @@ class Reading:
             rms = known / layout.root_elements
             leverage = known * np.maximum(weight, layout.least_weight) / max(abs(loss), 1e-30)
         usable = finite & np.isfinite(weight)
+        norms = gradient if finite.all() else gradient[finite]
         return Profile(
             gradient=gradient,
             weight=weight,
@@ -272,5 +308,6 @@ class Reading:
             matrices=layout.matrices[usable[layout.matrices]],
             vectors=layout.vectors[usable[layout.vectors]],
             loss=loss,
-            global_gradient=float(np.sqrt(np.square(gradient[finite]).sum())),
+            global_gradient=math.sqrt(np.square(norms).sum()),
+            first_weight=None if first_weights is None else grown(first_weights, size, np.nan),
         )

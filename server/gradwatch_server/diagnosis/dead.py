@@ -29,14 +29,17 @@ def find(
     layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Dead, times: QuietTimes
 ) -> Finding | None:
     """Look for gradients that have been exactly zero, or missing, for many samples in a row while others were not."""
-    alive = profile.finite & (profile.gradient > 0.0)
+    alive = profile.alive
     if not limits.enabled or not alive.any():
         return None
     quiet, longest, idle = times
+    some_idle = bool(idle.max() >= limits.idle_samples)
+    if profile.all_alive and not some_idle:
+        return None
     candidates = layout.trainable & (layout.elements > 0) & ~alive
     if candidates.any():
         candidates &= ~_follows(layout, alive) & ~any_of(layout.choice, alive)
-    elif idle.max() < limits.idle_samples:
+    elif not some_idle:
         return None
     rhythm = np.max([longest, *(largest_of(sets, longest) for sets in layout.peers)], axis=0)
     patience = limits.patience * rhythm

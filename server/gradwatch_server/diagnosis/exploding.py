@@ -217,7 +217,7 @@ def _swelling(_memory: Memory, _reading: Reading, profile: Profile, limits: Expl
     gradients of the weight matrices, which are their product, look even. A loss that falls from an absurd height says
     nothing here.
     """
-    members = profile.vectors[profile.gradient[profile.vectors] > 0.0]
+    members = profile.vectors if profile.all_alive else profile.vectors[profile.gradient[profile.vectors] > 0.0]
     third = len(members) // 3
     if third < 2:
         return None

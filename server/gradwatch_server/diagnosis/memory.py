@@ -186,6 +186,7 @@ class Memory:
         for loss in reading.every_loss():
             losses = losses.after(loss if math.isfinite(loss) else math.inf)
         first = grown(self.first_weights, len(layout.names), np.nan)
+        unknown = np.isnan(first)
         typical = profile.typical_leverage
         return replace(
             self,
@@ -198,7 +199,7 @@ class Memory:
             best_leverage=max(self.best_leverage, float(np.fmax.reduce(profile.leverages, initial=0.0))),
             best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),
             suspect_since=(reading.step if self.suspect_since is None else self.suspect_since) if suspect else None,
-            first_weights=np.where(np.isnan(first), profile.weight, first),
+            first_weights=np.where(unknown, profile.weight, first) if unknown.any() else first,
             weights=profile.weight,
             log_usual=_smoothed(self.log_usual, profile),
             since=tuple((finding.rule, self.began(finding.rule, reading.step)) for finding in findings),
@@ -277,13 +278,13 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     size = len(layout.names)
     quiet, longest = memory.counts("quiet", size), memory.counts("longest_quiet", size)
     idle = memory.counts("idle", size)
-    alive = profile.present & (profile.gradient != 0.0)
+    alive = profile.alive if profile.all_alive else profile.present & (profile.gradient != 0.0)
     if not alive.any():
         return QuietTimes(quiet, longest, idle)
     before = grown(memory.weights, size, np.nan)
     gap = reading.step - memory.growths[-1][0] if memory.growths else 1
     loud = alive
-    if not alive.all():
+    if not (profile.all_alive or alive.all()):
         change, little = profile.weight - before, 1e-6 * before
         moved = np.where(profile.present, change, np.abs(change)) > little
         elsewhere = ~profile.present if gap == 1 else ~profile.present | ~grown(memory.ever, size, False)
@@ -310,8 +311,7 @@ IDLE_SHARE = 0.95
 
 def _smoothed(usual: Floats | None, profile: Profile) -> Floats:
     """Return the smoothed log gradient of each parameter with this sample in it: a tenth of the way."""
-    known = profile.finite & (profile.gradient > 0.0)
-    everything = bool(known.all())
+    known, everything = profile.alive, profile.all_alive
     now: Floats = np.log10(profile.gradient if everything else np.where(known, profile.gradient, 1.0))
     before = grown(usual, len(now), np.nan)
     fresh = 0.9 * before + 0.1 * now

@@ -201,6 +201,16 @@ class Profile:
         return float(np.sqrt(np.square(weights[np.isfinite(weights)]).sum()))
 
     @cached_property
+    def alive(self) -> Flags:
+        """True where there was a finite gradient other than zero."""
+        return self.finite & (self.gradient > 0.0)
+
+    @cached_property
+    def all_alive(self) -> bool:
+        """Whether every parameter had one, as at nearly every sample of most runs."""
+        return bool(self.alive.all())
+
+    @cached_property
     def overflowed(self) -> bool:
         """Whether some gradient is there and not finite."""
         return not np.array_equal(self.finite, self.present)
@@ -290,13 +300,19 @@ class Reading:
         finite = present & np.isfinite(gradient)
         loss = self.scalars.get("loss", math.nan)
         loss = loss if math.isfinite(loss) else math.nan
+        everything = bool(finite.all())
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            known = np.where(finite, gradient, np.nan)
+            known = gradient if everything else np.where(finite, gradient, np.nan)
             ratio = known / (np.maximum(weight, 0.0) + EPS)
             rms = known / layout.root_elements
-            leverage = known * np.maximum(weight, layout.least_weight) / max(abs(loss), 1e-30)
+            leverage = (
+                np.full(size, np.nan)
+                if math.isnan(loss)
+                else known * np.maximum(weight, layout.least_weight) / max(abs(loss), 1e-30)
+            )
         usable = finite & np.isfinite(weight)
-        norms = gradient if finite.all() else gradient[finite]
+        norms = gradient if everything else gradient[finite]
+        whole = bool(usable.all())
         return Profile(
             gradient=gradient,
             weight=weight,
@@ -304,9 +320,9 @@ class Reading:
             finite=finite,
             ratio=ratio,
             rms=rms,
-            leverage=leverage if not math.isnan(loss) else np.full(size, np.nan),
-            matrices=layout.matrices[usable[layout.matrices]],
-            vectors=layout.vectors[usable[layout.vectors]],
+            leverage=leverage,
+            matrices=layout.matrices if whole else layout.matrices[usable[layout.matrices]],
+            vectors=layout.vectors if whole else layout.vectors[usable[layout.vectors]],
             loss=loss,
             global_gradient=math.sqrt(np.square(norms).sum()),
             first_weight=None if first_weights is None else grown(first_weights, size, np.nan),

@@ -64,6 +64,8 @@ def _not_dead(layout: Layout, memory: Memory, profile: Profile, members: Indices
     They have faded where the first that is left is small already, or where squashing functions are in their flat ends:
     then the layer behind still has an input, and the run does not learn.
     """
+    if profile.all_alive:
+        return members
     zero = profile.gradient[members] == 0.0
     if not zero.any() or zero.all():
         return members
@@ -74,7 +76,7 @@ def _not_dead(layout: Layout, memory: Memory, profile: Profile, members: Indices
         return members
     stuck = not memory.losses.progress() > _STUCK or memory.losses.relapse() > _UNLEARNED
     silent = (profile.gradient == 0.0) & layout.matrix
-    fed_by_zero = np.isin(layout.owners[silent], layout.owners[profile.finite & (profile.gradient > 0.0)]).any()
+    fed_by_zero = np.isin(layout.owners[silent], layout.owners[profile.alive]).any()
     at_the_input = bool(zero[: int(zero.sum())].all()) and 2 * zero.sum() >= len(members)
     return members if stuck and not fed_by_zero and at_the_input else living
 

@@ -3,6 +3,7 @@
 SQLite holds them as little-endian bytes, PostgreSQL as ``real[]``.
 """
 
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,7 @@ from psycopg import abc, adapt, postgres, pq
 from gradwatch.wire import MISSING
 
 _ELEMENT = np.dtype([("bytes", ">i4"), ("value", ">f4")])
-_HEADER = np.dtype(">i4")
-_HEADER_BYTES = 20
+_HEADER = struct.Struct(">5i")
 _STRING_BYTES = 1 << 18
 _MOST_STRETCHES = 32
 
@@ -33,11 +33,11 @@ class _VectorDumper(adapt.Dumper):
 
     def dump(self, obj: NDArray[np.float32]) -> bytes:
         if not obj.size:
-            return np.array([0, 0, _REAL.oid], _HEADER).tobytes()
+            return struct.pack(">3i", 0, 0, _REAL.oid)
         elements = np.empty(obj.size, _ELEMENT)
         elements["bytes"] = 4
         elements["value"] = obj
-        return np.array([1, 0, _REAL.oid, obj.size, 1], _HEADER).tobytes() + elements.tobytes()
+        return _HEADER.pack(1, 0, _REAL.oid, obj.size, 1) + elements.tobytes()
 
 
 class _VectorLoader(adapt.Loader):
@@ -51,11 +51,11 @@ class _VectorLoader(adapt.Loader):
 
 def _of_array(data: abc.Buffer) -> NDArray[np.float32]:
     """Return the vector of an array as PostgreSQL sends it, or as it holds it in memory: that begins with a 1."""
-    if len(data) < _HEADER_BYTES:
+    if len(data) < _HEADER.size:
         return np.empty(0, np.float32)
     if data[0]:
-        return np.frombuffer(data, "<f4", offset=_HEADER_BYTES)
-    return np.frombuffer(data, _ELEMENT, offset=_HEADER_BYTES)["value"].astype(np.float32)
+        return np.frombuffer(data, "<f4", offset=_HEADER.size)
+    return np.frombuffer(data, _ELEMENT, offset=_HEADER.size)["value"].astype(np.float32)
 
 
 class Gathered(NamedTuple):
@@ -157,7 +157,7 @@ def _of_strings(strings: Sequence[Sequence[bytes | None]]) -> Gathered:
     steps, *parts = (b"".join(part or b"" for part in column) for column in zip(*strings, strict=True))
     found = np.frombuffer(steps, ">i8").astype(np.int64)
     columns: list[Rows] = [
-        _split(vectors, np.frombuffer(lengths, ">i4"), _HEADER_BYTES)
+        _split(vectors, np.frombuffer(lengths, ">i4"), _HEADER.size)
         for lengths, vectors in zip(parts[::2], parts[1::2], strict=True)
     ]
     if (found[1:] > found[:-1]).all():

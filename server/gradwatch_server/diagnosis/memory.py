@@ -188,8 +188,7 @@ class Memory:
         first = grown(self.first_weights, len(layout.names), np.nan)
         unknown = np.isnan(first)
         typical = profile.typical_leverage
-        return replace(
-            self,
+        return Memory(  # every field: `replace` would look each of them up again
             **self._quiet_after(layout, reading, profile, quiet),
             samples=self.samples + 1,
             losses=losses,

@@ -371,6 +371,7 @@ _RAW = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(range(2
         ),
         (MESSAGEPACK, wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0)])), 422, "has 1 values, the run has 2"),
         (MESSAGEPACK, wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0, -2.0)])), 422, "-2.0"),
+        (MESSAGEPACK, wire.encode(wire.Batch(id="b", samples=[sample(1, float("nan"), -2.0)])), 422, "-2.0"),
         (MESSAGEPACK, wire.encode(wire.Batch(id="b", samples=[sample(-1, 1.0, 2.0)])), 422, "samples[0].step -1"),
         (MESSAGEPACK, wire.encode(wire.Batch(id="")), 422, "id is empty"),
         (MESSAGEPACK, wire.encode(wire.Batch(id="x" * 600)), 422, "limits.name_characters"),

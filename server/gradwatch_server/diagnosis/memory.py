@@ -188,7 +188,8 @@ class Memory:
         first = grown(self.first_weights, len(layout.names), np.nan)
         unknown = np.isnan(first)
         typical = profile.typical_leverage
-        return Memory(  # every field: `replace` would look each of them up again
+        return replace(
+            self,
             **self._quiet_after(layout, reading, profile, quiet),
             samples=self.samples + 1,
             losses=losses,
@@ -220,7 +221,7 @@ class Memory:
         return {
             "quiet": quiet,
             "longest_quiet": longest,
-            "ever": ever | (profile.present & (profile.gradient != 0.0)),
+            "ever": ever | profile.stirred,
             "idle": idle,
             "clipped_samples": self.clipped_samples + 1 if decided else 0,
             "unclipped_samples": self.unclipped_samples + 1 if idle_clip else 0,
@@ -277,13 +278,13 @@ def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profi
     size = len(layout.names)
     quiet, longest = memory.counts("quiet", size), memory.counts("longest_quiet", size)
     idle = memory.counts("idle", size)
-    alive = profile.alive if profile.all_alive else profile.present & (profile.gradient != 0.0)
+    alive = profile.stirred
     if not alive.any():
         return QuietTimes(quiet, longest, idle)
     before = grown(memory.weights, size, np.nan)
     gap = reading.step - memory.growths[-1][0] if memory.growths else 1
     loud = alive
-    if not (profile.all_alive or alive.all()):
+    if not alive.all():
         change, little = profile.weight - before, 1e-6 * before
         moved = np.where(profile.present, change, np.abs(change)) > little
         elsewhere = ~profile.present if gap == 1 else ~profile.present | ~grown(memory.ever, size, False)

@@ -201,6 +201,12 @@ class Profile:
         return float(np.sqrt(np.square(weights[np.isfinite(weights)]).sum()))
 
     @cached_property
+    def stirred(self) -> Flags:
+        """True where there was a gradient other than zero, finite or not."""
+        stirred: Flags = self.present & (self.gradient != 0.0)
+        return stirred
+
+    @cached_property
     def alive(self) -> Flags:
         """True where there was a finite gradient other than zero."""
         return self.finite & (self.gradient > 0.0)

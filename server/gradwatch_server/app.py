@@ -71,6 +71,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
                 with suppress(asyncio.CancelledError):
                     await exporting
             await asyncio.to_thread(services.writer.close, services.settings.configuration.limits.drain_seconds)
+            services.examiner.close()
 
     app = FastAPI(
         title="gradwatch",

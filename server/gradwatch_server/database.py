@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import orjson
 import psycopg
 import sqlalchemy as sa
 from alembic import command
@@ -45,7 +46,9 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     folder = Path(url.database).resolve().parent
     if not folder.is_dir():
         raise DatabaseError(f"the folder {folder} of the database does not exist: create it or name another")
-    engine = sa.create_engine(url, pool_size=8, connect_args={"timeout": 30})
+    engine = sa.create_engine(
+        url, pool_size=8, connect_args={"timeout": 30}, json_serializer=_spelled, json_deserializer=orjson.loads
+    )
     file = _File(Path(url.database).resolve())
     sa.event.listen(engine, "do_connect", file.check)
     sa.event.listen(engine, "connect", _set_pragmas)
@@ -53,6 +56,10 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     sa.event.listen(engine, "begin", _begin)
     sa.event.listen(engine, "commit", file.check)
     return engine
+
+
+def _spelled(value: Any) -> str:
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
 class _File:
@@ -82,7 +89,12 @@ class _File:
 def _open_postgresql(url: sa.URL) -> sa.Engine:
     given = {"connect_timeout": _CONNECT_SECONDS}
     engine = sa.create_engine(
-        url.set(drivername="postgresql+psycopg"), pool_size=8, pool_pre_ping=True, connect_args=given
+        url.set(drivername="postgresql+psycopg"),
+        pool_size=8,
+        pool_pre_ping=True,
+        connect_args=given,
+        json_serializer=_spelled,
+        json_deserializer=orjson.loads,
     )
     sa.event.listen(engine, "connect", lambda connection, _entry: vectors.prepare(connection))
     sa.event.listen(engine, "begin", _choose_snapshot)

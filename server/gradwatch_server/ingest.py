@@ -1,21 +1,23 @@
 """The transaction behind every 2xx: sample rows, diagnosis, alerts, transitions and due deliveries commit together."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import diagnosis, ledger, memories, queries, schema, shelf
+from gradwatch_server import ledger, memories, queries, schema, shelf
 from gradwatch_server.advice import advise
 from gradwatch_server.bounds import LARGEST_STEP, check_batch, check_fit, check_registration
 from gradwatch_server.database import upsert
 from gradwatch_server.diagnosis import Layout, Memory, Reading, exploding, nonfinite
 from gradwatch_server.errors import Refused
+from gradwatch_server.examination import Examined
+from gradwatch_server.examiner import Examiner
 from gradwatch_server.memories import Memories, Watched
 from gradwatch_server.runs import RUN_ENDED
 from gradwatch_server.settings import Configuration
@@ -42,12 +44,24 @@ class Registered(msgspec.Struct, frozen=True):
     created: bool
 
 
+class _Look(NamedTuple):
+    """A look at the samples of a batch, while it lasts."""
+
+    watched: Watched
+    told: Mapping[int, float]
+    """Losses that the batch tells of, by their steps."""
+    readings: list[Reading]
+    examined: Callable[[], Examined]
+    """Waits for what comes of it."""
+
+
 class Ingest:
     """Registers runs and stores batches; holds the diagnosis' memory of the runs that report now."""
 
-    def __init__(self, configuration: Configuration, public_url: str) -> None:
+    def __init__(self, configuration: Configuration, public_url: str, examiner: Examiner | None = None) -> None:
         self._configuration = configuration
         self._public_url = public_url
+        self._examiner = examiner or Examiner()
         self._memories = Memories()
         self.batches = 0
         self.duplicates = 0
@@ -83,6 +97,7 @@ class Ingest:
             attempts = {**attempts, str(registration.attempt): attempt}
         registration = msgspec.structs.replace(registration, attempt=attempt)
         if known is None:
+            mark = memories.new_mark()
             connection.execute(
                 sa.insert(schema.runs).values(
                     id=run_id,
@@ -98,10 +113,12 @@ class Ingest:
                     attributes=registration.attributes,
                     dropped={},
                     scalars={},
-                    memory_mark=memories.new_mark(),
+                    memory_mark=mark,
                 )
             )
             self._insert_parameters(connection, run_id, registration.parameters, 0)
+            # A fleet that starts would have its first batches wait until all of this was read back.
+            self._memories.put(run_id, Watched(Layout.of(registration.parameters), Memory(), attempt, mark=mark))
             return answer
         if known.project != registration.project:
             detail = f"run {run_id!r} is not in project {registration.project!r}: use another run id there"
@@ -222,12 +239,12 @@ class Ingest:
             raise
         if not self._claim(connection, run_id, batch, now):
             return Stored(batch.id, 0, duplicate=True)
-        watched = None if older else self._watch(connection, run)
         scalars = shelf.scalars_by_step(batch)
+        look = None if older else self._look(connection, run, batch, scalars)
         changes = shelf.put(connection, run, batch, scalars)
         changes |= self._progress(run, batch, now)
-        if watched is not None:
-            changes |= self._diagnose(connection, run, watched, batch, scalars, now)
+        if look is not None:
+            changes |= self._diagnose(connection, run, look, batch, scalars, now)
             if batch.end is not None:
                 changes |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
         connection.execute(_update_run, changes | {"of_run": run_id})
@@ -275,25 +292,37 @@ class Ingest:
             changes["last_step"] = max([*steps, run.last_step or 0])
         return changes
 
+    def _look(
+        self,
+        connection: sa.Connection,
+        run: sa.Row[Any],
+        batch: wire.Batch,
+        scalars: Mapping[int, Mapping[str, float]],
+    ) -> _Look:
+        """Begin to look at what the rules have not seen yet."""
+        watched, told = self._watch(connection, run), _losses(batch)
+        losses = watched.losses | told
+        readings = _readings(batch, run.diagnosed_step, scalars, sorted(losses.items()))
+        watched.wait(losses, readings[-1].step if readings else run.diagnosed_step)
+        thresholds = self._configuration.thresholds(run.project)
+        examined = self._examiner.begin(watched.layout, watched.memory, readings, thresholds)
+        return _Look(watched, told, readings, examined)
+
     def _diagnose(
         self,
         connection: sa.Connection,
         run: sa.Row[Any],
-        watched: Watched,
+        look: _Look,
         batch: wire.Batch,
         scalars: Mapping[int, Mapping[str, float]],
         now: float,
     ) -> dict[str, Any]:
-        thresholds = self._configuration.thresholds(run.project)
+        watched, told, readings, examined = look
         book = ledger.Book(connection, run, self._configuration, self._public_url)
-        told = _losses(batch)
-        losses = watched.losses | told
-        readings = _readings(batch, run.diagnosed_step, scalars, sorted(losses.items()))
         step = readings[-1].step if readings else run.diagnosed_step
-        watched.wait(losses, step)
         self._look_at_late(connection, run, watched, batch, scalars, book)
-        for reading in readings:
-            watched.memory, findings = diagnosis.examine(watched.layout, watched.memory, reading, thresholds)
+        watched.memory, found = examined()
+        for reading, findings in zip(readings, found, strict=True):
             book.enter(findings, reading.step, reading.at)
             book.enter_silence(None, reading.step, now)
         self._name_module(connection, run.id, watched, book)

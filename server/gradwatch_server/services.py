@@ -1,5 +1,7 @@
 """The parts of one server process, made together and stopped together."""
 
+import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch_server.errors import Refused
+from gradwatch_server.examiner import LARGE_SHARE, Examiner
 from gradwatch_server.exporter import Exporter
 from gradwatch_server.feed import Feed
 from gradwatch_server.ingest import Ingest
@@ -23,6 +26,11 @@ from gradwatch_server.untold import Untold
 from gradwatch_server.writer import Writer
 
 
+def _cores() -> int:
+    """Return on how many cores this process may run."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass
 class Services:
     """What the routes use."""
@@ -30,6 +38,7 @@ class Services:
     settings: Settings
     engine: sa.Engine
     writer: Writer
+    examiner: Examiner
     ingest: Ingest
     room: Room
     notifier: Notifier
@@ -48,12 +57,14 @@ class Services:
         """Make the parts; the writer runs from here on."""
         configuration = settings.configuration
         remote, limits = configuration.remote_write, configuration.limits
+        examiner = Examiner(LARGE_SHARE if _cores() > 1 else math.inf)
         writer = Writer(engine, limits.queued_batches, limits.queued_batches_per_run)
         return cls(
             settings=settings,
             engine=engine,
             writer=writer,
-            ingest=Ingest(configuration, settings.public_url),
+            examiner=examiner,
+            ingest=Ingest(configuration, settings.public_url, examiner),
             room=Room(limits.held_bytes),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             stalls=Stalls(engine, writer, configuration, settings.public_url, time.time()),

@@ -1,6 +1,7 @@
 """One sample as the rules see it, over the run's parameters as arrays."""
 
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,6 +86,11 @@ class Layout:
             peers=_peers(parameters),
             choice=_numbered([_choice(entry.name) for entry in parameters]),
         )
+
+    @cached_property
+    def pickled(self) -> bytes:
+        """The layout for another process."""
+        return pickle.dumps(self, 5)
 
     @cached_property
     def matrices(self) -> Indices:

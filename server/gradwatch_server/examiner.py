@@ -1,0 +1,197 @@
+"""Where the samples of a batch are looked at: here, or in a process beside the server once that takes much of its time.
+
+Python runs one thread at a time: beside a fleet, a third of what the server does would be diagnosis, while the
+machine's other cores stand idle.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import BinaryIO, cast
+
+from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds
+from gradwatch_server.examination import READY, Examined, examine_all, packed, receive, send, unpacked
+
+_WINDOW_SECONDS = 2.0
+LARGE_SHARE = 0.1
+"""Of a writer's time, from which a server's diagnosis moves out."""
+_PIPE_BYTES = 1 << 20
+"""A batch fits in: the writer need not wait until it is read."""
+
+log = logging.getLogger(__name__)
+
+
+class Process:
+    """A process that does one job at a time; not for several threads."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "gradwatch_server.examination"],  # -P: whatever the working folder holds
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pipesize=_PIPE_BYTES,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        self._jobs = cast("BinaryIO", self._process.stdin)
+        self._answers = cast("BinaryIO", self._process.stdout)
+        self._owes = False
+        """Whether an answer is still to come, perhaps to a job that nobody waits for any more."""
+        self.ready = False
+        """Whether it takes jobs."""
+        self.settled = threading.Event()
+        """Set as soon as it is known whether it ever will."""
+        self._waiting = threading.Thread(target=self._wait, name="gradwatch-examiner", daemon=True)
+        self._waiting.start()
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    def begin(self, job: bytes) -> None:
+        """Have a job done.
+
+        Raises:
+            OSError, EOFError: the process is gone.
+        """
+        if self._owes:
+            self.result()
+        send(self._jobs, job)
+        self._owes = True
+
+    def result(self) -> bytes:
+        """Wait for what came of the job that was begun last.
+
+        Raises:
+            OSError, EOFError: the process is gone.
+        """
+        answer = receive(self._answers)
+        self._owes = False
+        return answer
+
+    def close(self) -> None:
+        """End it, whatever it is at."""
+        self._process.kill()
+        self._waiting.join()
+        with contextlib.suppress(BrokenPipeError):  # what was not sent goes with it
+            self._jobs.close()
+        self._answers.close()
+        self._process.wait()
+
+    def _wait(self) -> None:
+        self.ready = self._answers.read(1) == READY
+        if self.ready:
+            log.info("process %d does the diagnosis of a busy writer from now on", self.pid)
+        self.settled.set()
+
+
+class _Own:
+    """What one writer's thread has of its own."""
+
+    def __init__(self) -> None:
+        self.process: Process | None = None
+        self._since = time.monotonic()
+        self._spent_seconds = 0.0
+
+    def share(self, seconds: float) -> float:
+        """Add time spent on the diagnosis here; return its share of the window, before its end at least so much."""
+        now = time.monotonic()
+        self._spent_seconds += seconds
+        passed = now - self._since
+        share = self._spent_seconds / max(passed, _WINDOW_SECONDS)
+        if passed >= _WINDOW_SECONDS:
+            self._since, self._spent_seconds = now, 0.0
+        return share
+
+
+class Examiner:
+    """Has the samples of batches looked at, for several threads; each has a process of its own, or none."""
+
+    def __init__(self, from_share: float = math.inf) -> None:
+        """Start.
+
+        Args:
+            from_share: share of a thread's time from which it gets a process, which ``close`` ends; by default none.
+        """
+        self._from_share = from_share
+        self._of_thread = threading.local()
+        self._changing = threading.Lock()
+        self.processes: list[Process] = []
+        """Those that run."""
+
+    def begin(
+        self, layout: Layout, memory: Memory, readings: Sequence[Reading], thresholds: Thresholds
+    ) -> Callable[[], Examined]:
+        """Look at samples; return what waits for what came of it. It is the same wherever it is done."""
+        here = partial(self._here, layout, memory, readings, thresholds)
+        process = self._mine().process
+        if process is None or process not in self.processes or not process.settled.is_set() or not readings:
+            return here
+        if not process.ready:
+            self._from_share = math.inf
+            self._lost(process, "ended before it took a job: the diagnosis is done here")
+            return here
+        try:
+            process.begin(packed(layout, memory, readings, thresholds))
+        except (OSError, EOFError):
+            self._lost(process)
+            return here
+        return partial(self._there, process, here)
+
+    def close(self) -> None:
+        """End the processes; from now on everything is done here."""
+        with self._changing:
+            self._from_share = math.inf
+            running, self.processes = self.processes, []
+        for process in running:
+            process.close()
+
+    def _mine(self) -> _Own:
+        if not hasattr(self._of_thread, "own"):
+            self._of_thread.own = _Own()
+        return cast("_Own", self._of_thread.own)
+
+    def _here(self, layout: Layout, memory: Memory, readings: Sequence[Reading], thresholds: Thresholds) -> Examined:
+        started = time.perf_counter()
+        examined = examine_all(layout, memory, readings, thresholds)
+        own = self._mine()
+        share = own.share(time.perf_counter() - started)
+        if share > self._from_share and own.process is None:
+            self._start(own, share)
+        return examined
+
+    def _there(self, process: Process, here: Callable[[], Examined]) -> Examined:
+        try:
+            return unpacked(process.result())
+        except (OSError, EOFError):
+            self._lost(process)
+            return here()
+
+    def _start(self, own: _Own, share: float) -> None:
+        with self._changing:
+            if share <= self._from_share:  # it has been closed meanwhile
+                return
+            try:
+                own.process = Process()
+            except OSError as error:  # no more processes, no memory: it goes on here, and is not tried at every batch
+                log.warning("no process for the diagnosis: %s", error)
+                self._from_share = math.inf
+                return
+            self.processes.append(own.process)
+
+    def _lost(self, process: Process, how: str = "which did the diagnosis, has ended: it is done here") -> None:
+        """Go on without a process that has ended; another is started where it still takes much time."""
+        self._mine().process = None
+        with self._changing:
+            if process not in self.processes:
+                return
+            self.processes.remove(process)
+        log.warning("process %d, %s", process.pid, how)
+        process.close()

@@ -5,6 +5,7 @@ machine's other cores stand idle.
 """
 
 import contextlib
+import fcntl
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import BinaryIO, cast
@@ -23,13 +25,13 @@ _WINDOW_SECONDS = 2.0
 LARGE_SHARE = 0.1
 """Of a writer's time, from which a server's diagnosis moves out."""
 _PIPE_BYTES = 1 << 20
-"""A batch fits in: the writer need not wait until it is read."""
+"""Two usual batches fit in: the writer need not wait until they are read."""
 
 log = logging.getLogger(__name__)
 
 
 class Process:
-    """A process that does one job at a time; not for several threads."""
+    """A process that does jobs in turn; not for several threads."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -41,8 +43,11 @@ class Process:
         )
         self._jobs = cast("BinaryIO", self._process.stdin)
         self._answers = cast("BinaryIO", self._process.stdout)
-        self._owes = False
-        """Whether an answer is still to come, perhaps to a job that nobody waits for any more."""
+        self._room_bytes = _room_bytes(self._jobs)
+        self._begun = 0
+        self._owed: deque[tuple[int, int]] = deque()
+        """Number and size of each job whose answer is still to come, though perhaps nobody waits for it any more."""
+        self._collected: dict[int, bytes] = {}
         self.ready = False
         """Whether it takes jobs."""
         self.settled = threading.Event()
@@ -55,26 +60,36 @@ class Process:
         """Its number."""
         return self._process.pid
 
-    def begin(self, job: bytes) -> None:
-        """Have a job done.
+    def begin(self, job: bytes) -> int:
+        """Have a job done, after those that were begun before; return its number.
+
+        A job that the pipe might not hold waits until all of them are done: else each end could wait for the other.
 
         Raises:
             OSError, EOFError: the process is gone.
         """
-        if self._owes:
-            self.result()
+        while self._owed and sum(size for _, size in self._owed) + len(job) > self._room_bytes:
+            self._collect()
         send(self._jobs, job)
-        self._owes = True
+        self._begun += 1
+        self._owed.append((self._begun, len(job)))
+        return self._begun
 
-    def result(self) -> bytes:
-        """Wait for what came of the job that was begun last.
+    def result(self, number: int) -> bytes:
+        """Wait for what came of a job; that of an earlier one cannot be asked for any more.
 
         Raises:
             OSError, EOFError: the process is gone.
         """
-        answer = receive(self._answers)
-        self._owes = False
+        while number not in self._collected:
+            self._collect()
+        answer = self._collected.pop(number)
+        self._collected = {later: found for later, found in self._collected.items() if later > number}
         return answer
+
+    def _collect(self) -> None:
+        answer = receive(self._answers)
+        self._collected[self._owed.popleft()[0]] = answer
 
     def close(self) -> None:
         """End it, whatever it is at."""
@@ -90,6 +105,11 @@ class Process:
         if self.ready:
             log.info("process %d does the diagnosis of a busy writer from now on", self.pid)
         self.settled.set()
+
+
+def _room_bytes(pipe: BinaryIO) -> int:
+    """Return how much a pipe holds that nobody reads, to be on the safe side; 0 where the system does not tell."""
+    return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) * 3 // 4 if hasattr(fcntl, "F_GETPIPE_SZ") else 0
 
 
 class _Own:
@@ -139,11 +159,11 @@ class Examiner:
             self._lost(process, "ended before it took a job: the diagnosis is done here")
             return here
         try:
-            process.begin(packed(layout, memory, readings, thresholds))
+            number = process.begin(packed(layout, memory, readings, thresholds))
         except (OSError, EOFError):
             self._lost(process)
             return here
-        return partial(self._there, process, here)
+        return partial(self._there, process, number, here)
 
     def close(self) -> None:
         """End the processes; from now on everything is done here."""
@@ -167,9 +187,9 @@ class Examiner:
             self._start(own, share)
         return examined
 
-    def _there(self, process: Process, here: Callable[[], Examined]) -> Examined:
+    def _there(self, process: Process, number: int, here: Callable[[], Examined]) -> Examined:
         try:
-            return unpacked(process.result())
+            return unpacked(process.result(number))
         except (OSError, EOFError):
             self._lost(process)
             return here()

@@ -21,6 +21,7 @@ from gradwatch_server.examiner import Examiner
 from gradwatch_server.memories import Memories, Watched
 from gradwatch_server.runs import RUN_ENDED
 from gradwatch_server.settings import Configuration
+from gradwatch_server.writer import Halfway
 
 _ADVISED = 100
 """Samples before an explosion that its remedy is taken from, at most."""
@@ -218,7 +219,12 @@ class Ingest:
             connection.execute(sa.insert(schema.parameters), rows)
 
     def store(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> Stored:
-        """Store a batch once, diagnose its samples and write what follows from them.
+        """Store a batch once, diagnose its samples and write what follows from them; raises what ``begin`` does."""
+        begun = self.begin(connection, run_id, batch)
+        return begun.finish() if isinstance(begun, Halfway) else begun
+
+    def begin(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> Stored | Halfway[Stored]:
+        """Store a batch once, and begin to diagnose its samples; to finish writes what follows from them.
 
         Raises:
             Refused: 404 for a run that is not registered, 422 where the content does not fit the run.
@@ -243,12 +249,15 @@ class Ingest:
         look = None if older else self._look(connection, run, batch, scalars)
         changes = shelf.put(connection, run, batch, scalars)
         changes |= self._progress(run, batch, now)
-        if look is not None:
-            changes |= self._diagnose(connection, run, look, batch, scalars, now)
-            if batch.end is not None:
-                changes |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
-        connection.execute(_update_run, changes | {"of_run": run_id})
-        return Stored(batch.id, len(batch.samples), duplicate=False)
+
+        def finish() -> Stored:
+            found = {} if look is None else self._diagnose(connection, run, look, batch, scalars, now)
+            if look is not None and batch.end is not None:
+                found |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
+            connection.execute(_update_run, changes | found | {"of_run": run_id})
+            return Stored(batch.id, len(batch.samples), duplicate=False)
+
+        return Halfway(finish)
 
     def count(self, stored: Stored, batch: wire.Batch) -> None:
         """Count a batch that is on disk."""

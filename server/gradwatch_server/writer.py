@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
@@ -26,6 +26,12 @@ _COMMIT_SECONDS = 0.04
 _POSTGRESQL_WRITERS = 2
 
 
+class Halfway(NamedTuple, Generic[Result]):
+    """What a piece of work returns that waits for something outside: the next one begins before it is finished."""
+
+    finish: Callable[[], Result]
+
+
 class _Piece(NamedTuple):
     run_id: str
     """Servers that share a PostgreSQL lock runs in this order: none waits for another in a circle."""
@@ -37,7 +43,7 @@ class Writer:
     """Runs pieces of work in one transaction a group, and answers each only after the commit is on disk.
 
     A piece that raises changes nothing and does not touch its neighbours. Pieces of one run are done one after the
-    other, in the order in which they came.
+    other, in the order in which they came; of others, one may begin while the one before it waits for something.
     """
 
     def __init__(self, engine: sa.Engine, capacity: int, capacity_per_run: int) -> None:
@@ -66,7 +72,7 @@ class Writer:
         with self._counting:
             self.most, self._most_of_run = capacity, capacity_per_run
 
-    def submit(self, work: Callable[[sa.Connection], Result], run_id: str = "") -> Future[Result]:
+    def submit(self, work: Callable[[sa.Connection], Result | Halfway[Result]], run_id: str = "") -> Future[Result]:
         """Queue a piece of work on a run; the future holds its result once it is on disk.
 
         Args:
@@ -145,34 +151,59 @@ class Writer:
         return worked
 
     def _done(
-        self, group: list[_Piece], one: Callable[[sa.Connection, _Piece], Callable[[], None]]
+        self, group: list[_Piece], work: Callable[[sa.Connection, list[_Piece]], list[Callable[[], None]]]
     ) -> tuple[list[Callable[[], None]], float]:
         """Commit a group; return what settles its futures, and how long the work took."""
         with writing(self._engine) as connection:
             started = time.perf_counter()
-            return [one(connection, piece) for piece in group], time.perf_counter() - started
+            return work(connection, group), time.perf_counter() - started
 
 
 class _Failed(Exception):
     """A piece of work broke the transaction that it shared."""
 
 
-def _together(connection: sa.Connection, piece: _Piece) -> Callable[[], None]:
-    """Do a piece of work in the group's transaction."""
+def _together(connection: sa.Connection, group: list[_Piece]) -> list[Callable[[], None]]:
+    """Do pieces of work, ordered by their runs, in the group's transaction; return what settles their futures."""
+    settled: list[Callable[[], None]] = []
+    waiting: list[tuple[_Piece, Halfway[Any]]] = []
+
+    def finish() -> None:
+        for piece, begun in waiting:
+            settled.append(partial(piece.future.set_result, begun.finish()))
+        waiting.clear()
+
     try:
-        result = piece.work(connection)
-    except Refused as refusal:
-        return partial(piece.future.set_exception, refusal)
+        for piece in group:
+            if any(other.run_id == piece.run_id for other, _ in waiting):
+                finish()
+            try:
+                result = piece.work(connection)
+            except Refused as refusal:
+                settled.append(partial(piece.future.set_exception, refusal))
+                continue
+            finish()
+            if isinstance(result, Halfway):
+                waiting.append((piece, result))
+            else:
+                settled.append(partial(piece.future.set_result, result))
+        finish()
     except Exception as error:
         raise _Failed from error
-    return partial(piece.future.set_result, result)
+    return settled
 
 
-def _apart(connection: sa.Connection, piece: _Piece) -> Callable[[], None]:
-    """Do a piece of work in a savepoint of its own."""
+def _apart(connection: sa.Connection, group: list[_Piece]) -> list[Callable[[], None]]:
+    """Do pieces of work, each in a savepoint of its own; return what settles their futures."""
+    return [_alone(connection, piece) for piece in group]
+
+
+def _alone(connection: sa.Connection, piece: _Piece) -> Callable[[], None]:
     try:
         with connection.begin_nested():
             result = piece.work(connection)
+            if isinstance(result, Halfway):
+                result = result.finish()
     except Exception as error:  # whoever waits for the answer gets the reason
         return partial(piece.future.set_exception, error)
     return partial(piece.future.set_result, result)

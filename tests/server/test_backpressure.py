@@ -18,8 +18,9 @@ import sqlalchemy as sa
 import zstandard
 
 from gradwatch import wire
+from gradwatch_server import writer as writers
 from gradwatch_server.database import open_engine, writing
-from gradwatch_server.writer import Writer
+from gradwatch_server.writer import Halfway, Writer
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample, wait_for
 
 PACKED = {"content-type": wire.MESSAGEPACK_TYPE}
@@ -105,7 +106,7 @@ def test_a_full_queue_refuses_and_what_it_has_taken_is_stored(fleet: Fleet, data
     assert fleet.send(fleet.runs[0]).result().status_code == 200
 
 
-def test_pieces_of_a_run_are_done_in_the_order_in_which_they_came(database_url: str) -> None:
+def test_queue_a_run_are_done_in_the_order_in_which_they_came(database_url: str) -> None:
     engine = open_engine(database_url)
     writer = Writer(engine, capacity=1_000, capacity_per_run=1_000)
     done: dict[str, list[int]] = {f"run{number}": [] for number in range(5)}
@@ -123,6 +124,64 @@ def test_pieces_of_a_run_are_done_in_the_order_in_which_they_came(database_url: 
     engine.dispose()
     assert done == {run: list(range(100)) for run in done}
     assert writer.waiting == 0
+
+
+def _of_one_writer() -> Iterator[str]:
+    """Yield ids of runs that the same writer is at, in their order."""
+    return (name for name in (f"run{number:03}" for number in itertools.count()) if hash(name) % 2 == 0)
+
+
+def _begun_and_finished(database_url: str, failing: str = "") -> tuple[list[str], list[object]]:
+    """Have four pieces done in one group, two of one run; return what was done, in order, and what came of them."""
+    engine = open_engine(database_url)
+    queue = Writer(engine, capacity=1_000, capacity_per_run=1_000)
+    first, second, third = itertools.islice(_of_one_writer(), 3)
+    done: list[str] = []
+    gate = threading.Event()
+
+    def work(_connection: sa.Connection, name: str) -> str | Halfway[str]:
+        done.append(f"begin {name}")
+
+        def finish() -> str:
+            if name == failing:
+                raise ValueError(name)
+            done.append(f"finish {name}")
+            return name
+
+        return Halfway(finish)
+
+    held = queue.submit(lambda _connection: gate.wait(PATIENCE_SECONDS), first)
+    pieces = [(third, "c"), (first, "a1"), (second, "b"), (first, "a2")]
+    futures = [queue.submit(partial(work, name=name), run) for run, name in pieces]
+    gate.set()
+    assert held.result(PATIENCE_SECONDS)
+    wait(futures, PATIENCE_SECONDS)
+    queue.close(PATIENCE_SECONDS)
+    engine.dispose()
+    return done, [future.exception() or future.result() for future in futures]
+
+
+@pytest.fixture
+def _one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a piece takes, all that waits is one group."""
+    monkeypatch.setattr(writers, "_COMMIT_SECONDS", 1e6)
+
+
+@pytest.mark.usefixtures("_one_group")
+def test_a_piece_begins_while_one_of_another_run_waits(database_url: str) -> None:
+    done, results = _begun_and_finished(database_url)
+    order = "begin a1, finish a1, begin a2, begin b, finish a2, begin c, finish b, finish c"
+    assert ", ".join(done) == order
+    assert results == ["c", "a1", "b", "a2"]
+
+
+@pytest.mark.usefixtures("_one_group")
+def test_a_piece_that_fails_halfway_leaves_its_neighbours_alone(database_url: str) -> None:
+    done, results = _begun_and_finished(database_url, failing="b")
+    assert [str(result) for result in results] == ["c", "a1", "b", "a2"]
+    assert [isinstance(result, ValueError) for result in results] == [False, False, True, False]
+    again = done[done.index("begin c") + 1 :]  # all of them, one by one
+    assert again == ["begin a1", "finish a1", "begin a2", "finish a2", "begin b", "begin c", "finish c"]
 
 
 def test_sigterm_readiness_goes_first_and_what_was_taken_is_answered(fleet: Fleet, database_url: str) -> None:

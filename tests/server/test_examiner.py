@@ -85,14 +85,22 @@ def test_what_the_process_finds_is_the_same_bit_for_bit(only_there: Examiner) ->
     assert {"exploding", "nonfinite"} <= rules
 
 
-def test_a_network_too_large_to_be_kept_is_looked_at_too(only_there: Examiner) -> None:
+def test_networks_too_large_to_be_kept_or_to_wait_in_the_pipe_are_looked_at_too(only_there: Examiner) -> None:
     layout = Layout.of(network(3_000))
     vector = np.ones(len(layout.names), np.float32)
     readings = [
         Reading(step=step, at=0.0, statistics={"grad_norm": vector, "weight_norm": vector}) for step in range(40)
     ]
     expected = examine_all(layout, Memory(), readings, Thresholds())
-    assert _same(only_there.begin(layout, Memory(), readings, Thresholds())(), expected)
+    begun = [only_there.begin(layout, Memory(), readings, Thresholds()) for _ in range(3)]
+    assert all(_same(examined(), expected) for examined in begun)
+
+
+def test_a_look_may_begin_before_the_one_before_it_is_done(only_there: Examiner) -> None:
+    stories = [_readings(seed, 1, 8) for seed in range(4)]
+    begun = [only_there.begin(LAYOUT, Memory(), readings, Thresholds()) for readings in stories]
+    for examined, readings in zip(begun, stories, strict=True):
+        assert _same(examined(), examine_all(LAYOUT, Memory(), readings, Thresholds()))
 
 
 def test_a_look_that_nobody_waits_for_is_not_taken_for_the_next(only_there: Examiner) -> None:

@@ -65,7 +65,7 @@ async def store_batch(request: Request, run_id: str) -> Response:
     services = _services(request)
     with services.share() as share:
         batch = await body.read(request, wire.Batch, services.settings.configuration.limits, share)
-        work = partial(services.ingest.store, run_id=run_id, batch=batch)
+        work = partial(services.ingest.begin, run_id=run_id, batch=batch)
         stored = await asyncio.wrap_future(services.writer.submit(work, run_id))
     services.ingest.count(stored, batch)
     services.notifier.wake()

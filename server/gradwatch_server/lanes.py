@@ -171,10 +171,10 @@ class SampleLane:
         rows = self._connection.execute(_spans, self._mine | {"level": level, "first": first, "last": last}).all()
         return np.array([row[0] for row in rows], np.int64), np.array([row[1] for row in rows], np.int64)
 
-    def count(self, level: int, first: int, last: int, most: int) -> int:
-        """Return how many buckets of a level begin in a range, counting no further than ``most``."""
-        within = {"level": level, "first": first, "last": last, "most": most}
-        return int(self._connection.execute(_counting(schema.samples), self._mine | within).scalar_one())
+    def counts(self, levels: Sequence[int], first: int, last: int, most: int) -> Sequence[int]:
+        """Return how many buckets of each of these levels begin in a range, counting no further than ``most``."""
+        within = {"first": first, "last": last, "most": most}
+        return tuple(self._connection.execute(_counting(schema.samples, tuple(levels)), self._mine | within).one())
 
     def insert(self, level: int, buckets: Buckets) -> None:
         """Add buckets to a level."""
@@ -260,10 +260,10 @@ class ScalarLane:
         counts = [np.array(column, np.int64)[:, None] for column in columns[6:]]
         return Buckets(steps, last_steps, *floats, *counts)
 
-    def count(self, level: int, first: int, last: int, most: int) -> int:
-        """Return how many buckets of a level begin in a range, counting no further than ``most``."""
-        within = {"level": level, "first": first, "last": last, "most": most}
-        return int(self._connection.execute(_counting(schema.scalars), self._mine | within).scalar_one())
+    def counts(self, levels: Sequence[int], first: int, last: int, most: int) -> Sequence[int]:
+        """Return how many buckets of each of these levels begin in a range, counting no further than ``most``."""
+        within = {"first": first, "last": last, "most": most}
+        return tuple(self._connection.execute(_counting(schema.scalars, tuple(levels)), self._mine | within).one())
 
     def insert(self, level: int, buckets: Buckets) -> None:
         """Add buckets to a level."""
@@ -296,16 +296,19 @@ class ScalarLane:
         return _around(self._connection, schema.scalars, self._mine, level, step)
 
 
-def _own(table: sa.Table) -> list[sa.ColumnElement[bool]]:
+_level: sa.ColumnElement[int] = sa.bindparam("level")
+
+
+def _own(table: sa.Table, level: sa.ColumnElement[int] = _level) -> list[sa.ColumnElement[bool]]:
     """Return what chooses the rows of one level of a lane."""
     keys = [name for name in ("run", "name") if name in table.c]
     chosen = [table.c[name] == sa.bindparam(f"of_{name}") for name in keys]
-    return [*chosen, table.c.level == sa.bindparam("level")]
+    return [*chosen, table.c.level == level]
 
 
-def _within(table: sa.Table) -> list[sa.ColumnElement[bool]]:
+def _within(table: sa.Table, level: sa.ColumnElement[int] = _level) -> list[sa.ColumnElement[bool]]:
     """Return what chooses those of them that begin in a range."""
-    return [*_own(table), table.c.step.between(sa.bindparam("first"), sa.bindparam("last"))]
+    return [*_own(table, level), table.c.step.between(sa.bindparam("first"), sa.bindparam("last"))]
 
 
 def _vector(table: sa.Table, name: str, engine: str, only: int | None) -> sa.ColumnElement[Any]:
@@ -344,10 +347,17 @@ _touching = sa.select(sa.func.max(schema.rollups.c.nonfinite)).where(*_within(sc
 """The last column: all before it are read, too."""
 
 
-@functools.cache
-def _counting(table: sa.Table) -> sa.Select[Any]:
-    few = sa.select(table.c.step).where(*_within(table)).limit(sa.bindparam("most")).subquery()
-    return sa.select(sa.func.count()).select_from(few)
+@functools.lru_cache(64)
+def _counting(table: sa.Table, levels: Sequence[int]) -> sa.Select[Any]:
+    """Return what counts the buckets of several levels, a column each, in one go."""
+
+    def counted(level: int) -> sa.ScalarSelect[int]:
+        mine = _within(table, sa.literal_column(str(level), sa.SmallInteger))
+        few = sa.select(table.c.step).where(*mine).limit(sa.bindparam("most")).subquery()
+        return sa.select(sa.func.count()).select_from(few).scalar_subquery()
+
+    columns: list[sa.ColumnElement[int]] = [counted(level).label(f"level_{level}") for level in levels]
+    return sa.select(*columns)
 
 
 @functools.cache

@@ -356,7 +356,7 @@ def _counting(table: sa.Table, levels: Sequence[int]) -> sa.Select[Any]:
         few = sa.select(table.c.step).where(*mine).limit(sa.bindparam("most")).subquery()
         return sa.select(sa.func.count()).select_from(few).scalar_subquery()
 
-    columns: list[sa.ColumnElement[int]] = [counted(level).label(f"level_{level}") for level in levels]
+    columns: list[sa.ColumnElement[Any]] = [counted(level).label(f"level_{level}") for level in levels]
     return sa.select(*columns)
 
 

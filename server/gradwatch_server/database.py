@@ -47,7 +47,7 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     if not folder.is_dir():
         raise DatabaseError(f"the folder {folder} of the database does not exist: create it or name another")
     engine = sa.create_engine(
-        url, pool_size=8, connect_args={"timeout": 30}, json_serializer=_spelled, json_deserializer=orjson.loads
+        url, pool_size=8, connect_args={"timeout": 30}, json_serializer=_json, json_deserializer=orjson.loads
     )
     file = _File(Path(url.database).resolve())
     sa.event.listen(engine, "do_connect", file.check)
@@ -58,7 +58,8 @@ def _open_sqlite(url: sa.URL) -> sa.Engine:
     return engine
 
 
-def _spelled(value: Any) -> str:
+def _json(value: Any) -> str:
+    """Return the JSON of a column: of Python's own types, and with numbers that are not finite spelled already."""
     return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
@@ -93,7 +94,7 @@ def _open_postgresql(url: sa.URL) -> sa.Engine:
         pool_size=8,
         pool_pre_ping=True,
         connect_args=given,
-        json_serializer=_spelled,
+        json_serializer=_json,
         json_deserializer=orjson.loads,
     )
     sa.event.listen(engine, "connect", lambda connection, _entry: vectors.prepare(connection))

@@ -117,8 +117,8 @@ def _kept(content: bytes) -> Any:
 
 
 def main() -> None:
-    """Do jobs until the input ends: the server's end, not a signal to its group, ends this process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Do jobs until the input ends: the server's end, not a signal to all that belongs to it, ends this process."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     jobs, answers = sys.stdin.buffer, sys.stdout.buffer
     try:

@@ -9,6 +9,7 @@ import fcntl
 import logging
 import math
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -38,27 +39,39 @@ class Process:
             [sys.executable, "-P", "-m", "gradwatch_server.examination"],  # -P: whatever the working folder holds
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pipesize=_PIPE_BYTES,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # a signal to the server's group is none of its business
         )
         self._jobs = cast("BinaryIO", self._process.stdin)
         self._answers = cast("BinaryIO", self._process.stdout)
-        self._room_bytes = _room_bytes(self._jobs)
+        self._room_bytes = _widened(self._jobs)
+        self._ready = self._closed = False
         self._begun = 0
         self._owed: deque[tuple[int, int]] = deque()
         """Number and size of each job whose answer is still to come, though perhaps nobody waits for it any more."""
         self._collected: dict[int, bytes] = {}
-        self.ready = False
-        """Whether it takes jobs."""
-        self.settled = threading.Event()
-        """Set as soon as it is known whether it ever will."""
-        self._waiting = threading.Thread(target=self._wait, name="gradwatch-examiner", daemon=True)
-        self._waiting.start()
 
     @property
     def pid(self) -> int:
         """Its number."""
         return self._process.pid
+
+    def takes_jobs(self, patience_seconds: float = 0.0) -> bool:
+        """Return whether it is up, or will be within this time.
+
+        Raises:
+            EOFError: it has ended before.
+        """
+        if not self._ready:
+            looking = select.poll()
+            looking.register(self._answers, select.POLLIN)
+            if not looking.poll(1e3 * patience_seconds):
+                return False
+            if self._answers.read(1) != READY:
+                raise EOFError("it ended before it was up")
+            self._ready = True
+            log.info("process %d does the diagnosis of a busy writer from now on", self.pid)
+        return True
 
     def begin(self, job: bytes) -> int:
         """Have a job done, after those that were begun before; return its number.
@@ -68,6 +81,8 @@ class Process:
         Raises:
             OSError, EOFError: the process is gone.
         """
+        if self._closed:
+            raise EOFError("it was closed")
         while self._owed and sum(size for _, size in self._owed) + len(job) > self._room_bytes:
             self._collect()
         send(self._jobs, job)
@@ -88,28 +103,28 @@ class Process:
         return answer
 
     def _collect(self) -> None:
+        if self._closed:  # while another job was waited for
+            raise EOFError("it was closed")
         answer = receive(self._answers)
         self._collected[self._owed.popleft()[0]] = answer
 
     def close(self) -> None:
         """End it, whatever it is at."""
+        self._closed = True
         self._process.kill()
-        self._waiting.join()
         with contextlib.suppress(BrokenPipeError):  # what was not sent goes with it
             self._jobs.close()
         self._answers.close()
         self._process.wait()
 
-    def _wait(self) -> None:
-        self.ready = self._answers.read(1) == READY
-        if self.ready:
-            log.info("process %d does the diagnosis of a busy writer from now on", self.pid)
-        self.settled.set()
 
-
-def _room_bytes(pipe: BinaryIO) -> int:
-    """Return how much a pipe holds that nobody reads, to be on the safe side; 0 where the system does not tell."""
-    return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) * 3 // 4 if hasattr(fcntl, "F_GETPIPE_SZ") else 0
+def _widened(pipe: BinaryIO) -> int:
+    """Widen a pipe where that is allowed; return how much it holds unread, on the safe side, 0 where nothing tells."""
+    if not hasattr(fcntl, "F_SETPIPE_SZ"):
+        return 0
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) * 3 // 4
 
 
 class _Own:
@@ -152,11 +167,14 @@ class Examiner:
         """Look at samples; return what waits for what came of it. It is the same wherever it is done."""
         here = partial(self._here, layout, memory, readings, thresholds)
         process = self._mine().process
-        if process is None or process not in self.processes or not process.settled.is_set() or not readings:
+        if process is None or not readings:
             return here
-        if not process.ready:
+        try:
+            if not process.takes_jobs():
+                return here
+        except EOFError:
             self._from_share = math.inf
-            self._lost(process, "ended before it took a job: the diagnosis is done here")
+            self._lost(process, " ended before it took a job: the diagnosis is done here")
             return here
         try:
             number = process.begin(packed(layout, memory, readings, thresholds))
@@ -206,12 +224,14 @@ class Examiner:
                 return
             self.processes.append(own.process)
 
-    def _lost(self, process: Process, how: str = "which did the diagnosis, has ended: it is done here") -> None:
+    def _lost(self, process: Process, how: str = ", which did the diagnosis, has ended: it is done here") -> None:
         """Go on without a process that has ended; another is started where it still takes much time."""
-        self._mine().process = None
+        own = self._mine()
+        if own.process is process:
+            own.process = None
         with self._changing:
             if process not in self.processes:
                 return
             self.processes.remove(process)
-        log.warning("process %d, %s", process.pid, how)
+        log.warning("process %d%s", process.pid, how)
         process.close()

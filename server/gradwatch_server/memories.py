@@ -52,7 +52,7 @@ class Watched:
     @property
     def bytes(self) -> int:
         """What it takes in memory, about."""
-        return 10_000 + 400 * len(self.layout.names) + 150 * len(self.losses)
+        return 10_000 + 600 * len(self.layout.names) + 150 * len(self.losses)
 
     def resume(self, attempt: int) -> None:
         """Go on with what a new attempt starts with."""

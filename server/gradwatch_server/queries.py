@@ -32,6 +32,11 @@ _MOST_CELLS = 2_000_000
 """Of one answer, points x parameters: a map of more parameters has fewer points."""
 
 
+_NARROW = 2_000
+"""Columns up to which what is left over at the ends of a range is read two levels further down: more rows, of at most
+15 buckets of samples, or 63 samples, at either end, and half as many statements."""
+
+
 class _Lane(Protocol):
     def load(self, level: int, first: int, last: int) -> Buckets: ...
 
@@ -57,8 +62,13 @@ class _FadedLane:
         return older if last <= gone else Buckets.concatenated([older, self._lane.load(level, gone + 1, last)])
 
     def counts(self, levels: Sequence[int], first: int, last: int, most: int) -> Sequence[int]:
-        """Return how many buckets ``load`` returns of each of these levels, counting no further than about ``most``."""
-        return [self._count(level, first, last, most) for level in levels]
+        """Return how many buckets ``load`` returns of these levels, finest first, each counted to about ``most``."""
+        found: list[int] = []
+        for level in reversed(levels):
+            found.insert(0, self._count(level, first, last, most))
+            if found[0] >= most:
+                break
+        return [most] * (len(levels) - len(found)) + found  # a finer level has no fewer
 
     def _count(self, level: int, first: int, last: int, most: int) -> int:
         gone = pruned_to(self._pruned, level)
@@ -208,7 +218,7 @@ def _exactly(lane: _Lane, level: int, first: int | None, last: int) -> Buckets:
     if not len(found):
         return _exactly(lane, level - 1, first, last)
     begin, end = int(found.first_steps[0]), int(found.last_steps[-1])
-    finer = max(0, level - 2)  # up to 15 buckets, or 63 samples, in place of twice as many statements
+    finer = max(0, level - (2 if found.low.shape[1] <= _NARROW else 1))
     parts = [found.measured()]  # its ends are those of all: nothing finer is looked through where nothing was measured
     if first is not None and first < begin:
         parts.insert(0, _exactly(lane, finer, first, begin - 1).thinned(1))

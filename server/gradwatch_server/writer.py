@@ -166,16 +166,18 @@ class _Failed(Exception):
 def _together(connection: sa.Connection, group: list[_Piece]) -> list[Callable[[], None]]:
     """Do pieces of work, ordered by their runs, in the group's transaction; return what settles their futures."""
     settled: list[Callable[[], None]] = []
-    waiting: list[tuple[_Piece, Halfway[Any]]] = []
+    waiting: tuple[_Piece, Halfway[Any]] | None = None
 
     def finish() -> None:
-        for piece, begun in waiting:
+        nonlocal waiting
+        if waiting is not None:
+            piece, begun = waiting
+            waiting = None
             settled.append(partial(piece.future.set_result, begun.finish()))
-        waiting.clear()
 
     try:
         for piece in group:
-            if any(other.run_id == piece.run_id for other, _ in waiting):
+            if waiting is not None and waiting[0].run_id == piece.run_id:
                 finish()
             try:
                 result = piece.work(connection)
@@ -184,7 +186,7 @@ def _together(connection: sa.Connection, group: list[_Piece]) -> list[Callable[[
                 continue
             finish()
             if isinstance(result, Halfway):
-                waiting.append((piece, result))
+                waiting = (piece, result)
             else:
                 settled.append(partial(piece.future.set_result, result))
         finish()

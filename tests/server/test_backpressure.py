@@ -106,7 +106,7 @@ def test_a_full_queue_refuses_and_what_it_has_taken_is_stored(fleet: Fleet, data
     assert fleet.send(fleet.runs[0]).result().status_code == 200
 
 
-def test_queue_a_run_are_done_in_the_order_in_which_they_came(database_url: str) -> None:
+def test_pieces_of_a_run_are_done_in_the_order_in_which_they_came(database_url: str) -> None:
     engine = open_engine(database_url)
     writer = Writer(engine, capacity=1_000, capacity_per_run=1_000)
     done: dict[str, list[int]] = {f"run{number}": [] for number in range(5)}
@@ -137,7 +137,11 @@ def _begun_and_finished(database_url: str, failing: str = "") -> tuple[list[str]
     queue = Writer(engine, capacity=1_000, capacity_per_run=1_000)
     first, second, third = itertools.islice(_of_one_writer(), 3)
     done: list[str] = []
-    gate = threading.Event()
+    held, gate = threading.Event(), threading.Event()
+
+    def hold(_connection: sa.Connection) -> bool:
+        held.set()
+        return gate.wait(PATIENCE_SECONDS)
 
     def work(_connection: sa.Connection, name: str) -> str | Halfway[str]:
         done.append(f"begin {name}")
@@ -150,11 +154,12 @@ def _begun_and_finished(database_url: str, failing: str = "") -> tuple[list[str]
 
         return Halfway(finish)
 
-    held = queue.submit(lambda _connection: gate.wait(PATIENCE_SECONDS), first)
+    holding = queue.submit(hold, first)
+    assert held.wait(PATIENCE_SECONDS)
     pieces = [(third, "c"), (first, "a1"), (second, "b"), (first, "a2")]
     futures = [queue.submit(partial(work, name=name), run) for run, name in pieces]
     gate.set()
-    assert held.result(PATIENCE_SECONDS)
+    assert holding.result(PATIENCE_SECONDS)
     wait(futures, PATIENCE_SECONDS)
     queue.close(PATIENCE_SECONDS)
     engine.dispose()

@@ -55,7 +55,7 @@ def examiner() -> Iterator[Examiner]:
     """An examiner of which this thread's process takes jobs."""
     made = Examiner(from_share=0.0)
     made.begin(LAYOUT, Memory(), _readings(0, 1, 1), Thresholds())()
-    assert made.processes[0].settled.wait(PATIENCE_SECONDS)
+    assert made.processes[0].takes_jobs(PATIENCE_SECONDS)
     yield made
     made.close()
 
@@ -111,7 +111,7 @@ def test_a_look_that_nobody_waits_for_is_not_taken_for_the_next(only_there: Exam
 
 
 def test_signals_to_the_whole_group_do_not_end_the_process(only_there: Examiner) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         os.kill(only_there.processes[0].pid, number)
     readings = _readings(1, 1, 8)
     assert len(only_there.begin(LAYOUT, Memory(), readings, Thresholds())().findings) == 8
@@ -158,6 +158,21 @@ def test_when_the_process_is_killed_the_samples_are_looked_at_here(
     assert examiner.processes[0].pid != first  # it takes much time again, so there is another
 
 
+def test_when_the_process_is_killed_with_two_jobs_both_are_done_here(
+    examiner: Examiner, caplog: pytest.LogCaptureFixture
+) -> None:
+    stories, first = [_readings(1, 1, 8), _readings(2, 1, 8)], examiner.processes[0].pid
+    os.kill(first, signal.SIGSTOP)
+    begun = [examiner.begin(LAYOUT, Memory(), readings, Thresholds()) for readings in stories]
+    _kill(examiner)
+    for examined, readings in zip(begun, stories, strict=True):
+        assert _same(examined(), examine_all(LAYOUT, Memory(), readings, Thresholds()))
+    assert caplog.text.count("has ended") == 1
+    (other,) = examiner.processes
+    assert other.pid != first
+    assert other.takes_jobs(PATIENCE_SECONDS)
+
+
 def test_where_no_process_can_be_had_it_goes_on_here(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,7 +189,8 @@ def test_a_process_that_ends_before_it_takes_a_job_is_the_last(
     monkeypatch.setattr(sys, "executable", "false")  # as where the interpreter cannot load what it needs
     examiner = Examiner(from_share=0.0)
     examiner.begin(LAYOUT, Memory(), _readings(1, 1, 8), Thresholds())()
-    assert examiner.processes[0].settled.wait(PATIENCE_SECONDS)
+    with pytest.raises(EOFError):
+        examiner.processes[0].takes_jobs(PATIENCE_SECONDS)
     for first in (9, 17):
         assert len(examiner.begin(LAYOUT, Memory(), _readings(1, first, 8), Thresholds())().findings) == 8
     assert not examiner.processes

@@ -276,9 +276,14 @@ def size_bytes(url: str) -> int:
 
 
 def memory_bytes(process: int) -> int:
-    """Return the most memory that a process has held."""
+    """Return the most memory that a process has held, and those that it started and that still run."""
     status = Path(f"/proc/{process}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    children = [int(child) for task in Path(f"/proc/{process}/task").iterdir() for child in _children(task)]
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 + sum(map(memory_bytes, children))
+
+
+def _children(task: Path) -> list[str]:
+    return (task / "children").read_text().split()
 
 
 def measure(engine: str, seconds: float, count: int) -> Figures:

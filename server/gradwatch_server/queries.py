@@ -30,8 +30,6 @@ _LOOKED_THROUGH = 8_192
 """Samples among which histograms are looked for where not every one carries them."""
 _MOST_CELLS = 2_000_000
 """Of one answer, points x parameters: a map of more parameters has fewer points."""
-
-
 _NARROW = 2_000
 """Columns up to which what is left over at the ends of a range is read two levels further down: more rows, of at most
 15 buckets of samples, or 63 samples, at either end, and half as many statements."""

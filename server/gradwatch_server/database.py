@@ -93,13 +93,20 @@ def _open_postgresql(url: sa.URL) -> sa.Engine:
         url.set(drivername="postgresql+psycopg"),
         pool_size=8,
         pool_pre_ping=True,
+        pool_use_lifo=True,  # a connection that has been used knows the statements
         connect_args=given,
         json_serializer=_json,
         json_deserializer=orjson.loads,
     )
-    sa.event.listen(engine, "connect", lambda connection, _entry: vectors.prepare(connection))
+    sa.event.listen(engine, "connect", _prepare)
     sa.event.listen(engine, "begin", _choose_snapshot)
     return engine
+
+
+def _prepare(connection: psycopg.Connection[Any], _entry: ConnectionPoolEntry) -> None:
+    vectors.prepare(connection)
+    connection.execute("SET jit = off")  # it costs a statement of milliseconds, whose rows are overrated, half a second
+    connection.commit()
 
 
 def _choose_snapshot(connection: sa.Connection) -> None:

@@ -12,6 +12,7 @@ from gradwatch_server import schema
 from gradwatch_server.buckets import Buckets
 from gradwatch_server.lanes import STATISTIC_NAMES, SampleLane, ScalarLane, ratio
 from gradwatch_server.levels import LAST_STEP, pruned_to
+from gradwatch_server.runs import unknown_run
 
 __all__ = [
     "STATISTIC_NAMES",
@@ -36,6 +37,8 @@ _NARROW = 2_000
 
 
 class _Lane(Protocol):
+    fan_outs: tuple[int, int]
+
     def load(self, level: int, first: int, last: int) -> Buckets: ...
 
     def counts(self, levels: Sequence[int], first: int, last: int, most: int) -> Sequence[int]: ...
@@ -46,6 +49,8 @@ class _FadedLane:
 
     Every level reads as if it were whole: in the order of the steps, and each sample in exactly one bucket.
     """
+
+    fan_outs = SampleLane.fan_outs
 
     def __init__(self, lane: SampleLane, pruned: Sequence[int]) -> None:
         self._lane = lane
@@ -111,6 +116,9 @@ def read_statistic(
 
     Where the finer levels are gone, what is left of them takes their place: fewer and larger buckets, of which one at
     either end may reach out of the range.
+
+    Raises:
+        Refused: 404 for a run that is not known.
     """
     run = _run(connection, run_id)
     points = max(1, min(points, _MOST_CELLS // max(1, len(columns))))
@@ -125,14 +133,18 @@ def read_statistic(
 
 
 def has_scalar(connection: sa.Connection, run_id: str, name: str) -> bool:
-    """Return whether a run has a scalar of this name."""
+    """Return whether a run has a scalar of this name; raises as ``read_statistic`` does."""
     return name in _run(connection, run_id).coverage.get("scalars", {})
 
 
 def read_scalar(
     connection: sa.Connection, run_id: str, name: str, from_step: int | None, to_step: int | None, points: int
 ) -> Buckets:
-    """Return a scalar of the run over a range, in at most ``points`` buckets of one column, float64."""
+    """Return a scalar of the run over a range, in at most ``points`` buckets of one column, float64.
+
+    Raises:
+        Refused: 404 for a run that is not known.
+    """
     run = _run(connection, run_id)
     lane = ScalarLane(connection, run_id, name)
     return _read(lane, len(run.coverage.get("scalars", {}).get(name, [])), from_step, to_step, points)
@@ -196,15 +208,27 @@ def read_latest(connection: sa.Connection, run_id: str) -> sa.Row[Any] | None:
 
 def _run(connection: sa.Connection, run_id: str) -> sa.Row[Any]:
     wanted = sa.select(*schema.runs.c["parameter_count", "coverage"]).where(schema.runs.c.id == run_id)
-    return connection.execute(wanted).one()
+    found = connection.execute(wanted).one_or_none()
+    if found is None:
+        raise unknown_run(run_id)
+    return found
 
 
 def _read(lane: _Lane, levels: int, from_step: int | None, to_step: int | None, points: int) -> Buckets:
     last = LAST_STEP if to_step is None else to_step
     third = -(-points // 3)
-    counts = lane.counts(range(1, levels + 1), from_step or 0, last, third) if levels else []
+    fits = _fitting(lane.fan_outs, levels, last - (from_step or 0) + 1, third)
+    counts = lane.counts(range(1, fits + 1), from_step or 0, last, third) if fits else []
     coarsest = max((level for level, count in enumerate(counts, 1) if count >= third), default=0)
     return _exactly(lane, coarsest, from_step, last).thinned(points)
+
+
+def _fitting(fan_outs: tuple[int, int], levels: int, steps: int, buckets: int) -> int:
+    """Return the coarsest level of which as many buckets may begin within so many steps, each full of samples."""
+    fits, size = 0, fan_outs[0]
+    while fits < levels and size * (buckets - 1) < steps:
+        fits, size = fits + 1, size * fan_outs[1]
+    return fits
 
 
 def _exactly(lane: _Lane, level: int, first: int | None, last: int) -> Buckets:

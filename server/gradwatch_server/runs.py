@@ -43,7 +43,7 @@ def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
     """
     row = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id)).one_or_none()
     if row is None:
-        raise _unknown(run_id)
+        raise unknown_run(run_id)
     return _shown(row, _firing(connection, [run_id]).get(run_id, []))
 
 
@@ -54,10 +54,11 @@ def check_run(connection: sa.Connection, run_id: str) -> None:
         Refused: 404 where it is not known.
     """
     if connection.execute(sa.select(schema.runs.c.id).where(schema.runs.c.id == run_id)).first() is None:
-        raise _unknown(run_id)
+        raise unknown_run(run_id)
 
 
-def _unknown(run_id: str) -> Refused:
+def unknown_run(run_id: str) -> Refused:
+    """Return what says that there is no such run: 404."""
     return Refused(404, "Unknown run", f"run {run_id!r} is not known here: GET /api/v1/runs lists those that are")
 
 

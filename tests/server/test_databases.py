@@ -57,6 +57,34 @@ def test_all_reads_of_an_answer_see_one_state(engine: sa.Engine) -> None:
         connection.execute(sa.text("DELETE FROM silences"))
 
 
+def test_no_statement_waits_for_a_compiler(postgres: str) -> None:
+    engine = open_engine(postgres)
+    with engine.connect() as reader, writing(engine) as writer:
+        assert [connection.scalar(sa.text("SHOW jit")) for connection in (reader, writer)] == ["off", "off"]
+    engine.dispose()
+
+
+READS = (
+    "",
+    "/series?statistic=ratio&parameter=a",
+    "/series?statistic=ratio",
+    "/series?statistic=loss",
+    "/series?statistic=loss&parameter=a",
+    "/map",
+    "/tile",
+    "/profile",
+    "/latest",
+    "/clip-advice",
+)
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_run_that_is_not_known_is_told_as_such(shared_server: GradwatchServer, read: str) -> None:
+    answer = shared_server.http.get(f"/api/v1/runs/nowhere{read}")
+    assert (answer.status_code, answer.json()["title"]) == (404, "Unknown run")
+    assert "'nowhere' is not known here" in answer.json()["detail"]
+
+
 def test_a_server_whose_database_stands_still_lives(postgres: str, tmp_path: Path) -> None:
     with migrated_database(postgres) as url, GradwatchServer(tmp_path / "server.db", url=url) as server:
         engine = open_engine(url)

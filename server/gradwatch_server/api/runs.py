@@ -64,7 +64,6 @@ def show_series(
 
     A scalar may be named like a statistic, as trainers log a ``grad_norm``: it is read without ``parameter``.
     """
-    check_run(connection, run_id)
     of_parameters = statistic in queries.STATISTIC_NAMES
     if of_parameters and parameter is None:
         of_parameters = not queries.has_scalar(connection, run_id, statistic)
@@ -73,11 +72,13 @@ def show_series(
         if parameter is None:
             raise Refused(404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME")
         if parameter not in names:
+            check_run(connection, run_id)
             raise Refused(404, "Unknown parameter", f"run {run_id!r} has no parameter {parameter!r}")
         column = [order[names.index(parameter)]]
         buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, column, points)
     else:
         if parameter is not None:
+            check_run(connection, run_id)
             known = ", ".join(queries.STATISTIC_NAMES)
             raise Refused(404, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
         buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
@@ -111,7 +112,6 @@ def show_map(
     points: Annotated[int, Query(ge=1, le=10_000)] = 500,
 ) -> Response:
     """One statistic of all parameters over the steps: the layer x step map."""
-    check_run(connection, run_id)
     order, names = load_order(connection, run_id)
     buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
     content: dict[str, Any] = {
@@ -141,7 +141,6 @@ def show_profile(
     to_step: Step = None,
 ) -> Response:
     """One statistic of all parameters in the order of depth, gathered over a range; of one step: both ends the same."""
-    check_run(connection, run_id)
     order, names = load_order(connection, run_id)
     found = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, 1)
     if not len(found):
@@ -168,9 +167,9 @@ def show_profile(
 )
 def show_latest(connection: Reader, run_id: RunId) -> Response:
     """Everything measured at the newest sample, in the order of the run's parameters."""
-    check_run(connection, run_id)
     newest = queries.read_latest(connection, run_id)
     if newest is None:
+        check_run(connection, run_id)
         raise Refused(404, "No samples", f"run {run_id!r} has no sample yet")
     vectors = {name: getattr(newest, name) for name in wire.STATISTICS}
     positions, names = load_order(connection, run_id)

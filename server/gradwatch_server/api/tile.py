@@ -12,7 +12,6 @@ from gradwatch_server.api.problem import problems
 from gradwatch_server.api.reading import Reader
 from gradwatch_server.api.runs import RunId, Step
 from gradwatch_server.ingest import load_order
-from gradwatch_server.runs import check_run
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 
@@ -37,7 +36,6 @@ def show_tile(
     Everything is little-endian; each plane has shape (buckets, parameters in the order of depth). A missing gradient is
     -1, NaN and infinity are themselves, ``nonfinite`` (uint16) counts up to 65,535.
     """
-    check_run(connection, run_id)
     order, names = load_order(connection, run_id)
     buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
     header = {

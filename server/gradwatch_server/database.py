@@ -105,7 +105,7 @@ def _open_postgresql(url: sa.URL) -> sa.Engine:
 
 def _prepare(connection: psycopg.Connection[Any], _entry: ConnectionPoolEntry) -> None:
     vectors.prepare(connection)
-    connection.execute("SET jit = off")  # it costs a statement of milliseconds, whose rows are overrated, half a second
+    connection.execute("SET jit = off")  # the planner overrates our statements' rows: each would be compiled first
     connection.commit()
 
 

@@ -64,6 +64,19 @@ def test_no_statement_waits_for_a_compiler(postgres: str) -> None:
     engine.dispose()
 
 
+def test_a_connection_that_has_been_used_is_used_again(postgres: str) -> None:
+    engine = open_engine(postgres)
+    number = sa.text("SELECT pg_backend_pid()")
+    with engine.connect() as one, engine.connect() as other, engine.connect() as third:
+        assert len({connection.scalar(number) for connection in (one, other, third)}) == 3
+    found = set()
+    for _ in range(3):
+        with engine.connect() as connection:
+            found.add(connection.scalar(number))
+    engine.dispose()
+    assert len(found) == 1
+
+
 READS = (
     "",
     "/series?statistic=ratio&parameter=a",

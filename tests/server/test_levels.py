@@ -227,6 +227,38 @@ def test_long_ranges_come_in_stretches_on_every_level(engine: sa.Engine, monkeyp
             store.check(first, last, points)
 
 
+def test_a_range_is_read_from_the_coarsest_level_that_fills_it(engine: sa.Engine) -> None:
+    store = Store(engine, "coarsest")
+    store.put({step: [float(step), 1.0] for step in range(400)})
+    counted = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        counted.append(statement.startswith("SELECT (SELECT count(*)"))
+
+    def read(last: int) -> tuple[int, bool]:
+        """Return how many samples the first bucket of up to 30 has, and whether buckets were counted."""
+        counted.clear()
+        with engine.connect() as connection:
+            found = queries.read_statistic(connection, store.run, "grad_norm", 0, last, [0, 1], 30)
+        return int(found.last_steps[0]) + 1, any(counted)
+
+    sa.event.listen(engine, "before_cursor_execute", note)
+    assert read(144) == (16, True)  # ten buckets of 16 begin there
+    assert read(143) == (5, False)
+    sa.event.remove(engine, "before_cursor_execute", note)
+
+
+def test_ends_of_a_range_are_exact_for_wide_networks_too(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Level by level where two parameters are many; a parameter alone still skips levels."""
+    monkeypatch.setattr(queries, "_NARROW", 1)
+    store = Store(engine, "wide")
+    for begin in (0, 600):
+        store.put({step: [float(step), NAN if step % 90 == 3 else 1.0] for step in range(begin, begin + 600)})
+    for first, last in ((None, None), (3, 1_141), (250, 1_030), (17, 795)):
+        for points in (2, 3, 40):
+            store.check(first, last, points)
+
+
 def test_rows_that_are_read_ahead_are_the_same(database_url: str, engine: sa.Engine) -> None:
     """A range of 150 buckets of level 1; on SQLite others fetch parts of it meanwhile."""
     store = Store(engine, "ahead")

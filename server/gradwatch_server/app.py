@@ -2,17 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import sqlalchemy as sa
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gradwatch_server.api import (
     access,
@@ -90,27 +92,44 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
     for address in access.VIEWS:
         app.add_api_route(address, _page, include_in_schema=False)
 
-    @app.middleware("http")
-    async def secure(request: Request, follow: Callable[[Request], Any]) -> Response:
-        started = time.perf_counter()
-        try:
-            await access.check(request)
-            response: Response = await follow(request)
-        except Refused as refusal:
-            response = problem.refuse(refusal)
-        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:  # of the check: routes have handlers
-            response = problem.out_of_reach(error)
-        response.headers.update(_SECURITY)
-        path = request.url.path
-        static = path.startswith("/page/") or access.is_view(request.method, path)
-        # The page's files are asked for again after an upgrade, what they show is kept nowhere.
-        response.headers.setdefault("Cache-Control", "no-cache" if static else "no-store")
-        route = getattr(request.scope.get("route"), "path", "other")
-        request.app.state.services.requests.add(request.method, route, response.status_code, started)
-        return response
-
+    app.add_middleware(_Secured)
     description.complete(app)
     return app
+
+
+class _Secured:
+    """Asks who calls before a body is read, gives every answer its headers, and counts it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; what is not HTTP passes."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, path = time.perf_counter(), scope["path"]
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(_SECURITY)
+                static = path.startswith("/page/") or access.is_view(scope["method"], path)
+                # The page's files are asked for again after an upgrade, what they show is kept nowhere.
+                headers.setdefault("Cache-Control", "no-cache" if static else "no-store")
+                route = getattr(scope.get("route"), "path", "other")
+                services = cast("Services", scope["app"].state.services)
+                services.requests.add(scope["method"], route, message["status"], started)
+            await send(message)
+
+        follow = self._app
+        try:
+            await access.check(Request(scope))
+        except Refused as refusal:
+            follow = problem.refuse(refusal)
+        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
+            follow = problem.out_of_reach(error)
+        await follow(scope, receive, answer)
 
 
 def _page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads its own address

@@ -440,11 +440,15 @@ def load_parameters(connection: sa.Connection, run_id: str) -> list[wire.Paramet
 
 def load_order(connection: sa.Connection, run_id: str) -> tuple[list[int], list[str]]:
     """Return the indices of a run's parameters into its vectors, from input to output, and their names likewise."""
-    table = schema.parameters
-    rows = connection.execute(
-        sa.select(table.c.position, table.c.name).where(table.c.run == run_id).order_by(table.c.depth, table.c.position)
-    ).all()
+    rows = connection.execute(_order_of, {"of_run": run_id}).all()
     return [row[0] for row in rows], [row[1] for row in rows]
+
+
+_order_of = (
+    sa.select(*schema.parameters.c["position", "name"])
+    .where(schema.parameters.c.run == sa.bindparam("of_run"))
+    .order_by(*schema.parameters.c["depth", "position"])
+)
 
 
 def _effective(attempts: Mapping[str, int], number: int) -> int:

@@ -206,9 +206,11 @@ def read_latest(connection: sa.Connection, run_id: str) -> sa.Row[Any] | None:
     return connection.execute(newest).one_or_none()
 
 
+_run_of = sa.select(*schema.runs.c["parameter_count", "coverage"]).where(schema.runs.c.id == sa.bindparam("of_run"))
+
+
 def _run(connection: sa.Connection, run_id: str) -> sa.Row[Any]:
-    wanted = sa.select(*schema.runs.c["parameter_count", "coverage"]).where(schema.runs.c.id == run_id)
-    found = connection.execute(wanted).one_or_none()
+    found = connection.execute(_run_of, {"of_run": run_id}).one_or_none()
     if found is None:
         raise unknown_run(run_id)
     return found

@@ -12,7 +12,7 @@ from gradwatch_server.api import documents
 from gradwatch_server.api.access import check_named_project
 from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
-from gradwatch_server.api.reading import Reader
+from gradwatch_server.api.reading import Reads
 from gradwatch_server.api.writing import written
 from gradwatch_server.errors import Refused
 
@@ -28,7 +28,7 @@ _shown = schema.alerts.c.run.is_not(None)
 def list_alerts(
     request: Request,
     response: Response,
-    connection: Reader,
+    engine: Reads,
     run: Text = None,
     project: Text = None,
     rule: Text = None,
@@ -44,13 +44,15 @@ def list_alerts(
             query = query.where(column == wanted)
     if project is not None:
         query = query.join(schema.runs, schema.runs.c.id == table.c.run).where(schema.runs.c.project == project)
-    return read_page(connection, query, (table.c.first_at, table.c.id), before, limit, (request, response))
+    with engine.connect() as connection:
+        return read_page(connection, query, (table.c.first_at, table.c.id), before, limit, (request, response))
 
 
 @router.get("/alerts/{id}", response_model=documents.Alert, responses=problems(404, 422))
-def show_alert(connection: Reader, alert_id: AlertId) -> Any:
+def show_alert(engine: Reads, alert_id: AlertId) -> Any:
     """Show one alert."""
-    return _load(connection, alert_id)
+    with engine.connect() as connection:
+        return _load(connection, alert_id)
 
 
 @router.post("/alerts/{id}/acknowledge", response_model=documents.Alert, responses=problems(404, 409, 422, 503))
@@ -92,9 +94,10 @@ def _load(connection: sa.Connection, alert_id: str) -> dict[str, Any]:
 
 
 @router.get("/silences", response_model=list[documents.Silence], responses=problems())
-def list_silences(connection: Reader) -> Any:
+def list_silences(engine: Reads) -> Any:
     """List the silences that hold now, the one that ends first first."""
-    return [msgspec.structs.asdict(silence) for silence in silences.load(connection, time.time())]
+    with engine.connect() as connection:
+        return [msgspec.structs.asdict(silence) for silence in silences.load(connection, time.time())]
 
 
 @router.post("/silences", response_model=documents.Silence, status_code=201, responses=problems(409, 422, 503))

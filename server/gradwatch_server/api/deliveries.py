@@ -11,7 +11,7 @@ from gradwatch_server import outbox, schema
 from gradwatch_server.api import documents
 from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
-from gradwatch_server.api.reading import Reader
+from gradwatch_server.api.reading import Reads
 from gradwatch_server.api.writing import written
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
@@ -28,7 +28,7 @@ _table = schema.deliveries
 def list_deliveries(
     request: Request,
     response: Response,
-    connection: Reader,
+    engine: Reads,
     alert: Text = None,
     receiver: Text = None,
     state: Literal["due", "delivered", "dead"] | None = None,
@@ -40,20 +40,22 @@ def list_deliveries(
     for column, wanted in ((_table.c.alert, alert), (_table.c.receiver, receiver), (_table.c.state, state)):
         if wanted is not None:
             query = query.where(column == wanted)
-    return read_page(connection, query, (_table.c.created_at, _table.c.id), before, limit, (request, response))
+    with engine.connect() as connection:
+        return read_page(connection, query, (_table.c.created_at, _table.c.id), before, limit, (request, response))
 
 
 @router.get("/deliveries/{id}", response_model=documents.DeliveryDetail, responses=problems(404, 422))
-def show_delivery(connection: Reader, delivery_id: Id) -> Any:
+def show_delivery(engine: Reads, delivery_id: Id) -> Any:
     """Show one delivery with what was sent and every attempt."""
     query = sa.select(_table, schema.transitions.c.payload).join(
         schema.transitions, schema.transitions.c.id == _table.c.transition
     )
-    row = connection.execute(query.where(_table.c.id == delivery_id)).mappings().one_or_none()
-    if row is None:
-        raise _unknown(delivery_id)
-    log = sa.select(schema.attempts).where(schema.attempts.c.delivery == delivery_id).order_by("number")
-    attempts = [dict(entry) for entry in connection.execute(log).mappings()]
+    with engine.connect() as connection:
+        row = connection.execute(query.where(_table.c.id == delivery_id)).mappings().one_or_none()
+        if row is None:
+            raise _unknown(delivery_id)
+        log = sa.select(schema.attempts).where(schema.attempts.c.delivery == delivery_id).order_by("number")
+        attempts = [dict(entry) for entry in connection.execute(log).mappings()]
     return dict(row) | {"payload": msgspec.json.decode(row["payload"]), "log": attempts}
 
 
@@ -79,12 +81,13 @@ async def replay_dead(request: Request, name: Name) -> Any:
 
 
 @router.get("/receivers", response_model=list[documents.Receiver], responses=problems())
-def list_receivers(request: Request, connection: Reader) -> Any:
+def list_receivers(request: Request, engine: Reads) -> Any:
     """List the configured receivers, without their addresses and secrets."""
-    disabled = {row.name: row.reason for row in connection.execute(sa.select(schema.disabled_receivers))}
-    counts = sa.select(_table.c.receiver, _table.c.state, sa.func.count().label("deliveries"))
-    grouped = counts.where(_table.c.state != "delivered").group_by(_table.c.receiver, _table.c.state)
-    waiting = {(row.receiver, row.state): row.deliveries for row in connection.execute(grouped)}
+    with engine.connect() as connection:
+        disabled = {row.name: row.reason for row in connection.execute(sa.select(schema.disabled_receivers))}
+        counts = sa.select(_table.c.receiver, _table.c.state, sa.func.count().label("deliveries"))
+        grouped = counts.where(_table.c.state != "delivered").group_by(_table.c.receiver, _table.c.state)
+        waiting = {(row.receiver, row.state): row.deliveries for row in connection.execute(grouped)}
     return [
         {
             "name": receiver.name,

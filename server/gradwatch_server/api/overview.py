@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from gradwatch_server import schema
-from gradwatch_server.api.reading import Reader
+from gradwatch_server.api.reading import Reads
 from gradwatch_server.receivers import AnyReceiver as Receiver
 from gradwatch_server.services import Services
 
@@ -56,17 +56,19 @@ class Overview(BaseModel):
 
 
 @router.get("/server", response_model=Overview)
-def show_server(request: Request, connection: Reader) -> Any:
+def show_server(request: Request, engine: Reads) -> Any:
     """Show how the server and its receivers are."""
     services = cast("Services", request.app.state.services)
     runs, writer, ingest = schema.runs, services.writer, services.ingest
-    count, samples, parameters = connection.execute(
-        sa.select(sa.func.count(), sa.func.sum(runs.c.sample_count), sa.func.sum(runs.c.parameter_count))
-    ).one()
-    dropped: dict[str, int] = {}
-    for lost in connection.execute(sa.select(runs.c.dropped)).scalars():
-        for name, number in lost.items():
-            dropped[name] = dropped.get(name, 0) + number
+    with engine.connect() as connection:
+        count, samples, parameters = connection.execute(
+            sa.select(sa.func.count(), sa.func.sum(runs.c.sample_count), sa.func.sum(runs.c.parameter_count))
+        ).one()
+        dropped: dict[str, int] = {}
+        for lost in connection.execute(sa.select(runs.c.dropped)).scalars():
+            for name, number in lost.items():
+                dropped[name] = dropped.get(name, 0) + number
+        receivers = _receivers(connection, services.settings.configuration.receivers)
     return {
         "version": metadata.version("gradwatch"),
         "ready": services.ready,
@@ -82,7 +84,7 @@ def show_server(request: Request, connection: Reader) -> Any:
         "commits": writer.commits,
         "mean_commit_seconds": writer.commit_seconds / writer.commits if writer.commits else None,
         "dropped": dropped,
-        "receivers": _receivers(connection, services.settings.configuration.receivers),
+        "receivers": receivers,
     }
 
 

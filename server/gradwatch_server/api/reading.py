@@ -1,6 +1,5 @@
-"""A connection to read with, until the answer is made: a client that takes it slowly holds nothing."""
+"""Where the routes of reads find the database: they connect on their own thread, and only while they read."""
 
-from collections.abc import Iterator
 from typing import Annotated, cast
 
 import sqlalchemy as sa
@@ -9,9 +8,9 @@ from fastapi import Depends, Request
 from gradwatch_server.services import Services
 
 
-def _connection(request: Request) -> Iterator[sa.Connection]:
-    with cast("Services", request.app.state.services).engine.connect() as connection:
-        yield connection
+async def _engine(request: Request) -> sa.Engine:
+    return cast("Services", request.app.state.services).engine
 
 
-Reader = Annotated[sa.Connection, Depends(_connection, scope="function")]
+Reads = Annotated[sa.Engine, Depends(_engine)]
+"""An async dependency: FastAPI hands a request to another thread for each part of one that is not."""

@@ -14,7 +14,7 @@ from gradwatch_server.advice import THRESHOLDS, advise, threshold_in_force
 from gradwatch_server.api import documents
 from gradwatch_server.api.numbers import answer, spelled
 from gradwatch_server.api.problem import problems
-from gradwatch_server.api.reading import Reader
+from gradwatch_server.api.reading import Reads
 from gradwatch_server.deletion import delete_some
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import load_order, load_parameters
@@ -31,16 +31,18 @@ Text = Annotated[str | None, Query(max_length=MOST_NAME_CHARACTERS)]
 
 
 @router.get("/runs", response_model=list[documents.Run], responses=problems(422))
-def list_runs(connection: Reader, project: Text = None, state: RunState | None = None) -> Any:
+def list_runs(engine: Reads, project: Text = None, state: RunState | None = None) -> Any:
     """List runs, the one seen last first."""
-    return load_runs(connection, project, state)
+    with engine.connect() as connection:
+        return load_runs(connection, project, state)
 
 
 @router.get("/runs/{id}", response_model=documents.RunDetail, responses=problems(404, 422))
-def show_run(connection: Reader, run_id: RunId) -> Any:
+def show_run(engine: Reads, run_id: RunId) -> Any:
     """Show one run with its parameters in the order of depth."""
-    run = load_run(connection, run_id)
-    listed = sorted(load_parameters(connection, run_id), key=lambda parameter: parameter.depth or 0)
+    with engine.connect() as connection:
+        run = load_run(connection, run_id)
+        listed = sorted(load_parameters(connection, run_id), key=lambda parameter: parameter.depth or 0)
     return run | {"parameters": [msgspec.structs.asdict(parameter) for parameter in listed]}
 
 
@@ -50,7 +52,7 @@ def show_run(connection: Reader, run_id: RunId) -> Any:
     responses={200: {"model": documents.Series}, **problems(404, 422)},
 )
 def show_series(
-    connection: Reader,
+    engine: Reads,
     run_id: RunId,
     statistic: Annotated[
         str, Query(max_length=MOST_NAME_CHARACTERS, description="of a parameter, or the name of a scalar")
@@ -64,24 +66,27 @@ def show_series(
 
     A scalar may be named like a statistic, as trainers log a ``grad_norm``: it is read without ``parameter``.
     """
-    of_parameters = statistic in queries.STATISTIC_NAMES
-    if of_parameters and parameter is None:
-        of_parameters = not queries.has_scalar(connection, run_id, statistic)
-    if of_parameters:
-        order, names = load_order(connection, run_id)
-        if parameter is None:
-            raise Refused(404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME")
-        if parameter not in names:
-            check_run(connection, run_id)
-            raise Refused(404, "Unknown parameter", f"run {run_id!r} has no parameter {parameter!r}")
-        column = [order[names.index(parameter)]]
-        buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, column, points)
-    else:
-        if parameter is not None:
-            check_run(connection, run_id)
-            known = ", ".join(queries.STATISTIC_NAMES)
-            raise Refused(404, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
-        buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
+    with engine.connect() as connection:
+        of_parameters = statistic in queries.STATISTIC_NAMES
+        if of_parameters and parameter is None:
+            of_parameters = not queries.has_scalar(connection, run_id, statistic)
+        if of_parameters:
+            order, names = load_order(connection, run_id)
+            if parameter is None:
+                raise Refused(
+                    404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME"
+                )
+            if parameter not in names:
+                check_run(connection, run_id)
+                raise Refused(404, "Unknown parameter", f"run {run_id!r} has no parameter {parameter!r}")
+            column = [order[names.index(parameter)]]
+            buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, column, points)
+        else:
+            if parameter is not None:
+                check_run(connection, run_id)
+                known = ", ".join(queries.STATISTIC_NAMES)
+                raise Refused(404, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
+            buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
     spell = spelled if of_parameters else wire.spell_numbers
     content = {
         "run": run_id,
@@ -104,7 +109,7 @@ def show_series(
     responses={200: {"model": documents.Map}, **problems(404, 422)},
 )
 def show_map(
-    connection: Reader,
+    engine: Reads,
     run_id: RunId,
     statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
     from_step: Step = None,
@@ -112,8 +117,9 @@ def show_map(
     points: Annotated[int, Query(ge=1, le=10_000)] = 500,
 ) -> Response:
     """One statistic of all parameters over the steps: the layer x step map."""
-    order, names = load_order(connection, run_id)
-    buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
+    with engine.connect() as connection:
+        order, names = load_order(connection, run_id)
+        buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
     content: dict[str, Any] = {
         "run": run_id,
         "statistic": statistic,
@@ -134,15 +140,16 @@ def show_map(
     responses={200: {"model": documents.Profile}, **problems(401, 403, 404, 422)},
 )
 def show_profile(
-    connection: Reader,
+    engine: Reads,
     run_id: RunId,
     statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
     from_step: Step = None,
     to_step: Step = None,
 ) -> Response:
     """One statistic of all parameters in the order of depth, gathered over a range; of one step: both ends the same."""
-    order, names = load_order(connection, run_id)
-    found = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, 1)
+    with engine.connect() as connection:
+        order, names = load_order(connection, run_id)
+        found = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, 1)
     if not len(found):
         raise Refused(404, "No samples", f"run {run_id!r} has no sample of {statistic!r} in this range: widen it")
     content = {
@@ -165,14 +172,15 @@ def show_profile(
     response_class=Response,
     responses={200: {"model": documents.Latest}, **problems(401, 403, 404, 422)},
 )
-def show_latest(connection: Reader, run_id: RunId) -> Response:
+def show_latest(engine: Reads, run_id: RunId) -> Response:
     """Everything measured at the newest sample, in the order of the run's parameters."""
-    newest = queries.read_latest(connection, run_id)
-    if newest is None:
-        check_run(connection, run_id)
-        raise Refused(404, "No samples", f"run {run_id!r} has no sample yet")
-    vectors = {name: getattr(newest, name) for name in wire.STATISTICS}
-    positions, names = load_order(connection, run_id)
+    with engine.connect() as connection:
+        newest = queries.read_latest(connection, run_id)
+        if newest is None:
+            check_run(connection, run_id)
+            raise Refused(404, "No samples", f"run {run_id!r} has no sample yet")
+        vectors = {name: getattr(newest, name) for name in wire.STATISTICS}
+        positions, names = load_order(connection, run_id)
     width = len(names)
     content = {
         "run": run_id,
@@ -187,15 +195,16 @@ def show_latest(connection: Reader, run_id: RunId) -> Response:
 
 @router.get("/runs/{id}/clip-advice", response_model=documents.ClipAdvice, responses=problems(401, 403, 404, 422))
 def show_clip_advice(
-    connection: Reader,
+    engine: Reads,
     run_id: RunId,
     from_step: Step = None,
     to_step: Step = None,
     points: Annotated[int, Query(ge=1, le=10_000)] = 500,
 ) -> Any:
     """What adaptive clipping would have done at several thresholds, and which one is recommended."""
-    run = load_run(connection, run_id)
-    steps, histograms = queries.read_histograms(connection, run_id, from_step, to_step, points)
+    with engine.connect() as connection:
+        run = load_run(connection, run_id)
+        steps, histograms = queries.read_histograms(connection, run_id, from_step, to_step, points)
     found = advise(steps, histograms)
     first, middle, last = found.thirds.tolist()
     return {

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gradwatch_server import queries
 from gradwatch_server.api.problem import problems
-from gradwatch_server.api.reading import Reader
+from gradwatch_server.api.reading import Reads
 from gradwatch_server.api.runs import RunId, Step
 from gradwatch_server.ingest import load_order
 
@@ -24,7 +24,7 @@ TILE_TYPE = "application/octet-stream"
     responses={200: {"content": {TILE_TYPE: {}}}, **problems(404, 422)},
 )
 def show_tile(
-    connection: Reader,
+    engine: Reads,
     run_id: RunId,
     statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
     from_step: Step = None,
@@ -36,8 +36,9 @@ def show_tile(
     Everything is little-endian; each plane has shape (buckets, parameters in the order of depth). A missing gradient is
     -1, NaN and infinity are themselves, ``nonfinite`` (uint16) counts up to 65,535.
     """
-    order, names = load_order(connection, run_id)
-    buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
+    with engine.connect() as connection:
+        order, names = load_order(connection, run_id)
+        buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
     header = {
         "statistic": statistic,
         "parameters": names,

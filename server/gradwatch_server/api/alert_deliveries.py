@@ -34,8 +34,8 @@ class AlertDelivery(BaseModel):
 @router.get("/alerts/{id}/deliveries", response_model=list[AlertDelivery], responses=problems(404, 422))
 def list_alert_deliveries(engine: Reads, alert_id: AlertId) -> Any:
     """List an alert's deliveries in the order of its transitions, with their attempts."""
+    alerts, deliveries, attempts = schema.alerts, schema.deliveries, schema.attempts
     with engine.connect() as connection:
-        alerts, deliveries, attempts = schema.alerts, schema.deliveries, schema.attempts
         if connection.execute(sa.select(alerts.c.id).where(alerts.c.id == alert_id)).first() is None:
             raise Refused(
                 404, "Unknown alert", f"alert {alert_id!r} is not known here: GET /api/v1/alerts lists those that are"
@@ -54,4 +54,4 @@ def list_alert_deliveries(engine: Reads, alert_id: AlertId) -> Any:
         ).mappings()
         for attempt in made:
             found[attempt["delivery"]]["attempts"].append(dict(attempt))
-        return list(found.values())
+    return list(found.values())

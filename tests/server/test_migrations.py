@@ -216,6 +216,38 @@ def test_a_sample_of_two_vectors_is_stored_in_one_piece(postgres: str, tmp_path:
         engine.dispose()
 
 
+_ANALYSED = "SELECT tablename, attname FROM pg_stats WHERE tablename ~ '^(samples|rollups)'"
+
+
+def test_postgresql_analyses_the_keys_of_what_was_measured_and_no_value(postgres: str, tmp_path: Path) -> None:
+    with postgres_database(postgres) as url:
+        engine = open_engine(url)
+        migrate(engine)
+        with GradwatchServer(tmp_path / "server.db", url=url) as server:
+            run = server.register(["weight"])
+            listed = [sample(step, 1.0, loss=0.5) for step in range(2_000)]
+            for first in range(0, len(listed), 500):
+                assert (
+                    server.store(run, wire.Batch(id=str(first), samples=listed[first : first + 500])).status_code == 200
+                )
+        with engine.connect() as connection:
+            connection.execute(sa.text("ANALYZE"))
+            found = {(table, column) for table, column in connection.execute(sa.text(_ANALYSED))}
+        engine.dispose()
+    assert {table for table, _ in found} >= {"samples", "samples_0", "samples_1", "rollups", "rollups_1", "rollups_2"}
+    values = {column.name for table in (schema.samples, schema.rollups) for column in table.c} - {
+        "run",
+        "level",
+        "step",
+        "last_step",
+        "attempt",
+        "at",
+        "statistic",
+    }
+    assert {column for _, column in found} >= {"run", "level", "step"}
+    assert not {column for _, column in found} & values
+
+
 _LANGUAGE = "SELECT lanname FROM pg_proc JOIN pg_language l ON l.oid = prolang WHERE proname = 'gradwatch_bytes'"
 
 

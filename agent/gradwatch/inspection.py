@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch.buffers import Plan
-from gradwatch.layout import Spec, reduce_in_place, unit_rows
+from gradwatch.layout import Spec, reducer, unit_rows
 from gradwatch.rounds import Reading
 
 Floats = NDArray[np.float64]
@@ -71,7 +71,7 @@ def _repaired(units: Floats, doubtful: NDArray[np.bool_], tensor: Tensor, spec: 
     """Return the unit norms of a tensor, the doubtful ones in float64; None where they were right."""
     if spec.sparse:
         out = torch.zeros(spec.units, dtype=torch.float64)
-        reduce_in_place(tensor, spec, out)
+        reducer(spec)(tensor, out)
         return np.where(doubtful, out.numpy(), units)
     rows = unit_rows(tensor, spec)
     dims = tuple(range(1, rows.dim()))

@@ -28,7 +28,7 @@ from gradwatch.layout import (
     Piece,
     Scratch,
     Spec,
-    reduce_in_place,
+    reducer,
     spec_of,
 )
 
@@ -191,7 +191,7 @@ class KernelBound(Bound):
                 spec, (_, start) = self.layout.specs[position], self.layout.places[position]
                 if tensors[position].shape != spec.shape:
                     raise LayoutChangedError(f"a tensor is {tuple(tensors[position].shape)}, not {spec.shape}")
-                reduce_in_place(tensors[position], spec, out[start : start + spec.units])
+                reducer(spec)(tensors[position], out[start : start + spec.units])
         super().run(tensors)
 
 

@@ -10,8 +10,9 @@ Nothing here reads a number back from a device.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -36,6 +37,10 @@ _DIRECT_BYTES_ELSEWHERE: Final = 1 << 24
 _CHUNK_BYTES: Final = {"cpu": 1 << 22}
 """Size of the scratch buffer: what stays in the cache of a CPU."""
 _CHUNK_BYTES_ELSEWHERE: Final = 1 << 26
+
+
+Reducer = Callable[[Tensor, Tensor], None]
+"""Writes the unit norms of the tensor to the buffer, shape (units,)."""
 
 
 class LayoutChangedError(RuntimeError):
@@ -154,17 +159,22 @@ class Bound:
         self, layout: Layout, arenas: dict[Arena, Tensor], scratch: Scratch, pieces: Sequence[Piece] | None = None
     ) -> None:
         self.layout = layout
-        self._steps: list[tuple[Piece, list[int], Tensor, Tensor | None, Tensor | None]] = []
+        self._direct: list[tuple[int, tuple[int, ...], Tensor, Reducer]] = []
+        """Of each tensor that is reduced where it lies: its position and shape, where its norms go, and how."""
+        self._gathered: list[tuple[Piece, list[int], Tensor, Tensor, Tensor]] = []
+        """Of those that are gathered: the elements of each, where the norms go, and the scratch as it is filled and
+        read."""
         for piece in layout.pieces if pieces is None else pieces:
-            elements = [math.prod(layout.specs[position].shape) for position in piece.positions]
             out = arenas[piece.arena][piece.start : piece.stop]
-            if not piece.gathered:
-                self._steps.append((piece, elements, out, None, None))
-                continue
-            flat = scratch.take(piece.arena, piece.elements)
             shape = piece.spec.shape
+            if not piece.gathered:
+                (position,) = piece.positions
+                self._direct.append((position, shape, out, reducer(piece.spec)))
+                continue
+            elements = [math.prod(layout.specs[position].shape) for position in piece.positions]
+            flat = scratch.take(piece.arena, piece.elements)
             target = flat.view(-1, *shape[1:]) if piece.spec.axis == "rows" and len(shape) > 1 else flat
-            self._steps.append((piece, elements, out, target, flat.view(piece.stop - piece.start, -1)))
+            self._gathered.append((piece, elements, out, target, flat.view(piece.stop - piece.start, -1)))
 
     def run(self, tensors: Sequence[Tensor]) -> None:
         """Write the unit norms of ``tensors``, which must be of the layout's specification, in its order.
@@ -172,15 +182,18 @@ class Bound:
         Raises:
             LayoutChangedError: a tensor has another shape now.
         """
-        for piece, elements, out, target, rows in self._steps:
+        # Shapes are looked at before torch sees them: it would make its output larger, and warn the user of it.
+        for position, shape, out, reduce in self._direct:
+            tensor = tensors[position]
+            if tensor.shape != shape:
+                raise LayoutChangedError(f"a tensor is {tuple(tensor.shape)}, not {shape}")
+            reduce(tensor, out)
+        for piece, elements, out, target, rows in self._gathered:
             members = [tensors[position] for position in piece.positions]
-            # Before torch sees them: it would make its output larger, and warn the user of it. What is gathered has
-            # one row shape, which torch looks after: the elements tell the rest, in a third of the time of a shape.
+            # They have one row shape, which torch looks after: the elements tell the rest, in a third of the time of a
+            # shape.
             if members[0].shape != piece.spec.shape or list(map(Tensor.numel, members)) != elements:
                 raise LayoutChangedError(f"a tensor of {piece.spec.shape}, or gathered with one, has another shape now")
-            if target is None or rows is None:
-                reduce_in_place(members[0], piece.spec, out)
-                continue
             if piece.spec.shape == ():
                 torch.stack(members, out=target)
             else:
@@ -207,8 +220,10 @@ def _pieces(specs: Sequence[Spec], direct_bytes: int | None, chunk_bytes: int | 
             one_unit = spec.axis == "whole" or len(spec.shape) < 2
             row = spec.shape if one_unit else spec.shape[1:]
             alike.setdefault((spec.device, spec.dtype, one_unit, row), []).append(position)
-    groups = [(position,) for position in alone]
-    gathered = [part for members in alike.values() for part in _chunks(specs, members, chunk_bytes)]
+    chunks = [part for members in alike.values() for part in _chunks(specs, members, chunk_bytes)]
+    # To gather a part and reduce it are two operators: one or two tensors are reduced where they lie in as many.
+    groups = [(position,) for position in [*alone, *(p for part in chunks if len(part) <= 2 for p in part)]]
+    gathered = [part for part in chunks if len(part) > 2]
     sizes: dict[Arena, int] = {}
     pieces: list[Piece] = []
     for positions in [*groups, *gathered]:
@@ -242,25 +257,41 @@ def _chunks(specs: Sequence[Spec], members: Sequence[int], chunk_bytes: int | No
     return [tuple(chunk) for chunk in chunks]
 
 
-def reduce_in_place(tensor: Tensor, spec: Spec, out: Tensor) -> None:
-    """Write the unit norms of one tensor to ``out``, shape (units,), without gathering it first."""
+def reducer(spec: Spec) -> Reducer:
+    """Return what writes the unit norms of a tensor of this specification, without gathering it first."""
+    real = spec.dtype.is_floating_point
     if spec.sparse:
-        _reduce_sparse(tensor, out)
-        return
-    if spec.units == 1 and spec.width > _CONVERTED and not (tensor.is_floating_point() or tensor.is_complex()):
-        parts = tensor.reshape(-1).split(_CONVERTED)
-        torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(part.to(spec.norm_dtype)) for part in parts]).view(1, -1),
-            dim=1,
-            out=out,
-        )
-        return
-    rows = unit_rows(tensor, spec)
+        return _reduce_sparse
+    if spec.units == 1 and spec.width > _CONVERTED and not (real or spec.dtype.is_complex):
+        return _reduce_converted
     if spec.width > WIDEST_ROW:
-        _reduce_wide(rows, spec, out)
-        return
-    wanted = None if rows.dtype == spec.norm_dtype else spec.norm_dtype
-    torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.dim())), dtype=wanted, out=out)
+        return partial(_reduce_wide, spec)
+    if real and spec.dtype.itemsize > 1:
+        if len(spec.shape) == 1:
+            return _reduce_vector
+        if spec.axis == "rows" and spec.units > 1:
+            return partial(_reduce_dims, tuple(range(1, len(spec.shape))))
+    return partial(_reduce_rows, spec)
+
+
+def _reduce_vector(tensor: Tensor, out: Tensor) -> None:
+    torch.linalg.vector_norm(
+        tensor, dim=0, keepdim=True, dtype=None if tensor.dtype == out.dtype else out.dtype, out=out
+    )
+
+
+def _reduce_dims(dims: tuple[int, ...], tensor: Tensor, out: Tensor) -> None:
+    torch.linalg.vector_norm(tensor, dim=dims, dtype=None if tensor.dtype == out.dtype else out.dtype, out=out)
+
+
+def _reduce_rows(spec: Spec, tensor: Tensor, out: Tensor) -> None:
+    rows = unit_rows(tensor, spec)
+    _reduce_dims(tuple(range(1, rows.dim())), rows, out)
+
+
+def _reduce_converted(tensor: Tensor, out: Tensor) -> None:
+    norms = [torch.linalg.vector_norm(part.to(out.dtype)) for part in tensor.reshape(-1).split(_CONVERTED)]
+    torch.linalg.vector_norm(torch.stack(norms).view(1, -1), dim=1, out=out)
 
 
 def unit_rows(tensor: Tensor, spec: Spec) -> Tensor:
@@ -281,8 +312,8 @@ def unit_rows(tensor: Tensor, spec: Spec) -> Tensor:
     return by_group.transpose(1, 2).flatten(0, 1)
 
 
-def _reduce_wide(rows: Tensor, spec: Spec, out: Tensor) -> None:
-    flat = rows.reshape(spec.units, -1)
+def _reduce_wide(spec: Spec, tensor: Tensor, out: Tensor) -> None:
+    flat = unit_rows(tensor, spec).reshape(spec.units, -1)
     blocks, rest = divmod(flat.shape[1], _BLOCK)
     body = flat[:, : blocks * _BLOCK].reshape(spec.units, blocks, _BLOCK)
     wanted = None if flat.dtype == spec.norm_dtype else spec.norm_dtype

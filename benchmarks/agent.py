@@ -84,7 +84,7 @@ def passes(training: Training) -> dict[str, Callable[[], object]]:
     claim = slot.claim(plan)
 
     def grads() -> list[Tensor]:
-        return [weight.grad for weight in training.weights if weight.grad is not None]
+        return [grad for weight in training.weights if (grad := weight.grad) is not None]
 
     @torch.no_grad()
     def ours() -> None:

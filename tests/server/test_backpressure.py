@@ -20,6 +20,7 @@ import zstandard
 from gradwatch import wire
 from gradwatch_server import writer as writers
 from gradwatch_server.database import open_engine, writing
+from gradwatch_server.errors import Refused
 from gradwatch_server.writer import Halfway, Writer
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample, wait_for
 
@@ -131,7 +132,7 @@ def _of_one_writer() -> Iterator[str]:
     return (name for name in (f"run{number:03}" for number in itertools.count()) if hash(name) % 2 == 0)
 
 
-def _begun_and_finished(database_url: str, failing: str = "") -> tuple[list[str], list[object]]:
+def _begun_and_finished(database_url: str, failing: str = "", refused: str = "") -> tuple[list[str], list[object]]:
     """Have four pieces done in one group, two of one run; return what was done, in order, and what came of them."""
     engine = open_engine(database_url)
     queue = Writer(engine, capacity=1_000, capacity_per_run=1_000)
@@ -144,6 +145,8 @@ def _begun_and_finished(database_url: str, failing: str = "") -> tuple[list[str]
         return gate.wait(PATIENCE_SECONDS)
 
     def work(_connection: sa.Connection, name: str) -> str | Halfway[str]:
+        if name == refused:
+            raise Refused(422, "Refused", name)
         done.append(f"begin {name}")
 
         def finish() -> str:
@@ -178,6 +181,17 @@ def test_a_piece_begins_while_one_of_another_run_waits(database_url: str) -> Non
     order = "begin a1, finish a1, begin a2, begin b, finish a2, begin c, finish b, finish c"
     assert ", ".join(done) == order
     assert results == ["c", "a1", "b", "a2"]
+
+
+@pytest.mark.usefixtures("_one_group")
+def test_a_piece_that_is_refused_between_two_halves_leaves_them_alone(database_url: str) -> None:
+    done, results = _begun_and_finished(database_url, refused="b")
+    order = "begin a1, finish a1, begin a2, begin c, finish a2, finish c"
+    assert ", ".join(done) == order
+    refusal = results.pop(2)
+    assert isinstance(refusal, Refused)
+    assert refusal.detail == "b"
+    assert results == ["c", "a1", "a2"]
 
 
 @pytest.mark.usefixtures("_one_group")

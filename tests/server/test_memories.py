@@ -200,6 +200,22 @@ def test_what_was_undone_is_not_remembered(engine: sa.Engine) -> None:
     assert Memory.from_bytes(body).log_gradients == pytest.approx([usual] * 40)
 
 
+def test_a_registration_that_was_undone_is_not_remembered(engine: sa.Engine) -> None:
+    here, elsewhere, run = _ingest(), _ingest(), f"run-{next(_ids)}"
+    with engine.execution_options(writes=True).connect() as connection:
+        here.register(connection, run, wire.Registration(parameters=_parameters()))
+        connection.rollback()
+    stored = [wire.Parameter(name, [20, 20], units=20) for name in ("a.weight", "b.weight")]
+    with writing(engine) as connection:
+        elsewhere.register(connection, run, wire.Registration(parameters=stored))
+    with writing(engine) as connection:
+        here.store(connection, run, wire.Batch(id="first", samples=[sample(1, 1.0, float("nan"))]))
+    with engine.connect() as connection:
+        alerts = schema.alerts.c["rule", "parameters"]
+        found = connection.execute(sa.select(*alerts).where(schema.alerts.c.run == run)).all()
+    assert [(rule, [told["name"] for told in listed]) for rule, listed in found] == [("nonfinite", ["b.weight"])]
+
+
 def test_what_another_version_wrote_is_replayed(engine: sa.Engine) -> None:
     run = f"run-{next(_ids)}"
     with writing(engine) as connection:

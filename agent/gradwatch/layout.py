@@ -268,25 +268,20 @@ def reducer(spec: Spec) -> Reducer:
         return partial(_reduce_wide, spec)
     if real and spec.dtype.itemsize > 1:
         if len(spec.shape) == 1:
-            return _reduce_vector
+            return partial(_reduce_dims, (0,), True)
         if spec.axis == "rows" and spec.units > 1:
-            return partial(_reduce_dims, tuple(range(1, len(spec.shape))))
+            return partial(_reduce_dims, tuple(range(1, len(spec.shape))), False)
     return partial(_reduce_rows, spec)
 
 
-def _reduce_vector(tensor: Tensor, out: Tensor) -> None:
-    torch.linalg.vector_norm(
-        tensor, dim=0, keepdim=True, dtype=None if tensor.dtype == out.dtype else out.dtype, out=out
-    )
-
-
-def _reduce_dims(dims: tuple[int, ...], tensor: Tensor, out: Tensor) -> None:
-    torch.linalg.vector_norm(tensor, dim=dims, dtype=None if tensor.dtype == out.dtype else out.dtype, out=out)
+def _reduce_dims(dims: tuple[int, ...], keepdim: bool, tensor: Tensor, out: Tensor) -> None:
+    wanted = None if tensor.dtype == out.dtype else out.dtype
+    torch.linalg.vector_norm(tensor, dim=dims, keepdim=keepdim, dtype=wanted, out=out)
 
 
 def _reduce_rows(spec: Spec, tensor: Tensor, out: Tensor) -> None:
     rows = unit_rows(tensor, spec)
-    _reduce_dims(tuple(range(1, rows.dim())), rows, out)
+    _reduce_dims(tuple(range(1, rows.dim())), False, rows, out)
 
 
 def _reduce_converted(tensor: Tensor, out: Tensor) -> None:

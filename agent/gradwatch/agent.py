@@ -706,11 +706,11 @@ class Agent:
         Only parameters of the optimizer that steps are asked, and of none: trainings that take turns freeze the others'
         for each turn.
         """
+        changed = self._parameters.freeze(zip(binding.indices, binding.parameters, strict=True))
         stepped = self._optimizers.stepped_indices
-        asked = list(zip(binding.indices, binding.parameters, strict=True))
         if len(stepped) < len(self._parameters.watched):
-            asked += self._parameters.other_than(stepped)
-        if self._parameters.freeze(asked):
+            changed |= self._parameters.freeze(self._parameters.other_than(stepped))
+        if changed:
             self._register()
 
     def _check_parts(self) -> None:

@@ -4,6 +4,8 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress, repeat
+from operator import is_not
 from typing import Any, Final
 
 import torch
@@ -86,8 +88,8 @@ class Binding:
         """
         parameters = self.parameters
         grads = [parameter.grad for parameter in parameters]
-        present = bytes(grad is not None for grad in grads)
-        members = [parameter for parameter, grad in zip(parameters, grads, strict=True) if grad is not None]
+        present = bytes(map(is_not, grads, repeat(None)))
+        members = list(compress(parameters, present))
         there = [grad for grad in grads if grad is not None]
         if not there:
             return None

@@ -31,8 +31,8 @@ class Parameters:
         self._agc = agc
         self._index_of: dict[int, int] = {}
         self._stand_ins: dict[int, int] = {}
-        self._trains: dict[int, bool] = {}
-        """By index, of those that were frozen or unfrozen since they were found: whether they are trained now."""
+        self._trained: list[bool] = []
+        """By index: whether they were trained when that was last asked."""
         self._depths: list[int] = []
         self._order: ReadyOrder | None = None
 
@@ -63,10 +63,11 @@ class Parameters:
         for watched, parameter in new:
             if watched.name in places:  # another parameter under the same name: a layer was replaced
                 place = places[watched.name]
-                self.watched[place] = watched
+                self.watched[place], self._trained[place] = watched, watched.trainable
             else:
                 place = len(self.watched)
                 self.watched.append(watched)
+                self._trained.append(watched.trainable)
             self._index_of[id(parameter)] = place
         if new and self._agc is not None:
             for index in self._agc.stacked(*listed(self.watched)):
@@ -103,20 +104,19 @@ class Parameters:
 
     def freeze(self, asked: Iterable[tuple[int, Tensor]]) -> bool:
         """Take note of ``requires_grad`` of some; return whether that of any has changed."""
-        flipped = {
-            index: tensor.requires_grad
-            for index, tensor in asked
-            if tensor.requires_grad != self._trains.get(index, self.watched[index].trainable)
-        }
-        self._trains |= flipped
+        trained = self._trained
+        flipped = {index for index, parameter in asked if parameter.requires_grad != trained[index]}
+        for index in flipped:
+            trained[index] = not trained[index]
         return bool(flipped)
 
     def registered(self) -> Registered:
         """Return what the server is told of them."""
         self._depths += range(len(self._depths), len(self.watched))
-        watched = list(self.watched)
-        for index, trains in self._trains.items():
-            watched[index] = replace(watched[index], trainable=trains)
+        watched = [
+            known if known.trainable == trains else replace(known, trainable=trains)
+            for known, trains in zip(self.watched, self._trained, strict=True)
+        ]
         return Registered(tuple(watched), tuple(self._depths))
 
     def await_order(self) -> None:

@@ -1,39 +1,36 @@
 """Attaching to a training: the agent hears torch, measures what is due, and hands it to its threads."""
 
-import atexit
 import functools
 import logging
-import multiprocessing
 import os
 import secrets
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Self, SupportsFloat, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch import taps, wire
+from gradwatch import endings, taps, wire
 from gradwatch.agc import AGC
 from gradwatch.binding import Binding, Pass
 from gradwatch.classifier import LOOKS, LOOKS_TO_CLIP, Classifier
 from gradwatch.clipper import Clipper
 from gradwatch.collector import Collector
+from gradwatch.endings import CLOSING_SECONDS
 from gradwatch.governor import Governor
 from gradwatch.launch import Note
 from gradwatch.marks import Mark, Marks
 from gradwatch.meter import Meter
 from gradwatch.mirrors import Logger, mirror
 from gradwatch.optimizers import Optimizers, unwrapped
+from gradwatch.pace import Pace
 from gradwatch.parameters import Parameters
 from gradwatch.pending import Pending
 from gradwatch.process import attributes, automatic_name, rank, tell_the_launcher
-from gradwatch.progress import steps_made
 from gradwatch.ranks import is_flattened, is_partial, parts_only, ranks_of
 from gradwatch.report import Report
 from gradwatch.rounds import Clip, Reading, Round, acted
@@ -41,19 +38,12 @@ from gradwatch.scalars import Scalar, is_finite, kept
 from gradwatch.search import Search
 from gradwatch.settings import RUN_ID, Settings, resolve
 from gradwatch.spool import Losses
+from gradwatch.steps import Steps
 
 _log = logging.getLogger("gradwatch")
 
-CLOSING_SECONDS: Final = 10.0
-"""Longest wait for the server at the end, of all agents together at the end of the interpreter."""
 DISARMED_AFTER: Final = 3
 """Errors of its own after which an agent stops measuring."""
-
-_finishing: Final[list[threading.Thread]] = []
-"""Those that end a training after which others followed."""
-
-_in_child: Final[list[Finalize]] = []
-"""What closes the agents of a child of ``multiprocessing``."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -158,32 +148,13 @@ class Agent:
         self.watching = not retired and (rank() == 0 or self._ranks is not None)
         self.spent_seconds = 0.0
         """Of the training thread, since the agent was attached."""
-        self._governor = Governor(settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None)
-        self._due = True
-        self._in_trouble = False
-        self._was_finite = True
-        """Whether all losses and clip norms of the round before this one were finite."""
-        self._forced = False
-        """Whether the next round is sampled although it is not due."""
-        self._step = settings.step or 0
-        self._step_is_open = resumed and settings.step is None
-        """Whether nothing has said yet how many steps the resumed run has made."""
-        if self._step_is_open:
-            self._step = steps_made(optimizers or [], wait=True)
-            self._step_is_open = not self._step
-        self._round: Round | None = None
         self._pending = Pending()
         self._exit: tuple[int, int | None] = (0, None)
         """Step at which ``sys.exit`` was called last, and with what."""
         self._marks = Marks()
-        self._awaited: weakref.ref[Optimizer] | None = None
-        """The optimizer whose closure makes the gradients that it is about to step with."""
         self._uncalled_was_told = False
         self._parts_only = ""
         """Why nothing is measured: this rank holds only parts of the parameters, and no other measures the rest."""
-        self._finished_at = 0.0
-        self._spent_before = 0.0
-        self._background_before = 0.0
         self._parameters = Parameters(models, clip)
         self._classifier = Classifier(self._parameters.find, LOOKS if clip is None else LOOKS_TO_CLIP)
         self._clipper = None if clip is None else Clipper(clip, self._classifier)
@@ -196,12 +167,24 @@ class Agent:
             clips=clip is not None,
             warn=self.warn,
         )
-        self._optimizers.start_at(self._step)
+        self.losses = Losses()
+        self._meter = Meter(self._parameters, self.losses)
+        self._pace = Pace(
+            Governor(settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None)
+        )
+        self._steps = Steps(
+            settings.step if resumed else settings.step or 0,
+            self._parameters,
+            self._optimizers,
+            self._pending,
+            self._pace,
+            finish=self._finish_round,
+            unknown=self._warn_of_unknown_step,
+            give_back=self._meter.slots.give_back,
+        )
         self._closed = not self.watching and self._clipper is None
         self._started = False
         self._lock = threading.Lock()
-        self.losses = Losses()
-        self._meter = Meter(self._parameters, self.losses)
         if self._closed:
             return
         self._discover()
@@ -211,7 +194,7 @@ class Agent:
         if self.watching:
             self._start(settings, resumed=resumed)
         taps.listen(self)
-        _close_at_the_end()
+        endings.close_at_the_end(_running)
 
     def _start(self, settings: Settings, *, resumed: bool) -> None:
         self._started = True
@@ -293,7 +276,7 @@ class Agent:
     @property
     def step(self) -> int:
         """Return the number of the last step."""
-        return self._step
+        return self._steps.number
 
     @property
     def models(self) -> list[nn.Module]:
@@ -307,7 +290,7 @@ class Agent:
     @property
     def interval_steps(self) -> int:
         """Return the steps from one sample to the next, as it was last."""
-        return self._governor.interval_steps
+        return self._pace.interval_steps
 
     def close(
         self, timeout_seconds: float = CLOSING_SECONDS, *, status: str | None = None, exit_code: int | None = None
@@ -344,9 +327,7 @@ class Agent:
         """End a training after which others follow in this process, without waiting for the server or a disk."""
         self._ends_run = True
         if self._leave():
-            _finishing[:] = [thread for thread in _finishing if thread.is_alive()]
-            _finishing.append(threading.Thread(target=self._write_and_deliver, name="gradwatch-finishing", daemon=True))
-            _finishing[-1].start()
+            endings.aside(self._write_and_deliver)
 
     def _write_and_deliver(self) -> None:
         self._write(time.monotonic() + CLOSING_SECONDS, "completed", None)
@@ -393,7 +374,7 @@ class Agent:
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        status, code = _ending(error)
+        status, code = endings.ending(error)
         self.close(status=status, exit_code=code)
 
     def failed(self, error: Exception) -> None:
@@ -406,7 +387,7 @@ class Agent:
         self._search.close()
         reason = f"{type(error).__name__}: {error}"
         _log.warning("gradwatch stops watching this run after %d errors of its own: %s", DISARMED_AFTER, reason)
-        self._collector.put(wire.Event(step=self._step, at=time.time(), kind="disarmed", message=reason))
+        self._collector.put(wire.Event(step=self._steps.number, at=time.time(), kind="disarmed", message=reason))
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> taps.Arguments | None:
         """An optimizer is about to step.
@@ -428,18 +409,19 @@ class Agent:
     @_guarded
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
-        if self._round is None or weakref.ref(optimizer) not in self._round.stepped:
+        round_ = self._steps.round
+        if round_ is None or weakref.ref(optimizer) not in round_.stepped:
             return
-        self._meter.measure_updates(optimizer, self._round)
-        if self._awaited == weakref.ref(optimizer):
-            self._pending.move_to(self._round)
+        self._meter.measure_updates(optimizer, round_)
+        if self._steps.awaited == weakref.ref(optimizer):
+            self._pending.move_to(round_)
             self._tell_uncalled(optimizer)
-        self._awaited = None
+        self._steps.awaited = None
         binding = self._optimizers.binding(optimizer) if self._pending else None
         if binding is not None:  # of a closure that was evaluated again
             self._pending.losses.clear()
-            self._forget(binding.index_set)
-        if self._optimizers.have_all(self._round.stepped.keys()):
+            self._steps.forget(binding.index_set)
+        if self._steps.have_all():
             self._finish_round()
 
     def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
@@ -462,8 +444,8 @@ class Agent:
         ours, changed = self._marks.changed(cast("dict[int, Mark]", before), watched, losses)
         if not ours or not self._pending.is_home(losses, watched):
             return
-        if self._noted:
-            self._forget(changed)  # there is more to them now than what was clipped
+        if self._steps.noted:
+            self._steps.forget(changed)  # there is more to them now than what was clipped
         self._pending.add_losses(left)
         passes = self._optimizers.note_backward()
         if passes is not None:
@@ -485,10 +467,10 @@ class Agent:
         binding.steps_at_scaler = binding.steps
         if fired:
             return
-        round_ = self._enter(optimizer, binding)
+        round_ = self._steps.enter(optimizer, binding)
         round_.skip()
         self._pending.move_to(round_)
-        if self._optimizers.have_all(round_.stepped.keys()):
+        if self._steps.have_all():
             self._finish_round()
 
     @_guarded
@@ -519,52 +501,24 @@ class Agent:
     @_guarded
     def after_zero_grad(self, owner: Optimizer | nn.Module) -> None:
         """The gradients of an optimizer or a module are thrown away."""
-        if not self._noted:
+        if not self._steps.noted:
             return
         if isinstance(owner, nn.Module):
             found = map(self._parameters.find, owner.parameters())
-            self._forget_zeroed(frozenset(index for index in found if index is not None))
+            self._steps.forget_zeroed(frozenset(index for index in found if index is not None))
             return
         binding = self._optimizers.binding(owner)
         if binding is not None:
-            self._forget_zeroed(binding.index_set)
-
-    def _forget_zeroed(self, indices: frozenset[int]) -> None:
-        """Forget what was noted of some gradients; the loss, too, unless others have a part of it."""
-        self._forget(indices)
-        pending = self._pending
-        pending.gone |= indices
-        if pending.losses and not self._parameters.some_has_gradient(self._optimizers.all_indices - pending.gone):
-            pending.losses.clear()
+            self._steps.forget_zeroed(binding.index_set)
 
     @_guarded
     def _forget_thrown_away(self) -> None:
-        """Forget what waits for its step where no gradient is left: ``model.zero_grad()`` says nothing."""
-        everything = range(len(self._parameters.watched))
-        if self._noted and not self._parameters.some_has_gradient(everything):
-            self._pending.losses.clear()
-            self._forget(frozenset(everything))
-
-    def _forget(self, indices: frozenset[int]) -> None:
-        """Forget what was noted of gradients that are not what they were, before they were stepped."""
-        slot = self._pending.forget(indices)
-        if slot is not None:
-            self._meter.slots.give_back(slot)
-        if self._round is not None and (known := indices & self._round.clipped):
-            self._round.forget(frozenset(index for index in known if not self._has_stepped(index)))
-
-    @property
-    def _noted(self) -> bool:
-        """Return whether anything was noted that depends on gradients as they are."""
-        return bool(self._pending) or (self._round is not None and bool(self._round.clipped))
+        self._steps.forget_thrown_away()
 
     @_guarded
     def _marked(self, losses: Sequence[Tensor]) -> dict[int, Mark]:
         self._pending.begin_backward(losses)
-        clipped = self._pending.clipped
-        if self._round is not None:
-            clipped |= self._round.clipped
-        return self._marks.before(self._parameters.watched, clipped)
+        return self._marks.before(self._parameters.watched, self._steps.clipped)
 
     @_guarded
     def _check_order(self, tensors: Sequence[Tensor]) -> None:
@@ -576,7 +530,7 @@ class Agent:
         scalars = [tensor for tensor in tensors if tensor.numel() == 1]
         if all(map(is_finite, scalars)):
             return
-        event = self._search.in_graph(scalars, self._pending.originals(scalars), self._step)
+        event = self._search.in_graph(scalars, self._pending.originals(scalars), self._steps.number)
         if event is not None:
             self._collector.put(event)
 
@@ -587,7 +541,7 @@ class Agent:
         if binding is None:
             return None
         binding.steps += 1
-        return binding, self._enter(optimizer, binding)
+        return binding, self._steps.enter(optimizer, binding)
 
     def _act(self, optimizer: Optimizer, begun: tuple[Binding, Round] | None) -> None:
         """Measure where a sample is due, and clip, in one pass; without ``begun`` only clip."""
@@ -617,7 +571,7 @@ class Agent:
         The gradients of every evaluation are clipped.
         """
 
-        self._awaited = None if begun is None else weakref.ref(optimizer)
+        self._steps.awaited = None if begun is None else weakref.ref(optimizer)
 
         @functools.wraps(closure)
         def measured(*given: Any, **named: Any) -> Any:
@@ -625,7 +579,7 @@ class Agent:
             try:
                 result = closure(*given, **named)
             finally:
-                self._awaited = None
+                self._steps.awaited = None
             first, begun = begun, None
             self._act(optimizer, first)
             return result
@@ -634,32 +588,8 @@ class Agent:
             return args, {**kwargs, "closure": measured}
         return tuple(measured if argument is closure else argument for argument in args), kwargs
 
-    def _enter(self, optimizer: Optimizer, binding: Binding) -> Round:
-        """Return the round that this step belongs to: a new one where the optimizer, or its like, has stepped in it."""
-        entered = weakref.ref(optimizer)
-        if self._round is not None:
-            stepped = self._round.stepped
-            if entered in stepped or self._optimizers.takes_over(optimizer, stepped):
-                self._optimizers.settle(stepped, self._step)
-                self._finish_round()
-        if self._round is None:
-            if self._step_is_open:
-                self._recall_step(optimizer)
-            self._step += 1
-            self._round = self._pending.coming or Round(self._step, time.time(), self._due)
-            self._pending.coming = None
-            self._round.step = self._step
-        self._round.stepped[entered] = binding.index_set
-        self._pending.enter(self._round, self._parameters.watched)
-        self._optimizers.enter(optimizer, self._step)
-        return self._round
-
-    def _recall_step(self, optimizer: Optimizer) -> None:
-        """Find out where a resumed run stands, at its first step: the optimizer may have been restored by now."""
-        self._step_is_open = False
-        self._step = steps_made([optimizer, *self._optimizers.given])
-        self._optimizers.start_at(self._step)
-        if not self._step and self._report is not None:
+    def _warn_of_unknown_step(self, optimizer: Optimizer) -> None:
+        if self._report is not None:
             self.warn(
                 f"run {self.run_id} is resumed, but {type(optimizer).__name__} does not say how many steps were made: "
                 "they are counted from 1 again, which hides the earlier ones; pass step= to attach()"
@@ -670,9 +600,8 @@ class Agent:
         """Take note of what belongs to this step, and measure where it is due."""
         self._pending.move_to(round_)
         finite = all(map(is_finite, round_.losses)) and all(clip.finite for clip in round_.clips)
-        if not finite and self._was_finite:
-            self._in_trouble = True
-            self._force(round_, {weakref.ref(optimizer)})
+        if not finite and self._pace.alarm(round_, {weakref.ref(optimizer)}):
+            self._pace.trouble()
         round_.finite = finite
         if not round_.sampled:
             return None
@@ -732,7 +661,7 @@ class Agent:
                 self._tell_parts()
 
     def _tell_parts(self) -> None:
-        event = wire.Event(step=self._step, at=time.time(), kind="not_measured", message=self._parts_only)
+        event = wire.Event(step=self._steps.number, at=time.time(), kind="not_measured", message=self._parts_only)
         self._collector.put(event)
 
     def _tell_unstepped(self, passes: int) -> None:
@@ -740,7 +669,7 @@ class Agent:
             "nothing is clipped or measured" if self._clipper is not None else "nothing is measured"
         )
         self.warn(text)
-        self._collector.put(wire.Event(step=self._step, at=time.time(), kind="not_stepped", message=text))
+        self._collector.put(wire.Event(step=self._steps.number, at=time.time(), kind="not_stepped", message=text))
 
     def _tell_uncalled(self, optimizer: Optimizer) -> None:
         """Say once that an optimizer has stepped without its closure: what it stepped with was seen by nobody."""
@@ -753,18 +682,17 @@ class Agent:
             + ". Call step() without one"
         )
         self.warn(text)
-        self._collector.put(wire.Event(step=self._step, at=time.time(), kind="not_measured", message=text))
+        self._collector.put(wire.Event(step=self._steps.number, at=time.time(), kind="not_measured", message=text))
 
     def _measure_before_clip(self, binding: Binding, *, force: bool) -> None:
-        round_ = self._round
+        round_ = self._steps.round
         asked = binding.indices if round_ is not None and round_.sampled else binding.indices[:1]
-        stepped = frozenset() if round_ is None else frozenset(filter(self._has_stepped, asked))
+        stepped = frozenset(filter(self._steps.has_stepped, asked))
         if round_ is None or len(stepped) == len(asked):
             stepped = frozenset()
-            round_ = self._pending.coming or Round(self._step + 1, time.time(), self._due)
-            self._pending.coming = round_
-        if force and self._was_finite:
-            self._force(round_, set())
+            round_ = self._steps.coming()
+        if force:
+            self._pace.alarm(round_, set())
         waiting = binding.index_set - stepped
         if not round_.sampled or any(reading.before_clip and waiting <= reading.live for reading in round_.readings):
             return
@@ -773,59 +701,27 @@ class Agent:
             seen[1].void = stepped
             seen[1].clips = acted((*round_.clips, *self._pending.clips), waiting, stepping=False)
 
-    def _force(self, round_: Round, stepping: set[weakref.ref[Optimizer]]) -> None:
-        """Sample a round although it is not due; the next one where an optimizer was not measured and has stepped."""
-        if round_.sampled or round_.skipped:
-            return
-        round_.sampled = round_.stepped.keys() <= stepping
-        self._forced = not round_.sampled
-
-    def _has_stepped(self, index: int) -> bool:
-        """Return whether the optimizer of a parameter has stepped in the open round."""
-        assert self._round is not None
-        return self._optimizers.have_stepped(index, self._round.stepped.keys() - {self._awaited})
-
     def _finish_round(self) -> None:
         """Hand the round over and decide whether the next one is sampled."""
-        round_ = self._round
+        round_ = self._steps.close()
         if round_ is None:
             return
-        self._round = None
         self._meter.send(round_)
-        now = time.perf_counter()
-        step_seconds = now - self._finished_at if self._finished_at else 0.0
-        self._finished_at = now
-        background = self.background_seconds
-        round_.agent_seconds = self.spent_seconds - self._spent_before
-        self._spent_before = self.spent_seconds
-        self._governor.stepped(
-            step_seconds, round_.agent_seconds, background - self._background_before, sampled=round_.sampled
-        )
-        self._background_before = background
-        if self._in_trouble:
-            self._in_trouble = False
-            self._governor.trouble()
-        self._due = self._governor.due(self._step + 1) or self._forced
-        self._forced = False
-        if not round_.skipped:
-            self._was_finite = round_.finite
+        self._pace.finished(round_, self.spent_seconds, self.background_seconds)
         if round_.sampled:
-            round_.scalars["step_seconds"] = self._governor.step_seconds
-            round_.scalars["overhead_ratio"] = self._governor.overhead_ratio
-            round_.scalars["interval_steps"] = float(self._governor.interval_steps)
             round_.spared = (
                 self._classifier.indices if self._clipper is None else self._clipper.spared(self._parameters.watched)
             )
         self._search.take_seen(round_)
         self._collector.put(round_)
-        if self._parameters.learn_order(self._step):
+        if self._parameters.learn_order(round_.step):
             self._register()
-        self._optimizers.forget_idle(self._step)
+        self._optimizers.forget_idle(round_.step)
 
     def _hand_over_logged(self) -> None:
         """What is logged after the last step, as the result of a last validation is, belongs to that step."""
         if self._started and self._pending.logged:
-            last = Round(self._step, time.time(), sampled=False)
+            last = Round(self._steps.number, time.time(), sampled=False)
             last.logged, self._pending.logged = self._pending.logged, {}
             self._collector.put(last)
 
@@ -857,26 +753,24 @@ class Agent:
 
     def _replace_earlier(self) -> None:
         """Close the agent that watches exactly these parameters: a notebook cell was run again."""
-        for other in taps.listeners():
-            if not isinstance(other, Agent):
-                continue
+        for other in _running():
             if other._parameters.ids == self._parameters.ids or other._parameters.are_gone:  # noqa: SLF001
                 other.close(timeout_seconds=1.0)
 
     def _note_trouble(self, unclear: bool) -> None:
-        self._in_trouble = True
+        self._pace.trouble()
         if unclear:
-            self._search.want_hooks(self._step)
+            self._search.want_hooks(self._steps.number)
 
     def exiting(self, status: object) -> None:
         """``sys.exit`` was called: unless there is another step, that is how the run ends."""
         if threading.current_thread() is threading.main_thread():
-            self._exit = self._step, _code(status)
+            self._exit = self._steps.number, endings.code(status)
 
     @property
     def exit_code(self) -> int | None:
         """Return what ``sys.exit`` was called with since the last step; a text, which Python prints, is 1."""
-        return self._exit[1] if self._exit[0] == self._step else None
+        return self._exit[1] if self._exit[0] == self._steps.number else None
 
     def __copy__(self) -> Self:
         return self
@@ -902,50 +796,8 @@ class Agent:
         _log.warning("gradwatch: %s", text)
 
 
-def _code(status: object) -> int:
-    """Return the exit code of ``sys.exit``; a text, which Python prints, is 1."""
-    return status if isinstance(status, int) else 0 if status is None else 1
-
-
-def _ending(error: BaseException | None) -> tuple[str, int | None]:
-    """Return how a run ends that an exception ends, or none, and the exit code where it says one."""
-    if isinstance(error, SystemExit):
-        code = _code(error.code)
-        return "failed" if code else "completed", code
-    return "completed" if error is None else "failed", None
-
-
-def _close_at_the_end() -> None:
-    """Again with each agent: what the user opened before it, a run of wandb for one, is then still open at the end."""
-    atexit.unregister(_close_all)
-    atexit.register(_close_all)
-    if multiprocessing.parent_process() is None:
-        return
-    for earlier in _in_child:
-        earlier.cancel()
-    _in_child[:] = [Finalize(None, _close_all_in_child, exitpriority=0)]
-
-
-def _close_all_in_child() -> None:
-    """A child of ``multiprocessing`` leaves by ``os._exit``, with the exception that ended it still under way here."""
-    _close_all(_ending(sys.exc_info()[1]))
-
-
-def _close_all(ending: tuple[str, int | None] | None = None) -> None:
-    """At the end of the interpreter the agents wait for their servers at the same time, not one after the other."""
-    deadline = time.monotonic() + CLOSING_SECONDS
-    if ending is None and hasattr(sys, "last_value"):
-        ending = "failed", None
-    agents = [listener for listener in taps.listeners() if isinstance(listener, Agent)]
-    stopped = []
-    for agent in agents:
-        status, code = ending or ("failed" if agent.exit_code else "completed", agent.exit_code)
-        if agent.stop(deadline, status, code):
-            stopped.append(agent)
-    for agent in stopped:
-        agent.deliver()
-    for thread in _finishing:
-        thread.join(max(deadline - time.monotonic(), 0.0))
+def _running() -> list[Agent]:
+    return [listener for listener in taps.listeners() if isinstance(listener, Agent)]
 
 
 def _retired(run_id: str, run_url: str) -> Agent:

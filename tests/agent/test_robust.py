@@ -514,8 +514,8 @@ def test_what_leaves_the_context_says_how_the_run_ended(
 
 
 _OTHERS = """
-import gradwatch.agent
-gradwatch.agent.CLOSING_SECONDS = 5.0
+from gradwatch import agent as the_agent, endings
+endings.CLOSING_SECONDS = 5.0
 models = [nn.Linear(5, 3) for _ in range(3)]
 agents = [gradwatch.attach(model, every=1) for model in models]
 optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.0)
@@ -524,9 +524,9 @@ for _ in range(5):
     optimizer.step()
 import atexit, time
 started = time.monotonic()
-atexit.unregister(gradwatch.agent._close_all)
+atexit.unregister(endings.close_all)
 atexit.register(lambda: print(time.monotonic() - started))
-atexit.register(gradwatch.agent._close_all)
+atexit.register(endings.close_all, the_agent._running)
 """
 
 
@@ -546,7 +546,7 @@ def test_an_error_while_closing_does_not_keep_the_rest_from_ending(server: Serve
     for _ in range(2):
         both[0](torch.ones(4, 5)).sum().backward()
         model[1].step()  # the other has not stepped: the second round is open
-    agent._governor = None  # type: ignore[assignment]
+    agent._pace = None  # type: ignore[assignment]
     agent.close()
     assert not agent.watching
     assert not taps.listeners()

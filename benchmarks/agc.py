@@ -60,7 +60,7 @@ def _agent(model: nn.Module) -> Iterator[Callable[[], None]]:
         agent = gradwatch.attach(model, optimizer, url=NOWHERE, every=1, clip=clip)
 
         def around_a_step() -> None:
-            agent.before_step(optimizer, (optimizer,), {})
+            agent.before_step(optimizer, (optimizer,), {}, None)
             agent.after_step(optimizer)
 
         yield around_a_step

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch import kernels
+from gradwatch.held import held
 from gradwatch.layout import Arena, Axis, Bound, Layout, Scratch, Spec, spec_of, unit_rows
 from gradwatch.model import local, walk
 from gradwatch.sharding import Granularity, Split, joins, split_of
@@ -150,7 +151,7 @@ class Clipping:
     ) -> None:
         self._eps = eps
         self._parts = [_Part(arena, size, grads, weights, spared, granularity) for arena, size in grads.sizes.items()]
-        self._joins = joins(splits, [part.places for part in self._parts])
+        self._joins = joins(splits, [part.places for part in self._parts], [arena.device for arena in grads.sizes])
 
     def limit(self, clips: Sequence[float]) -> None:
         """Set the largest ratio of each tensor; infinite where it is not clipped."""
@@ -407,7 +408,10 @@ def _options(agc: AGC) -> Options:
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    """Return each once: a tied weight may be listed as often as it is used."""
+    return (
+        [parameters] if isinstance(parameters, Tensor) else list({id(tensor): tensor for tensor in parameters}.values())
+    )
 
 
 class _Prepared:
@@ -433,7 +437,7 @@ class _Prepared:
             names = [str(index) for index in range(len(parameters))]
             tensors = parameters
             self._forms = [("rows", 1)] * len(tensors)
-        self._parameters = [weakref.ref(tensor) for tensor in tensors]
+        self._parameters = [held(tensor) for tensor in tensors]
         self._sharded = any(local(tensor) is not tensor for tensor in tensors)
         self._spared = agc.spared(names, tensors) or set()
         for index in agc.stacked(names, tensors):
@@ -445,7 +449,7 @@ class _Prepared:
         if options != self._options:
             return False
         if not isinstance(parameters, nn.Module):
-            known = [reference() for reference in self._parameters]
+            known = [holder.reference() for holder in self._parameters]
             return self._module is None and len(known) == len(parameters) and all(map(is_, known, parameters))
         if self._module is None or self._module() is not parameters:
             return False
@@ -454,7 +458,7 @@ class _Prepared:
 
     def clip(self) -> None:
         """Clip the gradients that are there."""
-        members = [member for reference in self._parameters if (member := reference()) is not None]
+        members = [member for holder in self._parameters if (member := holder.reference()) is not None]
         every = [member.grad for member in members]
         present = bytes(grad is not None for grad in every)
         grads = [grad for grad in every if grad is not None]

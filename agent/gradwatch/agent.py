@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import math
+import operator
 import os
 import secrets
 import threading
@@ -26,11 +28,11 @@ from gradwatch.launch import Note
 from gradwatch.marks import Mark, Marks
 from gradwatch.meter import Meter
 from gradwatch.mirrors import Logger, mirror
-from gradwatch.optimizers import Optimizers, unwrapped
+from gradwatch.optimizers import Optimizers, has_inner, unwrapped
 from gradwatch.pace import Pace
 from gradwatch.parameters import Parameters
 from gradwatch.pending import Pending
-from gradwatch.process import attributes, automatic_name, rank, tell_the_launcher
+from gradwatch.process import attributes, automatic_name, is_the_command, rank, tell_the_launcher
 from gradwatch.ranks import is_flattened, is_partial, parts_only, ranks_of
 from gradwatch.report import Report
 from gradwatch.rounds import Clip, Reading, Round, acted
@@ -42,6 +44,7 @@ from gradwatch.steps import Steps
 
 _log = logging.getLogger("gradwatch")
 
+_STATUSES: Final = ("completed", "failed", "killed")
 DISARMED_AFTER: Final = 3
 """Errors of its own after which an agent stops measuring."""
 
@@ -88,7 +91,8 @@ def attach(
             holds none of the model's parameters.
     """
     agc = clip if isinstance(clip, AGC) or clip is None else AGC(clip)
-    models = [model] if isinstance(model, nn.Module) else list(model)
+    given: Any = model
+    models = [given] if not isinstance(given, Iterable) or isinstance(given, nn.Module) else list(given)
     if not models or not all(isinstance(module, nn.Module) for module in models):
         raise TypeError(f"model must be a torch.nn.Module or several of them, not {model!r:.80}")
     settings = resolve(
@@ -135,12 +139,12 @@ class Agent:
         optimizers: Sequence[Optimizer] | None,
         settings: Settings,
         *,
-        ends_run: bool = True,
+        automatic: bool = False,
         clip: AGC | None = None,
         retired: bool = False,
     ) -> None:
-        self._ends_run = ends_run
-        """Whether closing it ends the run; under ``gradwatch run`` the exit status of the command does."""
+        self._left_to_launcher = automatic
+        """Whether ``gradwatch run`` ends the run where this is the process of its command: it sees the exit status."""
         resumed = settings.run is not None and RUN_ID.fullmatch(settings.run) is not None
         self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
         self.run_url = f"{settings.url}/runs/{self.run_id}"
@@ -248,7 +252,10 @@ class Agent:
                     raise TypeError(f"log({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
                 self._pending.logged[name] = kept(value)
             elif isinstance(value, SupportsFloat):
-                self._pending.logged[name] = float(value)
+                try:
+                    self._pending.logged[name] = float(value)
+                except OverflowError:  # of an integer without bounds
+                    self._pending.logged[name] = math.inf if cast("int", value) > 0 else -math.inf
             else:
                 raise TypeError(f"log({name}=...) takes a number or a tensor of one element, not {value!r:.80}")
 
@@ -305,9 +312,15 @@ class Agent:
             status: ``completed``, ``failed`` or ``killed``; None: ``completed``. At the end of the interpreter it says
                 whether an exception ended it.
             exit_code: of the process, where known.
+
+        Raises:
+            ValueError: ``status`` is none of these.
+            TypeError: ``exit_code`` is no whole number.
         """
+        if status not in (None, *_STATUSES):
+            raise ValueError(f"status={status!r} must be one of {', '.join(_STATUSES)}, or None")
         deadline = time.monotonic() + timeout_seconds
-        if self.stop(deadline, status or "completed", exit_code):
+        if self.stop(deadline, status or "completed", None if exit_code is None else operator.index(exit_code)):
             self.deliver()
 
     def stop(self, deadline: float, status: str, exit_code: int | None = None) -> bool:
@@ -325,14 +338,12 @@ class Agent:
 
     def finish_aside(self) -> None:
         """End a training after which others follow in this process, without waiting for the server or a disk."""
-        self._ends_run = True
+        self._left_to_launcher = False
         if self._leave():
             endings.aside(self._write_and_deliver)
 
     def _write_and_deliver(self) -> None:
         self._write(time.monotonic() + CLOSING_SECONDS, "completed", None)
-        if self._note is not None:
-            tell_the_launcher(self._note, ended=True)
         self.deliver()
 
     def _leave(self) -> bool:
@@ -358,8 +369,11 @@ class Agent:
 
     def _write(self, deadline: float, status: str, exit_code: int | None) -> None:
         """Write what is there, and how the run ended."""
-        end = wire.End(at=time.time(), status=status, exit_code=exit_code) if self._ends_run else None
+        left_open = self._left_to_launcher and is_the_command()
+        end = None if left_open else wire.End(at=time.time(), status=status, exit_code=exit_code)
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
+        if self._note is not None and not left_open:
+            tell_the_launcher(self._note, ended=True)
         if self._report is not None:
             self._report.sender.end(deadline)
 
@@ -389,22 +403,25 @@ class Agent:
         _log.warning("gradwatch stops watching this run after %d errors of its own: %s", DISARMED_AFTER, reason)
         self._collector.put(wire.Event(step=self._steps.number, at=time.time(), kind="disarmed", message=reason))
 
-    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> taps.Arguments | None:
+    def before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Optimizer | None
+    ) -> taps.Arguments | None:
         """An optimizer is about to step.
 
         Raises:
             Exception: what goes wrong in clipping; what goes wrong in monitoring is swallowed.
         """
-        begun = self._begin(optimizer)
-        if begun is None:
+        within = outer is not None and self._is_seen_to(optimizer, outer)
+        begun = None if within else self._begin(optimizer)
+        if begun is None and not within:
             self._optimizers.note_stranger()
         closure = kwargs.get("closure") or next((argument for argument in args[1:] if callable(argument)), None)
         if closure is None:
-            self._act(optimizer, begun)
+            self._act(optimizer, begun, outer)
             return None
         if begun is None and self._clipper is None:
             return None
-        return self._with_closure(optimizer, begun, closure, args, kwargs)
+        return self._with_closure(optimizer, begun, outer, closure, args, kwargs)
 
     @_guarded
     def after_step(self, optimizer: Optimizer) -> None:
@@ -438,14 +455,15 @@ class Agent:
     def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
         """Gradients of these losses were accumulated; of none, or none at all: there is nothing to note."""
         left = self._pending.end_backward(losses)
-        if before is None or not losses:
+        if before is None:
             return
-        watched = self._parameters.watched
-        ours, changed = self._marks.changed(cast("dict[int, Mark]", before), watched, losses)
-        if not ours or not self._pending.is_home(losses, watched):
+        ours, changed = self._marks.changed(cast("dict[int, Mark]", before), self._parameters, losses)
+        if not ours or not self._pending.is_home(losses, self._parameters):
             return
         if self._steps.noted:
             self._steps.forget(changed)  # there is more to them now than what was clipped
+        if not losses:
+            return
         self._pending.add_losses(left)
         passes = self._optimizers.note_backward()
         if passes is not None:
@@ -482,7 +500,7 @@ class Agent:
         if not binding.indices:
             return
         limit = kept(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
-        clip = Clip(kept(total_norm), limit, binding.index_set, is_partial(total_norm), norm_type)
+        clip = Clip(kept(total_norm), limit, binding.index_set, is_partial(total_norm), norm_type, binding.repeated)
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
         # before, where it can be seen.
         clip.finite = is_finite(clip.total_norm)
@@ -535,6 +553,19 @@ class Agent:
             self._collector.put(event)
 
     @_guarded
+    def _is_seen_to(self, optimizer: Optimizer, outer: Optimizer) -> bool:
+        """Return whether another one sees to what an optimizer steps: its step, which goes on, called this one.
+
+        As those do that share the work among ranks, look ahead, or join several; not those that have evaluated their
+        closure meanwhile, as SAM does, or made anything else of the gradients that was heard.
+        """
+        round_, reference = self._steps.round, weakref.ref(outer)
+        if round_ is None or self._pending or reference == self._steps.evaluated:
+            return False
+        binding = self._optimizers.binding(optimizer)
+        return binding is not None and binding.index_set <= round_.stepped.get(reference, frozenset())
+
+    @_guarded
     def _begin(self, optimizer: Optimizer) -> tuple[Binding, Round] | None:
         """Open the step; return None where it concerns nothing that is watched."""
         binding = self._optimizers.binding(optimizer)
@@ -543,18 +574,23 @@ class Agent:
         binding.steps += 1
         return binding, self._steps.enter(optimizer, binding)
 
-    def _act(self, optimizer: Optimizer, begun: tuple[Binding, Round] | None) -> None:
-        """Measure where a sample is due, and clip, in one pass; without ``begun`` only clip."""
+    def _act(self, optimizer: Optimizer, begun: tuple[Binding, Round] | None, outer: Optimizer | None) -> None:
+        """Measure where a sample is due, and clip, in one pass; without ``begun`` only clip.
+
+        What was clipped for ``outer``, whose step called this one, and left alone since, is not clipped again.
+        """
         seen = self._observe(optimizer, *begun) if begun is not None else None
         if self._clipper is None:
             return
         binding = begun[0] if begun is not None else self._optimizers.binding(optimizer)
-        if binding is None:
+        if binding is None or (outer is not None and self._clipper.has_clipped(binding)):
             return
         pass_ = seen[0] if seen is not None else self._clipper.own_pass(binding, self._parameters.watched)
         if pass_ is None:
             return
         limits = self._clipper.clip(optimizer, binding, pass_, self._parameters.watched)
+        if has_inner(optimizer):
+            self._clipper.note_clipped(pass_.grads)
         if seen is not None:
             seen[1].limits = limits
 
@@ -562,6 +598,7 @@ class Agent:
         self,
         optimizer: Optimizer,
         begun: tuple[Binding, Round] | None,
+        outer: Optimizer | None,
         closure: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -571,7 +608,8 @@ class Agent:
         The gradients of every evaluation are clipped.
         """
 
-        self._steps.awaited = None if begun is None else weakref.ref(optimizer)
+        if begun is not None:
+            self._steps.awaited = weakref.ref(optimizer)
 
         @functools.wraps(closure)
         def measured(*given: Any, **named: Any) -> Any:
@@ -581,7 +619,8 @@ class Agent:
             finally:
                 self._steps.awaited = None
             first, begun = begun, None
-            self._act(optimizer, first)
+            self._steps.evaluated = weakref.ref(optimizer)
+            self._act(optimizer, first, outer)
             return result
 
         if kwargs.get("closure") is not None:
@@ -603,6 +642,9 @@ class Agent:
         if not finite and self._pace.alarm(round_, {weakref.ref(optimizer)}):
             self._pace.trouble()
         round_.finite = finite
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            round_.found_infs.append(kept(found_inf))
         if not round_.sampled:
             return None
         self._note_frozen(binding)
@@ -615,10 +657,10 @@ class Agent:
         return seen
 
     def _note_rates(self, optimizer: Optimizer, round_: Round) -> None:
-        for group in optimizer.param_groups:
+        for place, group in zip(self._optimizers.places(optimizer), optimizer.param_groups, strict=False):
             rate = group.get("lr")
             if rate is not None:
-                round_.rates.append(kept(rate) if isinstance(rate, Tensor) else float(rate))
+                round_.rates[place] = kept(rate) if isinstance(rate, Tensor) else float(rate)
         scale = self._pending.loss_scale
         if scale is not None:
             round_.scalars["loss_scale"] = kept(scale)
@@ -698,8 +740,14 @@ class Agent:
             return
         seen = self._meter.measure(binding, round_, before_clip=True)
         if seen is not None:
+            seen[1].scale = self._scale_of(binding)
             seen[1].void = stepped
             seen[1].clips = acted((*round_.clips, *self._pending.clips), waiting, stepping=False)
+
+    def _scale_of(self, binding: Binding) -> Tensor | None:
+        """Return what a loss scaler still multiplies some gradients by; None where it does not, or no longer."""
+        scale = self._pending.loss_scale
+        return None if scale is None or self._optimizers.are_unscaled(binding, self._pending.scaler) else kept(scale)
 
     def _finish_round(self) -> None:
         """Hand the round over and decide whether the next one is sampled."""
@@ -707,7 +755,7 @@ class Agent:
         if round_ is None:
             return
         self._meter.send(round_)
-        self._pace.finished(round_, self.spent_seconds, self.background_seconds)
+        self._pace.finished(round_, self.spent_seconds + self._meter.others_seconds, self.background_seconds)
         if round_.sampled:
             round_.spared = (
                 self._classifier.indices if self._clipper is None else self._clipper.spared(self._parameters.watched)
@@ -738,7 +786,7 @@ class Agent:
         self._classifier.looks -= 1
         started = time.perf_counter()
         try:
-            if self._optimizers.are_sharded:
+            if self._parameters.sharded:
                 self._parameters.note_stand_ins()
             self._classifier.look(losses)
         except Exception as error:  # the agent's guard; without an answer the clipper guesses, and says so

@@ -1,17 +1,17 @@
 """What is known of the parameters that one optimizer steps, and the one pass over them and their gradients."""
 
-import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress, repeat
 from operator import is_not
-from typing import Any, Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor
 
 from gradwatch.buffers import Claim, Plan, Slot
+from gradwatch.held import era, held
 from gradwatch.layout import LayoutChangedError
 from gradwatch.model import Watched, local
 
@@ -54,11 +54,12 @@ class Binding:
         ]
         self.indices = [index for index, _, _ in known]
         self.index_set = frozenset(self.indices)
-        gone = _Gone(self)
-        self._listed = [weakref.ref(parameter, gone) for group in groups for parameter in group]
-        self._parameters: list[Callable[[], Any]] = [weakref.ref(parameter) for _, parameter, _ in known]
-        self.whole = True
-        """Whether all that were listed are still there: the id of one that is gone may be another's by now."""
+        self.repeated = {index: times for index, times in Counter(self.indices).items() if times > 1}
+        """How often each is listed that is listed more than once: a clipping by norm scales it each time."""
+        self._listed = [held(parameter) for group in groups for parameter in group]
+        self._parameters = [held(parameter) for _, parameter, _ in known]
+        self._era = era()
+        """When all that were listed were there."""
         self.group_of = {index: place for index, _, place in known}
         """Place of each parameter's group, by index."""
         self.sharded = any(hasattr(parameter, "to_local") for _, parameter, _ in known)
@@ -77,7 +78,17 @@ class Binding:
     @property
     def parameters(self) -> list[Tensor]:
         """Return the parameters; they must be there still: their optimizer or their list is at hand."""
-        return [parameter() for parameter in self._parameters]
+        return cast("list[Tensor]", [parameter.reference() for parameter in self._parameters])
+
+    @property
+    def whole(self) -> bool:
+        """Return whether all that were listed are still there: the id of one that is gone may be another's by now."""
+        now = era()
+        if self._era is not now:
+            if any(parameter.reference() is None for parameter in self._listed):
+                return False
+            self._era = now
+        return True
 
     def measure(self, slot: Slot, watched: Sequence[Watched]) -> Pass | None:
         """Write unit norms to ``slot``; return None where there is no gradient.
@@ -127,18 +138,6 @@ class Binding:
         if len(self._plans) > _PLANS:
             self._plans.popitem(last=False)
         return plan
-
-
-class _Gone:
-    """Tells a binding, which it does not keep alive, that a parameter is gone."""
-
-    def __init__(self, binding: Binding) -> None:
-        self._binding = weakref.ref(binding)
-
-    def __call__(self, _parameter: "weakref.ref[Tensor]") -> None:
-        binding = self._binding()
-        if binding is not None:
-            binding.whole = False
 
 
 class Lists:

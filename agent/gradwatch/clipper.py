@@ -5,6 +5,7 @@ Unlike telemetry it raises: a run must never continue unclipped in silence.
 
 import logging
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -49,6 +50,8 @@ class Clipper:
         self._slot = Slot(Scratch())
         self._clippings: dict[int, tuple[Plan, frozenset[int], Clipping]] = {}
         self._limits: dict[int, tuple[tuple[Any, ...], Limits]] = {}
+        self._clipped: list[tuple[weakref.ref[Tensor], int]] = []
+        """Gradients of an optimizer that steps others by itself, as they were left, with their versions."""
 
     def know(self, watched: Sequence[Watched]) -> None:
         """Find what the user excludes among all parameters of the run.
@@ -93,6 +96,18 @@ class Clipper:
             "Say which with AGC(exclude=[...])",
             ", ".join(watched[index].name for index in sorted(taken)) or "no parameter",
         )
+
+    def note_clipped(self, grads: Sequence[Tensor]) -> None:
+        """Note gradients that were clipped for an optimizer which has others step them."""
+        self._clipped = [(weakref.ref(grad), grad._version) for grad in grads]  # noqa: SLF001
+
+    def has_clipped(self, binding: Binding) -> bool:
+        """Return whether all gradients that are there were noted as clipped, and left alone since."""
+        if not self._clipped:
+            return False
+        clipped = {id(known()): version for known, version in self._clipped}
+        grads = [parameter.grad for parameter in binding.parameters]
+        return all(grad is None or clipped.get(id(grad)) == grad._version for grad in grads)  # noqa: SLF001
 
     def own_pass(self, binding: Binding, watched: Sequence[Watched]) -> Pass | None:
         """Measure for the clipping alone, where no sample is due."""

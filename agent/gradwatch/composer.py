@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -74,7 +74,7 @@ class Composer:
         if round_.clips and not round_.clips[-1].partial:
             trail["clip_norm"] = number(round_.clips[-1].total_norm)
         events: list[wire.Event] = []
-        if any(reading.found_inf is not None and number(reading.found_inf) for reading in round_.readings):
+        if any(map(number, round_.found_infs)):
             round_.skip()  # a fused optimizer looks for itself
         if round_.skipped:
             self.skipped_steps += 1
@@ -358,6 +358,8 @@ def _coefficients(clips: Sequence[Acted], count: int) -> NDArray[np.float64]:
             continue
         coefficient = clip_coefficient(number(clip.total_norm), number(clip.max_norm))
         coefficients[np.fromiter(indices, np.intp, len(indices))] *= coefficient
+        for index, times in clip.repeated.items():
+            coefficients[index] *= coefficient ** (times - 1) if index in indices else 1.0
     return coefficients
 
 
@@ -377,16 +379,17 @@ def _enter_update(update: Update, vectors: _Vectors) -> None:
     vectors.update_norm[list(update.indices)] = norms(units, update.starts)
 
 
-def _rates(rates: Sequence[Scalar]) -> dict[str, float]:
+def _rates(rates: Mapping[int, Scalar]) -> dict[str, float]:
     """Return the learning rate of each group; of many groups the first one's, the lowest and the highest."""
-    told = list(map(number, rates))
-    if len(told) > MOST_RATES:
+    told = {place: number(rate) for place, rate in sorted(rates.items())}
+    if max(told, default=0) >= MOST_RATES:
+        every = list(told.values())
         return {
-            "learning_rate": told[0],
-            "learning_rate.lowest": min(told),
-            "learning_rate.highest": max(told),
+            "learning_rate": every[0],
+            "learning_rate.lowest": min(every),
+            "learning_rate.highest": max(every),
         }
-    return {f"learning_rate.{place}" if place else "learning_rate": rate for place, rate in enumerate(told)}
+    return {f"learning_rate.{place}" if place else "learning_rate": rate for place, rate in told.items()}
 
 
 def _total(vector: wire.Vector) -> float:

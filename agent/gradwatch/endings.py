@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from multiprocessing.util import Finalize
 from typing import Final, Protocol
 
@@ -88,7 +89,8 @@ def close_all(running: Callable[[], Iterable[Ends]], how: tuple[str, int | None]
         status, number = how or ("failed" if agent.exit_code else "completed", agent.exit_code)
         if agent.stop(deadline, status, number):
             stopped.append(agent)
-    for agent in stopped:
-        agent.deliver()
-    for thread in _aside:
-        thread.join(max(deadline - time.monotonic(), 0.0))
+    with suppress(KeyboardInterrupt):  # what the server has not taken yet stays in the spool
+        for agent in stopped:
+            agent.deliver()
+        for thread in _aside:
+            thread.join(max(deadline - time.monotonic(), 0.0))

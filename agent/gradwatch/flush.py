@@ -4,11 +4,11 @@ import argparse
 import os
 import sqlite3
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gradwatch.sender import Http, Sender
-from gradwatch.settings import resolve
+from gradwatch.settings import SettingsError, resolve
 from gradwatch.spool import Leftover, Losses, leftovers
 
 
@@ -31,7 +31,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--url", help="deliver to this server instead of the one the run was meant for")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait for an answer (default 10)")
     options = parser.parse_args(arguments)
-    settings = resolve(url=options.url)
+    try:
+        settings = resolve(url=options.url)
+    except SettingsError as error:
+        parser.error(str(error))
     stayed, failed = 0, False
     for leftover in leftovers(settings.spool_directory):
         url = (options.url and settings.url) or os.environ.get("GRADWATCH_URL", "").rstrip("/") or leftover.url
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
             _say(f"{leftover.path} cannot be read and stays: {error}")
             continue
         stayed += left
+        if left:
+            _say(f"{leftover.run}: {left} documents stay in {leftover.path}")
         _say(f"{leftover.run}: {waiting - left - refused} of {waiting} documents delivered to {url}")
         if refused:
             failed = True
@@ -52,10 +57,17 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if stayed or failed else 0
 
 
-def deliver(leftover: Leftover, url: str, token: str | None, *, timeout_seconds: float = 10.0) -> Outcome:
-    """Deliver one spool."""
+def deliver(
+    leftover: Leftover,
+    url: str,
+    token: str | None,
+    *,
+    timeout_seconds: float = 10.0,
+    say: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Deliver one spool; trouble is told to ``say``, or on the standard error stream."""
     http, lost = Http(url, token), Losses()
-    sender = Sender(leftover, http, lost, _say, timeout_seconds=timeout_seconds)
+    sender = Sender(leftover, http, lost, say or _say, timeout_seconds=timeout_seconds)
     sender.deliver()
     http.close()
     return Outcome(leftover.pending, sender.refused, lost)

@@ -6,13 +6,15 @@ of ``torchrun`` and ``accelerate launch``. In each process that imports ``torch.
 """
 
 import argparse
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,11 +22,16 @@ import msgspec
 
 from gradwatch import wire
 from gradwatch.flush import deliver
-from gradwatch.settings import SettingsError, resolve
+from gradwatch.sender import Http, Sender
+from gradwatch.settings import Settings, SettingsError, resolve
 from gradwatch.spool import Losses, Spool, leftovers
 
 _FOLDER: Final = Path(__file__).parent / "autoload"
 _PASSED_ON: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_FINISHING_SECONDS: Final = 10.0
+"""Longest wait for servers when the command has ended, for all of its runs together."""
+_ANSWER_SECONDS: Final = 3.0
+"""Longest wait for one answer then."""
 _OF_THE_TERMINAL: Final = (signal.SIGINT, signal.SIGQUIT)
 """Signals that Ctrl-C and its like send to the command as well."""
 
@@ -37,7 +44,7 @@ class Note(msgspec.Struct, frozen=True):
     attempt: int
     pid: int
     ended: bool = False
-    """Whether the run has ended before the command did: another training followed in the same process."""
+    """Whether the run has ended: its process has, or another training followed in it."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -67,6 +74,7 @@ def main(arguments: Sequence[str]) -> int:
             "GRADWATCH_RUN": settings.run,
             "GRADWATCH_EVERY": None if settings.every_steps is None else str(settings.every_steps),
             "GRADWATCH_LAUNCH": folder,
+            "GRADWATCH_LAUNCHER": str(os.getpid()),
         }
         status = _run(command, surroundings(os.environ, given))
         _finish(Path(folder), status)
@@ -83,9 +91,9 @@ def surroundings(environment: Mapping[str, str], given: Mapping[str, str | None]
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run the command on our own standard streams, passing signals on, and return its status as ``Popen`` gives it."""
     caught: list[int] = []
-    before = {
-        number: signal.signal(number, lambda it, _: caught.append(it)) for number in (*_PASSED_ON, *_OF_THE_TERMINAL)
-    }
+    # A signal that is ignored, as nohup ignores SIGHUP, stays so, for the command as well.
+    heard = [it for it in (*_PASSED_ON, *_OF_THE_TERMINAL) if signal.getsignal(it) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda it, _: caught.append(it)) for number in heard}
     before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
     # A signal that comes just before a wait begins would not end it: each leaves a byte, which does.
     awake, wake = os.pipe()
@@ -133,27 +141,79 @@ def _is_in_foreground() -> bool:
 
 
 def _finish(folder: Path, status: int) -> None:
-    """End the runs that agents left open, and deliver what is still in their spools."""
+    """End the runs that agents left open, as the command ended, and deliver what is still in their spools.
+
+    A run in another process than the command's own is ended by that process; here only where it has died without a
+    word. One that goes on in the background is left alone.
+    """
     try:
         notes = [msgspec.json.decode(path.read_bytes(), type=Note) for path in sorted(folder.glob("*.json"))]
         if not notes:
             return
         settings = resolve()
+        deadline = time.monotonic() + _FINISHING_SECONDS
         ending = "completed" if status == 0 else "killed" if status < 0 else "failed"
         for note in notes:
-            if note.ended:
+            if note.ended or _is_alive(note.pid):
                 continue
             end = wire.End(at=time.time(), status=ending, exit_code=status)
             batch = wire.Batch(id=f"end-{note.pid}-{note.attempt}", attempt=note.attempt, end=end)
-            spool = Spool(settings.spool_directory, url=note.url, run=note.run, losses=Losses(), warn=_say)
-            spool.append("batch", wire.encode(batch))
-            spool.close()
-        ours = {note.run for note in notes}
-        for leftover in leftovers(settings.spool_directory):
-            if leftover.run in ours:
-                deliver(leftover, leftover.url, settings.token, timeout_seconds=3.0)
+            _leave(wire.encode(batch), note, settings, deadline)
+        _deliver({note.run for note in notes}, settings, deadline)
     except Exception as error:  # the command's exit code is what counts
         sys.stderr.write(f"gradwatch: the run cannot be finished: {type(error).__name__}: {error}\n")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state != "Z"  # nobody has asked a zombie how it ended, and nobody may
+
+
+def _leave(document: bytes, note: Note, settings: Settings, deadline: float) -> None:
+    """Put the end of a run behind what its agent left; where there is no spool to put it in, send it at once."""
+    for leftover in leftovers(settings.spool_directory):
+        if leftover.run == note.run and leftover.url == note.url:
+            with contextlib.suppress(sqlite3.Error):  # of a disk that is full
+                leftover.append("batch", document)
+                return
+    losses = Losses()
+    spool = Spool(settings.spool_directory, url=note.url, run=note.run, losses=losses, warn=_nothing)
+    spool.append("batch", document)
+    if spool.path is None:
+        http = Http(note.url, settings.token)
+        Sender(spool, http, losses, _say).deliver(deadline)
+        http.close()
+    spool.close()
+
+
+def _deliver(runs: Collection[str], settings: Settings, deadline: float) -> None:
+    """Deliver what was left of some runs, all together by a deadline; a server that does not answer is asked once."""
+    silent: set[str] = set()
+    waiting = 0
+    for leftover in leftovers(settings.spool_directory):
+        if leftover.run not in runs:
+            continue
+        left = min(_ANSWER_SECONDS, deadline - time.monotonic())
+        if leftover.url not in silent and left > 0:
+            outcome = deliver(leftover, leftover.url, settings.token, timeout_seconds=left, say=_nothing)
+            if outcome.left:
+                silent.add(leftover.url)
+        waiting += leftover.pending
+    if waiting:
+        _say(f"{waiting} documents wait in {settings.spool_directory}; gradwatch flush delivers them")
+
+
+def _nothing(_text: str) -> None:
+    """The agent has said it."""
 
 
 def _say(text: str) -> None:

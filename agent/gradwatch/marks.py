@@ -1,20 +1,20 @@
-"""Marks: which gradients a backward pass added to, by their identities and versions; none is read."""
+"""Marks: which gradients a backward pass added to, by what they are and their versions; none is read."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
 
 from gradwatch.model import Watched
+from gradwatch.parameters import Parameters
 
-Mark = tuple[int, int] | None
-"""Identity and version of a gradient; None where there is none."""
+Mark = tuple[Tensor, int] | None
+"""A gradient and its version; None where there is none. It is kept while the pass lasts: of one that is gone the
+identity, and the memory, may be another's."""
 
 _SURE: Final = 10
 """Backward passes after which only those are looked at that got a gradient in every one of them."""
 _FEW: Final = 4
-_NODES: Final = 10_000
-"""Nodes of a graph that are searched at most."""
 
 
 class Marks:
@@ -43,22 +43,23 @@ class Marks:
         return {index: _mark(watched[index]) for index in looked_at}
 
     def changed(
-        self, before: dict[int, Mark], watched: Sequence[Watched], losses: Iterable[Tensor]
+        self, before: dict[int, Mark], parameters: Parameters, losses: Iterable[Tensor]
     ) -> tuple[bool, frozenset[int]]:
         """Return whether the pass added to any gradient, and which of those looked at changed.
 
         Args:
             before: what ``before`` returned.
-            watched: all parameters of the run.
+            parameters: all parameters of the run. Sharded ones may collect gradients elsewhere over several passes.
             losses: what was differentiated.
         """
-        changed = frozenset(index for index, mark in before.items() if _mark(watched[index]) != mark)
+        watched = parameters.watched
+        changed = frozenset(index for index, mark in before.items() if not _is_same(_mark(watched[index]), mark))
         if self._few is None:
             self._narrow(changed)
         elif changed.isdisjoint(self._few):
             self._few, self._always, self._passes = None, None, 0
-            return bool(changed) or leads_to(losses, watched), changed
-        return bool(changed), changed
+            return bool(changed) or parameters.are_reached(losses), changed
+        return bool(changed) or (parameters.sharded and parameters.are_reached(losses)), changed
 
     def _narrow(self, changed: frozenset[int]) -> None:
         """Look at a few from now on, where some have changed in every pass for long enough."""
@@ -75,25 +76,8 @@ class Marks:
 def _mark(known: Watched) -> Mark:
     parameter = known.parameter()
     grad = None if parameter is None else parameter.grad
-    return None if grad is None else (id(grad), grad._version)  # noqa: SLF001
+    return None if grad is None else (grad, grad._version)  # noqa: SLF001
 
 
-def leads_to(losses: Iterable[Tensor], watched: Sequence[Watched]) -> bool:
-    """Return whether the graph of some losses leads to a watched parameter."""
-    ids = {id(parameter) for known in watched if (parameter := known.parameter()) is not None}
-    losses = list(losses)
-    if any(id(loss) in ids for loss in losses):
-        return True
-    nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    seen = set(nodes)
-    for node in nodes:
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in ids:
-            return True
-        if len(nodes) > _NODES:
-            return False
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    return False
+def _is_same(one: Mark, other: Mark) -> bool:
+    return one is other if one is None or other is None else one[0] is other[0] and one[1] == other[1]

@@ -2,14 +2,13 @@
 
 import time
 
-from torch import Tensor, no_grad
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch import inspection
 from gradwatch.binding import Binding, Pass
-from gradwatch.buffers import Plan, Slots
-from gradwatch.layout import spec_of
-from gradwatch.model import local
+from gradwatch.buffers import Slots
+from gradwatch.others import Others
 from gradwatch.parameters import Parameters
 from gradwatch.rounds import Reading, Round
 from gradwatch.scalars import kept
@@ -34,8 +33,9 @@ class Meter:
         self._parameters = parameters
         self._losses = losses
         self._updates = Updates()
-        self._seen = 0
-        """Parameters whose weights were measured at least once."""
+        self._others = Others(parameters)
+        self.others_seconds = 0.0
+        """Time that the last round took for weights that no optimizer has stepped."""
 
     def measure(self, binding: Binding, round_: Round, *, before_clip: bool) -> tuple[Pass, Reading] | None:
         """Measure the gradients that are there, and their weights.
@@ -76,37 +76,23 @@ class Meter:
             return None
         pass_, reading = seen
         self._updates.keep(optimizer, binding, pass_)
-        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
             reading.scale = kept(scale)
-        if isinstance(found_inf, Tensor):
-            reading.found_inf = kept(found_inf)
-        if self._seen < len(self._parameters.watched):
-            self._measure_other_weights(round_)
         return seen
-
-    def _measure_other_weights(self, round_: Round) -> None:
-        """Measure, once, the weights that this round did not: frozen ones, and those of other optimizers."""
-        measured = {index for reading in round_.readings for index in reading.claim.plan.indices}
-        others = self._parameters.other_than(measured)
-        self._seen = len(self._parameters.watched)
-        if not others or round_.slot is None:
-            return
-        with no_grad():
-            members = [local(parameter) for _, parameter in others]
-            specs = [spec_of(member, "whole") for member in members]  # nothing but their norms is asked for
-            claim = round_.slot.claim(Plan([index for index, _ in others], None, specs))
-            claim.weights.run(members)
-            reading = Reading(claim, before_clip=False)
-            inspection.inspect(reading, (), members)
-            round_.readings.append(reading)
 
     def measure_updates(self, optimizer: Optimizer, round_: Round) -> None:
         """Measure how far an optimizer has moved the weights that were kept before it stepped."""
         round_.updates += self._updates.of(optimizer)
 
     def send(self, round_: Round) -> None:
-        """Begin to copy what was measured to where it can be read, without waiting."""
+        """Measure the other weights of a round that is over, and begin to copy all to where it can be read."""
         self._updates.clear()
-        if round_.slot is not None:
-            round_.slot.send()
+        self.others_seconds = 0.0
+        if round_.slot is None:
+            return
+        if round_.readings:
+            started = time.perf_counter()
+            round_.readings += self._others.measure(round_, round_.slot)
+            self.others_seconds = time.perf_counter() - started
+        round_.slot.send()

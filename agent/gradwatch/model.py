@@ -2,7 +2,6 @@
 
 import math
 import re
-import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gradwatch import wire
+from gradwatch.held import Held, held
 from gradwatch.layout import MOST_UNITS, Axis, Spec, spec_of
 
 LONGEST_NAME: Final = 512
@@ -28,7 +28,7 @@ class Watched:
     """A parameter that is watched. It is held weakly: the agent never keeps a model alive."""
 
     name: str
-    parameter: "weakref.ref[Tensor]"
+    parameter: Held
     shape: tuple[int, ...]
     dtype: str
     units: int
@@ -87,14 +87,22 @@ def walk(models: Sequence[nn.Module]) -> Iterator[Watched]:
     for place, model in enumerate(models):
         root = unwrapped(model)
         prefix = f"{place}." if len(models) > 1 else ""
+        at: dict[str, nn.Module] = {}
         for path, module in root.named_modules():
+            at[path] = module
+            owner = at[f".{path}".rpartition(".parametrizations.")[0][1:]] if _is_parametrization(module) else module
             for name, parameter in module.named_parameters(recurse=False):
                 if id(parameter) in seen or is_lazy(parameter):
                     continue
                 seen.add(id(parameter))
                 yield watched(
-                    _WRAPPERS.sub("", f"{prefix}{path}.{name}" if path else f"{prefix}{name}"), parameter, module
+                    _WRAPPERS.sub("", f"{prefix}{path}.{name}" if path else f"{prefix}{name}"), parameter, owner
                 )
+
+
+def _is_parametrization(module: nn.Module) -> bool:
+    """Return whether a module holds what a parameter of another one is computed from: it lies there as that does."""
+    return isinstance(module, nn.utils.parametrize.ParametrizationList)
 
 
 def watched(name: str, parameter: Tensor, owner: nn.Module | None) -> Watched:
@@ -103,7 +111,7 @@ def watched(name: str, parameter: Tensor, owner: nn.Module | None) -> Watched:
     local_tensor = local(parameter)
     return Watched(
         name=name,
-        parameter=weakref.ref(parameter),
+        parameter=held(parameter),
         shape=tuple(parameter.shape),
         dtype=str(parameter.dtype).removeprefix("torch."),
         units=spec_of(local_tensor, axis, groups).units,
@@ -142,6 +150,21 @@ def compiled_leaves(losses: Iterable[Tensor]) -> Iterator[Tensor]:
         waiting += below
         if node.name() == "CompiledFunctionBackward":
             yield from (leaf.variable for leaf in below if hasattr(leaf, "variable"))
+
+
+def gathered(models: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Yield the sharded parameters of FSDP2 with what stands in for them while they are gathered, which graphs lead to.
+
+    The third of each says whether that has collected gradients, of passes after which they were not reduced.
+    """
+    for module in (module for model in models for module in model.modules()):
+        state = getattr(module, "_get_fsdp_state", lambda: None)()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for sharded in (sharded for group in groups for sharded in getattr(group, "fsdp_params", ())):
+            stand_in = getattr(sharded, "_unsharded_param", None)
+            if stand_in is not None:
+                collected = getattr(sharded, "unsharded_accumulated_grad", None)
+                yield sharded.sharded_param, stand_in, stand_in.grad is not None or collected is not None
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Which optimizers step what is watched, and which of them make one step of the training together."""
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, Final, NamedTuple, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,7 +28,8 @@ def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] 
     """
     if given is None:
         return None
-    several = [given] if isinstance(given, Optimizer) or hasattr(given, "param_groups") else list(given)
+    one = isinstance(given, Optimizer) or hasattr(given, "param_groups") or not isinstance(given, Iterable)
+    several: list[Any] = [given] if one else list(cast("Iterable[Any]", given))
     inner = []
     for optimizer in several:
         # Accelerate and Lightning hand out wrappers; the optimizer inside is the one that steps.
@@ -88,6 +90,10 @@ class Optimizers:
         """Those that make a round; None: not known yet."""
         if given is not None:
             self._expected = {weakref.ref(optimizer): _Expected(0, frozenset()) for optimizer in given}
+        self._places: dict[weakref.ref[Optimizer], list[int]] = {}
+        """Of the parameter groups of each, among those of all."""
+        for optimizer in given or ():
+            self.places(optimizer)
         self._unstepped: int | None = 0
         """Backward passes that made gradients before anything watched was stepped; None: something was."""
         self._steps_of_others = 0
@@ -96,11 +102,6 @@ class Optimizers:
     def given(self) -> list[Optimizer]:
         """Return those of the given ones that are still there."""
         return [optimizer for known in self._given or () if (optimizer := known()) is not None]
-
-    @property
-    def are_sharded(self) -> bool:
-        """Return whether any of them steps a sharded parameter."""
-        return any(binding.sharded for binding in self._bindings.values())
 
     @property
     def stepped_indices(self) -> frozenset[int]:
@@ -114,6 +115,23 @@ class Optimizers:
             return frozenset(range(len(self._parameters.watched)))
         bindings = map(self.binding, self.given or list(self._bindings))
         return frozenset().union(*(binding.index_set for binding in bindings if binding is not None))
+
+    def are_unscaled(self, binding: Binding, scaler: Any) -> bool:
+        """Return whether a loss scaler has unscaled the gradients of an optimizer that steps one of ``binding``."""
+        states = getattr(scaler, "_per_optimizer_states", {})
+        mine = (known for known, bound in self._bindings.items() if not bound.index_set.isdisjoint(binding.index_set))
+        stages = (states[id(known)]["stage"].name for known in mine if id(known) in states)
+        return any(stage != "READY" for stage in stages)
+
+    def places(self, optimizer: Optimizer) -> list[int]:
+        """Return the places of an optimizer's parameter groups among those of all; they stay what they are."""
+        places = self._places.setdefault(weakref.ref(optimizer), [])
+        missing = len(optimizer.param_groups) - len(places)
+        if missing > 0:
+            self._places = {known: taken for known, taken in self._places.items() if known() is not None}
+            taken = frozenset(itertools.chain.from_iterable(self._places.values()))
+            places += itertools.islice(itertools.filterfalse(taken.__contains__, itertools.count()), missing)
+        return places
 
     def check(self) -> None:
         """Say which of the given ones steps nothing that is watched: it holds copies, or another model's parameters.
@@ -179,9 +197,13 @@ class Optimizers:
     def _adopts(self, optimizer: Optimizer) -> bool:
         """Take an optimizer for one of those that were given, if that is gone: it was made anew.
 
-        It is one whose parameters this steps; where all are gone, any. Any other optimizer that steps watched
-        parameters is told of, once.
+        It is one whose parameters this steps; where all are gone, any. What one of them steps by itself, as SAM its
+        base, is taken, too. Any other optimizer that steps watched parameters is told of, once, unless what it steps is
+        one of them.
         """
+        if self._given is not None and any(_has(given, optimizer) for given in self.given):
+            self._given.append(weakref.ref(optimizer))
+            return True
         stepped = {
             self._parameters.find(parameter) for group in optimizer.param_groups for parameter in group["params"]
         }
@@ -195,7 +217,7 @@ class Optimizers:
                 self._given[self._given.index(replaced)] = weakref.ref(optimizer)
                 return True
         self._strangers.add(optimizer)
-        if ours:
+        if ours and not any(_has(optimizer, given) for given in self.given):
             self._warn(
                 f"{type(optimizer).__name__} steps watched parameters, but was not given to attach(): it is not "
                 + ("clipped or measured" if self._clips else "measured")
@@ -262,3 +284,20 @@ class Optimizers:
             return None
         passes, self._unstepped = self._unstepped, None
         return passes
+
+
+def _has(outer: Optimizer, inner: Optimizer) -> bool:
+    return any(one is inner for one in _inner(outer))
+
+
+def has_inner(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer has others that it may step."""
+    return any(True for _ in _inner(optimizer))
+
+
+def _inner(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yield the optimizers that are attributes of one, or in a list or the like that is."""
+    for value in vars(optimizer).values():
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, Optimizer):
+                yield one

@@ -3,17 +3,19 @@
 import weakref
 from collections.abc import Iterable, Set
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor, nn
 
 from gradwatch.agc import AGC
 from gradwatch.clipper import listed
-from gradwatch.model import ReadyOrder, Watched, compiled_leaves, is_compiled, walk
+from gradwatch.model import ReadyOrder, Watched, compiled_leaves, gathered, is_compiled, walk
 from gradwatch.rounds import Registered
 
 _ORDER_STEPS: Final = 3
 """Steps after which the order of the gradients is no longer waited for."""
+_MOST_NODES: Final = 10_000
+"""Nodes of a graph that are searched at most."""
 
 
 class Parameters:
@@ -31,6 +33,8 @@ class Parameters:
         self._agc = agc
         self._index_of: dict[int, int] = {}
         self._stand_ins: dict[int, int] = {}
+        self.sharded = False
+        """Whether this rank holds only its part of some."""
         self._trained: list[bool] = []
         """By index: whether they were trained when that was last asked."""
         self._depths: list[int] = []
@@ -69,6 +73,7 @@ class Parameters:
                 self.watched.append(watched)
                 self._trained.append(watched.trainable)
             self._index_of[id(parameter)] = place
+            self.sharded |= hasattr(parameter, "to_local")
         if new and self._agc is not None:
             for index in self._agc.stacked(*listed(self.watched)):
                 self.watched[index] = self.watched[index].of_experts()
@@ -88,11 +93,43 @@ class Parameters:
             parameter = watched.parameter()
             if id(parameter) not in self._index_of and watched.name in index_of:
                 self._stand_ins[id(parameter)] = index_of[watched.name]
+        for parameter, stand_in, _ in gathered(self.models):
+            index = self.find(parameter)
+            if index is not None:
+                self._stand_ins[id(stand_in)] = index
+
+    def are_reached(self, losses: Iterable[Tensor]) -> bool:
+        """Return whether the graph of some losses leads to a watched parameter, or to what stands in for one."""
+        ids = {id(parameter) for known in self.watched if (parameter := known.parameter()) is not None}
+        if self.sharded:
+            self.note_stand_ins()
+            ids |= self._stand_ins.keys()
+        losses = list(losses)
+        if any(id(loss) in ids for loss in losses):
+            return True
+        nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+        seen = set(nodes)
+        for node in nodes:
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) in ids:
+                return True
+            if len(nodes) > _MOST_NODES:
+                return False
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    nodes.append(following)
+        return False
 
     def some_has_gradient(self, indices: Iterable[int]) -> bool:
         """Return whether any of some has a gradient."""
         parameters = (self.watched[index].parameter() for index in indices)
         return any(parameter is not None and parameter.grad is not None for parameter in parameters)
+
+    @property
+    def some_has_collected(self) -> bool:
+        """Return whether gradients of sharded parameters were collected that are not theirs yet."""
+        return self.sharded and any(collected for _, _, collected in gathered(self.models))
 
     def other_than(self, indices: Set[int]) -> list[tuple[int, Tensor]]:
         """Return the parameters that are still there, but for some, each with its index."""

@@ -9,13 +9,14 @@ from typing import Any, Final
 from torch import Tensor
 
 from gradwatch.buffers import Slot
-from gradwatch.marks import leads_to
-from gradwatch.model import Watched
+from gradwatch.parameters import Parameters
 from gradwatch.rounds import Clip, Round
 from gradwatch.scalars import Scalar, kept, summed
 
-_PENDING: Final = 1024
-"""Losses and clippings that wait for their step; losses are summed then, the oldest clippings forgotten."""
+_LOSSES: Final = 1024
+"""Losses that wait for their step, and are summed then."""
+_CLIPS: Final = 1 << 14
+"""Clippings that wait for their step; the oldest are forgotten then. Some clip each parameter by itself."""
 _SCALED: Final = 16
 """Scaled losses that are remembered."""
 
@@ -25,7 +26,7 @@ class Pending:
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
-        self.clips: deque[Clip] = deque(maxlen=_PENDING)
+        self.clips: deque[Clip] = deque(maxlen=_CLIPS)
         self.value_clipped: frozenset[int] = frozenset()
         """Indices of the parameters whose gradients were clipped by value."""
         self.logged: dict[str, Scalar] = {}
@@ -63,12 +64,12 @@ class Pending:
             self._under_way[threading.get_ident()] = left
         return [loss for loss in losses if _among(loss, known)]
 
-    def is_home(self, losses: Sequence[Tensor], watched: Sequence[Watched]) -> bool:
+    def is_home(self, losses: Sequence[Tensor], parameters: Parameters) -> bool:
         """Return whether the thread that has differentiated losses is the one that trains; it may have changed.
 
         While another thread trains another model, gradients may change that it has not made.
         """
-        if threading.get_ident() != self._home and leads_to(losses, watched):
+        if threading.get_ident() != self._home and parameters.are_reached(losses):
             self._home = threading.get_ident()
         return threading.get_ident() == self._home
 
@@ -76,10 +77,10 @@ class Pending:
         """Keep what was differentiated for the next step."""
         self.gone = frozenset()
         self.losses += map(self._original, losses)
-        if len(self.losses) >= _PENDING:
+        if len(self.losses) >= _LOSSES:
             self.losses = summed(self.losses)
 
-    def enter(self, round_: Round, watched: Sequence[Watched]) -> None:
+    def enter(self, round_: Round, parameters: Parameters) -> None:
         """An optimizer steps: within a backward pass, it steps with the gradient of what is being differentiated.
 
         It may do so on a thread of autograd's, for whoever waits for the pass.
@@ -89,7 +90,7 @@ class Pending:
             self._home = stepping
         for thread in (stepping,) if stepping == self._home else tuple(self._under_way):
             losses = _alive(self._under_way.get(thread, ()))
-            if thread in (stepping, self._home) or leads_to(losses, watched):
+            if thread in (stepping, self._home) or parameters.are_reached(losses):
                 self._under_way.pop(thread, None)
                 round_.losses += map(self._original, losses)
 
@@ -114,10 +115,14 @@ class Pending:
         return [original for scaled, original, _ in self._scaled if any(scaled() is scalar for scalar in scalars)]
 
     @property
+    def scaler(self) -> Any:
+        """Return the loss scaler of this training; None where there is none."""
+        return None if self._scaler is None else self._scaler()
+
+    @property
     def loss_scale(self) -> Tensor | None:
         """Return the scale of the loss scaler, on its device."""
-        scaler = self._scaler() if self._scaler is not None else None
-        scale = getattr(scaler, "_scale", None)
+        scale = getattr(self.scaler, "_scale", None)
         return scale if isinstance(scale, Tensor) else None
 
     def move_to(self, round_: Round) -> None:
@@ -140,7 +145,7 @@ class Pending:
         """
         for clip in self.clips:
             clip.indices -= indices
-        self.clips = deque((clip for clip in self.clips if clip.indices), maxlen=_PENDING)
+        self.clips = deque((clip for clip in self.clips if clip.indices), maxlen=_CLIPS)
         self.value_clipped -= indices
         coming = self.coming
         if coming is None:

@@ -40,6 +40,11 @@ def tell_the_launcher(note: Note, *, ended: bool = False) -> None:
             part.replace(whole)
 
 
+def is_the_command() -> bool:
+    """Return whether this process is the command that ``gradwatch run`` waits for, and not a child of it."""
+    return os.environ.get("GRADWATCH_LAUNCHER") == str(os.getppid())
+
+
 def attributes() -> dict[str, str]:
     """Return where the run trains and with which versions."""
     return {

@@ -1,7 +1,7 @@
 """What the training thread hands over after each step: numbers still on the device, nothing computed yet."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +27,8 @@ class Clip:
     partial: bool = False
     """Whether the norm is this rank's part of it, of sharded gradients."""
     norm_type: float = 2.0
+    repeated: Mapping[int, int] = field(default_factory=dict)
+    """How often it scaled each that it scaled more than once, by index."""
     finite: bool = True
     """Whether the norm is, as far as can be seen without waiting."""
 
@@ -62,7 +64,6 @@ class Reading:
     """Indices of gradients of which it says nothing: they were changed after it, or had been stepped before."""
     scale: Tensor | None = None
     """What the gradients are multiplied by, with a fused optimizer under a loss scaler."""
-    found_inf: Tensor | None = None
     nonfinite: dict[int, float] = field(default_factory=dict)
     """Elements of gradients that are NaN or infinite, by index, where they were counted."""
     limits: NDArray[np.float64] | None = None
@@ -100,8 +101,10 @@ class Round:
     value_clipped: bool = False
     logged: dict[str, Scalar] = field(default_factory=dict)
     scalars: dict[str, Scalar] = field(default_factory=dict)
-    rates: list[Scalar] = field(default_factory=list)
-    """Learning rates, one for each parameter group."""
+    rates: dict[int, Scalar] = field(default_factory=dict)
+    """Learning rates of the parameter groups, by their places among all."""
+    found_infs: list[Tensor] = field(default_factory=list)
+    """What fused optimizers look at to skip their step: whether a loss scaler has found Inf."""
     updates: list[Update] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     """Indices of parameters without elements that have a gradient."""

@@ -1,17 +1,24 @@
 """Where the agent reports to: explicit arguments first, then the environment, then the defaults."""
 
 import math
+import operator
 import os
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar, cast
 
 DEFAULT_URL: Final = "http://127.0.0.1:8321"
+LONGEST_TEXT: Final = 512
+"""Characters of a name, as a server takes it by default."""
 RUN_ID: Final = re.compile(r"run-[0-9a-f]{16}")
 """The form of a run's id. ``run=`` in this form resumes that run as a new attempt; anything else is a name."""
+
+
+_T = TypeVar("_T")
 
 
 class SettingsError(ValueError):
@@ -35,10 +42,20 @@ class Settings:
     spool_directory: Path
 
     def __post_init__(self) -> None:
+        for name, text in (("url", self.url), ("project", self.project), ("run", self.run), ("token", self.token)):
+            if text is not None and not isinstance(text, str):
+                raise SettingsError(f"{name}={'...' if name == 'token' else repr(text)[:80]} must be a text")
+        for name, text in (("project", self.project), ("run", self.run or "")):
+            if len(text) > LONGEST_TEXT or not _can_be_stored(text):
+                raise SettingsError(f"{name}={text[:40]!r}... must have at most {LONGEST_TEXT} characters, and no NUL")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            raise SettingsError("the token holds a character that no HTTP header may: see token=, GRADWATCH_TOKEN")
         if not self.url.startswith(("http://", "https://")):
             raise SettingsError(f"url {self.url!r} must start with http:// or https://")
         if self.every_steps is not None and self.every_steps < 1:
             raise SettingsError(f"every={self.every_steps} must be at least 1 step, or None to let the budget decide")
+        if not isinstance(self.overhead_budget_ratio, int | float):
+            raise SettingsError(f"overhead_budget={self.overhead_budget_ratio!r:.80} must be a number (0.01 is 1%)")
         if not 0 < self.overhead_budget_ratio <= 1 or math.isnan(self.overhead_budget_ratio):
             raise SettingsError(
                 f"overhead_budget={self.overhead_budget_ratio} must be over 0 and at most 1 (0.01 is 1%)"
@@ -65,13 +82,13 @@ def resolve(
     """
     given = os.environ if environment is None else environment
     return Settings(
-        url=(url or given.get("GRADWATCH_URL") or DEFAULT_URL).rstrip("/"),
-        token=token or secret(given, "GRADWATCH_TOKEN"),
+        url=_stripped(url or given.get("GRADWATCH_URL") or DEFAULT_URL, "/"),
+        token=_stripped(token or secret(given, "GRADWATCH_TOKEN")),
         project=project or given.get("GRADWATCH_PROJECT") or "default",
         run=run or given.get("GRADWATCH_RUN") or None,
-        every_steps=_steps(given.get("GRADWATCH_EVERY")) if every is None else every,
+        every_steps=_steps(given.get("GRADWATCH_EVERY")) if every is None else _whole("every", every),
         overhead_budget_ratio=overhead_budget,
-        step=step,
+        step=None if step is None else _whole("step", step),
         spool_directory=spool_directory(given),
     )
 
@@ -101,6 +118,30 @@ def spool_directory(environment: Mapping[str, str]) -> Path:
         return (Path(cache) if cache else Path("~/.cache").expanduser()) / "gradwatch"
     except RuntimeError:
         return Path(tempfile.gettempdir()) / f"gradwatch-{os.getuid()}"
+
+
+def _stripped(text: _T, also: str = "") -> _T:
+    """Return a text without what files and shells leave around it, nor ``also`` at its end."""
+    return cast("_T", text.strip().rstrip(also)) if isinstance(text, str) else text
+
+
+def _can_be_stored(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _whole(name: str, steps: Any) -> int:
+    """Return a number of steps: one out of a checkpoint may be numpy's or a tensor, of a floating type, too.
+
+    Raises:
+        SettingsError: it is no whole number.
+    """
+    try:
+        return operator.index(steps)
+    except TypeError:
+        with suppress(TypeError, ValueError, RuntimeError):
+            if not isinstance(steps, str) and float(steps).is_integer():
+                return int(float(steps))
+    raise SettingsError(f"{name}={steps!r:.80} must be a whole number of steps, or None")
 
 
 def _steps(text: str | None) -> int | None:

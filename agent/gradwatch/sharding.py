@@ -66,22 +66,29 @@ def split_of(tensor: Tensor, axis: Axis, groups: int, granularity: Granularity) 
     return Split(tuple(split), norms)
 
 
-def joins(splits: Sequence[Split | None], places: Sequence[Mapping[int, range]]) -> list[Join]:
+def joins(
+    splits: Sequence[Split | None], places: Sequence[Mapping[int, range]], devices: Sequence[torch.device]
+) -> list[Join]:
     """Return what joins the norms of split tensors, one all-reduce for each process group.
 
     Args:
         splits: of each tensor.
         places: for each arena, where the norms of each tensor lie; a tensor that is empty on this rank has none.
+        devices: of each arena.
     """
     members: dict[int, tuple[Any, list[int]]] = {}
     for position, split in enumerate(splits):
         for group in split.groups if split is not None else ():
             members.setdefault(id(group), (group, []))[1].append(position)
-    return [_join(group, positions, splits, places) for group, positions in members.values()]
+    return [_join(group, positions, splits, places, devices) for group, positions in members.values()]
 
 
 def _join(
-    group: Any, positions: Sequence[int], splits: Sequence[Split | None], places: Sequence[Mapping[int, range]]
+    group: Any,
+    positions: Sequence[int],
+    splits: Sequence[Split | None],
+    places: Sequence[Mapping[int, range]],
+    devices: Sequence[torch.device],
 ) -> Join:
     slots: dict[int, int] = {}
     total = 0
@@ -90,11 +97,11 @@ def _join(
         split = splits[position]
         assert split is not None
         total += split.norms
-    device = distributed.distributed_c10d._get_pg_default_device(group)  # noqa: SLF001
+    device = _device_for(group, devices[0])
     sources, targets = [], []
-    for place in places:
+    for place, own in zip(places, devices, strict=True):
         here = [position for position in positions if position in place]
-        sources.append(torch.tensor([at for position in here for at in place[position]], dtype=torch.int64).to(device))
+        sources.append(torch.tensor([at for position in here for at in place[position]], dtype=torch.int64).to(own))
         slot = [slots[position] + offset for position in here for offset in range(len(place[position]))]
         targets.append(torch.tensor(slot, dtype=torch.int64).to(device))
 
@@ -102,11 +109,17 @@ def _join(
         packed = torch.zeros(2, total, dtype=torch.float64, device=device)
         for pair, source, target in zip(measured, sources, targets, strict=True):
             for row, norms in zip(packed, pair, strict=True):
-                row.index_copy_(0, target, norms.index_select(0, source).double().square_())
+                row.index_copy_(0, target, norms.index_select(0, source).to(device, torch.float64).square_())
         distributed.all_reduce(packed, group=group)
         packed.sqrt_()
         for pair, source, target in zip(measured, sources, targets, strict=True):
             for row, norms in zip(packed, pair, strict=True):
-                norms.index_copy_(0, source, row.index_select(0, target).to(norms.dtype))
+                norms.index_copy_(0, source, row.index_select(0, target).to(norms.device, norms.dtype))
 
     return join
+
+
+def _device_for(group: Any, own: torch.device) -> torch.device:
+    """Return where the ranks of a group put numbers together: where they are, unless the group cannot do it there."""
+    known = list(getattr(group, "_device_types", ()))
+    return own if not known or any(device.type == own.type for device in known) else known[0]

@@ -285,8 +285,15 @@ class Leftover:
     @property
     def pending(self) -> int:
         """Return the number of documents that wait."""
-        (count,) = self._connection.execute("SELECT count(*) FROM entry").fetchone()
+        # A registration stays as long as the file, as in the spool of an agent.
+        query = "SELECT count(*) FROM entry WHERE kind = 'batch' OR number > ?"
+        (count,) = self._connection.execute(query, (self._after,)).fetchone()
         return int(count)
+
+    def append(self, kind: Kind, body: bytes) -> None:
+        """Put a document at the end."""
+        self._connection.execute("INSERT INTO entry (kind, samples, body) VALUES (?, 0, ?)", (kind, body))
+        self._connection.commit()
 
     def first(self) -> Entry | None:
         """Return the oldest document, None where nothing waits."""
@@ -296,7 +303,7 @@ class Leftover:
         """Remove ``entry``; what cannot be removed is sent again by the next who finds it, and stored once."""
         self._after = entry.number
         try:
-            self._connection.execute("DELETE FROM entry WHERE number = ?", (entry.number,))
+            self._connection.execute("DELETE FROM entry WHERE kind = 'batch' AND number = ?", (entry.number,))
             self._connection.commit()
         except sqlite3.Error:
             with suppress(sqlite3.Error):

@@ -58,6 +58,8 @@ class Steps:
         """Of the open step."""
         self.awaited: weakref.ref[Optimizer] | None = None
         """The optimizer whose closure makes the gradients that it is about to step with."""
+        self.evaluated: weakref.ref[Optimizer] | None = None
+        """The one whose closure has made them."""
         optimizers.start_at(self.number)
 
     def enter(self, optimizer: Optimizer, binding: Binding) -> Round:
@@ -76,7 +78,8 @@ class Steps:
             self._pending.coming = None
             self.round.step = self.number
         self.round.stepped[entered] = binding.index_set
-        self._pending.enter(self.round, self._parameters.watched)
+        self.evaluated = None
+        self._pending.enter(self.round, self._parameters)
         self._optimizers.enter(optimizer, self.number)
         return self.round
 
@@ -138,6 +141,7 @@ class Steps:
     def forget_thrown_away(self) -> None:
         """Forget what waits for its step where no gradient is left: ``model.zero_grad()`` says nothing."""
         everything = range(len(self._parameters.watched))
-        if self.noted and not self._parameters.some_has_gradient(everything):
+        parameters = self._parameters
+        if self.noted and not (parameters.some_has_gradient(everything) or parameters.some_has_collected):
             self._pending.losses.clear()
             self.forget(frozenset(everything))

@@ -7,8 +7,10 @@ process, and none touches a model: a watched model can be copied, pickled, compi
 import functools
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from operator import itemgetter
 from types import FrameType
 from typing import Any, Final, Protocol
 
@@ -28,8 +30,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Listener(Protocol):
     """What an agent hears. None of these may raise, but for ``before_step`` where it clips."""
 
-    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """An optimizer is about to step; returned arguments replace its own."""
+    def before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Optimizer | None
+    ) -> Arguments | None:
+        """An optimizer is about to step, within the step of ``outer``; returned arguments replace its own."""
 
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
@@ -68,8 +72,8 @@ _listeners: tuple[Listener, ...] = ()
 _undo: list[Callable[[], None]] = []
 _replaced: set[tuple[Any, str]] = set()
 """Owners and names of the attributes that are wrapped."""
-_stepping: dict[int, int] = {}
-"""For each optimizer in the middle of a step, the id of the frame of torch's outermost wrapper."""
+_stepping: dict[int, tuple[int, weakref.ref[Optimizer]]] = {}
+"""The optimizers in the middle of a step, by their ids, each with the id of the frame of torch's outermost wrapper."""
 _norm_type: ContextVar[float] = ContextVar("_norm_type", default=2.0)
 """Which norm ``clip_grad_norm_`` takes; whoever clips by a norm of his own is believed to take torch's usual one."""
 
@@ -198,20 +202,27 @@ def _replace_inside(function: Any, wrapper: Callable[..., Any]) -> None:
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
     caller = _torchs_wrapper()
-    outer = _stepping.get(id(optimizer))
-    if outer is not None and caller is not None and _is_within(caller, outer):
-        return None  # a subclass called ``super().step()``: the outer step was announced
-    _stepping[id(optimizer)] = id(caller)
+    outer = None
+    if _stepping and caller is not None:
+        above = _above(caller)
+        if _stepping.get(id(optimizer), (0, None))[0] in above:
+            return None  # a subclass called ``super().step()``: the outer step was announced
+        # A step that raised never announced its end: where its frame was another one may be now.
+        for known in [known for known, (frame, _) in _stepping.items() if frame == id(caller)]:
+            del _stepping[known]
+        around = [(above.index(frame), other()) for frame, other in _stepping.values() if frame in above]
+        outer = min(around, key=itemgetter(0))[1] if around else None
+    _stepping[id(optimizer)] = id(caller), weakref.ref(optimizer)
     changed = None
     for listener in _listeners:
-        answer = listener.before_step(optimizer, args, kwargs)
+        answer = listener.before_step(optimizer, args, kwargs, outer)
         if answer is not None:
             changed = args, kwargs = answer
     return changed
 
 
 def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-    if _stepping.get(id(optimizer)) != id(_torchs_wrapper()):
+    if _stepping.get(id(optimizer), (0, None))[0] != id(_torchs_wrapper()):
         return
     del _stepping[id(optimizer)]
     for listener in _listeners:
@@ -228,18 +239,15 @@ def _torchs_wrapper() -> FrameType | None:
     return None
 
 
-def _is_within(frame: FrameType, outer: int) -> bool:
-    """Return whether the call of ``frame`` was made, at any depth, within the frame whose id is ``outer``.
-
-    A step that raised never announced its end: the id that it left is not on the stack any more.
-    """
-    code = frame.f_code
-    above = frame.f_back
+def _above(frame: FrameType) -> list[int]:
+    """Return the ids of the wrappers of steps within which a wrapper was called, the innermost first."""
+    code, above = frame.f_code, frame.f_back
+    found = []
     while above is not None:
-        if id(above) == outer and above.f_code is code:
-            return True
+        if above.f_code is code:
+            found.append(id(above))
         above = above.f_back
-    return False
+    return found
 
 
 def _backward(original: Callable[..., Any], tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:

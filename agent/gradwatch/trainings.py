@@ -81,7 +81,7 @@ class Trainings:
             if not any(map(agent.watches, _stepped(older))):
                 self._finish(agent)
         self._last = dict.fromkeys(self._agents, (0, 0))
-        self._agents.append(Agent(models, None, self._settings(), ends_run=False))
+        self._agents.append(Agent(models, None, self._settings(), automatic=True))
         self._kept[self._agents[-1]] = kept
         return True
 

@@ -32,6 +32,11 @@ class _Before:
     parameters: list[Tensor]
     copy: Tensor
 
+    @property
+    def indices(self) -> list[int]:
+        """Return which parameters they are."""
+        return [self.plan.indices[position] for position in self.positions]
+
 
 class Updates:
     """Keeps weights before a step and says afterwards how far they have moved."""
@@ -41,6 +46,8 @@ class Updates:
 
     def keep(self, optimizer: Optimizer, binding: Binding, pass_: Pass) -> None:
         """Copy the part of the weights whose turn it is, where enough was saved up for it."""
+        # An optimizer that has this one step, and evaluated its closure elsewhere, kept what it is not stepped from.
+        self._kept = [kept for kept in self._kept if binding.index_set.isdisjoint(kept.indices)]
         plan, members = pass_.plan, pass_.members
         parts = plan.parts(_ELEMENTS_MEAN, _ELEMENTS, _ELEMENTS_ELSEWHERE)
         if not parts:
@@ -81,7 +88,7 @@ def _update(kept: _Before) -> Update:
         else:
             out = torch.empty(units, dtype=piece.arena.dtype, device=piece.arena.device)
             Layout([piece.spec], direct_bytes=0).bind({piece.arena: out}, Scratch()).run([difference])
-    return Update([plan.indices[position] for position in kept.positions], starts, out)
+    return Update(kept.indices, starts, out)
 
 
 def _joined(parameters: Sequence[Tensor], *, gathered: bool) -> Tensor:

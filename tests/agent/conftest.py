@@ -24,6 +24,8 @@ class Server:
     def __init__(self) -> None:
         self.registrations: list[wire.Registration] = []
         self.batches: list[wire.Batch] = []
+        self.run_of: dict[str, str] = {}
+        """The run of each batch, by its id."""
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.answer: Answerer | None = None
         self.changed = threading.Condition()
@@ -64,6 +66,7 @@ class Server:
             self.registrations.append(registration)
             return json.dumps({"id": registration.id, "url": "/"}).encode()
         batch = wire.decode(body, wire.Batch)
+        self.run_of[batch.id] = path.split("/")[4]
         if batch.id not in {known.id for known in self.batches}:
             self.batches.append(batch)
         return b"{}"

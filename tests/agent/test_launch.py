@@ -238,7 +238,7 @@ def test_accelerate_launch(server: Server, script: Path, ranks: int) -> None:
     # Two rows of ones for each of two outputs; over two ranks the mean of it and of three times it.
     assert server.values("grad_norm")["2.bias"] == pytest.approx(2 * 2**0.5 * ranks)
     (end,) = [batch.end for batch in server.batches if batch.end is not None]
-    assert (end.status, end.exit_code) == ("completed", 0)
+    assert (end.status, end.exit_code) == ("completed", None)  # it is a child that ends in its own time
 
 
 def test_parameters_without_modules_take_the_optimizers_names(server: Server, script: Path) -> None:
@@ -466,3 +466,112 @@ def test_a_program_that_attaches_by_itself_is_watched_once(server: Server, scrip
     assert (done.returncode, done.stderr) == (0, "err\n")
     assert len({registration.id for registration in server.registrations}) == 1
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+
+
+def ends(server: Server) -> dict[str, tuple[str, int | None]]:
+    """Return how each run ended last, by its name."""
+    names = {str(registration.id): registration.name for registration in server.registrations}
+    return {
+        names[server.run_of[batch.id]]: (batch.end.status, batch.end.exit_code)
+        for batch in server.batches
+        if batch.end is not None
+    }
+
+
+@pytest.mark.parametrize(
+    ("ending", "told"),
+    [
+        ("", ("completed", None)),
+        ("raise ValueError", ("failed", None)),
+        ("sys.exit(3)", ("failed", 3)),
+        # Nobody knows more of one that dies without a word than how the command ended.
+        (KILLED.replace("15", "9"), ("completed", 0)),
+    ],
+)
+def test_a_training_in_a_child_ends_as_the_child_does(
+    server: Server, script: Path, tmp_path: Path, ending: str, told: tuple[str, int | None]
+) -> None:
+    script.write_text(f"{COUNTED}{SCRIPT}\n{ending}", encoding="utf-8")
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import os, subprocess, sys\n"
+        "for name in ('one', 'two'):\n"
+        f"    subprocess.run([sys.executable, {str(script)!r}], env={{**os.environ, 'GRADWATCH_RUN': name}})\n",
+        encoding="utf-8",
+    )
+    assert launch(server, sys.executable, str(driver)).returncode == 0
+    assert ends(server) == {"one": told, "two": told}
+    assert len(server.samples) == 10
+
+
+def test_what_the_program_says_of_its_own_runs_stands(server: Server, script: Path) -> None:
+    attached = "import gradwatch\nagent = gradwatch.attach(model, every=1, run='a')\nfor _ in"
+    script.write_text(SCRIPT.replace("for _ in", attached) + "agent.close(status='failed')\n", encoding="utf-8")
+    assert launch(server, sys.executable, str(script)).returncode == 0
+    assert ends(server) == {"a": ("failed", None)}
+
+
+def test_a_training_that_goes_on_in_the_background_is_left_alone(server: Server, script: Path, tmp_path: Path) -> None:
+    """It ends its run by itself, later."""
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    os.mkfifo(begun)
+    os.mkfifo(go)
+    text = SCRIPT.replace("print(", "0 and print(")
+    script.write_text(f"{text}\nopen({str(begun)!r}, 'w').close()\nopen({str(go)!r}).read()", encoding="utf-8")
+    command = f"{sys.executable} {script} > /dev/null 2>&1 & cat {begun}"
+    assert launch(server, "bash", "-c", command, GRADWATCH_RUN="behind").returncode == 0
+    assert not ends(server)
+    go.write_text("", encoding="utf-8")
+    server.wait(lambda: any(batch.end is not None for batch in server.batches))
+    assert ends(server) == {"behind": ("completed", None)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_stays_ignored(server: Server, script: Path, number: signal.Signals) -> None:
+    """As after ``nohup``, or in the background of a script."""
+    script.write_text(
+        f"{SCRIPT}import os, signal\nprint(signal.getsignal({int(number)}) is signal.SIG_IGN)\n"
+        f"for process in (os.getpid(), os.getppid()): os.kill(process, {int(number)})\n",
+        encoding="utf-8",
+    )
+    ignoring = (
+        "import signal, sys; from gradwatch.cli import main; "
+        f"signal.signal({int(number)}, signal.SIG_IGN); sys.exit(main())"
+    )
+    command = [sys.executable, "-c", ignoring, "run", "--url", server.url, "--", sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert (done.returncode, done.stdout) == (0, "out\nTrue\n")
+
+
+def test_the_run_ends_where_no_spool_can_be_written(server: Server, script: Path) -> None:
+    script.write_text(f"{SCRIPT}\nsys.exit(7)", encoding="utf-8")
+    done = launch(server, sys.executable, str(script), GRADWATCH_SPOOL_DIR="/proc/nowhere")
+    assert (done.returncode, done.stderr.count("cannot be used")) == (7, 1)
+    (end,) = [batch.end for batch in server.batches if batch.end is not None]
+    assert (end.status, end.exit_code) == ("failed", 7)
+    assert len(server.samples) == 5
+
+
+def test_many_runs_and_a_server_that_is_gone(script: Path, tmp_path: Path, server: Server) -> None:
+    """It is asked once, what waits is told once, and delivered when the server is there."""
+    script.write_text(FOLDS.replace("KEPT", "False").replace("STEPS", "5"), encoding="utf-8")
+    gone = "http://127.0.0.1:9"
+    command = [sys.executable, "-m", "gradwatch", "run", "--url", gone, "--every", "1", "--"]
+    environment = {**os.environ, "GRADWATCH_SPOOL_DIR": str(tmp_path / "waiting")}
+    done = subprocess.run(
+        [*command, sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env=environment,
+    )
+    cannot, wait = done.stderr.splitlines()
+    assert done.returncode == 0
+    assert "the server cannot be reached" in cannot
+    assert "gradwatch flush delivers them" in wait
+    flush = [sys.executable, "-m", "gradwatch", "flush", "--url", server.url]
+    assert subprocess.run(flush, check=False, timeout=300, env=environment).returncode == 0
+    assert len(server.samples) == 15
+    assert len(ends(server)) == 3
+    assert not list((tmp_path / "waiting").glob("*.spool"))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch import wire
+from gradwatch import settings, wire
 from gradwatch.agent import Agent
 from gradwatch.halves import halves
 from gradwatch.rounds import Round
@@ -256,6 +256,7 @@ def test_a_run_that_cannot_be_registered_is_said_to_be(real: GradwatchServer, ow
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
         patch.setattr(Agent, "warn", lambda _self, text: said.append(text))
+        patch.setattr(settings, "LONGEST_TEXT", 1000)  # of a server that takes longer names than this one
         agent = gradwatch.attach(model, optimizer, url=real.url, every=1, project="x" * 600)
         step(model, optimizer)
         deadline = time.monotonic() + PATIENCE_SECONDS

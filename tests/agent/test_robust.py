@@ -99,6 +99,41 @@ def test_what_a_dead_server_leaves_behind_flush_delivers(
 
 
 @pytest.mark.usefixtures("patient_collector")
+def test_a_wrong_address_takes_nothing_away(
+    server: Server, refusing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another service answers 404 to a registration: whoever finds the right one later can still make the run known."""
+    server.answer = lambda *_: (404, {}, b"not here")
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=refusing, every=1)
+    train(agent, model, optimizer)
+    agent.close(timeout_seconds=0.1)
+    for _ in range(2):
+        assert flush.main(["--url", server.url]) == 1
+        assert str(tmp_path / "spool" / agent.run_id) in capsys.readouterr().err
+    server.answer = None
+    assert flush.main(["--url", server.url]) == 0
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    assert not list((tmp_path / "spool").glob("*.spool"))
+
+
+def test_flush_names_a_setting_that_cannot_be_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        flush.main(["--url", "localhost:8321"])
+    assert "url 'localhost:8321' must start with http:// or https://" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("patient_collector")
+def test_trouble_with_a_server_is_said_once_of_all_trainings_of_a_process(refusing: str, own_errors: OwnErrors) -> None:
+    for _ in range(3):
+        model, optimizer = network()
+        with gradwatch.attach(model, optimizer, url=refusing, every=1) as agent:
+            train(agent, model, optimizer)
+            agent.close(timeout_seconds=0.5)
+    assert own_errors.warnings == 1
+
+
+@pytest.mark.usefixtures("patient_collector")
 def test_the_next_agent_delivers_what_the_last_one_left(server: Server) -> None:
     server.answer = lambda *_: (503, {}, b"{}")
     model, optimizer = network()

@@ -183,3 +183,55 @@ def test_what_fsdp1_does_not_shard_is_measured(server: Server) -> None:
     run_ranks(server, "fsdp1 orig whole", program=_UNMEASURABLE)
     assert [sample.step for sample in server.samples] == [1, 2, 3]
     assert server.events == []
+
+
+_UNREDUCED = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import gradwatch
+from gradwatch.agent import Agent
+Agent.raises_own_errors = True
+rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+torch.manual_seed(3)
+model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+mesh = init_device_mesh("cpu", (size,))
+for part in (model[0], model[2]) if kind == "parts" else ():
+    fully_shard(part, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+losses = []
+with gradwatch.attach(model, optimizer, url=url, every=1) as agent:
+    for step in range(15):
+        optimizer.zero_grad()
+        total = 0.0
+        for micro in range(3):
+            model.set_requires_gradient_sync(micro == 2)
+            for part in (model[0], model[2]) if kind == "parts" else ():
+                part.set_requires_gradient_sync(micro == 2)
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(9 * step + 3 * micro + rank))
+            loss = model(x).square().mean() / 3
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        losses.append(total)
+    agent.log(last=losses[-1])
+    model.to("cpu")  # which swaps tensors
+    dist.barrier()
+if rank == 0:
+    seen = gradwatch.attach(nn.Linear(2, 2), url=url)
+    seen.log(**{f"truth{step}": loss for step, loss in enumerate(losses, start=1)})
+    seen.close()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["whole", "parts"])
+def test_the_loss_of_passes_that_are_not_reduced_is_part_of_the_step(server: Server, kind: str) -> None:
+    """Their gradients lie in what stands in for the parameters, which have none of their own meanwhile."""
+    run_ranks(server, kind, program=_UNREDUCED)
+    expected = {step: server.trail(f"truth{step}")[0] for step in range(1, 16)}
+    assert server.trail("loss") == pytest.approx(expected, rel=1e-5)

@@ -4,9 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from gradwatch import wire
+from gradwatch.launch import _deliver
+from gradwatch.settings import resolve
+from gradwatch.spool import Losses, Spool
 
 from .conftest import Server
 
@@ -575,3 +581,19 @@ def test_many_runs_and_a_server_that_is_gone(script: Path, tmp_path: Path, serve
     assert len(server.samples) == 15
     assert len(ends(server)) == 3
     assert not list((tmp_path / "waiting").glob("*.spool"))
+
+
+def test_a_server_that_does_not_answer_is_asked_once(server: Server, tmp_path: Path) -> None:
+    server.answer = lambda *_: (503, {}, b"later")
+    runs = [f"run-{place:016x}" for place in range(3)]
+    for run in runs:
+        spool = Spool(tmp_path, url=server.url, run=run, losses=Losses(), warn=print)
+        spool.append("batch", wire.encode(wire.Batch(id=run, attempt=1)))
+        spool.close()
+    settings = resolve(environment={"GRADWATCH_SPOOL_DIR": str(tmp_path)})
+    _deliver(runs, settings, time.monotonic() + 60.0)
+    assert len(server.requests) == 1
+    server.answer = None
+    _deliver(runs, settings, time.monotonic() + 60.0)
+    assert [batch.id for batch in server.batches] == runs
+    assert not list(tmp_path.glob("*.spool"))

@@ -113,6 +113,7 @@ def test_a_wrong_address_takes_nothing_away(
         assert str(tmp_path / "spool" / agent.run_id) in capsys.readouterr().err
     server.answer = None
     assert flush.main(["--url", server.url]) == 0
+    assert {registration.id for registration in server.registrations} == {agent.run_id}
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
     assert not list((tmp_path / "spool").glob("*.spool"))
 

@@ -3,8 +3,8 @@
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +19,19 @@ _CLIPS: Final = 1 << 14
 """Clippings that wait for their step; the oldest are forgotten then. Some clip each parameter by itself."""
 _SCALED: Final = 16
 """Scaled losses that are remembered."""
+_NODES: Final = 32
+"""Nodes of a graph that are searched for them."""
+
+
+class _Scaled(NamedTuple):
+    """A loss that a loss scaler has multiplied."""
+
+    scaled: weakref.ref[Tensor]
+    original: Tensor | None
+    """What it was; None of several numbers."""
+    scaler: weakref.ref[Any]
+    number: int
+    """Of its node in the graph, where there is one."""
 
 
 class Pending:
@@ -34,8 +47,8 @@ class Pending:
         """The next round, where something was measured of it already."""
         self.gone: frozenset[int] = frozenset()
         """Indices of the parameters whose gradients were thrown away since the last loss."""
-        self._scaled: deque[tuple[weakref.ref[Tensor], Tensor, weakref.ref[Any]]] = deque(maxlen=_SCALED)
-        """Scaled losses that may still be propagated, with what they were and their scaler; of any training."""
+        self._scaled: deque[_Scaled] = deque(maxlen=_SCALED)
+        """Scaled losses that may still be propagated; of any training."""
         self._scaler: weakref.ref[Any] | None = None
         """The one of this training."""
         self._under_way: dict[int, list[weakref.ref[Tensor]]] = {}
@@ -96,15 +109,23 @@ class Pending:
 
     def _original(self, loss: Tensor) -> Tensor:
         """Return a loss of this training as it was before a loss scaler multiplied it, which is known by that."""
-        for scaled, original, scaler in self._scaled:
-            if scaled() is loss:
-                self._scaler = scaler
-                return original
-        return kept(loss)
+        for known in self._scaled:
+            if known.original is not None and known.scaled() is loss:
+                self._scaler = known.scaler
+                return known.original
+        computed = _computed_from(loss, self._scaled)
+        if computed is None:
+            return kept(loss)
+        self._scaler = computed.scaler
+        scale = self.loss_scale
+        return kept(loss) if scale is None else kept(loss) / scale.to(loss.device)
 
     def note_scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
-        """Remember what a scaled loss was."""
-        self._scaled.append((weakref.ref(scaled), kept(original), weakref.ref(scaler)))
+        """Remember what a scaled loss was; of several numbers only where they are in a graph."""
+        node = scaled.grad_fn
+        number = -1 if node is None else node._sequence_nr()  # noqa: SLF001
+        only = kept(original) if original.numel() == 1 else None
+        self._scaled.append(_Scaled(weakref.ref(scaled), only, weakref.ref(scaler), number))
 
     def note_scaler(self, scaler: object) -> None:
         """Remember a loss scaler that steps, or skips, an optimizer of this training."""
@@ -112,7 +133,8 @@ class Pending:
 
     def originals(self, scalars: Sequence[Tensor]) -> list[Tensor]:
         """Return what the scaled ones of some losses were."""
-        return [original for scaled, original, _ in self._scaled if any(scaled() is scalar for scalar in scalars)]
+        known = [known for known in self._scaled if any(known.scaled() is scalar for scalar in scalars)]
+        return [scaled.original for scaled in known if scaled.original is not None]
 
     @property
     def scaler(self) -> Any:
@@ -155,6 +177,21 @@ class Pending:
             return None
         self.coming = None
         return coming.slot
+
+
+def _computed_from(loss: Tensor, scaled: Collection[_Scaled]) -> _Scaled | None:
+    """Return one of some scaled losses that another one was computed from, by the end of its graph."""
+    if not scaled or loss.grad_fn is None:
+        return None
+    by_number = {known.number: known for known in scaled if known.number >= 0}
+    nodes: list[Any] = [loss.grad_fn]
+    for node in nodes:
+        known = by_number.get(node._sequence_nr())  # noqa: SLF001
+        if known is not None:
+            return known
+        if len(nodes) < _NODES:
+            nodes += [below for below, _ in node.next_functions if below is not None]
+    return None
 
 
 def _alive(references: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:

@@ -274,7 +274,7 @@ def _scale(original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
         return result
     pairs = [(outputs, result)] if isinstance(outputs, Tensor) else zip(outputs, result, strict=True)
     for output, scaled in pairs:
-        if isinstance(output, Tensor) and output.numel() == 1:
+        if isinstance(output, Tensor):
             for listener in _listeners:
                 listener.scaled(scaler, output, scaled)
     return result

@@ -49,6 +49,41 @@ def test_clipping_by_value_while_the_scale_is_on(server: Server) -> None:
         assert server.values("clipped_grad_norm", step) == pytest.approx(expected, rel=1e-6)
 
 
+def half(scaler: torch.amp.GradScaler, losses: list[Tensor]) -> Tensor:
+    return sum((scaler.scale(loss) / 2 for loss in losses), torch.zeros(()))
+
+
+def joined(scaler: torch.amp.GradScaler, losses: list[Tensor]) -> Tensor:
+    return scaler.scale(losses[0]) + scaler.scale(losses[1])
+
+
+def averaged(scaler: torch.amp.GradScaler, losses: list[Tensor]) -> Tensor:
+    return scaler.scale(torch.stack(losses)).mean()
+
+
+def beside(scaler: torch.amp.GradScaler, losses: list[Tensor]) -> Tensor:
+    scaler.scale(losses[1])  # is not propagated
+    scaler.scale(losses[1].detach())
+    return losses[0] / 4
+
+
+@pytest.mark.parametrize(("compute", "expected"), [(half, 59.0), (joined, 118.0), (averaged, 59.0), (beside, 14.75)])
+def test_a_loss_that_is_computed_from_scaled_ones(server: Server, compute: Any, expected: float) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with watch(model, server, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            compute(scaler, [model(GRAD_A, 12.0), model(GRAD_A, 12.0)]).backward()
+            if compute is beside:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+    assert server.trail("loss") == {1: expected, 2: expected, 3: expected}
+
+
 def test_a_tied_weight_that_is_listed_twice_is_scaled_twice(server: Server) -> None:
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

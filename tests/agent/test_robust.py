@@ -111,7 +111,8 @@ def test_a_wrong_address_takes_nothing_away(
     for _ in range(2):
         assert flush.main(["--url", server.url]) == 1
         assert str(tmp_path / "spool" / agent.run_id) in capsys.readouterr().err
-    server.answer = None
+    unknown = 404, dict[str, str](), b"unknown run"
+    server.answer = lambda at, path: None if at.registrations or path == "/api/v1/runs" else unknown
     assert flush.main(["--url", server.url]) == 0
     assert {registration.id for registration in server.registrations} == {agent.run_id}
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]

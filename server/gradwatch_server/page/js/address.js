@@ -7,9 +7,17 @@ export function here() {
   return { path: location.pathname, query: new URLSearchParams(location.search) };
 }
 
+/** What is shown: a link within the page changes the address, too, but for that nothing is drawn anew. */
+let shown = text();
+
+function text() {
+  return location.pathname + location.search;
+}
+
 /** Go to another view. @param {string} url */
 export function go(url) {
   history.pushState(null, "", url);
+  shown = text();
   dispatchEvent(new Event("gradwatch:address"));
 }
 
@@ -23,14 +31,19 @@ export function note(changes) {
     if (value === null || value === "") query.delete(name);
     else query.set(name, String(value));
   }
-  const text = query.toString();
-  if (text !== new URLSearchParams(location.search).toString())
-    history.replaceState(null, "", text ? `${path}?${text}` : path);
+  const written = query.toString();
+  if (written !== new URLSearchParams(location.search).toString())
+    history.replaceState(null, "", written ? `${path}?${written}` : path);
+  shown = text();
 }
 
 /** Let links of this page change the view in place. @param {() => void} show */
 export function follow(show) {
-  addEventListener("popstate", show);
+  addEventListener("popstate", () => {
+    if (text() === shown) return;
+    shown = text();
+    show();
+  });
   addEventListener("gradwatch:address", show);
   document.addEventListener("click", (event) => {
     const link = event.target instanceof Element ? event.target.closest("a") : null;

@@ -5,7 +5,6 @@ Unlike telemetry it raises: a run must never continue unclipped in silence.
 
 import logging
 import math
-import weakref
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from gradwatch.agc import AGC, Clipping, check_clip
 from gradwatch.binding import Binding, Pass
 from gradwatch.buffers import Plan, Slot
 from gradwatch.classifier import Classifier
+from gradwatch.held import Held, held
 from gradwatch.layout import Scratch
 from gradwatch.model import Watched
 from gradwatch.sharding import split_of
@@ -50,7 +50,7 @@ class Clipper:
         self._slot = Slot(Scratch())
         self._clippings: dict[int, tuple[Plan, frozenset[int], Clipping]] = {}
         self._limits: dict[int, tuple[tuple[Any, ...], Limits]] = {}
-        self._clipped: list[tuple[weakref.ref[Tensor], int]] = []
+        self._clipped: list[tuple[Held, int]] = []
         """Gradients of an optimizer that steps others by itself, as they were left, with their versions."""
 
     def know(self, watched: Sequence[Watched]) -> None:
@@ -99,7 +99,7 @@ class Clipper:
 
     def note_clipped(self, grads: Sequence[Tensor]) -> None:
         """Note gradients that were clipped for an optimizer which has others step them."""
-        self._clipped = [(weakref.ref(grad), grad._version) for grad in grads]  # noqa: SLF001
+        self._clipped = [(held(grad), grad._version) for grad in grads]  # noqa: SLF001
 
     def has_clipped(self, binding: Binding) -> bool:
         """Return whether all gradients that are there were noted as clipped, and left alone since."""

@@ -15,9 +15,10 @@ from gradwatch.agc import AGC
 from gradwatch.buffers import Slots
 from gradwatch.composer import Composer, Draft
 from gradwatch.mirrors import Mirror
-from gradwatch.model import LONGEST_NAME, shortened
+from gradwatch.model import shortened
 from gradwatch.ranks import Part, Patience, Ranks
 from gradwatch.rounds import Ended, Message, Registered, Round
+from gradwatch.settings import LONGEST_NAME, can_be_stored
 from gradwatch.spool import Losses, Spool
 
 POLL_SECONDS: Final = 0.1
@@ -194,7 +195,7 @@ class Collector:
         """Return whether the server will take a number of this name; else count it and say so once."""
         if name in self._names or name in _OWN_NAMES:
             return True
-        if len(self._names) < MOST_NAMES and len(name) <= LONGEST_NAME and _is_text(name):
+        if len(self._names) < MOST_NAMES and len(name) <= LONGEST_NAME and can_be_stored(name):
             self._names.add(name)
             return True
         self._losses.values += 1
@@ -320,8 +321,3 @@ def _arrived(round_: Round, *, wait: bool) -> bool:
     while not (arrived := round_.slot.arrived()) and wait and time.monotonic() < deadline:
         time.sleep(0.001)
     return arrived
-
-
-def _is_text(name: str) -> bool:
-    """Return whether a database keeps it."""
-    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in name)

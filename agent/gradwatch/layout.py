@@ -284,7 +284,7 @@ def _reduce_dims(dims: tuple[int, ...], keepdim: bool, tensor: Tensor, out: Tens
 def _reduce_transposed(groups: int, tensor: Tensor, out: Tensor) -> None:
     """Write the unit norms of a transposed convolution: first over each kernel, which lies together in memory.
 
-    Over all dims at once it takes seven times as long on the CPU.
+    Over all dims at once it takes several times as long on the CPU.
     """
     wanted = None if tensor.dtype == out.dtype else out.dtype
     kernels = torch.linalg.vector_norm(tensor, dim=tuple(range(2, tensor.dim())), dtype=wanted)

@@ -14,9 +14,8 @@ from torch.nn.parameter import is_lazy
 from gradwatch import wire
 from gradwatch.held import Held, held
 from gradwatch.layout import MOST_UNITS, Axis, Spec, spec_of
+from gradwatch.settings import LONGEST_NAME
 
-LONGEST_NAME: Final = 512
-"""In characters, as a server takes it by default."""
 _MOST_NODES: Final = 20_000
 """That are read of a graph; more could overflow the stack, see ``classifier``."""
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

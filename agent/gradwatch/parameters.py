@@ -1,7 +1,7 @@
 """What is watched: the parameters of some models, looked for again as they change, and what is registered of them."""
 
 import weakref
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -100,11 +100,17 @@ class Parameters:
 
     def are_reached(self, losses: Iterable[Tensor]) -> bool:
         """Return whether the graph of some losses leads to a watched parameter, or to what stands in for one."""
+        several = list(losses)
+        if self._are_reached(several):
+            return True
+        if not self.sharded:
+            return False
+        self.note_stand_ins()  # what stands in for some may have been made since
+        return self._are_reached(several)
+
+    def _are_reached(self, losses: Sequence[Tensor]) -> bool:
         ids = {id(parameter) for known in self.watched if (parameter := known.parameter()) is not None}
-        if self.sharded:
-            self.note_stand_ins()
-            ids |= self._stand_ins.keys()
-        losses = list(losses)
+        ids |= self._stand_ins.keys()
         if any(id(loss) in ids for loss in losses):
             return True
         nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 DEFAULT_URL: Final = "http://127.0.0.1:8321"
-LONGEST_TEXT: Final = 512
-"""Characters of a name, as a server takes it by default."""
+LONGEST_NAME: Final = 512
+"""In characters, as a server takes it by default."""
 RUN_ID: Final = re.compile(r"run-[0-9a-f]{16}")
 """The form of a run's id. ``run=`` in this form resumes that run as a new attempt; anything else is a name."""
 
@@ -46,8 +46,8 @@ class Settings:
             if text is not None and not isinstance(text, str):
                 raise SettingsError(f"{name}={'...' if name == 'token' else repr(text)[:80]} must be a text")
         for name, text in (("project", self.project), ("run", self.run or "")):
-            if len(text) > LONGEST_TEXT or not _can_be_stored(text):
-                raise SettingsError(f"{name}={text[:40]!r}... must have at most {LONGEST_TEXT} characters, and no NUL")
+            if len(text) > LONGEST_NAME or not can_be_stored(text):
+                raise SettingsError(f"{name}={text[:40]!r}... must have at most {LONGEST_NAME} characters, and no NUL")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
             raise SettingsError("the token holds a character that no HTTP header may: see token=, GRADWATCH_TOKEN")
         if not self.url.startswith(("http://", "https://")):
@@ -125,7 +125,8 @@ def _stripped(text: _T, also: str = "") -> _T:
     return cast("_T", text.strip().rstrip(also)) if isinstance(text, str) else text
 
 
-def _can_be_stored(text: str) -> bool:
+def can_be_stored(text: str) -> bool:
+    """Return whether a database keeps a text."""
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 

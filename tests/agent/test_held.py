@@ -13,6 +13,7 @@ from gradwatch.binding import Binding
 from gradwatch.held import era, held
 
 from .conftest import Server
+from .test_wrappers import Around
 from .watching import watch
 
 
@@ -45,6 +46,19 @@ def test_a_watched_model_is_converted_by_swapping(server: Server) -> None:
     model.float()  # the agent is there still
     assert [sample.step for sample in server.samples] == [1, 2]
     assert server.values("grad_norm", 2) == pytest.approx(server.values("grad_norm", 1))
+
+
+@pytest.mark.usefixtures("swapping")
+def test_gradients_that_were_clipped_for_another_optimizer_are_swapped_too(server: Server) -> None:
+    """They are known until the next step, since the optimizer within must not have them clipped again."""
+    model = nn.Linear(3, 2)
+    optimizer = Around(torch.optim.SGD(model.parameters(), lr=0.0))
+    with watch(model, server, clip=gradwatch.AGC(0.01, exclude=())):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        model.double()
+    assert model.weight.grad is not None
+    assert model.weight.grad.dtype == torch.float64
 
 
 @pytest.mark.usefixtures("swapping")

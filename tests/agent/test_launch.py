@@ -13,6 +13,7 @@ from gradwatch import wire
 from gradwatch.launch import _deliver
 from gradwatch.settings import resolve
 from gradwatch.spool import Losses, Spool
+from tests.processes import free_port
 
 from .conftest import Server
 
@@ -561,7 +562,7 @@ def test_the_run_ends_where_no_spool_can_be_written(server: Server, script: Path
 def test_many_runs_and_a_server_that_is_gone(script: Path, tmp_path: Path, server: Server) -> None:
     """It is asked once, what waits is told once, and delivered when the server is there."""
     script.write_text(FOLDS.replace("KEPT", "False").replace("STEPS", "5"), encoding="utf-8")
-    gone = "http://127.0.0.1:9"
+    gone = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "gradwatch", "run", "--url", gone, "--every", "1", "--"]
     environment = {**os.environ, "GRADWATCH_SPOOL_DIR": str(tmp_path / "waiting")}
     done = subprocess.run(

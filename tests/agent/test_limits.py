@@ -256,7 +256,7 @@ def test_a_run_that_cannot_be_registered_is_said_to_be(real: GradwatchServer, ow
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
         patch.setattr(Agent, "warn", lambda _self, text: said.append(text))
-        patch.setattr(settings, "LONGEST_TEXT", 1000)  # of a server that takes longer names than this one
+        patch.setattr(settings, "LONGEST_NAME", 1000)  # of a server that takes longer names than this one
         agent = gradwatch.attach(model, optimizer, url=real.url, every=1, project="x" * 600)
         step(model, optimizer)
         deadline = time.monotonic() + PATIENCE_SECONDS

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -34,6 +35,12 @@ _DIRECT_BYTES: Final = {"cpu": 1 << 19}
 """From this size a tensor is reduced where it lies. Measured on 2 CPU cores: copying costs 0.7 of reading, a launch
 3 microseconds. On an accelerator a launch costs what reading about 16 MiB costs."""
 _DIRECT_BYTES_ELSEWHERE: Final = 1 << 24
+_SPARED_BYTES: Final = {"cpu": 1 << 16}
+"""From this size on, to reduce a tensor where it lies is no slower than to copy it: done while there are operators to
+spare. On an accelerator there are none."""
+_OPERATORS: Final = 10
+_OPERATORS_A_WIDTH: Final = 4
+"""For the gradients, and again for the weights."""
 _CHUNK_BYTES: Final = {"cpu": 1 << 22}
 """Size of the scratch buffer: what stays in the cache of a CPU."""
 _CHUNK_BYTES_ELSEWHERE: Final = 1 << 26
@@ -161,9 +168,7 @@ class Bound:
         self.layout = layout
         self._direct: list[tuple[int, tuple[int, ...], Tensor, Reducer]] = []
         """Of each tensor that is reduced where it lies: its position and shape, where its norms go, and how."""
-        self._gathered: list[tuple[Piece, list[int], Tensor, Tensor, Tensor]] = []
-        """Of those that are gathered: the elements of each, where the norms go, and the scratch as it is filled and
-        read."""
+        self._gathered: list[_Gathered] = []
         for piece in layout.pieces if pieces is None else pieces:
             out = arenas[piece.arena][piece.start : piece.stop]
             shape = piece.spec.shape
@@ -171,10 +176,19 @@ class Bound:
                 (position,) = piece.positions
                 self._direct.append((position, shape, out, reducer(piece.spec)))
                 continue
-            elements = [math.prod(layout.specs[position].shape) for position in piece.positions]
+            shapes = [layout.specs[position].shape for position in piece.positions]
             flat = scratch.take(piece.arena, piece.elements)
-            target = flat.view(-1, *shape[1:]) if piece.spec.axis == "rows" and len(shape) > 1 else flat
-            self._gathered.append((piece, elements, out, target, flat.view(piece.stop - piece.start, -1)))
+            alike = len(set(shapes)) == 1
+            self._gathered.append(
+                _Gathered(
+                    take=itemgetter(*piece.positions),
+                    shape=shape,
+                    elements=None if alike else list(map(math.prod, shapes)),
+                    target=flat.view((len(shapes), *shape) if alike else (-1, *shape[1:])),
+                    rows=flat.view(piece.stop - piece.start, -1),
+                    out=out,
+                )
+            )
 
     def run(self, tensors: Sequence[Tensor]) -> None:
         """Write the unit norms of ``tensors``, which must be of the layout's specification, in its order.
@@ -188,17 +202,40 @@ class Bound:
             if tensor.shape != shape:
                 raise LayoutChangedError(f"a tensor is {tuple(tensor.shape)}, not {shape}")
             reduce(tensor, out)
-        for piece, elements, out, target, rows in self._gathered:
-            members = [tensors[position] for position in piece.positions]
-            # They have one row shape, which torch looks after: the elements tell the rest, in a third of the time of a
-            # shape.
-            if members[0].shape != piece.spec.shape or list(map(Tensor.numel, members)) != elements:
-                raise LayoutChangedError(f"a tensor of {piece.spec.shape}, or gathered with one, has another shape now")
-            if piece.spec.shape == ():
-                torch.stack(members, out=target)
-            else:
-                torch.cat(members, out=target)
-            torch.linalg.vector_norm(rows, dim=1, out=out)
+        for gathered in self._gathered:
+            gathered.reduce(tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """Tensors that are copied to the scratch buffer and reduced there."""
+
+    take: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    """Takes them from a list of all."""
+    shape: tuple[int, ...]
+    """Of the first of them."""
+    elements: list[int] | None
+    """Of each; None where all have one shape."""
+    target: Tensor
+    """The scratch as it is filled."""
+    rows: Tensor
+    """The scratch as it is read: a row for each unit."""
+    out: Tensor
+    """Where the unit norms go."""
+
+    def reduce(self, tensors: Sequence[Tensor]) -> None:
+        members = self.take(tensors)
+        # Torch looks after the rest: stack that all have one shape, cat that their rows have. It would make the scratch
+        # larger for the elements of a longer one.
+        if members[0].shape != self.shape:
+            raise LayoutChangedError(f"a tensor is {tuple(members[0].shape)}, not {self.shape}")
+        if self.elements is None:
+            torch.stack(members, out=self.target)
+        else:
+            if list(map(Tensor.numel, members)) != self.elements:
+                raise LayoutChangedError(f"a tensor that is gathered with one of {self.shape} has another shape now")
+            torch.cat(members, out=self.target)
+        torch.linalg.vector_norm(self.rows, dim=1, out=self.out)
 
 
 def _chunk_bytes(device: torch.device) -> int:
@@ -207,21 +244,20 @@ def _chunk_bytes(device: torch.device) -> int:
 
 def _pieces(specs: Sequence[Spec], direct_bytes: int | None, chunk_bytes: int | None) -> list[Piece]:
     alone: list[int] = []
-    alike: dict[tuple[object, ...], list[int]] = {}
+    alike: dict[_Row, list[int]] = {}
     for position, spec in enumerate(specs):
         limit = (
             direct_bytes if direct_bytes is not None else _DIRECT_BYTES.get(spec.device.type, _DIRECT_BYTES_ELSEWHERE)
         )
         if not spec.units:
             continue
-        if not _can_be_gathered(spec) or math.prod(spec.shape) * spec.norm_dtype.itemsize >= limit:
+        if not _can_be_gathered(spec) or _bytes(spec) >= limit:
             alone.append(position)
         else:
-            one_unit = spec.axis == "whole" or len(spec.shape) < 2
-            row = spec.shape if one_unit else spec.shape[1:]
-            alike.setdefault((spec.device, spec.dtype, one_unit, row), []).append(position)
+            alike.setdefault(_row(spec), []).append(position)
+    if direct_bytes is None:
+        alone += _spared(specs, len(alone), alike, chunk_bytes)
     chunks = [part for members in alike.values() for part in _chunks(specs, members, chunk_bytes)]
-    # To gather a part and reduce it are two operators: one or two tensors are reduced where they lie in as many.
     groups = [(position,) for position in [*alone, *(p for part in chunks if len(part) <= 2 for p in part)]]
     gathered = [part for part in chunks if len(part) > 2]
     sizes: dict[Arena, int] = {}
@@ -236,6 +272,54 @@ def _pieces(specs: Sequence[Spec], direct_bytes: int | None, chunk_bytes: int | 
     return pieces
 
 
+_Row = tuple[torch.device, torch.dtype, bool, tuple[int, ...]]
+"""What tensors that are gathered together have in common; the third: whether each is one unit."""
+
+
+def _row(spec: Spec) -> _Row:
+    one_unit = spec.axis == "whole" or len(spec.shape) < 2
+    return spec.device, spec.dtype, one_unit, spec.shape if one_unit else spec.shape[1:]
+
+
+def _bytes(spec: Spec) -> int:
+    """Return the bytes of a tensor once it is copied."""
+    return math.prod(spec.shape) * spec.norm_dtype.itemsize
+
+
+def _spared(specs: Sequence[Spec], alone: int, alike: dict[_Row, list[int]], chunk_bytes: int | None) -> list[int]:
+    """Take from ``alike`` what is reduced where it lies as well, the largest first, while there are operators for it.
+
+    Args:
+        specs: of all tensors.
+        alone: how many tensors are reduced where they lie already.
+        alike: positions of those that are gathered; what is returned is removed.
+        chunk_bytes: how much is gathered at once.
+    """
+    most = _OPERATORS_A_WIDTH * len({spec.width for spec in specs if spec.units}) + _OPERATORS
+    launched = {row: _launched(specs, members, chunk_bytes) for row, members in alike.items()}
+    candidates = [
+        (size, position)
+        for members in alike.values()
+        for position in members
+        if (size := _bytes(specs[position])) >= _SPARED_BYTES.get(specs[position].device.type, math.inf)
+    ]
+    taken: list[int] = []
+    for _, position in sorted(candidates, key=itemgetter(0), reverse=True):
+        row = _row(specs[position])
+        rest = [member for member in alike[row] if member != position]
+        after = _launched(specs, rest, chunk_bytes)
+        if alone + len(taken) + 1 + sum(launched.values()) - launched[row] + after > most:
+            break
+        launched[row], alike[row] = after, rest
+        taken.append(position)
+    return taken
+
+
+def _launched(specs: Sequence[Spec], members: Sequence[int], chunk_bytes: int | None) -> int:
+    """Return the operators for tensors that can be gathered: two a chunk, and so for one or two without copying."""
+    return sum(min(len(chunk), 2) for chunk in _chunks(specs, members, chunk_bytes))
+
+
 def _can_be_gathered(spec: Spec) -> bool:
     plain = spec.dtype.is_floating_point and spec.dtype.itemsize > 1 and not spec.sparse
     in_order = spec.axis == "rows" or len(spec.shape) == 1
@@ -243,6 +327,8 @@ def _can_be_gathered(spec: Spec) -> bool:
 
 
 def _chunks(specs: Sequence[Spec], members: Sequence[int], chunk_bytes: int | None) -> list[tuple[int, ...]]:
+    if not members:
+        return []
     spec = specs[members[0]]
     limit = (chunk_bytes or _chunk_bytes(spec.device)) // spec.norm_dtype.itemsize
     chunks: list[list[int]] = []

@@ -131,7 +131,7 @@ def test_operators_grow_with_the_widths_not_with_the_parameters(network: Network
     specs = [spec_of(tensor, "rows") for tensor in tensors]
     widths = {spec.width for spec in specs}
     counts = {}
-    for form, (direct, chunk) in {"accelerator": (1 << 24, 1 << 26), "cpu": (1 << 19, 1 << 22)}.items():
+    for form, (direct, chunk) in {"accelerator": (1 << 24, 1 << 26), "cpu": (None, None)}.items():
         layout = Layout(specs, direct_bytes=direct, chunk_bytes=chunk)
         arenas = {arena: torch.zeros(size, dtype=arena.dtype) for arena, size in layout.sizes.items()}
         bound = layout.bind(arenas, Scratch())
@@ -144,6 +144,41 @@ def test_operators_grow_with_the_widths_not_with_the_parameters(network: Network
     print(row)
     assert counts["accelerator"] <= bar
     assert row in (Path(__file__).parents[2] / "docs" / "agent.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(("tensors", "copied"), [(3, False), (14, False), (15, True), (200, True)])
+def test_what_the_operators_allow_is_reduced_where_it_lies(tensors: int, copied: bool) -> None:
+    """64 kB each: to copy costs at least as much as to launch, of which 4 for a width and 10 are allowed."""
+    matrices = [torch.randn(128, 128) for _ in range(tensors)]
+    with Operators() as operators:
+        got = unit_norms(matrices)
+    launched = [name for name in operators.names if "norm" in name or "stack" in name]
+    assert len(launched) <= 14
+    assert any("stack" in name for name in launched) == copied
+    for matrix, norms in zip(matrices, got, strict=True):
+        assert norms == pytest.approx(matrix.norm(dim=1).numpy(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(2, 3), (2, 3), (2, 3)], [(2, 3), (4, 3), (2, 3)], [(), (), ()], [(5,), (5,), (5,)]]
+)
+@pytest.mark.parametrize("changed", [(9, 3), (2, 4), (3,), ()])
+def test_a_gathered_tensor_of_another_shape_is_refused(shapes: list[tuple[int, ...]], changed: tuple[int, ...]) -> None:
+    """Whichever it is, and before anything is written beyond the buffers, which torch would make larger."""
+    for place in range(3):
+        tensors = [torch.ones(shape) for shape in shapes]
+        layout = Layout([spec_of(tensor, "rows") for tensor in tensors])
+        assert any(piece.gathered for piece in layout.pieces)
+        arenas = {arena: torch.zeros(size, dtype=arena.dtype) for arena, size in layout.sizes.items()}
+        scratch = Scratch()
+        bound = layout.bind(arenas, scratch)
+        sizes = [buffer.untyped_storage().nbytes() for buffer in scratch.buffers.values()]
+        tensors[place] = torch.ones(changed)
+        if changed == shapes[place]:
+            continue
+        with pytest.raises(RuntimeError):
+            bound.run(tensors)
+        assert [buffer.untyped_storage().nbytes() for buffer in scratch.buffers.values()] == sizes
 
 
 def test_slots_are_bounded_and_come_back() -> None:

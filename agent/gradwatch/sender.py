@@ -197,7 +197,7 @@ class Sender:
                 if self._failed is None:
                     raise
                 self._failed(error)
-                self._wait(Answer("later"))
+                working = self._wait(Answer("later"))
 
     def _advance(self) -> bool:
         """Deliver one document, or wait for one; return False when it is time to stop."""
@@ -217,17 +217,20 @@ class Sender:
         answer = self._offer(entry, min(left, self._timeout_seconds))
         if answer.verdict in ("committed", "poison"):
             self._failures = 0
-        else:
-            self._wait(answer)
-        return True
+            return True
+        return self._wait(answer)
 
-    def _wait(self, answer: Answer) -> None:
-        """Wait before the next attempt; while the agent is being closed only a little."""
+    def _wait(self, answer: Answer) -> bool:
+        """Wait before the next attempt; return False where there will be none before the end."""
         if self._deadline is None:
             self._pause(answer)
-        else:
-            left = self._deadline - time.monotonic()
-            time.sleep(min(CLOSING_PAUSE_SECONDS, max(left, 0.0)))  # a server that is being restarted comes back
+            return True
+        left = self._deadline - time.monotonic()
+        asked = answer.retry_after_seconds or 0.0
+        if asked >= left:
+            return False
+        time.sleep(min(max(asked, CLOSING_PAUSE_SECONDS), left))  # a server that is being restarted comes back
+        return True
 
     def _offer(self, entry: Entry, timeout_seconds: float) -> Answer:
         """Send one document and draw the consequences, all but the pause."""

@@ -23,8 +23,12 @@ from gradwatch_server.errors import DatabaseError
 _CONNECT_SECONDS = 10
 
 
-def open_engine(url: str) -> sa.Engine:
+def open_engine(url: str, *, create: bool = True) -> sa.Engine:
     """Return an engine that is ready to use.
+
+    Args:
+        url: address of the database.
+        create: whether an SQLite file that is not there is made when something is first written to it.
 
     Raises:
         DatabaseError: the address is not of a database that gradwatch uses, or it cannot be opened.
@@ -34,18 +38,23 @@ def open_engine(url: str) -> sa.Engine:
     except sa.exc.ArgumentError:
         raise DatabaseError(f"{url!r} is not a database address: use sqlite:///FILE or postgresql://...") from None
     if parsed.get_backend_name() == "sqlite":
-        return _open_sqlite(parsed)
+        return _open_sqlite(parsed, create=create)
     if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
         return _open_postgresql(parsed)
     raise DatabaseError(f"{parsed.drivername!r} is not a database gradwatch uses: sqlite:///FILE or postgresql://...")
 
 
-def _open_sqlite(url: sa.URL) -> sa.Engine:
+def _open_sqlite(url: sa.URL, *, create: bool) -> sa.Engine:
     if not url.database or url.database == ":memory:":
         raise DatabaseError("an in-memory SQLite loses what it acknowledged: name a file, sqlite:///gradwatch.db")
     folder = Path(url.database).resolve().parent
     if not folder.is_dir():
         raise DatabaseError(f"the folder {folder} of the database does not exist: create it or name another")
+    if not create and not Path(url.database).exists():
+        raise DatabaseError(
+            f"there is no database {Path(url.database).resolve()}: name the server's with --database-url or "
+            "GRADWATCH_DATABASE_URL"
+        )
     engine = sa.create_engine(
         url, pool_size=8, connect_args={"timeout": 30}, json_serializer=_json, json_deserializer=orjson.loads
     )

@@ -160,7 +160,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     url = given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
     try:
-        engine = open_engine(url)
+        engine = open_engine(url, create=False)
         prepare(engine)
         with told(engine), engine.connect() as connection:
             with _made(given.output) as path, ExitStack() as stack:

@@ -27,7 +27,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         configuration = Configuration.load(given.config)
         engine = open_engine(
-            given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
+            given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db",
+            create=False,
         )
         prepare(engine)
         with told(engine):

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import ctypes
+import errno
 import gc
 import logging
 import os
@@ -38,7 +39,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gradwatch serve", description="Run the server.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8321, help="port to listen on; 0: any free one (default: 8321)")
+    parser.add_argument("--port", type=_port, default=8321, help="port to listen on; 0: any free one (default: 8321)")
     parser.add_argument(
         "--database-url",
         help="sqlite:///FILE or postgresql://... (default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)",
@@ -47,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--webhook-secret", metavar="whsec_...", help="sign what is delivered there")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration, see docs/configuration.md")
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: a whole number from 0 to 65535")
+    return int(text)
 
 
 def read_settings(arguments: argparse.Namespace) -> Settings:
@@ -150,8 +157,11 @@ def _listen(settings: Settings) -> socket.socket:
             (settings.host, settings.port), family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         )
     except OSError as error:
-        address = f"{settings.host}:{settings.port}"
-        raise ConfigurationError(f"cannot listen on {address}: {error.strerror}; choose another with --port") from None
+        address, option = f"{settings.host}:{settings.port}", "--port"
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            option = "--host"
+        text = f"cannot listen on {address}: {error.strerror}; choose another with {option}"
+        raise ConfigurationError(text) from None
 
 
 def _keep_memory() -> None:

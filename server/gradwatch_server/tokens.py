@@ -160,7 +160,8 @@ def main(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(arguments)
     try:
         engine = open_engine(
-            given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
+            given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db",
+            create=given.command == "create",
         )
         prepare(engine)
         with told(engine), writing(engine) as connection:

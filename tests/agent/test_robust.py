@@ -149,6 +149,38 @@ def test_the_next_agent_delivers_what_the_last_one_left(server: Server) -> None:
     assert {registration.id for registration in server.registrations} == {first.run_id, second.run_id}
 
 
+@pytest.mark.usefixtures("patient_collector")
+def test_closing_waits_as_long_as_the_server_asks(server: Server) -> None:
+    asked: list[float] = []
+
+    def answer(_server: Server, _path: str) -> tuple[int, dict[str, str], bytes] | None:
+        asked.append(time.monotonic())
+        return None if len(asked) > 1 else (503, {"Retry-After": "1"}, b"{}")
+
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
+    server.wait(lambda: len(server.registrations) == 1)
+    server.answer = answer
+    train(agent, model, optimizer)
+    agent.close(timeout_seconds=30.0)
+    assert len(server.samples) == 5
+    assert asked[1] - asked[0] >= 1.0
+
+
+@pytest.mark.usefixtures("patient_collector")
+def test_closing_does_not_wait_for_a_server_that_asks_for_more_time_than_there_is(server: Server) -> None:
+    server.answer = lambda *_: (503, {"Retry-After": "100"}, b"{}")
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
+    train(agent, model, optimizer)
+    started = time.monotonic()
+    agent.close(timeout_seconds=60.0)
+    assert time.monotonic() - started < 30.0
+    server.answer = None
+    with gradwatch.attach(model, optimizer, url=server.url, every=1):
+        server.wait(lambda: len(server.samples) == 5)
+
+
 @pytest.mark.parametrize("kind", ["file instead of a folder", "device"])
 def test_a_spool_that_cannot_be_written(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, own_errors: OwnErrors

@@ -141,6 +141,26 @@ def test_nothing_is_acknowledged_for_a_file_that_is_not_there(server: GradwatchS
         assert server.get(f"/api/v1/runs/{run}")["sample_count"] == 2
 
 
+@pytest.mark.parametrize("command", [["export", "a"], ["token", "list"], ["prune", "--config", "a.toml"]])
+def test_what_only_reads_makes_no_database(tmp_path: Path, command: Sequence[str]) -> None:
+    """In the wrong folder it would look as if there were no runs."""
+    (tmp_path / "a.toml").write_text("")
+    _says(_command(tmp_path, *command), f"there is no database {tmp_path / 'gradwatch.db'}")
+    assert not (tmp_path / "gradwatch.db").exists()
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "http"])
+def test_a_port_that_is_none_is_refused_in_words(tmp_path: Path, port: str) -> None:
+    refused = _command(tmp_path, "serve", f"--port={port}")
+    assert refused.returncode == 2
+    assert f"{port!r} is not a port: a whole number from 0 to 65535" in refused.stderr
+
+
+def test_a_host_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
+    assert _command(tmp_path, "token", "create", "--scope", "admin").returncode == 0
+    _says(_command(tmp_path, "serve", "--port=0", "--host=192.0.2.1"), "choose another with --host")
+
+
 _COMMANDS = [["serve", "--port", "0"], ["migrate"], ["token", "list"], ["export", "a"]]
 
 

@@ -149,6 +149,11 @@ def _finish(folder: Path, status: int) -> None:
     try:
         notes = [msgspec.json.decode(path.read_bytes(), type=Note) for path in sorted(folder.glob("*.json"))]
         if not notes:
+            if status == 0 and sys.stderr.isatty():  # what is read by a program stays the command's own
+                _say(
+                    "nothing was watched: no process of the command went back through a network that torch.optim "
+                    "trains, or it ran Python with -I, -S or -E, which leaves the agent out"
+                )
             return
         settings = resolve()
         deadline = time.monotonic() + _FINISHING_SECONDS

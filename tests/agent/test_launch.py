@@ -168,6 +168,19 @@ def test_a_key_reaches_the_command_once(key: bytes, answer: str) -> None:
     assert running.returncode == 1
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_who_sits_at_a_terminal_is_told_where_nothing_was_watched(server: Server, script: Path, trains: bool) -> None:
+    ours, terminal = os.openpty()
+    run = ["run", "--url", server.url, "--", sys.executable, *([] if trains else ["-I"]), str(script)]
+    done = subprocess.run([sys.executable, "-m", "gradwatch", *run], stderr=terminal, check=False, timeout=600)
+    os.close(terminal)
+    said = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert ("nothing was watched" in said) != trains
+    assert bool(server.registrations) == trains
+
+
 def test_a_child_of_the_command_is_watched(server: Server, script: Path) -> None:
     done = launch(server, "sh", "-c", f"{sys.executable} {script}; exit 3")
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import gradwatch
 from benchmarks.networks import NETWORKS, Network
+from benchmarks.operators import allowed, launched
 from gradwatch.agent import Agent
 from gradwatch.buffers import Plan, Slots
 from gradwatch.model import walk
@@ -188,6 +189,8 @@ def report(network: Network, rounds: int, seconds: float) -> list[str]:
     """Print one network's figures and return the bars that it missed."""
     training = Training(network)
     tensors = training.weights
+    shapes = network.shapes()
+    operators, most = launched(shapes, "meta"), allowed(shapes)
     rows = torch.ones(65536, 1024)  # 256 MiB: far larger than any cache
     acts: dict[str, Callable[[], object]] = {
         **passes(training),
@@ -205,6 +208,8 @@ def report(network: Network, rounds: int, seconds: float) -> list[str]:
         f"step {plain * 1e3:.1f} ms, {bandwidth / 1e9:.1f} GB/s\n"
         f"  sample           {sample * 1e3:8.2f} ms  {sample / len(tensors) * 1e6:6.2f} us a parameter  "
         f"x{sample / floor:.2f} of the floor {floor * 1e3:.2f} ms  x{sample / foreach:.2f} of _foreach_norm\n"
+        f"  operators        {operators} a sample on an accelerator, at most {most} (8 a unit width and 20); "
+        f"on this CPU {launched(shapes, 'cpu')}\n"
         f"  every=1          {inside * 1e3:8.2f} ms in the hooks {inside / plain:7.2%}"
         f"  paired {pair * 1e3:+.2f} ms {pair / plain:+.2%}\n"
         f"  default          {share:8.2%} of the time, threads included, a sample each {interval} steps"
@@ -218,6 +223,7 @@ def report(network: Network, rounds: int, seconds: float) -> list[str]:
         f"{network.name}: at most 5 us a parameter": not small or sample / len(tensors) <= 5e-6,
         f"{network.name}: at most 0.6 of _foreach_norm": not small or sample <= 0.6 * foreach,
         f"{network.name}: default at most 1.0%": share <= 0.01,
+        f"{network.name}: at most {most} operators on an accelerator": operators <= most,
     }
     return [bar for bar, met in bars.items() if not met]
 

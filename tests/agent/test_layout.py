@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.networks import NETWORKS, Network
+from benchmarks.operators import Operators, allowed, launched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch.buffers import Plan, Slots
@@ -88,22 +88,6 @@ def test_memory_that_is_not_contiguous() -> None:
     assert got[1] == pytest.approx(np.full(6, math.sqrt(7)), rel=1e-6)
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators that are launched, and refuses those that wait for the device."""
-
-    WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "item")
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::")
-        assert name.partition(".")[0] not in self.WAITING, name
-        self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_watcher_of_operators_can_fail() -> None:
     with Operators(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         torch.ones(1).sum().item()
@@ -146,22 +130,10 @@ def test_operators_grow_with_the_widths_not_with_the_parameters(network: Network
     The documentation has the counts, and why the CPU's are higher where tensors are large.
     """
     shapes = network.shapes()
-    counts = {}
-    for form, device in {"accelerator": "meta", "cpu": "cpu"}.items():
-        tensors = [torch.zeros(1, device=device).expand(shape) for shape in shapes]
-        specs = [spec_of(tensor, "rows") for tensor in tensors]
-        layout = Layout(specs)
-        arenas = {arena: torch.zeros(size, dtype=arena.dtype, device=device) for arena, size in layout.sizes.items()}
-        bound = layout.bind(arenas, Scratch())
-        with Operators() as operators, torch.no_grad(), patch.object(np, "einsum", wraps=np.einsum) as sums:
-            bound.run(tensors)
-            bound.run(tensors)
-        counts[form] = len(operators.names) + sums.call_count
-    widths = {spec.width for spec in specs}
-    bar = 8 * len(widths) + 20
-    row = f"| {network.name} | {len(shapes)} | {len(widths)} | {bar} | {counts['accelerator']} | {counts['cpu']} |"
-    print(row)
-    assert counts["accelerator"] <= bar
+    accelerator, bar = launched(shapes, "meta"), allowed(shapes)
+    widths = (bar - 20) // 8
+    row = f"| {network.name} | {len(shapes)} | {widths} | {bar} | {accelerator} | {launched(shapes, 'cpu')} |"
+    assert accelerator <= bar
     assert row in (Path(__file__).parents[2] / "docs" / "agent.md").read_text(encoding="utf-8").splitlines()
 
 

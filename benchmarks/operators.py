@@ -1,0 +1,49 @@
+"""Counting the operators that a sample launches."""
+
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradwatch.layout import Layout, Scratch, spec_of
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are launched, and refuses those that wait for the device."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "item")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        assert name.partition(".")[0] not in self.WAITING, name
+        self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def launched(shapes: Sequence[tuple[int, ...]], device: str) -> int:
+    """Return the operators for one sample of gradients and weights of these shapes, numpy's among them.
+
+    Args:
+        shapes: of the parameters.
+        device: ``cpu``, or ``meta`` for what an accelerator launches.
+    """
+    tensors = [torch.zeros(1, device=device).expand(shape) for shape in shapes]
+    layout = Layout([spec_of(tensor, "rows") for tensor in tensors])
+    arenas = {arena: torch.zeros(size, dtype=arena.dtype, device=device) for arena, size in layout.sizes.items()}
+    bound = layout.bind(arenas, Scratch())
+    with Operators() as operators, torch.no_grad(), patch.object(np, "einsum", wraps=np.einsum) as sums:
+        bound.run(tensors)
+        bound.run(tensors)
+    return len(operators.names) + sums.call_count
+
+
+def allowed(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Return the bar: 8 for each unit width, and 20."""
+    return 8 * len({spec_of(torch.zeros(1).expand(shape), "rows").width for shape in shapes}) + 20

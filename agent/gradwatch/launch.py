@@ -73,6 +73,7 @@ def main(arguments: Sequence[str]) -> int:
             "GRADWATCH_PROJECT": settings.project,
             "GRADWATCH_RUN": settings.run,
             "GRADWATCH_EVERY": None if settings.every_steps is None else str(settings.every_steps),
+            "GRADWATCH_SPOOL_DIR": str(settings.spool_directory) if "GRADWATCH_SPOOL_DIR" in os.environ else None,
             "GRADWATCH_LAUNCH": folder,
             "GRADWATCH_LAUNCHER": str(os.getpid()),
         }

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
+from urllib.parse import urlsplit
 
 DEFAULT_URL: Final = "http://127.0.0.1:8321"
 LONGEST_NAME: Final = 512
@@ -52,6 +53,10 @@ class Settings:
             raise SettingsError("the token holds a character that no HTTP header may: see token=, GRADWATCH_TOKEN")
         if not self.url.startswith(("http://", "https://")):
             raise SettingsError(f"url {self.url!r} must start with http:// or https://")
+        if not _names_a_host(self.url):
+            raise SettingsError(
+                f"url {self.url!r} must name a host, and a port from 1 to 65535 or none: http://127.0.0.1:8321"
+            )
         if self.every_steps is not None and self.every_steps < 1:
             raise SettingsError(f"every={self.every_steps} must be at least 1 step, or None to let the budget decide")
         if not isinstance(self.overhead_budget_ratio, int | float):
@@ -112,12 +117,21 @@ def spool_directory(environment: Mapping[str, str]) -> Path:
     A user without a home (a container that runs under any uid) has a folder among the temporary ones.
     """
     if environment.get("GRADWATCH_SPOOL_DIR"):
-        return Path(os.path.expanduser(environment["GRADWATCH_SPOOL_DIR"]))  # noqa: PTH111 -- it does not raise
+        named = os.path.expanduser(environment["GRADWATCH_SPOOL_DIR"])  # noqa: PTH111 -- it does not raise
+        return Path(named).absolute()  # programs change their folder
     cache = environment.get("XDG_CACHE_HOME")
     try:
         return (Path(cache) if cache else Path("~/.cache").expanduser()) / "gradwatch"
     except RuntimeError:
         return Path(tempfile.gettempdir()) / f"gradwatch-{os.getuid()}"
+
+
+def _names_a_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of what is no port, or no IPv6 address
+        return False
 
 
 def _stripped(text: _T, also: str = "") -> _T:

@@ -336,6 +336,11 @@ def test_arguments_win_over_the_environment(server: Server, monkeypatch: pytest.
     ("arguments", "text"),
     [
         ({"url": "ftp://x"}, "url 'ftp://x' must start with http"),
+        ({"url": "http://x:84000"}, "url 'http://x:84000' must name a host, and a port from 1 to 65535"),
+        ({"url": "http://x:http"}, "url 'http://x:http' must name a host"),
+        ({"url": "http://"}, "url 'http:' must start with http"),
+        ({"url": "http://:8321"}, "url 'http://:8321' must name a host"),
+        ({"url": "https://[::1"}, "must name a host"),
         ({"every": 0}, "every=0 must be at least 1"),
         ({"overhead_budget": 0.0}, r"overhead_budget=0.0 must be over 0"),
     ],

@@ -573,11 +573,16 @@ def test_the_run_ends_where_no_spool_can_be_written(server: Server, script: Path
 
 
 def test_many_runs_and_a_server_that_is_gone(script: Path, tmp_path: Path, server: Server) -> None:
-    """It is asked once, what waits is told once, and delivered when the server is there."""
-    script.write_text(FOLDS.replace("KEPT", "False").replace("STEPS", "5"), encoding="utf-8")
+    """It is asked once, what waits is told once, and delivered when the server is there.
+
+    Also of a program that has left the folder which the spool's is named from.
+    """
+    script.write_text(
+        "import os\nos.chdir('/')\n" + FOLDS.replace("KEPT", "False").replace("STEPS", "5"), encoding="utf-8"
+    )
     gone = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "gradwatch", "run", "--url", gone, "--every", "1", "--"]
-    environment = {**os.environ, "GRADWATCH_SPOOL_DIR": str(tmp_path / "waiting")}
+    environment = {**os.environ, "GRADWATCH_SPOOL_DIR": "waiting"}
     done = subprocess.run(
         [*command, sys.executable, str(script)],
         capture_output=True,
@@ -585,13 +590,14 @@ def test_many_runs_and_a_server_that_is_gone(script: Path, tmp_path: Path, serve
         check=False,
         timeout=600,
         env=environment,
+        cwd=tmp_path,
     )
     cannot, wait = done.stderr.splitlines()
     assert done.returncode == 0
     assert "the server cannot be reached" in cannot
     assert "gradwatch flush delivers them" in wait
     flush = [sys.executable, "-m", "gradwatch", "flush", "--url", server.url]
-    assert subprocess.run(flush, check=False, timeout=300, env=environment).returncode == 0
+    assert subprocess.run(flush, check=False, timeout=300, env=environment, cwd=tmp_path).returncode == 0
     assert len(server.samples) == 15
     assert len(ends(server)) == 3
     assert not list((tmp_path / "waiting").glob("*.spool"))

@@ -856,4 +856,4 @@ def test_a_user_without_a_home_has_a_spool_among_the_temporary_files(monkeypatch
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", unknown)
     assert spool_directory({}) == Path(tempfile.gettempdir()) / f"gradwatch-{os.getuid()}"
-    assert spool_directory({"GRADWATCH_SPOOL_DIR": "~/spool"}) == Path("~/spool")
+    assert spool_directory({"GRADWATCH_SPOOL_DIR": "~/spool"}) == Path("~/spool").absolute()

@@ -202,8 +202,8 @@ class _Part:
             if place == arena and grads.specs[position].units
         ]
         device = arena.device
-        owner = torch.zeros(size, dtype=torch.int64)
-        counterpart = torch.zeros(size, dtype=torch.int64)
+        owner = torch.zeros(size, dtype=torch.int64, device="cpu")
+        counterpart = torch.zeros(size, dtype=torch.int64, device="cpu")
         bases = _bases(weights)
         self._weight_arenas = list(weights.sizes)
         self._spans: dict[int, tuple[int, int]] = {}
@@ -214,7 +214,7 @@ class _Part:
             owner[start:stop] = index
             weight_arena, weight_start = weights.places[position]
             first = bases[weight_arena] + weight_start
-            counterpart[start:stop] = torch.arange(first, first + stop - start)
+            counterpart[start:stop] = torch.arange(first, first + stop - start, device="cpu")
         self._same = grads is weights
         self._owner, self._counterpart = owner.to(device), counterpart.to(device)
         self._limit = torch.full((size,), math.inf, dtype=arena.dtype, device=device)
@@ -248,7 +248,7 @@ class _Part:
         return {position: range(*span) for position, span in self._spans.items()}
 
     def limit(self, clips: Sequence[float]) -> None:
-        limits = torch.tensor([clips[position] for position in self._positions], dtype=self._arena.dtype)
+        limits = torch.tensor([clips[position] for position in self._positions], dtype=self._arena.dtype, device="cpu")
         self._limit.copy_(limits.to(self._arena.device).index_select(0, self._owner))
 
     def norms(self, grad_units: Mapping[Arena, Tensor], weight_units: Mapping[Arena, Tensor]) -> tuple[Tensor, Tensor]:
@@ -477,13 +477,14 @@ class _Prepared:
         if plan is None:
             indices = [index for index, held in enumerate(present) if held]
             forms = [self._forms[index] for index in indices]
-            plan = _Plan(
-                [spec_of(grad, *form) for grad, form in zip(grads, forms, strict=True)],
-                [spec_of(weight, *form) for weight, form in zip(weights, forms, strict=True)],
-                [split_of(tensor, *form, self._agc.granularity) for tensor, form in zip(there, forms, strict=True)],
-                {position for position, index in enumerate(indices) if index in self._spared},
-                self._agc,
-            )
+            with torch.inference_mode(False):  # buffers that are made within could not be written to outside
+                plan = _Plan(
+                    [spec_of(grad, *form) for grad, form in zip(grads, forms, strict=True)],
+                    [spec_of(weight, *form) for weight, form in zip(weights, forms, strict=True)],
+                    [split_of(tensor, *form, self._agc.granularity) for tensor, form in zip(there, forms, strict=True)],
+                    {position for position, index in enumerate(indices) if index in self._spared},
+                    self._agc,
+                )
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             self._plans[present] = plan

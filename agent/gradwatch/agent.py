@@ -268,8 +268,9 @@ class Agent(Observer):
             self._closed = True
         try:
             if self.watching:
-                self._finish_round()
-                self._hand_over_logged()
+                with self.turn:
+                    self._finish_round()
+                    self._hand_over_logged()
         except Exception as error:  # a device that failed must not keep the rest from ending
             self.failed(error)
         self.watching = False
@@ -355,6 +356,7 @@ class Agent(Observer):
 
     def forget_after_fork(self) -> bool:
         """Measure nothing in a forked child, whose threads and spool are the parent's; clip on."""
+        self.turn = threading.RLock()  # another thread, which is not here, may have held it
         if self.watching:
             self.watching = False
             if self._report is not None:

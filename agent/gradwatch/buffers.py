@@ -197,13 +197,14 @@ class Slot:
         at = tuple(self._used.get(arena, 0) for arena in sizes)
         claim = self._claims.get((id(plan), at))
         if claim is None or claim.plan is not plan:
-            self._make_room(sizes)
-            grad_at = {arena: self._used.get(arena, 0) for arena in sizes}
             grads = plan.grads.sizes if plan.grads is not None else {}
-            weight_at = {arena: grad_at[arena] + grads.get(arena, 0) for arena in sizes}
-            if len(self._claims) >= 4096:
-                self._claims.clear()
-            claim = self._claims[id(plan), at] = Claim(plan, self, grad_at, weight_at)
+            with torch.inference_mode(False):  # what is made within could not be written to outside
+                self._make_room(sizes)
+                grad_at = {arena: self._used.get(arena, 0) for arena in sizes}
+                weight_at = {arena: grad_at[arena] + grads.get(arena, 0) for arena in sizes}
+                if len(self._claims) >= 4096:
+                    self._claims.clear()
+                claim = self._claims[id(plan), at] = Claim(plan, self, grad_at, weight_at)
         claim.grad_repairs, claim.weight_repairs = {}, {}
         for arena, size in sizes.items():
             self._used[arena] = self._used.get(arena, 0) + size

@@ -151,6 +151,7 @@ class Clipper:
             )
         return limited[1]
 
+    @torch.inference_mode(False)  # buffers that are made within could not be written to outside
     def _made(self, plan: Plan, binding: Binding, spared: frozenset[int], watched: Sequence[Watched]) -> Clipping:
         assert plan.grads is not None
         parameter_of = dict(zip(binding.indices, binding.parameters, strict=True))

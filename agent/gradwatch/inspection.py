@@ -15,8 +15,8 @@ from gradwatch.rounds import Reading
 
 Floats = NDArray[np.float64]
 
-_TINY: Final = 1e-18
-"""Norms below may have lost squares to underflow in float32."""
+_TINY: Final = 1e-16
+"""Norms below may have lost squares to underflow in float32, or to 0 where subnormal numbers are flushed."""
 _LARGE: Final = 1 << 20
 """Elements from which a tensor whose norm is sound is not read again for units of norm 0: the rows of an embedding that
 no batch asked for are many, and zero."""

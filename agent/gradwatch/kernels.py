@@ -106,14 +106,14 @@ class Table:
         for index, (spec, place) in enumerate(zip(specs, places, strict=True)):
             if not takes(spec):
                 continue
-            owners.append(torch.full((spec.units,), len(forms), dtype=torch.int32))
+            owners.append(torch.full((spec.units,), len(forms), dtype=torch.int32, device="cpu"))
             forms.append(_form(spec, programs, place))
             self._taken.append(index)
             programs += spec.units
         self._device = arena.device
         self._grid = (programs,)
         self._owners = torch.cat(owners).to(arena.device) if owners else torch.zeros(0)
-        self._forms = torch.tensor(forms, dtype=torch.int64).to(arena.device)
+        self._forms = torch.tensor(forms, dtype=torch.int64, device="cpu").to(arena.device)
         self._known: list[int] = []
         self._addresses = torch.zeros(0)
         self._double = arena.dtype == torch.float64
@@ -137,7 +137,7 @@ class Table:
         """Bring the addresses to the device where they have changed; a copy from pinned memory waits for nothing."""
         if addresses == self._known:
             return
-        host = torch.tensor(addresses, dtype=torch.int64)
+        host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         host = host.pin_memory() if self._device.type == "cuda" else host
         self._addresses = host.to(self._device, non_blocking=True)
         self._known = addresses

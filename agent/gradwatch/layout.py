@@ -313,22 +313,25 @@ def _spared(specs: Sequence[Spec], alone: int, alike: dict[_Row, list[int]], chu
         chunk_bytes: how much is gathered at once.
     """
     most = _OPERATORS_A_WIDTH * len({spec.width for spec in specs if spec.units}) + _OPERATORS
-    launched = {row: _launched(specs, members, chunk_bytes) for row, members in alike.items()}
     candidates = [
         (size, position)
         for members in alike.values()
         for position in members
         if (size := _bytes(specs[position])) >= _SPARED_BYTES.get(specs[position].device.type, math.inf)
     ]
+    candidates.sort(key=itemgetter(0))
     taken: list[int] = []
-    for _, position in sorted(candidates, key=itemgetter(0), reverse=True):
-        row = _row(specs[position])
-        rest = [member for member in alike[row] if member != position]
-        after = _launched(specs, rest, chunk_bytes)
-        if alone + len(taken) + 1 + sum(launched.values()) - launched[row] + after > most:
+    while candidates:
+        launched = sum(_launched(specs, members, chunk_bytes) for members in alike.values())
+        spare = most - alone - len(taken) - launched
+        if spare <= 0:
             break
-        launched[row], alike[row] = after, rest
-        taken.append(position)
+        # Each costs one operator at most, and less where it is the last of a chunk: that is counted in the next turn.
+        chosen = {position for _, position in candidates[-spare:]}
+        del candidates[-spare:]
+        taken += sorted(chosen)
+        for row, members in alike.items():
+            alike[row] = [position for position in members if position not in chosen]
     return taken
 
 

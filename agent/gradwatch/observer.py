@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -48,7 +49,8 @@ def _guarded(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate
             return None
         started = time.perf_counter()
         try:
-            return method(self, *args, **kwargs)
+            with self.turn:
+                return method(self, *args, **kwargs)
         except Exception as error:  # the agent's guard
             self.failed(error)
             if self.raises_own_errors:
@@ -91,6 +93,8 @@ class Observer(ABC):
         self.watching = watching
         self.spent_seconds = 0.0
         """Of the training thread, since the agent was attached."""
+        self.turn = threading.RLock()
+        """Taken by each hook: several threads may train what one agent watches."""
         self._pending = Pending()
         self._marks = Marks()
         self._uncalled_was_told = False
@@ -178,17 +182,18 @@ class Observer(ABC):
         Raises:
             Exception: what goes wrong in clipping; what goes wrong in monitoring is swallowed.
         """
-        within = outer is not None and self._is_seen_to(optimizer, outer)
-        begun = None if within else self._begin(optimizer)
-        if begun is None and not within:
-            self._optimizers.note_stranger()
-        closure = kwargs.get("closure") or next((argument for argument in args[1:] if callable(argument)), None)
-        if closure is None:
-            self._act(optimizer, begun, outer)
-            return None
-        if begun is None and self._clipper is None:
-            return None
-        return self._with_closure(optimizer, begun, outer, closure, args, kwargs)
+        with self.turn:
+            within = outer is not None and self._is_seen_to(optimizer, outer)
+            begun = None if within else self._begin(optimizer)
+            if begun is None and not within:
+                self._optimizers.note_stranger()
+            closure = kwargs.get("closure") or next((argument for argument in args[1:] if callable(argument)), None)
+            if closure is None:
+                self._act(optimizer, begun, outer)
+                return None
+            if begun is None and self._clipper is None:
+                return None
+            return self._with_closure(optimizer, begun, outer, closure, args, kwargs)
 
     @_guarded
     def after_step(self, optimizer: Optimizer) -> None:
@@ -210,13 +215,17 @@ class Observer(ABC):
 
     def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
         """Note the state of some gradients: whose losses they are shows afterwards, or when an optimizer steps."""
-        if self._classifier.looks:
-            self._look(tensors)
-        if self._parameters.awaits_order:
-            self._check_order(tensors)
-        self._trace(tensors)
-        self._forget_thrown_away()
-        return self._marked(losses)
+        with self.turn:
+            if not self._is_home(tensors):
+                return None
+            if self._classifier.looks:
+                self._look(tensors)
+            if self._parameters.awaits_order:
+                self._check_order(tensors)
+            self._trace(tensors)
+            self._forget_thrown_away()
+            marks = self._marked(losses)
+            return None if marks is None else (marks, tensors)
 
     @_guarded
     def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
@@ -224,8 +233,11 @@ class Observer(ABC):
         left = self._pending.end_backward(losses)
         if before is None:
             return
-        ours, changed = self._marks.changed(cast("dict[int, Mark]", before), self._parameters, losses)
-        if not ours or not self._pending.is_home(losses, self._parameters):
+        marks, tensors = cast("tuple[dict[int, Mark], Sequence[Tensor]]", before)
+        if not self._pending.is_home(tensors, self._parameters):
+            return
+        ours, changed = self._marks.changed(marks, self._parameters, losses)
+        if not ours:
             return
         if self._steps.noted:
             self._steps.forget(changed)  # there is more to them now than what was clipped
@@ -295,6 +307,16 @@ class Observer(ABC):
         binding = self._optimizers.binding(owner)
         if binding is not None:
             self._steps.forget_zeroed(binding.index_set)
+
+    def _is_home(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether the thread that trains differentiates these; on every rank that clips."""
+        try:
+            return self._pending.is_home(tensors, self._parameters)
+        except Exception as error:  # the agent's guard
+            self.failed(error)
+            if self.raises_own_errors:
+                raise
+            return False
 
     @_guarded
     def _forget_thrown_away(self) -> None:
@@ -386,8 +408,9 @@ class Observer(ABC):
             finally:
                 self._steps.awaited = None
             first, begun = begun, None
-            self._steps.evaluated = weakref.ref(optimizer)
-            self._act(optimizer, first, outer)
+            with self.turn:
+                self._steps.evaluated = weakref.ref(optimizer)
+                self._act(optimizer, first, outer)
             return result
 
         if kwargs.get("closure") is not None:

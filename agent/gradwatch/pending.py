@@ -19,6 +19,8 @@ _CLIPS: Final = 1 << 14
 """Clippings that wait for their step; the oldest are forgotten then. Some clip each parameter by itself."""
 _SCALED: Final = 16
 """Scaled losses that are remembered."""
+_ASKED: Final = 8
+"""Passes of a thread that trains something else whose graphs are searched one by one."""
 _NODES: Final = 32
 """Nodes of a graph that are searched for them."""
 
@@ -55,6 +57,8 @@ class Pending:
         """Losses that are being differentiated, and belong to no step yet, by the thread that does it."""
         self._home = threading.get_ident()
         """The thread that trains. Others may train other models at the same time."""
+        self._elsewhere = threading.local()
+        """How often each other thread was found to train something else."""
 
     def __bool__(self) -> bool:
         """Return whether anything waits that depends on the gradients as they are."""
@@ -78,13 +82,25 @@ class Pending:
         return [loss for loss in losses if _among(loss, known)]
 
     def is_home(self, losses: Sequence[Tensor], parameters: Parameters) -> bool:
-        """Return whether the thread that has differentiated losses is the one that trains; it may have changed.
+        """Return whether the thread that differentiates losses is the one that trains; it may have changed.
 
-        While another thread trains another model, gradients may change that it has not made.
+        In no other may a gradient be looked at: the one that trains may be replacing it, which ends the process. And
+        while another thread trains another model, gradients may change that it has not made.
+
+        A thread that trains something else is asked again and again, ever more seldom: its graph is searched for that.
         """
-        if threading.get_ident() != self._home and parameters.are_reached(losses):
-            self._home = threading.get_ident()
-        return threading.get_ident() == self._home
+        if threading.get_ident() == self._home:
+            return True
+        times: int = getattr(self._elsewhere, "times", 0)
+        if times > _ASKED and times & (times - 1):
+            self._elsewhere.times = times + 1
+            return False
+        if not parameters.are_reached(losses):
+            self._elsewhere.times = times + 1
+            return False
+        self._elsewhere.times = 0
+        self._home = threading.get_ident()
+        return True
 
     def add_losses(self, losses: Iterable[Tensor]) -> None:
         """Keep what was differentiated for the next step."""

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -632,3 +633,68 @@ def test_a_child_can_stop_clipping(server: Server, tmp_path: Path) -> None:
     agent.close()
     assert child.exitcode == 0
     assert same(torch.load(tmp_path / "child.pt"), train(network(), 2))
+
+
+def test_two_threads_step_what_one_agent_watches(server: Server) -> None:
+    """Each step is clipped by its own gradients, and reported with their norms."""
+    models = [nn.ParameterList(nn.Parameter(torch.ones(50, 50)) for _ in range(10)) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for model in models]
+    wrong: list[str] = []
+
+    def go(number: int) -> None:
+        for step in range(1, 201):
+            size = step + 1000.0 * number
+            for parameter in models[number]:
+                parameter.grad = torch.full((50, 50), size)
+            optimizers[number].step()
+            clipped = torch.full((50, 50), min(size, CLIP))
+            grads = [parameter.grad for parameter in models[number] if parameter.grad is not None]
+            wrong.extend(f"{step} of {number}" for grad in grads if not torch.allclose(grad, clipped))
+
+    with gradwatch.attach(models, optimizers, url=server.url, every=1, clip=gradwatch.AGC(CLIP, exclude=())) as agent:
+        threads = [threading.Thread(target=go, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert agent.watching
+    assert not wrong
+    places = np.array([int(name.partition(".")[0]) for name in server.names])
+    assert server.samples
+    for sample in server.samples:
+        sizes = sample.statistics["grad_norm"] / 50.0
+        known = np.isfinite(sizes) & (sizes >= 0)
+        steps = (sizes - 1000.0 * places)[known]
+        assert steps == pytest.approx(steps.round(), abs=1e-2)
+        assert ((steps > 0.5) & (steps < 200.5)).all()
+
+
+def test_a_step_in_inference_mode_comes_first(server: Server) -> None:
+    """What is made there could not be written to afterwards."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    expected = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
+    with gradwatch.attach(model, optimizer, url=server.url, every=1, clip=gradwatch.AGC(1e6, exclude=())) as agent:
+        for step in range(4):
+            model.weight.grad, model.bias.grad = expected.clone(), torch.zeros(2)
+            with torch.inference_mode(step == 0):
+                optimizer.step()
+        assert agent.watching
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4]
+    weight = server.names.index("weight")
+    assert all(sample.statistics["grad_norm"][weight] == pytest.approx(5.0) for sample in server.samples)
+    for step in range(3):
+        with torch.inference_mode(step == 0):
+            gradwatch.adaptive_clip_grad_(model, 1e6)
+
+
+def test_a_default_device_is_not_the_agents(server: Server) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1, clip=gradwatch.AGC(CLIP, exclude=())):
+        model.weight.grad = torch.full((2, 3), 100.0)
+        with torch.device("meta"):
+            optimizer.step()
+    limit = model.weight.detach().norm(dim=1).clamp(min=1e-3) * CLIP
+    assert model.weight.grad.norm(dim=1).tolist() == pytest.approx(limit.tolist(), rel=1e-5)
+    assert len(server.samples) == 1

@@ -162,6 +162,39 @@ def test_a_trainer_that_is_resumed_counts_on(server: Server, tmp_path: Path, opt
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_transformers_tries_again_after_a_failure(server: Server, tmp_path: Path) -> None:
+    """As with ``auto_find_batch_size``: an attempt that ended in an exception has failed."""
+    from transformers import Trainer, TrainingArguments
+
+    failing = [True, True]
+
+    class Failing(Net):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            if failing:
+                failing.pop()
+                raise RuntimeError("CUDA out of memory.")
+            return super().forward(x, labels)
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=8,
+        auto_find_batch_size=True,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(
+        model=Failing(), args=arguments, train_dataset=Points(), callbacks=[TrainerCallback(url=server.url, every=1)]
+    ).train()
+    ends = [batch.end.status for batch in server.batches if batch.end is not None]
+    assert ends == ["failed", "failed", "completed"]
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_transformers_with_accumulation_and_clipping(server: Server, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

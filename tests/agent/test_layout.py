@@ -80,6 +80,20 @@ def test_gathered_rows_that_are_not_finite() -> None:
     assert np.concatenate(got) == pytest.approx(np.concatenate(truth), nan_ok=True)
 
 
+@pytest.mark.parametrize("size", [3e-18, 1e-19, 1e-30])
+def test_small_gradients_where_subnormal_numbers_are_flushed(server: Server, size: float) -> None:
+    model = nn.Linear(100, 3, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    torch.set_flush_denormal(True)
+    try:
+        with gradwatch.attach(model, optimizer, url=server.url, every=1):
+            model.weight.grad = torch.full((3, 100), size)
+            optimizer.step()
+    finally:
+        torch.set_flush_denormal(False)
+    assert server.samples[0].statistics["grad_norm"].tolist() == pytest.approx([size * math.sqrt(300)], rel=1e-5)
+
+
 def test_memory_that_is_not_contiguous() -> None:
     channels_last = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
     expanded = torch.ones(1).expand(6, 7)

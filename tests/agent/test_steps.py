@@ -1,6 +1,8 @@
 """Which step a backward pass, its loss and its gradients belong to, each against a truth computed by hand."""
 
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -526,3 +528,46 @@ def test_an_exception_between_backward_and_step(server: Server) -> None:
                 optimizer.step()
     assert [sample.step for sample in server.samples] == [1, 2]
     assert server.trail("loss") == {1: 59.0, 2: 59.0}
+
+
+BESIDE = """
+import sys, threading, torch
+from torch import nn
+import gradwatch
+
+def train(number):
+    generator = torch.Generator().manual_seed(number)
+    model = nn.Sequential(*(nn.Linear(100, 100) for _ in range(10)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    with gradwatch.attach(model, optimizer, url=sys.argv[1], run=str(number), every=50) as agent:
+        for _ in range(1500):
+            optimizer.zero_grad()
+            loss = model(torch.randn(4, 100, generator=generator)).square().sum()
+            loss.backward()
+            agent.log(truth=loss)
+            optimizer.step()
+        assert not agent.losses.errors
+    print(number)
+
+threads = [threading.Thread(target=train, args=(number,)) for number in (1, 2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_a_gradient_is_looked_at_by_no_thread_but_its_own(server: Server) -> None:
+    """One that another thread replaces meanwhile ends the process."""
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", BESIDE, server.url],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert (done.returncode, sorted(done.stdout.split())) == (0, ["1", "2"]), done.stderr
+    assert {registration.name for registration in server.registrations} == {"1", "2"}
+    trails = [batch.trail for batch in server.batches if batch.trail]
+    assert sum(len(trail["loss"].values) for trail in trails) == 3000
+    assert all(trail["loss"].values == trail["truth"].values for trail in trails)

@@ -29,6 +29,8 @@ class GradwatchCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach to every optimizer that steps the model; a restored trainer goes on counting where it stands."""
+        if self.agent is not None:  # of an attempt that ended in an exception, as with auto_find_batch_size
+            self.agent.close(timeout_seconds=1.0, status="failed")
         if model is not None:
             known = {"run": args.run_name or None, "step": state.global_step}
             self.agent = attach(model, **{**known, **self._options})

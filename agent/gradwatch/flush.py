@@ -1,7 +1,6 @@
 """``gradwatch flush``: deliver what agents on this machine left in the spool."""
 
 import argparse
-import os
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(str(error))
     stayed, failed = 0, False
     for leftover in leftovers(settings.spool_directory):
-        url = (options.url and settings.url) or os.environ.get("GRADWATCH_URL", "").rstrip("/") or leftover.url
+        url = settings.url if options.url else leftover.url
         try:
             waiting = leftover.pending
             left, refused, lost = deliver(leftover, url, settings.token, timeout_seconds=options.timeout)
@@ -53,7 +52,10 @@ def main(arguments: Sequence[str]) -> int:
             failed = True
             _say(f"{leftover.run}: the server did not take all of {refused} documents: {_told(lost)} are dropped")
     if stayed:
-        _say(f"{stayed} documents stay in {settings.spool_directory}; run gradwatch flush again when the server is up")
+        _say(
+            f"{stayed} documents stay in {settings.spool_directory}; run gradwatch flush again when the server takes "
+            "them, with --url where it is another one"
+        )
     return 1 if stayed or failed else 0
 
 

@@ -227,7 +227,7 @@ class Sender:
             return True
         left = self._deadline - time.monotonic()
         asked = answer.retry_after_seconds or 0.0
-        if asked >= left:
+        if asked >= left or answer.verdict in ("refused", "unregistered"):
             return False
         time.sleep(min(max(asked, CLOSING_PAUSE_SECONDS), left))  # a server that is being restarted comes back
         return True
@@ -278,9 +278,7 @@ class Sender:
             lost.values += 0 if batch is None else values(batch)
         self._losses.add(lost)
         self.refused += lost.bytes > 0
-        if entry.kind == "registration":
-            self._warn_once("unregistered", f"{_UNREGISTERED}: {reason}")
-        elif lost.bytes:
+        if lost.bytes:
             what = f"a {entry.kind}" if lost.bytes == len(entry.body) else f"a part of a {entry.kind}"
             self._warn_once("poison", f"the server refuses {what}, which is dropped: {reason}")
         return Answer("poison" if lost.bytes else "committed", reason)
@@ -290,17 +288,19 @@ class Sender:
             return self._transport.post(f"/api/v1/runs/{self._queue.run}/samples", entry.body, timeout_seconds)
         self._registration = entry
         answer = self._transport.post("/api/v1/runs", entry.body, timeout_seconds)
-        return Answer("poison", answer.reason) if answer.verdict == "unknown_run" else answer
+        # What follows must wait for it: the run may be another project's, and the address another server's.
+        if answer.verdict not in ("unknown_run", "poison"):
+            return answer
+        nowhere = answer.reason.startswith("404")
+        return Answer("unregistered", answer.reason + (" (is the url the root of a server?)" if nowhere else ""))
 
     def _register_and_post(self, entry: Entry, answer: Answer, timeout_seconds: float) -> Answer:
         """The server does not know the run (it lost its database, or the address is wrong): register, try once more."""
         if self._registration is None:
             return Answer("later", answer.reason)
         registered = self._post(self._registration, timeout_seconds)
-        if registered.verdict == "poison":
-            return Answer("unregistered", registered.reason)
         if registered.verdict != "committed":
-            return registered if registered.verdict == "refused" else Answer("later", registered.reason)
+            return registered
         again = self._post(entry, timeout_seconds)
         return Answer("later", again.reason) if again.verdict == "unknown_run" else again
 

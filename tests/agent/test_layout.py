@@ -82,19 +82,19 @@ def test_gathered_rows_that_are_not_finite() -> None:
 
 @pytest.mark.parametrize("size", [1e-18, 1e-19, 1e-30])
 def test_small_gradients_where_subnormal_numbers_are_flushed(server: Server, size: float) -> None:
-    model = nn.Linear(1000, 3, bias=False)
+    model = nn.ParameterList(nn.Parameter(torch.ones(3, 1000)) for _ in range(4))
     gradient = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)) * size
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     torch.set_flush_denormal(True)
     try:
         with gradwatch.attach(model, optimizer, url=server.url, every=1):
-            model.weight.grad = gradient
+            for parameter in model:
+                parameter.grad = gradient.clone()
             optimizer.step()
     finally:
         torch.set_flush_denormal(False)
-    assert server.samples[0].statistics["grad_norm"].tolist() == pytest.approx(
-        [gradient.double().norm().item()], rel=1e-5
-    )
+    norms = server.samples[0].statistics["grad_norm"].tolist()
+    assert norms == pytest.approx([gradient.double().norm().item()] * 4, rel=1e-5, abs=0)
 
 
 def test_memory_that_is_not_contiguous() -> None:

@@ -149,6 +149,27 @@ def test_the_next_agent_delivers_what_the_last_one_left(server: Server) -> None:
     assert {registration.id for registration in server.registrations} == {first.run_id, second.run_id}
 
 
+@pytest.mark.parametrize("status", [404, 409, 422])
+@pytest.mark.usefixtures("patient_collector")
+def test_nothing_of_a_run_is_sent_that_the_server_does_not_register(
+    server: Server, own_errors: OwnErrors, status: int
+) -> None:
+    """Its id may be a run's in another project, which these measurements would hide."""
+    server.answer = lambda _server, path: (status, {}, b"{}") if path == "/api/v1/runs" else None
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
+    train(agent, model, optimizer)
+    started = time.monotonic()
+    agent.close(timeout_seconds=60.0)
+    assert time.monotonic() - started < 30.0, "to ask again changes nothing"
+    assert {path for path, _ in server.requests} == {"/api/v1/runs"}
+    assert own_errors.warnings == 1
+    assert not agent.losses.bytes
+    server.answer = None
+    with gradwatch.attach(model, optimizer, url=server.url, every=1):
+        server.wait(lambda: len(server.samples) == 5)
+
+
 @pytest.mark.usefixtures("patient_collector")
 def test_closing_waits_as_long_as_the_server_asks(server: Server) -> None:
     asked: list[float] = []

@@ -1,5 +1,6 @@
 """The ``gradwatch`` command: one table of sub-commands, each loaded only when it is called."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
@@ -67,4 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         needed = f"pip install 'gradwatch[{entry.extra}]'"
         print(f"gradwatch {given[0]} needs {error.name}, which is not installed: {needed}", file=sys.stderr)
         return 1
-    return command.main(given[1:])
+    try:
+        status = command.main(given[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # of a reader that has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the end does not try again
+        return 1
+    return status

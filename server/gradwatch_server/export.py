@@ -168,6 +168,8 @@ def main(arguments: Sequence[str]) -> int:
                 stack.callback(table.close)
                 count = export(connection, given.run, table)
             gone = _gone(connection, given.run)
+    except BrokenPipeError:
+        raise
     except (GradwatchError, OSError) as error:
         print(f"gradwatch export: {error}", file=sys.stderr)
         return 1

@@ -138,8 +138,8 @@ class Book:
                 self._set_muted(alert_id, reason)
             else:
                 self._told.append((alert_id, after, transition))
-                if self._muted.get(alert_id) is not None:  # else the end of the silence would be told as well
-                    self._set_muted(alert_id, None)
+                if transition.state == "firing" and self._muted.get(alert_id) is not None:
+                    self._set_muted(alert_id, None)  # else the end of the silence would be told as well
         if after is not None and after.state == "resolved":
             self._closed.append((alert_id, after))
             self._resolved[rule] = after

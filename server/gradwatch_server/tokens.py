@@ -165,16 +165,16 @@ def main(arguments: Sequence[str]) -> int:
         )
         prepare(engine)
         with told(engine), writing(engine) as connection:
-            return _run(connection, given)
+            return _run(connection, given, engine.url.render_as_string())
     except (DatabaseError, ValueError) as error:
         print(f"gradwatch token: {error}", file=sys.stderr)
         return 1
 
 
-def _run(connection: sa.Connection, given: argparse.Namespace) -> int:
+def _run(connection: sa.Connection, given: argparse.Namespace, database: str) -> int:
     if given.command == "create":
         token_id, token = create(connection, given.scope, given.project, given.days)
-        print(f"made token {token_id}; it is shown this once:", file=sys.stderr)
+        print(f"made token {token_id} in {database}; it is shown this once:", file=sys.stderr)
         print(token)
         return 0
     if given.command == "revoke":

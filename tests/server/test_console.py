@@ -49,6 +49,27 @@ def test_alerts_and_silences_from_the_command_line(server: GradwatchServer) -> N
     assert "404" in command("silence", "--end", silence["id"], url=server.url, code=1)
     assert "is not a duration: write 30m" in command("silence", "--for", "soon", url=server.url, code=2)
     assert "is the server running?" in command("alerts", url="http://127.0.0.1:1", code=1)
+    assert "'http://127.0.0.1:abc' is not the address of a server" in command(
+        "alerts", url="http://127.0.0.1:abc", code=1
+    )
+
+
+def test_a_reader_that_has_seen_enough(server: GradwatchServer) -> None:
+    run = server.register(["a"])
+    server.store(run, wire.Batch(id="b", samples=[sample(step, 1.0) for step in range(1, 2_000)]))
+    for arguments in (["alerts"], ["export", run, "--database-url", f"sqlite:///{server.database}"]):
+        with subprocess.Popen(
+            [sys.executable, "-m", "gradwatch", *arguments],
+            env=environment(GRADWATCH_URL=server.url),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as running:
+            assert running.stdout is not None
+            assert running.stderr is not None
+            running.stdout.close()
+            said = running.stderr.read()
+        assert (running.returncode, "roken pipe" in said, "Traceback" in said) == (1, False, False), said
 
 
 def test_a_receiver_is_tested_before_it_is_needed(tmp_path: Path) -> None:

@@ -209,6 +209,16 @@ def test_becoming_worse_is_told_unless_somebody_takes_care(tmp_path: Path) -> No
         assert len(server.get("/api/v1/deliveries")) == 5
 
 
+def test_why_an_alert_was_not_told_is_known_after_its_end(server: GradwatchServer) -> None:
+    run = server.register([f"layer{number}.weight" for number in range(4)])
+    calm = [sample(step, *[1.0] * 4, loss=1.0) for step in range(1, 31)]
+    grown = [sample(step, *[1e4] * 4, loss=50.0) for step in (31, 32)]
+    server.store(run, wire.Batch(id="b1", samples=[*calm, *grown, sample(33, *[NAN] * 4, loss=NAN)]))
+    server.store(run, wire.Batch(id="b2", end=wire.End(at=1_790_000_100.0)))
+    muted_by = {alert["rule"]: (alert["state"], alert["muted"]) for alert in server.get("/api/v1/alerts")}
+    assert muted_by == {"nonfinite": ("resolved", None), "exploding": ("resolved", "inhibited by nonfinite")}
+
+
 def test_what_becomes_worse_just_as_its_silence_ends_is_told_once(own_database_url: str) -> None:
     """No server runs, and so no clock that could tell of the end of the silence before the sample does."""
     engine, ingest = open_engine(own_database_url), Ingest(Configuration(), "http://localhost")

@@ -1,4 +1,9 @@
-"""The agent with Accelerate: ``agent = gradwatch.integrations.accelerate.watch(accelerator, model, optimizer)``."""
+"""The agent with Accelerate.
+
+from gradwatch.integrations.accelerate import watch
+
+agent = watch(accelerator, model, optimizer)
+"""
 
 from collections.abc import Iterable
 from typing import Any

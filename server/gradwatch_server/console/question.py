@@ -30,11 +30,21 @@ def ask(given: argparse.Namespace, method: str, path: str, **content: Any) -> An
     try:
         with httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False) as client:
             answer = client.request(method, f"{url.rstrip('/')}/api/v1{path}", **content)
+    except httpx.InvalidURL as error:
+        raise AskError(f"{url!r} is not the address of a server ({error}): http://127.0.0.1:8321 is one") from None
     except httpx.HTTPError as error:
         raise AskError(f"{url} does not answer ({error}): is the server running? name another with --url") from None
     if answer.is_success:
         return answer.json() if answer.content else None
-    raise AskError(f"{url} answers {answer.status_code}: {answer.text}")
+    raise AskError(f"{url} answers {answer.status_code}: {_reason(answer)}")
+
+
+def _reason(answer: httpx.Response) -> str:
+    """Return what a problem document says, or else the answer's text."""
+    try:
+        return str(answer.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text
 
 
 def parser(command: str, purpose: str) -> argparse.ArgumentParser:

@@ -61,7 +61,7 @@ function described(tile, name, row, { first, past }) {
   /** @param {number} score @param {string} reason @param {"" | "warning" | "critical"} tone @returns {Finding} */
   const says = (score, reason, tone) => ({ row, name, score, reason, tone, last, min, max, nonfinite });
   if (nonfinite) return says(200 - badAt / buckets, `not finite from step ${badStep}`, "critical");
-  if (missing === buckets) return says(60, "never had a gradient", "warning");
+  if (buckets > 0 && missing === buckets) return says(60, "never had a gradient", "warning");
   if (zeros === buckets - missing) return says(59, "always exactly zero", "warning");
   if (median > 0 && max / median > SPIKE)
     return says(

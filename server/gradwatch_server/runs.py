@@ -47,6 +47,23 @@ def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
     return _shown(row, _firing(connection, [run_id]).get(run_id, []))
 
 
+def load_events(connection: sa.Connection, run_id: str) -> list[dict[str, Any]]:
+    """Return the last event of each kind that the agent of a run has told, the newest first."""
+    table = schema.events
+    of_kinds = (
+        sa.select(sa.func.count().label("count"), sa.func.max(table.c.id).label("id"))
+        .where(table.c.run == run_id)
+        .group_by(table.c.kind)
+        .subquery()
+    )
+    query = (
+        sa.select(*table.c["kind", "step", "at", "message", "parameter"], of_kinds.c.count)
+        .join(of_kinds, of_kinds.c.id == table.c.id)
+        .order_by(table.c.id.desc())
+    )
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
 def check_run(connection: sa.Connection, run_id: str) -> None:
     """Make sure that there is such a run.
 

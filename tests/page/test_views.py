@@ -57,6 +57,23 @@ def test_alert_leads_to_what_where_why_and_whom_it_was_told(page: Page, tmp_path
         expect(panel).to_be_hidden()
 
 
+def test_what_keeps_the_agent_from_measuring_is_told(page: Page, tmp_path: Path) -> None:
+    with GradwatchServer(tmp_path / "kept.db") as server:
+        run = server.register(["first.weight", "second.weight"])
+        page.goto(f"{server.url}/runs/{run}")
+        expect(page.get_by_text("No alert in this run.")).to_be_visible()
+        expect(page.get_by_text("From the agent")).to_have_count(0)
+        text = "after 200 backward passes no torch.optim.Optimizer has stepped a watched parameter"
+        told = [
+            wire.Event(step=1, at=1_790_000_000.0, kind="skipped_step", message="the loss scaler skipped this step"),
+            wire.Event(step=0, at=1_790_000_001.0, kind="not_stepped", message=text),
+        ]
+        server.store(run, wire.Batch(id="b", events=told))
+        expect(page.get_by_role("region", name="From the agent")).to_contain_text(f"not_stepped, step 0{text}")
+        expect(page.get_by_text("the loss scaler skipped")).to_have_count(0)
+        expect(page.get_by_text("never had a gradient")).to_have_count(0)
+
+
 def test_up_to_four_runs_are_compared(page: Page, filled: Filled) -> None:
     page.goto(filled.url)
     boxes = page.get_by_role("checkbox")

@@ -439,3 +439,15 @@ def test_the_openapi_document_describes_what_agents_send(shared_server: Gradwatc
     body = described["paths"]["/api/v1/runs/{run_id}/samples"]["post"]["requestBody"]["content"]
     assert body["application/json"]["schema"]["$ref"].rpartition("/")[2] in schemas
     assert {"Registration", "Batch", "Sample", "Trail"} <= schemas.keys()
+
+
+def test_the_last_event_of_each_kind_is_shown(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a"])
+    assert shared_server.get(f"/api/v1/runs/{run}")["events"] == []
+    told = [("skipped_step", 1), ("disarmed", 2), ("skipped_step", 3)]
+    events = [wire.Event(step=step, at=float(step), kind=kind, message=f"at {step}") for kind, step in told]
+    assert shared_server.store(run, wire.Batch(id="b", events=events)).status_code == 200
+    assert shared_server.get(f"/api/v1/runs/{run}")["events"] == [
+        {"kind": "skipped_step", "count": 2, "step": 3, "at": 3.0, "message": "at 3", "parameter": None},
+        {"kind": "disarmed", "count": 1, "step": 2, "at": 2.0, "message": "at 2", "parameter": None},
+    ]

@@ -72,11 +72,23 @@ class KnownParameter(BaseModel):
     kind: str
 
 
+class LastEvent(BaseModel):
+    """The last event of one kind that an agent has told."""
+
+    kind: str = Field(description="such as disarmed, not_measured, not_stepped, skipped_step, nonfinite_module")
+    count: int = Field(description="events of this kind")
+    step: int
+    at: float = Field(description="Unix seconds")
+    message: str
+    parameter: str | None
+
+
 class RunDetail(Run):
     """One training job with its parameters, in the order of depth."""
 
     attributes: dict[str, str]
     parameters: list[KnownParameter]
+    events: list[LastEvent] = Field(description="the last of each kind, the newest first")
 
 
 class Series(BaseModel):

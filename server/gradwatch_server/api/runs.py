@@ -18,7 +18,7 @@ from gradwatch_server.api.reading import Reads
 from gradwatch_server.deletion import delete_some
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import load_order, load_parameters
-from gradwatch_server.runs import RunState, check_run, load_run, load_runs
+from gradwatch_server.runs import RunState, check_run, load_events, load_run, load_runs
 from gradwatch_server.services import Services
 from gradwatch_server.settings import MOST_NAME_CHARACTERS
 from gradwatch_server.vectors import padded
@@ -39,11 +39,12 @@ def list_runs(engine: Reads, project: Text = None, state: RunState | None = None
 
 @router.get("/runs/{id}", response_model=documents.RunDetail, responses=problems(404, 422))
 def show_run(engine: Reads, run_id: RunId) -> Any:
-    """Show one run with its parameters in the order of depth."""
+    """Show one run with its parameters in the order of depth, and what its agent told of itself."""
     with engine.connect() as connection:
         run = load_run(connection, run_id)
         listed = sorted(load_parameters(connection, run_id), key=lambda parameter: parameter.depth or 0)
-    return run | {"parameters": [msgspec.structs.asdict(parameter) for parameter in listed]}
+        events = load_events(connection, run_id)
+    return run | {"parameters": [msgspec.structs.asdict(parameter) for parameter in listed], "events": events}
 
 
 @router.get(

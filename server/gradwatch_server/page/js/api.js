@@ -9,7 +9,8 @@
  *   scalars: Record<string, Num>, dropped: Record<string, number>}} Run
  * @typedef {{name: string, shape: number[], dtype: string, depth: number, units: number, trainable: boolean,
  *   kind: string}} Parameter
- * @typedef {Run & {attributes: Record<string, string>, parameters: Parameter[]}} RunDetail
+ * @typedef {{kind: string, count: number, step: number, at: number, message: string, parameter: string | null}} LastEvent
+ * @typedef {Run & {attributes: Record<string, string>, parameters: Parameter[], events: LastEvent[]}} RunDetail
  * @typedef {{steps: number[], last_steps: number[], min: Measured[], max: Measured[], mean: Measured[],
  *   last: Measured[], nonfinite: number[]}} Series
  * @typedef {{id: string, run: string, rule: string, severity: "warning" | "critical",

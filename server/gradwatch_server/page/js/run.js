@@ -22,6 +22,7 @@ import { View } from "./view.js";
 
 const REST_MS = 300;
 const TABLE_MS = 100; // the map is drawn first
+const TOLD_ELSEWHERE = new Set(["skipped_step", "nonfinite_module"]); // as a scalar, and in its alert
 
 /** @param {HTMLElement} main @param {string} runId @param {import("./live.js").Live} live */
 export async function runView(main, runId, live) {
@@ -55,6 +56,7 @@ export async function runView(main, runId, live) {
     table: valuesTable(view),
   };
   const header = el("div", { class: "head" });
+  const told = el("div");
   const list = el("ul", { class: "alerts" });
   let row = -1;
   let tableDue = 0;
@@ -112,11 +114,13 @@ export async function runView(main, runId, live) {
   const title = () => {
     document.title = `${run.name} · gradwatch`;
     fill(header, heading(run));
+    fill(told, fromAgent(run));
   };
   title();
   fill(
     main,
     header,
+    told,
     parts.panel.box,
     el(
       "section",
@@ -226,6 +230,27 @@ function heading(run) {
           { class: "chip warning" },
           `dropped: ${lost.map(([name, value]) => `${count(value)} ${name}`).join(", ")}`,
         ),
+    ),
+  ];
+}
+
+/** What the agent has told that keeps it from measuring. @param {api.RunDetail} run */
+function fromAgent(run) {
+  const events = run.events.filter(({ kind }) => !TOLD_ELSEWHERE.has(kind));
+  if (!events.length) return [];
+  return [
+    el(
+      "section",
+      { class: "card pad", "aria-label": "From the agent" },
+      el("h2", null, "From the agent"),
+      el(
+        "dl",
+        { class: "evidence" },
+        events.flatMap(({ kind, step, at, message }) => [
+          el("dt", { title: moment(at) }, `${kind}, step ${count(step)}`),
+          el("dd", null, message),
+        ]),
+      ),
     ),
   ];
 }

@@ -89,9 +89,7 @@ def passes(training: Training) -> dict[str, Callable[[], object]]:
 
     @torch.no_grad()
     def ours() -> None:
-        assert claim.grads is not None
-        claim.grads.run(grads())
-        claim.weights.run(training.weights)
+        claim.run(grads(), training.weights)
 
     @torch.no_grad()
     def foreach() -> None:

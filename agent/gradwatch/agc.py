@@ -519,7 +519,7 @@ class _Plan:
 
     def measure(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         self._grads.run(grads)
-        self._weights.run(weights)
+        self._weights.run(weights, warm=True)
 
     def scale(self, grads: Sequence[Tensor]) -> None:
         self._clipping.scale(grads, self._grad_units, self._weight_units)

@@ -109,10 +109,8 @@ class Binding:
                 members, there = [local(member) for member in members], [local(grad) for grad in there]
             for attempt in range(2):
                 claim = slot.claim(self._plan(present, members, there, watched))
-                assert claim.grads is not None
                 try:
-                    claim.grads.run(there)
-                    claim.weights.run(members)
+                    claim.run(there, members)
                     break
                 except (LayoutChangedError, RuntimeError):
                     # A gradient has become sparse, or changed its type or device: plan anew, once.

@@ -147,6 +147,16 @@ class Claim:
             self.grad_arenas = {arena: device[arena][grad_at[arena] :] for arena in plan.grads.sizes}
             self.grads = kernels.bind(plan.grads, self.grad_arenas, slot.scratch)
 
+    def run(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        """Write the unit norms of gradients and weights, which must be of the plan's specifications, in its order.
+
+        Raises:
+            LayoutChangedError: a tensor has another shape now.
+        """
+        assert self.grads is not None
+        self.grads.run(grads)
+        self.weights.run(weights, warm=True)
+
     def grad_units(self) -> NDArray[np.float64]:
         """Return the norms of the gradients' units in the plan's order, once they have arrived."""
         assert self.plan.grads is not None

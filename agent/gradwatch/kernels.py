@@ -179,8 +179,12 @@ class KernelBound(Bound):
             for arena, positions in taken.items()
         ]
 
-    def run(self, tensors: Sequence[Tensor]) -> None:
+    def run(self, tensors: Sequence[Tensor], *, warm: bool = False) -> None:
         """Write the unit norms of ``tensors``, which must be of the layout's specification, in its order.
+
+        Args:
+            tensors: all of them.
+            warm: as of ``Bound.run``.
 
         Raises:
             LayoutChangedError: a tensor has another shape now.
@@ -192,7 +196,7 @@ class KernelBound(Bound):
                 if tensors[position].shape != spec.shape:
                     raise LayoutChangedError(f"a tensor is {tuple(tensors[position].shape)}, not {spec.shape}")
                 reducer(spec)(tensors[position], out[start : start + spec.units])
-        super().run(tensors)
+        super().run(tensors, warm=warm)
 
 
 def bind(layout: Layout, arenas: dict[Arena, Tensor], scratch: Scratch) -> Bound:

@@ -192,18 +192,28 @@ class Bound:
                 )
             )
 
-    def run(self, tensors: Sequence[Tensor]) -> None:
+    def run(self, tensors: Sequence[Tensor], *, warm: bool = False) -> None:
         """Write the unit norms of ``tensors``, which must be of the layout's specification, in its order.
+
+        Args:
+            tensors: all of them.
+            warm: whether the scratch buffer was just used and is in the cache still: what is gathered comes first then.
 
         Raises:
             LayoutChangedError: a tensor has another shape now.
         """
+        if warm:
+            self._gather(tensors)
         # Shapes are looked at before torch sees them: it would make its output larger, and warn the user of it.
         for position, shape, out, reduce in self._direct:
             tensor = tensors[position]
             if tensor.shape != shape:
                 raise LayoutChangedError(f"a tensor is {tuple(tensor.shape)}, not {shape}")
             reduce(tensor, out)
+        if not warm:
+            self._gather(tensors)
+
+    def _gather(self, tensors: Sequence[Tensor]) -> None:
         for gathered in self._gathered:
             gathered.reduce(tensors)
 

@@ -207,9 +207,7 @@ def test_a_plan_reads_back_what_was_written() -> None:
     slot = Slots().take()
     assert slot is not None
     claim = slot.claim(plan)
-    assert claim.grads is not None
-    claim.grads.run(grads)
-    claim.weights.run(weights)
+    claim.run(grads, weights)
     order = [plan.indices[position] for position in plan.measured]
     expected = {"grads": claim.grad_units(), "weights": claim.weight_units()}
     for tensors, got in zip((grads, weights), expected.values(), strict=True):

@@ -252,8 +252,8 @@ def _row_norms(rows: Tensor, out: Tensor) -> Callable[[], object]:
     """Return what writes the norms of the rows of the scratch buffer.
 
     On the CPU one thread must do it, the one that copies: what another has read of the scratch must be taken from its
-    cache before the next copy is written. Where the two share no cache that made the whole pass 1.5 times as long as
-    with one, and nowhere was it faster with two. Torch cannot be told so for one operator; numpy has one thread.
+    cache before the next copy is written, which is dear where the two share none. Torch cannot be told so for one
+    operator; numpy has one thread.
     """
     if rows.device.type == "cpu" and rows.shape[1] <= _WIDEST_SERIAL:
         return partial(_row_norms_serial, rows.numpy(), out.numpy())

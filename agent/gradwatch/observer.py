@@ -40,24 +40,33 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _guarded(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R | None]:
+def _swallowing(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R | None]:
     """Telemetry never raises into training: errors are counted and shipped, and after some the agent disarms."""
 
     @functools.wraps(method)
-    def guarded(self: Any, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
-        if not self.watching:
-            return None
+    def swallowing(self: Any, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
         started = time.perf_counter()
-        try:
-            with self.turn:
+        with self.turn:
+            try:
                 return method(self, *args, **kwargs)
-        except Exception as error:  # the agent's guard
-            self.failed(error)
-            if self.raises_own_errors:
-                raise
-            return None
-        finally:
-            self.spent_seconds += time.perf_counter() - started
+            except Exception as error:  # the agent's guard
+                self.failed(error)
+                if self.raises_own_errors:
+                    raise
+                return None
+            finally:
+                self.spent_seconds += time.perf_counter() - started
+
+    return cast("Callable[Concatenate[Any, _P], _R | None]", swallowing)
+
+
+def _guarded(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R | None]:
+    """Swallow errors, and do nothing where nothing is watched."""
+    swallowing = _swallowing(method)
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
+        return swallowing(self, *args, **kwargs) if self.watching else None
 
     return cast("Callable[Concatenate[Any, _P], _R | None]", guarded)
 
@@ -216,7 +225,7 @@ class Observer(ABC):
     def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
         """Note the state of some gradients: whose losses they are shows afterwards, or when an optimizer steps."""
         with self.turn:
-            if not self._is_home(tensors):
+            if not (self.watching or self._classifier.looks) or not self._is_home(tensors):
                 return None
             if self._classifier.looks:
                 self._look(tensors)
@@ -308,15 +317,10 @@ class Observer(ABC):
         if binding is not None:
             self._steps.forget_zeroed(binding.index_set)
 
+    @_swallowing
     def _is_home(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether the thread that trains differentiates these; on every rank that clips."""
-        try:
-            return self._pending.is_home(tensors, self._parameters)
-        except Exception as error:  # the agent's guard
-            self.failed(error)
-            if self.raises_own_errors:
-                raise
-            return False
+        return self._pending.is_home(tensors, self._parameters)
 
     @_guarded
     def _forget_thrown_away(self) -> None:
@@ -556,20 +560,13 @@ class Observer(ABC):
             self._clipper.know(self._parameters.watched)
         return new
 
+    @_swallowing  # without an answer the clipper guesses, and says so
     def _look(self, losses: Sequence[Tensor]) -> None:
         """Search the graph of a loss for the classifier; on every rank that clips."""
         self._classifier.looks -= 1
-        started = time.perf_counter()
-        try:
-            if self._parameters.sharded:
-                self._parameters.note_stand_ins()
-            self._classifier.look(losses)
-        except Exception as error:  # the agent's guard; without an answer the clipper guesses, and says so
-            self.failed(error)
-            if self.raises_own_errors:
-                raise
-        finally:
-            self.spent_seconds += time.perf_counter() - started
+        if self._parameters.sharded:
+            self._parameters.note_stand_ins()
+        self._classifier.look(losses)
 
     def _register(self) -> None:
         self._put(self._parameters.registered())

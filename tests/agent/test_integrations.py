@@ -161,11 +161,27 @@ def test_a_trainer_that_is_resumed_counts_on(server: Server, tmp_path: Path, opt
     assert train(7, run, resume=True) == (run, [5, 6, 7])
 
 
+def train(model: nn.Module, server: Server, folder: Path, **options: Any) -> None:
+    """Train three steps with a Trainer."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=3,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    callback = TrainerCallback(url=server.url, every=1)
+    Trainer(model=model, args=arguments, train_dataset=Points(), callbacks=[callback]).train()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_tries_again_after_a_failure(server: Server, tmp_path: Path) -> None:
     """As with ``auto_find_batch_size``: an attempt that ended in an exception has failed."""
-    from transformers import Trainer, TrainingArguments
-
     failing = [True, True]
 
     class Failing(Net):
@@ -175,20 +191,7 @@ def test_transformers_tries_again_after_a_failure(server: Server, tmp_path: Path
                 raise RuntimeError("CUDA out of memory.")
             return super().forward(x, labels)
 
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=8,
-        auto_find_batch_size=True,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-    )
-    Trainer(
-        model=Failing(), args=arguments, train_dataset=Points(), callbacks=[TrainerCallback(url=server.url, every=1)]
-    ).train()
+    train(Failing(), server, tmp_path, per_device_train_batch_size=8, auto_find_batch_size=True)
     ends = [batch.end.status for batch in server.batches if batch.end is not None]
     assert ends == ["failed", "failed", "completed"]
     assert [sample.step for sample in server.samples] == [1, 2, 3]
@@ -196,23 +199,7 @@ def test_transformers_tries_again_after_a_failure(server: Server, tmp_path: Path
 
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_with_accumulation_and_clipping(server: Server, tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_grad_norm=0.25,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-    )
-    Trainer(
-        model=Net(), args=arguments, train_dataset=Points(), callbacks=[TrainerCallback(url=server.url, every=1)]
-    ).train()
+    train(Net(), server, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.25)
     assert [sample.step for sample in server.samples] == [1, 2, 3]
     assert server.names == ["inner.weight", "inner.bias"]
     assert server.scalar("clipped_global_grad_norm", 1) == pytest.approx(0.25, rel=1e-4)

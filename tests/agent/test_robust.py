@@ -100,7 +100,11 @@ def test_what_a_dead_server_leaves_behind_flush_delivers(
 
 @pytest.mark.usefixtures("patient_collector")
 def test_a_wrong_address_takes_nothing_away(
-    server: Server, refusing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server,
+    refusing: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another service answers 404 to a registration: whoever finds the right one later can still make the run known."""
     server.answer = lambda *_: (404, {}, b"not here")
@@ -108,6 +112,10 @@ def test_a_wrong_address_takes_nothing_away(
     agent = gradwatch.attach(model, optimizer, url=refusing, every=1)
     train(agent, model, optimizer)
     agent.close(timeout_seconds=0.1)
+    monkeypatch.setenv("GRADWATCH_URL", server.url)
+    assert flush.main([]) == 1, "it is for the server that it was meant for"
+    assert not server.requests
+    assert refusing in capsys.readouterr().err
     for _ in range(2):
         assert flush.main(["--url", server.url]) == 1
         assert str(tmp_path / "spool" / agent.run_id) in capsys.readouterr().err

@@ -157,7 +157,8 @@ def test_a_port_that_is_none_is_refused_in_words(tmp_path: Path, port: str) -> N
 
 
 def test_a_host_that_is_none_is_refused_in_words(tmp_path: Path) -> None:
-    assert _command(tmp_path, "token", "create", "--scope", "admin").returncode == 0
+    made = _command(tmp_path, "token", "create", "--scope", "admin")
+    assert (made.returncode, "in sqlite:///gradwatch.db" in made.stderr) == (0, True)
     _says(_command(tmp_path, "serve", "--port=0", "--host=192.0.2.1"), "choose another with --host")
 
 

@@ -22,8 +22,8 @@ import gradwatch
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.operators import allowed, launched
 from gradwatch.agent import Agent
-from gradwatch.buffers import Plan, Slots
-from gradwatch.model import walk
+from gradwatch.model.discovery import walk
+from gradwatch.norms.buffers import Plan, Slots
 
 NOWHERE = "http://127.0.0.1:9"
 """Nobody listens: what is measured waits in a spool, which is the dearest case."""

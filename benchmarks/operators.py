@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.layout import Layout, Scratch, spec_of
+from gradwatch.norms.layout import Layout, Scratch, spec_of
 
 
 class Operators(TorchDispatchMode):

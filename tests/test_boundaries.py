@@ -26,7 +26,7 @@ def test_the_server_loads_no_torch() -> None:
 
 
 def test_the_agent_loads_nothing_of_the_server() -> None:
-    loaded = _loaded("import gradwatch; gradwatch.attach; import gradwatch.launch, gradwatch.flush")
+    loaded = _loaded("import gradwatch; gradwatch.attach; import gradwatch.launch.command, gradwatch.delivery.flush")
     assert "torch" in loaded
     assert not loaded & {*SERVER_ONLY, "gradwatch_server"}
 

@@ -10,7 +10,7 @@ from torch import nn
 import gradwatch
 from gradwatch import wire
 from gradwatch.cli import main
-from gradwatch.spool import Losses, Spool
+from gradwatch.delivery.spool import Losses, Spool
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample
 
 

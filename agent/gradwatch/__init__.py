@@ -4,15 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradwatch.agc import AGC, adaptive_clip_grad_
     from gradwatch.agent import Agent, attach
+    from gradwatch.clipping.agc import AGC, adaptive_clip_grad_
 
 __all__ = ["AGC", "Agent", "adaptive_clip_grad_", "attach"]
 
 _HOMES = {
-    "AGC": "gradwatch.agc",
+    "AGC": "gradwatch.clipping.agc",
     "Agent": "gradwatch.agent",
-    "adaptive_clip_grad_": "gradwatch.agc",
+    "adaptive_clip_grad_": "gradwatch.clipping.agc",
     "attach": "gradwatch.agent",
 }
 

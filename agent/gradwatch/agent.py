@@ -14,20 +14,22 @@ from typing import Any, Final, Self, SupportsFloat, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch import endings, taps, wire
-from gradwatch.agc import AGC
-from gradwatch.collector import Collector
-from gradwatch.endings import CLOSING_SECONDS
+from gradwatch import wire
+from gradwatch.clipping.agc import AGC
+from gradwatch.delivery.delivery import Report
 from gradwatch.governor import Governor
-from gradwatch.launch import Note
-from gradwatch.mirrors import Logger, mirror
+from gradwatch.hooks import taps
+from gradwatch.launch.command import Note
+from gradwatch.lifecycle import shutdown as endings
+from gradwatch.lifecycle.process import attributes, automatic_name, is_the_command, rank, tell_the_launcher
+from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
+from gradwatch.norms.scalars import kept
 from gradwatch.observer import Observer
 from gradwatch.optimizers import unwrapped
-from gradwatch.process import attributes, automatic_name, is_the_command, rank, tell_the_launcher
-from gradwatch.ranks import ranks_of
-from gradwatch.report import Report
+from gradwatch.ranks.exchange import ranks_of
 from gradwatch.rounds import Message, Round
-from gradwatch.scalars import kept
+from gradwatch.samples.collector import Collector
+from gradwatch.samples.loggers import Logger, mirror
 from gradwatch.settings import RUN_ID, Settings, resolve
 
 _log = logging.getLogger("gradwatch")

@@ -29,8 +29,10 @@ COMMANDS = {
     "token": Entry("gradwatch_server.tokens", "server", "make, list and revoke tokens"),
     "prune": Entry("gradwatch_server.prune", "server", "remove what is over its time"),
     "export": Entry("gradwatch_server.export", "server", "write the samples of a run as CSV or Parquet"),
-    "run": Entry("gradwatch.launch", "agent", "run a training command with the agent attached, its code untouched"),
-    "flush": Entry("gradwatch.flush", "agent", "deliver what is left in the spool of this machine"),
+    "run": Entry(
+        "gradwatch.launch.command", "agent", "run a training command with the agent attached, its code untouched"
+    ),
+    "flush": Entry("gradwatch.delivery.flush", "agent", "deliver what is left in the spool of this machine"),
     "alerts": Entry("gradwatch_server.console.alerts", "server", "list alerts, or acknowledge one"),
     "silence": Entry("gradwatch_server.console.silence", "server", "have alerts not told for a while"),
     "receivers": Entry("gradwatch_server.console.receivers", "server", "list, test, enable receivers of alerts"),

@@ -5,8 +5,8 @@ from typing import Final
 
 from torch import Tensor
 
-from gradwatch.model import Watched
-from gradwatch.parameters import Parameters
+from gradwatch.model.discovery import Watched
+from gradwatch.model.registry import Parameters
 
 Mark = tuple[Tensor, int] | None
 """A gradient and its version; None where there is none. It is kept while the pass lasts: of one that is gone the

@@ -12,24 +12,25 @@ from typing import Any, ClassVar, Concatenate, Final, ParamSpec, TypeVar, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch import taps, wire
-from gradwatch.agc import AGC
-from gradwatch.binding import Binding, Pass
-from gradwatch.classifier import LOOKS, LOOKS_TO_CLIP, Classifier
-from gradwatch.clipper import Clipper
+from gradwatch import wire
+from gradwatch.clipping.agc import AGC
+from gradwatch.clipping.classifier import LOOKS, LOOKS_TO_CLIP, Classifier
+from gradwatch.clipping.executor import Clipper
+from gradwatch.delivery.spool import Losses
 from gradwatch.governor import Governor
+from gradwatch.hooks import taps
 from gradwatch.marks import Mark, Marks
-from gradwatch.meter import Meter
+from gradwatch.model.registry import Parameters
+from gradwatch.norms.scalars import Scalar, is_finite, kept
+from gradwatch.open_step import Steps
 from gradwatch.optimizers import Optimizers, has_inner
 from gradwatch.pace import Pace
-from gradwatch.parameters import Parameters
 from gradwatch.pending import Pending
-from gradwatch.ranks import Ranks, is_flattened, is_partial, parts_only
+from gradwatch.ranks.exchange import Ranks, is_flattened, is_partial, parts_only
+from gradwatch.recording.optimizer_parameters import Binding, Pass
+from gradwatch.recording.recorder import Meter
 from gradwatch.rounds import Clip, Message, Reading, Round, acted
-from gradwatch.scalars import Scalar, is_finite, kept
-from gradwatch.search import Search
-from gradwatch.spool import Losses
-from gradwatch.steps import Steps
+from gradwatch.samples.origin_search import Search
 
 _log = logging.getLogger("gradwatch")
 

@@ -8,9 +8,9 @@ from typing import Any, Final, NamedTuple, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.binding import Binding, Lists
-from gradwatch.classifier import Classifier
-from gradwatch.parameters import Parameters
+from gradwatch.clipping.classifier import Classifier
+from gradwatch.model.registry import Parameters
+from gradwatch.recording.optimizer_parameters import Binding, Lists
 
 _UNSTEPPED: Final = 200
 """Backward passes after which it is said that no optimizer has stepped what is watched yet."""

@@ -8,10 +8,10 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
-from gradwatch.buffers import Slot
-from gradwatch.parameters import Parameters
+from gradwatch.model.registry import Parameters
+from gradwatch.norms.buffers import Slot
+from gradwatch.norms.scalars import Scalar, kept, summed
 from gradwatch.rounds import Clip, Round
-from gradwatch.scalars import Scalar, kept, summed
 
 _LOSSES: Final = 1024
 """Losses that wait for their step, and are summed then."""

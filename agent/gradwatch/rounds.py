@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch import wire
-from gradwatch.buffers import Claim, Slot
-from gradwatch.model import Watched
-from gradwatch.provenance import Seen
-from gradwatch.scalars import Scalar
+from gradwatch.model.discovery import Watched
+from gradwatch.norms.buffers import Claim, Slot
+from gradwatch.norms.scalars import Scalar
+from gradwatch.samples.origin import Seen
 
 
 @dataclass(slots=True)

@@ -152,7 +152,7 @@ def _surroundings(own_errors: OwnErrors, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Agent, "raises_own_errors", True)
     torch.manual_seed(0)
     yield
-    from gradwatch import taps
+    from gradwatch.hooks import taps
 
     for listener in taps.listeners():
         if isinstance(listener, Agent):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradwatch import adaptive_clip_grad_, kernels, triton_kernels
-from gradwatch.layout import WIDEST_ROW, Arena, Axis, Layout, Scratch, spec_of
+from gradwatch import adaptive_clip_grad_
+from gradwatch.norms import kernels, triton_kernels
+from gradwatch.norms.layout import WIDEST_ROW, Arena, Axis, Layout, Scratch, spec_of
 from tests.agent.test_agc import TOLERANCE, _drawn, _float64, _grad, _oracle
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
-from gradwatch.binding import Binding, Lists
+from gradwatch.recording.optimizer_parameters import Binding, Lists
 
 from .conftest import Server
 from .watching import GRAD_A, Two, watch

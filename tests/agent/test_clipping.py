@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch import inspection, taps, wire
+from gradwatch import wire
 from gradwatch.agent import Agent
-from gradwatch.classifier import Classifier
-from gradwatch.clipper import Clipper
+from gradwatch.clipping.classifier import Classifier
+from gradwatch.clipping.executor import Clipper
+from gradwatch.hooks import taps
+from gradwatch.recording import float64 as inspection
 from tests.processes import free_port
 
 from .conftest import OwnErrors, Server
@@ -438,7 +440,7 @@ _RANKS = """
 import sys
 import torch, torch.distributed as dist
 from torch import nn
-import gradwatch, gradwatch.collector
+import gradwatch, gradwatch.samples.collector
 rank, port, url, kind, granularity, out = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 torch.manual_seed(3)
@@ -453,7 +455,7 @@ elif kind == "fsdp":
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-gradwatch.collector._LAST_PARTS_SECONDS = 60.0
+gradwatch.samples.collector._LAST_PARTS_SECONDS = 60.0
 with gradwatch.attach(net, optimizer, url=url, every=1, clip=gradwatch.AGC(0.05, granularity=granularity)):
     for step in range(3):
         optimizer.zero_grad()

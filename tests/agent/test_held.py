@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.binding import Binding
-from gradwatch.held import era, held
+from gradwatch.hooks.weak_tensors import era, held
+from gradwatch.recording.optimizer_parameters import Binding
 
 from .conftest import Server
 from .test_wrappers import Around

@@ -9,7 +9,7 @@ from triton import compile as compiled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradwatch import triton_kernels
+from gradwatch.norms import triton_kernels
 from tests.processes import ROOT, environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # of Triton 3.9, to whoever compiles

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from gradwatch import wire
-from gradwatch.launch import _deliver
+from gradwatch.delivery.spool import Losses, Spool
+from gradwatch.launch.command import _deliver
 from gradwatch.settings import resolve
-from gradwatch.spool import Losses, Spool
 from tests.processes import free_port
 
 from .conftest import Server
@@ -80,7 +80,7 @@ def test_the_exit_code_is_the_commands_and_ends_the_run(server: Server, script: 
 
 
 COUNTED = """
-from gradwatch.spool import Spool
+from gradwatch.delivery.spool import Spool
 append, kept = Spool.append, []
 def counted(self, kind, body, samples=0):
     append(self, kind, body, samples)
@@ -418,7 +418,7 @@ def test_each_fold_of_a_program_is_a_run(server: Server, script: Path) -> None:
 def test_runs_without_end_are_bounded_and_it_says_so(server: Server, script: Path) -> None:
     """As of meta-learning, which trains a copy of its model for each task."""
     folds = FOLDS.replace("KEPT", "False").replace("STEPS", "5")
-    script.write_text(f"import gradwatch.trainings as t\nt._MOST_RUNS = 2\n{folds}", encoding="utf-8")
+    script.write_text(f"import gradwatch.launch.trainings as t\nt._MOST_RUNS = 2\n{folds}", encoding="utf-8")
     done = launch(server, sys.executable, str(script))
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
     assert "it has begun 2 runs" in done.stderr

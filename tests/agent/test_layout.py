@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.buffers import Plan, Slots
-from gradwatch.layout import Arena, Axis, Layout, Scratch, spec_of
+from gradwatch.norms.buffers import Plan, Slots
+from gradwatch.norms.layout import Arena, Axis, Layout, Scratch, spec_of
 
 from .conftest import Server
 

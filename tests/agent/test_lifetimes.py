@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
-from gradwatch import taps, wire
+from gradwatch import wire
+from gradwatch.hooks import taps
 
 from .conftest import Server
 from .watching import GRAD_A, Two, watch

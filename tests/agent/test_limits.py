@@ -14,10 +14,10 @@ from torch import nn
 import gradwatch
 from gradwatch import settings, wire
 from gradwatch.agent import Agent
-from gradwatch.halves import halves
+from gradwatch.delivery.sender import Answer, Sender
+from gradwatch.delivery.splitting import halves
+from gradwatch.delivery.spool import Entry, Losses
 from gradwatch.rounds import Round
-from gradwatch.sender import Answer, Sender
-from gradwatch.spool import Entry, Losses
 from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
 from .conftest import OwnErrors, Server
@@ -106,7 +106,9 @@ def test_names_that_never_end_are_bounded_counted_and_said_once(real: GradwatchS
 
 def test_a_backlog_of_a_fast_training_arrives(real: GradwatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the server is away batches grow: to what it takes at once, not beyond."""
-    from gradwatch import collector, composer, sender
+    from gradwatch.delivery import sender
+    from gradwatch.samples import builder as composer
+    from gradwatch.samples import collector
 
     monkeypatch.setattr(collector, "_BACKLOG", 0)
     monkeypatch.setattr(collector, "_GROWN_BATCH_SECONDS", 3600.0)

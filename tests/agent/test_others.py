@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch import others
+from gradwatch.recording import resting_weights as others
 
 from .conftest import Server
 from .watching import watch

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from gradwatch import wire
-from gradwatch.provenance import Hooks
+from gradwatch.samples.origin import Hooks
 
 from .conftest import Server
 

@@ -21,11 +21,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import gradwatch
-from gradwatch import collector, flush, taps, wire
+from gradwatch import wire
 from gradwatch.agent import Agent
-from gradwatch.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
+from gradwatch.delivery import flush
+from gradwatch.delivery.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
+from gradwatch.delivery.spool import Entry, Kind, Losses, Spool, leftovers
+from gradwatch.hooks import taps
+from gradwatch.samples import collector
 from gradwatch.settings import spool_directory
-from gradwatch.spool import Entry, Kind, Losses, Spool, leftovers
 from tests.processes import PATIENCE_SECONDS, small_disk
 
 from .conftest import OwnErrors, Server
@@ -612,7 +615,8 @@ def test_what_leaves_the_context_says_how_the_run_ended(
 
 
 _OTHERS = """
-from gradwatch import agent as the_agent, endings
+from gradwatch import agent as the_agent
+from gradwatch.lifecycle import shutdown as endings
 endings.CLOSING_SECONDS = 5.0
 models = [nn.Linear(5, 3) for _ in range(3)]
 agents = [gradwatch.attach(model, every=1) for model in models]
@@ -710,7 +714,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from gradwatch import wire
-from gradwatch.spool import Losses, Spool
+from gradwatch.delivery.spool import Losses, Spool
 left = Spool(Path(sys.argv[1]), url=sys.argv[2], run="run-" + "0" * 16, losses=Losses(), warn=print)
 for number in range(40):
     left.append("batch", wire.encode(wire.Batch(id=f"b{number}", events=[wire.Event(step=0, at=0.0, kind="x" * 500)])))

@@ -21,7 +21,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-import gradwatch, gradwatch.collector
+import gradwatch, gradwatch.samples.collector
 from gradwatch.agent import Agent
 Agent.raises_own_errors = True
 rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
@@ -35,7 +35,7 @@ fully_shard(model, mesh=mesh)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 clip = gradwatch.AGC(0.02, exclude=()) if kind == "agc" else None
 if kind != "late":
-    gradwatch.collector._LAST_PARTS_SECONDS = 60.0
+    gradwatch.samples.collector._LAST_PARTS_SECONDS = 60.0
 with gradwatch.attach(model, optimizer, url=url, every=1, clip=clip) as agent:
     for step in range(3):
         optimizer.zero_grad()

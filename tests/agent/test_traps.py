@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
 from gradwatch import wire
-from gradwatch.buffers import Slot
+from gradwatch.norms.buffers import Slot
 from tests.processes import free_port
 
 from .conftest import Server

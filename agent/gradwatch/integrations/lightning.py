@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gradwatch.agent import Agent, attach
-from gradwatch.progress import steps_made
+from gradwatch.recording.restored_steps import steps_made
 
 
 class GradwatchCallback(Callback):

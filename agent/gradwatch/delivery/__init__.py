@@ -1,0 +1,1 @@
+"""Delivering what was written: the spool on disk and the sender thread."""

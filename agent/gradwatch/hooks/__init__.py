@@ -1,0 +1,1 @@
+"""Listening to torch: patches, hooks and weak tensor references."""

@@ -1,0 +1,1 @@
+"""``gradwatch run``: attaching to a program whose code is untouched."""

@@ -1,0 +1,1 @@
+"""Unit norms of many tensors in few operators."""

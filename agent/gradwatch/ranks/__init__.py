@@ -1,0 +1,1 @@
+"""What several ranks of one training know together."""

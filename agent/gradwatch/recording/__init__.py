@@ -1,0 +1,1 @@
+"""Recording the norms of one step into buffers, without waiting for the device."""

@@ -1,0 +1,165 @@
+"""What is known of the parameters that one optimizer steps, and the one pass over them and their gradients."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import compress, repeat
+from operator import is_not
+from typing import Final, cast
+
+import torch
+from torch import Tensor
+
+from gradwatch.hooks.weak_tensors import era, held
+from gradwatch.model.discovery import Watched, local
+from gradwatch.norms.buffers import Claim, Plan, Slot
+from gradwatch.norms.layout import LayoutChangedError
+
+_PLANS: Final = 8
+"""Plans kept for an optimizer: one for each set of parameters that had gradients together."""
+_LISTS: Final = 8
+"""Lists that are remembered: a loop may clip several, each at every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Unit norms of the gradients that are there, and of their weights, written to a slot."""
+
+    claim: Claim
+    members: Sequence[Tensor]
+    """The weights; of a sharded one this rank's part."""
+    grads: Sequence[Tensor]
+    """Their gradients."""
+
+    @property
+    def plan(self) -> Plan:
+        """Return which parameters they are, and how their norms are read."""
+        return self.claim.plan
+
+
+class Binding:
+    """The watched parameters of one optimizer, or of one list. None of them is kept alive.
+
+    Args:
+        groups: parameters as they are listed, by group.
+        find: gives the index of a watched parameter, None for any other.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], find: Callable[[Tensor], int | None]) -> None:
+        known = [
+            (index, parameter, place)
+            for place, group in enumerate(groups)
+            for parameter in group
+            if (index := find(parameter)) is not None
+        ]
+        self.indices = [index for index, _, _ in known]
+        self.index_set = frozenset(self.indices)
+        self.repeated = {index: times for index, times in Counter(self.indices).items() if times > 1}
+        """How often each is listed that is listed more than once: a clipping by norm scales it each time."""
+        self._listed = [held(parameter) for group in groups for parameter in group]
+        self._parameters = [held(parameter) for _, parameter, _ in known]
+        self._era = era()
+        """When all that were listed were there."""
+        self.group_of = {index: place for index, _, place in known}
+        """Place of each parameter's group, by index."""
+        self.sharded = any(hasattr(parameter, "to_local") for _, parameter, _ in known)
+        self.halves = any(parameter.dtype == torch.float16 for _, parameter, _ in known)
+        """Whether there is one whose gradient loses what is small when it is scaled down."""
+        self._plans: OrderedDict[bytes, Plan] = OrderedDict()
+        self.signature: tuple[int, ...] = ()
+        """Of the groups: what differs where they were changed."""
+        self.steps = 0
+        self.steps_at_scaler = 0
+        self.next_part = 0
+        """Of the weights: the one whose change is measured next."""
+        self.update_credit = 0
+        """Elements that may be copied for it."""
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters; they must be there still: their optimizer or their list is at hand."""
+        return cast("list[Tensor]", [parameter.reference() for parameter in self._parameters])
+
+    @property
+    def whole(self) -> bool:
+        """Return whether all that were listed are still there: the id of one that is gone may be another's by now."""
+        now = era()
+        if self._era is not now:
+            if any(parameter.reference() is None for parameter in self._listed):
+                return False
+            self._era = now
+        return True
+
+    def measure(self, slot: Slot, watched: Sequence[Watched]) -> Pass | None:
+        """Write unit norms to ``slot``; return None where there is no gradient.
+
+        Args:
+            slot: has room, or makes it.
+            watched: all parameters of the run.
+        """
+        parameters = self.parameters
+        grads = [parameter.grad for parameter in parameters]
+        present = bytes(map(is_not, grads, repeat(None)))
+        members = list(compress(parameters, present))
+        there = [grad for grad in grads if grad is not None]
+        if not there:
+            return None
+        with torch.no_grad():
+            if self.sharded:
+                members, there = [local(member) for member in members], [local(grad) for grad in there]
+            for attempt in range(2):
+                claim = slot.claim(self._plan(present, members, there, watched))
+                try:
+                    claim.run(there, members)
+                    break
+                except (LayoutChangedError, RuntimeError):
+                    # A gradient has become sparse, or changed its type or device: plan anew, once.
+                    self._plans.clear()
+                    if attempt:
+                        raise
+        return Pass(claim, members, there)
+
+    def _plan(
+        self, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor], watched: Sequence[Watched]
+    ) -> Plan:
+        plan = self._plans.get(present)
+        if plan is not None:
+            return plan
+        indices = [index for index, there in zip(self.indices, present, strict=True) if there]
+        known = [watched[index] for index in indices]
+        plan = Plan(
+            indices,
+            [entry.spec(grad) for entry, grad in zip(known, grads, strict=True)],
+            [entry.spec(member) for entry, member in zip(known, members, strict=True)],
+        )
+        self._plans[present] = plan
+        if len(self._plans) > _PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+
+class Lists:
+    """The bindings of the lists of parameters that were clipped lately.
+
+    Args:
+        bind: makes the binding of a list.
+    """
+
+    def __init__(self, bind: Callable[[Sequence[Tensor]], Binding]) -> None:
+        self._bind = bind
+        self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
+
+    def binding(self, parameters: Sequence[Tensor]) -> Binding:
+        """Return what is known of a list; it is the same for the same parameters in the same order."""
+        ids = tuple(map(id, parameters))
+        binding = self._bindings.pop(ids, None)
+        if binding is None or not binding.whole:
+            binding = self._bind(parameters)
+        self._bindings[ids] = binding
+        if len(self._bindings) > _LISTS:
+            self._bindings.popitem(last=False)
+        return binding
+
+    def clear(self) -> None:
+        """Forget all: which parameters are watched has changed."""
+        self._bindings.clear()

@@ -1,0 +1,1 @@
+"""Building samples from recorded norms, off the training thread."""

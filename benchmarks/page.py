@@ -19,8 +19,8 @@ from tests.page.planted import residual_net
 from tests.processes import GradwatchServer
 
 from gradwatch import wire
-from gradwatch_server import schema, shelf
-from gradwatch_server.database import open_engine, writing
+from gradwatch_server.store import batch_store, schema
+from gradwatch_server.store.database import open_engine, writing
 
 SAMPLES, PARAMETERS = 1_000_000, 300
 BATCH = 1_000
@@ -81,7 +81,7 @@ def store(database: Path, run_id: str, samples: int, parameters: int) -> None:
         )
         with writing(engine) as connection:
             run = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id)).one()
-            changes = shelf.put(connection, run, batch, shelf.scalars_by_step(batch))
+            changes = batch_store.put(connection, run, batch, batch_store.scalars_by_step(batch))
             changes |= {"last_step": int(steps[-1]), "sample_count": run.sample_count + len(steps)}
             changes["scalars"] = {"loss": losses[-1]}
             connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(changes))

@@ -28,10 +28,10 @@ from tests.processes import GradwatchServer, environment
 from tests.prometheus.programs import Program, Prometheus, VictoriaMetrics
 
 from gradwatch import wire
-from gradwatch_server import timeseries
-from gradwatch_server.database import migrate, open_engine, writing
-from gradwatch_server.ingest import Ingest
+from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
+from gradwatch_server.store.database import migrate, open_engine, writing
+from gradwatch_server.telemetry import remote_write_protocol
 
 STATISTICS = wire.STATISTICS[:1] + wire.STATISTICS[2:5] + wire.STATISTICS[5:6] + wire.STATISTICS[7:]
 PARAMETERS = 500
@@ -115,16 +115,18 @@ class RemoteWrite:
         drawn = samples(0, SAMPLES_PER_BATCH, PARAMETERS, STATISTICS)
         names = [parameter.name for parameter in parameters(PARAMETERS)]
         self._content = b"".join(
-            timeseries._field(1, timeseries._series(self._series(drawn, name, statistic, place)))
+            remote_write_protocol._field(1, remote_write_protocol._series(self._series(drawn, name, statistic, place)))
             for place, name in enumerate(names)
             for statistic in STATISTICS
         )
         self._begin = int(time.time() * 1_000) - 1_800_000
 
-    def _series(self, drawn: list[wire.Sample], name: str, statistic: wire.Statistic, place: int) -> timeseries.Series:
+    def _series(
+        self, drawn: list[wire.Sample], name: str, statistic: wire.Statistic, place: int
+    ) -> remote_write_protocol.Series:
         labels = (("__name__", statistic), ("parameter", name), ("run", self._RUN))
         values = [float(sample.statistics[statistic][place]) for sample in drawn]
-        return timeseries.Series(labels, [(self._START + row, value) for row, value in enumerate(values)])
+        return remote_write_protocol.Series(labels, [(self._START + row, value) for row, value in enumerate(values)])
 
     def runs(self, count: int) -> list[str]:
         """Return names: nothing has to be registered."""
@@ -135,8 +137,10 @@ class RemoteWrite:
         content = self._content.replace(self._RUN.encode(), run.encode())
         for row in range(SAMPLES_PER_BATCH):
             at = self._begin + 10 * (number * SAMPLES_PER_BATCH + row)
-            content = content.replace(timeseries._varint(self._START + row), timeseries._varint(at))
-        return "/api/v1/write", timeseries._compress(content), timeseries.HEADERS
+            content = content.replace(
+                remote_write_protocol._varint(self._START + row), remote_write_protocol._varint(at)
+            )
+        return "/api/v1/write", remote_write_protocol._compress(content), remote_write_protocol.HEADERS
 
 
 TARGETS: dict[str, Callable[[str], Target]] = {"gradwatch": Ours, "remote-write": RemoteWrite}

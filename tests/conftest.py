@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from gradwatch.agent import Agent
 from gradwatch.samples.collector import Collector
-from gradwatch_server.database import open_engine, prepare
+from gradwatch_server.store.database import open_engine, prepare
 from tests.postgres import migrated_database, postgres_server
 from tests.processes import PATIENCE_SECONDS, GradwatchServer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from gradwatch_server.database import migrate, open_engine
+from gradwatch_server.store.database import migrate, open_engine
 from tests.processes import free_port
 
 _USER = "nobody"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from gradwatch_server.database import migrate, open_engine
+from gradwatch_server.store.database import migrate, open_engine
 from tests.postgres import binaries, postgres_database, postgres_server
 from tests.processes import ROOT, GradwatchServer, environment
 from tests.prometheus.programs import Prometheus, until

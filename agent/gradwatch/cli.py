@@ -25,17 +25,17 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "serve": Entry("gradwatch_server.serve", "server", "run the server"),
-    "migrate": Entry("gradwatch_server.migrate", "server", "bring the schema of a database to this version"),
-    "token": Entry("gradwatch_server.tokens", "server", "make, list and revoke tokens"),
-    "prune": Entry("gradwatch_server.prune", "server", "remove what is over its time"),
-    "export": Entry("gradwatch_server.export", "server", "write the samples of a run as CSV or Parquet"),
+    "migrate": Entry("gradwatch_server.cli.migrate", "server", "bring the schema of a database to this version"),
+    "token": Entry("gradwatch_server.cli.tokens", "server", "make, list and revoke tokens"),
+    "prune": Entry("gradwatch_server.cli.prune", "server", "remove what is over its time"),
+    "export": Entry("gradwatch_server.cli.export", "server", "write the samples of a run as CSV or Parquet"),
     "run": Entry(
         "gradwatch.launch.command", "agent", "run a training command with the agent attached, its code untouched"
     ),
     "flush": Entry("gradwatch.delivery.flush", "agent", "deliver what is left in the spool of this machine"),
-    "alerts": Entry("gradwatch_server.console.alerts", "server", "list alerts, or acknowledge one"),
-    "silence": Entry("gradwatch_server.console.silence", "server", "have alerts not told for a while"),
-    "receivers": Entry("gradwatch_server.console.receivers", "server", "list, test, enable receivers of alerts"),
+    "alerts": Entry("gradwatch_server.cli.alerts", "server", "list alerts, or acknowledge one"),
+    "silence": Entry("gradwatch_server.cli.silences", "server", "have alerts not told for a while"),
+    "receivers": Entry("gradwatch_server.cli.receivers", "server", "list, test, enable receivers of alerts"),
     "demo": Entry(
         "gradwatch.demo", "demo", "train four small networks, three of them sick, and watch the alerts arrive"
     ),

@@ -16,28 +16,27 @@ from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gradwatch_server.api import (
-    access,
+from gradwatch_server.alerting.run_alerts import resolve_deleted
+from gradwatch_server.api import authorisation, openapi, problem
+from gradwatch_server.api.routes import (
     alert_deliveries,
     alerts,
     deliveries,
-    description,
     health,
     ingest,
     metrics,
-    overview,
-    problem,
     runs,
     session,
+    status,
     stream,
     tile,
 )
-from gradwatch_server.deletion import delete_some
 from gradwatch_server.errors import Refused
-from gradwatch_server.fading import Piece, fade, overdue
-from gradwatch_server.retention import Retention
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
+from gradwatch_server.store.deletion import delete_some
+from gradwatch_server.store.retention import Retention
+from gradwatch_server.store.rollups.downsampling import Piece, fade, overdue
 
 PAGE = Path(__file__).parent / "page"
 _PRUNE_SECONDS = 3_600
@@ -84,16 +83,16 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         redoc_url=None,
     )
     problem.install(app)
-    parts = (session, ingest, runs, tile, alerts, alert_deliveries, deliveries, stream, overview, metrics, health)
+    parts = (session, ingest, runs, tile, alerts, alert_deliveries, deliveries, stream, status, metrics, health)
     for part in parts:
         app.include_router(part.router)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
-    for address in access.VIEWS:
+    for address in authorisation.VIEWS:
         app.add_api_route(address, _page, include_in_schema=False)
 
     app.add_middleware(_Secured)
-    description.complete(app)
+    openapi.complete(app)
     return app
 
 
@@ -114,7 +113,7 @@ class _Secured:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(_SECURITY)
-                static = path.startswith("/page/") or access.is_view(scope["method"], path)
+                static = path.startswith("/page/") or authorisation.is_view(scope["method"], path)
                 # The page's files are asked for again after an upgrade, what they show is kept nowhere.
                 headers.setdefault("Cache-Control", "no-cache" if static else "no-store")
                 route = getattr(scope.get("route"), "path", "other")
@@ -124,7 +123,7 @@ class _Secured:
 
         follow = self._app
         try:
-            await access.check(Request(scope))
+            await authorisation.check(Request(scope))
         except Refused as refusal:
             follow = problem.refuse(refusal)
         except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
@@ -155,8 +154,10 @@ async def _delete(services: Services) -> None:
 
     for run_id in await asyncio.to_thread(look):
         settings = services.settings
-        some = partial(delete_some, run_id=run_id, configuration=settings.configuration, public_url=settings.public_url)
-        while await asyncio.wrap_future(services.writer.submit(partial(some, overdue=True), run_id)) == "some":
+        configuration, public_url = settings.configuration, settings.public_url
+        resolve = partial(resolve_deleted, configuration=configuration, public_url=public_url)
+        work = partial(delete_some, run_id=run_id, resolve_alerts=resolve, retention=configuration.retention)
+        while await asyncio.wrap_future(services.writer.submit(work, run_id)) == "some":
             pass
 
 

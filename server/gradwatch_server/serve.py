@@ -21,14 +21,14 @@ import sqlalchemy as sa
 import uvicorn
 
 from gradwatch.settings import secret
-from gradwatch_server.addresses import EVERYWHERE, is_loopback
 from gradwatch_server.app import create_app
-from gradwatch_server.database import open_engine, prepare
 from gradwatch_server.errors import ConfigurationError, GradwatchError
-from gradwatch_server.receivers import Webhook
+from gradwatch_server.notify.address_guard import EVERYWHERE, is_loopback
+from gradwatch_server.notify.receivers import Webhook
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Configuration, Settings
-from gradwatch_server.tokens import count_tokens
+from gradwatch_server.store.database import open_engine, prepare
+from gradwatch_server.store.tokens import count_tokens
 
 log = logging.getLogger(__name__)
 

@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 import msgspec
 import sqlalchemy as sa
 
+from gradwatch_server.alerting.stall_check import Stalls
+from gradwatch_server.alerting.unmuted import Untold
 from gradwatch_server.errors import Refused
-from gradwatch_server.examiner import LARGE_SHARE, Examiner
-from gradwatch_server.exporter import Exporter
-from gradwatch_server.feed import Feed
-from gradwatch_server.ingest import Ingest
-from gradwatch_server.notifier import Notifier
-from gradwatch_server.requests import Requests
-from gradwatch_server.room import Room, Share
+from gradwatch_server.ingest.admission import Room, Share
+from gradwatch_server.ingest.diagnosis_pool import LARGE_SHARE, Examiner
+from gradwatch_server.ingest.transaction import Ingest
+from gradwatch_server.notify.dispatcher import Notifier
 from gradwatch_server.settings import Configuration, Settings
-from gradwatch_server.snapshot import Layouts
-from gradwatch_server.stalls import Stalls
-from gradwatch_server.tokens import TokenBook
-from gradwatch_server.untold import Untold
-from gradwatch_server.writer import Writer
+from gradwatch_server.store.change_stream import Feed
+from gradwatch_server.store.group_commit import Writer
+from gradwatch_server.store.tokens import TokenBook
+from gradwatch_server.telemetry.remote_write import Exporter
+from gradwatch_server.telemetry.request_counts import Requests
+from gradwatch_server.telemetry.snapshot import Layouts
 
 
 def _cores() -> int:

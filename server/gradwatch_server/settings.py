@@ -2,19 +2,18 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
-from gradwatch_server.addresses import check_address
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
-from gradwatch_server.exporter import RemoteWrite
-from gradwatch_server.outbox import Delivery
-from gradwatch_server.receivers import AnyReceiver
-from gradwatch_server.retention import Retention
-from gradwatch_server.routes import Route
+from gradwatch_server.notify.address_guard import check_address
+from gradwatch_server.notify.outbox import Delivery
+from gradwatch_server.notify.receivers import AnyReceiver
+from gradwatch_server.store.retention import Retention
 
 MOST_SAMPLES = 10_000
 """In one batch, whatever the limits say."""
@@ -87,6 +86,31 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Most parameters of all runs together; beyond it they are left out, and ``/metrics`` says how many."""
     silent_seconds: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
     """A run that has not been heard of for so long is left out, though it has not ended; its alerts are counted."""
+
+
+class RemoteWrite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where samples are written to, besides the database."""
+
+    url: str
+    """Such as ``http://prometheus:9090/api/v1/write``."""
+    backlog_seconds: float = 3600.0
+    """How far back the samples of a run are sent that was never written there before."""
+
+    def __post_init__(self) -> None:
+        check_address("remote_write.url", self.url)
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sends the alerts that match all three lists to some receivers; patterns may have ``*`` and ``?``."""
+
+    receivers: list[str]
+    """Names of receivers."""
+    projects: Sequence[str] = ("*",)
+    """Patterns of projects."""
+    rules: Sequence[str] = ("*",)
+    """Patterns of rules."""
+    severities: Sequence[str] = ("*",)
+    """Patterns of severities: ``warning``, ``critical``."""
 
 
 class Project(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gradwatch_server.alerts import Alert, advance
+from gradwatch_server.alerting.lifecycle import Alert, advance
 from tests.diagnosis.ticks import LAYERS, Watch, fading, held
 
 

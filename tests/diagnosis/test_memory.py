@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gradwatch.wire import MISSING, Parameter
 from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, examine
-from gradwatch_server.diagnosis.reading import median
+from gradwatch_server.diagnosis.sample import median
 from tests.diagnosis.ticks import LAYERS, Watch, network
 
 VALUES = st.sampled_from([MISSING, 0.0, 1e-30, 1e-9, 0.1, 1.0, 1e6, 1e30, math.inf, math.nan])

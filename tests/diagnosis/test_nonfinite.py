@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gradwatch_server.diagnosis.nonfinite import refine
+from gradwatch_server.diagnosis.rules.nonfinite import refine
 from tests.diagnosis.ticks import LAYERS, Watch, network
 
 

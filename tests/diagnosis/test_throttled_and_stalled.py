@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, examine, stalled
+from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, examine
+from gradwatch_server.diagnosis.rules import stalled
 from gradwatch_server.diagnosis.thresholds import Stalled
 from tests.diagnosis.ticks import LAYERS, network
 

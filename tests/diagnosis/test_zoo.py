@@ -10,7 +10,7 @@ from benchmarks.zoo.receiver import Recorder
 
 import gradwatch
 from gradwatch import wire
-from gradwatch_server.alerts import Alert, advance
+from gradwatch_server.alerting.lifecycle import Alert, advance
 from gradwatch_server.diagnosis import Finding, Layout, Memory, Reading, Thresholds, examine
 
 PARTS = (healthy, vanishing, dead, exploding, nonfinite, second, third, throttled)

@@ -10,9 +10,9 @@ import pytest
 import sqlalchemy as sa
 from playwright.sync_api import Page, expect
 
-from gradwatch_server import schema
-from gradwatch_server.database import open_engine, writing
-from gradwatch_server.tokens import create
+from gradwatch_server.store import schema
+from gradwatch_server.store.database import open_engine, writing
+from gradwatch_server.store.tokens import create
 from tests.page import planted
 from tests.processes import GradwatchServer, WebhookReceiver
 from tests.server.hook import fill, settled

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import schema
+from gradwatch_server.store import schema
 from tests.page import planted
 from tests.page.conftest import Filled
 from tests.processes import GradwatchServer, sample

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
-from gradwatch_server.database import open_engine, prepare, writing
-from gradwatch_server.tokens import Scope, create, make_token, revoke
+from gradwatch_server.store.database import open_engine, prepare, writing
+from gradwatch_server.store.tokens import Scope, create, make_token, revoke
 from tests.page import planted
 from tests.page.conftest import open_run
 from tests.processes import GradwatchServer

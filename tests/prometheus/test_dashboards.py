@@ -17,7 +17,7 @@ from dashboards.build import FOLDER, written
 from dashboards.frame import TITLES
 
 from gradwatch import wire
-from gradwatch_server.database import migrate, open_engine, writing
+from gradwatch_server.store.database import migrate, open_engine, writing
 from tests.postgres import postgres_database
 from tests.processes import ROOT, GradwatchServer, WebhookReceiver, sample
 from tests.prometheus.programs import Prometheus, scraping, until

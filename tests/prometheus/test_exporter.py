@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server.timeseries import Series, encode
+from gradwatch_server.telemetry.remote_write_protocol import Series, encode
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver
 from tests.processes import sample as planned
 from tests.prometheus.programs import Program, Prometheus, VictoriaMetrics, until

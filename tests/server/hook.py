@@ -13,8 +13,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from gradwatch_server import schema
-from gradwatch_server.database import open_engine, writing
+from gradwatch_server.store import schema
+from gradwatch_server.store.database import open_engine, writing
 from tests.processes import GradwatchServer
 
 

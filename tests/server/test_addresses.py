@@ -5,8 +5,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from gradwatch_server.addresses import AddressRefused, Guard, parse_networks, refusal
-from gradwatch_server.post import Letter, Postman
+from gradwatch_server.notify.address_guard import AddressRefused, Guard, parse_networks, refusal
+from gradwatch_server.notify.http_client import Letter, Postman
 from tests.processes import WebhookReceiver, run_apart
 
 REFUSED = [

@@ -10,7 +10,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch import wire
-from gradwatch_server.advice import THRESHOLDS, advise
+from gradwatch_server.diagnosis.clip_advice import THRESHOLDS, advise
 from tests.processes import GradwatchServer, sample
 
 

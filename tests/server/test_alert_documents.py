@@ -10,13 +10,11 @@ import msgspec
 import pytest
 
 from gradwatch import wire
-from gradwatch_server.console.receivers import _test_payload
-from gradwatch_server.exporter import RemoteWrite
-from gradwatch_server.outbox import Delivery
-from gradwatch_server.receivers import AnyReceiver
-from gradwatch_server.retention import Retention
-from gradwatch_server.routes import Route
-from gradwatch_server.settings import Configuration, Limits, Metrics
+from gradwatch_server.cli.receivers import _test_payload
+from gradwatch_server.notify.outbox import Delivery
+from gradwatch_server.notify.receivers import AnyReceiver
+from gradwatch_server.settings import Configuration, Limits, Metrics, RemoteWrite, Route
+from gradwatch_server.store.retention import Retention
 from tests.processes import ROOT, GradwatchServer, WebhookReceiver, sample
 
 SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "alert.schema.json").read_text())

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from gradwatch_server.alerts import Alert, advance, resolve
+from gradwatch_server.alerting.lifecycle import Alert, advance, resolve
 from gradwatch_server.diagnosis import Blame, Finding
 
 FINDING = Finding(

@@ -18,10 +18,10 @@ import sqlalchemy as sa
 import zstandard
 
 from gradwatch import wire
-from gradwatch_server import writer as writers
-from gradwatch_server.database import open_engine, writing
 from gradwatch_server.errors import Refused
-from gradwatch_server.writer import Halfway, Writer
+from gradwatch_server.store import group_commit
+from gradwatch_server.store.database import open_engine, writing
+from gradwatch_server.store.group_commit import Halfway, Writer
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample, wait_for
 
 PACKED = {"content-type": wire.MESSAGEPACK_TYPE}
@@ -172,7 +172,7 @@ def _begun_and_finished(database_url: str, failing: str = "", refused: str = "")
 @pytest.fixture
 def _one_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a piece takes, all that waits is one group."""
-    monkeypatch.setattr(writers, "_COMMIT_SECONDS", 1e6)
+    monkeypatch.setattr(group_commit, "_COMMIT_SECONDS", 1e6)
 
 
 @pytest.mark.usefixtures("_one_group")

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server.database import open_engine, writing
+from gradwatch_server.store.database import open_engine, writing
 from tests.postgres import migrated_database, plain_owner, postgres_database
 from tests.processes import GradwatchServer, environment, sample
 

@@ -11,10 +11,11 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import outbox, schema
-from gradwatch_server.answer import Answer, retry_after
-from gradwatch_server.circuit import Circuit
-from gradwatch_server.database import open_engine, writing
+from gradwatch_server.notify import outbox
+from gradwatch_server.notify.circuit_breaker import Circuit
+from gradwatch_server.notify.delivery_result import Answer, retry_after
+from gradwatch_server.store import schema
+from gradwatch_server.store.database import open_engine, writing
 from tests.postgres import migrated_database
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, sample
 from tests.server.hook import Hook, configuration, fill, full, outcomes_locked, settled

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from gradwatch import wire
-from gradwatch_server import examiner as examiners
 from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds
-from gradwatch_server.examination import Examined, examine_all
-from gradwatch_server.examiner import Examiner
+from gradwatch_server.ingest import diagnosis_pool
+from gradwatch_server.ingest.diagnosis_pool import Examiner
+from gradwatch_server.ingest.diagnosis_worker import Examined, examine_all
 from tests.diagnosis.ticks import network
 from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
@@ -66,7 +66,7 @@ def only_there(examiner: Examiner, monkeypatch: pytest.MonkeyPatch) -> Examiner:
     def here(*_: object) -> NoReturn:
         raise AssertionError("it was done here")
 
-    monkeypatch.setattr(examiners, "examine_all", here)
+    monkeypatch.setattr(diagnosis_pool, "examine_all", here)
     return examiner
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server.database import migrate, open_engine, writing
-from gradwatch_server.feed import Feed
-from gradwatch_server.ingest import Ingest
+from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
+from gradwatch_server.store.change_stream import Feed
+from gradwatch_server.store.database import migrate, open_engine, writing
 from tests.processes import run_apart, sample
 
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 import zstandard
 
 from gradwatch import wire
-from gradwatch_server import schema
+from gradwatch_server.store import schema
 from tests.processes import GradwatchServer, sample
 
 NAN, INF = float("nan"), float("inf")

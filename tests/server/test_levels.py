@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gradwatch import wire
-from gradwatch_server import queries, vectors
-from gradwatch_server.buckets import Buckets
-from gradwatch_server.database import writing
-from gradwatch_server.ingest import Ingest
+from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
+from gradwatch_server.store import queries, vectors
+from gradwatch_server.store.database import writing
+from gradwatch_server.store.rollups.buckets import Buckets
 from tests.processes import sample
 
 NAN, INF = float("nan"), float("inf")

@@ -11,11 +11,12 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import schema, silences
-from gradwatch_server.database import migrate, open_engine, writing
-from gradwatch_server.ingest import Ingest
+from gradwatch_server.alerting import silences
+from gradwatch_server.alerting.silences import Silence, muted
+from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
-from gradwatch_server.silences import Silence, muted
+from gradwatch_server.store import schema
+from gradwatch_server.store.database import migrate, open_engine, writing
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, sample
 
 NAN = float("nan")

@@ -12,12 +12,13 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from gradwatch import wire
-from gradwatch_server import memories, schema
-from gradwatch_server.database import writing
 from gradwatch_server.diagnosis import Layout, Memory
-from gradwatch_server.ingest import Ingest
-from gradwatch_server.memories import Memories, Watched
+from gradwatch_server.ingest.detector_state import Memories, Watched
+from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
+from gradwatch_server.store import schema
+from gradwatch_server.store.database import writing
+from gradwatch_server.store.rollups.downsampling import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLES
 from tests.postgres import migrated_database
 from tests.processes import GradwatchServer, sample
 
@@ -229,7 +230,7 @@ def test_what_another_version_wrote_is_replayed(engine: sa.Engine) -> None:
         connection.execute(sa.update(schema.memories).where(mine).values(version=1, body=b"?"))
         _ingest().store(connection, run, wire.Batch(id="next", samples=[sample(300, *[1.0] * len(LAYERS), loss=1.0)]))
         body = connection.execute(sa.select(schema.memories.c.body).where(mine)).scalar_one()
-    replayed = memories.REPLAYED_FIRST_SAMPLES + memories.REPLAYED_LAST_SAMPLES
+    replayed = REPLAYED_FIRST_SAMPLES + REPLAYED_LAST_SAMPLES
     assert Memory.from_bytes(body).samples == replayed + 1
 
 

@@ -10,10 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import schema
-from gradwatch_server.database import open_engine, writing
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.settings import Configuration
+from gradwatch_server.store import schema
+from gradwatch_server.store.database import open_engine, writing
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, sample
 from tests.prometheus.scraped import OPENMETRICS, findings, scrape, series
 

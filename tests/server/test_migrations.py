@@ -13,8 +13,8 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from gradwatch import wire
-from gradwatch_server import schema
-from gradwatch_server.database import alembic_of, migrate, open_engine
+from gradwatch_server.store import schema
+from gradwatch_server.store.database import alembic_of, migrate, open_engine
 from tests.postgres import migrated_database, plain_owner, postgres_database
 from tests.processes import GradwatchServer, sample
 

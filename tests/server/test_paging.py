@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from gradwatch_server import schema
-from gradwatch_server.database import open_engine, writing
+from gradwatch_server.store import schema
+from gradwatch_server.store.database import open_engine, writing
 from tests.processes import GradwatchServer
 from tests.server.hook import fill
 

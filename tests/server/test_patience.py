@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from gradwatch import wire
 from gradwatch.wire import Trail
 from gradwatch_server.errors import ConfigurationError
-from gradwatch_server.lanes import TRAIL_STEPS
 from gradwatch_server.settings import Configuration
-from gradwatch_server.shelf import _between, _stretches
+from gradwatch_server.store.batch_store import _between, _stretches
+from gradwatch_server.store.rollups.series import TRAIL_STEPS
 from tests.postgres import migrated_database
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample, wait_for
 

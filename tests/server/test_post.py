@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from gradwatch_server.addresses import Guard
-from gradwatch_server.answer import Answer
-from gradwatch_server.post import Letter, Postman
+from gradwatch_server.notify.address_guard import Guard
+from gradwatch_server.notify.delivery_result import Answer
+from gradwatch_server.notify.http_client import Letter, Postman
 from tests.processes import WebhookReceiver, run_apart
 
 LOOPBACK = ["127.0.0.0/8"]

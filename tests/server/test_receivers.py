@@ -23,12 +23,12 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 from standardwebhooks import Webhook
 
 from gradwatch import wire
-from gradwatch_server.addresses import Guard
-from gradwatch_server.answer import Answer
-from gradwatch_server.console.receivers import _test_payload
+from gradwatch_server.cli.receivers import _test_payload
 from gradwatch_server.errors import ConfigurationError
-from gradwatch_server.receivers import Email, Message
-from gradwatch_server.receivers.mail import _MailWay
+from gradwatch_server.notify.address_guard import Guard
+from gradwatch_server.notify.delivery_result import Answer
+from gradwatch_server.notify.receivers import Email, Message
+from gradwatch_server.notify.receivers.mail import _MailWay
 from gradwatch_server.settings import Configuration
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, free_port, run_apart, sample, wait_for
 

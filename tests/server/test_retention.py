@@ -5,22 +5,32 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import outbox, schema
-from gradwatch_server.database import migrate, open_engine, writing
-from gradwatch_server.deletion import Left, delete_some
-from gradwatch_server.ingest import Ingest
-from gradwatch_server.receivers import Webhook
+from gradwatch_server.alerting.run_alerts import resolve_deleted
+from gradwatch_server.ingest.transaction import Ingest
+from gradwatch_server.notify import outbox
+from gradwatch_server.notify.receivers import Webhook
 from gradwatch_server.settings import Configuration
+from gradwatch_server.store import schema
+from gradwatch_server.store.database import migrate, open_engine, writing
+from gradwatch_server.store.deletion import Left, delete_some
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, environment, sample
 from tests.server.hook import configuration, settled
 
 HOOK = Webhook(name="hook", url="https://example.com/")
+
+
+def _resolver(*receivers: Webhook) -> Callable[[sa.Connection, sa.Row[Any]], None]:
+    settings = Configuration(receivers=[*receivers])
+    return partial(resolve_deleted, configuration=settings, public_url="http://localhost")
 
 
 def _filled(server: GradwatchServer, **fields: str) -> str:
@@ -64,15 +74,15 @@ def test_a_run_goes_a_little_at_a_time(tmp_path: Path, own_database_url: str) ->
     counts = [rows["samples"] + rows["rollups"]]
     while left == "some":
         with writing(engine) as connection:
-            left = delete_some(connection, run, Configuration(), "http://localhost", seconds=0.0)
+            left = delete_some(connection, run, _resolver(), seconds=0.0)
         found = _rows(own_database_url, run)
         counts.append(found.get("samples", 0) + found.get("rollups", 0))
     assert counts[0] > 70
     assert counts[-1] == 0
     assert all(0 <= before - after <= 16 for before, after in pairwise(counts)), counts
     with writing(engine) as connection:
-        assert delete_some(connection, run, Configuration(), "http://localhost") == "unknown"
-        assert delete_some(connection, other, Configuration(), "http://localhost", overdue=True) == "unknown"
+        assert delete_some(connection, run, _resolver()) == "unknown"
+        assert delete_some(connection, other, _resolver(), retention=Configuration().retention) == "unknown"
     engine.dispose()
     assert _rows(own_database_url, run) == {}
     assert _rows(own_database_url, other) == rows
@@ -83,7 +93,7 @@ def test_a_run_that_is_half_gone_goes_with_the_next_server(tmp_path: Path, own_d
         run, other = _filled(server), _filled(server)
     engine, rows = open_engine(own_database_url), _rows(own_database_url, other)
     with writing(engine) as connection:
-        assert delete_some(connection, run, Configuration(), "http://localhost", seconds=0.0) == "some"
+        assert delete_some(connection, run, _resolver(), seconds=0.0) == "some"
     engine.dispose()
     assert _rows(own_database_url, run)
     with GradwatchServer(tmp_path / "gradwatch.db", url=own_database_url):
@@ -141,7 +151,7 @@ def test_what_a_receiver_refused_of_a_deleted_run_can_be_sent_again_for_a_week(o
     with writing(engine) as connection:
         ingest.register(connection, "r", wire.Registration(parameters=[wire.Parameter("a", [4, 4], units=4)]))
         ingest.store(connection, "r", wire.Batch(id="ill", samples=[sample(1, float("nan"))]))
-        assert delete_some(connection, "r", Configuration(receivers=[HOOK]), "http://localhost") == "nothing"
+        assert delete_some(connection, "r", _resolver(HOOK)) == "nothing"
         now = time.time()
         connection.execute(sa.update(schema.deliveries).values(state="dead", due_at=now))
         outbox.forget(connection, now + 7 * 86_400 - 1)

@@ -11,12 +11,12 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import schema
-from gradwatch_server.database import open_engine, prepare
-from gradwatch_server.ingest import Ingest
+from gradwatch_server.alerting.stall_check import Stalls
+from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
-from gradwatch_server.stalls import Stalls
-from gradwatch_server.writer import Writer
+from gradwatch_server.store import schema
+from gradwatch_server.store.database import open_engine, prepare
+from gradwatch_server.store.group_commit import Writer
 from tests.processes import GradwatchServer, WebhookReceiver, run_apart, sample
 
 QUICK = """

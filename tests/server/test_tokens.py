@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server.tokens import make_token, well_formed
+from gradwatch_server.store.tokens import make_token, well_formed
 from tests.processes import GradwatchServer, environment, sample
 
 

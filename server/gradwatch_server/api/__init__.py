@@ -1,1 +1,1 @@
-"""The HTTP interface: one module for each kind of resource."""
+"""The HTTP interface: authorisation, request bodies, problem documents, OpenAPI; the routes stand in ``routes/``."""

@@ -13,7 +13,7 @@ from fastapi import Request
 
 from gradwatch import wire
 from gradwatch_server.errors import Refused
-from gradwatch_server.room import Share
+from gradwatch_server.ingest.admission import Share
 from gradwatch_server.settings import MOST_SAMPLES, Limits
 
 Document = TypeVar("Document", wire.Registration, wire.Batch)

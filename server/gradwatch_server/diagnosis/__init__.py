@@ -6,10 +6,10 @@ widths, learning rates and loss scales. docs/diagnosis.md says what each thresho
 
 import numpy as np
 
-from gradwatch_server.diagnosis import dead, exploding, nonfinite, stalled, throttled, vanishing
 from gradwatch_server.diagnosis.finding import Blame, Finding
-from gradwatch_server.diagnosis.memory import Memory, quiet_times
-from gradwatch_server.diagnosis.reading import Layout, Reading
+from gradwatch_server.diagnosis.history import Memory, quiet_times
+from gradwatch_server.diagnosis.rules import dead, exploding, nonfinite, throttled, vanishing
+from gradwatch_server.diagnosis.sample import Layout, Reading
 from gradwatch_server.diagnosis.thresholds import Thresholds
 
 __all__ = [
@@ -21,9 +21,6 @@ __all__ = [
     "Reading",
     "Thresholds",
     "examine",
-    "exploding",
-    "nonfinite",
-    "stalled",
 ]
 
 RULES = ("nonfinite", "exploding", "vanishing", "dead", "throttled")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gradwatch_server.diagnosis.reading import Floats, Indices
+from gradwatch_server.diagnosis.sample import Floats, Indices
 
 MOST_BLAMED = 20
 

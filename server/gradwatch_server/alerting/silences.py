@@ -1,0 +1,85 @@
+"""Silences: alerts that nobody wants to be told of for a while, by project, run and rule; each has an author."""
+
+import secrets
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from gradwatch_server.errors import Refused
+from gradwatch_server.store import schema
+
+INHIBITS = {"exploding": "nonfinite", "vanishing": "nonfinite"}
+"""A rule on the left is not told of while the rule on the right fires for the same run: it says the same, less well."""
+
+
+class Silence(msgspec.Struct, frozen=True, kw_only=True):
+    """What is not told; patterns may have ``*`` and ``?``."""
+
+    id: str
+    project: str
+    run: str
+    rule: str
+    author: str
+    comment: str
+    created_at: float
+    ends_at: float
+
+    def covers(self, project: str, run: str, rule: str) -> bool:
+        """Return whether an alert is silenced."""
+        asked = ((project, self.project), (run, self.run), (rule, self.rule))
+        return all(fnmatchcase(value, pattern) for value, pattern in asked)
+
+
+def load(connection: sa.Connection, now: float) -> list[Silence]:
+    """Return the silences that hold now, the one that ends first first."""
+    table = schema.silences
+    rows = connection.execute(sa.select(table).where(table.c.ends_at > now).order_by(table.c.ends_at, table.c.id))
+    return [Silence(**row) for row in rows.mappings()]
+
+
+def add(connection: sa.Connection, now: float, **fields: Any) -> Silence:
+    """Write a silence.
+
+    Raises:
+        Refused: 409 where it has ended already.
+    """
+    silence = Silence(id=secrets.token_hex(6), created_at=now, **fields)
+    if silence.ends_at <= now:
+        raise Refused(409, "Silence has ended", f"ends_at {silence.ends_at:.0f} is not after now ({now:.0f})")
+    connection.execute(sa.insert(schema.silences).values(msgspec.structs.asdict(silence)))
+    return silence
+
+
+def end(connection: sa.Connection, silence_id: str, now: float) -> None:
+    """End a silence now.
+
+    Raises:
+        Refused: 404 where none that holds has this id.
+    """
+    table = schema.silences
+    statement = sa.update(table).where(table.c.id == silence_id, table.c.ends_at > now).values(ends_at=now)
+    if connection.execute(statement).rowcount == 0:
+        raise Refused(404, "Unknown silence", f"no silence {silence_id!r} holds now: GET /api/v1/silences lists them")
+
+
+def muted(
+    silences: Sequence[Silence],
+    firing: Sequence[str],
+    project: str,
+    run: str,
+    rule: str,
+    acknowledged_by: str | None = None,
+) -> str | None:
+    """Return why an alert is not told; none: it is."""
+    if acknowledged_by is not None:
+        return f"acknowledged by {acknowledged_by}"
+    inhibiting = INHIBITS.get(rule)
+    if inhibiting in firing:
+        return f"inhibited by {inhibiting}"
+    for silence in silences:
+        if silence.covers(project, run, rule):
+            return f"silence {silence.id} by {silence.author}"
+    return None

@@ -1,0 +1,57 @@
+"""What became of an alert's transitions: their deliveries and every attempt."""
+
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+from fastapi import APIRouter, Path
+from pydantic import BaseModel, Field
+
+from gradwatch_server.api import documents
+from gradwatch_server.api.problem import problems
+from gradwatch_server.api.transactions import Reads
+from gradwatch_server.errors import Refused
+from gradwatch_server.store import schema
+
+router = APIRouter(prefix="/api/v1", tags=["alerts"])
+
+AlertId = Annotated[str, Path(alias="id", max_length=64)]
+
+
+class AlertDelivery(BaseModel):
+    """One transition to one receiver."""
+
+    id: str
+    receiver: str
+    transition: str = Field(description="the state that is told: firing or resolved")
+    step: int
+    state: str = Field(description="due, delivered or dead")
+    created_at: float
+    due_at: float
+    delivered_at: float | None
+    attempts: list[documents.Attempt]
+
+
+@router.get("/alerts/{id}/deliveries", response_model=list[AlertDelivery], responses=problems(404, 422))
+def list_alert_deliveries(engine: Reads, alert_id: AlertId) -> Any:
+    """List an alert's deliveries in the order of its transitions, with their attempts."""
+    alerts, deliveries, attempts = schema.alerts, schema.deliveries, schema.attempts
+    with engine.connect() as connection:
+        if connection.execute(sa.select(alerts.c.id).where(alerts.c.id == alert_id)).first() is None:
+            raise Refused(
+                404, "Unknown alert", f"alert {alert_id!r} is not known here: GET /api/v1/alerts lists those that are"
+            )
+        rows = connection.execute(
+            sa.select(deliveries, schema.transitions.c.state.label("transition_state"), schema.transitions.c.step)
+            .join(schema.transitions, schema.transitions.c.id == deliveries.c.transition)
+            .where(deliveries.c.alert == alert_id)
+            .order_by(deliveries.c.number, deliveries.c.receiver)
+        ).mappings()
+        found = {row["id"]: dict(row) | {"transition": row["transition_state"], "attempts": []} for row in rows}
+        made = connection.execute(
+            sa.select(attempts)
+            .where(attempts.c.delivery.in_(list(found)))
+            .order_by(attempts.c.delivery, attempts.c.number)
+        ).mappings()
+        for attempt in made:
+            found[attempt["delivery"]]["attempts"].append(dict(attempt))
+    return list(found.values())

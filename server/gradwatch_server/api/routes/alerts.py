@@ -1,0 +1,114 @@
+"""Alerts: what is or was wrong, where, since when, why and what to do."""
+
+import time
+from typing import Annotated, Any, Literal
+
+import msgspec
+import sqlalchemy as sa
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from gradwatch_server.alerting import silences
+from gradwatch_server.api import documents
+from gradwatch_server.api.authorisation import check_named_project
+from gradwatch_server.api.paging import Before, Limit, read_page
+from gradwatch_server.api.problem import problems
+from gradwatch_server.api.transactions import Reads, written
+from gradwatch_server.errors import Refused
+from gradwatch_server.store import schema
+
+router = APIRouter(prefix="/api/v1", tags=["alerts"])
+
+AlertId = Annotated[str, Path(alias="id", max_length=64)]
+Text = Annotated[str | None, Query(max_length=512)]
+_shown = schema.alerts.c.run.is_not(None)
+"""Others wait for their last delivery: their run was deleted."""
+
+
+@router.get("/alerts", response_model=list[documents.Alert], responses=problems(422))
+def list_alerts(
+    request: Request,
+    response: Response,
+    engine: Reads,
+    run: Text = None,
+    project: Text = None,
+    rule: Text = None,
+    state: Literal["pending", "firing", "resolved"] | None = None,
+    limit: Limit = 1_000,
+    before: Before = None,
+) -> Any:
+    """List alerts, the newest first: by the time of the sample at which they began."""
+    table = schema.alerts
+    query = sa.select(table).where(_shown)
+    for column, wanted in ((table.c.run, run), (table.c.rule, rule), (table.c.state, state)):
+        if wanted is not None:
+            query = query.where(column == wanted)
+    if project is not None:
+        query = query.join(schema.runs, schema.runs.c.id == table.c.run).where(schema.runs.c.project == project)
+    with engine.connect() as connection:
+        return read_page(connection, query, (table.c.first_at, table.c.id), before, limit, (request, response))
+
+
+@router.get("/alerts/{id}", response_model=documents.Alert, responses=problems(404, 422))
+def show_alert(engine: Reads, alert_id: AlertId) -> Any:
+    """Show one alert."""
+    with engine.connect() as connection:
+        return _load(connection, alert_id)
+
+
+@router.post("/alerts/{id}/acknowledge", response_model=documents.Alert, responses=problems(404, 409, 422, 503))
+async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement: documents.Acknowledgement) -> Any:
+    """Say who takes care of a firing alert: from now on only its end is told, not that it has become worse."""
+
+    def work(connection: sa.Connection) -> Any:
+        alert = _load(connection, alert_id)
+        if alert["state"] != "firing":
+            raise Refused(409, "Alert does not fire", f"alert {alert_id!r} is {alert['state']}, not firing")
+        taken = {"acknowledged_at": time.time(), "acknowledged_by": acknowledgement.author}
+        connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(taken))
+        return alert | taken
+
+    return await written(request, work)
+
+
+@router.delete("/alerts/{id}/acknowledge", response_model=documents.Alert, responses=problems(404, 409, 422, 503))
+async def withdraw_acknowledgement(request: Request, alert_id: AlertId) -> Any:
+    """Say that nobody takes care of an alert after all; what was not told meanwhile is told now."""
+
+    def work(connection: sa.Connection) -> Any:
+        alert = _load(connection, alert_id)
+        if alert["acknowledged_by"] is None:
+            raise Refused(409, "Not acknowledged", f"nobody has acknowledged alert {alert_id!r}")
+        nobody = {"acknowledged_at": None, "acknowledged_by": None}
+        connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(nobody))
+        return alert | nobody
+
+    return await written(request, work)
+
+
+def _load(connection: sa.Connection, alert_id: str) -> dict[str, Any]:
+    query = sa.select(schema.alerts).where(schema.alerts.c.id == alert_id, _shown)
+    row = connection.execute(query).mappings().one_or_none()
+    if row is None:
+        raise Refused(404, "Unknown alert", f"alert {alert_id!r} is not known here: GET /api/v1/alerts lists them")
+    return dict(row)
+
+
+@router.get("/silences", response_model=list[documents.Silence], responses=problems())
+def list_silences(engine: Reads) -> Any:
+    """List the silences that hold now, the one that ends first first."""
+    with engine.connect() as connection:
+        return [msgspec.structs.asdict(silence) for silence in silences.load(connection, time.time())]
+
+
+@router.post("/silences", response_model=documents.Silence, status_code=201, responses=problems(409, 422, 503))
+async def add_silence(request: Request, silence: documents.NewSilence) -> Any:
+    """Have alerts not told for a while; they are kept and shown all the same."""
+    check_named_project(request, silence.project)
+    added = await written(request, lambda connection: silences.add(connection, time.time(), **silence.model_dump()))
+    return msgspec.structs.asdict(added)
+
+
+@router.delete("/silences/{id}", status_code=204, responses=problems(404, 422, 503))
+async def end_silence(request: Request, silence_id: Annotated[str, Path(alias="id", max_length=64)]) -> None:
+    """End a silence now; what still fires is told within about a second."""
+    await written(request, lambda connection: silences.end(connection, silence_id, time.time()))

@@ -1,0 +1,121 @@
+"""Deliveries: what was sent where, every attempt, dead letters, and sending again."""
+
+import time
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+import sqlalchemy as sa
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from gradwatch_server.api import documents
+from gradwatch_server.api.paging import Before, Limit, read_page
+from gradwatch_server.api.problem import problems
+from gradwatch_server.api.transactions import Reads, written
+from gradwatch_server.errors import Refused
+from gradwatch_server.notify import outbox
+from gradwatch_server.services import Services
+from gradwatch_server.store import schema
+
+router = APIRouter(prefix="/api/v1", tags=["deliveries"])
+
+Id = Annotated[str, Path(alias="id", max_length=64)]
+Name = Annotated[str, Path(max_length=512)]
+Text = Annotated[str | None, Query(max_length=512)]
+_table = schema.deliveries
+
+
+@router.get("/deliveries", response_model=list[documents.Delivery], responses=problems(422))
+def list_deliveries(
+    request: Request,
+    response: Response,
+    engine: Reads,
+    alert: Text = None,
+    receiver: Text = None,
+    state: Literal["due", "delivered", "dead"] | None = None,
+    limit: Limit = 1_000,
+    before: Before = None,
+) -> Any:
+    """List deliveries, the newest first."""
+    query = sa.select(_table)
+    for column, wanted in ((_table.c.alert, alert), (_table.c.receiver, receiver), (_table.c.state, state)):
+        if wanted is not None:
+            query = query.where(column == wanted)
+    with engine.connect() as connection:
+        return read_page(connection, query, (_table.c.created_at, _table.c.id), before, limit, (request, response))
+
+
+@router.get("/deliveries/{id}", response_model=documents.DeliveryDetail, responses=problems(404, 422))
+def show_delivery(engine: Reads, delivery_id: Id) -> Any:
+    """Show one delivery with what was sent and every attempt."""
+    query = sa.select(_table, schema.transitions.c.payload).join(
+        schema.transitions, schema.transitions.c.id == _table.c.transition
+    )
+    with engine.connect() as connection:
+        row = connection.execute(query.where(_table.c.id == delivery_id)).mappings().one_or_none()
+        if row is None:
+            raise _unknown(delivery_id)
+        log = sa.select(schema.attempts).where(schema.attempts.c.delivery == delivery_id).order_by("number")
+        attempts = [dict(entry) for entry in connection.execute(log).mappings()]
+    return dict(row) | {"payload": msgspec.json.decode(row["payload"]), "log": attempts}
+
+
+@router.post("/deliveries/{id}/replay", response_model=documents.Replayed, responses=problems(404, 422, 503))
+async def replay_delivery(request: Request, delivery_id: Id) -> Any:
+    """Send a delivery again, with the id it had, and then those that followed it; what is due is not changed."""
+
+    def work(connection: sa.Connection) -> int:
+        if connection.execute(sa.select(_table.c.id).where(_table.c.id == delivery_id)).one_or_none() is None:
+            raise _unknown(delivery_id)
+        return outbox.replay(connection, _table.c.id == delivery_id, time.time())
+
+    return await _replayed(request, await written(request, work))
+
+
+@router.post("/receivers/{name}/replay", response_model=documents.Replayed, responses=problems(422, 503))
+async def replay_dead(request: Request, name: Name) -> Any:
+    """Send every dead delivery of a receiver again, each with those that followed it of the same alert."""
+    chosen = (_table.c.receiver == name) & (_table.c.state == "dead")
+    return await _replayed(
+        request, await written(request, lambda connection: outbox.replay(connection, chosen, time.time()))
+    )
+
+
+@router.get("/receivers", response_model=list[documents.Receiver], responses=problems())
+def list_receivers(request: Request, engine: Reads) -> Any:
+    """List the configured receivers, without their addresses and secrets."""
+    with engine.connect() as connection:
+        disabled = {row.name: row.reason for row in connection.execute(sa.select(schema.disabled_receivers))}
+        counts = sa.select(_table.c.receiver, _table.c.state, sa.func.count().label("deliveries"))
+        grouped = counts.where(_table.c.state != "delivered").group_by(_table.c.receiver, _table.c.state)
+        waiting = {(row.receiver, row.state): row.deliveries for row in connection.execute(grouped)}
+    return [
+        {
+            "name": receiver.name,
+            "type": receiver.__struct_config__.tag,
+            "disabled": disabled.get(receiver.name),
+            "due": waiting.get((receiver.name, "due"), 0),
+            "dead": waiting.get((receiver.name, "dead"), 0),
+        }
+        for receiver in _services(request).settings.configuration.receivers
+    ]
+
+
+@router.post("/receivers/{name}/enable", status_code=204, responses=problems(404, 422, 503))
+async def enable_receiver(request: Request, name: Name) -> None:
+    """Send to a receiver again that was disabled because it answered 410."""
+    if not await written(request, lambda connection: outbox.enable(connection, name)):
+        raise Refused(404, "Not disabled", f"receiver {name!r} is not disabled: GET /api/v1/receivers says which are")
+
+
+async def _replayed(request: Request, count: int) -> dict[str, int]:
+    _services(request).notifier.wake()
+    return {"deliveries": count}
+
+
+def _services(request: Request) -> Services:
+    return cast("Services", request.app.state.services)
+
+
+def _unknown(delivery_id: str) -> Refused:
+    detail = f"delivery {delivery_id!r} is not known here: GET /api/v1/deliveries lists them"
+    return Refused(404, "Unknown delivery", detail)

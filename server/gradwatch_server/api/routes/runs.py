@@ -1,0 +1,241 @@
+"""What is known of runs: lists, series, maps."""
+
+import asyncio
+from functools import partial
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+import numpy as np
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from gradwatch import wire
+from gradwatch_server.alerting.run_alerts import resolve_deleted
+from gradwatch_server.api import documents
+from gradwatch_server.api.number_json import answer, spelled
+from gradwatch_server.api.problem import problems
+from gradwatch_server.api.transactions import Reads
+from gradwatch_server.diagnosis.clip_advice import THRESHOLDS, advise, threshold_in_force
+from gradwatch_server.errors import Refused
+from gradwatch_server.ingest.transaction import load_order, load_parameters
+from gradwatch_server.services import Services
+from gradwatch_server.settings import MOST_NAME_CHARACTERS
+from gradwatch_server.store import queries
+from gradwatch_server.store.deletion import delete_some
+from gradwatch_server.store.runs import RunState, check_run, load_events, load_run, load_runs
+from gradwatch_server.store.vectors import padded
+
+router = APIRouter(prefix="/api/v1", tags=["runs"])
+
+RunId = Annotated[str, Path(alias="id", max_length=64)]
+Step = Annotated[int | None, Query(ge=0, le=2**53)]
+Text = Annotated[str | None, Query(max_length=MOST_NAME_CHARACTERS)]
+
+
+@router.get("/runs", response_model=list[documents.Run], responses=problems(422))
+def list_runs(engine: Reads, project: Text = None, state: RunState | None = None) -> Any:
+    """List runs, the one seen last first."""
+    with engine.connect() as connection:
+        return load_runs(connection, project, state)
+
+
+@router.get("/runs/{id}", response_model=documents.RunDetail, responses=problems(404, 422))
+def show_run(engine: Reads, run_id: RunId) -> Any:
+    """Show one run with its parameters in the order of depth, and what its agent told of itself."""
+    with engine.connect() as connection:
+        run = load_run(connection, run_id)
+        listed = sorted(load_parameters(connection, run_id), key=lambda parameter: parameter.depth or 0)
+        events = load_events(connection, run_id)
+    return run | {"parameters": [msgspec.structs.asdict(parameter) for parameter in listed], "events": events}
+
+
+@router.get(
+    "/runs/{id}/series",
+    response_class=Response,
+    responses={200: {"model": documents.Series}, **problems(404, 422)},
+)
+def show_series(
+    engine: Reads,
+    run_id: RunId,
+    statistic: Annotated[
+        str, Query(max_length=MOST_NAME_CHARACTERS, description="of a parameter, or the name of a scalar")
+    ],
+    parameter: Text = None,
+    from_step: Step = None,
+    to_step: Step = None,
+    points: Annotated[int, Query(ge=1, le=10_000)] = 1_000,
+) -> Response:
+    """One statistic of one parameter, or one scalar of the run (``loss``), as min, max, mean and last of buckets.
+
+    A scalar may be named like a statistic, as trainers log a ``grad_norm``: it is read without ``parameter``.
+    """
+    with engine.connect() as connection:
+        of_parameters = statistic in queries.STATISTIC_NAMES
+        if of_parameters and parameter is None:
+            of_parameters = not queries.has_scalar(connection, run_id, statistic)
+        if of_parameters:
+            order, names = load_order(connection, run_id)
+            if parameter is None:
+                raise Refused(
+                    404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME"
+                )
+            if parameter not in names:
+                check_run(connection, run_id)
+                raise Refused(404, "Unknown parameter", f"run {run_id!r} has no parameter {parameter!r}")
+            column = [order[names.index(parameter)]]
+            buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, column, points)
+        else:
+            if parameter is not None:
+                check_run(connection, run_id)
+                known = ", ".join(queries.STATISTIC_NAMES)
+                raise Refused(404, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
+            buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
+    spell = spelled if of_parameters else wire.spell_numbers
+    content = {
+        "run": run_id,
+        "statistic": statistic,
+        "parameter": parameter,
+        "steps": buckets.first_steps,
+        "last_steps": buckets.last_steps,
+        "min": spell(buckets.low[:, 0]),
+        "max": spell(buckets.high[:, 0]),
+        "mean": spell(buckets.mean[:, 0]),
+        "last": spell(buckets.last[:, 0]),
+        "nonfinite": np.ascontiguousarray(buckets.nonfinite[:, 0]),
+    }
+    return answer(content)
+
+
+@router.get(
+    "/runs/{id}/map",
+    response_class=Response,
+    responses={200: {"model": documents.Map}, **problems(404, 422)},
+)
+def show_map(
+    engine: Reads,
+    run_id: RunId,
+    statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
+    from_step: Step = None,
+    to_step: Step = None,
+    points: Annotated[int, Query(ge=1, le=10_000)] = 500,
+) -> Response:
+    """One statistic of all parameters over the steps: the layer x step map."""
+    with engine.connect() as connection:
+        order, names = load_order(connection, run_id)
+        buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
+    content: dict[str, Any] = {
+        "run": run_id,
+        "statistic": statistic,
+        "parameters": names,
+        "steps": buckets.first_steps,
+        "last_steps": buckets.last_steps,
+        "min": spelled(buckets.low),
+        "max": spelled(buckets.high),
+        "last": spelled(buckets.last),
+        "nonfinite": np.ascontiguousarray(buckets.nonfinite),
+    }
+    return answer(content)
+
+
+@router.get(
+    "/runs/{id}/profile",
+    response_class=Response,
+    responses={200: {"model": documents.Profile}, **problems(401, 403, 404, 422)},
+)
+def show_profile(
+    engine: Reads,
+    run_id: RunId,
+    statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
+    from_step: Step = None,
+    to_step: Step = None,
+) -> Response:
+    """One statistic of all parameters in the order of depth, gathered over a range; of one step: both ends the same."""
+    with engine.connect() as connection:
+        order, names = load_order(connection, run_id)
+        found = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, 1)
+    if not len(found):
+        raise Refused(404, "No samples", f"run {run_id!r} has no sample of {statistic!r} in this range: widen it")
+    content = {
+        "run": run_id,
+        "statistic": statistic,
+        "parameters": names,
+        "first_step": int(found.first_steps[0]),
+        "last_step": int(found.last_steps[0]),
+        "min": spelled(found.low[0]),
+        "max": spelled(found.high[0]),
+        "mean": spelled(found.mean[0]),
+        "last": spelled(found.last[0]),
+        "nonfinite": np.ascontiguousarray(found.nonfinite[0]),
+    }
+    return answer(content)
+
+
+@router.get(
+    "/runs/{id}/latest",
+    response_class=Response,
+    responses={200: {"model": documents.Latest}, **problems(401, 403, 404, 422)},
+)
+def show_latest(engine: Reads, run_id: RunId) -> Response:
+    """Everything measured at the newest sample, in the order of the run's parameters."""
+    with engine.connect() as connection:
+        newest = queries.read_latest(connection, run_id)
+        if newest is None:
+            check_run(connection, run_id)
+            raise Refused(404, "No samples", f"run {run_id!r} has no sample yet")
+        vectors = {name: getattr(newest, name) for name in wire.STATISTICS}
+        positions, names = load_order(connection, run_id)
+    width = len(names)
+    content = {
+        "run": run_id,
+        "step": newest.step,
+        "at": newest.at,
+        "parameters": [name for _, name in sorted(zip(positions, names, strict=True))],
+        "statistics": {name: spelled(padded(vector, width)) for name, vector in vectors.items() if vector is not None},
+        "scalars": newest.scalars,
+    }
+    return answer(content)
+
+
+@router.get("/runs/{id}/clip-advice", response_model=documents.ClipAdvice, responses=problems(401, 403, 404, 422))
+def show_clip_advice(
+    engine: Reads,
+    run_id: RunId,
+    from_step: Step = None,
+    to_step: Step = None,
+    points: Annotated[int, Query(ge=1, le=10_000)] = 500,
+) -> Any:
+    """What adaptive clipping would have done at several thresholds, and which one is recommended."""
+    with engine.connect() as connection:
+        run = load_run(connection, run_id)
+        steps, histograms = queries.read_histograms(connection, run_id, from_step, to_step, points)
+    found = advise(steps, histograms)
+    first, middle, last = found.thirds.tolist()
+    return {
+        "run": run_id,
+        "from_step": steps[0] if steps else None,
+        "to_step": steps[-1] if steps else None,
+        "samples": len(steps),
+        "thresholds": list(THRESHOLDS),
+        "shares": found.shares.tolist(),
+        "thirds": {"first": first, "middle": middle, "last": last},
+        "steps": steps,
+        "rates": found.rates.tolist(),
+        "clip": threshold_in_force(run["attributes"]),
+        "recommended": found.recommended,
+        "reason": found.reason,
+    }
+
+
+@router.delete("/runs/{id}", status_code=204, responses=problems(401, 403, 404, 422, 503))
+async def remove_run(request: Request, run_id: RunId) -> Response:
+    """Remove a run with everything that is known of it; who was told of its alerts is told that they are over."""
+    services = cast("Services", request.app.state.services)
+    settings = services.settings
+    resolve = partial(resolve_deleted, configuration=settings.configuration, public_url=settings.public_url)
+    work = partial(delete_some, run_id=run_id, resolve_alerts=resolve)
+    left = await asyncio.wrap_future(services.writer.submit(work, run_id))
+    if left == "unknown":
+        raise Refused(404, "Unknown run", f"run {run_id!r} is not known here: GET /api/v1/runs lists those that are")
+    while left == "some":
+        left = await asyncio.wrap_future(services.writer.submit(work, run_id))
+    services.notifier.wake()
+    return Response(status_code=204)

@@ -1,1 +1,0 @@
-"""Commands that speak to a server, one module each."""

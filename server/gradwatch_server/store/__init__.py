@@ -1,0 +1,1 @@
+"""The database: schema, migrations, roll-ups, queries, retention and deletion of runs, tokens."""

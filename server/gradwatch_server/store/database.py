@@ -1,0 +1,212 @@
+"""Engines and migrations: SQLite embedded, PostgreSQL beyond."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import orjson
+import psycopg
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from gradwatch_server.errors import DatabaseError
+from gradwatch_server.store import vectors
+
+_CONNECT_SECONDS = 10
+
+
+def open_engine(url: str, *, create: bool = True) -> sa.Engine:
+    """Return an engine that is ready to use.
+
+    Args:
+        url: address of the database.
+        create: whether an SQLite file that is not there is made when something is first written to it.
+
+    Raises:
+        DatabaseError: the address is not of a database that gradwatch uses, or it cannot be opened.
+    """
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise DatabaseError(f"{url!r} is not a database address: use sqlite:///FILE or postgresql://...") from None
+    if parsed.get_backend_name() == "sqlite":
+        return _open_sqlite(parsed, create=create)
+    if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+        return _open_postgresql(parsed)
+    raise DatabaseError(f"{parsed.drivername!r} is not a database gradwatch uses: sqlite:///FILE or postgresql://...")
+
+
+def _open_sqlite(url: sa.URL, *, create: bool) -> sa.Engine:
+    if not url.database or url.database == ":memory:":
+        raise DatabaseError("an in-memory SQLite loses what it acknowledged: name a file, sqlite:///gradwatch.db")
+    folder = Path(url.database).resolve().parent
+    if not folder.is_dir():
+        raise DatabaseError(f"the folder {folder} of the database does not exist: create it or name another")
+    if not create and not Path(url.database).exists():
+        raise DatabaseError(
+            f"there is no database {Path(url.database).resolve()}: name the server's with --database-url or "
+            "GRADWATCH_DATABASE_URL"
+        )
+    engine = sa.create_engine(
+        url, pool_size=8, connect_args={"timeout": 30}, json_serializer=_json, json_deserializer=orjson.loads
+    )
+    file = _File(Path(url.database).resolve())
+    sa.event.listen(engine, "do_connect", file.check)
+    sa.event.listen(engine, "connect", _set_pragmas)
+    sa.event.listen(engine, "checkout", file.check)
+    sa.event.listen(engine, "begin", _begin)
+    sa.event.listen(engine, "commit", file.check)
+    return engine
+
+
+def _json(value: Any) -> str:
+    """Return the JSON of a column: of Python's own types, and with numbers that are not finite spelled already."""
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+class _File:
+    """The file of an SQLite database: one that was deleted or moved takes what is written with it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._identity: tuple[int, int] | None = None
+        """Device and inode, once there is one: no connection creates another."""
+
+    def check(self, *_: Any) -> None:
+        """Let nothing be acknowledged that nobody will find."""
+        found = self._found()
+        self._identity = self._identity or found
+        if found != self._identity:
+            text = f"the file {self._path} was deleted or moved: bring it back, or start the server again"
+            raise sa.exc.OperationalError("", {}, sqlite3.OperationalError(text))
+
+    def _found(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+
+def _open_postgresql(url: sa.URL) -> sa.Engine:
+    given = {"connect_timeout": _CONNECT_SECONDS}
+    engine = sa.create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        pool_size=8,
+        pool_pre_ping=True,
+        pool_use_lifo=True,  # a connection that has been used knows the statements
+        connect_args=given,
+        json_serializer=_json,
+        json_deserializer=orjson.loads,
+    )
+    sa.event.listen(engine, "connect", _prepare)
+    sa.event.listen(engine, "begin", _choose_snapshot)
+    return engine
+
+
+def _prepare(connection: psycopg.Connection[Any], _entry: ConnectionPoolEntry) -> None:
+    vectors.prepare(connection)
+    connection.execute("SET jit = off")  # the planner overrates our statements' rows: each would be compiled first
+    connection.commit()
+
+
+def _choose_snapshot(connection: sa.Connection) -> None:
+    """Have all statements of a reader see one state, as on SQLite: the driver's own BEGIN says so."""
+    driver = cast("psycopg.Connection[Any]", connection.connection.dbapi_connection)
+    reads = not connection.get_execution_options().get("writes", False)
+    if driver.read_only is not reads:
+        driver.read_only = reads
+        driver.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ if reads else None
+
+
+def _set_pragmas(connection: Any, _entry: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # the driver must not begin and commit on its own: savepoints would break
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA page_size = 8192")  # of a new file: a sample of 12 kB wastes least of these
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin(connection: sa.Connection) -> None:
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction that writes, which a connection of ``engine.connect()`` cannot on PostgreSQL.
+
+    It takes SQLite's write lock at once, so that it never has to be upgraded midway.
+    """
+    with engine.execution_options(writes=True).begin() as connection:
+        yield connection
+
+
+def alembic_of(engine: sa.Engine) -> Config:
+    """Return what Alembic needs to know of a database."""
+    configuration = Config()
+    configuration.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    configuration.attributes["engine"] = engine
+    return configuration
+
+
+@contextmanager
+def told(engine: sa.Engine) -> Iterator[None]:
+    """Have a command say what a database refuses, and the way out.
+
+    Raises:
+        DatabaseError: it refused.
+    """
+    name = engine.url.render_as_string()
+    try:
+        yield
+    except CommandError as error:
+        raise DatabaseError(
+            f"the database {name} has a schema that this version does not know ({error}): upgrade gradwatch"
+        ) from None
+    except sa.exc.DBAPIError as error:
+        raise DatabaseError(f"the database {name} cannot be used: {str(error.orig).strip()}") from None
+
+
+def migrate(engine: sa.Engine) -> None:
+    """Bring the schema to this version.
+
+    Raises:
+        DatabaseError: the database refuses, or is of a newer version.
+    """
+    with told(engine):
+        command.upgrade(alembic_of(engine), "head")
+
+
+def prepare(engine: sa.Engine) -> None:
+    """Migrate an embedded SQLite; check that a PostgreSQL has been migrated.
+
+    Raises:
+        DatabaseError: it cannot be used, or the PostgreSQL has another schema; the text says what to do.
+    """
+    if engine.dialect.name == "sqlite":
+        migrate(engine)
+        return
+    with told(engine), engine.connect() as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+    expected = ScriptDirectory.from_config(alembic_of(engine)).get_current_head()
+    if found != expected:
+        raise DatabaseError(
+            f"the database has schema {found or 'none'}, this version needs {expected}: back it up, then run "
+            "gradwatch migrate --database-url ..."
+        )
+
+
+def upsert(engine: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    """Return an insert that knows ON CONFLICT, in the form of ``sqlite`` or ``postgresql``."""
+    return postgresql.insert(table) if engine == "postgresql" else sqlite.insert(table)

@@ -1,0 +1,1 @@
+"""Telemetry: the Prometheus collectors behind ``/metrics`` and remote write to a time-series store."""

@@ -1,0 +1,348 @@
+"""Prometheus collectors over the database and the server's own counts: a finished run is gone at the next scrape."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, Protocol
+
+import numpy as np
+import sqlalchemy as sa
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from gradwatch import wire
+from gradwatch_server.alerting.lifecycle import SEVERITIES
+from gradwatch_server.diagnosis import RULES
+from gradwatch_server.ingest.admission import Room
+from gradwatch_server.ingest.transaction import Ingest
+from gradwatch_server.notify.dispatcher import Notifier
+from gradwatch_server.settings import Settings
+from gradwatch_server.store import schema
+from gradwatch_server.store.group_commit import Writer
+from gradwatch_server.store.runs import load_active
+from gradwatch_server.telemetry.remote_write import Exporter
+from gradwatch_server.telemetry.request_counts import Requests
+from gradwatch_server.telemetry.snapshot import Layouts, Snapshot, load_snapshots
+
+_RUN_LABELS = ("run", "project", "name")
+_RUN_GAUGES = {
+    "gradwatch_run_step": "Latest step of the run.",
+    "gradwatch_run_stalled": "1 while the run has not been heard of for much longer than usual.",
+    "gradwatch_run_last_seen_timestamp_seconds": "When the run was last heard of.",
+    "gradwatch_run_last_sample_timestamp_seconds": "When the latest sample was measured.",
+    "gradwatch_run_loss": "Loss of the latest step.",
+    "gradwatch_run_learning_rate": "Learning rate at the latest sample.",
+    "gradwatch_run_step_duration_seconds": "Time that a step takes.",
+    "gradwatch_run_agent_overhead_ratio": "Share of the step's time that the agent takes.",
+    "gradwatch_run_global_grad_norm": "L2 norm of the whole gradient before clipping.",
+    "gradwatch_run_clipped_global_grad_norm": "L2 norm of the whole gradient after clipping.",
+    "gradwatch_run_global_grad_norm_limit": "Limit that training sets to the L2 norm of the whole gradient.",
+    "gradwatch_run_grad_weight_min_ratio": "Smallest gradient to weight ratio over the parameters.",
+    "gradwatch_run_grad_weight_median_ratio": "Median gradient to weight ratio over the parameters.",
+    "gradwatch_run_grad_weight_max_ratio": "Largest gradient to weight ratio over the parameters.",
+    "gradwatch_run_attenuation_decades_per_layer": "Decades that the gradient loses a layer, from output to input.",
+    "gradwatch_run_clipped_parameters_ratio": "Share of the parameters whose gradient was clipped.",
+    "gradwatch_run_parameters": "Parameters of the run.",
+    "gradwatch_run_parameters_left_out": "Parameters of the run without series of their own.",
+    "gradwatch_run_nonfinite_parameters": "Parameters whose gradient holds a NaN or an infinity.",
+    "gradwatch_run_zero_parameters": "Parameters whose gradient is exactly zero.",
+}
+_RUN_COUNTERS = {
+    "gradwatch_run_samples": "Samples stored.",
+    "gradwatch_run_skipped_steps": "Steps that the gradient scaler skipped.",
+    "gradwatch_run_agent_dropped_samples": "Samples that the agent had to give up in this attempt.",
+    "gradwatch_run_agent_dropped_bytes": "Bytes that the agent had to give up in this attempt.",
+    "gradwatch_run_agent_errors": "Errors that the agent swallowed in this attempt.",
+}
+_SCALARS = {
+    "loss": "gradwatch_run_loss",
+    "learning_rate": "gradwatch_run_learning_rate",
+    "step_seconds": "gradwatch_run_step_duration_seconds",
+    "overhead_ratio": "gradwatch_run_agent_overhead_ratio",
+    "global_grad_norm_limit": "gradwatch_run_global_grad_norm_limit",
+    "skipped_steps": "gradwatch_run_skipped_steps",
+}
+_PARAMETER_GAUGES = {
+    "gradwatch_parameter_grad_norm": "L2 norm of the parameter's gradient before clipping.",
+    "gradwatch_parameter_weight_norm": "L2 norm of the parameter.",
+    "gradwatch_parameter_grad_weight_ratio": "Gradient to weight ratio of the parameter.",
+}
+
+
+class Sources(Protocol):
+    """The parts of a server process that the collectors read; ``Services`` has them."""
+
+    settings: Settings
+    engine: sa.Engine
+    writer: Writer
+    ingest: Ingest
+    room: Room
+    notifier: Notifier
+    exporter: Exporter | None
+    layouts: Layouts
+    requests: Requests
+
+
+class RunCollector(Collector):
+    """Active runs from their latest samples, and the alerts."""
+
+    def __init__(self, services: Sources) -> None:
+        self._engine = services.engine
+        self._settings = services.settings.configuration.metrics
+        self._public_url = services.settings.public_url
+        self._layouts = services.layouts
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing: the families are known at scrape time."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """Read the latest samples and the alerts."""
+        with self._engine.connect() as connection:
+            active = load_active(connection, time.time() - self._settings.silent_seconds)
+            snapshots = load_snapshots(connection, [run["id"] for run in active], self._layouts)
+            unhealthy = _unhealthy(connection, [run["id"] for run in active])
+            alerts = _alerts(connection)
+        told = self._told(snapshots)
+        yield self._pages(active)
+        yield from _families(active, snapshots, told)
+        yield from _parameters(active, snapshots, told)
+        yield from _health(active, unhealthy)
+        yield alerts
+
+    def _pages(self, active: Sequence[dict[str, Any]]) -> Metric:
+        text = "Where the run's page is; always 1."
+        family = GaugeMetricFamily("gradwatch_run_info", text, labels=(*_RUN_LABELS, "url"))
+        for run in active:
+            family.add_metric([*_labels(run), f"{self._public_url}/runs/{run['id']}"], 1)
+        return family
+
+    def _told(self, snapshots: Mapping[str, Snapshot]) -> dict[str, list[int]]:
+        """Return the positions of the parameters of each run that get series of their own."""
+        settings = self._settings
+        share = settings.most_parameters // max(1, len(snapshots))
+        most = share if settings.parameters == "all" else min(share, settings.conspicuous_parameters)
+        return {run_id: snapshot.conspicuous(most).tolist() for run_id, snapshot in snapshots.items()}
+
+
+def _labels(run: Mapping[str, Any]) -> list[str]:
+    return [run["id"], run["project"], run["name"]]
+
+
+def _families(
+    active: Sequence[dict[str, Any]], snapshots: Mapping[str, Snapshot], told: Mapping[str, list[int]]
+) -> Iterable[Metric]:
+    families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+    families |= {name: GaugeMetricFamily(name, text, labels=_RUN_LABELS) for name, text in _RUN_GAUGES.items()}
+    families |= {name: CounterMetricFamily(name, text, labels=_RUN_LABELS) for name, text in _RUN_COUNTERS.items()}
+    for run in active:
+        values = _of_run(run)
+        snapshot = snapshots.get(run["id"])
+        if snapshot is not None:
+            values |= _of_snapshot(run["scalars"], snapshot, len(told[run["id"]]))
+        for name, value in values.items():
+            families[name].add_metric(_labels(run), value)
+    return families.values()
+
+
+def _of_run(run: Mapping[str, Any]) -> dict[str, float]:
+    values = {
+        name: wire.number(run["scalars"][scalar]) for scalar, name in _SCALARS.items() if scalar in run["scalars"]
+    }
+    values["gradwatch_run_stalled"] = float(run["state"] == "stalled")
+    values["gradwatch_run_last_seen_timestamp_seconds"] = run["last_seen_at"]
+    values["gradwatch_run_samples"] = run["sample_count"]
+    if run["last_step"] is not None:
+        values["gradwatch_run_step"] = run["last_step"]
+    dropped = run["dropped"]
+    return values | {
+        "gradwatch_run_agent_dropped_samples": dropped.get("samples", 0),
+        "gradwatch_run_agent_dropped_bytes": dropped.get("bytes", 0),
+        "gradwatch_run_agent_errors": dropped.get("errors", 0),
+    }
+
+
+def _of_snapshot(scalars: Mapping[str, wire.Number], snapshot: Snapshot, told: int) -> dict[str, float]:
+    profile, ratios = snapshot.profile, snapshot.finite_ratios
+    norm = wire.number(scalars.get("global_grad_norm", float(np.linalg.norm(profile.gradient[profile.present]))))
+    size = len(snapshot.layout.names)
+    return {
+        "gradwatch_run_last_sample_timestamp_seconds": snapshot.reading.at,
+        "gradwatch_run_global_grad_norm": norm,
+        "gradwatch_run_clipped_global_grad_norm": wire.number(scalars.get("clipped_global_grad_norm", norm)),
+        "gradwatch_run_grad_weight_min_ratio": float(ratios.min()) if ratios.size else np.nan,
+        "gradwatch_run_grad_weight_median_ratio": float(np.median(ratios)) if ratios.size else np.nan,
+        "gradwatch_run_grad_weight_max_ratio": float(ratios.max()) if ratios.size else np.nan,
+        "gradwatch_run_attenuation_decades_per_layer": snapshot.decades_per_layer,
+        "gradwatch_run_clipped_parameters_ratio": snapshot.clipped_share,
+        "gradwatch_run_parameters": size,
+        "gradwatch_run_parameters_left_out": size - told,
+        "gradwatch_run_nonfinite_parameters": snapshot.nonfinite,
+        "gradwatch_run_zero_parameters": snapshot.zero,
+    }
+
+
+def _parameters(
+    active: Sequence[dict[str, Any]], snapshots: Mapping[str, Snapshot], told: Mapping[str, list[int]]
+) -> Iterable[Metric]:
+    labels = (*_RUN_LABELS, "parameter", "depth")
+    families = [GaugeMetricFamily(name, text, labels=labels) for name, text in _PARAMETER_GAUGES.items()]
+    for run in active:
+        for position in told.get(run["id"], []):
+            snapshot = snapshots[run["id"]]
+            layout, profile = snapshot.layout, snapshot.profile
+            if not profile.present[position]:
+                continue
+            of_parameter = [*_labels(run), layout.names[position], f"{layout.depth[position]:03d}"]
+            measured = (profile.gradient, profile.weight, profile.ratio)
+            for family, values in zip(families, measured, strict=True):
+                family.add_metric(of_parameter, float(values[position]))
+    return families
+
+
+Unhealthy = tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]
+
+
+def _unhealthy(connection: sa.Connection, run_ids: Sequence[str]) -> Unhealthy:
+    """Return by (run, rule) how many parameters open alerts blame, and by (run, severity) how many alerts fire."""
+    table = schema.alerts
+    blamed: dict[tuple[str, str], int] = {}
+    firing: dict[tuple[str, str], int] = defaultdict(int)
+    for row in connection.execute(
+        sa.select(*table.c["run", "rule", "severity", "state", "parameters", "parameters_left_out"]).where(
+            table.c.run.in_(run_ids), table.c.state.in_(("pending", "firing"))
+        )
+    ):
+        blamed[row.run, row.rule] = len(row.parameters) + row.parameters_left_out
+        firing[row.run, row.severity] += row.state == "firing"
+    return blamed, firing
+
+
+def _health(active: Sequence[dict[str, Any]], unhealthy: Unhealthy) -> Iterable[Metric]:
+    blamed, firing = unhealthy
+    parameters = GaugeMetricFamily(
+        "gradwatch_run_unhealthy_parameters",
+        "Parameters that an open alert of the rule blames.",
+        labels=(*_RUN_LABELS, "rule"),
+    )
+    alerts = GaugeMetricFamily(
+        "gradwatch_run_firing_alerts", "Alerts of the run that fire.", labels=(*_RUN_LABELS, "severity")
+    )
+    for run in active:
+        for rule in RULES:
+            parameters.add_metric([*_labels(run), rule], blamed.get((run["id"], rule), 0))
+        for severity in SEVERITIES:
+            alerts.add_metric([*_labels(run), severity], firing.get((run["id"], severity), 0))
+    return parameters, alerts
+
+
+def _alerts(connection: sa.Connection) -> Metric:
+    table = schema.alerts
+    family = GaugeMetricFamily(
+        "gradwatch_alerts", "Alerts by rule, severity and state.", labels=("rule", "severity", "state")
+    )
+    groups = table.c["rule", "severity", "state"]
+    for row in connection.execute(sa.select(*groups, sa.func.count().label("alerts")).group_by(*groups)):
+        family.add_metric([row.rule, row.severity, row.state], row.alerts)
+    return family
+
+
+class ServerCollector(Collector):
+    """What the server itself does."""
+
+    def __init__(self, services: Sources) -> None:
+        self._services = services
+
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing: the families are known at scrape time."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """Read the counts of this process, and the deliveries of all."""
+        services = self._services
+        ingest, writer = services.ingest, services.writer
+        build = GaugeMetricFamily("gradwatch_build_info", "The version that runs; always 1.", labels=("version",))
+        build.add_metric([metadata.version("gradwatch")], 1)
+        yield build
+        yield _requests(services)
+        counts = (
+            ("gradwatch_ingest_batches", "Batches stored.", ingest.batches),
+            ("gradwatch_ingest_duplicate_batches", "Batches that were stored before.", ingest.duplicates),
+            ("gradwatch_ingest_samples", "Samples stored.", ingest.samples),
+            ("gradwatch_ingest_values", "Values of statistics stored.", ingest.values),
+            (
+                "gradwatch_queue_refusals",
+                "Batches that were sent away for want of room.",
+                writer.refused + services.room.refused,
+            ),
+        )
+        for name, text, count in counts:
+            yield CounterMetricFamily(name, text, value=count)
+        yield SummaryMetricFamily(
+            "gradwatch_commit_duration_seconds",
+            "Time in transactions, with their sync to disk.",
+            count_value=writer.commits,
+            sum_value=writer.commit_seconds,
+        )
+        yield GaugeMetricFamily(
+            "gradwatch_queued_batches", "Batches taken in and not stored yet.", value=writer.waiting
+        )
+        yield GaugeMetricFamily("gradwatch_queue_limit_batches", "Batches that may be under way.", value=writer.most)
+        yield from _written(services)
+        yield _attempts(services)
+        with services.engine.connect() as connection:
+            yield from _deliveries(
+                connection, [receiver.name for receiver in services.settings.configuration.receivers]
+            )
+
+
+def _requests(services: Sources) -> Metric:
+    family = SummaryMetricFamily(
+        "gradwatch_http_request_duration_seconds",
+        "Time until an answer began, by route.",
+        labels=("method", "route", "status"),
+    )
+    for kind, tally in list(services.requests.tallies.items()):
+        family.add_metric([kind.method, kind.route, str(kind.status)], tally.count, tally.seconds)
+    return family
+
+
+def _written(services: Sources) -> Iterable[Metric]:
+    if services.exporter is None:
+        return
+    counts = services.exporter.counts
+    for name, text, count in (
+        ("sent_samples", "Samples that the time-series store took.", counts.sent),
+        ("set_aside_samples", "Samples that the time-series store refused.", counts.set_aside),
+        ("retries", "Requests that were sent again.", counts.retries),
+        ("errors", "Rounds that ended in an error that nobody foresaw.", counts.errors),
+    ):
+        yield CounterMetricFamily(f"gradwatch_remote_write_{name}", text, value=count)
+
+
+def _attempts(services: Sources) -> Metric:
+    family = CounterMetricFamily(
+        "gradwatch_delivery_attempts", "Attempts to deliver by receiver and result.", labels=("receiver", "result")
+    )
+    for (receiver, result), count in list(services.notifier.results.items()):
+        family.add_metric([receiver, result], count)
+    return family
+
+
+def _deliveries(connection: sa.Connection, receivers: Sequence[str]) -> Iterable[Metric]:
+    table = schema.deliveries
+    by_state = GaugeMetricFamily(
+        "gradwatch_deliveries", "Deliveries by receiver and state.", labels=("receiver", "state")
+    )
+    groups = table.c["receiver", "state"]
+    found = {(receiver, state): 0 for receiver in receivers for state in ("due", "delivered", "dead")}
+    for row in connection.execute(sa.select(*groups, sa.func.count().label("made")).group_by(*groups)):
+        found[row.receiver, row.state] = row.made
+    for (receiver, state), count in found.items():
+        by_state.add_metric([receiver, state], count)
+    oldest = connection.execute(sa.select(sa.func.min(table.c.created_at)).where(table.c.state == "due")).scalar_one()
+    lag = 0.0 if oldest is None else max(0.0, time.time() - oldest)
+    text = "Age of the oldest delivery that is not made yet; 0 where none waits."
+    return by_state, GaugeMetricFamily("gradwatch_delivery_lag_seconds", text, value=lag)

@@ -1,15 +1,35 @@
-"""The agent imports nothing of the server's, the server no torch: proven in a fresh interpreter."""
+"""Who imports whom: agent and server in a fresh interpreter, the folders of the server by their import statements."""
 
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
+from tests.layers import crowded, python_arrows, script_arrows, upward
 from tests.processes import environment
 
 SERVER_ONLY = ("fastapi", "starlette", "pydantic", "uvicorn", "sqlalchemy", "alembic", "httpx", "prometheus_client")
+
+
+SERVER = Path(__file__).parents[1] / "server" / "gradwatch_server"
+SERVER_LAYERS = (
+    ("cli", "serve"),
+    ("app",),
+    ("api",),
+    ("services",),
+    ("telemetry",),
+    ("ingest",),
+    ("alerting",),
+    ("settings",),
+    ("notify",),
+    ("store",),
+    ("diagnosis",),
+    ("errors",),
+)
+ONE_FILE_A_THING = ("rules", "receivers", "versions", "routes")
 
 
 def _loaded(statement: str) -> set[str]:
@@ -38,6 +58,55 @@ def test_the_wire_format_and_the_command_need_neither() -> None:
 def test_these_tests_can_fail() -> None:
     assert "torch" in _loaded("import gradwatch_server.app, torch")
     assert "fastapi" in _loaded("import gradwatch, gradwatch_server.app")
+
+
+def test_arrows_between_folders_point_one_way() -> None:
+    arrows = python_arrows(SERVER)
+    assert len(arrows) > 200
+    assert upward(arrows, SERVER_LAYERS) == []
+
+
+def _write(root: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_an_arrow_that_points_upwards_is_found(tmp_path: Path) -> None:
+    root = tmp_path / "gradwatch_server"
+    texts = {
+        "errors.py": "",
+        "api/body.py": "from gradwatch_server.errors import Refused\nfrom gradwatch_server.store import schema",
+        "store/schema.py": "import json\n\ndef late():\n    from gradwatch_server.api import body",
+        "store/tokens.py": "import gradwatch_server.store.schema\nimport gradwatch_server.api.body",
+    }
+    _write(root, texts)
+    arrows = python_arrows(root)
+    assert len(arrows) == 5
+    assert upward(arrows, SERVER_LAYERS) == ["store/schema.py -> api/body.py", "store/tokens.py -> api/body.py"]
+    with pytest.raises(KeyError, match="store"):
+        upward(arrows, (("api",), ("errors",)))
+
+
+def test_an_upward_arrow_between_scripts_is_found(tmp_path: Path) -> None:
+    texts = {
+        "pages/run.js": 'import {\n  chart,\n} from "../charts/chart.js";\nimport "./runs.js";',
+        "pages/runs.js": "",
+        "charts/chart.js": 'const page = () => import("../pages/run.js");',
+    }
+    _write(tmp_path, texts)
+    assert upward(script_arrows(tmp_path), (("pages",), ("charts",))) == ["charts/chart.js -> pages/run.js"]
+
+
+def test_no_folder_is_crowded() -> None:
+    assert crowded(SERVER, ".py", most_in_root=9, most=12, exempt=ONE_FILE_A_THING) == {}
+
+
+def test_a_crowded_folder_is_found(tmp_path: Path) -> None:
+    _write(tmp_path, {f"m{number}.py": "" for number in range(10)})
+    _write(tmp_path, {f"{folder}/m{number}.py": "" for folder in ("store", "rules") for number in range(13)})
+    found = crowded(tmp_path, ".py", most_in_root=9, most=12, exempt=ONE_FILE_A_THING)
+    assert found == {".": 10, "store": 13}
 
 
 def _extra(name: str) -> set[str]:

@@ -46,7 +46,7 @@ def test_nan_infinity_and_zero_stand_apart_from_every_value_and_each_other(
     page.goto(f"{filled.url}/server")
     drawn = page.evaluate(
         """async () => {
-          const { STATES, viridis } = await import("/page/js/colours.js");
+          const { STATES, viridis } = await import("/page/js/charts/colours.js");
           const hex = (text) => [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16));
           const ramp = Array.from({ length: 60 }, (_, at) => viridis(at / 59));
           return { ramp, states: Object.values(STATES).map(hex) };

@@ -135,7 +135,7 @@ def test_names_are_grouped_by_module_as_deep_as_there_is_room(page: Page, filled
 
     def told(call: str) -> list[list[object]]:
         found: list[list[object]] = page.evaluate(
-            f"(names) => import('/page/js/labels.js').then((its) => its.{call})", names
+            f"(names) => import('/page/js/charts/map/labels.js').then((its) => its.{call})", names
         )
         return found
 

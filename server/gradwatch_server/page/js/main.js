@@ -1,15 +1,15 @@
 // The address says which view is shown.
 
-import * as address from "./address.js";
-import { alertsView } from "./alerts.js";
-import * as api from "./api.js";
-import { compared, compareView } from "./compare.js";
-import { el, fill } from "./dom.js";
-import { Live } from "./live.js";
-import { loginView, logOutButton } from "./login.js";
-import { runView } from "./run.js";
-import { runsView } from "./runs.js";
-import { serverView } from "./server.js";
+import * as address from "./data/navigation.js";
+import { alertsView } from "./pages/alerts.js";
+import * as api from "./data/api.js";
+import { compared, compareView } from "./pages/compare.js";
+import { el, fill } from "./dom/elements.js";
+import { Live } from "./data/live.js";
+import { loginView, logOutButton } from "./pages/login.js";
+import { runView } from "./pages/run.js";
+import { runsView } from "./pages/runs.js";
+import { serverView } from "./pages/server.js";
 
 /** @typedef {{close: () => void, arrive?: () => void}} Shown a view; `arrive`: its query has changed */
 

@@ -1,10 +1,10 @@
 // The values under the crosshair, in words.
 
-import { el, fill } from "./dom.js";
-import { count, measured } from "./format.js";
-import { nearest } from "./tile.js";
+import { el, fill } from "../../dom/elements.js";
+import { count, measured } from "../../data/format.js";
+import { nearest } from "../../data/tile.js";
 
-/** @typedef {import("./tile.js").Tile} Tile */
+/** @typedef {import("../../data/tile.js").Tile} Tile */
 
 /** What one cell holds, as text. @param {Tile} tile @param {number} bucket @param {number} row */
 export function cellText(tile, bucket, row) {

@@ -1,11 +1,11 @@
 // The server's own health and that of its receivers.
 
-import * as api from "./api.js";
-import { el, fill } from "./dom.js";
-import { ago, count } from "./format.js";
+import * as api from "../data/api.js";
+import { el, fill } from "../dom/elements.js";
+import { ago, count } from "../data/format.js";
 import { kept } from "./runs.js";
 
-/** @param {HTMLElement} main @param {import("./live.js").Live} live */
+/** @param {HTMLElement} main @param {import("../data/live.js").Live} live */
 export async function serverView(main, live) {
   document.title = "Server · gradwatch";
   const numbers = el("dl", { class: "numbers" });

@@ -1,18 +1,18 @@
 // The layer x step map: depth downwards, steps to the right, colour is the value.
 
-import { heldToTheEnd } from "./alerts.js";
-import { AXIS, drawAxis, frame, LANE, toX } from "./axis.js";
-import { parsed } from "./colours.js";
-import { el, fitted, onceAFrame, themed, whenThemed } from "./dom.js";
-import { listen } from "./keys.js";
+import { heldToTheEnd } from "../../pages/alerts.js";
+import { AXIS, drawAxis, frame, LANE, toX } from "../axis.js";
+import { parsed } from "../colours.js";
+import { el, fitted, onceAFrame, themed, whenThemed } from "../../dom/elements.js";
+import { listen } from "./keyboard.js";
 import { drawLabels } from "./labels.js";
 import { ranked, rasterise } from "./raster.js";
-import { steer } from "./steer.js";
+import { steer } from "../pointer.js";
 
-/** @typedef {import("./tile.js").Tile} Tile */
-/** @typedef {import("./view.js").View} View */
+/** @typedef {import("../../data/tile.js").Tile} Tile */
+/** @typedef {import("../../data/viewport.js").View} View */
 /** @typedef {{low: number, high: number}} Scale */
-/** @typedef {import("./api.js").Alert} Alert */
+/** @typedef {import("../../data/api.js").Alert} Alert */
 
 const FONT = "12px system-ui, sans-serif";
 
@@ -94,7 +94,7 @@ export class LayerMap {
     this.box.dispatchEvent(new CustomEvent("sized", { detail: this.size }));
   }
 
-  /** @param {import("./view.js").Looking} now @param {import("./view.js").Looking} before */
+  /** @param {import("../../data/viewport.js").Looking} now @param {import("../../data/viewport.js").Looking} before */
   moved(now, before) {
     if (now.cell !== before.cell && this.tile) this.source = ranked(this.tile, now.cell, this.scale);
     if (now.step !== before.step) this.drawOver();

@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { decades, decoded } from "./tile.js";
 
-/** @typedef {import("./view.js").View} View @typedef {import("./tile.js").Tile} Tile */
+/** @typedef {import("./viewport.js").View} View @typedef {import("./tile.js").Tile} Tile */
 /** @typedef {{low: number, high: number}} Scale */
 
 const MARGIN = 0.5;

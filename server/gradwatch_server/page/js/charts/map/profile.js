@@ -1,12 +1,12 @@
 // The depth profile: one statistic of every parameter at the crosshair, depth downwards beside the map's rows.
 
-import { AXIS, LANE } from "./axis.js";
-import { STATES } from "./colours.js";
-import { el, fill, fitted, onceAFrame, themed, whenThemed } from "./dom.js";
-import { count, measured, power } from "./format.js";
-import { nearest } from "./tile.js";
+import { AXIS, LANE } from "../axis.js";
+import { STATES } from "../colours.js";
+import { el, fill, fitted, onceAFrame, themed, whenThemed } from "../../dom/elements.js";
+import { count, measured, power } from "../../data/format.js";
+import { nearest } from "../../data/tile.js";
 
-/** @typedef {import("./tile.js").Tile} Tile */
+/** @typedef {import("../../data/tile.js").Tile} Tile */
 
 const BAND_SAMPLES = 50;
 const EDGE = 14;
@@ -29,7 +29,7 @@ export function attenuation(points) {
 }
 
 export class Profile {
-  /** @param {import("./map.js").LayerMap} map @param {Set<string>} matrices names of the weight matrices */
+  /** @param {import("./layer-map.js").LayerMap} map @param {Set<string>} matrices names of the weight matrices */
   constructor(map, matrices) {
     this.map = map;
     this.matrices = matrices;

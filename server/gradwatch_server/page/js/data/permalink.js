@@ -1,8 +1,8 @@
 // Between the address and what a run's page looks at.
 
-import * as address from "./address.js";
+import * as address from "./navigation.js";
 
-/** @typedef {import("./view.js").Looking} Looking */
+/** @typedef {import("./viewport.js").Looking} Looking */
 
 export const STATISTICS = new Set([
   "ratio",
@@ -40,7 +40,7 @@ export function looking(end) {
   };
 }
 
-/** Keep the address in step with the view. @param {import("./view.js").View} view @returns {() => void} stops it */
+/** Keep the address in step with the view. @param {import("./viewport.js").View} view @returns {() => void} stops it */
 export function keepAddress(view) {
   let due = 0;
   view.subscribe((now, before) => {

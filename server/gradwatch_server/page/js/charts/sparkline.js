@@ -1,7 +1,7 @@
 // Sparklines of the loss: only those in sight are asked for and drawn.
 
-import * as api from "./api.js";
-import { el, fitted, themed } from "./dom.js";
+import * as api from "../data/api.js";
+import { el, fitted, themed } from "../dom/elements.js";
 
 const WIDTH = 120;
 const HEIGHT = 28;

@@ -1,9 +1,9 @@
 // From a tile to pixels. Where cells share a pixel, the more conspicuous one is drawn: no spike and no NaN is lost.
 
-import { HIGHEST, INFINITE, LOWEST, MISSING, NOTHING, NOT_A_NUMBER, PIXELS, rank } from "./colours.js";
+import { HIGHEST, INFINITE, LOWEST, MISSING, NOTHING, NOT_A_NUMBER, PIXELS, rank } from "../colours.js";
 
 /**
- * @typedef {import("./tile.js").Tile} Tile
+ * @typedef {import("../../data/tile.js").Tile} Tile
  * @typedef {"max" | "min" | "last"} Cell which value of a bucket is drawn
  * @typedef {{tile: Tile, ranks: Uint16Array, flip: boolean}} Ranked shape (buckets, rows)
  */

@@ -1,12 +1,12 @@
 // Alerts: of all runs, or beside one run's map.
 
-import { silenceList } from "./acting.js";
-import * as api from "./api.js";
-import { el, fill } from "./dom.js";
-import { ago, count, measured, moment } from "./format.js";
+import { silenceList } from "../controls/actions.js";
+import * as api from "../data/api.js";
+import { el, fill } from "../dom/elements.js";
+import { ago, count, measured, moment } from "../data/format.js";
 import { kept } from "./runs.js";
 
-/** @typedef {import("./api.js").Alert} Alert */
+/** @typedef {import("../data/api.js").Alert} Alert */
 
 const FEW = 100;
 const MOST = 1000;
@@ -19,7 +19,7 @@ export function sorted(alerts) {
   );
 }
 
-/** @param {HTMLElement} main @param {import("./live.js").Live} live */
+/** @param {HTMLElement} main @param {import("../data/live.js").Live} live */
 export async function alertsView(main, live) {
   document.title = "Alerts · gradwatch";
   const list = el("ul", { class: "alerts wide" });

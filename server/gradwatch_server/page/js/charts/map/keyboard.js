@@ -1,6 +1,6 @@
 // Keys on the map: everything that the pointer can do.
 
-/** @typedef {import("./map.js").LayerMap} LayerMap */
+/** @typedef {import("./layer-map.js").LayerMap} LayerMap */
 
 /** @param {LayerMap} map */
 export function listen(map) {

@@ -1,7 +1,7 @@
 // The login: a token is asked for once; the server keeps it in a cookie that no script can read.
 
-import * as api from "./api.js";
-import { el, fill } from "./dom.js";
+import * as api from "../data/api.js";
+import { el, fill } from "../dom/elements.js";
 
 /** @param {HTMLElement} main @param {() => void} done */
 export function loginView(main, done) {

@@ -1,8 +1,8 @@
 // What the whole run did, on the map's steps: loss, norms, learning rate, clipping, the agent's own cost.
 
-import * as api from "./api.js";
-import { Chart } from "./chart.js";
-import { el } from "./dom.js";
+import * as api from "../data/api.js";
+import { Chart } from "./line.js";
+import { el } from "../dom/elements.js";
 import { gapped } from "./gaps.js";
 
 /** @typedef {{title: string, log?: boolean, lines: [string, string, string][]}} Plan lines: scalar, label, colour */
@@ -36,7 +36,7 @@ export function wide(series) {
 }
 
 export class Strips {
-  /** @param {string} runId @param {import("./view.js").View} view */
+  /** @param {string} runId @param {import("../data/viewport.js").View} view */
   constructor(runId, view) {
     this.runId = runId;
     this.view = view;

@@ -1,30 +1,30 @@
 // One run: its map, and everything that hangs on the same steps.
 
-import { Advice } from "./advice.js";
-import { alertPanel } from "./alert.js";
+import { Advice } from "../controls/advice.js";
+import { alertPanel } from "../controls/alert-panel.js";
 import { item, sorted } from "./alerts.js";
-import * as api from "./api.js";
-import { controls } from "./controls.js";
-import { el, fill } from "./dom.js";
-import { ago, count, many, moment } from "./format.js";
-import { legend } from "./legend.js";
-import { keepAddress, looking } from "./looking.js";
-import { LayerMap } from "./map.js";
-import { Parameters } from "./parameters.js";
-import { Profile } from "./profile.js";
-import { readout } from "./readout.js";
+import * as api from "../data/api.js";
+import { controls } from "../controls/toolbar.js";
+import { el, fill } from "../dom/elements.js";
+import { ago, count, many, moment } from "../data/format.js";
+import { legend } from "../charts/map/legend.js";
+import { keepAddress, looking } from "../data/permalink.js";
+import { LayerMap } from "../charts/map/layer-map.js";
+import { Parameters } from "../controls/parameters.js";
+import { Profile } from "../charts/map/profile.js";
+import { readout } from "../charts/map/readout.js";
 import { stateSign } from "./runs.js";
-import { TileSource } from "./source.js";
-import { Strips } from "./strips.js";
-import { Trace } from "./trace.js";
-import { valuesTable } from "./values.js";
-import { View } from "./view.js";
+import { TileSource } from "../data/source.js";
+import { Strips } from "../charts/strips.js";
+import { Trace } from "../charts/trace.js";
+import { valuesTable } from "../controls/chart-table.js";
+import { View } from "../data/viewport.js";
 
 const REST_MS = 300;
 const TABLE_MS = 100; // the map is drawn first
 const TOLD_ELSEWHERE = new Set(["skipped_step", "nonfinite_module"]); // as a scalar, and in its alert
 
-/** @param {HTMLElement} main @param {string} runId @param {import("./live.js").Live} live */
+/** @param {HTMLElement} main @param {string} runId @param {import("../data/live.js").Live} live */
 export async function runView(main, runId, live) {
   let run = await api.run(runId);
   /** @type {api.Alert[]} */
@@ -177,7 +177,7 @@ export async function runView(main, runId, live) {
 
 /**
  * Load again whenever this run changes: one load at a time, and no more than half of the time.
- * @param {import("./live.js").Live} live @param {string} runId @param {() => Promise<void>} renew
+ * @param {import("../data/live.js").Live} live @param {string} runId @param {() => Promise<void>} renew
  */
 export function following(live, runId, renew) {
   let [busy, again] = [false, false];

@@ -1,11 +1,11 @@
 // The parameters as a table, the most conspicuous first: what the map says, in numbers and words.
 
-import { findings } from "./conspicuous.js";
-import { el, fill } from "./dom.js";
-import { count, measured } from "./format.js";
-import { cellText } from "./readout.js";
-import { drawSpark } from "./sparks.js";
-import { nearest, seenBuckets } from "./tile.js";
+import { findings } from "../data/conspicuous.js";
+import { el, fill } from "../dom/elements.js";
+import { count, measured } from "../data/format.js";
+import { cellText } from "../charts/map/readout.js";
+import { drawSpark } from "../charts/sparkline.js";
+import { nearest, seenBuckets } from "../data/tile.js";
 
 const FEW = 12;
 const HEAD = [
@@ -19,12 +19,12 @@ const HEAD = [
 ];
 
 export class Parameters {
-  /** @param {import("./view.js").View} view @param {import("./api.js").Parameter[]} parameters */
+  /** @param {import("../data/viewport.js").View} view @param {import("../data/api.js").Parameter[]} parameters */
   constructor(view, parameters) {
     this.view = view;
     this.shapes = new Map(parameters.map((parameter) => [parameter.name, parameter]));
     this.all = false;
-    /** @type {import("./tile.js").Tile | null} */
+    /** @type {import("../data/tile.js").Tile | null} */
     this.tile = null;
     this.rows = el("tbody");
     this.more = el("button", { type: "button", onclick: () => this.toggle() });
@@ -62,7 +62,7 @@ export class Parameters {
     if (this.tile) this.show(this.tile);
   }
 
-  /** @param {import("./tile.js").Tile} tile */
+  /** @param {import("../data/tile.js").Tile} tile */
   show(tile) {
     this.tile = tile;
     const span = seenBuckets(tile, this.view.now);
@@ -79,7 +79,7 @@ export class Parameters {
     this.chosen();
   }
 
-  /** @param {import("./tile.js").Tile} tile @param {import("./conspicuous.js").Finding} finding @param {import("./conspicuous.js").Span} span */
+  /** @param {import("../data/tile.js").Tile} tile @param {import("../data/conspicuous.js").Finding} finding @param {import("../data/conspicuous.js").Span} span */
   line(tile, finding, { first, past }) {
     const parameter = this.shapes.get(finding.name);
     const canvas = el("canvas", {

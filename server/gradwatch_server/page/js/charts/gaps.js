@@ -1,6 +1,6 @@
 // Where a limit ends: a line would go on to the next one, over steps that had none.
 
-/** @typedef {import("./api.js").Series} Series */
+/** @typedef {import("../data/api.js").Series} Series */
 
 /**
  * The limit's series, with an empty bucket wherever the series that it limits went on without it.

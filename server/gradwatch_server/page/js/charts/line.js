@@ -2,12 +2,12 @@
 
 import { frame, ticks, toX } from "./axis.js";
 import { STATES } from "./colours.js";
-import { el, fill, onceAFrame, themed, whenThemed } from "./dom.js";
-import { measured } from "./format.js";
+import { el, fill, onceAFrame, themed, whenThemed } from "../dom/elements.js";
+import { measured } from "../data/format.js";
 import { joined, logarithmic, maker, padded } from "./scales.js";
-import { steer } from "./steer.js";
+import { steer } from "./pointer.js";
 
-/** @typedef {import("./api.js").Series} Series */
+/** @typedef {import("../data/api.js").Series} Series */
 /** @typedef {{label: string, colour: string, limit?: boolean, series: Series}} Line colour: a name of the theme; limit: dashed */
 /** @typedef {import("uplot")} Plot */
 
@@ -15,7 +15,7 @@ const HEIGHT = 92;
 const DASH = [6, 4];
 
 export class Chart {
-  /** @param {import("./view.js").View} view @param {string} title @param {{log?: boolean, height?: number, labelled?: boolean}} [kind] */
+  /** @param {import("../data/viewport.js").View} view @param {string} title @param {{log?: boolean, height?: number, labelled?: boolean}} [kind] */
   constructor(view, title, kind = {}) {
     this.view = view;
     this.title = title;

@@ -1,16 +1,16 @@
 // One alert: what, where, since when, why, what to do, and whom it was told.
 
-import { actions, fits, silenceList } from "./acting.js";
-import { blamed, heldToTheEnd } from "./alerts.js";
-import * as api from "./api.js";
-import { el, fill } from "./dom.js";
-import { ago, count, many, measured, moment } from "./format.js";
+import { actions, fits, silenceList } from "./actions.js";
+import { blamed, heldToTheEnd } from "../pages/alerts.js";
+import * as api from "../data/api.js";
+import { el, fill } from "../dom/elements.js";
+import { ago, count, many, measured, moment } from "../data/format.js";
 
-/** @typedef {import("./api.js").Alert} Alert */
+/** @typedef {import("../data/api.js").Alert} Alert */
 
 const AGAIN_MS = 2000;
 
-/** @param {import("./view.js").View} view @param {() => api.Run} run @param {() => Promise<unknown>} changed */
+/** @param {import("../data/viewport.js").View} view @param {() => api.Run} run @param {() => Promise<unknown>} changed */
 export function alertPanel(view, run, changed) {
   const content = el("div");
   const silences = el("div");
@@ -137,7 +137,7 @@ function standing(alert) {
   ];
 }
 
-/** @param {Alert} alert @param {import("./view.js").View} view */
+/** @param {Alert} alert @param {import("../data/viewport.js").View} view */
 function steps(alert, view) {
   const end = alert.resolved_step ?? view.now.end;
   const room = Math.max(20, end - alert.first_step);

@@ -1,17 +1,17 @@
 // The runs: a live table, filtered and searched, up to four of them to compare.
 
-import * as address from "./address.js";
-import * as api from "./api.js";
-import { el, fill } from "./dom.js";
-import { ago, count, measured, moment } from "./format.js";
-import { drop, Sparks } from "./sparks.js";
+import * as address from "../data/navigation.js";
+import * as api from "../data/api.js";
+import { el, fill } from "../dom/elements.js";
+import { ago, count, measured, moment } from "../data/format.js";
+import { drop, Sparks } from "../charts/sparkline.js";
 
-/** @typedef {import("./api.js").Run} Run */
+/** @typedef {import("../data/api.js").Run} Run */
 
 const MOST_COMPARED = 4;
 const COLUMNS = ["", "Run", "Project", "State", "Step", "Loss", "Worst rule", "Last seen"];
 
-/** @param {HTMLElement} main @param {import("./live.js").Live} live */
+/** @param {HTMLElement} main @param {import("../data/live.js").Live} live */
 export async function runsView(main, live) {
   document.title = "Runs · gradwatch";
   const { query } = address.here();
@@ -115,7 +115,7 @@ export async function runsView(main, live) {
   return { close: kept(live, load) };
 }
 
-/** Load again when something changes, at most once a second. @param {import("./live.js").Live} live @param {() => Promise<void>} load */
+/** Load again when something changes, at most once a second. @param {import("../data/live.js").Live} live @param {() => Promise<void>} load */
 export function kept(live, load) {
   let due = 0;
   const soon = () => {

@@ -1,16 +1,16 @@
 // The series of the chosen parameter, before and after clipping, and of those kept beside it, on the map's steps.
 
-import * as api from "./api.js";
-import { Chart } from "./chart.js";
-import { el, fill } from "./dom.js";
-import { measured } from "./format.js";
-import { limitsOf } from "./limits.js";
+import * as api from "../data/api.js";
+import { Chart } from "./line.js";
+import { el, fill } from "../dom/elements.js";
+import { measured } from "../data/format.js";
+import { limitsOf } from "../data/limits.js";
 
 const KEPT_COLOURS = ["third", "fourth"];
 const AFTER = { grad_norm: "clipped_grad_norm" };
 
 export class Trace {
-  /** @param {string} runId @param {import("./view.js").View} view @param {api.Parameter[]} parameters */
+  /** @param {string} runId @param {import("../data/viewport.js").View} view @param {api.Parameter[]} parameters */
   constructor(runId, view, parameters) {
     this.runId = runId;
     this.view = view;

@@ -1,13 +1,13 @@
 // The charts as a table, for those who read rather than look: made only when it is opened.
 
-import { el, fill } from "./dom.js";
-import { count, measured } from "./format.js";
+import { el, fill } from "../dom/elements.js";
+import { count, measured } from "../data/format.js";
 
 const MOST_ROWS = 100;
 
-/** @param {import("./view.js").View} view */
+/** @param {import("../data/viewport.js").View} view */
 export function valuesTable(view) {
-  /** @type {Map<string, import("./api.js").Series>} */
+  /** @type {Map<string, import("../data/api.js").Series>} */
   let shown = new Map();
   const holder = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Charts as a table" });
   const box = el(
@@ -64,7 +64,7 @@ export function valuesTable(view) {
   view.subscribe((now, before) => (now.from !== before.from || now.to !== before.to) && soon());
   return {
     box,
-    /** @param {Map<string, import("./api.js").Series>} series */
+    /** @param {Map<string, import("../data/api.js").Series>} series */
     show(series) {
       shown = series;
       soon();
@@ -72,7 +72,7 @@ export function valuesTable(view) {
   };
 }
 
-/** The value of the bucket that a step lies in. @param {import("./api.js").Series | undefined} series @param {number} step */
+/** The value of the bucket that a step lies in. @param {import("../data/api.js").Series | undefined} series @param {number} step */
 function at(series, step) {
   const index = series ? series.steps.findLastIndex((first) => first <= step) : -1;
   return !series || index < 0 || series.last_steps[index] < step ? "" : measured(series.last[index]);

@@ -1,8 +1,8 @@
 // What the colours mean.
 
-import { STATES, viridis } from "./colours.js";
-import { el, fill, fitted } from "./dom.js";
-import { power } from "./format.js";
+import { STATES, viridis } from "../colours.js";
+import { el, fill, fitted } from "../../dom/elements.js";
+import { power } from "../../data/format.js";
 
 const WIDTH = 180;
 

@@ -1,11 +1,11 @@
 // Threshold advice: how many units AGC would have clipped at each threshold, over the steps in view and at each of them.
 
-import * as api from "./api.js";
-import { Chart } from "./chart.js";
-import { el, fill, fitted, themed, whenThemed } from "./dom.js";
-import { count, measured } from "./format.js";
+import * as api from "../data/api.js";
+import { Chart } from "../charts/line.js";
+import { el, fill, fitted, themed, whenThemed } from "../dom/elements.js";
+import { count, measured } from "../data/format.js";
 
-/** @typedef {import("./api.js").ClipAdvice} ClipAdvice */
+/** @typedef {import("../data/api.js").ClipAdvice} ClipAdvice */
 
 const WIDTH = 360;
 const HEIGHT = 132;
@@ -32,7 +32,7 @@ export const percent = (share) =>
   share > 0 && share < 0.01 ? "under 1 %" : share < 1 && share > 0.99 ? "over 99 %" : `${Math.round(share * 100)} %`;
 
 export class Advice {
-  /** @param {string} runId @param {import("./view.js").View} view */
+  /** @param {string} runId @param {import("../data/viewport.js").View} view */
   constructor(runId, view) {
     this.runId = runId;
     /** @type {ClipAdvice | null} */

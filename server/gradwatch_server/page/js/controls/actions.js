@@ -1,10 +1,10 @@
 // What can be done about an alert: acknowledge it, or have it not told for a while. Only where the token allows it.
 
-import * as api from "./api.js";
-import { el, fill } from "./dom.js";
-import { moment } from "./format.js";
+import * as api from "../data/api.js";
+import { el, fill } from "../dom/elements.js";
+import { moment } from "../data/format.js";
 
-/** @typedef {import("./api.js").Alert} Alert */
+/** @typedef {import("../data/api.js").Alert} Alert */
 
 const AUTHOR = "gradwatch.author";
 const HOUR = 3600;

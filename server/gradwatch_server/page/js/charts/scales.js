@@ -1,15 +1,15 @@
 // The scales of a line chart: one x for all lines, room around the values, decades that can be read.
 
-import { measured, power } from "./format.js";
+import { measured, power } from "../data/format.js";
 
-/** @typedef {import("./chart.js").Line} Line */
+/** @typedef {import("./line.js").Line} Line */
 
 /** uPlot, a classic script, has only a global name. */
 export const maker = () => /** @type {typeof import("uplot")} */ (Reflect.get(globalThis, "uPlot"));
 
 /** The lines' series on one x: steps in the middle of their own width. @param {Line[]} lines @param {boolean} log */
 export function joined(lines, log) {
-  /** @param {import("./api.js").Measured[]} values */
+  /** @param {import("../data/api.js").Measured[]} values */
   const finite = (values) => values.map((value) => (typeof value === "number" && (!log || value > 0) ? value : null));
   const tables = lines.map(({ series }) => [
     series.steps.map((step, index) => (step + series.last_steps[index] + 1) / 2),

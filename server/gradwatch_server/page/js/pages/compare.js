@@ -1,18 +1,18 @@
 // Up to four runs beside each other: their curves in one chart, their maps on one scale and one range of steps.
 
-import * as address from "./address.js";
-import * as api from "./api.js";
-import { Chart } from "./chart.js";
-import { controls } from "./controls.js";
-import { el, fill } from "./dom.js";
-import { legend } from "./legend.js";
-import { keepAddress, looking } from "./looking.js";
-import { LayerMap } from "./map.js";
+import * as address from "../data/navigation.js";
+import * as api from "../data/api.js";
+import { Chart } from "../charts/line.js";
+import { controls } from "../controls/toolbar.js";
+import { el, fill } from "../dom/elements.js";
+import { legend } from "../charts/map/legend.js";
+import { keepAddress, looking } from "../data/permalink.js";
+import { LayerMap } from "../charts/map/layer-map.js";
 import { following } from "./run.js";
 import { stateSign } from "./runs.js";
-import { TileSource } from "./source.js";
-import { wide } from "./strips.js";
-import { View } from "./view.js";
+import { TileSource } from "../data/source.js";
+import { wide } from "../charts/strips.js";
+import { View } from "../data/viewport.js";
 
 const CURVE_POINTS = 1000;
 const COLOURS = ["accent", "second", "third", "fourth"];
@@ -25,7 +25,7 @@ const SETTLE_MS = 60; // the maps' tiles arrive one after the other
 
 /** @typedef {{run: api.RunDetail, map: LayerMap, source: TileSource}} Side */
 
-/** @param {HTMLElement} main @param {string[]} ids @param {import("./live.js").Live} live */
+/** @param {HTMLElement} main @param {string[]} ids @param {import("../data/live.js").Live} live */
 export async function compareView(main, ids, live) {
   document.title = "Compare · gradwatch";
   const runs = await Promise.all(ids.map((id) => api.run(id)));

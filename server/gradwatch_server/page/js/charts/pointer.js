@@ -11,7 +11,7 @@ import { toStep } from "./axis.js";
 const DRAG_FROM = 4;
 
 /**
- * @param {HTMLElement} element @param {import("./view.js").View} view
+ * @param {HTMLElement} element @param {import("../data/viewport.js").View} view
  * @param {() => import("./axis.js").Frame} frame @param {Hands} [hands]
  */
 export function steer(element, view, frame, hands = {}) {
@@ -70,7 +70,7 @@ export function steer(element, view, frame, hands = {}) {
   element.addEventListener("wheel", (event) => wheeled(event, element, view, stepAt(event)), { passive: false });
 }
 
-/** Sideways pans; up and down zooms where that cannot be meant for the page. @param {WheelEvent} event @param {HTMLElement} element @param {import("./view.js").View} view @param {number} step */
+/** Sideways pans; up and down zooms where that cannot be meant for the page. @param {WheelEvent} event @param {HTMLElement} element @param {import("../data/viewport.js").View} view @param {number} step */
 function wheeled(event, element, view, step) {
   const zooms = event.ctrlKey || event.metaKey || document.activeElement === element;
   if (Math.abs(event.deltaX) > Math.abs(event.deltaY)) view.pan(event.deltaX / 800);

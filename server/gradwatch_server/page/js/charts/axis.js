@@ -1,6 +1,6 @@
 // The step axis and where things lie on it.
 
-import { count } from "./format.js";
+import { count } from "../data/format.js";
 
 export const LANE = 18; // the lane of alerts above the map
 export const AXIS = 24; // the step axis below it

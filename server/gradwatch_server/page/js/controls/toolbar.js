@@ -1,9 +1,9 @@
 // What is drawn and how much of it: the controls above the map.
 
-import { el } from "./dom.js";
-import { count } from "./format.js";
+import { el } from "../dom/elements.js";
+import { count } from "../data/format.js";
 
-/** @typedef {import("./view.js").View} View */
+/** @typedef {import("../data/viewport.js").View} View */
 
 /** @type {[string, string][]} */
 const STATISTICS = [

@@ -122,7 +122,7 @@ def test_alerts_are_marked_on_the_step_axis_and_their_evidence_on_the_map(page: 
     assert not outlined()
     page.locator("aside li.alert", has_text="steps 420 to").get_by_role("link").click()
     expect(page.get_by_role("article", name="Alert")).to_be_visible()
-    expect(page.get_by_role("article", name="Alert")).to_contain_text("Told to no one")
+    expect(page.get_by_role("article", name="Alert")).to_contain_text("Nobody was notified")
     page.locator(".under").scroll_into_view_if_needed()
     plot = seen.plot(page)
     assert outlined()

@@ -17,6 +17,7 @@ from tests.processes import GradwatchServer, WebhookReceiver, sample
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "server" / "gradwatch_server" / "page"
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
+ROUTES = PAGE / "js" / "routes.js"
 MOST_BYTES = 300_000
 
 
@@ -294,11 +295,22 @@ def test_the_policy_allows_nothing_inline(filled: Filled) -> None:
     assert not re.search(r"<script(?![^>]*\bsrc=)|\bstyle=|\bon\w+=", answer.text)
 
 
-def test_every_module_is_asked_for_at_once() -> None:
-    """Imports would be followed level by level, each a way to the server and back."""
+def test_every_shared_module_is_asked_for_at_once() -> None:
+    """Imports would be followed level by level, each a way to the server and back; pages load beside the session."""
     named = re.findall(r'<link rel="modulepreload" href="/page/js/(.+\.js)">', (PAGE / "index.html").read_text())
-    files = (file.relative_to(PAGE / "js").as_posix() for file in (PAGE / "js").rglob("*.js"))
-    assert named == sorted(name for name in files if name != "main.js")
+    files = {file.relative_to(PAGE / "js").as_posix() for file in (PAGE / "js").rglob("*.js")}
+    loaded_by_routes = {f"pages/{name}" for name in re.findall(r'import\("./pages/(.+?)"\)', ROUTES.read_text())}
+    assert named == sorted(files - loaded_by_routes - {"main.js"})
+
+
+def test_the_server_answers_at_the_address_of_every_page(filled: Filled) -> None:
+    paths = set(re.findall(r'\bpath: "(.+?)"', ROUTES.read_text()))
+    assert len(paths) > 3
+    for path in paths:
+        answer = filled.server.http.get(re.sub(r"\{\w+\}", "name", path))
+        assert answer.status_code == 200, path
+        assert answer.text == (PAGE / "index.html").read_text(), path
+    assert filled.server.http.get("/no-such-page").status_code == 404
 
 
 def test_files_are_asked_for_again_after_an_upgrade_and_data_is_kept_nowhere(filled: Filled) -> None:

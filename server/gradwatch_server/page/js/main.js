@@ -1,131 +1,146 @@
-// The address says which view is shown.
+// Entry point: opens the page of the current address, after a login if the server asks for a token.
 
-import * as address from "./data/navigation.js";
-import { alertsView } from "./pages/alerts.js";
 import * as api from "./data/api.js";
-import { compared, compareView } from "./pages/compare.js";
+import { ChangeStream } from "./data/live.js";
+import * as navigation from "./data/navigation.js";
 import { el, fill } from "./dom/elements.js";
-import { Live } from "./data/live.js";
-import { loginView, logOutButton } from "./pages/login.js";
-import { runView } from "./pages/run.js";
-import { runsView } from "./pages/runs.js";
-import { serverView } from "./pages/server.js";
+import { openLogin, showSession } from "./pages/login.js";
+import { findRoute, ROUTES } from "./routes.js";
 
-/** @typedef {{close: () => void, arrive?: () => void}} Shown a view; `arrive`: its query has changed */
+/** @typedef {import("./data/navigation.js").OpenPage} OpenPage */
 
-const main = /** @type {HTMLElement} */ (document.querySelector("#main"));
-const firing = /** @type {HTMLElement} */ (document.querySelector("#firing"));
-const bar = {
-  session: /** @type {HTMLElement} */ (document.querySelector("#session")),
-  server: /** @type {HTMLElement} */ (document.querySelector("#server")),
-  nav: /** @type {HTMLElement} */ (document.querySelector("nav")),
-};
-const live = new Live(/** @type {HTMLElement} */ (document.querySelector("#connection")));
-/** @type {Shown | null} */
-let shown = null;
-let shownPath = "";
+const RETRY_MS = 1000;
+const COUNT_MS = 1000;
 
-/** @param {string} path @returns {Promise<Shown>} */
-async function open(path) {
-  const run = /^\/runs\/([^/]+)$/.exec(path);
-  if (run) return runView(main, decodeURIComponent(run[1]), live);
-  if (path === "/alerts") return alertsView(main, live);
-  if (path === "/server") return serverView(main, live);
-  return compared().length ? compareView(main, compared(), live) : runsView(main, live);
-}
+/** @param {string} selector */
+const element = (selector) => /** @type {HTMLElement} */ (document.querySelector(selector));
+const main = element("#main");
+const bar = { links: element("nav"), session: element("#session") };
+const changes = new ChangeStream(element("#connection"));
+const links = ROUTES.filter(({ link }) => link).map((route) => {
+  const number = el("span", { class: "count", hidden: true });
+  return { route, number, anchor: el("a", { href: route.path }, route.link, " ", number) };
+});
 
+/** @type {OpenPage | null} */
+let page = null;
+let openPath = "";
+let openings = 0;
+let countTimer = 0;
+
+/** Open the page of the current address; an open page of the same path is only told that the query has changed. */
 async function show() {
   if (!api.session.scope) return;
-  const { path } = address.here();
-  if (shown && path === shownPath && shown.arrive) {
-    shown.arrive();
+  const { path, query } = navigation.current();
+  if (page?.queryChanged && path === openPath) {
+    page.queryChanged();
     return;
   }
-  shown?.close();
-  shown = null;
-  const first = shownPath === "";
-  shownPath = path;
-  for (const link of document.querySelectorAll("nav a")) {
-    if (link.getAttribute("href") === path) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-  }
+  const first = openPath === "";
+  closePage();
+  openPath = path;
+  const opening = openings;
+  markCurrentLink(path);
   try {
-    const opened = await open(path);
-    if (path !== shownPath) opened.close();
-    else shown = opened;
-    if (!first) main.focus({ preventScroll: true });
+    const opened = await openPage(path, query);
+    if (opening !== openings) opened.close();
+    else page = opened;
   } catch (error) {
-    const [title, text] =
-      error instanceof api.Refused ? [error.title, error.message] : ["Cannot show this", String(error)];
-    fill(
-      main,
-      el(
-        "div",
-        { class: "empty" },
-        el("h1", null, title),
-        el("p", null, text),
-        el("p", null, el("a", { href: "/" }, "All runs")),
-      ),
-    );
-  }
-}
-
-/** The number of alerts that fire, in the bar. */
-async function countFiring() {
-  const listed = await api.alerts({ state: "firing" }).catch(() => null);
-  if (!listed) return;
-  firing.hidden = listed.length === 0;
-  firing.textContent = String(listed.length);
-  firing.setAttribute("aria-label", `${listed.length} firing`);
-}
-
-let due = 0;
-function countSoon() {
-  due ||= window.setTimeout(() => {
-    due = 0;
-    countFiring();
-  }, 1000);
-}
-
-/** Show what the session allows, or ask for a token. */
-function enter() {
-  const allowed = api.session.scope !== null;
-  bar.nav.hidden = !allowed;
-  bar.server.hidden = api.session.project !== null;
-  logOutButton(bar.session);
-  if (!allowed) {
-    shown?.close();
-    shown = null;
-    shownPath = "";
-    live.stop();
-    loginView(main, enter);
+    if (opening === openings) showError(error);
     return;
   }
-  live.start();
-  countFiring();
+  if (!first) main.focus({ preventScroll: true });
+}
+
+/** @param {string} path @param {URLSearchParams} query @returns {Promise<OpenPage>} */
+async function openPage(path, query) {
+  const found = findRoute(path, query);
+  if (!found) throw new Error(`There is no page at ${path}.`);
+  navigation.setTitle(found.route.title);
+  const { open } = await found.route.page;
+  return open(main, { changes, names: found.names });
+}
+
+function closePage() {
+  page?.close();
+  page = null;
+  openPath = "";
+  openings++; // a page that is still loading is closed as soon as it is open
+}
+
+/** @param {unknown} error */
+function showError(error) {
+  const [title, text] =
+    error instanceof api.ApiError ? [error.title, error.message] : ["Cannot show this", String(error)];
+  const runs = el("p", null, el("a", { href: "/" }, "All runs"));
+  fill(main, el("div", { class: "empty" }, el("h1", null, title), el("p", null, text), runs));
+}
+
+/** @param {string} path */
+function markCurrentLink(path) {
+  for (const { route, anchor } of links) {
+    if (route.path === path) anchor.setAttribute("aria-current", "page");
+    else anchor.removeAttribute("aria-current");
+  }
+}
+
+/** Show the numbers beside the links. */
+async function showBadges() {
+  countTimer = 0;
+  for (const { route, number } of links) {
+    const counted = await route.badge?.count().catch(() => undefined);
+    if (counted === undefined) continue;
+    number.hidden = counted === 0;
+    number.textContent = String(counted);
+    number.setAttribute("aria-label", `${counted} ${route.badge?.label}`);
+  }
+}
+
+function scheduleBadges() {
+  countTimer ||= window.setTimeout(showBadges, COUNT_MS);
+}
+
+/** Show the pages that the session allows, or the login. */
+function enter() {
+  const { scope, project } = api.session;
+  bar.links.hidden = scope === null;
+  for (const { route, anchor } of links) anchor.hidden = Boolean(route.allProjects) && project !== null;
+  showSession(bar.session);
+  if (scope === null) {
+    closePage();
+    changes.stop();
+    openLogin(main, enter);
+    return;
+  }
+  changes.start();
+  showBadges();
   show();
 }
 
-/** Ask the server what this page may do; again until it answers. */
+/** Ask the server for the session, again and again until it answers. */
 async function begin() {
   try {
     await api.renewSession();
     enter();
   } catch {
     fill(main, el("p", { class: "empty" }, "The server does not answer, trying again"));
-    setTimeout(begin, 1000);
+    setTimeout(begin, RETRY_MS);
   }
 }
 
-/** Something was refused: ask for a token again where this one is no longer worth anything. */
-async function locked() {
-  const now = await api.renewSession().catch(() => null);
-  if (now && now.scope === null) enter();
+/** After a request was refused: ask for a token if the one in use is no longer valid. */
+async function checkSession() {
+  const session = await api.renewSession().catch(() => null);
+  if (session && session.scope === null) enter();
 }
 
-live.addEventListener("runs", countSoon);
-live.addEventListener("again", countSoon);
-live.addEventListener("again", () => shown || show());
-addEventListener(api.LOCKED, locked);
-address.follow(show);
+fill(
+  bar.links,
+  links.map(({ anchor }) => anchor),
+);
+changes.addEventListener("runs", scheduleBadges);
+changes.addEventListener("reconnected", scheduleBadges);
+changes.addEventListener("reconnected", () => page || show());
+addEventListener(api.LOGIN_REQUIRED, checkSession);
+navigation.followLinks(show, (path) => findRoute(path) !== null);
 begin();

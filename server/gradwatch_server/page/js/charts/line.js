@@ -1,163 +1,167 @@
-// A line chart over steps (uPlot), as wide as the map and under its hands: min-max bands, so that no spike is lost.
+// A chart of lines over steps, drawn by uPlot: bands from min to max, so that no spike is lost.
 
-import { frame, ticks, toX } from "./axis.js";
-import { STATES } from "./colours.js";
-import { el, fill, onceAFrame, themed, whenThemed } from "../dom/elements.js";
+import { bucketAt } from "../data/tile.js";
 import { measured } from "../data/format.js";
-import { joined, logarithmic, maker, padded } from "./scales.js";
-import { steer } from "./pointer.js";
+import { FONT, oncePerFrame, onThemeChange, themeColour } from "../dom/canvas.js";
+import { el, fill } from "../dom/elements.js";
+import { crosshairX, frame, ticks } from "./axis.js";
+import { STATES } from "./colours.js";
+import { listenToPointer } from "./pointer.js";
+import { joinLines, logarithmicAxis, uPlot, valueRange } from "./scales.js";
 
-/** @typedef {import("../data/api.js").Series} Series */
-/** @typedef {{label: string, colour: string, limit?: boolean, series: Series}} Line colour: a name of the theme; limit: dashed */
-/** @typedef {import("uplot")} Plot */
+/** @typedef {import("../data/api.js").Buckets} Buckets */
+/**
+ * @typedef {object} Line
+ * @property {string} label @property {string} colour name of a theme colour
+ * @property {boolean} [limit] a limit is dashed, and may be absent
+ * @property {Buckets} buckets
+ */
+/**
+ * @typedef {object} Options
+ * @property {boolean} [logarithmic] @property {number} [height] in CSS pixels
+ * @property {boolean} [labelled] whether a single line is labelled too
+ */
 
 const HEIGHT = 92;
 const DASH = [6, 4];
+const NONFINITE_PIXELS = 4;
+const NARROWEST_PIXELS = 2;
+const SERIES_PER_LINE = 3; // min, max, mean
 
-export class Chart {
-  /** @param {import("../data/viewport.js").View} view @param {string} title @param {{log?: boolean, height?: number, labelled?: boolean}} [kind] */
-  constructor(view, title, kind = {}) {
-    this.view = view;
+export class LineChart {
+  /** @param {import("../data/viewport.js").Viewport} viewport @param {string} title @param {Options} [options] */
+  constructor(viewport, title, { logarithmic = false, height = HEIGHT, labelled = false } = {}) {
+    this.viewport = viewport;
     this.title = title;
-    this.kind = kind;
+    this.logarithmic = logarithmic;
+    this.height = height;
+    this.labelled = labelled;
     /** @type {Line[]} */
     this.lines = [];
     /** @type {number[]} */
     this.limits = [];
-    /** @type {Plot | null} */
+    /** @type {import("uplot") | null} */
     this.plot = null;
-    this.values = el("span", { class: "chart-values" });
-    this.area = el("div", { class: "chart-area" });
-    this.hair = el("i", { class: "hair", "aria-hidden": "true", hidden: true });
-    this.area.append(this.hair);
-    this.box = el("figure", { class: "chart" }, el("figcaption", null, el("b", null, title), this.values), this.area);
     this.width = 0;
-    this.move = onceAFrame(() => this.moved());
-    this.remake = onceAFrame(() => this.make());
-    view.subscribe(() => this.move());
-    new ResizeObserver(([entry]) => {
-      if (Math.abs(entry.contentRect.width - this.width) < 1) return;
-      this.width = entry.contentRect.width;
-      this.remake();
-    }).observe(this.area);
-    whenThemed(this.box, this.remake);
-    steer(this.area, view, () => frame(this.width));
+    this.values = el("span", { class: "chart-values" });
+    this.hair = el("i", { class: "hair", "aria-hidden": "true", hidden: true });
+    this.area = el("div", { class: "chart-area" }, this.hair);
+    this.box = el("figure", { class: "chart" }, el("figcaption", null, el("b", null, title), this.values), this.area);
+    this.move = oncePerFrame(() => this.followViewport());
+    this.recreate = oncePerFrame(() => this.create());
+    viewport.subscribe(() => this.move());
+    new ResizeObserver(([entry]) => this.resize(entry.contentRect.width)).observe(this.area);
+    onThemeChange(this.box, this.recreate);
+    listenToPointer(this.area, viewport, () => frame(this.width));
   }
 
-  /** @param {Line[]} lines @param {number[]} [limits] drawn across */
+  /** @param {Line[]} lines @param {number[]} [limits] values at which a dashed line is drawn across */
   show(lines, limits = []) {
     this.limits = limits;
-    const same =
-      this.plot &&
-      lines.length === this.lines.length &&
-      lines.every((line, index) => line.label === this.lines[index].label);
+    const sameLines =
+      lines.length === this.lines.length && lines.every(({ label }, index) => label === this.lines[index].label);
     this.lines = lines;
-    if (same && this.plot) {
-      this.plot.setData(/** @type {any} */ (joined(lines, Boolean(this.kind.log))), false);
-      this.move();
-    } else {
-      this.remake();
+    if (!this.plot || !sameLines) {
+      this.recreate();
+      return;
     }
+    this.plot.setData(joinLines(lines, this.logarithmic), false);
+    this.move();
   }
 
-  /** @param {boolean} log */
-  scale(log) {
-    if (Boolean(this.kind.log) === log) return;
-    this.kind = { ...this.kind, log };
-    this.plot?.destroy();
-    this.plot = null;
+  /** @param {boolean} logarithmic */
+  setLogarithmic(logarithmic) {
+    if (this.logarithmic === logarithmic) return;
+    this.logarithmic = logarithmic;
+    this.close();
   }
 
-  make() {
-    this.plot?.destroy();
-    this.plot = null;
+  /** @param {number} width in CSS pixels */
+  resize(width) {
+    if (Math.abs(width - this.width) < 1) return;
+    this.width = width;
+    this.recreate();
+  }
+
+  create() {
+    this.close();
     if (!this.width || !this.lines.length) return;
-    this.plot = new (maker())(
-      this.options(),
-      /** @type {any} */ (joined(this.lines, Boolean(this.kind.log))),
-      this.area,
-    );
-    this.moved();
+    this.plot = new (uPlot())(this.options(), joinLines(this.lines, this.logarithmic), this.area);
+    this.followViewport();
   }
 
   /** @returns {import("uplot").Options} */
   options() {
-    const { left, right } = frame(this.width);
-    const soft = themed("soft");
-    const grid = { stroke: themed("line"), width: 1 };
-    const font = "12px system-ui, sans-serif";
     return {
       width: this.width,
-      height: this.kind.height ?? HEIGHT,
-      padding: [6, right, 6, 0],
+      height: this.height,
+      padding: [6, frame(this.width).right, 6, 0],
       legend: { show: false },
       cursor: { show: false },
       scales: {
-        x: { time: false, auto: false, range: () => [this.view.now.from, this.view.now.to] },
+        x: { time: false, auto: false, range: () => [this.viewport.state.from, this.viewport.state.to] },
         y: {
-          distr: this.kind.log ? 3 : 1,
-          range: (_plot, low, high) => padded(low, high, Boolean(this.kind.log), this.limits),
+          distr: this.logarithmic ? 3 : 1,
+          range: (_plot, low, high) => valueRange(low, high, this.logarithmic, this.limits),
         },
       },
-      axes: [
-        {
-          size: 0,
-          gap: 0,
-          grid,
-          ticks: { show: false },
-          values: () => [],
-          splits: () => ticks(this.view.now.from, this.view.now.to, this.width / 110),
-        },
-        {
-          size: left,
-          stroke: soft,
-          grid,
-          font,
-          ticks: { show: false },
-          space: 26,
-          ...(this.kind.log ? logarithmic : { values: (_plot, splits) => splits.map(measured) }),
-        },
-      ],
-      series: [{}, ...this.lines.flatMap((line) => drawn(themed(line.colour), line.limit))],
-      bands: this.lines.map((line, index) => ({
-        series: [index * 3 + 2, index * 3 + 1],
-        fill: `color-mix(in srgb, ${themed(line.colour)} 22%, transparent)`,
+      axes: this.axes(),
+      series: [{}, ...this.lines.flatMap(({ colour, limit }) => lineSeries(themeColour(colour), limit))],
+      bands: this.lines.map(({ colour }, index) => ({
+        series: [index * SERIES_PER_LINE + 2, index * SERIES_PER_LINE + 1],
+        fill: `color-mix(in srgb, ${themeColour(colour)} 22%, transparent)`,
       })),
       hooks: { draw: [(plot) => this.drawNonfinite(plot), (plot) => this.drawLimits(plot)] },
     };
   }
 
-  /** NaN and infinity have no height: they stand on the floor in their own colour. @param {Plot} plot */
+  /** @returns {import("uplot").Axis[]} */
+  axes() {
+    const grid = { stroke: themeColour("line"), width: 1 };
+    const splits = () => ticks(this.viewport.state.from, this.viewport.state.to, this.width / 110);
+    const linear = { values: (/** @type {unknown} */ _plot, /** @type {number[]} */ values) => values.map(measured) };
+    return [
+      { size: 0, gap: 0, grid, ticks: { show: false }, values: () => [], splits },
+      {
+        size: frame(this.width).left,
+        stroke: themeColour("soft"),
+        grid,
+        font: FONT,
+        ticks: { show: false },
+        space: 26,
+        ...(this.logarithmic ? logarithmicAxis : linear),
+      },
+    ];
+  }
+
+  /**
+   * Mark buckets with a NaN or an infinity, which have no height, on the floor of the plot.
+   * @param {import("uplot")} plot
+   */
   drawNonfinite(plot) {
     const { ctx, bbox } = plot;
+    const { from, to } = this.viewport.state;
+    const scale = window.devicePixelRatio || 1;
+    const height = NONFINITE_PIXELS * scale;
     ctx.save();
     ctx.fillStyle = STATES.notANumber;
-    const pixel = window.devicePixelRatio || 1;
-    for (const { series } of this.lines) {
-      series.nonfinite.forEach((bad, index) => {
-        if (!bad || series.last_steps[index] < this.view.now.from || series.steps[index] >= this.view.now.to) return;
-        const left = plot.valToPos(series.steps[index], "x", true);
-        const right = plot.valToPos(series.last_steps[index] + 1, "x", true);
-        ctx.fillRect(
-          Math.floor(left),
-          bbox.top + bbox.height - 4 * pixel,
-          Math.max(2 * pixel, Math.ceil(right) - Math.floor(left)),
-          4 * pixel,
-        );
+    for (const { buckets } of this.lines) {
+      buckets.nonfinite.forEach((number, index) => {
+        const [first, last] = [buckets.steps[index], buckets.last_steps[index]];
+        if (!number || last < from || first >= to) return;
+        const left = Math.floor(plot.valToPos(first, "x", true));
+        const right = Math.ceil(plot.valToPos(last + 1, "x", true));
+        const width = Math.max(NARROWEST_PIXELS * scale, right - left);
+        ctx.fillRect(left, bbox.top + bbox.height - height, width, height);
       });
     }
     ctx.restore();
   }
 
-  close() {
-    this.plot?.destroy();
-    this.plot = null;
-  }
-
-  /** @param {Plot} plot */
+  /** @param {import("uplot")} plot */
   drawLimits({ ctx, bbox, valToPos }) {
     ctx.save();
-    ctx.strokeStyle = themed("bad");
+    ctx.strokeStyle = themeColour("bad");
     ctx.lineWidth = window.devicePixelRatio || 1;
     ctx.setLineDash(DASH);
     for (const limit of this.limits) {
@@ -170,15 +174,22 @@ export class Chart {
     ctx.restore();
   }
 
-  moved() {
+  /** Show the visible range, the crosshair, and the values at the crosshair or else at the right edge. */
+  followViewport() {
     if (!this.plot) return;
-    const { from, to, step } = this.view.now;
+    const { from, to, step } = this.viewport.state;
     this.plot.setScale("x", { min: from, max: to });
-    const seen = step !== null && step >= from && step < to;
-    this.hair.hidden = !seen;
-    if (seen)
-      this.hair.style.left = `${toX(frame(this.width), this.view.now, step + Math.min(0.5, (to - from) / 40))}px`;
-    const at = seen ? step : to - 1;
+    const visible = step !== null && step >= from && step < to;
+    this.hair.hidden = !visible;
+    if (visible) this.hair.style.left = `${crosshairX(frame(this.width), this.viewport.state, step)}px`;
+    this.showValues(visible ? step : to - 1);
+    this.area.setAttribute("aria-label", `${this.title}: ${this.values.textContent}`);
+    this.area.setAttribute("role", "img");
+  }
+
+  /** @param {number} step */
+  showValues(step) {
+    const labelled = this.lines.length > 1 || this.labelled;
     fill(
       this.values,
       this.lines.map((line) =>
@@ -186,31 +197,32 @@ export class Chart {
           "span",
           null,
           el("i", { class: `dot ${line.colour}` }),
-          (this.lines.length > 1 || this.kind.labelled) && `${line.label} `,
-          el("b", null, valueAt(line, at)),
+          labelled && `${line.label} `,
+          el("b", null, valueText(line, step)),
         ),
       ),
     );
-    this.area.setAttribute("aria-label", `${this.title}: ${this.values.textContent}`);
-    this.area.setAttribute("role", "img");
+  }
+
+  close() {
+    this.plot?.destroy();
+    this.plot = null;
   }
 }
 
 /** @param {Line} line @param {number} step */
-function valueAt({ limit, series }, step) {
-  let [low, high] = [0, series.steps.length];
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (series.steps[middle] <= step) low = middle + 1;
-    else high = middle;
-  }
-  const value = series.last[Math.max(0, low - 1)];
+function valueText({ limit, buckets }, step) {
+  const value = buckets.last[Math.max(0, bucketAt(buckets.steps, step))];
   if (limit && value === null) return "none";
   return value === undefined ? "–" : measured(value);
 }
 
 /** @param {string} colour @param {boolean} [limit] @returns {import("uplot").Series[]} */
-function drawn(colour, limit) {
+function lineSeries(colour, limit) {
   const edge = { stroke: "transparent", width: 0, points: { show: false }, spanGaps: false };
-  return [{ ...edge }, { ...edge }, { ...edge, stroke: colour, ...(limit ? { width: 1, dash: DASH } : { width: 1.5 }) }];
+  return [
+    { ...edge },
+    { ...edge },
+    { ...edge, stroke: colour, ...(limit ? { width: 1, dash: DASH } : { width: 1.5 }) },
+  ];
 }

@@ -1,81 +1,84 @@
-// Hands on a chart: pointer, wheel and pinch, all acting on the shared view.
+// Pointer, wheel and pinch on a chart move the crosshair, pan and zoom.
 
-import { toStep } from "./axis.js";
+import { plotWidth, toStep } from "./axis.js";
 
+/** @typedef {import("../data/viewport.js").Viewport} Viewport */
 /**
- * @typedef {object} Hands
+ * @typedef {object} PointerListeners
  * @property {(event: MouseEvent | null) => void} [hover] null: the pointer has left
- * @property {(event: MouseEvent) => void} [click] not the end of a drag
+ * @property {(event: MouseEvent) => void} [click] not called at the end of a drag
  */
 
-const DRAG_FROM = 4;
+const DRAG_PIXELS = 4;
+const PINCH_PIXELS = 8;
 
 /**
- * @param {HTMLElement} element @param {import("../data/viewport.js").View} view
- * @param {() => import("./axis.js").Frame} frame @param {Hands} [hands]
+ * @param {HTMLElement} element @param {Viewport} viewport
+ * @param {() => import("./axis.js").Frame} frame @param {PointerListeners} [listeners]
  */
-export function steer(element, view, frame, hands = {}) {
-  /** @type {Map<number, number>} pointer id -> x */
-  const held = new Map();
+export function listenToPointer(element, viewport, frame, listeners = {}) {
+  /** Pointers that are down: pointer id -> x. @type {Map<number, number>} */
+  const pressed = new Map();
   let travelled = 0;
 
-  /** @param {{clientX: number}} event */
-  const stepAt = (event) => toStep(frame(), view.now, event.clientX - element.getBoundingClientRect().left);
+  /** @param {number} clientX */
+  const stepAt = (clientX) => toStep(frame(), viewport.state, clientX - element.getBoundingClientRect().left);
   /** @param {MouseEvent} event */
-  const inside = (event) => {
-    const step = stepAt(event);
-    return step >= view.now.from && step < view.now.to ? Math.max(0, Math.floor(step)) : null;
+  const visibleStep = (event) => {
+    const step = stepAt(event.clientX);
+    return step >= viewport.state.from && step < viewport.state.to ? Math.max(0, Math.floor(step)) : null;
   };
   /** @param {number} x @param {number} id */
   const drag = (x, id) => {
-    const before = [...held.values()];
-    const moved = x - (held.get(id) ?? x);
-    held.set(id, x);
+    const before = [...pressed.values()];
+    const moved = x - (pressed.get(id) ?? x);
+    pressed.set(id, x);
     travelled += Math.abs(moved);
-    const after = [...held.values()];
+    const after = [...pressed.values()];
     if (after.length === 2) {
-      const middle = stepAt({ clientX: (after[0] + after[1]) / 2 });
       const [was, is] = [Math.abs(before[0] - before[1]), Math.abs(after[0] - after[1])];
-      if (was > 8 && is > 8) view.zoom(was / is, middle);
-    } else if (travelled > DRAG_FROM) {
-      const { left, right, width } = frame();
-      view.pan(-moved / (width - left - right));
+      if (was > PINCH_PIXELS && is > PINCH_PIXELS) viewport.zoom(was / is, stepAt((after[0] + after[1]) / 2));
+    } else if (travelled > DRAG_PIXELS) {
+      viewport.pan(-moved / plotWidth(frame()));
     }
   };
 
   element.addEventListener("pointerdown", (event) => {
     if (event.button !== 0) return;
-    held.set(event.pointerId, event.clientX);
+    pressed.set(event.pointerId, event.clientX);
     travelled = 0;
     element.setPointerCapture(event.pointerId);
   });
   element.addEventListener("pointermove", (event) => {
-    if (held.has(event.pointerId)) drag(event.clientX, event.pointerId);
-    const step = inside(event);
-    view.set({ step: step ?? view.now.pinned });
-    hands.hover?.(event);
+    if (pressed.has(event.pointerId)) drag(event.clientX, event.pointerId);
+    viewport.set({ step: visibleStep(event) ?? viewport.state.pinned });
+    listeners.hover?.(event);
   });
   element.addEventListener("pointerup", (event) => {
-    if (!held.delete(event.pointerId) || travelled > DRAG_FROM) return;
-    const step = inside(event);
-    if (step !== null) view.set({ pinned: step, step });
-    hands.click?.(event);
+    if (!pressed.delete(event.pointerId) || travelled > DRAG_PIXELS) return;
+    const step = visibleStep(event);
+    if (step !== null) viewport.set({ pinned: step, step });
+    listeners.click?.(event);
   });
-  element.addEventListener("pointercancel", (event) => held.delete(event.pointerId));
+  element.addEventListener("pointercancel", (event) => pressed.delete(event.pointerId));
   element.addEventListener("pointerleave", () => {
-    view.set({ step: view.now.pinned });
-    hands.hover?.(null);
+    viewport.set({ step: viewport.state.pinned });
+    listeners.hover?.(null);
   });
-  element.addEventListener("dblclick", (event) => view.zoom(0.25, stepAt(event)));
-  element.addEventListener("wheel", (event) => wheeled(event, element, view, stepAt(event)), { passive: false });
+  element.addEventListener("dblclick", (event) => viewport.zoom(0.25, stepAt(event.clientX)));
+  const turn = (/** @type {WheelEvent} */ event) => turnWheel(event, element, viewport, stepAt(event.clientX));
+  element.addEventListener("wheel", turn, { passive: false });
 }
 
-/** Sideways pans; up and down zooms where that cannot be meant for the page. @param {WheelEvent} event @param {HTMLElement} element @param {import("../data/viewport.js").View} view @param {number} step */
-function wheeled(event, element, view, step) {
+/**
+ * Sideways pans. Up and down scrolls the page, or zooms where a key is held or the chart has the focus.
+ * @param {WheelEvent} event @param {HTMLElement} element @param {Viewport} viewport @param {number} step
+ */
+function turnWheel(event, element, viewport, step) {
   const zooms = event.ctrlKey || event.metaKey || document.activeElement === element;
-  if (Math.abs(event.deltaX) > Math.abs(event.deltaY)) view.pan(event.deltaX / 800);
-  else if (event.shiftKey) view.pan(event.deltaY / 800);
-  else if (zooms) view.zoom(Math.exp(event.deltaY / 300), step);
+  if (Math.abs(event.deltaX) > Math.abs(event.deltaY)) viewport.pan(event.deltaX / 800);
+  else if (event.shiftKey) viewport.pan(event.deltaY / 800);
+  else if (zooms) viewport.zoom(Math.exp(event.deltaY / 300), step);
   else return;
   event.preventDefault();
 }

@@ -1,46 +1,62 @@
-// The scales of a line chart: one x for all lines, room around the values, decades that can be read.
+// Data and scales for a line chart of uPlot: one x for all lines, a margin around the values, readable decades.
 
 import { measured, power } from "../data/format.js";
 
 /** @typedef {import("./line.js").Line} Line */
+/** @typedef {import("uplot").Axis} Axis */
+/** @typedef {import("uplot").AlignedData} AlignedData */
 
-/** uPlot, a classic script, has only a global name. */
-export const maker = () => /** @type {typeof import("uplot")} */ (Reflect.get(globalThis, "uPlot"));
+/** JoinNullMode.Expand of uPlot: lines keep their gaps. */
+const EXPAND_NULLS = 2;
 
-/** The lines' series on one x: steps in the middle of their own width. @param {Line[]} lines @param {boolean} log */
-export function joined(lines, log) {
+/** uPlot is a classic script: it has only a global name. */
+export const uPlot = () => /** @type {typeof import("uplot")} */ (Reflect.get(globalThis, "uPlot"));
+
+/**
+ * Join the lines on one x, each bucket in the middle of its steps.
+ * @param {Line[]} lines @param {boolean} logarithmic @returns {AlignedData}
+ */
+export function joinLines(lines, logarithmic) {
   /** @param {import("../data/api.js").Measured[]} values */
-  const finite = (values) => values.map((value) => (typeof value === "number" && (!log || value > 0) ? value : null));
-  const tables = lines.map(({ series }) => [
-    series.steps.map((step, index) => (step + series.last_steps[index] + 1) / 2),
-    finite(series.min),
-    finite(series.max),
-    finite(series.mean),
-  ]);
+  const drawable = (values) =>
+    values.map((value) => (typeof value === "number" && (!logarithmic || value > 0) ? value : null));
+  const tables = lines.map(
+    ({ buckets }) =>
+      /** @type {AlignedData} */ ([
+        buckets.steps.map((step, index) => (step + buckets.last_steps[index] + 1) / 2),
+        drawable(buckets.min),
+        drawable(buckets.max),
+        drawable(buckets.mean),
+      ]),
+  );
   if (tables.length === 1) return tables[0];
-  return maker().join(
-    /** @type {any} */ (tables),
-    tables.map((table) => table.map(() => 2)),
+  return uPlot().join(
+    tables,
+    tables.map((table) => table.map(() => EXPAND_NULLS)),
   );
 }
 
-/** @param {number | null} low @param {number | null} high @param {boolean} log @param {number[]} limits @returns {[number, number]} */
-export function padded(low, high, log, limits) {
+/**
+ * Return the ends of the y axis: around the values and the limits, with a margin.
+ * @param {number | null} low @param {number | null} high @param {boolean} logarithmic @param {number[]} limits
+ * @returns {[number, number]}
+ */
+export function valueRange(low, high, logarithmic, limits) {
   if (low === null || high === null) return [0.1, 1];
   [low, high] = [Math.min(low, ...limits), Math.max(high, ...limits)];
-  if (log) return low === high ? [low / 3, high * 3] : [low / 1.3, high * 1.3];
-  const room = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
-  return [low >= 0 && low - room < 0 ? 0 : low - room, high + room];
+  if (logarithmic) return low === high ? [low / 3, high * 3] : [low / 1.3, high * 1.3];
+  const margin = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
+  return [low >= 0 && low - margin < 0 ? 0 : low - margin, high + margin];
 }
 
-/** An axis of whole decades, at most about four; within one decade of its 1, 2 and 5. @type {Pick<import("uplot").Axis, "splits" | "values" | "filter">} */
-export const logarithmic = {
+/**
+ * A logarithmic axis: at most about four whole decades; within one decade 1, 2 and 5.
+ * @type {Pick<Axis, "splits" | "values" | "filter">}
+ */
+export const logarithmicAxis = {
   splits: (_plot, _axis, low, high) => {
     const [first, last] = [Math.ceil(Math.log10(low) - 1e-9), Math.floor(Math.log10(high) + 1e-9)];
-    if (last <= first)
-      return [-1, 0, 1]
-        .flatMap((decade) => [1, 2, 5].map((unit) => unit * 10 ** (Math.floor(Math.log10(low)) + decade + 1)))
-        .filter((value) => value >= low && value <= high);
+    if (last <= first) return splitsWithinDecade(low, high);
     const stride = Math.ceil((last - first + 1) / 4);
     return Array.from(
       { length: Math.floor((last - first) / stride) + 1 },
@@ -52,5 +68,21 @@ export const logarithmic = {
   filter: (_plot, splits) => splits,
 };
 
+/** @param {number} low @param {number} high */
+const splitsWithinDecade = (low, high) =>
+  [-1, 0, 1]
+    .flatMap((decade) => [1, 2, 5].map((unit) => unit * 10 ** (Math.floor(Math.log10(low)) + decade + 1)))
+    .filter((value) => value >= low && value <= high);
+
 /** @param {number} value */
 const isDecade = (value) => Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-6;
+
+/**
+ * Return whether values span so much that only a logarithm shows them.
+ * @param {import("../data/api.js").Buckets[]} all
+ */
+export function needLogarithm(all) {
+  const values = all.flatMap(({ mean }) => mean).filter((value) => typeof value === "number");
+  const ordered = values.sort((a, b) => a - b);
+  return ordered.length > 1 && ordered[0] > 0 && ordered[ordered.length - 1] > 1e3 * ordered[ordered.length >> 1];
+}

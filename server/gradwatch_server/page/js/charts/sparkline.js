@@ -1,79 +1,93 @@
-// Sparklines of the loss: only those in sight are asked for and drawn.
+// Sparklines: small curves without axes. In the list of runs, only those in sight are loaded and drawn.
 
 import * as api from "../data/api.js";
-import { el, fitted, themed } from "../dom/elements.js";
+import { prepareCanvas, themeColour } from "../dom/canvas.js";
+import { el } from "../dom/elements.js";
 
 const WIDTH = 120;
 const HEIGHT = 28;
-const AGAIN_MS = 3000;
+const POINTS = 60;
+const RELOAD_MS = 3000;
+const SMALLEST = 1e-30; // stands for zero on a logarithmic scale
 
-/** @typedef {{canvas: HTMLCanvasElement, seen: boolean, step: number | null, drawn: number | null | undefined, at: number, due: number}} Spark */
+/**
+ * @typedef {object} Sparkline
+ * @property {HTMLCanvasElement} canvas
+ * @property {boolean} visible
+ * @property {number | null} step last step of the run
+ * @property {number | null | undefined} drawn step up to which it is drawn
+ * @property {number} loadedAt @property {number} timer
+ */
 
-export class Sparks {
+/** The sparklines of the loss of many runs. */
+export class LossSparklines {
   constructor() {
-    /** @type {Map<string, Spark>} */
-    this.sparks = new Map();
-    this.sight = new IntersectionObserver((entries) => {
-      for (const entry of entries) {
-        const id = /** @type {HTMLElement} */ (entry.target).dataset.run ?? "";
-        const spark = this.spark(id);
-        spark.seen = entry.isIntersecting;
-        if (spark.seen) this.changed(id, spark.step);
+    /** By the run's id. @type {Map<string, Sparkline>} */
+    this.sparklines = new Map();
+    this.observer = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) {
+        const runId = /** @type {HTMLElement} */ (target).dataset.run ?? "";
+        const sparkline = this.sparkline(runId);
+        sparkline.visible = isIntersecting;
+        if (isIntersecting) this.update(runId, sparkline.step);
       }
     });
   }
 
-  /** @param {string} runId @returns {Spark} */
-  spark(runId) {
-    const known = this.sparks.get(runId);
-    if (known) return known;
-    const canvas = el("canvas", { class: "spark", role: "img", "aria-label": "loss over the run" });
-    const made = { canvas, seen: false, step: null, drawn: undefined, at: -Infinity, due: 0 };
-    this.sparks.set(runId, made);
-    return made;
+  /** Draw a run's sparkline only while its row is in sight. @param {Element} row has the run's id as data-run */
+  observe(row) {
+    this.observer.observe(row);
   }
 
-  /** @param {string} runId */
+  /** @param {string} runId @returns {HTMLCanvasElement} */
   canvas(runId) {
-    return this.spark(runId).canvas;
+    return this.sparkline(runId).canvas;
   }
 
-  /** @param {Element} row @param {string} runId */
-  watch(row, runId) {
-    this.spark(runId);
-    this.sight.observe(row);
+  /** @param {string} runId @returns {Sparkline} */
+  sparkline(runId) {
+    const existing = this.sparklines.get(runId);
+    if (existing) return existing;
+    const canvas = el("canvas", { class: "spark", role: "img", "aria-label": "loss over the run" });
+    const sparkline = { canvas, visible: false, step: null, drawn: undefined, loadedAt: -Infinity, timer: 0 };
+    this.sparklines.set(runId, sparkline);
+    return sparkline;
   }
 
-  /** @param {string} runId @param {number | null} step */
-  changed(runId, step) {
-    const spark = this.spark(runId);
-    spark.step = step;
-    if (!spark.seen || spark.drawn === step || spark.due) return;
-    const wait = Math.max(0, spark.at + AGAIN_MS - performance.now());
-    spark.due = window.setTimeout(() => this.load(runId, spark), wait);
+  /**
+   * Take in the last step of a run; draw again if it has moved on.
+   * @param {string} runId @param {number | null} step
+   */
+  update(runId, step) {
+    const sparkline = this.sparkline(runId);
+    sparkline.step = step;
+    if (!sparkline.visible || sparkline.drawn === step || sparkline.timer) return;
+    const wait = Math.max(0, sparkline.loadedAt + RELOAD_MS - performance.now());
+    sparkline.timer = window.setTimeout(() => this.load(runId, sparkline), wait);
   }
 
-  /** @param {string} runId @param {Spark} spark */
-  async load(runId, spark) {
-    spark.at = performance.now();
-    const asked = spark.step;
-    const series = await api.series(runId, { statistic: "loss", points: 60 }).catch(() => null);
-    spark.due = 0;
-    spark.drawn = asked;
-    if (series) drawSpark(spark.canvas, series.min.map(api.number), series.max.map(api.number));
-    if (spark.step !== asked) this.changed(runId, spark.step);
+  /** @param {string} runId @param {Sparkline} sparkline */
+  async load(runId, sparkline) {
+    sparkline.loadedAt = performance.now();
+    const { step } = sparkline;
+    const series = await api.series(runId, { statistic: "loss", points: POINTS }).catch(() => null);
+    sparkline.timer = 0;
+    sparkline.drawn = step;
+    if (series) drawSparkline(sparkline.canvas, series.min.map(api.number), series.max.map(api.number));
+    if (sparkline.step !== step) this.update(runId, sparkline.step);
   }
 }
 
 /**
- * A min-max band; what is not finite is a dot in the colour of NaN.
- * @param {HTMLCanvasElement} canvas @param {(number | null)[]} low @param {(number | null)[]} high @param {boolean} [logarithmic]
+ * Draw a band from min to max, with a dot in the colour of NaN at every value that is not finite.
+ * @param {HTMLCanvasElement} canvas @param {(number | null)[]} min @param {(number | null)[]} max
+ * @param {boolean} [logarithmic]
  */
-export function drawSpark(canvas, low, high, logarithmic = false) {
-  const context = fitted(canvas, WIDTH, HEIGHT);
+export function drawSparkline(canvas, min, max, logarithmic = false) {
+  const context = prepareCanvas(canvas, WIDTH, HEIGHT);
   /** @param {number | null} value */
-  const scaled = (value) => (value === null ? NaN : logarithmic ? Math.log10(Math.max(value, 1e-30)) : value);
-  const [lows, highs] = [low.map(scaled), high.map(scaled)];
+  const scaled = (value) => (value === null ? NaN : logarithmic ? Math.log10(Math.max(value, SMALLEST)) : value);
+  const [lows, highs] = [min.map(scaled), max.map(scaled)];
   const finite = [...lows, ...highs].filter(Number.isFinite);
   const [bottom, top] = [Math.min(...finite), Math.max(...finite)];
   const span = top - bottom || 1;
@@ -81,30 +95,19 @@ export function drawSpark(canvas, low, high, logarithmic = false) {
   const x = (index) => 2 + (index / Math.max(1, lows.length - 1)) * (WIDTH - 4);
   /** @param {number} value */
   const y = (value) => HEIGHT - 4 - ((value - bottom) / span) * (HEIGHT - 8);
-  context.strokeStyle = themed("accent");
+  context.strokeStyle = themeColour("accent");
   context.lineWidth = 1.5;
   context.lineJoin = "round";
   context.beginPath();
-  let open = false;
-  highs.forEach((value, index) => {
-    if (!Number.isFinite(value)) {
-      open = false;
-      return;
-    }
-    if (open) context.lineTo(x(index), y(value));
-    else context.moveTo(x(index), y(value));
-    open = true;
-    if (lows[index] < value) context.lineTo(x(index), y(lows[index]));
+  highs.forEach((high, index) => {
+    if (!Number.isFinite(high)) return;
+    if (Number.isFinite(highs[index - 1])) context.lineTo(x(index), y(high));
+    else context.moveTo(x(index), y(high));
+    if (lows[index] < high) context.lineTo(x(index), y(lows[index]));
   });
   context.stroke();
-  context.fillStyle = themed("bad");
-  low.forEach(
-    (value, index) => value !== null && !Number.isFinite(value) && context.fillRect(x(index) - 1, HEIGHT - 4, 3, 4),
-  );
-}
-
-/** @param {Map<string, HTMLElement>} made @param {string} id @param {HTMLElement} row */
-export function drop(made, id, row) {
-  row.remove();
-  made.delete(id);
+  context.fillStyle = themeColour("bad");
+  min.forEach((value, index) => {
+    if (value !== null && !Number.isFinite(value)) context.fillRect(x(index) - 1, HEIGHT - 4, 3, 4);
+  });
 }

@@ -1,109 +1,116 @@
-// What the whole run did, on the map's steps: loss, norms, learning rate, clipping, the agent's own cost.
+// Line charts of the whole run's scalars below the map: loss, norms, learning rate, clipping, the agent's own cost.
 
 import * as api from "../data/api.js";
-import { Chart } from "./line.js";
+import { SCALARS } from "../data/statistics.js";
 import { el } from "../dom/elements.js";
-import { gapped } from "./gaps.js";
+import { withGaps } from "./gaps.js";
+import { LineChart } from "./line.js";
+import { needLogarithm } from "./scales.js";
 
-/** @typedef {{title: string, log?: boolean, lines: [string, string, string][]}} Plan lines: scalar, label, colour */
+/** @typedef {import("../data/api.js").Buckets} Buckets */
+/** @typedef {{scalar: string, label: string, colour: string}} PlannedLine */
+/** @typedef {{title: string, logarithmic?: boolean, lines: PlannedLine[]}} Plan */
 
 const LIMIT = "global_grad_norm_limit";
 
 /** @type {Plan[]} */
 const PLANS = [
-  { title: "Loss", lines: [["loss", "loss", "accent"]] },
+  { title: SCALARS.loss, lines: [{ scalar: "loss", label: "loss", colour: "accent" }] },
   {
-    title: "Global gradient norm",
-    log: true,
+    title: SCALARS.global_grad_norm,
+    logarithmic: true,
     lines: [
-      ["global_grad_norm", "before clipping", "accent"],
-      ["clipped_global_grad_norm", "after", "second"],
-      [LIMIT, "limit", "bad"],
+      { scalar: "global_grad_norm", label: "before clipping", colour: "accent" },
+      { scalar: "clipped_global_grad_norm", label: "after", colour: "second" },
+      { scalar: LIMIT, label: "limit", colour: "bad" },
     ],
   },
-  { title: "Learning rate", lines: [["learning_rate", "rate", "accent"]] },
-  { title: "Agent overhead, share of a step", log: true, lines: [["overhead_ratio", "share", "accent"]] },
+  { title: SCALARS.learning_rate, lines: [{ scalar: "learning_rate", label: "rate", colour: "accent" }] },
+  {
+    title: SCALARS.overhead_ratio,
+    logarithmic: true,
+    lines: [{ scalar: "overhead_ratio", label: "share", colour: "accent" }],
+  },
 ];
-const LEFT_OUT = new Set(["agent_seconds", "interval_steps", "step_seconds", "clip_norm"]);
-/** Counts that say something only where there is something to count. */
+/** Scalars that are not drawn: they only explain others. */
+const NOT_DRAWN = new Set(["agent_seconds", "interval_steps", "step_seconds", "clip_norm"]);
+/** Counts that are drawn only if there was something to count. */
 const COUNTS = new Set(["dropped_bytes", "dropped_samples", "skipped_steps", "removed_grad_norm"]);
+const MOST_OTHERS = 12;
 
-/** Whether values span so much that only a logarithm shows them. @param {api.Series[]} series */
-export function wide(series) {
-  const values = series.flatMap(({ mean }) => mean).filter((value) => typeof value === "number");
-  const ordered = values.sort((a, b) => a - b);
-  return ordered.length > 1 && ordered[0] > 0 && ordered[ordered.length - 1] > 1e3 * ordered[ordered.length >> 1];
+/** Return the charts for the scalars that a run has reported. @param {api.Scalars} scalars @returns {Plan[]} */
+function planCharts(scalars) {
+  const planned = new Set(PLANS.flatMap(({ lines }) => lines.map(({ scalar }) => scalar)));
+  const others = Object.keys(scalars)
+    .filter((name) => !planned.has(name) && !NOT_DRAWN.has(name))
+    .filter((name) => !COUNTS.has(name) || Number(scalars[name]) > 0)
+    .sort()
+    .slice(0, MOST_OTHERS)
+    .map((name) => ({ title: name, lines: [{ scalar: name, label: name, colour: "accent" }] }));
+  return [...PLANS, ...others]
+    .map((plan) => ({ ...plan, lines: plan.lines.filter(({ scalar }) => scalar in scalars) }))
+    .filter(({ lines }) => lines.length);
 }
 
+/** Its box dispatches "shown" once all charts are loaded. */
 export class Strips {
-  /** @param {string} runId @param {import("../data/viewport.js").View} view */
-  constructor(runId, view) {
+  /** @param {string} runId @param {import("../data/viewport.js").Viewport} viewport */
+  constructor(runId, viewport) {
     this.runId = runId;
-    this.view = view;
-    /** @type {Map<string, Chart>} */
+    this.viewport = viewport;
+    /** By title. @type {Map<string, LineChart>} */
     this.charts = new Map();
     this.box = el("div", { class: "strips" });
     /** @type {AbortController | null} */
-    this.asking = null;
-    /** What the charts show, for the table. @type {Map<string, api.Series>} */
+    this.request = null;
+    /** The series that the charts show, by scalar. @type {Map<string, Buckets>} */
     this.shown = new Map();
   }
 
-  /** The charts for what this run has reported. @param {Record<string, api.Num>} scalars @returns {Plan[]} */
-  plans(scalars) {
-    const planned = new Set(PLANS.flatMap((plan) => plan.lines.map(([name]) => name)));
-    const own = Object.keys(scalars)
-      .filter((name) => !planned.has(name) && !LEFT_OUT.has(name))
-      .filter((name) => !COUNTS.has(name) || Number(scalars[name]) > 0)
-      .sort()
-      .slice(0, 12);
-    return [...PLANS, ...own.map((name) => /** @type {Plan} */ ({ title: name, lines: [[name, name, "accent"]] }))]
-      .map((plan) => ({ ...plan, lines: plan.lines.filter(([name]) => name in scalars) }))
-      .filter((plan) => plan.lines.length);
-  }
-
-  /** @param {Record<string, api.Num>} scalars @param {{from: number, to: number}} covered @param {number} points */
-  async load(scalars, covered, points) {
-    this.asking?.abort();
-    const asking = new AbortController();
-    this.asking = asking;
-    const query = { from_step: covered.from, to_step: covered.to, points };
-    for (const plan of this.plans(scalars)) {
+  /** @param {api.Scalars} scalars @param {{from: number, to: number}} range @param {number} points */
+  async load(scalars, range, points) {
+    this.request?.abort();
+    const request = new AbortController();
+    this.request = request;
+    const query = { from_step: range.from, to_step: range.to, points };
+    for (const plan of planCharts(scalars)) {
       try {
-        const series = await Promise.all(
-          plan.lines.map(([name]) => api.series(this.runId, { statistic: name, ...query }, asking.signal)),
+        const asked = plan.lines.map(({ scalar }) =>
+          api.series(this.runId, { statistic: scalar, ...query }, request.signal),
         );
-        const lines = plan.lines.map(([name, label, colour], index) => ({
-          name,
-          label,
-          colour,
-          limit: name === LIMIT,
-          series: name === LIMIT ? gapped(series[index], series[0]) : series[index],
-        }));
-        for (const { name, series: each } of lines) this.shown.set(name, each);
-        const chart = this.chart(plan);
-        chart.scale(plan.log ?? wide(series));
-        chart.show(lines);
+        this.show(plan, await Promise.all(asked));
       } catch (error) {
-        if (asking.signal.aborted) return;
-        if (!(error instanceof api.Refused)) throw error;
+        if (request.signal.aborted) return;
+        if (!(error instanceof api.ApiError)) throw error;
       }
     }
     this.box.dispatchEvent(new Event("shown"));
   }
 
-  /** @param {Plan} plan */
-  chart(plan) {
-    const known = this.charts.get(plan.title);
-    if (known) return known;
-    const made = new Chart(this.view, plan.title, { log: plan.log });
-    this.charts.set(plan.title, made);
-    this.box.append(made.box);
-    return made;
+  /** @param {Plan} plan @param {Buckets[]} series one for each line */
+  show(plan, series) {
+    const lines = plan.lines.map(({ scalar, label, colour }, index) => {
+      const limit = scalar === LIMIT;
+      return { scalar, label, colour, limit, buckets: limit ? withGaps(series[index], series[0]) : series[index] };
+    });
+    for (const { scalar, buckets } of lines) this.shown.set(scalar, buckets);
+    const chart = this.chart(plan);
+    chart.setLogarithmic(plan.logarithmic ?? needLogarithm(series));
+    chart.show(lines);
+  }
+
+  /** Return the chart of a plan; it is made when it is first needed. @param {Plan} plan */
+  chart({ title, logarithmic }) {
+    const existing = this.charts.get(title);
+    if (existing) return existing;
+    const chart = new LineChart(this.viewport, title, { logarithmic });
+    this.charts.set(title, chart);
+    this.box.append(chart.box);
+    return chart;
   }
 
   close() {
-    this.asking?.abort();
+    this.request?.abort();
     for (const chart of this.charts.values()) chart.close();
   }
 }

@@ -1,87 +1,86 @@
-// The series of the chosen parameter, before and after clipping, and of those kept beside it, on the map's steps.
+// The series of the chosen parameter, before and after clipping, and of the parameters kept beside it.
 
+import { chartLimits } from "../data/alerts.js";
 import * as api from "../data/api.js";
-import { Chart } from "./line.js";
-import { el, fill } from "../dom/elements.js";
 import { measured } from "../data/format.js";
-import { limitsOf } from "../data/limits.js";
+import { AFTER_CLIPPING } from "../data/statistics.js";
+import { button, el, fill } from "../dom/elements.js";
+import { LineChart } from "./line.js";
 
 const KEPT_COLOURS = ["third", "fourth"];
-const AFTER = { grad_norm: "clipped_grad_norm" };
+const HEIGHT = 150;
+const POINTS = 500;
 
 export class Trace {
-  /** @param {string} runId @param {import("../data/viewport.js").View} view @param {api.Parameter[]} parameters */
-  constructor(runId, view, parameters) {
+  /**
+   * @param {string} runId @param {import("../data/viewport.js").Viewport} viewport @param {api.Parameter[]} parameters
+   */
+  constructor(runId, viewport, parameters) {
     this.runId = runId;
-    this.view = view;
+    this.viewport = viewport;
+    /** Number of elements of each parameter. */
     this.elements = new Map(parameters.map(({ name, shape }) => [name, shape.reduce((all, size) => all * size, 1)]));
-    this.name = el("b", { class: "mono" });
-    this.close_ = el("button", { type: "button", onclick: () => view.set({ parameter: null, kept: null }) }, "Clear");
-    this.keep = el(
-      "button",
-      { type: "button", title: "Keep this series and choose another parameter", onclick: () => this.keeps() },
-      "Keep beside",
-    );
-    this.beside = el("span", { class: "beside" });
-    this.hint = el(
-      "p",
-      { class: "soft hint" },
-      "Choose a parameter on the map or in the table below to see its series.",
-    );
-    this.chart = new Chart(view, "", { log: true, height: 150 });
-    this.limit = el("span", { class: "limit" });
-    this.head = el("p", { class: "trace-head" }, this.name, this.keep, this.close_, this.beside, this.limit);
     /** @type {api.Alert[]} */
     this.alerts = [];
-    this.box = el("div", { class: "trace" }, this.hint, this.head, this.chart.box);
-    this.covered = { from: 0, to: 0 };
-    this.points = 500;
+    this.range = { from: 0, to: 0 };
+    this.points = POINTS;
     /** @type {AbortController | null} */
-    this.asking = null;
-    view.subscribe((now, before) => {
-      if (now.parameter !== before.parameter || now.statistic !== before.statistic || now.kept !== before.kept)
-        this.load(this.covered, this.points);
+    this.request = null;
+    this.name = el("b", { class: "mono" });
+    this.kept = el("span", { class: "beside" });
+    this.limit = el("span", { class: "limit" });
+    const choose = "Choose a parameter on the map or in the table below to see its series.";
+    this.hint = el("p", { class: "soft hint" }, choose);
+    const keep = button("Keep beside", () => this.keep(), { title: "Keep this series and choose another parameter" });
+    const clear = button("Clear", () => viewport.set({ parameter: null, kept: null }));
+    this.head = el("p", { class: "trace-head" }, this.name, keep, clear, this.kept, this.limit);
+    this.chart = new LineChart(viewport, "", { logarithmic: true, height: HEIGHT });
+    this.box = el("div", { class: "trace" }, this.hint, this.head, this.chart.box);
+    viewport.subscribe((state, before) => {
+      if (state.parameter !== before.parameter || state.statistic !== before.statistic || state.kept !== before.kept)
+        this.load(this.range, this.points);
     });
   }
 
-  /** @param {api.Alert[]} alerts */
-  mark(alerts) {
+  /** @param {api.Alert[]} alerts whose limits are drawn */
+  setAlerts(alerts) {
     this.alerts = alerts;
   }
 
-  /** The parameters kept beside the chosen one. */
-  kept() {
-    const names = (this.view.now.kept ?? "").split("\n");
-    return names.filter((name) => this.elements.has(name) && name !== this.view.now.parameter).slice(0, KEPT_COLOURS.length);
+  /** Return the names of the parameters that are kept beside the chosen one. */
+  keptNames() {
+    const { kept, parameter } = this.viewport.state;
+    const names = (kept ?? "").split("\n").filter((name) => this.elements.has(name) && name !== parameter);
+    return names.slice(0, KEPT_COLOURS.length);
   }
 
-  keeps() {
-    const { parameter } = this.view.now;
-    if (parameter !== null) this.view.set({ kept: [...this.kept(), parameter].slice(-KEPT_COLOURS.length).join("\n") });
+  keep() {
+    const { parameter } = this.viewport.state;
+    if (parameter === null) return;
+    const names = [...this.keptNames(), parameter].slice(-KEPT_COLOURS.length);
+    this.viewport.set({ kept: names.join("\n") });
   }
 
   /** @param {string} name */
-  drops(name) {
-    const left = this.kept().filter((each) => each !== name);
-    this.view.set({ kept: left.join("\n") || null });
+  stopKeeping(name) {
+    const names = this.keptNames().filter((each) => each !== name);
+    this.viewport.set({ kept: names.join("\n") || null });
   }
 
   /** @param {string[]} names */
   showKept(names) {
     fill(
-      this.beside,
-      names.map((name) =>
-        el("button", { type: "button", "aria-label": `Remove ${name}`, onclick: () => this.drops(name) }, `${name} ×`),
-      ),
+      this.kept,
+      names.map((name) => button(`${name} ×`, () => this.stopKeeping(name), { "aria-label": `Remove ${name}` })),
     );
   }
 
-  /** @param {{from: number, to: number}} covered @param {number} points */
-  async load(covered, points) {
-    this.covered = covered;
+  /** @param {{from: number, to: number}} range @param {number} points */
+  async load(range, points) {
+    this.range = range;
     this.points = points;
-    this.asking?.abort();
-    const { parameter, statistic } = this.view.now;
+    this.request?.abort();
+    const { parameter } = this.viewport.state;
     this.hint.hidden = parameter !== null;
     this.head.hidden = this.chart.box.hidden = parameter === null;
     if (parameter === null) return;
@@ -92,41 +91,56 @@ export class Trace {
       this.chart.box.hidden = true;
       return;
     }
-    const asking = new AbortController();
-    this.asking = asking;
-    const kept = this.kept();
+    const request = new AbortController();
+    this.request = request;
+    const kept = this.keptNames();
     this.showKept(kept);
-    /** @param {string} each @param {string} [of] */
-    const ask = (each, of = parameter) =>
-      api.series(
-        this.runId,
-        { statistic: each, parameter: of, from_step: covered.from, to_step: covered.to, points },
-        asking.signal,
-      );
-    const after = Reflect.get(AFTER, statistic);
     try {
-      const [own, clipped, ...beside] = await Promise.all([
-        ask(statistic),
-        after ? ask(after) : null,
-        ...kept.map((name) => ask(statistic, name)),
-      ]);
-      const label = clipped?.steps.length ? "before clipping" : statistic;
-      const lines = [{ label: kept.length ? parameter : label, colour: "accent", series: own }];
-      if (clipped?.steps.length) lines.push({ label: "after", colour: "second", series: clipped });
-      beside.forEach((series, index) => lines.push({ label: kept[index], colour: KEPT_COLOURS[index], series }));
-      const limits = limitsOf(this.alerts, parameter, statistic, this.elements.get(parameter) ?? 1);
-      this.chart.show(
-        lines,
-        limits.map(({ limit }) => limit),
-      );
-      fill(this.limit, limits.map(({ rule, limit }) => `limit of ${rule}: ${measured(limit)}`).join(", "));
+      const lines = await this.loadLines(parameter, kept, request.signal);
+      this.show(parameter, lines);
     } catch {
-      if (!asking.signal.aborted) this.chart.show([]);
+      if (!request.signal.aborted) this.chart.show([]);
     }
   }
 
+  /**
+   * @param {string} parameter @param {string[]} kept @param {AbortSignal} signal
+   * @returns {Promise<import("./line.js").Line[]>}
+   */
+  async loadLines(parameter, kept, signal) {
+    const { statistic } = this.viewport.state;
+    /** @param {string} name @param {string} ofParameter */
+    const load = (name, ofParameter) => {
+      const { from, to } = this.range;
+      const query = { statistic: name, parameter: ofParameter, from_step: from, to_step: to, points: this.points };
+      return api.series(this.runId, query, signal);
+    };
+    const clippedStatistic = AFTER_CLIPPING[statistic];
+    const [own, clipped, ...beside] = await Promise.all([
+      load(statistic, parameter),
+      clippedStatistic ? load(clippedStatistic, parameter) : null,
+      ...kept.map((name) => load(statistic, name)),
+    ]);
+    const label = clipped?.steps.length ? "before clipping" : statistic;
+    const lines = [{ label: kept.length ? parameter : label, colour: "accent", buckets: own }];
+    if (clipped?.steps.length) lines.push({ label: "after", colour: "second", buckets: clipped });
+    beside.forEach((buckets, index) => lines.push({ label: kept[index], colour: KEPT_COLOURS[index], buckets }));
+    return lines;
+  }
+
+  /** @param {string} parameter @param {import("./line.js").Line[]} lines */
+  show(parameter, lines) {
+    const { statistic } = this.viewport.state;
+    const limits = chartLimits(this.alerts, parameter, statistic, this.elements.get(parameter) ?? 1);
+    this.chart.show(
+      lines,
+      limits.map(({ limit }) => limit),
+    );
+    fill(this.limit, limits.map(({ rule, limit }) => `limit of ${rule}: ${measured(limit)}`).join(", "));
+  }
+
   close() {
-    this.asking?.abort();
+    this.request?.abort();
     this.chart.close();
   }
 }

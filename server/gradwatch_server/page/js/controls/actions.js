@@ -1,155 +1,136 @@
-// What can be done about an alert: acknowledge it, or have it not told for a while. Only where the token allows it.
+// Actions on an alert, with an admin token: acknowledge it, or mute it for a while with a silence.
 
 import * as api from "../data/api.js";
-import { el, fill } from "../dom/elements.js";
 import { moment } from "../data/format.js";
+import { button, el, fill, select } from "../dom/elements.js";
+import { literalPattern } from "./silences.js";
 
 /** @typedef {import("../data/api.js").Alert} Alert */
 
-const AUTHOR = "gradwatch.author";
+const AUTHOR = "gradwatch.author"; // key of the local storage
 const HOUR = 3600;
-/** @type {[string, number][]} */
-const SPANS = [
+/** @type {[label: string, seconds: number][]} */
+const DURATIONS = [
   ["1 hour", HOUR],
   ["8 hours", 8 * HOUR],
   ["1 day", 24 * HOUR],
   ["1 week", 168 * HOUR],
 ];
-/** @type {[string, (alert: Alert, run: api.Run) => Partial<api.Silence>][]} */
-const WHATS = [
+/**
+ * The scopes of a new silence that are offered for an alert.
+ * @type {[label: string, scope: (alert: Alert, run: api.Run) => Partial<api.Silence>][]}
+ */
+const SCOPES = [
   ["this rule in this run", (alert) => ({ run: alert.run, rule: alert.rule })],
   ["every rule in this run", (alert) => ({ run: alert.run })],
-  ["this rule in every run of the project", (alert, run) => ({ project: literal(run.project), rule: alert.rule })],
+  [
+    "this rule in every run of the project",
+    (alert, run) => ({ project: literalPattern(run.project), rule: alert.rule }),
+  ],
 ];
 
-/** A text as a pattern that fits nothing else. @param {string} text */
-const literal = (text) => text.replace(/[*?[]/g, "[$&]");
+/** The buttons and the form for one alert. */
+export class AlertActions {
+  /**
+   * @param {Alert} alert @param {api.Run} run @param {() => Promise<unknown>} changed is called after an action
+   */
+  constructor(alert, run, changed) {
+    this.alert = alert;
+    this.run = run;
+    this.changed = changed;
+    this.author = el("input", { maxlength: 200, required: true, value: localStorage.getItem(AUTHOR) ?? "" });
+    this.acknowledge = button("Acknowledge", () => this.perform(() => api.acknowledge(alert.id, this.authorName)));
+    const withdraw = () => this.send(() => api.withdrawAcknowledgement(alert.id));
+    this.withdraw = button("Withdraw the acknowledgement", withdraw);
+    this.form = new SilenceForm(() => this.perform(() => this.silence()));
+    this.error = el("p", { class: "wrong", role: "alert" });
+    const author = el("label", null, "Your name", this.author);
+    const buttons = el("div", { class: "acting" }, author, this.acknowledge, this.withdraw);
+    this.box = el("div", { class: "actions" }, buttons, this.form.box, this.error);
+  }
 
-/** Whether a pattern of a silence (`*`, `?`, `[...]`) fits. @param {string} pattern @param {string} text */
-export function fits(pattern, text) {
-  const parts = pattern.match(/\[[^\]]\]|[^]/g) ?? [];
-  const source = parts.map((part) =>
-    part === "*" ? "[^]*" : part === "?" ? "[^]" : part.at(part.length >> 1)?.replace(/[\\^$.*+?()[\]{}|/]/, "\\$&"),
-  );
-  return new RegExp(`^${source.join("")}$`).test(text);
-}
+  get authorName() {
+    return this.author.value.trim();
+  }
 
-/** @param {Alert} alert @param {api.Run} run @param {() => Promise<unknown>} done */
-export function actions(alert, run, done) {
-  const author = el("input", { maxlength: 200, required: true, value: localStorage.getItem(AUTHOR) ?? "" });
-  const what = options(WHATS.map(([name]) => name));
-  const span = options(SPANS.map(([name]) => name));
-  const until = el("input", { type: "datetime-local", required: true });
-  const comment = el("input", { maxlength: 2000 });
-  const said = el("p", { class: "wrong", role: "alert" });
-  const acknowledge = el("button", { type: "button", onclick: () => act(acknowledged) }, "Acknowledge");
-  const withdraw = el("button", { type: "button", onclick: () => act(withdrawn) }, "Withdraw the acknowledgement");
-  const later = () => (until.value = local(Date.now() / 1000 + SPANS[span.selectedIndex][1]));
-  span.addEventListener("input", later);
-  later();
+  /** @param {Alert} alert as it is now */
+  show(alert) {
+    const firing = alert.state === "firing";
+    this.box.hidden = !api.mayChange() || alert.state === "resolved";
+    this.withdraw.hidden = !firing || alert.acknowledged_at === null;
+    this.acknowledge.hidden = !firing || alert.acknowledged_at !== null;
+  }
 
-  const withdrawn = () => api.withdraw(alert.id);
-  const acknowledged = () => api.acknowledge(alert.id, author.value.trim());
-  const silenced = () =>
-    api.addSilence({
-      project: api.session.project ?? "*",
-      ...WHATS[what.selectedIndex][1](alert, run),
-      author: author.value.trim(),
-      comment: comment.value.trim(),
-      ends_at: new Date(until.value).getTime() / 1000,
-    });
-  /** @param {() => Promise<unknown>} work */
-  const act = async (work) => {
-    fill(said);
-    if (work !== withdrawn && !author.reportValidity()) return;
-    localStorage.setItem(AUTHOR, author.value.trim());
+  silence() {
+    const everything = { project: api.session.project ?? "*", run: "*", rule: "*" };
+    const scope = this.form.scope(this.alert, this.run);
+    return api.addSilence({ ...everything, ...scope, author: this.authorName, ...this.form.values() });
+  }
+
+  /** Perform an action that needs the name of its author. @param {() => Promise<unknown>} action */
+  async perform(action) {
+    fill(this.error);
+    if (!this.author.reportValidity()) return;
+    localStorage.setItem(AUTHOR, this.authorName);
+    await this.send(action);
+  }
+
+  /** Perform an action; show the error if the server refuses it. @param {() => Promise<unknown>} action */
+  async send(action) {
+    fill(this.error);
     try {
-      await work();
-      form.open = false;
-      await done();
+      await action();
+      this.form.box.open = false;
+      await this.changed();
     } catch (error) {
-      fill(said, error instanceof Error ? error.message : String(error));
+      fill(this.error, error instanceof Error ? error.message : String(error));
     }
-  };
-  const form = el(
-    "details",
-    { class: "silence-form" },
-    el("summary", null, "Silence …"),
-    el(
+  }
+}
+
+/** The form for a new silence, closed at first. */
+class SilenceForm {
+  /** @param {() => void} submitted */
+  constructor(submitted) {
+    this.what = select(SCOPES.map(([label]) => [label, label]));
+    this.duration = select(DURATIONS.map(([label]) => [label, label]));
+    this.until = el("input", { type: "datetime-local", required: true });
+    this.comment = el("input", { maxlength: 2000 });
+    this.duration.addEventListener("input", () => this.setUntil());
+    this.setUntil();
+    /** @param {Event} event */
+    const onsubmit = (event) => {
+      event.preventDefault();
+      submitted();
+    };
+    const form = el(
       "form",
-      {
-        onsubmit: (event) => {
-          event.preventDefault();
-          act(silenced);
-        },
-      },
-      el("label", null, "What", what),
-      el("label", null, "For", span),
-      el("label", null, "Until", until),
-      el("label", null, "Comment", comment),
+      { onsubmit },
+      el("label", null, "What", this.what),
+      el("label", null, "For", this.duration),
+      el("label", null, "Until", this.until),
+      el("label", null, "Comment", this.comment),
       el("button", { class: "action" }, "Silence"),
-    ),
-  );
-  const box = el(
-    "div",
-    { class: "actions" },
-    el("div", { class: "acting" }, el("label", null, "Your name", author), acknowledge, withdraw),
-    form,
-    said,
-  );
-  return {
-    box,
-    /** @param {Alert} now */
-    show(now) {
-      box.hidden = !api.mayChange() || now.state === "resolved";
-      withdraw.hidden = now.state !== "firing" || now.acknowledged_at === null;
-      acknowledge.hidden = now.state !== "firing" || now.acknowledged_at !== null;
-    },
-  };
+    );
+    this.box = el("details", { class: "silence-form" }, el("summary", null, "Silence …"), form);
+  }
+
+  /** Set the end to the chosen duration from now. */
+  setUntil() {
+    const [, seconds] = DURATIONS[this.duration.selectedIndex];
+    this.until.value = inputTime(Date.now() / 1000 + seconds);
+  }
+
+  /** @param {Alert} alert @param {api.Run} run */
+  scope(alert, run) {
+    const [, scope] = SCOPES[this.what.selectedIndex];
+    return scope(alert, run);
+  }
+
+  values() {
+    return { comment: this.comment.value.trim(), ends_at: new Date(this.until.value).getTime() / 1000 };
+  }
 }
 
-/**
- * Silences as a list, each with the button that ends it.
- * @param {api.Silence[]} silences @param {() => Promise<unknown>} done @param {Map<string, string>} names of runs by id
- */
-export function silenceList(silences, done, names) {
-  return el(
-    "ul",
-    { class: "silences" },
-    silences.map((silence) => {
-      const button = el("button", { type: "button", onclick: () => ended() }, "End the silence");
-      const ended = async () => {
-        button.disabled = true;
-        await api.endSilence(silence.id).catch(() => undefined);
-        await done();
-      };
-      return el(
-        "li",
-        null,
-        el("span", { class: "chip" }, "silenced"),
-        el("span", null, "by ", el("b", null, silence.author), ` until ${moment(silence.ends_at)}`),
-        silence.comment && el("span", null, `“${silence.comment}”`),
-        el("span", { class: "soft" }, patterns(silence, names)),
-        api.mayChange() && button,
-      );
-    }),
-  );
-}
-
-/** @param {api.Silence} silence @param {Map<string, string>} names */
-function patterns({ project, run, rule }, names) {
-  const given = Object.entries({ project, run: names.get(run) ?? run, rule }).filter(([, pattern]) => pattern !== "*");
-  return given.length ? given.map((pair) => pair.join(" ")).join(", ") : "every alert";
-}
-
-/** @param {string[]} names */
-function options(names) {
-  return el(
-    "select",
-    null,
-    names.map((name) => el("option", null, name)),
-  );
-}
-
-/** A moment as an input of type datetime-local takes it. @param {number} at Unix seconds */
-const local = (at) => moment(at).replace(" ", "T").slice(0, 16);
+/** Return a moment in the form that an input of type datetime-local takes. @param {number} at Unix seconds */
+const inputTime = (at) => moment(at).replace(" ", "T").slice(0, 16);

@@ -1,224 +1,203 @@
-// One alert: what, where, since when, why, what to do, and whom it was told.
+// The details of one alert: its steps, cause, remedy and evidence, its silences, and its deliveries.
 
-import { actions, fits, silenceList } from "./actions.js";
-import { blamed, heldToTheEnd } from "../pages/alerts.js";
+import { stateText } from "../data/alerts.js";
 import * as api from "../data/api.js";
-import { el, fill } from "../dom/elements.js";
-import { ago, count, many, measured, moment } from "../data/format.js";
+import { ago, count, measured, moment } from "../data/format.js";
+import { button, descriptions, el, fill, scrollable, tableHead } from "../dom/elements.js";
+import { AlertActions } from "./actions.js";
+import { deliveryList } from "./deliveries.js";
+import { covers, silenceList } from "./silences.js";
 
 /** @typedef {import("../data/api.js").Alert} Alert */
+/** @typedef {import("../data/viewport.js").Viewport} Viewport */
 
-const AGAIN_MS = 2000;
+const RELOAD_MS = 2000;
+const CONTEXT_STEPS = 20;
 
-/** @param {import("../data/viewport.js").View} view @param {() => api.Run} run @param {() => Promise<unknown>} changed */
-export function alertPanel(view, run, changed) {
-  const content = el("div");
-  const silences = el("div");
-  const told = el("div", { class: "told" });
-  const box = el("article", { class: "card pad alert-panel", hidden: true, "aria-label": "Alert" });
-  /** @type {{alert: Alert, acts: ReturnType<typeof actions>} | null} */
-  let open = null;
-  let [drawn, toldOf, timer] = ["", "", 0];
+export class AlertPanel {
+  /**
+   * @param {Viewport} viewport @param {() => api.Run} run returns the run as it is now
+   * @param {() => Promise<unknown>} reloadAlerts
+   */
+  constructor(viewport, run, reloadAlerts) {
+    this.viewport = viewport;
+    this.run = run;
+    this.reloadAlerts = reloadAlerts;
+    /** @type {Alert | null} */
+    this.alert = null;
+    /** @type {AlertActions | null} */
+    this.actions = null;
+    /** The drawn documents as JSON. The same ones are not drawn again, which would take the focus away. */
+    this.drawn = { alert: "", notifications: "" };
+    this.timer = 0;
+    this.content = el("div");
+    this.silences = el("div");
+    this.notifications = el("div", { class: "notifications" });
+    this.box = el("article", { class: "card pad alert-panel", hidden: true, "aria-label": "Alert" });
+  }
+
+  /** Show an alert; close the panel if there is none. @param {Alert | undefined} alert */
+  show(alert) {
+    this.box.hidden = !alert;
+    if (!alert) {
+      this.close();
+      return;
+    }
+    if (alert.id !== this.alert?.id) {
+      this.actions = new AlertActions(alert, this.run(), () => this.reload());
+      this.drawn.notifications = "";
+      fill(this.notifications);
+      fill(this.silences);
+      fill(this.box, this.content, this.actions.box, this.silences, this.notifications);
+    }
+    this.alert = alert;
+    this.actions?.show(alert);
+    this.draw(alert);
+    this.loadNotifications(alert);
+  }
 
   /** @param {Alert} alert */
-  const draw = (alert) => {
+  draw(alert) {
     const key = JSON.stringify(alert);
-    if (key === drawn) return;
-    drawn = key;
-    box.classList.toggle("warning", alert.severity === "warning");
+    if (key === this.drawn.alert) return;
+    this.drawn.alert = key;
+    this.box.classList.toggle("warning", alert.severity === "warning");
+    const close = button("×", () => this.viewport.set({ alert: null }), {
+      class: "close",
+      "aria-label": "Close the alert",
+    });
+    const blamed = blamedParameters(alert, (parameter) => this.viewport.set({ parameter }));
     fill(
-      content,
-      el(
-        "header",
-        null,
-        el("span", { class: `chip ${alert.severity}` }, alert.severity),
-        el("h2", null, alert.rule),
-        el("span", { class: "soft" }, heldToTheEnd(alert) ? "held to the end" : alert.state),
-        ...standing(alert),
-        el(
-          "button",
-          { type: "button", class: "close", "aria-label": "Close the alert", onclick: () => view.set({ alert: null }) },
-          "×",
-        ),
-      ),
+      this.content,
+      el("header", null, headline(alert), close),
       el(
         "div",
         { class: "alert-body" },
-        el(
-          "div",
-          null,
-          el("p", { class: "lead" }, alert.summary),
-          steps(alert, view),
-          el(
-            "dl",
-            { class: "advice-text" },
-            el("dt", null, "Likely cause"),
-            el("dd", null, alert.cause),
-            el("dt", null, "What to do"),
-            el("dd", null, alert.remedy),
-          ),
-          evidence(alert),
-        ),
-        el(
-          "div",
-          { class: "blamed-part" },
-          blamed(alert, (name) => view.set({ parameter: name })),
-        ),
+        explanation(alert, this.viewport),
+        el("div", { class: "blamed-part" }, blamed),
       ),
     );
-  };
-  /** @param {Alert} alert */
-  const tell = async (alert) => {
-    clearTimeout(timer);
-    const [deliveries, held] = await Promise.all([
+  }
+
+  /**
+   * Load the deliveries of the alert and the silences that cover it; again while a delivery is due.
+   * @param {Alert} alert
+   */
+  async loadNotifications(alert) {
+    clearTimeout(this.timer);
+    const [deliveries, silences] = await Promise.all([
       api.deliveries(alert.id).catch(() => []),
       api.silences().catch(() => []),
     ]);
-    if (open?.alert.id !== alert.id) return;
-    const { project } = run();
-    const covering = held.filter(
-      (each) => fits(each.project, project) && fits(each.run, alert.run) && fits(each.rule, alert.rule),
-    );
+    if (this.alert?.id !== alert.id) return;
+    const covering = silences.filter((silence) => covers(silence, alert, this.run().project));
     const key = JSON.stringify([deliveries, covering]);
-    if (key !== toldOf) {
-      toldOf = key;
-      fill(
-        told,
-        deliveries.length
-          ? delivered(deliveries, () => tell(alert))
-          : el("p", { class: "soft" }, alert.muted ? "Told to no one." : "Told to no one: no receiver is configured."),
-      );
-      fill(silences, covering.length > 0 && silenceList(covering, renew, new Map([[alert.run, run().name]])));
+    if (key !== this.drawn.notifications) {
+      this.drawn.notifications = key;
+      this.drawNotifications(alert, deliveries, covering);
     }
-    if (box.isConnected && deliveries.some(({ state }) => state === "due"))
-      timer = window.setTimeout(() => tell(alert), AGAIN_MS);
-  };
-  const renew = async () => {
-    await changed();
-    if (open) await tell(open.alert);
-  };
-  return {
-    box,
-    /** @param {Alert | undefined} alert */
-    show(alert) {
-      box.hidden = !alert;
-      if (!alert) {
-        open = null;
-        clearTimeout(timer);
-        return;
-      }
-      if (open?.alert.id !== alert.id) {
-        const acts = actions(alert, run(), renew);
-        open = { alert, acts };
-        toldOf = "";
-        fill(told);
-        fill(silences);
-        fill(box, content, acts.box, silences, told);
-      }
-      open.alert = alert;
-      open.acts.show(alert);
-      draw(alert);
-      tell(alert);
-    },
-  };
-}
+    if (this.box.isConnected && deliveries.some(({ state }) => state === "due"))
+      this.timer = window.setTimeout(() => this.loadNotifications(alert), RELOAD_MS);
+  }
 
-/** Who takes care of it, and why nobody is told. @param {Alert} alert */
-function standing(alert) {
-  return [
-    alert.acknowledged_by !== null &&
-      el(
-        "span",
-        { class: "chip good", title: moment(alert.acknowledged_at) },
-        `acknowledged by ${alert.acknowledged_by}`,
-      ),
-    alert.muted !== null && el("span", { class: "chip" }, `not told: ${alert.muted}`),
-    alert.flaps > 0 && el("span", { class: "soft" }, `came back ${alert.flaps === 1 ? "once" : `${alert.flaps} times`}`),
-  ];
-}
+  /** @param {Alert} alert @param {api.Delivery[]} deliveries @param {api.Silence[]} silences */
+  drawNotifications(alert, deliveries, silences) {
+    const nobody = `Nobody was notified${alert.muted === null ? ": no receiver is configured" : ""}.`;
+    fill(
+      this.notifications,
+      deliveries.length
+        ? deliveryList(deliveries, () => this.loadNotifications(alert))
+        : el("p", { class: "soft" }, nobody),
+    );
+    const runNames = new Map([[alert.run, this.run().name]]);
+    fill(this.silences, silences.length > 0 && silenceList(silences, () => this.reload(), runNames));
+  }
 
-/** @param {Alert} alert @param {import("../data/viewport.js").View} view */
-function steps(alert, view) {
-  const end = alert.resolved_step ?? view.now.end;
-  const room = Math.max(20, end - alert.first_step);
-  const look = () => view.look(alert.first_step - room, Math.min(end, alert.first_step + 3 * room) + room);
-  return el(
-    "p",
-    { class: "facts" },
-    el("span", null, "began at step ", el("b", null, count(alert.first_step))),
-    alert.fired_step !== null && el("span", null, "fired at ", el("b", null, count(alert.fired_step))),
-    alert.resolved_step !== null &&
-      el(
-        "span",
-        null,
-        "ended at ",
-        el("b", null, count(alert.resolved_step)),
-        alert.resolution ? `: ${alert.resolution}` : "",
-      ),
-    el("time", { title: moment(alert.first_at) }, ago(alert.first_at)),
-    el("button", { type: "button", onclick: look }, "Look at these steps"),
-  );
+  /** Load everything again after a change. */
+  async reload() {
+    await this.reloadAlerts();
+    if (this.alert) await this.loadNotifications(this.alert);
+  }
+
+  close() {
+    this.alert = null;
+    clearTimeout(this.timer);
+  }
 }
 
 /** @param {Alert} alert */
-function evidence(alert) {
-  const listed = Object.entries(alert.evidence);
-  if (!listed.length) return null;
+function headline(alert) {
+  const { acknowledged_by: author, flaps } = alert;
+  return [
+    el("span", { class: `chip ${alert.severity}` }, alert.severity),
+    el("h2", null, alert.rule),
+    el("span", { class: "soft" }, stateText(alert)),
+    author !== null &&
+      el("span", { class: "chip good", title: moment(alert.acknowledged_at) }, `acknowledged by ${author}`),
+    alert.muted !== null && el("span", { class: "chip" }, `muted: ${alert.muted}`),
+    flaps > 0 && el("span", { class: "soft" }, `came back ${flaps === 1 ? "once" : `${flaps} times`}`),
+  ];
+}
+
+/** @param {Alert} alert @param {Viewport} viewport */
+function explanation(alert, viewport) {
+  const evidence = Object.entries(alert.evidence).map(
+    ([name, value]) => /** @type {const} */ ([name.replaceAll("_", " "), measured(value)]),
+  );
   return el(
-    "dl",
-    { class: "evidence" },
-    listed.flatMap(([name, value]) => [
-      el("dt", null, name.replaceAll("_", " ")),
-      el("dd", { class: "mono" }, measured(value)),
+    "div",
+    null,
+    el("p", { class: "lead" }, alert.summary),
+    stepFacts(alert, viewport),
+    descriptions("advice-text", [
+      ["Likely cause", alert.cause],
+      ["What to do", alert.remedy],
     ]),
+    evidence.length > 0 && descriptions("evidence", evidence, "mono"),
   );
 }
 
-const TONES = { delivered: "good", dead: "critical" };
-
-/** @param {api.Delivery[]} deliveries @param {() => Promise<unknown>} changed */
-function delivered(deliveries, changed) {
+/**
+ * Make the line with the steps at which an alert began, fired and ended, and the button that shows them.
+ * @param {Alert} alert @param {Viewport} viewport
+ */
+function stepFacts(alert, viewport) {
+  const { first_step: first, fired_step: fired, resolved_step: resolved, resolution } = alert;
+  const look = () => {
+    const end = resolved ?? viewport.state.end;
+    const context = Math.max(CONTEXT_STEPS, end - first);
+    viewport.showRange(first - context, Math.min(end, first + 3 * context) + context);
+  };
+  /** @param {string} text @param {number} step @param {string} [more] */
+  const fact = (text, step, more) => el("span", null, text, el("b", null, count(step)), more);
   return el(
-    "ul",
-    { class: "deliveries" },
-    deliveries.map((delivery) => {
-      const { attempts, state } = delivery;
-      const last = attempts.at(-1);
-      const again = el("button", { type: "button", onclick: () => replayed() }, "Send again");
-      const replayed = async () => {
-        again.disabled = true;
-        await api.replay(delivery.id).catch(() => undefined);
-        await changed();
-      };
-      const when = moment(delivery.delivered_at ?? last?.at ?? delivery.created_at);
-      return el(
-        "li",
-        null,
-        el("span", { class: `chip ${Reflect.get(TONES, state) ?? "warning"}` }, state === "dead" ? "given up" : state),
-        el("span", null, `${delivery.transition} to `, el("b", null, delivery.receiver)),
-        attempts.length === 0
-          ? el("span", { class: "soft" }, `not tried yet · ${when}`)
-          : el(
-              "details",
-              { class: "attempts" },
-              el("summary", null, `${many(attempts.length, "attempt")} · ${last && answered(last)} · ${when}`),
-              el(
-                "ol",
-                null,
-                attempts.map((attempt) =>
-                  el("li", { value: attempt.number }, `${moment(attempt.at)}: ${answered(attempt)}, ${spent(attempt)}`),
-                ),
-              ),
-            ),
-        state === "due" && attempts.length > 0 && el("span", { class: "soft" }, `again ${moment(delivery.due_at)}`),
-        api.mayChange() && state !== "due" && again,
-      );
-    }),
+    "p",
+    { class: "facts" },
+    fact("began at step ", first),
+    fired !== null && fact("fired at ", fired),
+    resolved !== null && fact("ended at ", resolved, resolution ? `: ${resolution}` : ""),
+    el("time", { title: moment(alert.first_at) }, ago(alert.first_at)),
+    button("Look at these steps", look),
   );
 }
 
-/** @param {api.Delivery["attempts"][number]} attempt */
-const answered = ({ error, status }) => error || `HTTP ${status}`;
-
-/** @param {api.Delivery["attempts"][number]} attempt */
-const spent = ({ seconds }) => `${Math.round(seconds * 1000)} ms`;
+/** Make the table of the blamed parameters. @param {Alert} alert @param {(name: string) => void} choose */
+function blamedParameters(alert, choose) {
+  if (!alert.parameters.length) return [];
+  const rows = alert.parameters.map(({ name, value, limit }) =>
+    el(
+      "tr",
+      null,
+      el(
+        "th",
+        { scope: "row" },
+        button(name, () => choose(name), { class: "plain mono" }),
+      ),
+      el("td", null, measured(value)),
+      el("td", null, limit === "Infinity" ? "finite" : measured(limit)),
+    ),
+  );
+  const table = el("table", { class: "blamed" }, tableHead(["Parameter", "Value", "Limit"]), el("tbody", null, rows));
+  const more = alert.parameters_left_out;
+  return [scrollable("Blamed parameters", table), more > 0 && el("p", { class: "soft" }, `and ${count(more)} more`)];
+}

@@ -1,79 +1,68 @@
-// The charts as a table, for those who read rather than look: made only when it is opened.
+// The values of the charts as a table, for screen readers and for copying. It is filled only while it is open.
 
-import { el, fill } from "../dom/elements.js";
+import { bucketAt } from "../data/tile.js";
 import { count, measured } from "../data/format.js";
+import { rangeChanged } from "../data/viewport.js";
+import { el, fill, scrollable, tableHead } from "../dom/elements.js";
+
+/** @typedef {import("../data/api.js").Buckets} Buckets */
 
 const MOST_ROWS = 100;
+const SETTLE_MS = 300;
+const TITLE = "Charts as a table";
 
-/** @param {import("../data/viewport.js").View} view */
-export function valuesTable(view) {
-  /** @type {Map<string, import("../data/api.js").Series>} */
-  let shown = new Map();
-  const holder = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Charts as a table" });
-  const box = el(
-    "details",
-    { class: "values-table", ontoggle: () => make() },
-    el("summary", null, "Charts as a table"),
-    holder,
-  );
-  let due = 0;
-  const make = () => {
-    if (!box.open) return;
-    const { from, to } = view.now;
-    const names = [...shown.keys()];
-    const longest = [...shown.values()].sort((a, b) => b.steps.length - a.steps.length)[0];
-    const steps = (longest?.steps ?? []).filter((step) => step >= from && step < to);
-    const stride = Math.ceil(steps.length / MOST_ROWS) || 1;
-    const rows = steps
-      .filter((_, index) => index % stride === 0)
-      .map((step) =>
-        el(
-          "tr",
-          null,
-          el("th", { scope: "row" }, count(step)),
-          names.map((name) => el("td", { class: "mono" }, at(shown.get(name), step))),
-        ),
-      );
-    const caption =
-      stride > 1
-        ? `every ${stride}th of ${count(steps.length)} points in view`
-        : `${count(steps.length)} points in view`;
-    fill(
-      holder,
-      el(
-        "table",
-        null,
-        el("caption", { class: "soft" }, caption),
-        el(
-          "thead",
-          null,
-          el(
-            "tr",
-            null,
-            ["Step", ...names].map((name) => el("th", { scope: "col" }, name)),
-          ),
-        ),
-        el("tbody", null, rows),
-      ),
-    );
+/** @param {import("../data/viewport.js").Viewport} viewport */
+export function chartTable(viewport) {
+  /** By scalar. @type {Map<string, Buckets>} */
+  let series = new Map();
+  let timer = 0;
+  const content = scrollable(TITLE);
+  const draw = () => {
+    if (box.open) fill(content, table(series, viewport.state));
   };
-  const soon = () => {
-    clearTimeout(due);
-    due = window.setTimeout(make, 300);
+  const schedule = () => {
+    clearTimeout(timer);
+    timer = window.setTimeout(draw, SETTLE_MS);
   };
-  view.subscribe((now, before) => (now.from !== before.from || now.to !== before.to) && soon());
+  const box = el("details", { class: "values-table", ontoggle: draw }, el("summary", null, TITLE), content);
+  viewport.subscribe((state, before) => rangeChanged(state, before) && schedule());
   return {
     box,
-    /** @param {Map<string, import("../data/api.js").Series>} series */
-    show(series) {
-      shown = series;
-      soon();
+    /** @param {Map<string, Buckets>} shown by scalar */
+    show(shown) {
+      series = shown;
+      schedule();
     },
   };
 }
 
-/** The value of the bucket that a step lies in. @param {import("../data/api.js").Series | undefined} series @param {number} step */
-function at(series, step) {
-  const index = series ? series.steps.findLastIndex((first) => first <= step) : -1;
-  return !series || index < 0 || series.last_steps[index] < step ? "" : measured(series.last[index]);
+/** @param {Map<string, Buckets>} series @param {{from: number, to: number}} range */
+function table(series, { from, to }) {
+  const longest = [...series.values()].sort((a, b) => b.steps.length - a.steps.length)[0];
+  const steps = (longest?.steps ?? []).filter((step) => step >= from && step < to);
+  const stride = Math.ceil(steps.length / MOST_ROWS) || 1;
+  const points = `${count(steps.length)} points in view`;
+  const rows = steps
+    .filter((_, index) => index % stride === 0)
+    .map((step) =>
+      el(
+        "tr",
+        null,
+        el("th", { scope: "row" }, count(step)),
+        [...series.values()].map((buckets) => el("td", { class: "mono" }, valueAt(buckets, step))),
+      ),
+    );
+  return el(
+    "table",
+    null,
+    el("caption", { class: "soft" }, stride > 1 ? `every ${stride}th of ${points}` : points),
+    tableHead(["Step", ...series.keys()]),
+    el("tbody", null, rows),
+  );
+}
+
+/** Return the value of the bucket that contains a step, as text. @param {Buckets} buckets @param {number} step */
+function valueAt(buckets, step) {
+  const index = bucketAt(buckets.steps, step);
+  return index < 0 || buckets.last_steps[index] < step ? "" : measured(buckets.last[index]);
 }

@@ -1,14 +1,20 @@
-// The parameters as a table, the most conspicuous first: what the map says, in numbers and words.
+// The parameters as a table, the most conspicuous first: the map in numbers and words.
 
-import { findings } from "../data/conspicuous.js";
-import { el, fill } from "../dom/elements.js";
-import { count, measured } from "../data/format.js";
 import { cellText } from "../charts/map/readout.js";
-import { drawSpark } from "../charts/sparkline.js";
-import { nearest, seenBuckets } from "../data/tile.js";
+import { drawSparkline } from "../charts/sparkline.js";
+import { findConspicuous } from "../data/conspicuous.js";
+import { count, measured } from "../data/format.js";
+import { bucketsWithin, crosshairBucket, orNull } from "../data/tile.js";
+import { rangeChanged } from "../data/viewport.js";
+import { button, el, fill, scrollable, tableHead } from "../dom/elements.js";
+
+/** @typedef {import("../data/tile.js").Tile} Tile */
+/** @typedef {import("../data/tile.js").BucketRange} BucketRange */
+/** @typedef {import("../data/conspicuous.js").Finding} Finding */
 
 const FEW = 12;
-const HEAD = [
+const SETTLE_MS = 200;
+const COLUMNS = [
   "Parameter",
   "Shape",
   "Over the steps in view",
@@ -18,106 +24,84 @@ const HEAD = [
   "Why it stands here",
 ];
 
-export class Parameters {
-  /** @param {import("../data/viewport.js").View} view @param {import("../data/api.js").Parameter[]} parameters */
-  constructor(view, parameters) {
-    this.view = view;
-    this.shapes = new Map(parameters.map((parameter) => [parameter.name, parameter]));
-    this.all = false;
-    /** @type {import("../data/tile.js").Tile | null} */
+export class ParameterTable {
+  /**
+   * @param {import("../data/viewport.js").Viewport} viewport @param {import("../data/api.js").Parameter[]} parameters
+   */
+  constructor(viewport, parameters) {
+    this.viewport = viewport;
+    this.shapes = new Map(parameters.map(({ name, shape }) => [name, shape.join(" × ")]));
+    this.showsAll = false;
+    /** @type {Tile | null} */
     this.tile = null;
-    this.rows = el("tbody");
-    this.more = el("button", { type: "button", onclick: () => this.toggle() });
-    /** @type {{row: number, cell: HTMLElement, line: HTMLElement, name: string}[]} */
+    /** @type {{name: string, row: number, line: HTMLElement, cell: HTMLElement}[]} */
     this.lines = [];
-    const head = el(
-      "tr",
-      null,
-      HEAD.map((name) => el("th", { scope: "col" }, name)),
-    );
+    this.body = el("tbody");
+    this.more = button("", () => this.toggle());
     const caption = el("caption", { class: "hidden-text" }, "Parameters, the most conspicuous first");
-    this.box = el(
-      "div",
-      null,
-      el(
-        "div",
-        { class: "scroll", tabindex: 0, role: "region", "aria-label": "Parameters" },
-        el("table", { class: "parameters" }, caption, el("thead", null, head), this.rows),
-      ),
-      this.more,
-    );
-    let due = 0;
-    view.subscribe((now, before) => {
-      if (now.from !== before.from || now.to !== before.to) {
-        clearTimeout(due);
-        due = window.setTimeout(() => this.tile && this.show(this.tile), 200);
+    const table = el("table", { class: "parameters" }, caption, tableHead(COLUMNS), this.body);
+    this.box = el("div", null, scrollable("Parameters", table), this.more);
+    let timer = 0;
+    viewport.subscribe((state, before) => {
+      if (rangeChanged(state, before)) {
+        clearTimeout(timer);
+        timer = window.setTimeout(() => this.draw(), SETTLE_MS);
       }
-      if (now.step !== before.step || now.to !== before.to) this.values();
-      if (now.parameter !== before.parameter) this.chosen();
+      if (state.step !== before.step || state.to !== before.to) this.showCrosshair();
+      if (state.parameter !== before.parameter) this.showChosen();
     });
   }
 
   toggle() {
-    this.all = !this.all;
-    if (this.tile) this.show(this.tile);
+    this.showsAll = !this.showsAll;
+    this.draw();
   }
 
-  /** @param {import("../data/tile.js").Tile} tile */
+  /** @param {Tile} tile */
   show(tile) {
     this.tile = tile;
-    const span = seenBuckets(tile, this.view.now);
-    const found = findings(tile, span);
-    const seen = this.all ? found : found.slice(0, FEW);
-    this.more.hidden = found.length <= FEW;
-    this.more.textContent = this.all ? "Show the most conspicuous" : `Show all ${count(found.length)}`;
-    this.lines = [];
-    fill(
-      this.rows,
-      seen.map((finding) => this.line(tile, finding, span)),
-    );
-    this.values();
-    this.chosen();
+    this.draw();
   }
 
-  /** @param {import("../data/tile.js").Tile} tile @param {import("../data/conspicuous.js").Finding} finding @param {import("../data/conspicuous.js").Span} span */
-  line(tile, finding, { first, past }) {
-    const parameter = this.shapes.get(finding.name);
-    const canvas = el("canvas", {
-      class: "spark",
-      role: "img",
-      "aria-label": `${finding.name} over the steps in view`,
-    });
-    const [low, high] = [tile.min, tile.max].map((plane) =>
-      Array.from({ length: past - first }, (_, index) => plane[(first + index) * tile.rows + finding.row]).map(
-        (value) => (value === -1 ? null : value),
-      ),
+  draw() {
+    const { tile } = this;
+    if (!tile) return;
+    const range = bucketsWithin(tile, this.viewport.state);
+    const findings = findConspicuous(tile, range);
+    const shown = this.showsAll ? findings : findings.slice(0, FEW);
+    this.more.hidden = findings.length <= FEW;
+    this.more.textContent = this.showsAll ? "Show the most conspicuous" : `Show all ${count(findings.length)}`;
+    this.lines = shown.map((finding) => this.line(tile, finding, range));
+    fill(
+      this.body,
+      this.lines.map(({ line }) => line),
     );
-    drawSpark(canvas, low, high, true);
+    this.showCrosshair();
+    this.showChosen();
+  }
+
+  /** @param {Tile} tile @param {Finding} finding @param {BucketRange} range */
+  line(tile, { name, row, min, max, reason, tone }, range) {
+    const choose = button(name, () => this.viewport.set({ parameter: name }), { class: "plain mono" });
     const cell = el("td", { class: "mono" });
-    const name = el(
-      "button",
-      { type: "button", class: "plain mono", onclick: () => this.view.set({ parameter: finding.name }) },
-      finding.name,
-    );
     const line = el(
       "tr",
       null,
-      el("th", { scope: "row" }, name),
-      el("td", { class: "soft" }, parameter?.shape.join(" × ") || "scalar"),
-      el("td", null, canvas),
+      el("th", { scope: "row" }, choose),
+      el("td", { class: "soft" }, this.shapes.get(name) || "scalar"),
+      el("td", null, sparkline(tile, row, range)),
       cell,
-      el("td", { class: "mono" }, Number.isFinite(finding.min) ? measured(finding.min) : "–"),
-      el("td", { class: "mono" }, Number.isFinite(finding.max) ? measured(finding.max) : "–"),
-      el("td", null, finding.reason && el("span", { class: `chip ${finding.tone}` }, finding.reason)),
+      el("td", { class: "mono" }, Number.isFinite(min) ? measured(min) : "–"),
+      el("td", { class: "mono" }, Number.isFinite(max) ? measured(max) : "–"),
+      el("td", null, reason && el("span", { class: `chip ${tone}` }, reason)),
     );
-    this.lines.push({ row: finding.row, cell, line, name: finding.name });
-    return line;
+    return { name, row, line, cell };
   }
 
-  values() {
+  /** Show the values at the crosshair. */
+  showCrosshair() {
     if (!this.tile) return;
-    const { step, to } = this.view.now;
-    const bucket = nearest(this.tile, step ?? Math.ceil(to) - 1);
+    const bucket = crosshairBucket(this.tile, this.viewport.state);
     if (bucket < 0) return;
     for (const { row, cell } of this.lines) {
       const text = cellText(this.tile, bucket, row);
@@ -125,7 +109,18 @@ export class Parameters {
     }
   }
 
-  chosen() {
-    for (const { line, name } of this.lines) line.classList.toggle("chosen", name === this.view.now.parameter);
+  showChosen() {
+    for (const { name, line } of this.lines) line.classList.toggle("chosen", name === this.viewport.state.parameter);
   }
+}
+
+/** Draw one row of a tile as a sparkline. @param {Tile} tile @param {number} row @param {BucketRange} range */
+function sparkline(tile, row, { first, past }) {
+  const label = `${tile.parameters[row]} over the steps in view`;
+  const canvas = el("canvas", { class: "spark", role: "img", "aria-label": label });
+  /** @param {Float32Array} plane */
+  const values = (plane) =>
+    Array.from({ length: past - first }, (_, index) => orNull(plane[(first + index) * tile.rows + row]));
+  drawSparkline(canvas, values(tile.min), values(tile.max), true);
+  return canvas;
 }

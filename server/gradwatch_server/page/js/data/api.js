@@ -1,29 +1,57 @@
-// What the server is asked. A refusal is an Error that carries the server's own words.
+// Requests to the server's HTTP API. Their types are generated from its OpenAPI document.
 
 /**
- * @typedef {number | "NaN" | "Infinity" | "-Infinity"} Num
- * @typedef {Num | null} Measured
- * @typedef {{id: string, project: string, name: string, state: "running" | "stalled" | "finished", status: string | null,
- *   exit_code: number | null, last_step: number | null, sample_count: number, started_at: number, last_seen_at: number,
- *   finished_at: number | null, firing: number, worst_rule: string | null, worst_severity: string | null,
- *   scalars: Record<string, Num>, dropped: Record<string, number>}} Run
- * @typedef {{name: string, shape: number[], dtype: string, depth: number, units: number, trainable: boolean,
- *   kind: string}} Parameter
- * @typedef {{kind: string, count: number, step: number, at: number, message: string, parameter: string | null}} LastEvent
- * @typedef {Run & {attributes: Record<string, string>, parameters: Parameter[], events: LastEvent[]}} RunDetail
- * @typedef {{steps: number[], last_steps: number[], min: Measured[], max: Measured[], mean: Measured[],
- *   last: Measured[], nonfinite: number[]}} Series
- * @typedef {{id: string, run: string, rule: string, severity: "warning" | "critical",
- *   state: "pending" | "firing" | "resolved", first_step: number, fired_step: number | null,
- *   resolved_step: number | null, first_at: number, fired_at: number | null, resolved_at: number | null,
- *   resolution: string | null, parameters: {name: string, value: Num, limit: Num}[], parameters_left_out: number,
- *   evidence: Record<string, Num>, summary: string, cause: string, remedy: string, muted: string | null,
- *   flaps: number, acknowledged_at: number | null, acknowledged_by: string | null}} Alert
- * @typedef {{project: string, run: string, rule: string, author: string, comment: string, ends_at: number}} NewSilence
- * @typedef {NewSilence & {id: string, created_at: number}} Silence
+ * @typedef {import("./openapi.js").paths} Paths
+ * @typedef {import("./openapi.js").components["schemas"]} Schemas
+ * @typedef {Schemas["Run"]} Run
+ * @typedef {Schemas["RunDetail"]} RunDetail
+ * @typedef {Schemas["KnownParameter"]} Parameter
+ * @typedef {Schemas["Series"]} Series
+ * @typedef {Omit<Series, "run" | "statistic" | "parameter">} Buckets
+ * @typedef {Series["last"][number]} Measured a value of a series; null: the gradient was missing
+ * @typedef {Run["scalars"]} Scalars
+ * @typedef {Schemas["ClipAdvice"]} ClipAdvice
+ * @typedef {Schemas["Alert"]} Alert
+ * @typedef {Schemas["AlertDelivery"]} Delivery
+ * @typedef {Schemas["Silence"]} Silence
+ * @typedef {Schemas["NewSilence"]} NewSilence
+ * @typedef {Schemas["Overview"]} Overview
+ * @typedef {Schemas["ReceiverHealth"]} ReceiverHealth
+ * @typedef {Schemas["Session"]} Session
  */
 
-export class Refused extends Error {
+/**
+ * The paths that have an operation with this method.
+ * @template {"get" | "post" | "delete"} Method
+ * @typedef {{[Path in keyof Paths]: Paths[Path] extends Record<Method, object> ? Path : never}[keyof Paths]} PathOf
+ */
+
+/**
+ * The values for the placeholders and for the query of a path.
+ * @template {keyof Paths} Path @template {"get" | "post" | "delete"} Method
+ * @typedef {Paths[Path] extends Record<Method, {parameters: infer All}> ? Pick<All, keyof All & ("path" | "query")> : never} Parameters
+ */
+
+/**
+ * The query of a GET request.
+ * @template {PathOf<"get">} Path
+ * @typedef {Paths[Path] extends {get: {parameters: {query?: infer Found}}} ? NonNullable<Found> : never} Query
+ */
+
+/**
+ * The JSON document that a POST request sends.
+ * @template {PathOf<"post">} Path
+ * @typedef {Paths[Path] extends {post: {requestBody: {content: {"application/json": infer Found}}}} ? Found : undefined} RequestBody
+ */
+
+/**
+ * The JSON document that a response holds.
+ * @template {keyof Paths} Path @template {"get" | "post"} Method
+ * @typedef {Paths[Path] extends Record<Method, {responses: {200: {content: {"application/json": infer Found}}}}> ? Found : never} ResponseBody
+ */
+
+/** A request that the server refused, in the server's own words. */
+export class ApiError extends Error {
   /** @param {number} status @param {string} title @param {string} detail */
   constructor(status, title, detail) {
     super(detail || title);
@@ -32,148 +60,136 @@ export class Refused extends Error {
   }
 }
 
-/**
- * @typedef {{login: boolean, scope: "read" | "admin" | null, project: string | null}} Session what this page may do
- */
-
-/** What was told last; nothing can be done before. @type {Session} */
+/** The permissions of this page, as the server last answered. @type {Session} */
 export let session = { login: true, scope: null, project: null };
 
-/** Fires on the window where the server asks for a token. */
-export const LOCKED = "gradwatch:locked";
+/** Name of the window's event for a request that was refused because it lacks a valid token. */
+export const LOGIN_REQUIRED = "gradwatch:login-required";
 
 /**
+ * Return the address of a path with its placeholders and its query filled in.
  * @param {string} path
- * @param {Record<string, string | number | null | undefined>} [query]
- * @param {AbortSignal} [signal]
- * @returns {Promise<Response>}
+ * @param {{path?: Record<string, string>, query?: Record<string, string | number | null | undefined>}} parameters
  */
-async function ask(path, query = {}, signal) {
+function address(path, { path: names = {}, query = {} }) {
+  const filled = path.replace(/\{(\w+)\}/g, (_, name) => encodeURIComponent(names[name]));
   const given = Object.entries(query).filter(([, value]) => value !== null && value !== undefined);
   const search = new URLSearchParams(given.map(([name, value]) => [name, String(value)])).toString();
-  return checked(await fetch(search ? `${path}?${search}` : path, { signal }));
+  return search ? `${filled}?${search}` : filled;
 }
 
-/** @param {"POST" | "DELETE"} method @param {string} path @param {object} [document] @returns {Promise<Response>} */
-async function send(method, path, document) {
-  const headers = document ? { "content-type": "application/json" } : undefined;
-  return checked(await fetch(path, { method, headers, body: document && JSON.stringify(document) }));
+/** Send a request; a response that is not 2xx becomes an ApiError. @param {string} url @param {RequestInit} options */
+async function request(url, options) {
+  const response = await fetch(url, options);
+  if (response.ok) return response;
+  const problem = await response.json().catch(() => ({}));
+  if (response.status === 401 && session.scope) dispatchEvent(new Event(LOGIN_REQUIRED));
+  throw new ApiError(response.status, problem.title ?? response.statusText, problem.detail ?? "");
 }
 
-/** @param {Response} answer */
-async function checked(answer) {
-  if (answer.ok) return answer;
-  const problem = await answer.json().catch(() => ({}));
-  if (answer.status === 401 && session.scope) dispatchEvent(new Event(LOCKED));
-  throw new Refused(answer.status, problem.title ?? answer.statusText, problem.detail ?? "");
+/**
+ * @template {PathOf<"get">} Path
+ * @param {Path} path @param {Parameters<Path, "get">} parameters @param {AbortSignal} [signal]
+ * @returns {Promise<ResponseBody<Path, "get">>}
+ */
+const get = async (path, parameters, signal) => (await request(address(path, parameters), { signal })).json();
+
+/**
+ * @template {PathOf<"post">} Path
+ * @param {Path} path @param {Parameters<Path, "post">} parameters @param {RequestBody<Path>} body
+ */
+function post(path, parameters, body) {
+  const headers = body ? { "content-type": "application/json" } : undefined;
+  return request(address(path, parameters), { method: "POST", headers, body: body && JSON.stringify(body) });
 }
 
-const SESSION = "/api/v1/session";
+/**
+ * @template {PathOf<"delete">} Path
+ * @param {Path} path @param {Parameters<Path, "delete">} parameters
+ */
+async function remove(path, parameters) {
+  await request(address(path, parameters), { method: "DELETE" });
+}
 
-/** Ask what this page may do. @returns {Promise<Session>} */
+/** Load the permissions of this page. */
 export async function renewSession() {
-  session = await (await ask(SESSION)).json();
+  session = await get("/api/v1/session", {});
   return session;
 }
 
-/** @param {string} token @returns {Promise<Session>} */
+/** Log in; the server keeps the token in a cookie. @param {string} token */
 export async function logIn(token) {
-  session = await (await send("POST", SESSION, { token })).json();
-  return session;
+  const response = await post("/api/v1/session", {}, { token });
+  session = /** @type {ResponseBody<"/api/v1/session", "post">} */ (await response.json());
 }
 
-/** Forget the token. @returns {Promise<unknown>} */
-export const logOut = () => send("DELETE", SESSION);
+/** Log out; the browser forgets the cookie. */
+export const logOut = () => remove("/api/v1/session", {});
 
-/** Whether this page may change anything. */
+/** Return whether the token allows changes. */
 export const mayChange = () => session.scope === "admin";
 
-/** Where changes are told. */
-export const streamAddress = () =>
-  session.project === null ? "/api/v1/stream" : `/api/v1/stream?${new URLSearchParams({ project: session.project })}`;
+/** Return the address of the stream of changes. */
+export const streamAddress = () => address("/api/v1/stream", { query: { project: session.project } });
+
+export const runs = () => get("/api/v1/runs", { query: { project: session.project } });
 
 /** @param {string} runId */
-const at = (runId) => `/api/v1/runs/${encodeURIComponent(runId)}`;
+export const run = (runId) => get("/api/v1/runs/{id}", { path: { id: runId } });
 
-/** @returns {Promise<Run[]>} */
-export const runs = async () => (await ask("/api/v1/runs", { project: session.project })).json();
-
-/** @param {string} runId @returns {Promise<RunDetail>} */
-export const run = async (runId) => (await ask(at(runId))).json();
-
-/** Alerts, the newest first, up to 1,000. @param {Record<string, string | number | null>} query @returns {Promise<Alert[]>} */
-export const alerts = async (query) =>
-  (await ask("/api/v1/alerts", { project: session.project, ...query })).json();
+/** @param {string} runId @param {Query<"/api/v1/runs/{id}/series">} query @param {AbortSignal} [signal] */
+export const series = (runId, query, signal) => get("/api/v1/runs/{id}/series", { path: { id: runId }, query }, signal);
 
 /**
- * @param {string} runId @param {Record<string, string | number | null>} query @param {AbortSignal} [signal]
- * @returns {Promise<Series>}
+ * Return a tile's bytes.
+ * @param {string} runId @param {Query<"/api/v1/runs/{id}/tile">} query @param {AbortSignal} [signal]
  */
-export const series = async (runId, query, signal) => (await ask(`${at(runId)}/series`, query, signal)).json();
+export async function tile(runId, query, signal) {
+  const url = address(/** @satisfies {PathOf<"get">} */ ("/api/v1/runs/{id}/tile"), { path: { id: runId }, query });
+  return (await request(url, { signal })).arrayBuffer();
+}
 
-/**
- * @param {string} runId @param {Record<string, string | number | null>} query @param {AbortSignal} [signal]
- * @returns {Promise<ArrayBuffer>}
- */
-export const tile = async (runId, query, signal) => (await ask(`${at(runId)}/tile`, query, signal)).arrayBuffer();
+/** @param {string} runId @param {Query<"/api/v1/runs/{id}/clip-advice">} query */
+export const clipAdvice = (runId, query) => get("/api/v1/runs/{id}/clip-advice", { path: { id: runId }, query });
 
-/**
- * @typedef {{from_step: number | null, to_step: number | null, samples: number, thresholds: number[], shares: number[],
- *   thirds: {first: number[], middle: number[], last: number[]}, steps: number[], rates: number[][],
- *   clip: number | null, recommended: number | null, reason: string}} ClipAdvice
- */
-
-/** @param {string} runId @param {Record<string, number>} query @returns {Promise<ClipAdvice>} */
-export const clipAdvice = async (runId, query) => (await ask(`${at(runId)}/clip-advice`, query)).json();
-
-/** A number as the server spells it. @param {Measured | undefined} spelled @returns {number | null} */
-export const number = (spelled) => (spelled === null || spelled === undefined ? null : Number(spelled));
-
-/**
- * @typedef {{id: string, receiver: string, transition: string, step: number, state: string, created_at: number,
- *   due_at: number, delivered_at: number | null,
- *   attempts: {number: number, at: number, seconds: number, status: number | null, error: string}[]}} Delivery
- * @typedef {{name: string, host: string, signed: boolean, configured: boolean, due: number, delivered: number,
- *   dead: number, last_delivered_at: number | null, last_error: string | null, last_error_at: number | null,
- *   disabled: string | null}} ReceiverHealth
- * @typedef {{version: string, ready: boolean, database: string, runs: number, parameters: number, samples: number,
- *   stored_batches: number, duplicate_batches: number, stored_values: number, queued_batches: number,
- *   queue_capacity: number, commits: number, mean_commit_seconds: number | null, dropped: Record<string, number>,
- *   receivers: ReceiverHealth[]}} Overview
- */
+/** Return alerts, the newest first, at most 1,000. @param {Query<"/api/v1/alerts">} query */
+export const alerts = (query) => get("/api/v1/alerts", { query: { project: session.project, ...query } });
 
 /** @param {string} alertId */
-const ofAlert = (alertId) => `/api/v1/alerts/${encodeURIComponent(alertId)}`;
+export const deliveries = (alertId) => get("/api/v1/alerts/{id}/deliveries", { path: { id: alertId } });
 
-/** @param {string} alertId @returns {Promise<Delivery[]>} */
-export const deliveries = async (alertId) => (await ask(`${ofAlert(alertId)}/deliveries`)).json();
+/** @param {string} alertId @param {string} author */
+export const acknowledge = (alertId, author) =>
+  post("/api/v1/alerts/{id}/acknowledge", { path: { id: alertId } }, { author });
 
-/** @param {string} alertId @param {string} author @returns {Promise<unknown>} */
-export const acknowledge = (alertId, author) => send("POST", `${ofAlert(alertId)}/acknowledge`, { author });
+/** @param {string} alertId */
+export const withdrawAcknowledgement = (alertId) =>
+  remove("/api/v1/alerts/{id}/acknowledge", { path: { id: alertId } });
 
-/** @param {string} alertId @returns {Promise<unknown>} */
-export const withdraw = (alertId) => send("DELETE", `${ofAlert(alertId)}/acknowledge`);
+/** Return the silences in force; a token of one project may not list them. @returns {Promise<Silence[]>} */
+export const silences = async () => (session.project === null ? get("/api/v1/silences", {}) : []);
 
-/** @returns {Promise<Silence[]>} */
-export const silences = async () => (session.project === null ? (await ask("/api/v1/silences")).json() : []);
+/** @param {NewSilence} silence */
+export const addSilence = (silence) => post("/api/v1/silences", {}, silence);
 
-/** @param {Partial<NewSilence>} silence @returns {Promise<unknown>} */
-export const addSilence = (silence) => send("POST", "/api/v1/silences", silence);
+/** @param {string} silenceId */
+export const endSilence = (silenceId) => remove("/api/v1/silences/{id}", { path: { id: silenceId } });
 
-/** @param {string} silenceId @returns {Promise<unknown>} */
-export const endSilence = (silenceId) => send("DELETE", `/api/v1/silences/${encodeURIComponent(silenceId)}`);
+/** Send a delivery again. @param {string} deliveryId */
+export const replay = (deliveryId) => post("/api/v1/deliveries/{id}/replay", { path: { id: deliveryId } }, undefined);
 
-/** @param {string} deliveryId @returns {Promise<unknown>} */
-export const replay = (deliveryId) => send("POST", `/api/v1/deliveries/${encodeURIComponent(deliveryId)}/replay`);
+/** Send every dead delivery of a receiver again. @param {string} receiver */
+export const replayDead = (receiver) =>
+  post("/api/v1/receivers/{name}/replay", { path: { name: receiver } }, undefined);
 
-/** @param {string} name */
-const ofReceiver = (name) => `/api/v1/receivers/${encodeURIComponent(name)}`;
+/** Send to a disabled receiver again. @param {string} receiver */
+export const enableReceiver = (receiver) =>
+  post("/api/v1/receivers/{name}/enable", { path: { name: receiver } }, undefined);
 
-/** Send everything again that was given up. @param {string} name @returns {Promise<unknown>} */
-export const replayDead = (name) => send("POST", `${ofReceiver(name)}/replay`);
+export const server = () => get("/api/v1/server", {});
 
-/** @param {string} name @returns {Promise<unknown>} */
-export const enable = (name) => send("POST", `${ofReceiver(name)}/enable`);
-
-/** @returns {Promise<Overview>} */
-export const server = async () => (await ask("/api/v1/server")).json();
+/**
+ * Return a measured value as a number, NaN and infinities included; null where it is missing.
+ * @param {Measured | undefined} value
+ */
+export const number = (value) => (value === null || value === undefined ? null : Number(value));

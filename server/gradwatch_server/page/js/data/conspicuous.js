@@ -1,75 +1,107 @@
-// Which parameters deserve a look first: a score and a reason, from what the map holds.
+// Ranks the parameters by how conspicuous they are, with a reason for each.
+//
+// The rule: not finite, then exactly zero, then farthest from the median in decades, missing last. /metrics applies it
+// to the newest sample to choose the parameters that get series of their own. The page applies it to all visible
+// samples, where a gradient that never came, a spike, and zeros in some of the samples rank in between.
 
-import { power } from "./format.js";
+import { percent, power } from "./format.js";
+import { MISSING } from "./tile.js";
 
 /** @typedef {import("./tile.js").Tile} Tile */
+/** @typedef {import("./tile.js").BucketRange} BucketRange */
+/** @typedef {"" | "warning" | "critical"} Tone */
 /**
- * @typedef {object} Finding
- * @property {number} row @property {string} name @property {number} score @property {string} reason
- * @property {"" | "warning" | "critical"} tone
- * @property {number} last @property {number} min @property {number} max @property {number} nonfinite
+ * @typedef {object} Finding one parameter over the visible steps
+ * @property {number} row @property {string} name
+ * @property {number} rank one of RANKS @property {number} weight the larger first within a rank
+ * @property {string} reason empty: nothing is conspicuous @property {Tone} tone
+ * @property {number} last newest value that was not missing; -1: all were
+ * @property {number} min smallest finite value @property {number} max largest finite value
  */
 
-const SPIKE = 30;
+/** A parameter with a larger rank is more conspicuous. */
+const RANKS = { missing: 0, distance: 1, someZero: 2, spike: 3, zero: 4, neverMeasured: 5, nonfinite: 6 };
+
+const SPIKE_RATIO = 30;
 const FAR_DECADES = 2;
+const SOME_ZERO_SHARE = 0.1;
+const OFTEN_MISSING_SHARE = 0.5;
 
-/** @typedef {{first: number, past: number}} Span buckets that are looked at */
-
-/** The most conspicuous first. @param {Tile} tile @param {Span} span @returns {Finding[]} */
-export function findings(tile, span) {
-  const found = tile.parameters.map((name, row) => described(tile, name, row, span));
-  const logs = found
-    .filter(({ last }) => last > 0 && Number.isFinite(last))
-    .map(({ last }) => Math.log10(last))
-    .sort((a, b) => a - b);
-  const centre = logs[logs.length >> 1] ?? 0;
-  for (const each of found) {
-    if (each.score >= 50 || !(each.last > 0)) continue;
-    const away = Math.log10(each.last) - centre;
-    each.score += Math.abs(away);
-    if (each.reason === "" && Math.abs(away) > FAR_DECADES) {
-      each.reason =
-        away < 0 ? `${power(Math.round(-away))} below the median` : `${power(Math.round(away))} above the median`;
-      each.tone = "warning";
-    }
-  }
-  return found.sort((a, b) => b.score - a.score || a.row - b.row);
+/**
+ * Return a finding for every parameter, the most conspicuous first.
+ * @param {Tile} tile @param {BucketRange} range @returns {Finding[]}
+ */
+export function findConspicuous(tile, range) {
+  const findings = tile.parameters.map((name, row) => {
+    const values = gather(tile, row, range);
+    return { row, name, ...judge(values), last: values.last, min: values.min, max: values.max };
+  });
+  addDistances(findings);
+  return findings.sort((a, b) => b.rank - a.rank || b.weight - a.weight || a.row - b.row);
 }
 
-/** @param {Tile} tile @param {string} name @param {number} row @param {Span} span @returns {Finding} */
-function described(tile, name, row, { first, past }) {
-  let [min, max, nonfinite, badAt, badStep, spikeStep, zeros, missing] = [Infinity, -Infinity, 0, 0, -1, -1, 0, 0];
+/** Summarise the values of one parameter. @param {Tile} tile @param {number} row @param {BucketRange} range */
+function gather(tile, row, { first, past }) {
+  const buckets = past - first;
+  const severalSamples = buckets > 1 || (buckets === 1 && tile.lastSteps[first] > tile.steps[first]);
+  const found = { buckets, severalSamples, min: Infinity, max: -Infinity, last: MISSING, zeros: 0, missing: 0 };
+  let [maxStep, badStep, badBucket] = [-1, -1, 0];
   const highs = [];
-  let last = -1;
   for (let bucket = first; bucket < past; bucket++) {
     const cell = bucket * tile.rows + row;
-    const [low, high] = [tile.min[cell], tile.max[cell]];
-    if (tile.nonfinite[cell]) {
-      nonfinite += tile.nonfinite[cell];
-      if (badStep < 0) [badAt, badStep] = [bucket - first, tile.steps[bucket]];
-    }
-    if (tile.last[cell] !== -1) last = tile.last[cell];
-    if (high === -1) missing++;
-    else if (high === 0) zeros++;
+    const high = tile.max[cell];
+    if (tile.nonfinite[cell] && badStep < 0) [badStep, badBucket] = [tile.steps[bucket], bucket - first];
+    if (tile.last[cell] !== MISSING) found.last = tile.last[cell];
+    if (high === MISSING) found.missing++;
+    else if (high === 0) found.zeros++;
     if (high < 0 || !Number.isFinite(high)) continue;
     highs.push(high);
-    if (low < min) min = low;
-    if (high > max) [max, spikeStep] = [high, tile.steps[bucket]];
+    found.min = Math.min(found.min, tile.min[cell]);
+    if (high > found.max) [found.max, maxStep] = [high, tile.steps[bucket]];
   }
   const median = highs.sort((a, b) => a - b)[highs.length >> 1] ?? 0;
-  const buckets = past - first;
-  /** @param {number} score @param {string} reason @param {"" | "warning" | "critical"} tone @returns {Finding} */
-  const says = (score, reason, tone) => ({ row, name, score, reason, tone, last, min, max, nonfinite });
-  if (nonfinite) return says(200 - badAt / buckets, `not finite from step ${badStep}`, "critical");
-  if (buckets > 0 && missing === buckets) return says(60, "never had a gradient", "warning");
-  if (zeros === buckets - missing) return says(59, "always exactly zero", "warning");
-  if (median > 0 && max / median > SPIKE)
-    return says(
-      50 + Math.log10(max / median),
-      `spike ×${Math.round(max / median).toLocaleString("en-US")} at step ${spikeStep}`,
-      "warning",
-    );
-  if (zeros > buckets / 10)
-    return says(40, `exactly zero in ${Math.round((100 * zeros) / buckets)} % of the samples`, "warning");
-  return says(0, missing > buckets / 2 ? "often missing" : "", "");
+  return { ...found, median, maxStep, badStep, badBucket };
+}
+
+/** Return the finding on one parameter, without comparing it to others. @param {ReturnType<typeof gather>} values */
+function judge(values) {
+  const { buckets, missing, zeros, max, median } = values;
+  /** @param {number} rank @param {number} weight @param {string} reason @param {Tone} tone */
+  const finding = (rank, weight, reason, tone) => ({ rank, weight, reason, tone });
+  if (values.badStep >= 0)
+    return finding(RANKS.nonfinite, -values.badBucket, `not finite from step ${values.badStep}`, "critical");
+  if (buckets > 0 && missing === buckets && values.severalSamples)
+    return finding(RANKS.neverMeasured, 0, "never had a gradient", "warning");
+  if (missing === buckets) return finding(RANKS.missing, 0, buckets > 0 ? "missing" : "", "");
+  if (zeros === buckets - missing) return finding(RANKS.zero, 0, "always exactly zero", "warning");
+  if (median > 0 && max / median > SPIKE_RATIO) {
+    const times = Math.round(max / median).toLocaleString("en-US");
+    return finding(RANKS.spike, max / median, `spike ×${times} at step ${values.maxStep}`, "warning");
+  }
+  if (zeros > buckets * SOME_ZERO_SHARE)
+    return finding(RANKS.someZero, 0, `exactly zero in ${percent(zeros / buckets)} of the samples`, "warning");
+  return finding(RANKS.distance, 0, missing > buckets * OFTEN_MISSING_SHARE ? "often missing" : "", "");
+}
+
+/**
+ * Set the weight of findings to the distance of their newest value from the median of all, in decades.
+ * @param {Finding[]} findings
+ */
+function addDistances(findings) {
+  /** @param {Finding} finding */
+  const measured = ({ last }) => last > 0 && Number.isFinite(last);
+  const logs = findings
+    .filter(measured)
+    .map(({ last }) => Math.log10(last))
+    .sort((a, b) => a - b);
+  const median = ((logs[(logs.length - 1) >> 1] ?? 0) + (logs[logs.length >> 1] ?? 0)) / 2;
+  for (const finding of findings) {
+    if (finding.rank > RANKS.someZero || !measured(finding)) continue;
+    const decades = Math.log10(finding.last) - median;
+    finding.weight = Math.abs(decades);
+    if (finding.reason !== "" || finding.weight <= FAR_DECADES) continue;
+    const side = decades < 0 ? "below" : "above";
+    finding.reason = `${power(Math.round(finding.weight))} ${side} the median`;
+    finding.tone = "warning";
+  }
 }

@@ -1,16 +1,30 @@
-// Numbers, steps and times as people read them.
+// Numbers, steps and times as text.
 
 const counts = new Intl.NumberFormat("en-US");
 
-/** A whole number with separators. @param {number | null | undefined} value */
+/** Format a whole number with separators. @param {number | null | undefined} value */
 export function count(value) {
   return value === null || value === undefined ? "–" : counts.format(value);
 }
 
-/** So many of something. @param {number} number @param {string} one */
-export const many = (number, one) => `${count(number)} ${one}${number === 1 ? "" : "s"}`;
+/** Format a number with its noun. @param {number} number @param {string} singular */
+export const countOf = (number, singular) => `${count(number)} ${singular}${number === 1 ? "" : "s"}`;
 
-/** A measured value in three digits; spelled ones stay as they are. @param {number | string | null | undefined} value */
+/** List the numbers above zero, each with its noun. @param {Record<string, number>} numbers by noun */
+export const countEach = (numbers) =>
+  Object.entries(numbers)
+    .filter(([, number]) => number > 0)
+    .map(([noun, number]) => `${count(number)} ${noun}`)
+    .join(", ");
+
+/** Format a step or a range of steps. @param {number} first @param {number} last */
+export const stepRange = (first, last) =>
+  first >= last ? `step ${count(first)}` : `steps ${count(first)} to ${count(last)}`;
+
+/**
+ * Format a measured value with three digits; null is a missing one.
+ * @param {number | string | null | undefined} value "NaN" and "Infinity" stay as they are
+ */
 export function measured(value) {
   if (value === null || value === undefined) return "missing";
   if (typeof value === "string") return value;
@@ -22,7 +36,18 @@ export function measured(value) {
   return String(Number(value.toPrecision(3)));
 }
 
-/** How long ago. @param {number} at Unix seconds @param {number} [now] Unix seconds */
+/** Format a share as a percentage. @param {number} share 0 to 1 */
+export const percent = (share) =>
+  share > 0 && share < 0.01 ? "under 1 %" : share < 1 && share > 0.99 ? "over 99 %" : `${Math.round(share * 100)} %`;
+
+/** Format a power of ten with a raised exponent. @param {number} exponent */
+export function power(exponent) {
+  if (exponent === 0) return "1";
+  if (exponent === 1) return "10";
+  return `10${String(exponent).replace(/[-\d]/g, (sign) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(sign)])}`;
+}
+
+/** Format the time since a moment. @param {number} at Unix seconds @param {number} [now] Unix seconds */
 export function ago(at, now = Date.now() / 1000) {
   const seconds = Math.max(0, now - at);
   if (seconds < 5) return "now";
@@ -32,15 +57,8 @@ export function ago(at, now = Date.now() / 1000) {
   return `${Math.floor(seconds / 86_400)} d ago`;
 }
 
-/** A moment, to the second. @param {number | null | undefined} at Unix seconds */
+/** Format a moment as local date and time, to the second. @param {number | null | undefined} at Unix seconds */
 export function moment(at) {
   if (at === null || at === undefined) return "–";
   return new Date(at * 1000).toLocaleString("sv-SE");
-}
-
-/** A power of ten with a raised exponent. @param {number} exponent */
-export function power(exponent) {
-  if (exponent === 0) return "1";
-  if (exponent === 1) return "10";
-  return `10${String(exponent).replace(/[-\d]/g, (sign) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(sign)])}`;
 }

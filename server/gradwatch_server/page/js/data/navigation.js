@@ -1,32 +1,41 @@
-// Every view is an address: what is shown can be read from the location and written back to it.
+// The browser's address and history: pages, their filters and ranges can be linked to.
 
-/** @typedef {{path: string, query: URLSearchParams}} Address */
+/**
+ * @typedef {object} PageContext the arguments with which a page is opened
+ * @property {import("./live.js").ChangeStream} changes
+ * @property {Record<string, string>} names values of the placeholders in the route's path
+ *
+ * @typedef {object} OpenPage a page that is shown
+ * @property {() => void} close
+ * @property {() => void} [queryChanged] called after a link to another query of the same path; without it
+ *   the page is opened again
+ */
 
-/** @returns {Address} */
-export function here() {
+const CHANGED = "gradwatch:address";
+
+/** Return the current path and query. */
+export function current() {
   return { path: location.pathname, query: new URLSearchParams(location.search) };
 }
 
-/** What is shown: a link within the page changes the address, too, but for that nothing is drawn anew. */
-let shown = text();
+const pathAndQuery = () => location.pathname + location.search;
 
-function text() {
-  return location.pathname + location.search;
-}
+/** Path and query that are shown. A link to a place within the page (#main) fires popstate too, but changes neither. */
+let shown = pathAndQuery();
 
-/** Go to another view. @param {string} url */
+/** Go to another page of this site. @param {string} url */
 export function go(url) {
   history.pushState(null, "", url);
-  shown = text();
-  dispatchEvent(new Event("gradwatch:address"));
+  shown = pathAndQuery();
+  dispatchEvent(new Event(CHANGED));
 }
 
 /**
  * Change parts of the query without a new entry in the history.
- * @param {Record<string, string | number | null>} changes null removes
+ * @param {Record<string, string | number | null>} changes null and "" remove a parameter
  */
-export function note(changes) {
-  const { path, query } = here();
+export function setQuery(changes) {
+  const { path, query } = current();
   for (const [name, value] of Object.entries(changes)) {
     if (value === null || value === "") query.delete(name);
     else query.set(name, String(value));
@@ -34,29 +43,37 @@ export function note(changes) {
   const written = query.toString();
   if (written !== new URLSearchParams(location.search).toString())
     history.replaceState(null, "", written ? `${path}?${written}` : path);
-  shown = text();
+  shown = pathAndQuery();
 }
 
-/** Let links of this page change the view in place. @param {() => void} show */
-export function follow(show) {
+/**
+ * Open links within this site without loading the document again.
+ * @param {() => void} show shows the current address @param {(path: string) => boolean} isPage
+ */
+export function followLinks(show, isPage) {
   addEventListener("popstate", () => {
-    if (text() === shown) return;
-    shown = text();
+    if (pathAndQuery() === shown) return;
+    shown = pathAndQuery();
     show();
   });
-  addEventListener("gradwatch:address", show);
+  addEventListener(CHANGED, show);
   document.addEventListener("click", (event) => {
     const link = event.target instanceof Element ? event.target.closest("a") : null;
-    if (!link || link.origin !== location.origin || link.target || event.defaultPrevented) return;
+    if (!link || link.origin !== location.origin || link.target || link.hash || event.defaultPrevented) return;
     if (event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
-    if (!/^\/($|runs\/|alerts$|server$)/.test(link.pathname) || link.hash) return;
+    if (!isPage(link.pathname)) return;
     event.preventDefault();
     go(link.pathname + link.search);
   });
 }
 
-/** A whole number of the query, or null. @param {URLSearchParams} query @param {string} name */
-export function whole(query, name) {
+/** Return a whole number of the query, or null. @param {URLSearchParams} query @param {string} name */
+export function wholeNumber(query, name) {
   const text = query.get(name);
   return text !== null && /^\d{1,16}$/.test(text) ? Number(text) : null;
+}
+
+/** Set the title of the browser's tab. @param {string} title */
+export function setTitle(title) {
+  document.title = `${title} · gradwatch`;
 }

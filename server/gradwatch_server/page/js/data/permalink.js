@@ -1,29 +1,23 @@
-// Between the address and what a run's page looks at.
+// The viewport in the address, so that a link to a run's page shows the same steps, parameter and alert.
 
-import * as address from "./navigation.js";
+import { current, setQuery, wholeNumber } from "./navigation.js";
+import { DEFAULT_STATISTIC, isStatistic } from "./statistics.js";
+import { rangeChanged } from "./viewport.js";
 
-/** @typedef {import("./viewport.js").Looking} Looking */
+/** @typedef {import("./viewport.js").ViewportState} ViewportState */
 
-export const STATISTICS = new Set([
-  "ratio",
-  "grad_norm",
-  "clipped_grad_norm",
-  "weight_norm",
-  "max_unit_ratio",
-  "zero_unit_share",
-  "nonfinite_count",
-  "clipped_unit_share",
-  "update_norm",
-]);
 const WRITE_MS = 250;
 
-/** What the address asks to look at. @param {number} end one past the last step @returns {Looking} */
-export function looking(end) {
-  const { query } = address.here();
-  const from = Math.min(address.whole(query, "from") ?? 0, end - 1);
-  const to = Math.min(Math.max(address.whole(query, "to") ?? end, from + 1), end);
-  const step = address.whole(query, "step");
-  const statistic = query.get("statistic") ?? "ratio";
+/**
+ * Return the state that the current address asks for.
+ * @param {number} end one past the last step @returns {ViewportState}
+ */
+export function readPermalink(end) {
+  const { query } = current();
+  const from = Math.min(wholeNumber(query, "from") ?? 0, end - 1);
+  const to = Math.min(Math.max(wholeNumber(query, "to") ?? end, from + 1), end);
+  const step = wholeNumber(query, "step");
+  const statistic = query.get("statistic");
   const cell = query.get("cell");
   return {
     from,
@@ -33,36 +27,39 @@ export function looking(end) {
     pinned: step,
     parameter: query.get("parameter"),
     kept: query.get("kept"),
-    statistic: STATISTICS.has(statistic) ? statistic : "ratio",
+    statistic: isStatistic(statistic) ? statistic : DEFAULT_STATISTIC,
     cell: cell === "min" || cell === "last" ? cell : "max",
     alert: query.get("alert"),
     following: to >= end,
   };
 }
 
-/** Keep the address in step with the view. @param {import("./viewport.js").View} view @returns {() => void} stops it */
-export function keepAddress(view) {
-  let due = 0;
-  view.subscribe((now, before) => {
-    clearTimeout(due);
-    const moved = now.from !== before.from || now.to !== before.to;
-    if (moved) due = window.setTimeout(() => write(view.now), WRITE_MS);
-    else write(now);
+/**
+ * Write every change of the viewport into the address.
+ * @param {import("./viewport.js").Viewport} viewport @returns {() => void} stops it
+ */
+export function keepPermalink(viewport) {
+  let timer = 0;
+  viewport.subscribe((state, before) => {
+    clearTimeout(timer);
+    // Browsers limit how often the address may change: while the range moves, only its end is written.
+    if (rangeChanged(state, before)) timer = window.setTimeout(() => write(viewport.state), WRITE_MS);
+    else write(state);
   });
-  return () => clearTimeout(due);
+  return () => clearTimeout(timer);
 }
 
-/** @param {Looking} now */
-function write(now) {
-  const whole = now.from <= 0 && now.to >= now.end;
-  address.note({
-    from: whole ? null : Math.round(now.from),
-    to: whole || now.following ? null : Math.round(now.to),
-    step: now.pinned,
-    parameter: now.parameter,
-    kept: now.kept,
-    statistic: now.statistic === "ratio" ? null : now.statistic,
-    cell: now.cell === "max" ? null : now.cell,
-    alert: now.alert,
+/** @param {ViewportState} state */
+function write(state) {
+  const whole = state.from <= 0 && state.to >= state.end;
+  setQuery({
+    from: whole ? null : Math.round(state.from),
+    to: whole || state.following ? null : Math.round(state.to),
+    step: state.pinned,
+    parameter: state.parameter,
+    kept: state.kept,
+    statistic: state.statistic === DEFAULT_STATISTIC ? null : state.statistic,
+    cell: state.cell === "max" ? null : state.cell,
+    alert: state.alert,
   });
 }

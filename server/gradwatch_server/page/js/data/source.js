@@ -1,108 +1,111 @@
-// Where the map's tiles come from: a little more than is seen, so that panning has something to show.
+// Loads the map's tiles: each reaches a little beyond the visible range, so that panning has something to show.
 
 import * as api from "./api.js";
-import { decades, decoded } from "./tile.js";
+import { decodeTile, findDecades } from "./tile.js";
+import { rangeChanged } from "./viewport.js";
 
-/** @typedef {import("./viewport.js").View} View @typedef {import("./tile.js").Tile} Tile */
-/** @typedef {{low: number, high: number}} Scale */
+/** @typedef {import("./viewport.js").Viewport} Viewport */
+/** @typedef {import("./tile.js").Tile} Tile */
+/** @typedef {import("./tile.js").Decades} Decades */
 
 const MARGIN = 0.5;
 const SETTLE_MS = 90;
 const MOST_CELLS = 2_000_000;
+const FEWEST_POINTS = 50;
 
-/** Fires "tile" when a new one has arrived and "refused" where it did not. */
+/** Dispatches "tile" when a new tile has arrived. */
 export class TileSource extends EventTarget {
   /**
-   * @param {string} runId @param {View} view @param {number} rows parameters of the run
-   * @param {() => number} pixels how wide the map is, in device pixels
+   * @param {string} runId @param {Viewport} viewport @param {number} rows parameters of the run
+   * @param {() => number} width returns the map's width in device pixels
    */
-  constructor(runId, view, rows, pixels) {
+  constructor(runId, viewport, rows, width) {
     super();
-    this.most = Math.floor(MOST_CELLS / Math.max(1, rows));
     this.runId = runId;
-    this.view = view;
-    this.pixels = pixels;
+    this.viewport = viewport;
+    this.width = width;
+    this.mostPoints = Math.floor(MOST_CELLS / Math.max(1, rows));
     /** @type {Tile | null} */
     this.tile = null;
-    /** @type {Scale} */
-    this.scale = { low: -6, high: 0 };
-    this.scaled = "";
+    /** @type {Decades} */
+    this.decades = { low: -6, high: 0 };
+    this.decadesOf = "";
     this.covered = { from: 0, to: 0, width: 0 };
     /** @type {AbortController | null} */
-    this.asking = null;
+    this.request = null;
     this.timer = 0;
     this.stale = false;
-    view.subscribe((now, before) => {
-      if (now.statistic !== before.statistic) this.load();
-      else if (now.from !== before.from || now.to !== before.to) this.soon();
+    viewport.subscribe((state, before) => {
+      if (state.statistic !== before.statistic) this.load();
+      else if (rangeChanged(state, before)) this.schedule();
     });
   }
 
-  /** Ask again when what is seen is not well covered: while it moves as well, one question at a time. */
-  soon() {
+  /** Load soon if the visible range is no longer well covered; while it moves, one tile at a time. */
+  schedule() {
     this.timer ||= window.setTimeout(() => {
       this.timer = 0;
-      if (!this.asking && this.needed()) this.load();
+      if (!this.request && this.insufficient()) this.load();
     }, SETTLE_MS);
   }
 
-  needed() {
-    const { from, to, end } = this.view.now;
+  /** Return whether the tile leaves out visible steps, or is too coarse or too fine for them. */
+  insufficient() {
+    const { from, to, end } = this.viewport.state;
     const { covered } = this;
     const inside = covered.from <= Math.max(0, from) && covered.to >= Math.min(end, to);
     const width = to - from;
     return this.stale || !inside || width < covered.width * 0.67 || width > covered.width * 1.5;
   }
 
-  /** The run has new samples. @returns {Promise<void>} */
+  /** Load again if the run's new samples belong to the tile. @returns {Promise<void>} */
   renew() {
-    const { to, end } = this.view.now;
+    const { to, end } = this.viewport.state;
     this.stale ||= to >= this.covered.to || to >= end;
-    return this.stale && !this.asking ? this.load() : Promise.resolve();
+    return this.stale && !this.request ? this.load() : Promise.resolve();
   }
 
   async load() {
-    this.asking?.abort();
-    const asking = new AbortController();
-    this.asking = asking;
+    this.request?.abort();
+    const request = new AbortController();
+    this.request = request;
     this.stale = false;
-    const { from, to, end, statistic } = this.view.now;
+    const { from, to, end, statistic } = this.viewport.state;
     const width = to - from;
     const first = Math.max(0, Math.floor(from - width * MARGIN));
     const last = Math.ceil(to + width * MARGIN);
     const share = (Math.min(last, end) - first) / width;
-    const query = {
-      statistic,
-      from_step: first,
-      to_step: last,
-      points: Math.max(50, Math.min(this.most, Math.ceil(this.pixels() * share))),
-    };
+    const points = Math.max(FEWEST_POINTS, Math.min(this.mostPoints, Math.ceil(this.width() * share)));
     try {
-      const tile = decoded(await api.tile(this.runId, query, asking.signal));
+      const query = { statistic, from_step: first, to_step: last, points };
+      const tile = decodeTile(await api.tile(this.runId, query, request.signal));
       this.tile = tile;
       this.covered = { from: first, to: last, width };
-      if (this.scaled !== statistic || !this.fixed(tile)) this.scale = decades(tile);
-      this.scaled = tile.steps.length ? statistic : "";
-      this.asking = null;
+      this.scaleColours(tile, statistic);
+      this.request = null;
       this.dispatchEvent(new Event("tile"));
-      if (this.needed()) this.load();
-    } catch (error) {
-      if (asking.signal.aborted) return;
-      this.asking = null;
-      this.dispatchEvent(new CustomEvent("refused", { detail: error }));
+      if (this.insufficient()) this.load();
+    } catch {
+      if (!request.signal.aborted) this.request = null;
     }
   }
 
+  /** Choose the decades that the colours span. @param {Tile} tile @param {string} statistic */
+  scaleColours(tile, statistic) {
+    if (this.decadesOf !== statistic || !this.keepsColours(tile)) this.decades = findDecades(tile);
+    this.decadesOf = tile.steps.length ? statistic : "";
+  }
+
   /** Colours keep their meaning while zooming; only the whole run may change them. @param {Tile} tile */
-  fixed(tile) {
-    const { from, to, end } = this.view.now;
+  keepsColours(tile) {
+    const { from, to, end } = this.viewport.state;
     if (from > 0 || to < end || !tile.steps.length) return true;
-    const fresh = decades(tile);
-    return fresh.low >= this.scale.low - 1 && fresh.high <= this.scale.high;
+    const found = findDecades(tile);
+    return found.low >= this.decades.low - 1 && found.high <= this.decades.high;
   }
 
   close() {
     clearTimeout(this.timer);
-    this.asking?.abort();
+    this.request?.abort();
   }
 }

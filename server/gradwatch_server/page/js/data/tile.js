@@ -1,9 +1,17 @@
-// A tile: buckets of samples x parameters, as the server packs them.
+// A tile of the layer x step map: one statistic of every parameter, in buckets of samples.
+
+/** Value of a cell whose gradient was missing: neither zero nor NaN. Statistics are never negative. */
+export const MISSING = -1;
+
+const MOST_COLOUR_SAMPLES = 20_000;
+const WIDEST_DECADES = 20;
+const NARROWEST_DECADES = 3;
+const LONGEST_STRIDES = 4;
 
 /**
  * @typedef {object} Tile
  * @property {string} statistic
- * @property {string[]} parameters in the order of depth
+ * @property {string[]} parameters names in the order of depth
  * @property {number[]} steps first step of each bucket
  * @property {number[]} lastSteps last step of each bucket
  * @property {number[]} ends where each bucket ends on the axis, exclusive
@@ -11,12 +19,20 @@
  * @property {Float32Array} max shape (buckets, rows)
  * @property {Float32Array} min shape (buckets, rows)
  * @property {Float32Array} last shape (buckets, rows)
- * @property {Uint16Array} nonfinite shape (buckets, rows)
+ * @property {Uint16Array} nonfinite number of values that are not finite, shape (buckets, rows)
  */
 
-/** @param {ArrayBuffer} body @returns {Tile} */
-export function decoded(body) {
+/** @typedef {{low: number, high: number}} Decades exponents of ten at the ends of a scale */
+/** @typedef {{first: number, past: number}} BucketRange indices of buckets, `past` exclusive */
+
+/**
+ * Decode the server's bytes, all little-endian: the header's length (uint32), the header (JSON), then the planes max,
+ * min, last (float32) and nonfinite (uint16).
+ * @param {ArrayBuffer} body @returns {Tile}
+ */
+export function decodeTile(body) {
   const length = new DataView(body).getUint32(0, true);
+  /** @type {Pick<import("./api.js").Schemas["Map"], "statistic" | "parameters" | "steps" | "last_steps">} */
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(body, 4, length)));
   const rows = header.parameters.length;
   const cells = header.steps.length * rows;
@@ -28,7 +44,7 @@ export function decoded(body) {
     parameters: header.parameters,
     steps: header.steps,
     lastSteps: header.last_steps,
-    ends: ends(header.steps, header.last_steps),
+    ends: bucketEnds(header.steps, header.last_steps),
     rows,
     max: plane(0),
     min: plane(1),
@@ -38,62 +54,79 @@ export function decoded(body) {
 }
 
 /**
- * Each bucket reaches to the next one; over a real gap (no samples for long) it does not.
+ * Return where each bucket ends: at the start of the next one, except before a gap, where samples are missing.
  * @param {number[]} steps @param {number[]} lastSteps
  */
-function ends(steps, lastSteps) {
+function bucketEnds(steps, lastSteps) {
   const strides = steps
     .slice(1)
     .map((step, index) => step - lastSteps[index])
     .sort((a, b) => a - b);
   const usual = strides[strides.length >> 1] ?? 1;
   return steps.map((_, index) => {
-    const own = lastSteps[index] + usual;
     const next = steps[index + 1];
-    return next === undefined ? own : next - lastSteps[index] <= 4 * usual ? next : own;
+    const gap = next === undefined || next - lastSteps[index] > LONGEST_STRIDES * usual;
+    return gap ? lastSteps[index] + usual : next;
   });
 }
 
-/** Index of the last bucket that begins at or before a step; -1 before the first. @param {Tile} tile @param {number} step */
-export function bucketAt(tile, step) {
-  let [low, high] = [0, tile.steps.length];
+/**
+ * Return the index of the last bucket that begins at or before a step; -1 if there is none.
+ * @param {number[]} steps @param {number} step
+ */
+export function bucketAt(steps, step) {
+  let [low, high] = [0, steps.length];
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (tile.steps[middle] <= step) low = middle + 1;
+    if (steps[middle] <= step) low = middle + 1;
     else high = middle;
   }
   return low - 1;
 }
 
-/** The buckets that lie in a range of steps. @param {Tile} tile @param {{from: number, to: number}} range */
-export function seenBuckets(tile, { from, to }) {
+/**
+ * Return the buckets that hold steps of a range.
+ * @param {Tile} tile @param {{from: number, to: number}} range @returns {BucketRange}
+ */
+export function bucketsWithin(tile, { from, to }) {
   const first = tile.lastSteps.findIndex((step) => step >= from);
-  return { first: first < 0 ? tile.steps.length : first, past: bucketAt(tile, Math.ceil(to) - 1) + 1 };
-}
-
-/** Index of the bucket nearest to a step, or -1 where there is none. @param {Tile} tile @param {number} step */
-export function nearest(tile, step) {
-  const found = bucketAt(tile, step);
-  return found < 0 && tile.steps.length ? 0 : found;
+  return { first: first < 0 ? tile.steps.length : first, past: bucketAt(tile.steps, Math.ceil(to) - 1) + 1 };
 }
 
 /**
- * The decades that the colours span: what nearly all finite values lie in, on whole decades, three at least.
- * @param {Tile} tile @returns {{low: number, high: number}}
+ * Return the index of the bucket nearest to a step; -1 if the tile is empty.
+ * @param {Tile} tile @param {number} step
  */
-export function decades(tile) {
+export function nearestBucket(tile, step) {
+  return Math.max(bucketAt(tile.steps, step), tile.steps.length ? 0 : -1);
+}
+
+/**
+ * Return the bucket at the crosshair or, without one, the newest visible bucket.
+ * @param {Tile} tile @param {{step: number | null, to: number}} state
+ */
+export const crosshairBucket = (tile, { step, to }) => nearestBucket(tile, step ?? Math.ceil(to) - 1);
+
+/** @param {number} value @returns {number | null} */
+export const orNull = (value) => (value === MISSING ? null : value);
+
+/**
+ * Return the whole decades that hold nearly all finite values, at least three of them.
+ * @param {Tile} tile @returns {Decades}
+ */
+export function findDecades(tile) {
   /** @type {number[]} */
-  const finite = [];
-  const stride = Math.max(1, Math.floor(tile.last.length / 20_000));
+  const logs = [];
+  const stride = Math.max(1, Math.floor(tile.last.length / MOST_COLOUR_SAMPLES));
   for (let cell = 0; cell < tile.last.length; cell += stride) {
     const value = tile.last[cell];
-    if (value > 0 && Number.isFinite(value)) finite.push(Math.log10(value));
+    if (value > 0 && Number.isFinite(value)) logs.push(Math.log10(value));
   }
-  if (!finite.length) return { low: -6, high: 0 };
-  finite.sort((a, b) => a - b);
+  if (!logs.length) return { low: -6, high: 0 };
+  logs.sort((a, b) => a - b);
   /** @param {number} share */
-  const at = (share) => finite[Math.min(finite.length - 1, Math.floor(share * finite.length))];
-  const high = Math.ceil(at(0.985) + 0.1);
-  const low = Math.max(Math.floor(at(0.02)), high - 20);
-  return low > high - 3 ? { low: high - 3, high } : { low, high };
+  const quantile = (share) => logs[Math.min(logs.length - 1, Math.floor(share * logs.length))];
+  const high = Math.ceil(quantile(0.985) + 0.1);
+  const low = Math.max(Math.floor(quantile(0.02)), high - WIDEST_DECADES);
+  return { low: Math.min(low, high - NARROWEST_DECADES), high };
 }

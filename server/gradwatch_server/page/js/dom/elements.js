@@ -4,22 +4,22 @@
 /** @typedef {Record<string, string | number | boolean | null | undefined | ((event: any) => void)>} Attributes */
 
 /**
- * Make an element. `on...` keys are listeners, booleans switch an attribute, everything else is an attribute.
+ * Make an element. Functions named `on...` become listeners, booleans switch an attribute on or off.
  * @template {keyof HTMLElementTagNameMap} Tag
  * @param {Tag} tag
  * @param {Attributes | null} [attributes]
- * @param {...(Child | Child[])} children
+ * @param {...(Child | Child[])} children false, null and undefined are left out
  * @returns {HTMLElementTagNameMap[Tag]}
  */
 export function el(tag, attributes, ...children) {
-  const made = document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes ?? {})) {
-    if (typeof value === "function") made.addEventListener(name.slice(2), value);
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, String(value));
+    if (typeof value === "function") element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, String(value));
   }
-  made.append(...nodes(children.flat()));
-  return made;
+  element.append(...nodes(children.flat()));
+  return element;
 }
 
 /** @param {Child[]} children @returns {(Node | string)[]} */
@@ -29,54 +29,47 @@ function nodes(children) {
     .map((child) => (child instanceof Node ? child : String(child)));
 }
 
-/** Replace what an element holds. @param {Element} parent @param {...(Child | Child[])} children */
+/** Replace the children of an element. @param {Element} parent @param {...(Child | Child[])} children */
 export function fill(parent, ...children) {
   parent.replaceChildren(...nodes(children.flat()));
 }
 
-/**
- * Draw on a canvas at the screen's own resolution; the context is scaled to CSS pixels.
- * @param {HTMLCanvasElement} canvas @param {number} width @param {number} height
- * @returns {CanvasRenderingContext2D}
- */
-export function fitted(canvas, width, height) {
-  const scale = window.devicePixelRatio || 1;
-  const [wide, high] = [Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale))];
-  if (canvas.width !== wide || canvas.height !== high) {
-    canvas.width = wide;
-    canvas.height = high;
-  }
-  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
-  context.setTransform(scale, 0, 0, scale, 0, 0);
-  context.clearRect(0, 0, width, height);
-  return context;
-}
+/** Make a button. @param {string} text @param {() => void} onclick @param {Attributes} [attributes] */
+export const button = (text, onclick, attributes = {}) =>
+  el("button", { type: "button", onclick, ...attributes }, text);
 
-/** A colour of the theme as it stands now. @param {string} name */
-export function themed(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-}
+/** Make a menu. @param {[value: string, text: string][]} options @param {Attributes} [attributes] */
+export const select = (options, attributes = {}) =>
+  el(
+    "select",
+    attributes,
+    options.map(([value, text]) => el("option", { value }, text)),
+  );
 
-/**
- * Run `work` once a frame however often it is asked for.
- * @param {() => void} work
- */
-export function onceAFrame(work) {
-  let asked = 0;
-  return () => {
-    asked ||= requestAnimationFrame(() => {
-      asked = 0;
-      work();
-    });
-  };
-}
+/** Make the head of a table. @param {(string | Node)[]} titles of its columns */
+export const tableHead = (titles) =>
+  el(
+    "thead",
+    null,
+    el(
+      "tr",
+      null,
+      titles.map((title) => el("th", { scope: "col" }, title)),
+    ),
+  );
+
+/** Make a region that scrolls sideways, by keyboard too. @param {string} label @param {...Child} children */
+export const scrollable = (label, ...children) =>
+  el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, ...children);
 
 /**
- * Draw again when the colours change between light and dark, for as long as the element is on the page.
- * @param {Element} element @param {() => void} draw
+ * Make a list of terms and their descriptions.
+ * @param {string} name class of the list @param {(readonly [term: string, description: Child])[]} pairs
+ * @param {string} [kind] class of the descriptions
  */
-export function whenThemed(element, draw) {
-  const scheme = matchMedia("(prefers-color-scheme: dark)");
-  const changed = () => (element.isConnected ? draw() : scheme.removeEventListener("change", changed));
-  scheme.addEventListener("change", changed);
-}
+export const descriptions = (name, pairs, kind) =>
+  el(
+    "dl",
+    { class: name },
+    pairs.flatMap(([term, description]) => [el("dt", null, term), el("dd", { class: kind }, description)]),
+  );

@@ -1,144 +1,147 @@
-// Up to four runs beside each other: their curves in one chart, their maps on one scale and one range of steps.
+// Up to four runs side by side: their curves in common charts, their maps in common colours over the same steps.
 
-import * as address from "../data/navigation.js";
-import * as api from "../data/api.js";
-import { Chart } from "../charts/line.js";
-import { controls } from "../controls/toolbar.js";
-import { el, fill } from "../dom/elements.js";
-import { legend } from "../charts/map/legend.js";
-import { keepAddress, looking } from "../data/permalink.js";
+import { LineChart } from "../charts/line.js";
 import { LayerMap } from "../charts/map/layer-map.js";
-import { following } from "./run.js";
-import { stateSign } from "./runs.js";
+import { legend } from "../charts/map/legend.js";
+import { needLogarithm } from "../charts/scales.js";
+import { runState } from "../controls/run-state.js";
+import { toolbar } from "../controls/toolbar.js";
+import * as api from "../data/api.js";
+import { reloadOnRunChanges } from "../data/live.js";
+import { current } from "../data/navigation.js";
+import { keepPermalink, readPermalink } from "../data/permalink.js";
 import { TileSource } from "../data/source.js";
-import { wide } from "../charts/strips.js";
-import { View } from "../data/viewport.js";
+import { SCALARS } from "../data/statistics.js";
+import { Viewport } from "../data/viewport.js";
+import { el, fill } from "../dom/elements.js";
 
-const CURVE_POINTS = 1000;
+/** @typedef {{run: api.RunDetail, map: LayerMap, source: TileSource}} Side one of the compared runs */
+
+const MOST_RUNS = 4;
+const POINTS = 1000;
+const MAP_HEIGHT = 170;
+const CHART_HEIGHT = 170;
+const SETTLE_MS = 60; // the tiles of the maps arrive one after the other
 const COLOURS = ["accent", "second", "third", "fourth"];
 const CURVES = [
-  { title: "Loss", scalar: "loss", log: false },
-  { title: "Global gradient norm", scalar: "global_grad_norm", log: true },
+  { scalar: "loss", logarithmic: false },
+  { scalar: "global_grad_norm", logarithmic: true },
 ];
 
-const SETTLE_MS = 60; // the maps' tiles arrive one after the other
-
-/** @typedef {{run: api.RunDetail, map: LayerMap, source: TileSource}} Side */
-
-/** @param {HTMLElement} main @param {string[]} ids @param {import("../data/live.js").Live} live */
-export async function compareView(main, ids, live) {
-  document.title = "Compare · gradwatch";
-  const runs = await Promise.all(ids.map((id) => api.run(id)));
-  const end = Math.max(...runs.map((run) => (run.last_step ?? 0) + 1));
-  const view = new View(looking(end));
-  const key = legend();
-  const curves = CURVES.map((curve) => ({
-    ...curve,
-    chart: new Chart(view, curve.title, { log: curve.log, height: 170 }),
-  }));
-  /** @type {Side[]} */
-  const sides = runs.map((run) => {
-    const map = new LayerMap(view, 170);
-    return {
-      run,
-      map,
-      source: new TileSource(
-        run.id,
-        view,
-        run.parameters.length,
-        () => (map.box.clientWidth || main.clientWidth / 2) * (window.devicePixelRatio || 1),
-      ),
-    };
-  });
-  const paint = () => {
-    const scales = sides.filter(({ source }) => source.tile?.steps.length).map(({ source }) => source.scale);
-    if (!scales.length) return;
-    const scale = { low: Math.min(...scales.map(({ low }) => low)), high: Math.max(...scales.map(({ high }) => high)) };
-    key.show(scale);
-    for (const { map, source } of sides) if (source.tile) map.show(source.tile, scale);
-    main.dataset.drawn = String(sides.filter(({ source }) => source.tile).length);
-  };
-  const asking = { now: new AbortController(), due: 0 };
-  const loadCurves = async () => {
-    asking.now.abort();
-    asking.now = new AbortController();
-    const { signal } = asking.now;
-    const { from, to } = sides[0].source.covered;
-    for (const { chart, scalar, log } of curves) {
-      const query = { statistic: scalar, from_step: from, to_step: to, points: CURVE_POINTS };
-      const series = await Promise.all(runs.map((run) => api.series(run.id, query, signal)));
-      chart.scale(log || wide(series));
-      chart.show(runs.map((run, index) => ({ label: run.name, colour: COLOURS[index], series: series[index] })));
-    }
-  };
-  for (const { source } of sides)
-    source.addEventListener("tile", () => {
-      paint();
-      clearTimeout(asking.due);
-      asking.due = window.setTimeout(() => loadCurves().catch(() => undefined), SETTLE_MS);
-    });
-  const stopAddress = keepAddress(view);
-
-  fill(
-    main,
-    el(
-      "div",
-      { class: "head" },
-      el(
-        "div",
-        null,
-        el("p", { class: "soft crumb" }, el("a", { href: "/" }, "Runs"), " / compare"),
-        el("h1", null, `${runs.length} runs`),
-      ),
-    ),
-    el(
-      "section",
-      { class: "card stage" },
-      controls(view),
-      curves.map(({ chart }) => chart.box),
-      el("div", { class: "under" }, key.element),
-    ),
-    el(
-      "div",
-      { class: "sides" },
-      sides.map(({ run, map }, index) =>
-        el(
-          "section",
-          { class: "card stage" },
-          el(
-            "h2",
-            { class: "side-name" },
-            el("i", { class: `dot ${COLOURS[index]}` }),
-            el("a", { href: `/runs/${run.id}` }, run.name),
-            stateSign(run),
-          ),
-          map.box,
-        ),
-      ),
-    ),
-  );
-  await Promise.all(sides.map(({ source }) => source.load()));
-  const stops = sides.map((side) =>
-    following(live, side.run.id, async () => {
-      const renewed = await api.run(side.run.id);
-      view.grow((renewed.last_step ?? 0) + 1);
-      await side.source.renew();
-    }),
-  );
+/** @param {HTMLElement} main @param {import("../data/navigation.js").PageContext} context */
+export async function open(main, { changes }) {
+  const ids = (current().query.get("compare") ?? "").split(",").filter(Boolean).slice(0, MOST_RUNS);
+  const comparison = new Comparison(main, await Promise.all(ids.map(api.run)));
+  const stopPermalink = keepPermalink(comparison.viewport);
+  fill(main, comparison.header(), comparison.stage(), comparison.maps());
+  await Promise.all(comparison.sides.map(({ source }) => source.load()));
+  const stops = comparison.sides.map((side) => reloadOnRunChanges(changes, side.run.id, () => comparison.renew(side)));
   return {
     close() {
       for (const stop of stops) stop();
-      stopAddress();
-      clearTimeout(asking.due);
-      asking.now.abort();
-      for (const { source } of sides) source.close();
-      for (const { chart } of curves) chart.close();
-      delete main.dataset.drawn;
+      stopPermalink();
+      comparison.close();
     },
   };
 }
 
-/** The runs that the address asks to compare. @returns {string[]} */
-export function compared() {
-  return (address.here().query.get("compare") ?? "").split(",").filter(Boolean).slice(0, 4);
+class Comparison {
+  /** @param {HTMLElement} main @param {api.RunDetail[]} runs */
+  constructor(main, runs) {
+    this.main = main;
+    this.viewport = new Viewport(readPermalink(Math.max(...runs.map((run) => (run.last_step ?? 0) + 1))));
+    this.legend = legend();
+    this.charts = CURVES.map(({ scalar, logarithmic }) => {
+      const options = { logarithmic, height: CHART_HEIGHT };
+      return { scalar, logarithmic, chart: new LineChart(this.viewport, SCALARS[scalar], options) };
+    });
+    /** @type {Side[]} */
+    this.sides = runs.map((run) => this.side(run));
+    this.request = new AbortController();
+    this.timer = 0;
+  }
+
+  /** @param {api.RunDetail} run @returns {Side} */
+  side(run) {
+    const map = new LayerMap(this.viewport, MAP_HEIGHT);
+    const width = () => (map.box.clientWidth || this.main.clientWidth / 2) * (window.devicePixelRatio || 1);
+    const source = new TileSource(run.id, this.viewport, run.parameters.length, width);
+    source.addEventListener("tile", () => {
+      this.drawMaps();
+      clearTimeout(this.timer);
+      this.timer = window.setTimeout(() => this.loadCurves().catch(() => undefined), SETTLE_MS);
+    });
+    return { run, map, source };
+  }
+
+  /** Draw all maps in colours that span the values of all of them. */
+  drawMaps() {
+    const spans = this.sides.filter(({ source }) => source.tile?.steps.length).map(({ source }) => source.decades);
+    if (!spans.length) return;
+    const low = Math.min(...spans.map((span) => span.low));
+    const high = Math.max(...spans.map((span) => span.high));
+    this.legend.show({ low, high });
+    const loaded = this.sides.filter(({ source }) => source.tile);
+    for (const { map, source } of loaded) if (source.tile) map.show(source.tile, { low, high });
+    this.main.dataset.drawn = String(loaded.length);
+  }
+
+  /** Load the curves over the steps of the maps' tiles. */
+  async loadCurves() {
+    this.request.abort();
+    this.request = new AbortController();
+    const { signal } = this.request;
+    const { from, to } = this.sides[0].source.covered;
+    for (const { chart, scalar, logarithmic } of this.charts) {
+      const query = { statistic: scalar, from_step: from, to_step: to, points: POINTS };
+      const series = await Promise.all(this.sides.map(({ run }) => api.series(run.id, query, signal)));
+      const lines = this.sides.map(({ run }, index) => ({
+        label: run.name,
+        colour: COLOURS[index],
+        buckets: series[index],
+      }));
+      chart.setLogarithmic(logarithmic || needLogarithm(series));
+      chart.show(lines);
+    }
+  }
+
+  /** Take in the new samples of a run. @param {Side} side */
+  async renew({ run, source }) {
+    const { last_step: last } = await api.run(run.id);
+    this.viewport.extend((last ?? 0) + 1);
+    await source.renew();
+  }
+
+  header() {
+    const path = el("p", { class: "soft crumb" }, el("a", { href: "/" }, "Runs"), " / compare");
+    return el("div", { class: "head" }, el("div", null, path, el("h1", null, `${this.sides.length} runs`)));
+  }
+
+  stage() {
+    const charts = this.charts.map(({ chart }) => chart.box);
+    const under = el("div", { class: "under" }, this.legend.element);
+    return el("section", { class: "card stage" }, toolbar(this.viewport), charts, under);
+  }
+
+  maps() {
+    const maps = this.sides.map(({ run, map }, index) => {
+      const dot = el("i", { class: `dot ${COLOURS[index]}` });
+      const link = el("a", { href: `/runs/${run.id}` }, run.name);
+      return el(
+        "section",
+        { class: "card stage" },
+        el("h2", { class: "side-name" }, dot, link, runState(run)),
+        map.box,
+      );
+    });
+    return el("div", { class: "sides" }, maps);
+  }
+
+  close() {
+    clearTimeout(this.timer);
+    this.request.abort();
+    for (const { source } of this.sides) source.close();
+    for (const { chart } of this.charts) chart.close();
+    delete this.main.dataset.drawn;
+  }
 }

@@ -1,11 +1,12 @@
-// The login: a token is asked for once; the server keeps it in a cookie that no script can read.
+// The login: it asks for a token, which the server keeps in a cookie that no script can read.
 
 import * as api from "../data/api.js";
-import { el, fill } from "../dom/elements.js";
+import { setTitle } from "../data/navigation.js";
+import { button, el, fill } from "../dom/elements.js";
 
-/** @param {HTMLElement} main @param {() => void} done */
-export function loginView(main, done) {
-  document.title = "Log in · gradwatch";
+/** @param {HTMLElement} main @param {() => void} done is called once the token was accepted */
+export function openLogin(main, done) {
+  setTitle("Log in");
   const token = el("input", {
     id: "token",
     type: "password",
@@ -14,53 +15,53 @@ export function loginView(main, done) {
     required: true,
     "aria-describedby": "token-help",
   });
-  const said = el("p", { class: "wrong", role: "alert" });
-  const button = el("button", { class: "action" }, "Log in");
+  const error = el("p", { class: "wrong", role: "alert" });
+  const logIn = el("button", { class: "action" }, "Log in");
   /** @param {Event} event */
-  const submit = async (event) => {
+  const onsubmit = async (event) => {
     event.preventDefault();
-    button.disabled = true;
-    fill(said);
+    logIn.disabled = true;
+    fill(error);
     try {
       await api.logIn(token.value.trim());
       done();
-    } catch (error) {
-      fill(said, error instanceof Error ? error.message : String(error));
-      button.disabled = false;
+    } catch (refusal) {
+      fill(error, refusal instanceof Error ? refusal.message : String(refusal));
+      logIn.disabled = false;
       token.select();
     }
   };
-  const form = el(
-    "form",
-    { class: "card pad login", onsubmit: submit },
-    el("h1", null, "Log in"),
-    el("label", { for: "token" }, "Token"),
-    token,
-    button,
-    said,
-    el(
-      "p",
-      { class: "soft", id: "token-help" },
-      "A token with scope read shows everything; one with scope admin may also silence, acknowledge and send again. ",
-      el("code", null, "gradwatch token create --scope admin"),
-      " makes one.",
-    ),
+  const help = el(
+    "p",
+    { class: "soft", id: "token-help" },
+    "A token with scope read shows everything; one with scope admin can also silence, acknowledge and send again. ",
+    "Make one with ",
+    el("code", null, "gradwatch token create --scope admin"),
+    ".",
   );
-  fill(main, form);
+  const label = el("label", { for: "token" }, "Token");
+  fill(
+    main,
+    el("form", { class: "card pad login", onsubmit }, el("h1", null, "Log in"), label, token, logIn, error, help),
+  );
   token.focus();
 }
 
-/** The button that forgets the token, where there is one. @param {HTMLElement} holder */
-export function logOutButton(holder) {
+/**
+ * Show the scope of the token and the button to log out; nothing if the server needs no token.
+ * @param {HTMLElement} holder
+ */
+export function showSession(holder) {
   const { login, scope, project } = api.session;
-  const leave = async () => {
+  if (!login || !scope) {
+    fill(holder);
+    return;
+  }
+  const logOut = async () => {
     await api.logOut();
     location.assign("/");
   };
-  const may = `${scope === "admin" ? "admin" : "read only"}${project === null ? "" : `, project ${project}`}`;
-  fill(
-    holder,
-    login && scope && el("span", { class: "soft" }, may),
-    login && scope && el("button", { type: "button", onclick: leave }, "Log out"),
-  );
+  const allowed = scope === "admin" ? "admin" : "read only";
+  const text = project === null ? allowed : `${allowed}, project ${project}`;
+  fill(holder, el("span", { class: "soft" }, text), button("Log out", logOut));
 }

@@ -1,215 +1,204 @@
-// One run: its map, and everything that hangs on the same steps.
+// The page of one run: its layer x step map and everything else over the same steps.
 
-import { Advice } from "../controls/advice.js";
-import { alertPanel } from "../controls/alert-panel.js";
-import { item, sorted } from "./alerts.js";
-import * as api from "../data/api.js";
-import { controls } from "../controls/toolbar.js";
-import { el, fill } from "../dom/elements.js";
-import { ago, count, many, moment } from "../data/format.js";
-import { legend } from "../charts/map/legend.js";
-import { keepAddress, looking } from "../data/permalink.js";
 import { LayerMap } from "../charts/map/layer-map.js";
-import { Parameters } from "../controls/parameters.js";
+import { legend } from "../charts/map/legend.js";
 import { Profile } from "../charts/map/profile.js";
 import { readout } from "../charts/map/readout.js";
-import { stateSign } from "./runs.js";
-import { TileSource } from "../data/source.js";
 import { Strips } from "../charts/strips.js";
 import { Trace } from "../charts/trace.js";
-import { valuesTable } from "../controls/chart-table.js";
-import { View } from "../data/viewport.js";
+import { Advice } from "../controls/advice.js";
+import { alertEntry } from "../controls/alert-list.js";
+import { AlertPanel } from "../controls/alert-panel.js";
+import { chartTable } from "../controls/chart-table.js";
+import { ParameterTable } from "../controls/parameters.js";
+import { runState } from "../controls/run-state.js";
+import { toolbar } from "../controls/toolbar.js";
+import { sortAlerts } from "../data/alerts.js";
+import * as api from "../data/api.js";
+import { ago, count, countEach, countOf, moment } from "../data/format.js";
+import { reloadOnRunChanges } from "../data/live.js";
+import { setTitle } from "../data/navigation.js";
+import { keepPermalink, readPermalink } from "../data/permalink.js";
+import { TileSource } from "../data/source.js";
+import { Viewport } from "../data/viewport.js";
+import { descriptions, el, fill } from "../dom/elements.js";
 
-const REST_MS = 300;
-const TABLE_MS = 100; // the map is drawn first
-const TOLD_ELSEWHERE = new Set(["skipped_step", "nonfinite_module"]); // as a scalar, and in its alert
+const PARAMETERS_MS = 100; // the map is drawn before the table of parameters
+const [FEWEST_POINTS, MOST_POINTS] = [200, 1500];
+/** Kinds of events that are shown elsewhere: as a scalar, and in their alert. */
+const SHOWN_ELSEWHERE = new Set(["skipped_step", "nonfinite_module"]);
 
-/** @param {HTMLElement} main @param {string} runId @param {import("../data/live.js").Live} live */
-export async function runView(main, runId, live) {
-  let run = await api.run(runId);
-  /** @type {api.Alert[]} */
-  let alerts = [];
-  const view = new View(looking((run.last_step ?? 0) + 1));
-  const map = new LayerMap(view);
-  const source = new TileSource(
-    runId,
-    view,
-    run.parameters.length,
-    () => (map.box.clientWidth || main.clientWidth) * (window.devicePixelRatio || 1),
-  );
-  const profile = new Profile(
-    map,
-    new Set(run.parameters.filter(({ shape }) => shape.length > 1).map(({ name }) => name)),
-  );
-  const parameters = new Parameters(view, run.parameters);
-  const parts = {
-    key: legend(),
-    values: readout(),
-    strips: new Strips(runId, view),
-    trace: new Trace(runId, view, run.parameters),
-    advice: new Advice(runId, view),
-    panel: alertPanel(
-      view,
-      () => run,
-      () => loadAlerts(),
-    ),
-    table: valuesTable(view),
+/** @param {HTMLElement} main @param {import("../data/navigation.js").PageContext} context */
+export async function open(main, { changes, names: { run: runId } }) {
+  const page = new RunPage(main, await api.run(runId));
+  const stopPermalink = keepPermalink(page.viewport);
+  page.draw();
+  await Promise.all([page.source.load(), page.loadAlerts()]);
+  const stopReloading = reloadOnRunChanges(changes, runId, () => page.renew());
+  return {
+    close() {
+      stopReloading();
+      stopPermalink();
+      page.close();
+    },
+    queryChanged: () => page.viewport.set(readPermalink(page.viewport.state.end)),
   };
-  const header = el("div", { class: "head" });
-  const told = el("div");
-  const list = el("ul", { class: "alerts" });
-  let row = -1;
-  let tableDue = 0;
-  /** @type {Promise<unknown>} */
-  let charts = Promise.resolve();
+}
 
-  const say = () =>
-    parts.values.show(
-      source.tile,
-      view.now.step,
-      row >= 0 ? row : (source.tile?.parameters.indexOf(view.now.parameter ?? "") ?? -1),
+class RunPage {
+  /** @param {HTMLElement} main @param {api.RunDetail} run */
+  constructor(main, run) {
+    this.main = main;
+    this.run = run;
+    /** @type {api.Alert[]} */
+    this.alerts = [];
+    this.hoveredRow = -1;
+    this.timer = 0;
+    /** The latest loading of the charts. @type {Promise<unknown>} */
+    this.charts = Promise.resolve();
+
+    this.viewport = new Viewport(readPermalink((run.last_step ?? 0) + 1));
+    this.map = new LayerMap(this.viewport);
+    const width = () => (this.map.box.clientWidth || main.clientWidth) * (window.devicePixelRatio || 1);
+    this.source = new TileSource(run.id, this.viewport, run.parameters.length, width);
+    const matrices = run.parameters.filter(({ shape }) => shape.length > 1).map(({ name }) => name);
+    this.profile = new Profile(this.map, new Set(matrices));
+    this.legend = legend();
+    this.readout = readout();
+    this.trace = new Trace(run.id, this.viewport, run.parameters);
+    this.strips = new Strips(run.id, this.viewport);
+    this.chartTable = chartTable(this.viewport);
+    this.advice = new Advice(run.id, this.viewport);
+    this.parameters = new ParameterTable(this.viewport, run.parameters);
+    this.panel = new AlertPanel(
+      this.viewport,
+      () => this.run,
+      () => this.loadAlerts(),
     );
-  map.hovered = (hovered) => {
-    row = hovered;
-    say();
-  };
-  const showAlerts = () => {
-    fill(
-      list,
-      alerts.length
-        ? alerts.map((alert) => item(alert, undefined, alert.id === view.now.alert))
-        : el("li", { class: "soft" }, "No alert in this run."),
-    );
-    parts.panel.show(alerts.find((alert) => alert.id === view.now.alert));
-  };
-  const loadAlerts = async () => {
-    alerts = sorted(await api.alerts({ run: runId }));
-    map.mark(alerts);
-    parts.trace.mark(alerts);
-    showAlerts();
-  };
-  source.addEventListener("tile", () => {
-    if (!source.tile) return;
-    map.show(source.tile, source.scale);
-    parts.key.show(source.scale);
-    profile.draw();
-    clearTimeout(tableDue);
-    tableDue = window.setTimeout(() => source.tile && parameters.show(source.tile), TABLE_MS);
-    say();
-    main.dataset.drawn = `${source.tile.statistic} ${source.covered.from} ${source.covered.to}`;
-    const points = Math.min(1500, Math.max(200, source.tile.steps.length));
-    charts = Promise.allSettled([
-      parts.strips.load(run.scalars, source.covered, points),
-      parts.trace.load(source.covered, points),
-      parts.advice.load(source.covered),
-    ]);
-  });
-  parts.strips.box.addEventListener("shown", () => parts.table.show(parts.strips.shown));
-  view.subscribe((now, before) => {
-    say();
-    if (now.alert !== before.alert) showAlerts();
-  });
-  const stopAddress = keepAddress(view);
+    this.header = el("div", { class: "head" });
+    this.agentEvents = el("div");
+    this.alertList = el("ul", { class: "alerts" });
+    this.listen();
+  }
 
-  const title = () => {
-    document.title = `${run.name} · gradwatch`;
-    fill(header, heading(run));
-    fill(told, fromAgent(run));
-  };
-  title();
-  fill(
-    main,
-    header,
-    told,
-    parts.panel.box,
-    el(
+  listen() {
+    this.map.hovered = (row) => {
+      this.hoveredRow = row;
+      this.showReadout();
+    };
+    this.source.addEventListener("tile", () => this.showTile());
+    this.strips.box.addEventListener("shown", () => this.chartTable.show(this.strips.shown));
+    this.viewport.subscribe((state, before) => {
+      this.showReadout();
+      if (state.alert !== before.alert) this.showAlerts();
+    });
+  }
+
+  /** Put everything on the page. */
+  draw() {
+    this.drawHeader();
+    const side = { class: "side", "aria-label": "Depth profile, alerts, advice" };
+    const alerts = el("section", { class: "side-part" }, el("h2", null, "Alerts"), this.alertList);
+    const stage = el(
       "section",
       { class: "card stage", "aria-label": "Layer by step map" },
-      controls(view),
+      toolbar(this.viewport),
       el(
         "div",
         { class: "stage-body" },
         el(
           "div",
           null,
-          map.box,
-          el("div", { class: "under" }, parts.key.element, parts.values.element),
-          parts.trace.box,
-          parts.strips.box,
-          parts.advice.chart.box,
+          this.map.box,
+          el("div", { class: "under" }, this.legend.element, this.readout.element),
+          this.trace.box,
+          this.strips.box,
+          this.advice.chart.box,
         ),
-        el(
-          "aside",
-          { class: "side", "aria-label": "Depth profile, alerts, advice" },
-          profile.box,
-          el("section", { class: "side-part" }, el("h2", null, "Alerts"), list),
-          parts.advice.box,
-        ),
+        el("aside", side, this.profile.box, alerts, this.advice.box),
       ),
-    ),
-    el("section", { class: "card pad" }, el("h2", null, "Parameters"), parameters.box, parts.table.box),
-    about(run),
-  );
-  await Promise.all([source.load(), loadAlerts()]);
+    );
+    const title = el("h2", null, "Parameters");
+    const parameters = el("section", { class: "card pad" }, title, this.parameters.box, this.chartTable.box);
+    fill(this.main, this.header, this.agentEvents, this.panel.box, stage, parameters, about(this.run));
+  }
 
-  const stopLive = following(live, runId, async () => {
-    run = await api.run(runId);
-    title();
-    view.grow((run.last_step ?? 0) + 1);
-    await source.renew();
-    await Promise.all([charts, loadAlerts()]);
-  });
-  return {
-    close() {
-      stopLive();
-      stopAddress();
-      clearTimeout(tableDue);
-      parts.panel.show(undefined);
-      source.close();
-      parts.strips.close();
-      parts.trace.close();
-      parts.advice.close();
-      delete main.dataset.drawn;
-    },
-    arrive: () => view.set(looking(view.now.end)),
-  };
-}
+  drawHeader() {
+    setTitle(this.run.name);
+    fill(this.header, heading(this.run));
+    fill(this.agentEvents, agentEvents(this.run));
+  }
 
-/**
- * Load again whenever this run changes: one load at a time, and no more than half of the time.
- * @param {import("../data/live.js").Live} live @param {string} runId @param {() => Promise<void>} renew
- */
-export function following(live, runId, renew) {
-  let [busy, again] = [false, false];
-  const work = async () => {
-    again = true;
-    if (busy) return;
-    busy = true;
-    while (again) {
-      again = false;
-      const started = performance.now();
-      await renew().catch(() => undefined);
-      const spent = performance.now() - started;
-      await new Promise((resolve) => setTimeout(resolve, Math.max(REST_MS, spent)));
-    }
-    busy = false;
-  };
-  /** @param {Event} event */
-  const changed = (event) => {
-    const changes = /** @type {CustomEvent<{id: string}[]>} */ (event).detail;
-    if (changes.some((change) => change.id === runId)) work();
-  };
-  live.addEventListener("runs", changed);
-  live.addEventListener("again", work);
-  return () => {
-    live.removeEventListener("runs", changed);
-    live.removeEventListener("again", work);
-  };
+  /** Show the cell under the pointer or, elsewhere, that of the chosen parameter. */
+  showReadout() {
+    const { step, parameter } = this.viewport.state;
+    const { tile } = this.source;
+    const chosen = tile?.parameters.indexOf(parameter ?? "") ?? -1;
+    this.readout.show(tile, step, this.hoveredRow >= 0 ? this.hoveredRow : chosen);
+  }
+
+  /** Show a new tile: first the map, then the parts that take longer. */
+  showTile() {
+    const { tile, decades, covered } = this.source;
+    if (!tile) return;
+    // 1. Draw the map and the parts that need only the tile.
+    this.map.show(tile, decades);
+    this.legend.show(decades);
+    this.profile.draw();
+    clearTimeout(this.timer);
+    this.timer = window.setTimeout(() => this.source.tile && this.parameters.show(this.source.tile), PARAMETERS_MS);
+    this.showReadout();
+    this.main.dataset.drawn = `${tile.statistic} ${covered.from} ${covered.to}`;
+    // 2. Load the charts for the same steps.
+    const points = Math.min(MOST_POINTS, Math.max(FEWEST_POINTS, tile.steps.length));
+    this.charts = Promise.allSettled([
+      this.strips.load(this.run.scalars, covered, points),
+      this.trace.load(covered, points),
+      this.advice.load(covered),
+    ]);
+  }
+
+  async loadAlerts() {
+    this.alerts = sortAlerts(await api.alerts({ run: this.run.id }));
+    this.map.setAlerts(this.alerts);
+    this.trace.setAlerts(this.alerts);
+    this.showAlerts();
+  }
+
+  showAlerts() {
+    const open = this.viewport.state.alert;
+    fill(
+      this.alertList,
+      this.alerts.length
+        ? this.alerts.map((alert) => alertEntry(alert, undefined, alert.id === open))
+        : el("li", { class: "soft" }, "No alert in this run."),
+    );
+    this.panel.show(this.alerts.find(({ id }) => id === open));
+  }
+
+  /** Load the run again and show its new samples. */
+  async renew() {
+    this.run = await api.run(this.run.id);
+    this.drawHeader();
+    this.viewport.extend((this.run.last_step ?? 0) + 1);
+    await this.source.renew();
+    await Promise.all([this.charts, this.loadAlerts()]);
+  }
+
+  close() {
+    clearTimeout(this.timer);
+    this.panel.close();
+    this.source.close();
+    this.strips.close();
+    this.trace.close();
+    this.advice.close();
+    delete this.main.dataset.drawn;
+  }
 }
 
 /** @param {api.RunDetail} run */
 function heading(run) {
-  const lost = Object.entries(run.dropped).filter(([, value]) => value > 0);
+  const dropped = countEach(run.dropped);
   return [
     el(
       "div",
@@ -220,57 +209,41 @@ function heading(run) {
     el(
       "p",
       { class: "facts" },
-      stateSign(run),
+      runState(run),
       el("span", null, "step ", el("b", null, count(run.last_step))),
-      el("span", null, many(run.parameters.length, "parameter")),
+      el("span", null, countOf(run.parameters.length, "parameter")),
       el("span", { title: moment(run.last_seen_at) }, "seen ", ago(run.last_seen_at)),
-      lost.length > 0 &&
-        el(
-          "span",
-          { class: "chip warning" },
-          `dropped: ${lost.map(([name, value]) => `${count(value)} ${name}`).join(", ")}`,
-        ),
+      dropped && el("span", { class: "chip warning" }, `dropped: ${dropped}`),
     ),
   ];
 }
 
-/** What the agent has told that keeps it from measuring. @param {api.RunDetail} run */
-function fromAgent(run) {
-  const events = run.events.filter(({ kind }) => !TOLD_ELSEWHERE.has(kind));
+/** Make the section with events that keep the agent from measuring. @param {api.RunDetail} run */
+function agentEvents(run) {
+  const events = run.events.filter(({ kind }) => !SHOWN_ELSEWHERE.has(kind));
   if (!events.length) return [];
-  return [
-    el(
-      "section",
-      { class: "card pad", "aria-label": "From the agent" },
-      el("h2", null, "From the agent"),
-      el(
-        "dl",
-        { class: "evidence" },
-        events.flatMap(({ kind, step, at, message }) => [
-          el("dt", { title: moment(at) }, `${kind}, step ${count(step)}`),
-          el("dd", null, message),
-        ]),
-      ),
-    ),
-  ];
+  const title = "From the agent";
+  const entries = events.flatMap(({ kind, step, at, message }) => [
+    el("dt", { title: moment(at) }, `${kind}, step ${count(step)}`),
+    el("dd", null, message),
+  ]);
+  const list = el("dl", { class: "evidence" }, entries);
+  return [el("section", { class: "card pad", "aria-label": title }, el("h2", null, title), list)];
 }
 
-/** What the agent said about itself. @param {api.RunDetail} run */
+/** Make the section with the attributes that the agent registered. @param {api.RunDetail} run */
 function about(run) {
-  const listed = [
+  /** @type {[string, string][]} */
+  const facts = [
     ["id", run.id],
     ["started", moment(run.started_at)],
-    ...(run.finished_at === null ? [] : [["finished", moment(run.finished_at)]]),
-    ...Object.entries(run.attributes),
   ];
+  if (run.finished_at !== null) facts.push(["finished", moment(run.finished_at)]);
+  facts.push(...Object.entries(run.attributes));
   return el(
     "details",
     { class: "card pad about" },
     el("summary", null, "About this run"),
-    el(
-      "dl",
-      { class: "evidence" },
-      listed.flatMap(([name, value]) => [el("dt", null, name), el("dd", { class: "mono" }, value)]),
-    ),
+    descriptions("evidence", facts, "mono"),
   );
 }

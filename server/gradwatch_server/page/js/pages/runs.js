@@ -1,213 +1,178 @@
-// The runs: a live table, filtered and searched, up to four of them to compare.
+// The list of runs, updated live, with a search, filters, and a choice of up to four runs to compare.
 
-import * as address from "../data/navigation.js";
+import { LossSparklines } from "../charts/sparkline.js";
+import { runState } from "../controls/run-state.js";
 import * as api from "../data/api.js";
-import { el, fill } from "../dom/elements.js";
 import { ago, count, measured, moment } from "../data/format.js";
-import { drop, Sparks } from "../charts/sparkline.js";
+import { reloadOnChanges } from "../data/live.js";
+import { current, go, setQuery } from "../data/navigation.js";
+import { el, fill, select, tableHead } from "../dom/elements.js";
 
 /** @typedef {import("../data/api.js").Run} Run */
 
 const MOST_COMPARED = 4;
-const COLUMNS = ["", "Run", "Project", "State", "Step", "Loss", "Worst rule", "Last seen"];
+const COLUMNS = ["Run", "Project", "State", "Step", "Loss", "Worst rule", "Last seen"];
+const STATES = ["running", "stalled", "finished"];
 
-/** @param {HTMLElement} main @param {import("../data/live.js").Live} live */
-export async function runsView(main, live) {
-  document.title = "Runs · gradwatch";
-  const { query } = address.here();
-  /** @type {Run[]} */
-  let runs = [];
-  const chosen = new Set();
-  const sparks = new Sparks();
-  const search = el("input", {
-    type: "search",
-    placeholder: "Search runs",
-    "aria-label": "Search runs",
-    value: query.get("q") ?? "",
-  });
-  const state = select("State", ["", "running", "stalled", "finished"], query.get("state") ?? "");
-  const project = select("Project", [""], "");
-  const compare = el(
-    "button",
-    { class: "action", disabled: true, onclick: () => address.go(`/?compare=${[...chosen].join(",")}`) },
-    "Compare",
-  );
-  const rows = el("tbody");
-  const head = el(
-    "tr",
-    null,
-    COLUMNS.map((name) => el("th", { scope: "col" }, name || el("span", { class: "hidden-text" }, "Compare"))),
-  );
-  const table = el(
-    "table",
-    { class: "runs" },
-    el("caption", { class: "hidden-text" }, "Runs, the one seen last first"),
-    el("thead", null, head),
-    rows,
-  );
-  const none = el("div", { class: "empty", hidden: true });
-  /** @type {Map<string, HTMLTableRowElement>} */
-  const made = new Map();
-
-  const list = () => {
-    const wanted = runs.filter((run) => matches(run, search.value, state.value, project.value));
-    const current = new Set(wanted.map((run) => run.id));
-    for (const [id, row] of made) if (!current.has(id)) drop(made, id, row);
-    wanted.forEach((run, index) => {
-      const row = made.get(run.id) ?? begun(run, sparks, toggle);
-      made.set(run.id, row);
-      renew(row, run, sparks);
-      if (rows.children[index] !== row) rows.insertBefore(row, rows.children[index] ?? null);
-    });
-    choose();
-    table.hidden = wanted.length === 0;
-    none.hidden = wanted.length > 0;
-    fill(none, runs.length ? "No run matches." : welcome());
-    address.note({ q: search.value || null, state: state.value || null, project: project.value || null });
-  };
-  /** @param {string} id @param {boolean} on */
-  const toggle = (id, on) => {
-    if (on) chosen.add(id);
-    else chosen.delete(id);
-    choose();
-  };
-  const choose = () => {
-    compare.disabled = chosen.size < 2;
-    for (const [id, row] of made) {
-      const box = /** @type {HTMLInputElement} */ (row.querySelector("input"));
-      box.checked = chosen.has(id);
-      box.disabled = chosen.size >= MOST_COMPARED && !box.checked;
-    }
-  };
-  const load = async () => {
-    runs = await api.runs();
-    const names = [...new Set(runs.map((run) => run.project))].sort();
-    const kept = project.value || (query.get("project") ?? "");
-    if (
-      names.join("\n") !==
-      [...project.options]
-        .slice(1)
-        .map((option) => option.value)
-        .join("\n")
-    ) {
-      fill(
-        project,
-        el("option", { value: "" }, "All projects"),
-        names.map((name) => el("option", { value: name }, name)),
-      );
-      project.value = names.includes(kept) ? kept : "";
-    }
-    list();
-  };
-  for (const control of [search, state, project]) control.addEventListener("input", list);
-
-  await load();
+/** @param {HTMLElement} main @param {import("../data/navigation.js").PageContext} context */
+export async function open(main, { changes }) {
+  const list = new RunList(current().query);
+  await list.load();
   fill(
     main,
-    el(
-      "div",
-      { class: "head" },
-      el("h1", null, "Runs"),
-      el("div", { class: "tools" }, search, project, state, compare),
-    ),
-    el("div", { class: "card scroll" }, table, none),
+    el("div", { class: "head" }, el("h1", null, "Runs"), el("div", { class: "tools" }, list.tools)),
+    el("div", { class: "card scroll" }, list.table, list.empty),
   );
-  return { close: kept(live, load) };
+  return { close: reloadOnChanges(changes, () => list.load()) };
 }
 
-/** Load again when something changes, at most once a second. @param {import("../data/live.js").Live} live @param {() => Promise<void>} load */
-export function kept(live, load) {
-  let due = 0;
-  const soon = () => {
-    due ||= window.setTimeout(
-      () =>
-        load()
-          .catch(() => undefined)
-          .finally(() => (due = 0)),
-      700,
-    );
-  };
-  live.addEventListener("runs", soon);
-  live.addEventListener("again", soon);
-  const clock = setInterval(soon, 15_000);
-  return () => {
-    live.removeEventListener("runs", soon);
-    live.removeEventListener("again", soon);
-    clearInterval(clock);
-    clearTimeout(due);
-  };
-}
+class RunList {
+  /** @param {URLSearchParams} query */
+  constructor(query) {
+    this.query = query;
+    /** @type {Run[]} */
+    this.runs = [];
+    /** Ids of the runs to compare. @type {Set<string>} */
+    this.chosen = new Set();
+    /** By the run's id. @type {Map<string, HTMLTableRowElement>} */
+    this.rows = new Map();
+    this.sparklines = new LossSparklines();
 
-/** @param {string} label @param {string[]} values @param {string} value */
-function select(label, values, value) {
-  const made = el(
-    "select",
-    { "aria-label": label },
-    values.map((each) => el("option", { value: each }, each || `All ${label.toLowerCase()}s`)),
-  );
-  made.value = value;
-  return made;
-}
+    const label = "Search runs";
+    this.search = el("input", { type: "search", placeholder: label, "aria-label": label, value: query.get("q") ?? "" });
+    this.project = filter("Project", []);
+    this.state = filter("State", STATES);
+    this.state.value = query.get("state") ?? "";
+    const compare = () => go(`/?compare=${[...this.chosen].join(",")}`);
+    this.compare = el("button", { class: "action", disabled: true, onclick: compare }, "Compare");
+    this.tools = [this.search, this.project, this.state, this.compare];
+    for (const control of [this.search, this.project, this.state]) control.addEventListener("input", () => this.draw());
 
-/** @param {Run} run @param {string} search @param {string} state @param {string} project */
-function matches(run, search, state, project) {
-  const text = `${run.project} ${run.name} ${run.id}`.toLowerCase();
-  if (state && run.state !== state) return false;
-  return (
-    (!project || run.project === project) &&
-    search
+    this.body = el("tbody");
+    const head = tableHead([el("span", { class: "hidden-text" }, "Compare"), ...COLUMNS]);
+    const caption = el("caption", { class: "hidden-text" }, "Runs, the one seen last first");
+    this.table = el("table", { class: "runs" }, caption, head, this.body);
+    this.empty = el("div", { class: "empty", hidden: true });
+  }
+
+  async load() {
+    this.runs = await api.runs();
+    this.listProjects();
+    this.draw();
+  }
+
+  /** Offer the projects of all runs and keep the one that is chosen, at first that of the address. */
+  listProjects() {
+    const names = [...new Set(this.runs.map(({ project }) => project))].sort();
+    const offered = [...this.project.options].slice(1).map(({ value }) => value);
+    if (names.join("\n") === offered.join("\n")) return;
+    const chosen = this.project.value || (this.query.get("project") ?? "");
+    fill(this.project, ...filter("Project", names).options);
+    this.project.value = names.includes(chosen) ? chosen : "";
+  }
+
+  /** Draw the runs that match the filters; rows that stay are kept. */
+  draw() {
+    const wanted = this.runs.filter((run) => this.matches(run));
+    const ids = new Set(wanted.map(({ id }) => id));
+    for (const [id, row] of this.rows) {
+      if (ids.has(id)) continue;
+      row.remove();
+      this.rows.delete(id);
+    }
+    wanted.forEach((run, index) => {
+      const row = this.row(run);
+      this.update(row, run);
+      if (this.body.children[index] !== row) this.body.insertBefore(row, this.body.children[index] ?? null);
+    });
+    this.updateChoice();
+    this.table.hidden = wanted.length === 0;
+    this.empty.hidden = wanted.length > 0;
+    fill(this.empty, this.runs.length ? "No run matches." : welcome());
+    setQuery({ q: this.search.value, state: this.state.value, project: this.project.value });
+  }
+
+  /** @param {Run} run */
+  matches({ id, project, name, state }) {
+    if (this.state.value && state !== this.state.value) return false;
+    if (this.project.value && project !== this.project.value) return false;
+    const text = `${project} ${name} ${id}`.toLowerCase();
+    return this.search.value
       .toLowerCase()
       .split(/\s+/)
-      .every((word) => text.includes(word))
-  );
+      .every((word) => text.includes(word));
+  }
+
+  /** Return the row of a run; it is made when it is first needed. @param {Run} run */
+  row({ id, name }) {
+    const existing = this.rows.get(id);
+    if (existing) return existing;
+    const box = el("input", {
+      type: "checkbox",
+      "aria-label": `Compare ${name}`,
+      oninput: () => this.choose(id, box.checked),
+    });
+    const row = el(
+      "tr",
+      { "data-run": id },
+      el("td", { class: "choose" }, box),
+      el("th", { scope: "row" }, el("a", { href: `/runs/${id}` })),
+    );
+    for (const column of COLUMNS.slice(1)) row.append(el("td", { "data-label": column }));
+    this.sparklines.observe(row);
+    this.rows.set(id, row);
+    return row;
+  }
+
+  /** @param {HTMLTableRowElement} row @param {Run} run */
+  update(row, run) {
+    const [, name, project, state, step, loss, rule, seen] = row.cells;
+    /** @type {HTMLElement} */ (name.firstElementChild).textContent = run.name;
+    project.textContent = run.project;
+    fill(state, runState(run));
+    step.textContent = count(run.last_step);
+    if (!loss.firstChild) loss.append(this.sparklines.canvas(run.id), el("span", { class: "value" }));
+    /** @type {HTMLElement} */ (loss.lastElementChild).textContent =
+      "loss" in run.scalars ? measured(run.scalars.loss) : "–";
+    const worst = run.worst_rule;
+    fill(
+      rule,
+      worst ? el("span", { class: `chip ${run.worst_severity}` }, worst) : el("span", { class: "soft" }, "none"),
+    );
+    seen.textContent = ago(run.last_seen_at);
+    seen.title = moment(run.last_seen_at);
+    this.sparklines.update(run.id, run.last_step);
+  }
+
+  /** @param {string} id @param {boolean} on */
+  choose(id, on) {
+    if (on) this.chosen.add(id);
+    else this.chosen.delete(id);
+    this.updateChoice();
+  }
+
+  /** Check the boxes of the chosen runs; disable the others once there are enough to compare. */
+  updateChoice() {
+    this.compare.disabled = this.chosen.size < 2;
+    for (const [id, row] of this.rows) {
+      const box = /** @type {HTMLInputElement} */ (row.querySelector("input"));
+      box.checked = this.chosen.has(id);
+      box.disabled = this.chosen.size >= MOST_COMPARED && !box.checked;
+    }
+  }
 }
 
-/** @param {Run} run @param {Sparks} sparks @param {(id: string, on: boolean) => void} toggle */
-function begun(run, sparks, toggle) {
-  const box = el("input", {
-    type: "checkbox",
-    "aria-label": `Compare ${run.name}`,
-    oninput: () => toggle(run.id, box.checked),
-  });
-  const row = el(
-    "tr",
-    { "data-run": run.id },
-    el("td", { class: "choose" }, box),
-    el("th", { scope: "row" }, el("a", { href: `/runs/${run.id}` })),
-  );
-  for (const name of COLUMNS.slice(2)) row.append(el("td", { "data-label": name }));
-  sparks.watch(row, run.id);
-  return row;
+/**
+ * Make a menu of the values of a filter; the first entry, "", stands for all.
+ * @param {string} label @param {string[]} values
+ */
+function filter(label, values) {
+  /** @type {[string, string][]} */
+  const options = values.map((value) => [value, value]);
+  return select([["", `All ${label.toLowerCase()}s`], ...options], { "aria-label": label });
 }
 
-/** @param {HTMLTableRowElement} row @param {Run} run @param {Sparks} sparks */
-function renew(row, run, sparks) {
-  const [, name, project, state, step, loss, rule, seen] = row.cells;
-  /** @type {HTMLElement} */ (name.firstElementChild).textContent = run.name;
-  project.textContent = run.project;
-  fill(state, stateSign(run));
-  step.textContent = count(run.last_step);
-  if (!loss.firstChild) loss.append(sparks.canvas(run.id), el("span", { class: "value" }));
-  /** @type {HTMLElement} */ (loss.lastElementChild).textContent =
-    "loss" in run.scalars ? measured(run.scalars.loss) : "–";
-  fill(
-    rule,
-    run.worst_rule
-      ? el("span", { class: `chip ${run.worst_severity}` }, run.worst_rule)
-      : el("span", { class: "soft" }, "none"),
-  );
-  seen.textContent = ago(run.last_seen_at);
-  seen.title = moment(run.last_seen_at);
-  sparks.changed(run.id, run.last_step);
-}
-
-/** @param {Run} run */
-export function stateSign(run) {
-  const text = run.status && run.status !== "completed" ? run.status : run.state;
-  return el("span", { class: `state ${text}` }, text);
-}
-
-/** What to do where nothing has reported yet. */
+/** Make the instructions that are shown until a run has reported. */
 function welcome() {
   const code = `import gradwatch\nagent = gradwatch.attach(model, optimizer, url="${location.origin}")`;
   return el(

@@ -1,22 +1,26 @@
-// What the colours mean.
+// The meaning of the map's colours.
 
-import { STATES, viridis } from "../colours.js";
-import { el, fill, fitted } from "../../dom/elements.js";
 import { power } from "../../data/format.js";
+import { prepareCanvas } from "../../dom/canvas.js";
+import { el, fill } from "../../dom/elements.js";
+import { STATES, viridis } from "../colours.js";
 
 const WIDTH = 180;
+const HEIGHT = 10;
+/** Style class and label of each state that is not a number on the scale. */
+const LABELS = [
+  ["zero", "zero"],
+  ["infinite", "Inf"],
+  ["nan", "NaN (or Inf, zoomed out)"],
+  ["missing", "missing"],
+];
 
-/** @returns {{element: HTMLElement, show: (scale: {low: number, high: number}) => void}} */
+/** @returns {{element: HTMLElement, show: (decades: import("../../data/tile.js").Decades) => void}} */
 export function legend() {
   const bar = el("canvas", { class: "ramp-bar", "aria-hidden": "true" });
   const [low, middle, high] = [el("span"), el("span"), el("span")];
-  const states = [
-    ["zero", "zero"],
-    ["infinite", "Inf"],
-    ["nan", "NaN (or Inf, zoomed out)"],
-    ["missing", "missing"],
-  ].map(([kind, text]) =>
-    el("span", { class: "state-key" }, el("i", { class: `swatch ${kind}`, "aria-hidden": "true" }), text),
+  const states = LABELS.map(([name, text]) =>
+    el("span", { class: "state-key" }, el("i", { class: `swatch ${name}`, "aria-hidden": "true" }), text),
   );
   const element = el(
     "div",
@@ -24,20 +28,21 @@ export function legend() {
     el("div", { class: "ramp" }, bar, el("div", { class: "ends" }, low, middle, high)),
     el("div", { class: "states" }, states),
   );
-  document.documentElement.style.setProperty("--zero", STATES.zero);
-  document.documentElement.style.setProperty("--infinite", STATES.infinite);
-  document.documentElement.style.setProperty("--nan", STATES.notANumber);
+  const { style } = document.documentElement;
+  style.setProperty("--zero", STATES.zero);
+  style.setProperty("--infinite", STATES.infinite);
+  style.setProperty("--nan", STATES.notANumber);
   return {
     element,
-    show(scale) {
-      const context = fitted(bar, WIDTH, 10);
+    show(decades) {
+      const context = prepareCanvas(bar, WIDTH, HEIGHT);
       for (let x = 0; x < WIDTH; x++) {
         context.fillStyle = `rgb(${viridis(x / (WIDTH - 1)).join(" ")})`;
-        context.fillRect(x, 0, 1.5, 10);
+        context.fillRect(x, 0, 1.5, HEIGHT);
       }
-      fill(low, `≤ ${power(scale.low)}`);
-      fill(middle, (scale.high - scale.low) % 2 ? "" : power((scale.low + scale.high) / 2));
-      fill(high, `≥ ${power(scale.high)}`);
+      fill(low, `≤ ${power(decades.low)}`);
+      fill(middle, (decades.high - decades.low) % 2 ? "" : power((decades.low + decades.high) / 2));
+      fill(high, `≥ ${power(decades.high)}`);
     },
   };
 }

@@ -1,24 +1,32 @@
-// The depth profile: one statistic of every parameter at the crosshair, depth downwards beside the map's rows.
+// The depth profile: the value of every parameter at the crosshair, in the rows of the map beside it.
 
-import { AXIS, LANE } from "../axis.js";
-import { STATES } from "../colours.js";
-import { el, fill, fitted, onceAFrame, themed, whenThemed } from "../../dom/elements.js";
 import { count, measured, power } from "../../data/format.js";
-import { nearest } from "../../data/tile.js";
+import { crosshairBucket, MISSING } from "../../data/tile.js";
+import { FONT, oncePerFrame, onThemeChange, prepareCanvas, themeColour } from "../../dom/canvas.js";
+import { el, fill } from "../../dom/elements.js";
+import { ALERT_LANE, AXIS } from "../axis.js";
+import { STATES } from "../colours.js";
 
 /** @typedef {import("../../data/tile.js").Tile} Tile */
+/** @typedef {import("../../data/tile.js").Decades} Decades */
+/**
+ * @typedef {object} Plot where values lie on the canvas, in CSS pixels
+ * @property {number} left @property {number} right @property {number} top @property {number} bottom
+ * @property {(value: number) => number} x @property {(row: number) => number} y
+ */
 
-const BAND_SAMPLES = 50;
+const BAND_BUCKETS = 50;
 const EDGE = 14;
+const FEWEST_POINTS = 3;
 
 /**
- * The attenuation: log10(value) of weight matrices against their order, by least squares.
+ * Fit the attenuation: log10(value) of the weight matrices against their order, by least squares.
  * @param {{order: number, value: number}[]} points
- * @returns {{slope: number, start: number} | null} decades a layer, towards the output; the line's value at order 0
+ * @returns {{slope: number, start: number} | null} slope: decades a layer, towards the output; start: log10 at order 0
  */
-export function attenuation(points) {
+function fitAttenuation(points) {
   const usable = points.filter(({ value }) => value > 0 && Number.isFinite(value));
-  if (usable.length < 3) return null;
+  if (usable.length < FEWEST_POINTS) return null;
   const mean = (/** @type {number[]} */ values) => values.reduce((sum, value) => sum + value, 0) / values.length;
   const orders = usable.map(({ order }) => order);
   const logs = usable.map(({ value }) => Math.log10(value));
@@ -35,125 +43,132 @@ export class Profile {
     this.matrices = matrices;
     this.canvas = el("canvas", { role: "img", "aria-label": "Depth profile" });
     this.title = el("p", { class: "profile-title" });
-    this.fit = el("p", { class: "profile-fit soft" });
-    this.box = el("div", { class: "profile" }, this.title, this.canvas, this.fit);
-    this.draw = onceAFrame(() => this.paint());
-    map.view.subscribe(() => this.draw());
+    this.caption = el("p", { class: "profile-fit soft" });
+    this.box = el("div", { class: "profile" }, this.title, this.canvas, this.caption);
+    this.draw = oncePerFrame(() => this.drawAll());
+    map.viewport.subscribe(() => this.draw());
     map.box.addEventListener("sized", this.draw);
     new ResizeObserver(this.draw).observe(this.box);
-    whenThemed(this.box, this.draw);
+    onThemeChange(this.box, this.draw);
   }
 
-  /** The bucket that is looked at: the crosshair's, else the newest in sight. @param {Tile} tile */
-  bucket(tile) {
-    const { step, to } = this.map.view.now;
-    return nearest(tile, step ?? Math.ceil(to) - 1);
-  }
-
-  paint() {
-    const { tile, scale } = this.map;
+  drawAll() {
+    const { tile, decades } = this.map;
     const [width, height] = [this.canvas.clientWidth, this.map.size.height];
     this.canvas.style.height = `${height}px`;
     if (!tile || !width) return;
-    const context = fitted(this.canvas, width, height);
-    const bucket = this.bucket(tile);
+    const context = prepareCanvas(this.canvas, width, height);
+    const bucket = crosshairBucket(tile, this.map.viewport.state);
     if (bucket < 0) return;
-    const { low, high } = scale;
-    const plot = { top: LANE, bottom: height - AXIS, left: EDGE, right: width - EDGE };
-    /** @param {number} value */
-    const x = (value) =>
-      plot.left + Math.min(Math.max((Math.log10(value) - low) / (high - low), -0.03), 1.03) * (plot.right - plot.left);
-    /** @param {number} row */
-    const y = (row) => plot.top + (row + 0.5) * this.map.rowHeight;
-    this.paintGrid(context, plot, low, high);
-    paintBand(context, tile, bucket, x, y);
-    const line = this.paintFit(context, tile, bucket, x, y);
-    this.paintValues(context, tile, bucket, x, y, plot);
-    this.say(tile, bucket, line);
+    const plot = this.plot(width, height, decades);
+    drawGrid(context, plot, decades);
+    drawBand(context, tile, bucket, plot);
+    const slope = this.drawFit(context, tile, bucket, plot);
+    this.drawValues(context, tile, bucket, plot);
+    this.describe(tile.lastSteps[bucket], slope);
   }
 
-  /** @param {CanvasRenderingContext2D} context @param {{top: number, bottom: number, left: number, right: number}} plot @param {number} low @param {number} high */
-  paintGrid(context, plot, low, high) {
-    context.font = "12px system-ui, sans-serif";
-    context.textAlign = "center";
-    context.textBaseline = "top";
-    const stride = Math.ceil((high - low) / 4);
-    for (let decade = low; decade <= high; decade += stride) {
-      const x = Math.round(plot.left + ((decade - low) / (high - low)) * (plot.right - plot.left)) + 0.5;
-      context.strokeStyle = themed("line");
-      context.beginPath();
-      context.moveTo(x, plot.top);
-      context.lineTo(x, plot.bottom);
-      context.stroke();
-      context.fillStyle = themed("soft");
-      context.fillText(power(decade), x, plot.bottom + 6);
-    }
+  /** @param {number} width @param {number} height @param {Decades} decades @returns {Plot} */
+  plot(width, height, { low, high }) {
+    const [left, right, top] = [EDGE, width - EDGE, ALERT_LANE];
+    return {
+      left,
+      right,
+      top,
+      bottom: height - AXIS,
+      x: (value) => {
+        const share = (Math.log10(value) - low) / (high - low);
+        return left + Math.min(Math.max(share, -0.03), 1.03) * (right - left);
+      },
+      y: (row) => top + (row + 0.5) * this.map.rowHeight,
+    };
   }
 
-  /** @param {CanvasRenderingContext2D} context @param {Tile} tile @param {number} bucket @param {(value: number) => number} x @param {(row: number) => number} y */
-  paintFit(context, tile, bucket, x, y) {
-    const rows = tile.parameters.map((name, row) => ({ name, row })).filter(({ name }) => this.matrices.has(name));
-    const line = attenuation(rows.map(({ row }, order) => ({ order, value: tile.last[bucket * tile.rows + row] })));
-    if (!line) return null;
-    context.strokeStyle = themed("ink");
+  /**
+   * Draw the fitted line and return its slope.
+   * @param {CanvasRenderingContext2D} context @param {Tile} tile @param {number} bucket @param {Plot} plot
+   */
+  drawFit(context, tile, bucket, plot) {
+    const rows = tile.parameters.flatMap((name, row) => (this.matrices.has(name) ? [row] : []));
+    const fit = fitAttenuation(rows.map((row, order) => ({ order, value: tile.last[bucket * tile.rows + row] })));
+    if (!fit) return null;
+    context.strokeStyle = themeColour("ink");
     context.setLineDash([5, 4]);
     context.beginPath();
-    rows.forEach(({ row }, order) => context.lineTo(x(10 ** (line.start + line.slope * order)), y(row)));
+    rows.forEach((row, order) => context.lineTo(plot.x(10 ** (fit.start + fit.slope * order)), plot.y(row)));
     context.stroke();
     context.setLineDash([]);
-    return line;
+    return fit.slope;
   }
 
-  /** @param {CanvasRenderingContext2D} context @param {Tile} tile @param {number} bucket @param {(value: number) => number} x @param {(row: number) => number} y @param {{left: number, right: number}} plot */
-  paintValues(context, tile, bucket, x, y, plot) {
-    const [accent, ink] = [themed("accent"), themed("ink")];
-    const reach = Math.min(3.5, Math.max(1.5, this.map.rowHeight / 3));
+  /**
+   * Draw a dot for every value: weight matrices full, others pale, zero and non-finite ones at the edges.
+   * @param {CanvasRenderingContext2D} context @param {Tile} tile @param {number} bucket @param {Plot} plot
+   */
+  drawValues(context, tile, bucket, plot) {
+    const [accent, ink] = [themeColour("accent"), themeColour("ink")];
+    const radius = Math.min(3.5, Math.max(1.5, this.map.rowHeight / 3));
+    /** @param {number} value @returns {[x: number, colour: string]} */
+    const place = (value) => {
+      if (value === 0) return [plot.left - 6, ink];
+      if (Number.isNaN(value)) return [plot.right + 6, STATES.notANumber];
+      return Number.isFinite(value) ? [plot.x(value), accent] : [plot.right + 6, STATES.infinite];
+    };
     for (let row = 0; row < tile.rows; row++) {
       const value = tile.last[bucket * tile.rows + row];
-      if (value === -1) continue;
-      const sound = value > 0 && Number.isFinite(value);
-      context.fillStyle = sound
-        ? accent
-        : Number.isNaN(value)
-          ? STATES.notANumber
-          : value
-            ? STATES.infinite
-            : ink;
-      context.globalAlpha = sound && !this.matrices.has(tile.parameters[row]) ? 0.4 : 1;
-      const at = sound ? x(value) : value === 0 ? plot.left - 6 : plot.right + 6;
+      if (value === MISSING) continue;
+      const [x, colour] = place(value);
+      context.fillStyle = colour;
+      context.globalAlpha = colour === accent && !this.matrices.has(tile.parameters[row]) ? 0.4 : 1;
       context.beginPath();
-      context.arc(at, y(row), reach, 0, 7);
+      context.arc(x, plot.y(row), radius, 0, 7);
       context.fill();
     }
     context.globalAlpha = 1;
   }
 
-  /** @param {Tile} tile @param {number} bucket @param {{slope: number} | null} line */
-  say(tile, bucket, line) {
-    fill(this.title, el("b", null, "Depth profile"), ` step ${count(tile.lastSteps[bucket])}`);
-    const backwards = line ? 10 ** -line.slope : 1;
-    const text = line ? `×${measured(backwards)} per layer, backwards` : "no line: too few finite weights";
-    this.fit.textContent = text;
-    this.canvas.setAttribute("aria-label", `Depth profile at step ${tile.lastSteps[bucket]}: ${text}`);
+  /** @param {number} step @param {number | null} slope */
+  describe(step, slope) {
+    fill(this.title, el("b", null, "Depth profile"), ` step ${count(step)}`);
+    const text = slope === null ? "no line: too few finite weights" : `×${measured(10 ** -slope)} per layer, backwards`;
+    this.caption.textContent = text;
+    this.canvas.setAttribute("aria-label", `Depth profile at step ${step}: ${text}`);
+  }
+}
+
+/** @param {CanvasRenderingContext2D} context @param {Plot} plot @param {Decades} decades */
+function drawGrid(context, plot, { low, high }) {
+  context.font = FONT;
+  context.textAlign = "center";
+  context.textBaseline = "top";
+  const stride = Math.ceil((high - low) / 4);
+  for (let decade = low; decade <= high; decade += stride) {
+    const x = Math.round(plot.left + ((decade - low) / (high - low)) * (plot.right - plot.left)) + 0.5;
+    context.strokeStyle = themeColour("line");
+    context.beginPath();
+    context.moveTo(x, plot.top);
+    context.lineTo(x, plot.bottom);
+    context.stroke();
+    context.fillStyle = themeColour("soft");
+    context.fillText(power(decade), x, plot.bottom + 6);
   }
 }
 
 /**
- * Where the values were over the last samples up to the crosshair.
- * @param {CanvasRenderingContext2D} context @param {Tile} tile @param {number} bucket
- * @param {(value: number) => number} x @param {(row: number) => number} y
+ * Draw the range of every parameter's values over the latest buckets.
+ * @param {CanvasRenderingContext2D} context @param {Tile} tile @param {number} bucket @param {Plot} plot
  */
-function paintBand(context, tile, bucket, x, y) {
-  const first = Math.max(0, bucket - BAND_SAMPLES + 1);
+function drawBand(context, tile, bucket, { x, y }) {
+  const first = Math.max(0, bucket - BAND_BUCKETS + 1);
   const height = Math.max(1, y(1) - y(0) - 1);
-  context.fillStyle = themed("accent");
+  context.fillStyle = themeColour("accent");
   context.globalAlpha = 0.16;
   for (let row = 0; row < tile.rows; row++) {
     let [low, high] = [Infinity, 0];
     for (let at = first; at <= bucket; at++) {
-      const [least, most] = [tile.min[at * tile.rows + row], tile.max[at * tile.rows + row]];
-      if (least > 0 && least < low) low = least;
-      if (most > high && Number.isFinite(most)) high = most;
+      const [min, max] = [tile.min[at * tile.rows + row], tile.max[at * tile.rows + row]];
+      if (min > 0 && min < low) low = min;
+      if (max > high && Number.isFinite(max)) high = max;
     }
     if (low <= high) context.fillRect(x(low), y(row) - height / 2, Math.max(2, x(high) - x(low)), height);
   }

@@ -1,44 +1,36 @@
-// The values under the crosshair, in words.
+// The step, the parameter and the value under the crosshair, as text.
 
+import { count, measured, stepRange } from "../../data/format.js";
+import { nearestBucket, orNull } from "../../data/tile.js";
 import { el, fill } from "../../dom/elements.js";
-import { count, measured } from "../../data/format.js";
-import { nearest } from "../../data/tile.js";
 
 /** @typedef {import("../../data/tile.js").Tile} Tile */
 
-/** What one cell holds, as text. @param {Tile} tile @param {number} bucket @param {number} row */
+/**
+ * Return the value of a cell as text: one value, or the range of a bucket of several samples.
+ * @param {Tile} tile @param {number} bucket @param {number} row
+ */
 export function cellText(tile, bucket, row) {
   const cell = bucket * tile.rows + row;
-  const [low, high, last] = [tile.min[cell], tile.max[cell], tile.last[cell]].map((value) =>
-    value === -1 ? null : value,
-  );
-  const bad = tile.nonfinite[cell];
-  if (tile.steps[bucket] === tile.lastSteps[bucket] || high === null) return measured(last);
-  const range = low === high ? measured(high) : `${measured(low)} to ${measured(high)}`;
-  return bad ? `${range}, ${count(bad)} not finite` : range;
-}
-
-/** @param {Tile} tile @param {number} bucket */
-export function bucketText(tile, bucket) {
-  const [first, last] = [tile.steps[bucket], tile.lastSteps[bucket]];
-  return first === last ? `step ${count(first)}` : `steps ${count(first)} to ${count(last)}`;
+  const [min, max, last] = [tile.min[cell], tile.max[cell], tile.last[cell]].map(orNull);
+  if (tile.steps[bucket] === tile.lastSteps[bucket] || max === null) return measured(last);
+  const range = min === max ? measured(max) : `${measured(min)} to ${measured(max)}`;
+  const nonfinite = tile.nonfinite[cell];
+  return nonfinite ? `${range}, ${count(nonfinite)} not finite` : range;
 }
 
 /** @returns {{element: HTMLElement, show: (tile: Tile | null, step: number | null, row: number) => void}} */
 export function readout() {
   const element = el("p", { class: "readout", role: "status", "aria-live": "polite" });
-  let said = "";
+  let shown = "";
   return {
     element,
     show(tile, step, row) {
-      const bucket = tile && step !== null ? nearest(tile, step) : -1;
-      const text =
-        !tile || bucket < 0
-          ? ""
-          : `${bucketText(tile, bucket)}|${tile.parameters[row] ?? ""}|${tile.parameters[row] ? cellText(tile, bucket, row) : ""}`;
-      if (text === said) return;
-      said = text;
-      const [steps, name, value] = text.split("|");
+      const texts = tile && step !== null ? cellTexts(tile, step, row) : [];
+      // A screen reader reads the text aloud whenever it is set: set it only if it has changed.
+      if (texts.join("\n") === shown) return;
+      shown = texts.join("\n");
+      const [steps, name, value] = texts;
       fill(
         element,
         steps && el("span", null, steps),
@@ -47,4 +39,16 @@ export function readout() {
       );
     },
   };
+}
+
+/**
+ * Return the steps, the name and the value of the cell at a step, as far as there are any.
+ * @param {Tile} tile @param {number} step @param {number} row
+ */
+function cellTexts(tile, step, row) {
+  const bucket = nearestBucket(tile, step);
+  if (bucket < 0) return [];
+  const steps = stepRange(tile.steps[bucket], tile.lastSteps[bucket]);
+  const name = tile.parameters[row];
+  return name ? [steps, name, cellText(tile, bucket, row)] : [steps];
 }

@@ -160,3 +160,14 @@ def _surroundings(own_errors: OwnErrors, tmp_path: Path, monkeypatch: pytest.Mon
     for thread in threading.enumerate():
         if thread.name.startswith("gradwatch-"):
             thread.join(PATIENCE_SECONDS)  # what it says belongs to this test
+
+
+@pytest.fixture
+def errors_are_counted(own_errors: OwnErrors, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The agent swallows and counts its own errors, as it does for users, where tests otherwise have it raise them.
+
+    A test that uses this looks at the count in the batches itself.
+    """
+    monkeypatch.setattr(Agent, "raises_own_errors", False)
+    yield
+    own_errors.seen.clear()

@@ -42,7 +42,12 @@ dist.destroy_process_group()
 
 
 def run_ranks(server: Server, program: str, size: int) -> None:
-    """Run a program on several ranks until its samples have arrived, and wait for its end."""
+    """Run a program on several ranks until its samples have arrived, and wait for its end.
+
+    Raises:
+        TimeoutError: the samples have not arrived.
+        CalledProcessError: a rank failed.
+    """
     port = str(free_port())
     whole = _BEGINNING + program + _END
     ranks = [
@@ -53,15 +58,17 @@ def run_ranks(server: Server, program: str, size: int) -> None:
         )
         for rank in range(size)
     ]
-    deadline = time.monotonic() + PATIENCE_SECONDS / 2
+    deadline = time.monotonic() + 2 * PATIENCE_SECONDS
     try:
-        while len(server.samples) < STEPS and time.monotonic() < deadline and not any(rank.poll() for rank in ranks):
+        while len(server.samples) < STEPS and not any(rank.poll() for rank in ranks):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{len(server.samples)} of {STEPS} samples")
             threading.Event().wait(0.05)
         for rank in ranks:
             assert rank.stdin is not None
             rank.stdin.close()
         for rank in ranks:
-            if rank.wait(PATIENCE_SECONDS):
+            if rank.wait(2 * PATIENCE_SECONDS):
                 raise subprocess.CalledProcessError(rank.returncode, "a rank")
     finally:
         for rank in ranks:

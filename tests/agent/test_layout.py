@@ -16,16 +16,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.norms.buffers import Plan, Slots
-from gradwatch.norms.layout import Arena, Axis, Layout, Scratch, spec_of
+from gradwatch.norms.buffers import BufferPool
+from gradwatch.norms.layout import NormLayout
+from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.reducer import NormReducer, Scratch
+from gradwatch.norms.tensor_spec import BufferKey, UnitAxis, spec_of
 
 from .conftest import Server
 
 
-def unit_norms(tensors: Sequence[Tensor], axis: Axis = "rows", **sizes: int) -> list[np.ndarray[Any, Any]]:
-    layout = Layout([spec_of(tensor, axis) for tensor in tensors], **sizes)
+def unit_norms(tensors: Sequence[Tensor], axis: UnitAxis = "rows", **sizes: int) -> list[np.ndarray[Any, Any]]:
+    layout = NormLayout([spec_of(tensor, axis) for tensor in tensors], **sizes)
     arenas = {arena: torch.zeros(size, dtype=arena.dtype) for arena, size in layout.sizes.items()}
-    layout.bind(arenas, Scratch()).run(tensors)
+    NormReducer(layout, arenas, Scratch()).run(tensors)
     return [
         arenas[arena][start : start + spec.units].numpy() if spec.units else np.zeros(0)
         for (arena, start), spec in zip(layout.places, layout.specs, strict=True)
@@ -44,7 +47,7 @@ SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=5).map(tuple)
 def test_rows_of_any_shape_equal_numpy(shapes: list[tuple[int, ...]], dtype: torch.dtype, direct: int) -> None:
     generator = torch.Generator().manual_seed(len(shapes))
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    for tensor, got in zip(tensors, unit_norms(tensors, direct_bytes=direct, chunk_bytes=256), strict=True):
+    for tensor, got in zip(tensors, unit_norms(tensors, direct_bytes=direct, bucket_bytes=256), strict=True):
         exact = tensor.double().numpy().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
         assert got == pytest.approx(np.linalg.norm(exact, axis=1), rel=1e-6)
 
@@ -67,7 +70,9 @@ def test_gathered_rows_are_right_whatever_is_in_them(width: int, bound: float) -
     """A constant is what a sum in float32 is worst at."""
     drawn = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).mul(2).exp()
     tensors = [torch.full((2, width), 0.1), drawn, torch.ones(2, width)]
-    assert any(piece.gathered for piece in Layout([spec_of(tensor, "rows") for tensor in tensors]).pieces)
+    assert any(
+        reduction.in_bucket for reduction in NormLayout([spec_of(tensor, "rows") for tensor in tensors]).reductions
+    )
     for tensor, got in zip(tensors, unit_norms(tensors), strict=True):
         assert got == pytest.approx(tensor.double().norm(dim=1).numpy(), rel=bound)
 
@@ -175,11 +180,11 @@ def test_a_gathered_tensor_of_another_shape_is_refused(shapes: list[tuple[int, .
     """Whichever it is, and before anything is written beyond the buffers, which torch would make larger."""
     for place in range(3):
         tensors = [torch.ones(shape) for shape in shapes]
-        layout = Layout([spec_of(tensor, "rows") for tensor in tensors])
-        assert any(piece.gathered for piece in layout.pieces)
+        layout = NormLayout([spec_of(tensor, "rows") for tensor in tensors])
+        assert any(reduction.in_bucket for reduction in layout.reductions)
         arenas = {arena: torch.zeros(size, dtype=arena.dtype) for arena, size in layout.sizes.items()}
         scratch = Scratch()
-        bound = layout.bind(arenas, scratch)
+        bound = NormReducer(layout, arenas, scratch)
         sizes = [buffer.untyped_storage().nbytes() for buffer in scratch.buffers.values()]
         tensors[place] = torch.ones(changed)
         if changed == shapes[place]:
@@ -192,25 +197,25 @@ def test_a_gathered_tensor_of_another_shape_is_refused(shapes: list[tuple[int, .
 def test_slots_are_bounded_and_come_back() -> None:
     """Their number and their memory: a step of a large model is no reason to hold hundreds of them."""
     for rows, fewest, most in ((3, 1000, 2048), (100_000, 75, 85), (10_000_000, 4, 4)):
-        slots = Slots()
-        plan = Plan([0], None, [spec_of(torch.zeros(1).expand(rows, 2), "rows")])
-        taken = [slot for slot in iter(slots.take, None) if slot.claim(plan).plan is plan]
+        pool = BufferPool()
+        plan = MeasurementPlan([0], None, [spec_of(torch.zeros(1).expand(rows, 2), "rows")])
+        taken = [slot for slot in iter(pool.acquire, None) if slot.allocate(plan).plan is plan]
         assert fewest <= len(taken) <= most
-        slots.give_back(taken[0])
-        assert slots.take() is taken[0]
+        pool.release(taken[0])
+        assert pool.acquire() is taken[0]
 
 
 def test_a_plan_reads_back_what_was_written() -> None:
     weights = [torch.randn(3, 2), torch.randn(4), torch.randn(2, 2, dtype=torch.float64)]
     grads = [torch.randn(3, 2).to_sparse(1), torch.randn(4), torch.randn(2, 2, dtype=torch.float64)]
-    plan = Plan([0, 1, 2], [spec_of(g, "rows") for g in grads], [spec_of(w, "rows") for w in weights])
-    slot = Slots().take()
+    plan = MeasurementPlan([0, 1, 2], [spec_of(g, "rows") for g in grads], [spec_of(w, "rows") for w in weights])
+    slot = BufferPool().acquire()
     assert slot is not None
-    claim = slot.claim(plan)
-    claim.run(grads, weights)
+    norms = slot.allocate(plan)
+    norms.measure(grads, weights)
     order = [plan.indices[position] for position in plan.measured]
-    expected = {"grads": claim.grad_units(), "weights": claim.weight_units()}
+    expected = {"grads": norms.grad_units(), "weights": norms.weight_units()}
     for tensors, got in zip((grads, weights), expected.values(), strict=True):
         rows = [tensors[i].to_dense().double().reshape(tensors[i].shape[0] if i != 1 else 1, -1) for i in order]
         assert got == pytest.approx(np.concatenate([row.norm(dim=1).numpy() for row in rows]), rel=1e-6)
-    assert isinstance(next(iter(plan.sizes())), Arena)
+    assert isinstance(next(iter(plan.sizes())), BufferKey)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradwatch import wire
 from gradwatch.model.discovery import is_compiled
-from gradwatch.model.registry import Parameters
+from gradwatch.model.registry import ParameterRegistry
 from gradwatch.norms.scalars import is_finite
 from gradwatch.rounds import Round
 from gradwatch.samples import origin as provenance
@@ -27,7 +27,7 @@ class Search:
         parameters: what is watched.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: ParameterRegistry) -> None:
         self._parameters = parameters
         self._from = 0
         """Step from which it is searched again."""

@@ -84,9 +84,9 @@ def passes(training: Training) -> dict[str, Callable[[], object]]:
         for known, parameter in zip(find_parameters([training.model]), training.weights, strict=True)
     ]
     plan = MeasurementPlan(range(len(specs)), specs, specs)
-    slot = BufferPool().acquire()
-    assert slot is not None
-    norms = slot.allocate(plan)
+    sample = BufferPool().acquire()
+    assert sample is not None
+    norms = sample.allocate(plan)
 
     def grads() -> list[Tensor]:
         return [grad for weight in training.weights if (grad := weight.grad) is not None]

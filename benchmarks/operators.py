@@ -38,11 +38,11 @@ def launched(shapes: Sequence[tuple[int, ...]], device: str) -> int:
     """
     tensors = [torch.zeros(1, device=device).expand(shape) for shape in shapes]
     layout = NormLayout([spec_of(tensor, "rows") for tensor in tensors])
-    arenas = {arena: torch.zeros(size, dtype=arena.dtype, device=device) for arena, size in layout.sizes.items()}
-    bound = NormReducer(layout, arenas, Scratch())
+    buffers = {key: torch.zeros(size, dtype=key.dtype, device=device) for key, size in layout.sizes.items()}
+    reducer = NormReducer(layout, buffers, Scratch())
     with Operators() as operators, torch.no_grad(), patch.object(np, "einsum", wraps=np.einsum) as sums:
-        bound.run(tensors)
-        bound.run(tensors)
+        reducer.run(tensors)
+        reducer.run(tensors)
     return len(operators.names) + sums.call_count
 
 

@@ -155,7 +155,10 @@ class AgcExecutor:
             scaling = self._make_scaling(plan, binding, excluded, watched)
             known = self._scalings[id(plan)] = _PlanScaling(plan, excluded, scaling)
             self._limits.pop(id(plan), None)
-        limits = self._set_limits(known, optimizer, binding)
+        by_group = tuple(group.get("clip", self.agc.clip) for group in optimizer.param_groups)
+        limited = self._limits.get(id(plan))
+        if limited is None or limited[0] != by_group:
+            limited = self._limits[id(plan)] = by_group, self._set_limits(known, binding, by_group)
         scale = getattr(optimizer, "grad_scale", None)
         with torch.no_grad():
             known.scaling.scale(
@@ -164,23 +167,22 @@ class AgcExecutor:
                 pass_.norms.weight_buffers,
                 scale if isinstance(scale, Tensor) else None,
             )
-        return limits
-
-    def _set_limits(self, known: _PlanScaling, optimizer: Optimizer, binding: Binding) -> Limits:
-        """Set the limits of a plan where the ``clip`` of a parameter group has changed, and return them."""
-        by_group = tuple(group.get("clip", self.agc.clip) for group in optimizer.param_groups)
-        limited = self._limits.get(id(known.plan))
-        if limited is None or limited[0] != by_group:
-            checked = [math.inf if clip is None else check_clip(clip) for clip in by_group]
-            limits = np.array(
-                [
-                    math.inf if index in known.excluded else checked[binding.group_of[index]]
-                    for index in known.plan.indices
-                ]
-            )
-            known.scaling.set_limits(limits.tolist())
-            limited = self._limits[id(known.plan)] = by_group, limits
         return limited[1]
+
+    def _set_limits(self, known: _PlanScaling, binding: Binding, by_group: Sequence[Any]) -> Limits:
+        """Set the limits of a plan and return them.
+
+        Args:
+            known: the scaling of the plan.
+            binding: parameters of the optimizer.
+            by_group: ``clip`` of each of its parameter groups.
+        """
+        checked = [math.inf if clip is None else check_clip(clip) for clip in by_group]
+        limits = np.array(
+            [math.inf if i in known.excluded else checked[binding.group_of[i]] for i in known.plan.indices]
+        )
+        known.scaling.set_limits(limits.tolist())
+        return limits
 
     @torch.inference_mode(False)  # buffers that are made in inference mode are read-only outside of it
     def _make_scaling(

@@ -196,7 +196,9 @@ def test_what_the_operators_allow_is_reduced_where_it_lies(tensors: int, copied:
     "shapes", [[(2, 3), (2, 3), (2, 3)], [(2, 3), (4, 3), (2, 3)], [(), (), ()], [(5,), (5,), (5,)]]
 )
 @pytest.mark.parametrize("changed", [(9, 3), (2, 4), (3,), ()])
-def test_a_tensor_of_another_shape_in_a_bucket_is_refused(shapes: list[tuple[int, ...]], changed: tuple[int, ...]) -> None:
+def test_a_tensor_of_another_shape_in_a_bucket_is_refused(
+    shapes: list[tuple[int, ...]], changed: tuple[int, ...]
+) -> None:
     """Whichever it is, and before anything is written beyond the buffers, which torch would make larger."""
     for place in range(3):
         tensors = [torch.ones(shape) for shape in shapes]

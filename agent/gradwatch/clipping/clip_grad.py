@@ -114,7 +114,7 @@ class _PreparedParameters:
         for index in agc.expert_indices(names, tensors):
             self._axes[index] = ("experts", 1)
         self._gradient_sets: dict[bytes, _GradientSet] = {}
-        """Which parameters had gradients, one byte each -> what is prepared for them."""
+        """For each parameter whether it has a gradient, one byte each -> gradient set for exactly these."""
 
     def fits(self, parameters: nn.Module | list[Tensor], options: Options) -> bool:
         """Return whether this was prepared for exactly these parameters and options, and nothing was replaced since."""
@@ -154,7 +154,7 @@ class _PreparedParameters:
     def _prepare(
         self, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> "_GradientSet":
-        """Return what is prepared for the parameters that have a gradient, and remember it.
+        """Make the gradient set for the parameters that have a gradient now, and remember it.
 
         Args:
             present: for each parameter whether it has a gradient.

@@ -101,7 +101,7 @@ class _BufferScaling:
             if buffer == key and grads.specs[position].units
         }
         """Where the units of each tensor lie in the buffer, by position."""
-        self._has_weights_layout = grads is weights
+        self._same_layout = grads is weights
         self._weight_buffers = list(weights.sizes)
         self._owners, self._weight_units = self._unit_indices(size, weights)
         self._limits = torch.full((size,), math.inf, dtype=key.dtype, device=key.device)
@@ -166,7 +166,7 @@ class _BufferScaling:
     def _weights(self, weight_units: Mapping[BufferKey, Tensor]) -> Tensor:
         """Return the weights' unit norms in the order of the gradients'."""
         size = self._factors.shape[0]
-        if self._has_weights_layout:
+        if self._same_layout:
             return weight_units[self._key][:size].clone()
         parts = [weight_units[key] for key in self._weight_buffers]
         joined = parts[0] if len(parts) == 1 else torch.cat([part.to(self._key.dtype) for part in parts])

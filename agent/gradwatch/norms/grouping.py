@@ -85,7 +85,7 @@ def _reduction(
 
 
 _Row = tuple[torch.device, torch.dtype, bool, tuple[int, ...]]
-"""What tensors in one bucket have in common: device, dtype, whether each is one unit, and the shape of a row."""
+"""Properties that the tensors in one bucket share: device, dtype, whether each is one unit, and the shape of a row."""
 
 
 def _row(spec: TensorSpec) -> _Row:

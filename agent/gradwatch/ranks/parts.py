@@ -1,6 +1,6 @@
 """The part of a sample that each rank of a sharded training measures, and the whole that rank 0 computes from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -95,26 +95,20 @@ def join_parts(
         limits: largest ratio of each parameter under AGC, infinite where it is not clipped.
         tensor_wise: whether AGC takes a whole tensor as the unit.
     """
-    sums = np.sum([part.sums for part in parts], axis=0)
-    zero_units, units, nonfinite, clipped_units, removed, clipped, gradient, weight = sums
+    sums = dict(zip(SUMMED, np.sum([part.sums for part in parts], axis=0), strict=True))
     largest = np.max([part.largest for part in parts], axis=0)
     missing = largest == MISSING
+    # A vector is one unit that lies on several ranks: what each rank saw of it says nothing by itself. Of a unit of any
+    # other split parameter nothing is known.
+    vector = ~ownership.whole_units & ownership.one_unit
+    unknown = ~ownership.whole_units & ~ownership.one_unit
     with np.errstate(all="ignore"):
-        grad_norm, weight_norm = np.sqrt(gradient), np.sqrt(weight)
-        clipped_share, zero_share = clipped_units / np.maximum(units, 1.0), zero_units / np.maximum(units, 1.0)
-        clipped_norm, removed_norm = np.sqrt(clipped), np.sqrt(removed)
-        # 1. A vector is one unit that lies on several ranks: what each rank saw of it says nothing by itself.
-        vector = ~ownership.whole_units & ownership.one_unit
-        largest = np.where(vector, grad_norm / np.maximum(weight_norm, eps), largest)
-        largest = np.where(~ownership.whole_units & ~ownership.one_unit, MISSING, largest)
-        zero_share = np.where(vector, grad_norm == 0.0, zero_share)
-        # 2. What AGC did to what it clips as one: to vectors, or to every tensor.
+        grad_norm, weight_norm = np.sqrt(sums["gradient"]), np.sqrt(sums["weight"])
+        ratio = np.where(vector, grad_norm / np.maximum(weight_norm, eps), largest)
+        zero_share = np.where(vector, grad_norm == 0.0, sums["zero_units"] / np.maximum(sums["units"], 1.0))
         as_one = np.ones_like(vector) if tensor_wise else vector
         most = limits * (weight_norm + eps if tensor_wise else np.maximum(weight_norm, eps))
-        scaled = np.isfinite(grad_norm) & (grad_norm > most)
-        clipped_share = np.where(as_one, scaled, clipped_share)
-        clipped_norm = np.where(as_one & scaled, most, clipped_norm)
-        removed_norm = np.where(as_one, np.where(scaled, grad_norm - most, 0.0), removed_norm)
+        clipped_share, clipped_norm, removed_norm = _joined_clipping(sums, grad_norm, most, as_one)
     totals = [
         float(np.sqrt(np.sum(np.square(several)))) for several in zip(*(part.totals for part in parts), strict=True)
     ]
@@ -122,12 +116,32 @@ def join_parts(
         grad_norm=np.where(missing, MISSING, grad_norm),
         clipped_grad_norm=np.where(missing, MISSING, clipped_norm),
         weight_norm=weight_norm,
-        max_unit_ratio=np.where(missing, MISSING, largest),
+        max_unit_ratio=np.where(missing | unknown, MISSING, ratio),
         zero_unit_share=np.where(missing, MISSING, zero_share),
-        nonfinite_count=np.where(missing, MISSING, nonfinite),
+        nonfinite_count=np.where(missing, MISSING, sums["nonfinite"]),
         clipped_unit_share=np.where(missing, MISSING, clipped_share),
         removed_norm=np.where(missing, MISSING, removed_norm),
         totals=totals,
+    )
+
+
+def _joined_clipping(
+    sums: Mapping[str, Floats], grad_norm: Floats, most: Floats, as_one: NDArray[np.bool_]
+) -> tuple[Floats, Floats, Floats]:
+    """Return what AGC did to each parameter: share of clipped units, norm after it, and norm of what it removed.
+
+    Args:
+        sums: rows of the parts, added up.
+        grad_norm: before AGC, shape (parameters,).
+        most: norm that AGC leaves at most to a parameter that it clips as one.
+        as_one: whether AGC clips the parameter as one; the ranks have measured it for all others.
+    """
+    share = sums["clipped_units"] / np.maximum(sums["units"], 1.0)
+    scaled = np.isfinite(grad_norm) & (grad_norm > most)
+    return (
+        np.where(as_one, scaled, share),
+        np.where(as_one & scaled, most, np.sqrt(sums["clipped"])),
+        np.where(as_one, np.where(scaled, grad_norm - most, 0.0), np.sqrt(sums["removed"])),
     )
 
 

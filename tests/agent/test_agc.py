@@ -118,7 +118,7 @@ def test_the_reference_equals_the_oracle(
     clipped = reference.clip_units(_grad(parameter), parameter, clip, axis=axis)
     np.testing.assert_allclose(clipped.numpy(), _oracle(grad, weight, clip, 1e-3, AXES[axis]), rtol=1e-12, atol=1e-12)
     whole = reference.clip_tensor(_grad(parameter), parameter, clip)
-    ratio = np.linalg.norm(grad) / (np.linalg.norm(weight) + 1e-3)
+    ratio = float(np.linalg.norm(grad) / (np.linalg.norm(weight) + 1e-3))
     np.testing.assert_allclose(whole.numpy(), grad * min(1.0, clip / ratio) if ratio else grad, rtol=1e-12, atol=1e-12)
 
 

@@ -19,9 +19,9 @@ from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.delivery import Report
 from gradwatch.governor import Governor
 from gradwatch.hooks import taps
-from gradwatch.launch.command import Note
-from gradwatch.lifecycle import shutdown as endings
-from gradwatch.lifecycle.process import attributes, automatic_name, is_the_command, rank, tell_the_launcher
+from gradwatch.lifecycle import shutdown
+from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
+from gradwatch.lifecycle.process import attributes, default_run_name, rank
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
 from gradwatch.norms.scalars import kept
 from gradwatch.observer import Observer
@@ -133,18 +133,18 @@ class Agent(Observer):
         if self.watching:
             self._start(settings, resumed=resumed)
         taps.listen(self)
-        endings.close_at_the_end(_running)
+        shutdown.close_at_exit(_running)
 
     def _start(self, settings: Settings, *, resumed: bool) -> None:
         self._started = True
         self._report: Report | None = None
-        self._note: Note | None = None
+        self._note: RunNote | None = None
         if self._ranks is None or self._ranks.rank == 0:
             self._report = Report(self.run_id, settings, self.losses, self.warn, self.failed)
         attempt = time.time_ns() // 1_000_000
         template = wire.Registration(
             project=settings.project,
-            name="" if resumed else settings.run or automatic_name(),
+            name="" if resumed else settings.run or default_run_name(),
             parameters=[],
             id=self.run_id,
             started_at=attempt / 1000,
@@ -170,8 +170,8 @@ class Agent(Observer):
         self._collector.start()
         if self._report is not None:
             self._report.sender.start()
-            self._note = Note(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
-            tell_the_launcher(self._note)
+            self._note = RunNote(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
+            write_note(self._note)
 
     def log(self, **scalars: SupportsFloat) -> None:
         """Add numbers to the next step, one for each name: Python's, numpy's, tensors of one element.
@@ -256,7 +256,7 @@ class Agent(Observer):
         """End a training after which others follow in this process, without waiting for the server or a disk."""
         self._left_to_launcher = False
         if self._leave():
-            endings.aside(self._write_and_deliver)
+            shutdown.finish_in_background(self._write_and_deliver)
 
     def _write_and_deliver(self) -> None:
         self._write(time.monotonic() + CLOSING_SECONDS, "completed", None)
@@ -286,11 +286,11 @@ class Agent(Observer):
 
     def _write(self, deadline: float, status: str, exit_code: int | None) -> None:
         """Write what is there, and how the run ended."""
-        left_open = self._left_to_launcher and is_the_command()
+        left_open = self._left_to_launcher and is_launched_command()
         end = None if left_open else wire.End(at=time.time(), status=status, exit_code=exit_code)
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
         if self._note is not None and not left_open:
-            tell_the_launcher(self._note, ended=True)
+            write_note(self._note, ended=True)
         if self._report is not None:
             self._report.sender.end(deadline)
 
@@ -305,7 +305,7 @@ class Agent(Observer):
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        status, code = endings.ending(error)
+        status, code = shutdown.outcome(error)
         self.close(status=status, exit_code=code)
 
     def _hand_over_logged(self) -> None:
@@ -340,7 +340,7 @@ class Agent(Observer):
     def exiting(self, status: object) -> None:
         """``sys.exit`` was called: unless there is another step, that is how the run ends."""
         if threading.current_thread() is threading.main_thread():
-            self._exit = self._steps.number, endings.code(status)
+            self._exit = self._steps.number, shutdown.exit_code_of(status)
 
     @property
     def exit_code(self) -> int | None:

@@ -616,8 +616,8 @@ def test_what_leaves_the_context_says_how_the_run_ended(
 
 _OTHERS = """
 from gradwatch import agent as the_agent
-from gradwatch.lifecycle import shutdown as endings
-endings.CLOSING_SECONDS = 5.0
+from gradwatch.lifecycle import shutdown
+shutdown.CLOSING_SECONDS = 5.0
 models = [nn.Linear(5, 3) for _ in range(3)]
 agents = [gradwatch.attach(model, every=1) for model in models]
 optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.0)
@@ -626,9 +626,9 @@ for _ in range(5):
     optimizer.step()
 import atexit, time
 started = time.monotonic()
-atexit.unregister(endings.close_all)
+atexit.unregister(shutdown.close_all)
 atexit.register(lambda: print(time.monotonic() - started))
-atexit.register(endings.close_all, the_agent._running)
+atexit.register(shutdown.close_all, the_agent._running)
 """
 
 

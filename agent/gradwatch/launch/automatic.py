@@ -9,7 +9,6 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,11 +107,3 @@ class Waiting:
 
 def _say_why(error: Exception) -> None:
     sys.stderr.write(f"gradwatch: cannot watch this process: {type(error).__name__}: {error}\n")
-
-
-def script_name(argument: str) -> str:
-    """Return what a run is named after: the script, or the package of ``python -m package``."""
-    path = Path(argument)
-    if argument in ("", "-c", "-m"):
-        return "python"
-    return path.parent.name if path.stem == "__main__" else path.stem

@@ -18,12 +18,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from gradwatch import wire
 from gradwatch.delivery.flush import deliver
 from gradwatch.delivery.sender import Http, Sender
 from gradwatch.delivery.spool import Losses, Spool, leftovers
+from gradwatch.lifecycle.launcher import RunNote, read_notes
 from gradwatch.settings import Settings, SettingsError, resolve
 
 _FOLDER: Final = Path(__file__).parent / "autoload"
@@ -34,17 +33,6 @@ _ANSWER_SECONDS: Final = 3.0
 """Longest wait for one answer then."""
 _OF_THE_TERMINAL: Final = (signal.SIGINT, signal.SIGQUIT)
 """Signals that Ctrl-C and its like send to the command as well."""
-
-
-class Note(msgspec.Struct, frozen=True):
-    """What an agent under the launcher tells it, so that the launcher can finish its run."""
-
-    run: str
-    url: str
-    attempt: int
-    pid: int
-    ended: bool = False
-    """Whether the run has ended: its process has, or another training followed in it."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -148,7 +136,7 @@ def _finish(folder: Path, status: int) -> None:
     word. One that goes on in the background is left alone.
     """
     try:
-        notes = [msgspec.json.decode(path.read_bytes(), type=Note) for path in sorted(folder.glob("*.json"))]
+        notes = read_notes(folder)
         if not notes:
             if status == 0 and sys.stderr.isatty():  # what is read by a program stays the command's own
                 _say(
@@ -184,7 +172,7 @@ def _is_alive(pid: int) -> bool:
     return state != "Z"  # nobody has asked a zombie how it ended, and nobody may
 
 
-def _leave(document: bytes, note: Note, settings: Settings, deadline: float) -> None:
+def _leave(document: bytes, note: RunNote, settings: Settings, deadline: float) -> None:
     """Put the end of a run behind what its agent left; where there is no spool to put it in, send it at once."""
     for leftover in leftovers(settings.spool_directory):
         if leftover.run == note.run and leftover.url == note.url:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from gradwatch.agent import Agent
 from gradwatch.hooks import taps
-from gradwatch.lifecycle.process import automatic_name
+from gradwatch.lifecycle.process import default_run_name
 from gradwatch.settings import RUN_ID, Settings, resolve
 
 _IDLE_STEPS: Final = 100
@@ -109,7 +109,7 @@ class Trainings:
         resumed = settings.run is not None and RUN_ID.fullmatch(settings.run) is not None
         self._runs += 1
         if self._runs == 1:
-            self._name = automatic_name() if resumed or settings.run is None else settings.run
+            self._name = default_run_name() if resumed or settings.run is None else settings.run
             return settings if resumed else replace(settings, run=self._name)
         return replace(settings, run=f"{self._name} #{self._runs}")
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
-from gradwatch.delivery.delivery import Report
+from gradwatch.delivery.delivery import Delivery
 from gradwatch.governor import Governor
 from gradwatch.hooks import taps
 from gradwatch.lifecycle import shutdown
@@ -137,10 +137,10 @@ class Agent(Observer):
 
     def _start(self, settings: Settings, *, resumed: bool) -> None:
         self._started = True
-        self._report: Report | None = None
+        self._delivery: Delivery | None = None
         self._note: RunNote | None = None
         if self._ranks is None or self._ranks.rank == 0:
-            self._report = Report(self.run_id, settings, self.losses, self.warn, self.failed)
+            self._delivery = Delivery(self.run_id, settings, self.dropped, self.warn, self.failed)
         attempt = time.time_ns() // 1_000_000
         template = wire.Registration(
             project=settings.project,
@@ -152,13 +152,13 @@ class Agent(Observer):
             attributes=attributes() | (self._clipper.agc.attributes if self._clipper is not None else {}),
         )
         self._collector = Collector(
-            None if self._report is None else self._report.spool,
+            None if self._delivery is None else self._delivery.spool,
             self._meter.slots,
-            self.losses,
+            self.dropped,
             template,
             None if self._clipper is None else self._clipper.agc,
             self._ranks,
-            written=_nothing if self._report is None else self._report.sender.notify,
+            written=_nothing if self._delivery is None else self._delivery.sender.notify,
             trouble=self._note_trouble,
             failed=self.failed,
             warn=self.warn,
@@ -168,8 +168,8 @@ class Agent(Observer):
         if self._parts_only:
             self._tell_parts()
         self._collector.start()
-        if self._report is not None:
-            self._report.sender.start()
+        if self._delivery is not None:
+            self._delivery.sender.start()
             self._note = RunNote(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
             write_note(self._note)
 
@@ -213,7 +213,7 @@ class Agent(Observer):
         """Return the processor time of the agent's own threads."""
         if not self._started:
             return 0.0
-        return self._collector.seconds + (0.0 if self._report is None else self._report.sender.seconds)
+        return self._collector.seconds + (0.0 if self._delivery is None else self._delivery.sender.seconds)
 
     def close(
         self, timeout_seconds: float = CLOSING_SECONDS, *, status: str | None = None, exit_code: int | None = None
@@ -291,13 +291,13 @@ class Agent(Observer):
         self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
         if self._note is not None and not left_open:
             write_note(self._note, ended=True)
-        if self._report is not None:
-            self._report.sender.end(deadline)
+        if self._delivery is not None:
+            self._delivery.sender.end(deadline)
 
     def deliver(self) -> None:
         """Wait until the server has taken what is there, or the deadline of ``stop`` has come."""
-        if self._report is not None:
-            self._report.close()
+        if self._delivery is not None:
+            self._delivery.close()
 
     def __enter__(self) -> Self:
         return self
@@ -316,7 +316,7 @@ class Agent(Observer):
             self._collector.put(last)
 
     def _warn_of_unknown_step(self, optimizer: Optimizer) -> None:
-        if self._report is not None:
+        if self._delivery is not None:
             self.warn(
                 f"run {self.run_id} is resumed, but {type(optimizer).__name__} does not say how many steps were made: "
                 "they are counted from 1 again, which hides the earlier ones; pass step= to attach()"
@@ -361,8 +361,8 @@ class Agent(Observer):
         self.turn = threading.RLock()  # another thread, which is not here, may have held it
         if self.watching:
             self.watching = False
-            if self._report is not None:
-                self._report.spool.abandon_after_fork()
+            if self._delivery is not None:
+                self._delivery.spool.abandon_after_fork()
         self._started = False
         self._closed = self._clipper is None
         return self._clipper is not None

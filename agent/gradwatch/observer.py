@@ -16,7 +16,7 @@ from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.clipping.classifier import LOOKS, LOOKS_TO_CLIP, Classifier
 from gradwatch.clipping.executor import Clipper
-from gradwatch.delivery.spool import Losses
+from gradwatch.delivery.dropped import Dropped
 from gradwatch.governor import Governor
 from gradwatch.hooks import taps
 from gradwatch.marks import Mark, Marks
@@ -122,8 +122,8 @@ class Observer(ABC):
             clips=clip is not None,
             warn=self.warn,
         )
-        self.losses = Losses()
-        self._meter = Meter(self._parameters, self.losses)
+        self.dropped = Dropped()
+        self._meter = Meter(self._parameters, self.dropped)
         self._pace = Pace(governor)
         self._steps = Steps(
             step,
@@ -174,9 +174,9 @@ class Observer(ABC):
 
     def failed(self, error: Exception) -> None:
         """Count an error of the agent's own; after some, stop measuring and say so once."""
-        self.losses.errors += 1
+        self.dropped.errors += 1
         _log.debug("gradwatch: an error of the agent", exc_info=error)
-        if self.losses.errors < DISARMED_AFTER or not self.watching:
+        if self.dropped.errors < DISARMED_AFTER or not self.watching:
             return
         self.watching = False
         self._search.close()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from gradwatch import wire
-from gradwatch.delivery.spool import Losses, Spool
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.spool import Spool
 from gradwatch.launch.command import _deliver
 from gradwatch.settings import resolve
 from tests.processes import free_port
@@ -607,7 +608,7 @@ def test_a_server_that_does_not_answer_is_asked_once(server: Server, tmp_path: P
     server.answer = lambda *_: (503, {}, b"later")
     runs = [f"run-{place:016x}" for place in range(3)]
     for run in runs:
-        spool = Spool(tmp_path, url=server.url, run=run, losses=Losses(), warn=print)
+        spool = Spool(tmp_path, url=server.url, run=run, dropped=Dropped(), warn=print)
         spool.append("batch", wire.encode(wire.Batch(id=run, attempt=1)))
         spool.close()
     settings = resolve(environment={"GRADWATCH_SPOOL_DIR": str(tmp_path)})

@@ -136,7 +136,7 @@ def test_nothing_in_the_hooks_waits_for_the_device(server: Server, loop: str) ->
                     scaler.update()
                 else:
                     optimizer.step()
-        assert agent.losses.errors == 0
+        assert agent.dropped.errors == 0
     assert len(server.samples) == 4
 
 

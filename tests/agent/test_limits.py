@@ -16,7 +16,8 @@ from gradwatch import settings, wire
 from gradwatch.agent import Agent
 from gradwatch.delivery.sender import Answer, Sender
 from gradwatch.delivery.splitting import halves
-from gradwatch.delivery.spool import Entry, Losses
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.spool import Entry
 from gradwatch.rounds import Round
 from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
@@ -100,7 +101,7 @@ def test_names_that_never_end_are_bounded_counted_and_said_once(real: GradwatchS
     assert run["sample_count"] == 6
     assert run["last_step"] == 6
     assert len([name for name in run["scalars"] if "_" in name and name[0].isdigit()]) == 1000
-    assert run["dropped"]["values"] == agent.losses.values == 500 + 12
+    assert run["dropped"]["values"] == agent.dropped.values == 500 + 12
     assert own_errors.warnings == 1
 
 
@@ -192,38 +193,38 @@ def grown(count: int) -> wire.Batch:
 
 
 def test_a_batch_that_is_too_large_is_sent_in_pieces_in_order() -> None:
-    limited, losses = Limited(most_samples=100), Losses()
-    assert Sender(Queue(grown(450)), limited, losses, print).deliver()
+    limited, dropped = Limited(most_samples=100), Dropped()
+    assert Sender(Queue(grown(450)), limited, dropped, print).deliver()
     assert limited.steps == limited.losses == list(range(450))
-    assert (losses.samples, losses.values) == (0, 0)
+    assert (dropped.samples, dropped.values) == (0, 0)
     assert [batch.end is not None for batch in limited.taken.values()] == [False] * (len(limited.taken) - 1) + [True]
     assert sum(len(batch.events) for batch in limited.taken.values()) == 1
 
 
 def test_only_what_is_refused_is_lost_and_counted() -> None:
-    limited, losses, said = Limited(bad=frozenset({77})), Losses(), list[str]()
-    assert Sender(Queue(grown(200)), limited, losses, said.append).deliver()
+    limited, dropped, said = Limited(bad=frozenset({77})), Dropped(), list[str]()
+    assert Sender(Queue(grown(200)), limited, dropped, said.append).deliver()
     assert limited.steps == [step for step in range(200) if step != 77]
     assert limited.losses == list(range(200))
-    assert (losses.samples, losses.values, len(said)) == (1, 0, 1)
+    assert (dropped.samples, dropped.values, len(said)) == (1, 0, 1)
 
 
 def test_pieces_that_are_interrupted_are_neither_lost_nor_counted_twice() -> None:
     for away_at in range(1, 18):
-        limited, losses = Limited(bad=frozenset({3})), Losses()
+        limited, dropped = Limited(bad=frozenset({3})), Dropped()
         limited.away_at = away_at
-        sender = Sender(Queue(grown(20)), limited, losses, lambda _text: None)
+        sender = Sender(Queue(grown(20)), limited, dropped, lambda _text: None)
         if not sender.deliver():
             assert sender.deliver()
         assert limited.steps == [step for step in range(20) if step != 3]
-        assert losses.samples == 1
+        assert dropped.samples == 1
 
 
 def test_a_batch_of_which_nothing_is_taken_is_given_up_after_some_pieces() -> None:
-    limited, losses = Limited(bad=frozenset(range(500))), Losses()
-    assert Sender(Queue(grown(500)), limited, losses, lambda _text: None).deliver()
-    assert losses.samples + len(limited.steps) == 500
-    assert losses.values + len(limited.losses) == 500
+    limited, dropped = Limited(bad=frozenset(range(500))), Dropped()
+    assert Sender(Queue(grown(500)), limited, dropped, lambda _text: None).deliver()
+    assert dropped.samples + len(limited.steps) == 500
+    assert dropped.values + len(limited.losses) == 500
     assert limited.posts < 100
 
 
@@ -269,4 +270,4 @@ def test_a_run_that_cannot_be_registered_is_said_to_be(real: GradwatchServer, ow
     assert len(told) == 1
     assert "refuses to register" in told[0]
     assert "limits.name_characters" in told[0]
-    assert agent.losses.samples == 0
+    assert agent.dropped.samples == 0

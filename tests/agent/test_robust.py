@@ -25,7 +25,8 @@ from gradwatch import wire
 from gradwatch.agent import Agent
 from gradwatch.delivery import flush
 from gradwatch.delivery.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
-from gradwatch.delivery.spool import Entry, Kind, Losses, Spool, leftovers
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.spool import Entry, Kind, Spool, leftovers
 from gradwatch.hooks import taps
 from gradwatch.samples import collector
 from gradwatch.settings import spool_directory
@@ -43,7 +44,7 @@ def train(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimizer, step
         started = time.perf_counter()
         optimizer.step()
         taken.append(time.perf_counter() - started)
-    assert agent.losses.errors == 0
+    assert agent.dropped.errors == 0
     return taken
 
 
@@ -175,7 +176,7 @@ def test_nothing_of_a_run_is_sent_that_the_server_does_not_register(
     assert time.monotonic() - started < 30.0, "to ask again changes nothing"
     assert {path for path, _ in server.requests} == {"/api/v1/runs"}
     assert own_errors.warnings == 1
-    assert not agent.losses.bytes
+    assert not agent.dropped.bytes
     server.answer = None
     with gradwatch.attach(model, optimizer, url=server.url, every=1):
         server.wait(lambda: len(server.samples) == 5)
@@ -231,10 +232,10 @@ def test_a_spool_that_cannot_be_written(
     assert own_errors.warnings == 1
 
 
-def spool(tmp_path: Path, limit_bytes: int = 1 << 20) -> tuple[Spool, Losses, list[str]]:
-    losses, warned = Losses(), list[str]()
-    made = Spool(tmp_path, url="http://u", run="run-x", losses=losses, warn=warned.append, limit_bytes=limit_bytes)
-    return made, losses, warned
+def spool(tmp_path: Path, limit_bytes: int = 1 << 20) -> tuple[Spool, Dropped, list[str]]:
+    dropped, warned = Dropped(), list[str]()
+    made = Spool(tmp_path, url="http://u", run="run-x", dropped=dropped, warn=warned.append, limit_bytes=limit_bytes)
+    return made, dropped, warned
 
 
 def batch(step: int, count: int = 1) -> bytes:
@@ -244,7 +245,7 @@ def batch(step: int, count: int = 1) -> bytes:
 
 
 def test_the_spool_thins_the_oldest_and_counts(tmp_path: Path) -> None:
-    made, losses, _ = spool(tmp_path, limit_bytes=20_000)
+    made, dropped, _ = spool(tmp_path, limit_bytes=20_000)
     size = len(batch(1000, 10))
     written = 20_000 // size + 30
     for place in range(written):
@@ -256,8 +257,8 @@ def test_the_spool_thins_the_oldest_and_counts(tmp_path: Path) -> None:
         made.forget(entry)
     steps = [sample.step for one in kept for sample in one.samples]
     assert steps == sorted(steps)
-    assert len(steps) + losses.samples == 10 * written
-    assert losses.bytes > 0
+    assert len(steps) + dropped.samples == 10 * written
+    assert dropped.bytes > 0
     assert kept[-1].id == str(1000 + 10 * (written - 1))
     assert len(kept[-1].samples) == 10
     assert any(one.trail and len(one.samples) < 10 for one in kept)
@@ -275,7 +276,7 @@ def test_what_is_in_the_spool_is_synchronised(tmp_path: Path) -> None:
 
 
 def test_the_disk_fills_up_later(tmp_path: Path) -> None:
-    made, losses, warned = spool(tmp_path)
+    made, dropped, warned = spool(tmp_path)
     made.append("batch", batch(1), 1)
     (pages,) = made._connection.execute("PRAGMA page_count").fetchone()
     made._connection.execute(f"PRAGMA max_page_count = {pages}")  # what a full disk looks like to SQLite
@@ -288,7 +289,7 @@ def test_the_disk_fills_up_later(tmp_path: Path) -> None:
         steps.append(int(wire.decode(entry.body, wire.Batch).id))
         made.forget(entry)
     assert steps == list(range(1, 60))
-    assert losses.samples == 0
+    assert dropped.samples == 0
 
 
 def test_a_spool_of_the_living_is_left_alone(tmp_path: Path) -> None:
@@ -370,7 +371,7 @@ BATCHES = [Entry(number, "batch", 3, b"bbb") for number in (2, 3)]
 def test_an_unknown_run_is_registered_again_and_the_batch_resent() -> None:
     transport = Scripted(Answer("committed"), Answer("unknown_run"), Answer("committed"), Answer("committed"))
     queue = Listed(REGISTRATION, *BATCHES)
-    assert Sender(queue, transport, Losses(), print).deliver()
+    assert Sender(queue, transport, Dropped(), print).deliver()
     samples = "/api/v1/runs/run-x/samples"
     assert transport.paths == ["/api/v1/runs", samples, "/api/v1/runs", samples, samples]
 
@@ -378,7 +379,7 @@ def test_an_unknown_run_is_registered_again_and_the_batch_resent() -> None:
 def test_batches_arrive_in_order_however_often_they_are_resent() -> None:
     batches = [Entry(number, "batch", 1, b"%d" % number) for number in range(2, 8)]
     transport = Scripted(*[Answer("later"), Answer("committed"), Answer("later"), Answer("later")] * 5)
-    sender = Sender(Listed(REGISTRATION, *batches), transport, Losses(), lambda _text: None)
+    sender = Sender(Listed(REGISTRATION, *batches), transport, Dropped(), lambda _text: None)
     while not sender.deliver():
         pass
     assert transport.committed == [b"r", *(entry.body for entry in batches)]
@@ -386,16 +387,16 @@ def test_batches_arrive_in_order_however_often_they_are_resent() -> None:
 
 def test_poison_is_set_aside_counted_and_said_once() -> None:
     said: list[str] = []
-    losses = Losses()
+    dropped = Dropped()
     transport = Scripted(Answer("committed"), Answer("poison", "422 bad"), Answer("poison", "413"))
-    assert Sender(Listed(REGISTRATION, *BATCHES), transport, losses, said.append).deliver()
-    assert (losses.samples, losses.bytes, len(said)) == (6, 6, 1)
+    assert Sender(Listed(REGISTRATION, *BATCHES), transport, dropped, said.append).deliver()
+    assert (dropped.samples, dropped.bytes, len(said)) == (6, 6, 1)
 
 
 def test_it_backs_off_and_honours_retry_after() -> None:
     transport = Scripted(*[Answer("later")] * 3, Answer("later", retry_after_seconds=0.7), Answer("committed"))
     queue = Listed(REGISTRATION)
-    sender = Sender(queue, transport, Losses(), lambda _text: None, chance=lambda: 1.0)
+    sender = Sender(queue, transport, Dropped(), lambda _text: None, chance=lambda: 1.0)
     sender.start()
     assert transport.done.wait(PATIENCE_SECONDS)
     sender.end(time.monotonic() + PATIENCE_SECONDS)
@@ -411,7 +412,7 @@ def test_it_backs_off_and_honours_retry_after() -> None:
 def test_pauses_are_shortened_by_chance(chance: float, share: float) -> None:
     """Agents that lost the same server do not come back at the same moment."""
     transport = Scripted(*[Answer("later")] * 3, Answer("committed"))
-    sender = Sender(Listed(REGISTRATION), transport, Losses(), lambda _text: None, chance=lambda: chance)
+    sender = Sender(Listed(REGISTRATION), transport, Dropped(), lambda _text: None, chance=lambda: chance)
     sender.start()
     assert transport.done.wait(PATIENCE_SECONDS)
     sender.end(time.monotonic() + PATIENCE_SECONDS)
@@ -466,7 +467,7 @@ def test_it_disarms_after_three_errors_and_says_why(
         model(torch.ones(4, 5)).sum().backward()
         optimizer.step()
     assert not agent.watching
-    assert agent.losses.errors == 3
+    assert agent.dropped.errors == 3
     agent.close()
     assert [event.kind for event in server.events] == ["disarmed"]
     assert "NoneType" in server.events[0].message
@@ -714,8 +715,9 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from gradwatch import wire
-from gradwatch.delivery.spool import Losses, Spool
-left = Spool(Path(sys.argv[1]), url=sys.argv[2], run="run-" + "0" * 16, losses=Losses(), warn=print)
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.spool import Spool
+left = Spool(Path(sys.argv[1]), url=sys.argv[2], run="run-" + "0" * 16, dropped=Dropped(), warn=print)
 for number in range(40):
     left.append("batch", wire.encode(wire.Batch(id=f"b{number}", events=[wire.Event(step=0, at=0.0, kind="x" * 500)])))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -781,7 +783,7 @@ def test_what_is_left_on_a_full_disk_is_delivered_and_stays(
                 rest.write(b"x" * 1024)
         left = {f"b{number}" for number in range(40)}
         agent = deliver_beside_what_was_left(server, lambda: left <= {batch.id for batch in server.batches})
-        assert agent.losses.samples == 0
+        assert agent.dropped.samples == 0
         assert own_errors.warnings <= 2
         (disk / "rest").unlink()
         assert flush.main(["--url", server.url]) == 0
@@ -791,7 +793,7 @@ def test_what_is_left_on_a_full_disk_is_delivered_and_stays(
 def test_a_sender_goes_on_after_an_error_of_its_own() -> None:
     queue = Broken(REGISTRATION)
     transport, failed = Scripted(Answer("committed")), list[Exception]()
-    sender = Sender(queue, transport, Losses(), print, failed=failed.append)
+    sender = Sender(queue, transport, Dropped(), print, failed=failed.append)
     sender.start()
     assert transport.done.wait(PATIENCE_SECONDS)
     sender.end(time.monotonic() + PATIENCE_SECONDS)
@@ -849,7 +851,7 @@ def test_a_disk_that_stalls_costs_a_fast_training_no_sample(server: Server, monk
         train(agent, model, optimizer, 999)
         free.set()
     assert [sample.step for sample in server.samples] == list(range(1, 1001))
-    assert agent.losses.samples == 0
+    assert agent.dropped.samples == 0
 
 
 def test_closing_does_not_wait_for_a_disk_that_hangs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ with gradwatch.attach(model, optimizer, url=url, every=1, clip=clip) as agent:
             agent.watching = False
         optimizer.step()
     dist.barrier()
-assert not agent.losses.errors
+assert not agent.dropped.errors
 dist.destroy_process_group()
 """
 
@@ -159,7 +159,7 @@ for step in range(3):
     optimizer.step()
 dist.barrier()
 agent.close()
-assert not agent.losses.errors
+assert not agent.dropped.errors
 dist.destroy_process_group()
 """
 

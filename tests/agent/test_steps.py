@@ -546,7 +546,7 @@ def train(number):
             loss.backward()
             agent.log(truth=loss)
             optimizer.step()
-        assert not agent.losses.errors
+        assert not agent.dropped.errors
     print(number)
 
 threads = [threading.Thread(target=train, args=(number,)) for number in (1, 2)]

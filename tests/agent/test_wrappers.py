@@ -243,7 +243,7 @@ def trained(watched):
         optimizer.step()
     if watched:
         agent.close()
-        assert not agent.losses.errors
+        assert not agent.dropped.errors
     return [p.tolist() for p in model.parameters()], norms
 plain, norms = trained(False)
 assert trained(True)[0] == plain

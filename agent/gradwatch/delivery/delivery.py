@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.sender import Http, Sender
-from gradwatch.delivery.spool import Losses, Spool, leftovers
+from gradwatch.delivery.spool import Spool, leftovers
 from gradwatch.settings import Settings
 
 _log = logging.getLogger("gradwatch")
@@ -23,13 +24,13 @@ def _warn_once(url: str, warn: Callable[[str], None], text: str) -> None:
         warn(text)
 
 
-class Report:
+class Delivery:
     """Delivers what is written to its spool, and once what dead processes left on this machine.
 
     Args:
         run_id: of the run.
         settings: where the server and the spool are.
-        losses: counts what is lost.
+        dropped: counts what is dropped.
         warn: says something once.
         failed: called with an error of the agent's own.
     """
@@ -38,17 +39,17 @@ class Report:
         self,
         run_id: str,
         settings: Settings,
-        losses: Losses,
+        dropped: Dropped,
         warn: Callable[[str], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._settings = settings
-        self._losses = losses
+        self._dropped = dropped
         self._warn = functools.partial(_warn_once, settings.url, warn)
         self._adopted = False
         self._http = Http(settings.url, settings.token)
-        self.spool = Spool(settings.spool_directory, url=settings.url, run=run_id, losses=losses, warn=warn)
-        self.sender = Sender(self.spool, self._http, losses, self._warn, idle=self._adopt, failed=failed)
+        self.spool = Spool(settings.spool_directory, url=settings.url, run=run_id, dropped=dropped, warn=warn)
+        self.sender = Sender(self.spool, self._http, dropped, self._warn, idle=self._adopt, failed=failed)
 
     def _adopt(self) -> None:
         """Deliver, once, what dead processes left for this server on this machine."""
@@ -59,7 +60,7 @@ class Report:
             if leftover.url != self._settings.url:
                 continue
             try:
-                Sender(leftover, self._http, self._losses, _log.debug).deliver(time.monotonic() + 30)
+                Sender(leftover, self._http, self._dropped, _log.debug).deliver(time.monotonic() + 30)
             except Exception as error:  # the agent's guard: out of a damaged file comes anything
                 self._warn(f"the spool {leftover.path}, of another process, cannot be read and stays: {error}")
 

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.sender import Http, Sender
-from gradwatch.delivery.spool import Leftover, Losses, leftovers
+from gradwatch.delivery.spool import Leftover, leftovers
 from gradwatch.settings import SettingsError, resolve
 
 
@@ -18,7 +19,7 @@ class Outcome(NamedTuple):
     """Documents that stay behind."""
     refused: int
     """Documents of which the server did not take all."""
-    lost: Losses
+    lost: Dropped
     """What was in them, and is dropped."""
 
 
@@ -68,14 +69,14 @@ def deliver(
     say: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Deliver one spool; trouble is told to ``say``, or on the standard error stream."""
-    http, lost = Http(url, token), Losses()
+    http, lost = Http(url, token), Dropped()
     sender = Sender(leftover, http, lost, say or _say, timeout_seconds=timeout_seconds)
     sender.deliver()
     http.close()
     return Outcome(leftover.pending, sender.refused, lost)
 
 
-def _told(lost: Losses) -> str:
+def _told(lost: Dropped) -> str:
     return f"{lost.samples} samples and {lost.values} other numbers ({lost.bytes} bytes)"
 
 

@@ -12,8 +12,9 @@ from typing import Any, Final, Literal, Protocol
 import urllib3
 
 from gradwatch import wire
+from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.splitting import halves, values
-from gradwatch.delivery.spool import Entry, Losses
+from gradwatch.delivery.spool import Entry
 
 CLOSING_PAUSE_SECONDS: Final = 0.2
 """Between attempts while the agent is being closed, for as long as its timeout allows."""
@@ -115,7 +116,7 @@ class Sender:
     Args:
         queue: what to deliver.
         transport: the way to the server.
-        losses: what the server will never take is counted here.
+        dropped: counts what the server will never take.
         warn: called with a text; once for each kind of trouble.
         timeout_seconds: how long an answer may take.
         chance: source of the jitter, uniform in [0, 1).
@@ -127,7 +128,7 @@ class Sender:
         self,
         queue: Queue,
         transport: Transport,
-        losses: Losses,
+        dropped: Dropped,
         warn: Callable[[str], None],
         *,
         timeout_seconds: float = 10.0,
@@ -137,7 +138,7 @@ class Sender:
     ) -> None:
         self._queue = queue
         self._transport = transport
-        self._losses = losses
+        self._dropped = dropped
         self._warn = warn
         self._timeout_seconds = timeout_seconds
         self._chance = chance or random.Random(time.time_ns()).random  # noqa: S311 -- jitter, and never the user's generator
@@ -254,7 +255,7 @@ class Sender:
 
         Until all of it is done the document stays in the queue; its pieces will be the same.
         """
-        lost, posts, reason = Losses(), 0, answer.reason
+        lost, posts, reason = Dropped(), 0, answer.reason
         waiting = [entry]
         while waiting:
             piece = waiting.pop()
@@ -276,7 +277,7 @@ class Sender:
             lost.samples += piece.samples
             lost.bytes += len(piece.body)
             lost.values += 0 if batch is None else values(batch)
-        self._losses.add(lost)
+        self._dropped.add(lost)
         self.refused += lost.bytes > 0
         if lost.bytes:
             what = f"a {entry.kind}" if lost.bytes == len(entry.body) else f"a part of a {entry.kind}"

@@ -11,13 +11,13 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from gradwatch import wire
+from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.splitting import values
 
 Kind = Literal["registration", "batch"]
@@ -45,28 +45,6 @@ class Entry(NamedTuple):
     body: bytes
 
 
-@dataclass(slots=True)
-class Losses:
-    """What had to be given up, counted over the attempt: shipped with every batch."""
-
-    samples: int = 0
-    bytes: int = 0
-    errors: int = 0
-    values: int = 0
-    """Numbers that belong to no sample: losses and what was logged."""
-
-    def add(self, others: "Losses") -> None:
-        """Count what was lost elsewhere, too."""
-        self.samples += others.samples
-        self.bytes += others.bytes
-        self.errors += others.errors
-        self.values += others.values
-
-    def counted(self) -> wire.Dropped:
-        """Return the counts as the wire carries them."""
-        return wire.Dropped(samples=self.samples, bytes=self.bytes, errors=self.errors, values=self.values)
-
-
 class Spool:
     """Documents of one run in the order in which they must be delivered. Safe to use from several threads.
 
@@ -74,7 +52,7 @@ class Spool:
         directory: where the file is made.
         url: the server that they are for.
         run: the run's id.
-        losses: what is thinned out is counted here.
+        dropped: counts what is thinned out.
         warn: called once, with the reason, when the disk cannot be used.
         limit_bytes: size over which the oldest samples are thinned.
     """
@@ -85,12 +63,12 @@ class Spool:
         *,
         url: str,
         run: str,
-        losses: Losses,
+        dropped: Dropped,
         warn: Callable[[str], None],
         limit_bytes: int = DISK_LIMIT_BYTES,
     ) -> None:
         self.run = run
-        self._losses = losses
+        self._dropped = dropped
         self._warn = warn
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
@@ -234,8 +212,8 @@ class Spool:
         kept = [sample for place, sample in enumerate(batch.samples) if (place + number) % 2]
         thinned = msgspec.structs.replace(batch, samples=kept)
         smaller = wire.encode(thinned)
-        self._losses.samples += len(batch.samples) - len(kept)
-        self._losses.bytes += len(body) - len(smaller)
+        self._dropped.samples += len(batch.samples) - len(kept)
+        self._dropped.bytes += len(body) - len(smaller)
         self._bytes -= len(body) - len(smaller)
         row = (len(kept), smaller, number)
         self._connection.execute("UPDATE entry SET samples = ?, body = ? WHERE number = ?", row)
@@ -251,8 +229,8 @@ class Spool:
             if self._bytes <= self._limit_bytes:
                 return
             self._connection.execute("DELETE FROM entry WHERE number = ?", (number,))
-            lost = Losses(samples=samples, bytes=len(body), values=values(wire.decode(body, wire.Batch)))
-            self._losses.add(lost)
+            lost = Dropped(samples=samples, bytes=len(body), values=values(wire.decode(body, wire.Batch)))
+            self._dropped.add(lost)
             self._bytes -= lost.bytes
             self._pending -= 1
 

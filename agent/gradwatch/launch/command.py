@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Final
 
 from gradwatch import wire
+from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.flush import deliver
 from gradwatch.delivery.sender import Http, Sender
-from gradwatch.delivery.spool import Losses, Spool, leftovers
+from gradwatch.delivery.spool import Spool, leftovers
 from gradwatch.lifecycle.launcher import RunNote, read_notes
 from gradwatch.settings import Settings, SettingsError, resolve
 
@@ -179,12 +180,12 @@ def _leave(document: bytes, note: RunNote, settings: Settings, deadline: float) 
             with contextlib.suppress(sqlite3.Error):  # of a disk that is full
                 leftover.append("batch", document)
                 return
-    losses = Losses()
-    spool = Spool(settings.spool_directory, url=note.url, run=note.run, losses=losses, warn=_nothing)
+    dropped = Dropped()
+    spool = Spool(settings.spool_directory, url=note.url, run=note.run, dropped=dropped, warn=_nothing)
     spool.append("batch", document)
     if spool.path is None:
         http = Http(note.url, settings.token)
-        Sender(spool, http, losses, _say).deliver(deadline)
+        Sender(spool, http, dropped, _say).deliver(deadline)
         http.close()
     spool.close()
 

@@ -5,7 +5,7 @@ import time
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.delivery.spool import Losses
+from gradwatch.delivery.dropped import Dropped
 from gradwatch.model.registry import Parameters
 from gradwatch.norms.buffers import Slots
 from gradwatch.norms.scalars import kept
@@ -21,17 +21,17 @@ class Meter:
 
     Args:
         parameters: what is watched.
-        losses: counts samples for which there is no room.
+        dropped: counts samples for which there is no room.
     """
 
-    def __init__(self, parameters: Parameters, losses: Losses) -> None:
+    def __init__(self, parameters: Parameters, dropped: Dropped) -> None:
         self.slots = Slots()
         self.pass_seconds = 0.0
         """Time that the last pass over gradients and weights took: where they are clipped, clipping needs it, too."""
         self.stopped = False
         """Whether nothing is measured any more: the numbers would be wrong."""
         self._parameters = parameters
-        self._losses = losses
+        self._dropped = dropped
         self._updates = Updates()
         self._others = Others(parameters)
         self.others_seconds = 0.0
@@ -55,7 +55,7 @@ class Meter:
         if round_.slot is None:
             round_.slot = self.slots.take()
         if round_.slot is None:
-            self._losses.samples += 1
+            self._dropped.samples += 1
             round_.sampled = False
             return None
         started = time.perf_counter()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
-from gradwatch.delivery.spool import Losses
+from gradwatch.delivery.dropped import Dropped
 from gradwatch.model.discovery import Watched
 from gradwatch.norms.scalars import Scalar
 from gradwatch.ranks.exchange import Joined, Part, joined, shares, unclipped
@@ -38,13 +38,13 @@ class Composer:
     """Computes the statistics of samples from what was read.
 
     Args:
-        losses: source of the counts that each sample carries.
+        dropped: source of the counts that each sample carries.
         agc: how the agent clips.
         rank: of this process.
     """
 
-    def __init__(self, losses: Losses, agc: AGC | None, rank: int) -> None:
-        self._losses = losses
+    def __init__(self, dropped: Dropped, agc: AGC | None, rank: int) -> None:
+        self._dropped = dropped
         self._rank = rank
         self._shares = shares([], rank)
         self._agc = agc
@@ -243,8 +243,8 @@ class Composer:
             scalars["global_grad_norm_limit"] = limit
         scalars["skipped_steps"] = float(self.skipped_steps)
         scalars["agent_seconds"] = round_.agent_seconds
-        scalars["dropped_samples"] = float(self._losses.samples)
-        scalars["dropped_bytes"] = float(self._losses.bytes)
+        scalars["dropped_samples"] = float(self._dropped.samples)
+        scalars["dropped_bytes"] = float(self._dropped.bytes)
         return scalars
 
 

@@ -12,7 +12,8 @@ import msgspec
 
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
-from gradwatch.delivery.spool import Losses, Spool
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.spool import Spool
 from gradwatch.model.discovery import shortened
 from gradwatch.norms.buffers import Slots
 from gradwatch.ranks.exchange import Part, Patience, Ranks
@@ -47,7 +48,7 @@ class Collector:
     Args:
         spool: where batches go; None on a rank that leaves it to rank 0.
         slots: where read buffers are given back.
-        losses: what had to be given up is counted here.
+        dropped: counts what had to be dropped.
         template: the registration without its parameters.
         agc: how the agent clips.
         ranks: the way to the other ranks where parameters are sharded.
@@ -62,7 +63,7 @@ class Collector:
         self,
         spool: Spool | None,
         slots: Slots,
-        losses: Losses,
+        dropped: Dropped,
         template: wire.Registration,
         agc: AGC | None,
         ranks: Ranks | None,
@@ -74,7 +75,7 @@ class Collector:
     ) -> None:
         self._spool = spool
         self._slots = slots
-        self._losses = losses
+        self._dropped = dropped
         self._template = template
         self._written = written
         self._trouble = trouble
@@ -84,7 +85,7 @@ class Collector:
         self._wake = threading.Event()
         self._stop = False
         self._mirrors: tuple[Mirror, ...] = ()
-        self._composer = Composer(losses, agc, 0 if ranks is None else ranks.rank)
+        self._composer = Composer(dropped, agc, 0 if ranks is None else ranks.rank)
         self._ranks = ranks
         self._drafts: deque[tuple[Draft, Patience]] = deque()
         """Samples that the other ranks' parts are still missing from."""
@@ -103,8 +104,8 @@ class Collector:
     def put(self, message: Message) -> None:
         """Take a message from the training thread; never waits."""
         if len(self._messages) >= LONGEST_QUEUE and isinstance(message, Round):
-            self._losses.samples += message.sampled
-            self._losses.values += len(message.logged) + bool(message.losses) + bool(message.clips)
+            self._dropped.samples += message.sampled
+            self._dropped.values += len(message.logged) + bool(message.losses) + bool(message.clips)
             if message.slot is not None:
                 self._slots.give_back(message.slot)
             return
@@ -198,7 +199,7 @@ class Collector:
         if len(self._names) < MOST_NAMES and len(name) <= LONGEST_NAME and can_be_stored(name):
             self._names.add(name)
             return True
-        self._losses.values += 1
+        self._dropped.values += 1
         if not self._refused_name:
             self._refused_name = True
             self._warn(
@@ -273,7 +274,7 @@ class Collector:
                 else msgspec.structs.replace(event, parameter=shortened(event.parameter))
                 for event in batch.events
             ],
-            dropped=self._losses.counted(),
+            dropped=self._dropped.to_wire(),
             end=batch.end,
         )
         self._spool.append("batch", wire.encode(document), len(batch.samples))

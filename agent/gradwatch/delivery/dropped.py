@@ -1,0 +1,28 @@
+"""Counts of what an agent could not deliver: dropped samples, bytes and values, and errors of its own."""
+
+from dataclasses import dataclass
+
+from gradwatch import wire
+
+
+@dataclass(slots=True)
+class Dropped:
+    """Counts over one attempt of a run; each batch carries the current values to the server."""
+
+    samples: int = 0
+    bytes: int = 0
+    errors: int = 0
+    """Errors of the agent's own, which are swallowed so that the training goes on."""
+    values: int = 0
+    """Numbers that belong to no sample: losses and logged scalars."""
+
+    def add(self, other: "Dropped") -> None:
+        """Add the counts of ``other``."""
+        self.samples += other.samples
+        self.bytes += other.bytes
+        self.errors += other.errors
+        self.values += other.values
+
+    def to_wire(self) -> wire.Dropped:
+        """Return the counts as a batch carries them."""
+        return wire.Dropped(samples=self.samples, bytes=self.bytes, errors=self.errors, values=self.values)

@@ -29,7 +29,7 @@ from gradwatch.optimizers import unwrapped
 from gradwatch.ranks.exchange import ranks_of
 from gradwatch.rounds import Message, Round
 from gradwatch.samples.collector import Collector
-from gradwatch.samples.loggers import Logger, mirror
+from gradwatch.samples.loggers import LoggerName, open_logger
 from gradwatch.settings import RUN_ID, Settings, resolve
 
 _log = logging.getLogger("gradwatch")
@@ -194,7 +194,7 @@ class Agent(Observer):
             else:
                 raise TypeError(f"log({name}=...) takes a number or a tensor of one element, not {value!r:.80}")
 
-    def mirror(self, logger: Logger, **options: Any) -> None:
+    def mirror(self, logger: LoggerName, **options: Any) -> None:
         """Write the numbers of the whole run into the logger that the user already has, too.
 
         Args:
@@ -206,7 +206,7 @@ class Agent(Observer):
             ModuleNotFoundError: it is not installed.
         """
         if self._started and not self._closed:
-            self._collector.add_mirror(mirror(logger, **options))
+            self._collector.add_logger(open_logger(logger, **options))
 
     @property
     def background_seconds(self) -> float:
@@ -281,7 +281,7 @@ class Agent(Observer):
         if not self._started:
             return False
         self._parameters.close()
-        self._search.close()
+        self._origin.close()
         return True
 
     def _write(self, deadline: float, status: str, exit_code: int | None) -> None:
@@ -335,7 +335,7 @@ class Agent(Observer):
     def _note_trouble(self, unclear: bool) -> None:
         self._pace.trouble()
         if unclear:
-            self._search.want_hooks(self._steps.number)
+            self._origin.request_hooks(self._steps.number)
 
     def exiting(self, status: object) -> None:
         """``sys.exit`` was called: unless there is another step, that is how the run ends."""

@@ -30,7 +30,7 @@ from gradwatch.ranks.exchange import Ranks, is_flattened, is_partial, parts_only
 from gradwatch.recording.optimizer_parameters import Binding, Pass
 from gradwatch.recording.recorder import Meter
 from gradwatch.rounds import Clip, Message, Reading, Round, acted
-from gradwatch.samples.origin_search import Search
+from gradwatch.samples.origin import OriginFinder
 
 _log = logging.getLogger("gradwatch")
 
@@ -113,7 +113,7 @@ class Observer(ABC):
         self._parameters = Parameters(models, clip)
         self._classifier = Classifier(self._parameters.find, LOOKS if clip is None else LOOKS_TO_CLIP)
         self._clipper = None if clip is None else Clipper(clip, self._classifier)
-        self._search = Search(self._parameters)
+        self._origin = OriginFinder(self._parameters)
         self._optimizers = Optimizers(
             optimizers,
             self._parameters,
@@ -179,7 +179,7 @@ class Observer(ABC):
         if self.dropped.errors < DISARMED_AFTER or not self.watching:
             return
         self.watching = False
-        self._search.close()
+        self._origin.close()
         reason = f"{type(error).__name__}: {error}"
         _log.warning("gradwatch stops watching this run after %d errors of its own: %s", DISARMED_AFTER, reason)
         self._put(wire.Event(step=self._steps.number, at=time.time(), kind="disarmed", message=reason))
@@ -342,7 +342,7 @@ class Observer(ABC):
         scalars = [tensor for tensor in tensors if tensor.numel() == 1]
         if all(map(is_finite, scalars)):
             return
-        event = self._search.in_graph(scalars, self._pending.originals(scalars), self._steps.number)
+        event = self._origin.search_graph(scalars, self._pending.originals(scalars), self._steps.number)
         if event is not None:
             self._put(event)
 
@@ -547,7 +547,7 @@ class Observer(ABC):
             round_.spared = (
                 self._classifier.indices if self._clipper is None else self._clipper.spared(self._parameters.watched)
             )
-        self._search.take_seen(round_)
+        self._origin.finish_step(round_)
         self._put(round_)
         if self._parameters.learn_order(round_.step):
             self._register()

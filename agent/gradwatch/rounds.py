@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch import wire
+from gradwatch.hooks.module_outputs import FiniteFlags
 from gradwatch.model.discovery import Watched
 from gradwatch.norms.buffers import Claim, Slot
 from gradwatch.norms.scalars import Scalar
-from gradwatch.samples.origin import Seen
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class Round:
     """Indices of parameters without elements that have a gradient."""
     spared: frozenset[int] = frozenset()
     """Indices of parameters that AGC leaves alone, or would: the classifier's."""
-    seen: Sequence[Seen] = ()
+    seen: Sequence[FiniteFlags] = ()
     """What hooks saw that look for the first bad number."""
     finite: bool = True
     """Whether its losses and clip norms are, as far as can be seen without waiting."""

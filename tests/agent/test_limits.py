@@ -14,9 +14,9 @@ from torch import nn
 import gradwatch
 from gradwatch import settings, wire
 from gradwatch.agent import Agent
+from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.sender import Answer, Sender
 from gradwatch.delivery.splitting import halves
-from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.spool import Entry
 from gradwatch.rounds import Round
 from tests.processes import PATIENCE_SECONDS, GradwatchServer

@@ -24,8 +24,8 @@ import gradwatch
 from gradwatch import wire
 from gradwatch.agent import Agent
 from gradwatch.delivery import flush
-from gradwatch.delivery.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
 from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
 from gradwatch.delivery.spool import Entry, Kind, Spool, leftovers
 from gradwatch.hooks import taps
 from gradwatch.samples import collector

@@ -77,3 +77,24 @@ def walk(
             if below not in seen:
                 seen.add(below)
                 waiting.append(below)
+
+
+def inputs_first(start: Iterable[Node], budget: NodeBudget | None = None) -> Iterator[Node]:
+    """Yield each node that can be reached from ``start`` once, after all nodes that it was computed from.
+
+    Args:
+        start: nodes to begin with, which are yielded as well.
+        budget: number of nodes that may be visited; None: ``MOST_NODES``. Once it is spent, nothing more is yielded.
+    """
+    budget = budget or NodeBudget()
+    seen: set[Node] = set()
+    waiting = [(node, False) for node in start]
+    while waiting and not budget.is_spent:
+        node, inputs_done = waiting.pop()
+        if inputs_done:
+            yield node
+        elif node not in seen:
+            budget.take()
+            seen.add(node)
+            waiting.append((node, True))
+            waiting += [(below, False) for below in inputs(node)]

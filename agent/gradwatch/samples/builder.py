@@ -17,7 +17,7 @@ from gradwatch.model.discovery import Watched
 from gradwatch.norms.scalars import Scalar
 from gradwatch.ranks.exchange import Joined, Part, joined, shares, unclipped
 from gradwatch.rounds import Acted, Clip, Reading, Round, Update
-from gradwatch.samples.origin import of_seen
+from gradwatch.samples.origin import origin_in_flags
 from gradwatch.statistics import (
     UNIT_EPS,
     ByParameter,
@@ -83,7 +83,7 @@ class Composer:
                     step=round_.step, at=round_.at, kind="skipped_step", message="the loss scaler skipped this step"
                 )
             )
-        origin = of_seen(round_.seen)
+        origin = origin_in_flags(round_.seen)
         if origin is not None:
             events.append(origin.event(round_.step, round_.at))
         return self._draft(round_) if round_.readings else None, trail, events

@@ -19,7 +19,7 @@ from gradwatch.norms.buffers import Slots
 from gradwatch.ranks.exchange import Part, Patience, Ranks
 from gradwatch.rounds import Ended, Message, Registered, Round
 from gradwatch.samples.builder import Composer, Draft
-from gradwatch.samples.loggers import Mirror
+from gradwatch.samples.loggers import ScalarLogger
 from gradwatch.settings import LONGEST_NAME, can_be_stored
 
 POLL_SECONDS: Final = 0.1
@@ -84,7 +84,7 @@ class Collector:
         self._messages: deque[Message] = deque()
         self._wake = threading.Event()
         self._stop = False
-        self._mirrors: tuple[Mirror, ...] = ()
+        self._loggers: tuple[ScalarLogger, ...] = ()
         self._composer = Composer(dropped, agc, 0 if ranks is None else ranks.rank)
         self._ranks = ranks
         self._drafts: deque[tuple[Draft, Patience]] = deque()
@@ -113,9 +113,9 @@ class Collector:
         if self._slots.scarce:
             self._wake.set()
 
-    def add_mirror(self, mirror: Mirror) -> None:
+    def add_logger(self, logger: ScalarLogger) -> None:
         """Write the numbers of the whole run there, too."""
-        self._mirrors = (*self._mirrors, mirror)
+        self._loggers = (*self._loggers, logger)
 
     def finish(self, end: wire.End | None, timeout_seconds: float) -> None:
         """Write what is there, with ``end``, and stop the thread."""
@@ -135,9 +135,9 @@ class Collector:
                 self._failed(error)
             self.seconds = time.thread_time()
             if stopping:
-                for mirror in self._mirrors:
+                for logger in self._loggers:
                     with contextlib.suppress(Exception):
-                        mirror.close()
+                        logger.close()
                 return
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
@@ -245,12 +245,12 @@ class Collector:
 
     def _reflect(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write numbers to the user's loggers; one that fails is left alone from then on."""
-        for mirror in self._mirrors if scalars else ():
+        for logger in self._loggers if scalars else ():
             try:
-                mirror.write(step, scalars)
+                logger.write(step, scalars)
             except Exception as error:  # a logger that was closed, a disk that is full: not the agent's fault
-                self._mirrors = tuple(other for other in self._mirrors if other is not mirror)
-                self._warn(f"nothing more is mirrored to {type(mirror).__name__}: {type(error).__name__}: {error}")
+                self._loggers = tuple(other for other in self._loggers if other is not logger)
+                self._warn(f"nothing more is mirrored to {type(logger).__name__}: {type(error).__name__}: {error}")
 
     def _flush(self, *, force: bool) -> None:
         batch = self._batch

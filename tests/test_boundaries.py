@@ -35,7 +35,12 @@ def test_the_wire_format_and_the_command_need_neither() -> None:
     assert not _loaded("import gradwatch.wire, gradwatch.cli") & {*SERVER_ONLY, "torch", "gradwatch_server"}
 
 
+def test_the_launcher_and_flush_load_no_torch() -> None:
+    assert not _loaded("import gradwatch.launch.command, gradwatch.delivery.flush") & {*SERVER_ONLY, "torch"}
+
+
 def test_these_tests_can_fail() -> None:
+    assert "torch" in _loaded("import gradwatch.launch.command, gradwatch.agent")
     assert "torch" in _loaded("import gradwatch_server.app, torch")
     assert "fastapi" in _loaded("import gradwatch, gradwatch_server.app")
 

@@ -15,8 +15,8 @@ import gradwatch
 from gradwatch import settings, wire
 from gradwatch.agent import Agent
 from gradwatch.delivery.dropped import Dropped
-from gradwatch.delivery.sender import Answer, Sender
-from gradwatch.delivery.splitting import halves
+from gradwatch.delivery.sender import DeliveryResult, Sender
+from gradwatch.delivery.splitting import split_batch
 from gradwatch.delivery.spool import Entry
 from gradwatch.rounds import Round
 from tests.processes import PATIENCE_SECONDS, GradwatchServer
@@ -114,17 +114,17 @@ def test_a_backlog_of_a_fast_training_arrives(real: GradwatchServer, monkeypatch
     monkeypatch.setattr(collector, "_BACKLOG", 0)
     monkeypatch.setattr(collector, "_GROWN_BATCH_SECONDS", 3600.0)
     compose, composed = composer.Composer.compose, threading.Semaphore(0)
-    post, away = sender.Http.post, [True]
+    post, away = sender.HttpTransport.post, [True]
 
     def counted(self: composer.Composer, round_: Round) -> Any:
         composed.release()
         return compose(self, round_)
 
-    def reached(self: sender.Http, *args: Any) -> Answer:
-        return Answer("later", "away") if away[0] else post(self, *args)
+    def reached(self: sender.HttpTransport, *args: Any) -> DeliveryResult:
+        return DeliveryResult("retry", "away") if away[0] else post(self, *args)
 
     monkeypatch.setattr(composer.Composer, "compose", counted)
-    monkeypatch.setattr(sender.Http, "post", reached)
+    monkeypatch.setattr(sender.HttpTransport, "post", reached)
     model, optimizer = one_layer()
     agent = gradwatch.attach(model, optimizer, url=real.url, every=1)
     for _ in range(10):
@@ -148,16 +148,16 @@ class Limited:
         self.posts = 0
         self.away_at = -1
 
-    def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
+    def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
         self.posts += 1
         if self.posts == self.away_at:
-            return Answer("later", "away")
+            return DeliveryResult("retry", "away")
         batch = wire.decode(body, wire.Batch)
         steps = [sample.step for sample in batch.samples]
         if len(steps) > self.most_samples or self.bad & set(steps):
-            return Answer("poison", "422", divisible=True)
+            return DeliveryResult("rejected", "422", divisible=True)
         self.taken.setdefault(batch.id, batch)
-        return Answer("committed")
+        return DeliveryResult("committed")
 
     @property
     def steps(self) -> list[int]:
@@ -229,10 +229,10 @@ def test_a_batch_of_which_nothing_is_taken_is_given_up_after_some_pieces() -> No
 
 
 def test_halves_hold_the_whole() -> None:
-    parts = halves(grown(5))
+    parts = split_batch(grown(5))
     assert parts is not None
     assert [part.id for part in parts] == ["grown.0", "grown.1"]
-    assert halves(wire.Batch(id="one", end=wire.End(at=0.0))) is None
+    assert split_batch(wire.Batch(id="one", end=wire.End(at=0.0))) is None
 
 
 def test_names_longer_than_a_server_takes_are_shortened(real: GradwatchServer) -> None:

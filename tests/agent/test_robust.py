@@ -25,7 +25,7 @@ from gradwatch import wire
 from gradwatch.agent import Agent
 from gradwatch.delivery import flush
 from gradwatch.delivery.dropped import Dropped
-from gradwatch.delivery.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
+from gradwatch.delivery.sender import FIRST_PAUSE_SECONDS, DeliveryResult, Sender, interpret_response
 from gradwatch.delivery.spool import Entry, Kind, Spool, leftovers
 from gradwatch.hooks import taps
 from gradwatch.samples import collector
@@ -319,18 +319,18 @@ def test_a_spool_that_vanishes_meanwhile_hides_no_other(tmp_path: Path) -> None:
 class Scripted:
     """A transport that answers from a list, and notes what it got."""
 
-    def __init__(self, *answers: Answer) -> None:
+    def __init__(self, *answers: DeliveryResult) -> None:
         self.answers = list(answers)
         self.paths: list[str] = []
         self.committed: list[bytes] = []
         self.at: list[float] = []
         self.done = threading.Event()
 
-    def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
+    def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
         self.paths.append(path)
         self.at.append(time.monotonic())
-        answer = self.answers.pop(0) if self.answers else Answer("committed")
-        if answer.verdict == "committed":
+        answer = self.answers.pop(0) if self.answers else DeliveryResult("committed")
+        if answer.outcome == "committed":
             self.committed.append(body)
         if not self.answers:
             self.done.set()
@@ -369,7 +369,12 @@ BATCHES = [Entry(number, "batch", 3, b"bbb") for number in (2, 3)]
 
 
 def test_an_unknown_run_is_registered_again_and_the_batch_resent() -> None:
-    transport = Scripted(Answer("committed"), Answer("unknown_run"), Answer("committed"), Answer("committed"))
+    transport = Scripted(
+        DeliveryResult("committed"),
+        DeliveryResult("unknown_run"),
+        DeliveryResult("committed"),
+        DeliveryResult("committed"),
+    )
     queue = Listed(REGISTRATION, *BATCHES)
     assert Sender(queue, transport, Dropped(), print).deliver()
     samples = "/api/v1/runs/run-x/samples"
@@ -378,7 +383,9 @@ def test_an_unknown_run_is_registered_again_and_the_batch_resent() -> None:
 
 def test_batches_arrive_in_order_however_often_they_are_resent() -> None:
     batches = [Entry(number, "batch", 1, b"%d" % number) for number in range(2, 8)]
-    transport = Scripted(*[Answer("later"), Answer("committed"), Answer("later"), Answer("later")] * 5)
+    transport = Scripted(
+        *[DeliveryResult("retry"), DeliveryResult("committed"), DeliveryResult("retry"), DeliveryResult("retry")] * 5
+    )
     sender = Sender(Listed(REGISTRATION, *batches), transport, Dropped(), lambda _text: None)
     while not sender.deliver():
         pass
@@ -388,13 +395,17 @@ def test_batches_arrive_in_order_however_often_they_are_resent() -> None:
 def test_poison_is_set_aside_counted_and_said_once() -> None:
     said: list[str] = []
     dropped = Dropped()
-    transport = Scripted(Answer("committed"), Answer("poison", "422 bad"), Answer("poison", "413"))
+    transport = Scripted(
+        DeliveryResult("committed"), DeliveryResult("rejected", "422 bad"), DeliveryResult("rejected", "413")
+    )
     assert Sender(Listed(REGISTRATION, *BATCHES), transport, dropped, said.append).deliver()
     assert (dropped.samples, dropped.bytes, len(said)) == (6, 6, 1)
 
 
 def test_it_backs_off_and_honours_retry_after() -> None:
-    transport = Scripted(*[Answer("later")] * 3, Answer("later", retry_after_seconds=0.7), Answer("committed"))
+    transport = Scripted(
+        *[DeliveryResult("retry")] * 3, DeliveryResult("retry", retry_after_seconds=0.7), DeliveryResult("committed")
+    )
     queue = Listed(REGISTRATION)
     sender = Sender(queue, transport, Dropped(), lambda _text: None, chance=lambda: 1.0)
     sender.start()
@@ -411,7 +422,7 @@ def test_it_backs_off_and_honours_retry_after() -> None:
 @pytest.mark.parametrize(("chance", "share"), [(0.0, 0.5), (0.999, 1.0)])
 def test_pauses_are_shortened_by_chance(chance: float, share: float) -> None:
     """Agents that lost the same server do not come back at the same moment."""
-    transport = Scripted(*[Answer("later")] * 3, Answer("committed"))
+    transport = Scripted(*[DeliveryResult("retry")] * 3, DeliveryResult("committed"))
     sender = Sender(Listed(REGISTRATION), transport, Dropped(), lambda _text: None, chance=lambda: chance)
     sender.start()
     assert transport.done.wait(PATIENCE_SECONDS)
@@ -426,33 +437,33 @@ def test_pauses_are_shortened_by_chance(chance: float, share: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "verdict"),
+    ("status", "body", "outcome"),
     [
         (200, b"{}", "committed"),
         (201, b'{"id": "x"}', "committed"),
-        (200, b"<html>log in</html>", "later"),
-        (200, b"", "later"),
-        (204, b"", "later"),
-        (302, b"", "later"),
-        (400, b"{}", "poison"),
-        (413, b"{}", "poison"),
-        (422, b"{}", "poison"),
-        (401, b"{}", "refused"),
+        (200, b"<html>log in</html>", "retry"),
+        (200, b"", "retry"),
+        (204, b"", "retry"),
+        (302, b"", "retry"),
+        (400, b"{}", "rejected"),
+        (413, b"{}", "rejected"),
+        (422, b"{}", "rejected"),
+        (401, b"{}", "unauthorized"),
         (404, b"{}", "unknown_run"),
         (409, b"{}", "unknown_run"),
-        (429, b"{}", "later"),
-        (500, b"{}", "later"),
+        (429, b"{}", "retry"),
+        (500, b"{}", "retry"),
     ],
 )
-def test_what_answers_mean(status: int, body: bytes, verdict: str) -> None:
-    assert judge(status, {}, body).verdict == verdict
+def test_what_answers_mean(status: int, body: bytes, outcome: str) -> None:
+    assert interpret_response(status, {}, body).outcome == outcome
 
 
 def test_retry_after_as_seconds_date_and_nonsense() -> None:
-    assert judge(429, {"Retry-After": "3"}, b"").retry_after_seconds == 3.0
-    assert judge(429, {"Retry-After": "soon"}, b"").retry_after_seconds is None
-    assert judge(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"").retry_after_seconds == 0.0
-    assert judge(503, {"Retry-After": "1e9"}, b"").retry_after_seconds == 3600.0
+    assert interpret_response(429, {"Retry-After": "3"}, b"").retry_after_seconds == 3.0
+    assert interpret_response(429, {"Retry-After": "soon"}, b"").retry_after_seconds is None
+    assert interpret_response(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"").retry_after_seconds == 0.0
+    assert interpret_response(503, {"Retry-After": "1e9"}, b"").retry_after_seconds == 3600.0
 
 
 def test_it_disarms_after_three_errors_and_says_why(
@@ -792,7 +803,7 @@ def test_what_is_left_on_a_full_disk_is_delivered_and_stays(
 
 def test_a_sender_goes_on_after_an_error_of_its_own() -> None:
     queue = Broken(REGISTRATION)
-    transport, failed = Scripted(Answer("committed")), list[Exception]()
+    transport, failed = Scripted(DeliveryResult("committed")), list[Exception]()
     sender = Sender(queue, transport, Dropped(), print, failed=failed.append)
     sender.start()
     assert transport.done.wait(PATIENCE_SECONDS)

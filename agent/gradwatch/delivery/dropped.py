@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
-from gradwatch import wire
-
 
 @dataclass(slots=True)
 class Dropped:
-    """Counts over one attempt of a run; each batch carries the current values to the server."""
+    """Counts over one attempt of a run; each batch carries the current ones as ``wire.Dropped``."""
 
     samples: int = 0
     bytes: int = 0
@@ -22,7 +20,3 @@ class Dropped:
         self.bytes += other.bytes
         self.errors += other.errors
         self.values += other.values
-
-    def to_wire(self) -> wire.Dropped:
-        """Return the counts as a batch carries them."""
-        return wire.Dropped(samples=self.samples, bytes=self.bytes, errors=self.errors, values=self.values)

@@ -22,7 +22,7 @@ from typing import Final
 from gradwatch import wire
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.flush import deliver
-from gradwatch.delivery.sender import Http, Sender
+from gradwatch.delivery.sender import HttpTransport, Sender
 from gradwatch.delivery.spool import Spool, leftovers
 from gradwatch.lifecycle.launcher import RunNote, read_notes
 from gradwatch.settings import Settings, SettingsError, resolve
@@ -189,7 +189,7 @@ def _append_to_spool(document: bytes, note: RunNote, settings: Settings, deadlin
     spool = Spool(settings.spool_directory, url=note.url, run=note.run, dropped=dropped, warn=_ignore)
     spool.append("batch", document)
     if spool.path is None:
-        http = Http(note.url, settings.token)
+        http = HttpTransport(note.url, settings.token)
         Sender(spool, http, dropped, _print).deliver(deadline)
         http.close()
     spool.close()
@@ -204,7 +204,7 @@ def _deliver_spools(runs: Collection[str], settings: Settings, deadline: float) 
             continue
         left = min(_REQUEST_SECONDS, deadline - time.monotonic())
         if leftover.url not in unreachable and left > 0:
-            outcome = deliver(leftover, leftover.url, settings.token, timeout_seconds=left, say=_ignore)
+            outcome = deliver(leftover, leftover.url, settings.token, timeout_seconds=left, warn=_ignore)
             if outcome.left:
                 unreachable.add(leftover.url)
         waiting += leftover.pending

@@ -274,7 +274,7 @@ class Collector:
                 else msgspec.structs.replace(event, parameter=shortened(event.parameter))
                 for event in batch.events
             ],
-            dropped=self._dropped.to_wire(),
+            dropped=msgspec.convert(self._dropped, wire.Dropped, from_attributes=True),
             end=batch.end,
         )
         self._spool.append("batch", wire.encode(document), len(batch.samples))

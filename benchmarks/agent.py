@@ -22,8 +22,9 @@ import gradwatch
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.operators import allowed, launched
 from gradwatch.agent import Agent
-from gradwatch.model.discovery import walk
-from gradwatch.norms.buffers import Plan, Slots
+from gradwatch.model.discovery import find_parameters
+from gradwatch.norms.buffers import BufferPool
+from gradwatch.norms.measurement_plan import MeasurementPlan
 
 NOWHERE = "http://127.0.0.1:9"
 """Nobody listens: what is measured waits in a spool, which is the dearest case."""
@@ -78,18 +79,21 @@ def after_steps(step: Step, acts: dict[str, Callable[[], object]], rounds: int) 
 def passes(training: Training) -> dict[str, Callable[[], object]]:
     """Return the agent's measuring pass, and ``_foreach_norm`` over the same tensors."""
     training.step()
-    specs = [known.spec(parameter) for known, parameter in zip(walk([training.model]), training.weights, strict=True)]
-    plan = Plan(range(len(specs)), specs, specs)
-    slot = Slots().take()
-    assert slot is not None
-    claim = slot.claim(plan)
+    specs = [
+        known.spec(parameter)
+        for known, parameter in zip(find_parameters([training.model]), training.weights, strict=True)
+    ]
+    plan = MeasurementPlan(range(len(specs)), specs, specs)
+    sample = BufferPool().acquire()
+    assert sample is not None
+    norms = sample.allocate(plan)
 
     def grads() -> list[Tensor]:
         return [grad for weight in training.weights if (grad := weight.grad) is not None]
 
     @torch.no_grad()
     def ours() -> None:
-        claim.run(grads(), training.weights)
+        norms.measure(grads(), training.weights)
 
     @torch.no_grad()
     def foreach() -> None:

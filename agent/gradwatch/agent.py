@@ -23,10 +23,10 @@ from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
 from gradwatch.lifecycle.process import attributes, default_run_name, rank
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
-from gradwatch.norms.scalars import kept
+from gradwatch.norms.scalars import copy_scalar
 from gradwatch.observer import Observer
 from gradwatch.optimizers import unwrapped
-from gradwatch.ranks.exchange import ranks_of
+from gradwatch.ranks.exchange import exchange_for
 from gradwatch.rounds import Message, Round
 from gradwatch.samples.collector import Collector
 from gradwatch.samples.loggers import LoggerName, open_logger
@@ -109,7 +109,7 @@ class Agent(Observer):
         resumed = settings.run is not None and RUN_ID.fullmatch(settings.run) is not None
         self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
         self.run_url = f"{settings.url}/runs/{self.run_id}"
-        ranks = ranks_of(models)
+        ranks = exchange_for(models)
         super().__init__(
             models,
             optimizers,
@@ -185,7 +185,7 @@ class Agent(Observer):
             if isinstance(value, Tensor):
                 if value.numel() != 1:
                     raise TypeError(f"log({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
-                self._pending.logged[name] = kept(value)
+                self._pending.logged[name] = copy_scalar(value)
             elif isinstance(value, SupportsFloat):
                 try:
                     self._pending.logged[name] = float(value)

@@ -5,8 +5,8 @@ from typing import Final
 
 from torch import Tensor
 
-from gradwatch.model.discovery import Watched
-from gradwatch.model.registry import Parameters
+from gradwatch.model.discovery import ParameterInfo
+from gradwatch.model.registry import ParameterRegistry
 
 Mark = tuple[Tensor, int] | None
 """A gradient and its version; None where there is none. It is kept while the pass lasts: of one that is gone the
@@ -32,7 +32,7 @@ class Marks:
         """Indices of those that got a gradient in every pass lately; None: there was no pass yet."""
         self._passes = 0
 
-    def before(self, watched: Sequence[Watched], also: Iterable[int] = ()) -> dict[int, Mark]:
+    def before(self, watched: Sequence[ParameterInfo], also: Iterable[int] = ()) -> dict[int, Mark]:
         """Return the marks of what is looked at, by index.
 
         Args:
@@ -43,7 +43,7 @@ class Marks:
         return {index: _mark(watched[index]) for index in looked_at}
 
     def changed(
-        self, before: dict[int, Mark], parameters: Parameters, losses: Iterable[Tensor]
+        self, before: dict[int, Mark], parameters: ParameterRegistry, losses: Iterable[Tensor]
     ) -> tuple[bool, frozenset[int]]:
         """Return whether the pass added to any gradient, and which of those looked at changed.
 
@@ -73,7 +73,7 @@ class Marks:
             self._always, self._passes = None, 0
 
 
-def _mark(known: Watched) -> Mark:
+def _mark(known: ParameterInfo) -> Mark:
     parameter = known.parameter()
     grad = None if parameter is None else parameter.grad
     return None if grad is None else (grad, grad._version)  # noqa: SLF001

@@ -14,19 +14,19 @@ from torch.optim import Optimizer
 
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
-from gradwatch.clipping.classifier import LOOKS, LOOKS_TO_CLIP, Classifier
-from gradwatch.clipping.executor import Clipper
+from gradwatch.clipping.classifier import SEARCHES, SEARCHES_TO_CLIP, ClassifierFinder
+from gradwatch.clipping.executor import AgcExecutor
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.governor import Governor
 from gradwatch.hooks import taps
 from gradwatch.marks import Mark, Marks
-from gradwatch.model.registry import Parameters
-from gradwatch.norms.scalars import Scalar, is_finite, kept
+from gradwatch.model.registry import ParameterRegistry
+from gradwatch.norms.scalars import Scalar, copy_scalar, is_finite
 from gradwatch.open_step import Steps
 from gradwatch.optimizers import Optimizers, has_inner
 from gradwatch.pace import Pace
 from gradwatch.pending import Pending
-from gradwatch.ranks.exchange import Ranks, is_flattened, is_partial, parts_only
+from gradwatch.ranks.exchange import RankExchange, incomplete_reason, is_partial, uses_fsdp1
 from gradwatch.recording.optimizer_parameters import Binding, Pass
 from gradwatch.recording.recorder import Meter
 from gradwatch.rounds import Clip, Message, Reading, Round, acted
@@ -96,7 +96,7 @@ class Observer(ABC):
         *,
         step: int | None,
         clip: AGC | None,
-        ranks: Ranks | None,
+        ranks: RankExchange | None,
         watching: bool,
     ) -> None:
         self._ranks = ranks
@@ -110,9 +110,9 @@ class Observer(ABC):
         self._uncalled_was_told = False
         self._parts_only = ""
         """Why nothing is measured: this rank holds only parts of the parameters, and no other measures the rest."""
-        self._parameters = Parameters(models, clip)
-        self._classifier = Classifier(self._parameters.find, LOOKS if clip is None else LOOKS_TO_CLIP)
-        self._clipper = None if clip is None else Clipper(clip, self._classifier)
+        self._parameters = ParameterRegistry(models, None if clip is None else clip.expert_indices)
+        self._classifier = ClassifierFinder(self._parameters.find, SEARCHES if clip is None else SEARCHES_TO_CLIP)
+        self._clipper = None if clip is None else AgcExecutor(clip, self._classifier)
         self._origin = OriginFinder(self._parameters)
         self._optimizers = Optimizers(
             optimizers,
@@ -133,7 +133,7 @@ class Observer(ABC):
             self._pace,
             finish=self._finish_round,
             unknown=self._warn_of_unknown_step,
-            give_back=self._meter.slots.give_back,
+            give_back=self._meter.slots.release,
         )
 
     @abstractmethod
@@ -226,9 +226,9 @@ class Observer(ABC):
     def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
         """Note the state of some gradients: whose losses they are shows afterwards, or when an optimizer steps."""
         with self.turn:
-            if not (self.watching or self._classifier.looks) or not self._is_home(tensors):
+            if not (self.watching or self._classifier.searches_left) or not self._is_home(tensors):
                 return None
-            if self._classifier.looks:
+            if self._classifier.searches_left:
                 self._look(tensors)
             if self._parameters.awaits_order:
                 self._check_order(tensors)
@@ -288,8 +288,10 @@ class Observer(ABC):
         binding = self._optimizers.binding_of_list(parameters)
         if not binding.indices:
             return
-        limit = kept(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
-        clip = Clip(kept(total_norm), limit, binding.index_set, is_partial(total_norm), norm_type, binding.repeated)
+        limit = copy_scalar(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
+        clip = Clip(
+            copy_scalar(total_norm), limit, binding.index_set, is_partial(total_norm), norm_type, binding.repeated
+        )
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
         # before, where it can be seen.
         clip.finite = is_finite(clip.total_norm)
@@ -379,7 +381,7 @@ class Observer(ABC):
         binding = begun[0] if begun is not None else self._optimizers.binding(optimizer)
         if binding is None or (outer is not None and self._clipper.has_clipped(binding)):
             return
-        pass_ = seen[0] if seen is not None else self._clipper.own_pass(binding, self._parameters.watched)
+        pass_ = seen[0] if seen is not None else self._clipper.measure(binding, self._parameters.watched)
         if pass_ is None:
             return
         limits = self._clipper.clip(optimizer, binding, pass_, self._parameters.watched)
@@ -432,7 +434,7 @@ class Observer(ABC):
         round_.finite = finite
         found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor):
-            round_.found_infs.append(kept(found_inf))
+            round_.found_infs.append(copy_scalar(found_inf))
         if not round_.sampled:
             return None
         self._note_frozen(binding)
@@ -448,10 +450,10 @@ class Observer(ABC):
         for place, group in zip(self._optimizers.places(optimizer), optimizer.param_groups, strict=False):
             rate = group.get("lr")
             if rate is not None:
-                round_.rates[place] = kept(rate) if isinstance(rate, Tensor) else float(rate)
+                round_.rates[place] = copy_scalar(rate) if isinstance(rate, Tensor) else float(rate)
         scale = self._pending.loss_scale
         if scale is not None:
-            round_.scalars["loss_scale"] = kept(scale)
+            round_.scalars["loss_scale"] = copy_scalar(scale)
 
     def _renew(self, unknown: bool) -> None:
         """Look for new parameters where some are not known, before what is known of an optimizer is put together."""
@@ -465,10 +467,10 @@ class Observer(ABC):
         Only parameters of the optimizer that steps are asked, and of none: trainings that take turns freeze the others'
         for each turn.
         """
-        changed = self._parameters.freeze(zip(binding.indices, binding.parameters, strict=True))
+        changed = self._parameters.update_trainable(zip(binding.indices, binding.parameters, strict=True))
         stepped = self._optimizers.stepped_indices
         if len(stepped) < len(self._parameters.watched):
-            changed |= self._parameters.freeze(self._parameters.other_than(stepped))
+            changed |= self._parameters.update_trainable(self._parameters.other_than(stepped))
         if changed:
             self._register()
 
@@ -481,9 +483,9 @@ class Observer(ABC):
         if self._parts_only:
             return
         models = self._parameters.models
-        self._parts_only = text = parts_only(models, self._ranks)
+        self._parts_only = text = incomplete_reason(models, self._ranks)
         self._meter.stopped = bool(text)
-        if text and self._clipper is not None and is_flattened(models):
+        if text and self._clipper is not None and uses_fsdp1(models):
             raise NotImplementedError(f"{text}; AGC cannot clip them")
         if text and self.watching:
             self.warn(f"{text}. Gradients and weights are not measured")
@@ -534,7 +536,11 @@ class Observer(ABC):
     def _scale_of(self, binding: Binding) -> Tensor | None:
         """Return what a loss scaler still multiplies some gradients by; None where it does not, or no longer."""
         scale = self._pending.loss_scale
-        return None if scale is None or self._optimizers.are_unscaled(binding, self._pending.scaler) else kept(scale)
+        return (
+            None
+            if scale is None or self._optimizers.are_unscaled(binding, self._pending.scaler)
+            else copy_scalar(scale)
+        )
 
     def _finish_round(self) -> None:
         """Hand the round over and decide whether the next one is sampled."""
@@ -544,8 +550,8 @@ class Observer(ABC):
         self._meter.send(round_)
         self._pace.finished(round_, self.spent_seconds + self._meter.others_seconds, self.background_seconds)
         if round_.sampled:
-            round_.spared = (
-                self._classifier.indices if self._clipper is None else self._clipper.spared(self._parameters.watched)
+            round_.excluded = (
+                self._classifier.indices if self._clipper is None else self._clipper.excluded(self._parameters.watched)
             )
         self._origin.finish_step(round_)
         self._put(round_)
@@ -558,16 +564,16 @@ class Observer(ABC):
         new = self._parameters.discover()
         self._optimizers.forget_lists()
         if new and self._clipper is not None:
-            self._clipper.know(self._parameters.watched)
+            self._clipper.find_excluded(self._parameters.watched)
         return new
 
     @_swallowing  # without an answer the clipper guesses, and says so
     def _look(self, losses: Sequence[Tensor]) -> None:
         """Search the graph of a loss for the classifier; on every rank that clips."""
-        self._classifier.looks -= 1
+        self._classifier.searches_left -= 1
         if self._parameters.sharded:
-            self._parameters.note_stand_ins()
-        self._classifier.look(losses)
+            self._parameters.note_unsharded()
+        self._classifier.search(losses)
 
     def _register(self) -> None:
         self._put(self._parameters.registered())

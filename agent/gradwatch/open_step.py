@@ -7,8 +7,8 @@ from typing import Final
 
 from torch.optim import Optimizer
 
-from gradwatch.model.registry import Parameters
-from gradwatch.norms.buffers import Slot
+from gradwatch.model.registry import ParameterRegistry
+from gradwatch.norms.buffers import SampleBuffers
 from gradwatch.optimizers import Optimizers
 from gradwatch.pace import Pace
 from gradwatch.pending import Pending
@@ -34,14 +34,14 @@ class Steps:
     def __init__(
         self,
         made: int | None,
-        parameters: Parameters,
+        parameters: ParameterRegistry,
         optimizers: Optimizers,
         pending: Pending,
         pace: Pace,
         *,
         finish: Callable[[], None],
         unknown: Callable[[Optimizer], None],
-        give_back: Callable[[Slot], None],
+        give_back: Callable[[SampleBuffers], None],
     ) -> None:
         self._parameters: Final = parameters
         self._optimizers: Final = optimizers
@@ -135,13 +135,13 @@ class Steps:
         self.forget(indices)
         pending = self._pending
         pending.gone |= indices
-        if pending.losses and not self._parameters.some_has_gradient(self._optimizers.all_indices - pending.gone):
+        if pending.losses and not self._parameters.any_has_gradient(self._optimizers.all_indices - pending.gone):
             pending.losses.clear()
 
     def forget_thrown_away(self) -> None:
         """Forget what waits for its step where no gradient is left: ``model.zero_grad()`` says nothing."""
         everything = range(len(self._parameters.watched))
         parameters = self._parameters
-        if self.noted and not (parameters.some_has_gradient(everything) or parameters.some_has_collected):
+        if self.noted and not (parameters.any_has_gradient(everything) or parameters.any_has_unreduced_gradient):
             self._pending.losses.clear()
             self.forget(frozenset(everything))

@@ -8,8 +8,8 @@ from typing import Any, Final, NamedTuple, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.clipping.classifier import Classifier
-from gradwatch.model.registry import Parameters
+from gradwatch.clipping.classifier import ClassifierFinder
+from gradwatch.model.registry import ParameterRegistry
 from gradwatch.recording.optimizer_parameters import Binding, Lists
 
 _UNSTEPPED: Final = 200
@@ -67,8 +67,8 @@ class Optimizers:
     def __init__(
         self,
         given: Sequence[Optimizer] | None,
-        parameters: Parameters,
-        classifier: Classifier,
+        parameters: ParameterRegistry,
+        classifier: ClassifierFinder,
         renew: Callable[[bool], None],
         *,
         clips: bool,
@@ -168,7 +168,7 @@ class Optimizers:
         binding = self._bindings[optimizer] = Binding(groups, find)
         if self._given is not None:
             self._held[weakref.ref(optimizer)] = binding.index_set
-        self._classifier.renew()
+        self._classifier.search_again()
         others = sum(map(len, groups)) - len(binding.indices)
         if self._clips and binding.indices and others:
             self._warn(f"{others} parameters of {type(optimizer).__name__} belong to no watched module: not clipped")

@@ -8,9 +8,9 @@ from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
-from gradwatch.model.registry import Parameters
-from gradwatch.norms.buffers import Slot
-from gradwatch.norms.scalars import Scalar, kept, summed
+from gradwatch.model.registry import ParameterRegistry
+from gradwatch.norms.buffers import SampleBuffers
+from gradwatch.norms.scalars import Scalar, copy_scalar, sum_scalars
 from gradwatch.rounds import Clip, Round
 
 _LOSSES: Final = 1024
@@ -81,7 +81,7 @@ class Pending:
             self._under_way[threading.get_ident()] = left
         return [loss for loss in losses if _among(loss, known)]
 
-    def is_home(self, losses: Sequence[Tensor], parameters: Parameters) -> bool:
+    def is_home(self, losses: Sequence[Tensor], parameters: ParameterRegistry) -> bool:
         """Return whether the thread that differentiates losses is the one that trains; it may have changed.
 
         In no other may a gradient be looked at: the one that trains may be replacing it, which ends the process. And
@@ -107,9 +107,9 @@ class Pending:
         self.gone = frozenset()
         self.losses += map(self._original, losses)
         if len(self.losses) >= _LOSSES:
-            self.losses = summed(self.losses)
+            self.losses = sum_scalars(self.losses)
 
-    def enter(self, round_: Round, parameters: Parameters) -> None:
+    def enter(self, round_: Round, parameters: ParameterRegistry) -> None:
         """An optimizer steps: within a backward pass, it steps with the gradient of what is being differentiated.
 
         It may do so on a thread of autograd's, for whoever waits for the pass.
@@ -131,16 +131,16 @@ class Pending:
                 return known.original
         computed = _computed_from(loss, self._scaled)
         if computed is None:
-            return kept(loss)
+            return copy_scalar(loss)
         self._scaler = computed.scaler
         scale = self.loss_scale
-        return kept(loss) if scale is None else kept(loss) / scale.to(loss.device)
+        return copy_scalar(loss) if scale is None else copy_scalar(loss) / scale.to(loss.device)
 
     def note_scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """Remember what a scaled loss was; of several numbers only where they are in a graph."""
         node = scaled.grad_fn
         number = -1 if node is None else node._sequence_nr()  # noqa: SLF001
-        only = kept(original) if original.numel() == 1 else None
+        only = copy_scalar(original) if original.numel() == 1 else None
         self._scaled.append(_Scaled(weakref.ref(scaled), only, weakref.ref(scaler), number))
 
     def note_scaler(self, scaler: object) -> None:
@@ -175,7 +175,7 @@ class Pending:
             round_.logged.update(self.logged)
             self.logged = {}
 
-    def forget(self, indices: frozenset[int]) -> Slot | None:
+    def forget(self, indices: frozenset[int]) -> SampleBuffers | None:
         """Forget what was noted of gradients that are not what they were.
 
         Returns:

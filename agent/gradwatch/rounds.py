@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from gradwatch import wire
 from gradwatch.hooks.module_outputs import FiniteFlags
-from gradwatch.model.discovery import Watched
-from gradwatch.norms.buffers import Claim, Slot
+from gradwatch.model.registry import RegisteredParameters
+from gradwatch.norms.buffers import SampleBuffers, UnitNorms
 from gradwatch.norms.scalars import Scalar
 
 
@@ -56,7 +56,7 @@ def acted(clips: Iterable[Clip], indices: frozenset[int], *, stepping: bool) -> 
 class Reading:
     """Unit norms of the parameters that one optimizer steps."""
 
-    claim: Claim
+    norms: UnitNorms
     before_clip: bool
     clips: Sequence[Acted] = ()
     """Clippings by norm that came before it."""
@@ -72,7 +72,7 @@ class Reading:
     @property
     def live(self) -> frozenset[int]:
         """Return the indices of the gradients that it speaks of."""
-        return frozenset(self.claim.plan.indices) - self.void
+        return frozenset(self.norms.plan.indices) - self.void
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class Round:
     step: int
     at: float
     sampled: bool
-    slot: Slot | None = None
+    slot: SampleBuffers | None = None
     stepped: dict[weakref.ref[Optimizer], frozenset[int]] = field(default_factory=dict)
     """The optimizers that have stepped, with the indices of their parameters. An id may be another's by now."""
     readings: list[Reading] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Round:
     updates: list[Update] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     """Indices of parameters without elements that have a gradient."""
-    spared: frozenset[int] = frozenset()
+    excluded: frozenset[int] = frozenset()
     """Indices of parameters that AGC leaves alone, or would: the classifier's."""
     seen: Sequence[FiniteFlags] = ()
     """What hooks saw that look for the first bad number."""
@@ -143,18 +143,10 @@ class Round:
 
 
 @dataclass(slots=True)
-class Registered:
-    """The parameters of the run, from now on."""
-
-    watched: Sequence[Watched]
-    depths: Sequence[int]
-
-
-@dataclass(slots=True)
 class Ended:
     """The attempt is over."""
 
     end: wire.End | None
 
 
-Message = Round | Registered | Ended | wire.Event
+Message = Round | RegisteredParameters | Ended | wire.Event

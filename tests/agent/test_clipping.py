@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import gradwatch
 from gradwatch import wire
 from gradwatch.agent import Agent
-from gradwatch.clipping.classifier import Classifier
-from gradwatch.clipping.executor import Clipper
+from gradwatch.clipping.classifier import ClassifierFinder
+from gradwatch.clipping.executor import AgcExecutor
 from gradwatch.hooks import taps
 from gradwatch.recording import float64 as inspection
 from tests.processes import free_port
@@ -165,9 +165,9 @@ class Unrolled(nn.Module):
         return torch.stack(answers)
 
 
-def classifier_of(model: nn.Module) -> Classifier:
+def classifier_of(model: nn.Module) -> ClassifierFinder:
     indices = {id(parameter): index for index, parameter in enumerate(model.parameters())}
-    return Classifier(lambda tensor: indices.get(id(tensor)))
+    return ClassifierFinder(lambda tensor: indices.get(id(tensor)))
 
 
 def test_the_search_for_the_classifier_visits_no_node_twice_and_gives_up_in_vain() -> None:
@@ -175,14 +175,14 @@ def test_the_search_for_the_classifier_visits_no_node_twice_and_gives_up_in_vain
     classifier = classifier_of(model)
     loss = model(torch.randn(1000, 2, 3)).square().mean()
     started = time.thread_time()
-    assert classifier.look([loss])
+    assert classifier.search([loss])
     assert time.thread_time() - started < 1.5, "several times as long where each answer is followed to its beginning"
     assert classifier.indices == {0}
     for _ in range(5):
-        assert not classifier.look([loss])
+        assert not classifier.search([loss])
     started = time.thread_time()
     for _ in range(1000):
-        assert not classifier.look([loss])
+        assert not classifier.search([loss])
     assert time.thread_time() - started < 0.5, "it does not look any more"
     assert classifier.indices == {0}
     assert not classifier.guessed
@@ -199,7 +199,7 @@ def test_a_graph_that_is_too_large_is_read_in_part() -> None:
     for _ in range(120_000):
         answer = answer + 1.0
     started = time.thread_time()
-    assert not classifier.look([answer])
+    assert not classifier.search([answer])
     assert time.thread_time() - started < 2.0
     assert not classifier.indices
 
@@ -409,7 +409,7 @@ def test_an_error_in_clipping_is_raised_and_one_in_monitoring_is_not(
     own_errors.seen.clear()
     model = network()
     with monkeypatch.context() as patch, attached(model, server):
-        patch.setattr(Clipper, "clip", broken)
+        patch.setattr(AgcExecutor, "clip", broken)
         with pytest.raises(RuntimeError, match="broken on purpose"):
             train(model, 1)
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from gradwatch.hooks.weak_tensors import era, held
-from gradwatch.model.discovery import Watched, local
-from gradwatch.norms.buffers import Claim, Plan, Slot
-from gradwatch.norms.layout import LayoutChangedError
+from gradwatch.model.discovery import ParameterInfo
+from gradwatch.norms.buffers import SampleBuffers, UnitNorms
+from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.reducer import LayoutChangedError
+from gradwatch.norms.tensor_spec import local_part
 
 _PLANS: Final = 8
 """Plans kept for an optimizer: one for each set of parameters that had gradients together."""
@@ -25,16 +27,16 @@ _LISTS: Final = 8
 class Pass:
     """Unit norms of the gradients that are there, and of their weights, written to a slot."""
 
-    claim: Claim
+    norms: UnitNorms
     members: Sequence[Tensor]
     """The weights; of a sharded one this rank's part."""
     grads: Sequence[Tensor]
     """Their gradients."""
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> MeasurementPlan:
         """Return which parameters they are, and how their norms are read."""
-        return self.claim.plan
+        return self.norms.plan
 
 
 class Binding:
@@ -65,7 +67,7 @@ class Binding:
         self.sharded = any(hasattr(parameter, "to_local") for _, parameter, _ in known)
         self.halves = any(parameter.dtype == torch.float16 for _, parameter, _ in known)
         """Whether there is one whose gradient loses what is small when it is scaled down."""
-        self._plans: OrderedDict[bytes, Plan] = OrderedDict()
+        self._plans: OrderedDict[bytes, MeasurementPlan] = OrderedDict()
         self.signature: tuple[int, ...] = ()
         """Of the groups: what differs where they were changed."""
         self.steps = 0
@@ -90,7 +92,7 @@ class Binding:
             self._era = now
         return True
 
-    def measure(self, slot: Slot, watched: Sequence[Watched]) -> Pass | None:
+    def measure(self, slot: SampleBuffers, watched: Sequence[ParameterInfo]) -> Pass | None:
         """Write unit norms to ``slot``; return None where there is no gradient.
 
         Args:
@@ -106,28 +108,28 @@ class Binding:
             return None
         with torch.no_grad():
             if self.sharded:
-                members, there = [local(member) for member in members], [local(grad) for grad in there]
+                members, there = [local_part(member) for member in members], [local_part(grad) for grad in there]
             for attempt in range(2):
-                claim = slot.claim(self._plan(present, members, there, watched))
+                norms = slot.allocate(self._plan(present, members, there, watched))
                 try:
-                    claim.run(there, members)
+                    norms.measure(there, members)
                     break
                 except (LayoutChangedError, RuntimeError):
                     # A gradient has become sparse, or changed its type or device: plan anew, once.
                     self._plans.clear()
                     if attempt:
                         raise
-        return Pass(claim, members, there)
+        return Pass(norms, members, there)
 
     def _plan(
-        self, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor], watched: Sequence[Watched]
-    ) -> Plan:
+        self, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor], watched: Sequence[ParameterInfo]
+    ) -> MeasurementPlan:
         plan = self._plans.get(present)
         if plan is not None:
             return plan
         indices = [index for index, there in zip(self.indices, present, strict=True) if there]
         known = [watched[index] for index in indices]
-        plan = Plan(
+        plan = MeasurementPlan(
             indices,
             [entry.spec(grad) for entry, grad in zip(known, grads, strict=True)],
             [entry.spec(member) for entry, member in zip(known, members, strict=True)],

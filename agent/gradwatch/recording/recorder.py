@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch.delivery.dropped import Dropped
-from gradwatch.model.registry import Parameters
-from gradwatch.norms.buffers import Slots
-from gradwatch.norms.scalars import kept
+from gradwatch.model.registry import ParameterRegistry
+from gradwatch.norms.buffers import BufferPool
+from gradwatch.norms.scalars import copy_scalar
 from gradwatch.recording import float64 as inspection
 from gradwatch.recording.optimizer_parameters import Binding, Pass
 from gradwatch.recording.resting_weights import Others
@@ -24,8 +24,8 @@ class Meter:
         dropped: counts samples for which there is no room.
     """
 
-    def __init__(self, parameters: Parameters, dropped: Dropped) -> None:
-        self.slots = Slots()
+    def __init__(self, parameters: ParameterRegistry, dropped: Dropped) -> None:
+        self.slots = BufferPool()
         self.pass_seconds = 0.0
         """Time that the last pass over gradients and weights took: where they are clipped, clipping needs it, too."""
         self.stopped = False
@@ -53,7 +53,7 @@ class Meter:
             round_.sampled = False
             return None
         if round_.slot is None:
-            round_.slot = self.slots.take()
+            round_.slot = self.slots.acquire()
         if round_.slot is None:
             self._dropped.samples += 1
             round_.sampled = False
@@ -63,7 +63,7 @@ class Meter:
         self.pass_seconds = time.perf_counter() - started
         if pass_ is None:
             return None
-        reading = Reading(pass_.claim, before_clip)
+        reading = Reading(pass_.norms, before_clip)
         inspection.inspect(reading, pass_.grads, pass_.members)
         round_.readings.append(reading)
         round_.empty += pass_.plan.empty
@@ -78,7 +78,7 @@ class Meter:
         self._updates.keep(optimizer, binding, pass_)
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
-            reading.scale = kept(scale)
+            reading.scale = copy_scalar(scale)
         return seen
 
     def measure_updates(self, optimizer: Optimizer, round_: Round) -> None:

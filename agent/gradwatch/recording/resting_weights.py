@@ -7,10 +7,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gradwatch.model.discovery import local
-from gradwatch.model.registry import Parameters
-from gradwatch.norms.buffers import Plan, Slot
-from gradwatch.norms.layout import spec_of
+from gradwatch.model.registry import ParameterRegistry
+from gradwatch.norms.buffers import SampleBuffers
+from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.tensor_spec import local_part, spec_of
 from gradwatch.recording import float64 as inspection
 from gradwatch.rounds import Reading, Round
 
@@ -31,16 +31,16 @@ class Others:
         parameters: what is watched.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: ParameterRegistry) -> None:
         self._parameters = parameters
         self._versions: dict[int, int] = {}
         """Of those that were not stepped in the last sample, by index, as they were when they were measured."""
         self._turn = 0
         self._credit = 0
         """Elements that may be read of those that do not seem to have changed."""
-        self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[int, ...], MeasurementPlan] = OrderedDict()
 
-    def measure(self, round_: Round, slot: Slot) -> list[Reading]:
+    def measure(self, round_: Round, slot: SampleBuffers) -> list[Reading]:
         """Measure what a round that is over has not measured; return the reading, if there is any.
 
         Args:
@@ -48,10 +48,10 @@ class Others:
             slot: its slot.
         """
         count = len(self._parameters.watched)
-        if len(round_.readings) == 1 and len(round_.readings[0].claim.plan.indices) == count:
+        if len(round_.readings) == 1 and len(round_.readings[0].norms.plan.indices) == count:
             self._versions.clear()
             return []
-        measured = {index for reading in round_.readings for index in reading.claim.plan.indices}
+        measured = {index for reading in round_.readings for index in reading.norms.plan.indices}
         others = [(i, other) for i, other in self._parameters.other_than(measured) if not other.is_meta]
         versions = {index: _version(other) for index, other in others}
         changed = {index for index, version in versions.items() if self._versions.get(index) != version}
@@ -77,22 +77,22 @@ class Others:
             chosen.append(following)
         return sorted(chosen, key=lambda other: other[0])
 
-    def _read(self, chosen: Sequence[_Other], slot: Slot) -> Reading:
+    def _read(self, chosen: Sequence[_Other], slot: SampleBuffers) -> Reading:
         indices = tuple(index for index, _ in chosen)
-        members = [local(other) for _, other in chosen]
+        members = [local_part(other) for _, other in chosen]
         plan = self._plans.pop(indices, None)
         if plan is None or any(
-            spec_of(m, "whole") != spec for m, spec in zip(members, plan.weights.specs, strict=True)
+            spec_of(m, "whole") != spec for m, spec in zip(members, plan.weight_layout.specs, strict=True)
         ):
-            plan = Plan(
+            plan = MeasurementPlan(
                 indices, None, [spec_of(member, "whole") for member in members]
             )  # only their norms are asked for
         self._plans[indices] = plan
         if len(self._plans) > _PLANS:
             self._plans.popitem(last=False)
-        claim = slot.claim(plan)
-        claim.weights.run(members)
-        reading = Reading(claim, before_clip=False)
+        norms = slot.allocate(plan)
+        norms.measure_weights(members)
+        reading = Reading(norms, before_clip=False)
         inspection.inspect(reading, (), members)
         return reading
 

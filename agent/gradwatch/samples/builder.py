@@ -13,9 +13,9 @@ from torch import Tensor
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
-from gradwatch.model.discovery import Watched
+from gradwatch.model.discovery import ParameterInfo
 from gradwatch.norms.scalars import Scalar
-from gradwatch.ranks.exchange import Joined, Part, joined, shares, unclipped
+from gradwatch.ranks.parts import JoinedStatistics, RankPart, join_parts, ownership, undo_norm_clip
 from gradwatch.rounds import Acted, Clip, Reading, Round, Update
 from gradwatch.samples.origin import origin_in_flags
 from gradwatch.statistics import (
@@ -46,7 +46,7 @@ class Composer:
     def __init__(self, dropped: Dropped, agc: AGC | None, rank: int) -> None:
         self._dropped = dropped
         self._rank = rank
-        self._shares = shares([], rank)
+        self._ownership = ownership([], rank)
         self._agc = agc
         self._eps = UNIT_EPS if agc is None else agc.eps
         self._tensor_wise = agc is not None and agc.granularity == "tensor"
@@ -59,10 +59,10 @@ class Composer:
         self.unclear = False
         """Whether everything was bad at once."""
 
-    def registered(self, watched: Sequence[Watched], depths: Sequence[int]) -> None:
+    def registered(self, watched: Sequence[ParameterInfo], depths: Sequence[int]) -> None:
         """There are these parameters, of these depths, from now on."""
         count = len(depths)
-        self._shares = shares(watched, self._rank)
+        self._ownership = ownership(watched, self._rank)
         self._weight_norm = np.append(self._weight_norm, np.zeros(count - self._weight_norm.size, np.float32))
         self._third = 3 * np.asarray(depths, np.intp) // max(count, 1)
 
@@ -115,15 +115,15 @@ class Composer:
         for update in round_.updates:
             _enter_update(update, vectors)
         vectors.weight_norm = self._weight_norm.copy()
-        return Draft(round_, vectors, self._histograms(round_.readings, round_.spared))
+        return Draft(round_, vectors, self._histograms(round_.readings, round_.excluded))
 
-    def finish(self, draft: "Draft", others: Sequence[Part]) -> wire.Sample:
+    def finish(self, draft: "Draft", others: Sequence[RankPart]) -> wire.Sample:
         """Return the sample of a draft, of all ranks together where there are others."""
         round_, vectors = draft.round, draft.vectors
         if others:
-            whole = joined(
+            whole = join_parts(
                 [self.part(draft), *others],
-                self._shares,
+                self._ownership,
                 self._eps,
                 vectors.limits,
                 tensor_wise=self._tensor_wise,
@@ -150,12 +150,14 @@ class Composer:
             histograms=draft.histograms,
         )
 
-    def part(self, draft: "Draft") -> Part:
+    def part(self, draft: "Draft") -> RankPart:
         """Return what this rank adds to a sample."""
-        vectors, mine = draft.vectors, self._shares.mine & (draft.vectors.grad_norm != wire.MISSING)
+        vectors, mine = draft.vectors, self._ownership.owned & (draft.vectors.grad_norm != wire.MISSING)
         units = vectors.units
         # What AGC did to a unit that lies on several ranks shows only when they are put together.
-        after = np.where(self._shares.whole & ~self._tensor_wise, vectors.clipped_grad_norm, vectors.found_norm)
+        after = np.where(
+            self._ownership.whole_units & ~self._tensor_wise, vectors.clipped_grad_norm, vectors.found_norm
+        )
         with np.errstate(all="ignore"):
             rows = np.stack(
                 [
@@ -169,18 +171,18 @@ class Composer:
                 ]
             )
             weights = np.square(vectors.weight_norm, dtype=np.float64)
-        sums = np.vstack([np.where(mine, rows, 0.0), np.where(self._shares.mine, weights, 0.0)])
+        sums = np.vstack([np.where(mine, rows, 0.0), np.where(self._ownership.owned, weights, 0.0)])
         largest = np.where(mine, vectors.max_unit_ratio, wire.MISSING).astype(np.float64)
-        return Part(sums, largest, [number(clip.total_norm) for clip in draft.round.clips])
+        return RankPart(sums, largest, [number(clip.total_norm) for clip in draft.round.clips])
 
     def _enter(self, reading: Reading, vectors: "_Vectors") -> None:
-        plan = reading.claim.plan
+        plan = reading.norms.plan
         indices = np.array([plan.indices[position] for position in plan.measured], np.intp)
-        weight_units = reading.claim.weight_units()
-        if plan.grads is None:
+        weight_units = reading.norms.weight_units()
+        if plan.grad_layout is None:
             self._weight_norm[indices] = norms(weight_units, plan.starts)
             return
-        grad_units = reading.claim.grad_units()
+        grad_units = reading.norms.grad_units()
         measured = by_parameter(grad_units, weight_units, plan.starts, self._eps)
         grad_norm, nonfinite = _repaired(measured, indices, reading)
         scale = 1.0 if reading.scale is None else number(reading.scale)
@@ -212,20 +214,20 @@ class Composer:
             vectors.clipped_grad_norm[indices] = np.where(by_agc.unit_share > 0, by_agc.grad_norm, now)
             vectors.removed_norm[indices] = by_agc.removed_norm
 
-    def _histograms(self, readings: Sequence[Reading], spared: Collection[int]) -> dict[str, list[float]]:
+    def _histograms(self, readings: Sequence[Reading], excluded: Collection[int]) -> dict[str, list[float]]:
         """Return the histograms of the units' ratios that AGC sees, or would see, by thirds of the depth."""
         thirds = np.zeros((3, wire.HISTOGRAM_EDGES.size + 1))
         for reading in readings:
-            plan = reading.claim.plan
-            if plan.grads is None or reading.before_clip:
+            plan = reading.norms.plan
+            if plan.grad_layout is None or reading.before_clip:
                 continue
-            grad_units, weight_units = reading.claim.grad_units(), reading.claim.weight_units()
+            grad_units, weight_units = reading.norms.grad_units(), reading.norms.weight_units()
             if reading.scale is not None:
                 with np.errstate(all="ignore"):
                     grad_units /= number(reading.scale)
             # One bin for each parameter and ratio at once; what is left alone goes to a fourth row.
             row = [
-                3 if plan.indices[position] in spared else self._third[plan.indices[position]]
+                3 if plan.indices[position] in excluded else self._third[plan.indices[position]]
                 for position in plan.measured
             ]
             thirds += histogram(grad_units, weight_units, self._eps, np.repeat(row, plan.measured_units))[:3]
@@ -286,7 +288,7 @@ class _Vectors:
             scaled -= entered
         self._partial += [(clip, entered & mine) for clip, mine in clips if clip.partial]
 
-    def take(self, whole: Joined) -> None:
+    def take(self, whole: JoinedStatistics) -> None:
         """Take the statistics of the whole parameters for those of this rank's part."""
         self.grad_norm = whole.grad_norm.astype(np.float32)
         self.clipped_grad_norm = whole.clipped_grad_norm.astype(np.float32)
@@ -301,7 +303,7 @@ class _Vectors:
         """Take a clipping by norm out of what was measured after it."""
         chosen = sorted(index for other, scaled in self._partial if other is clip for index in scaled)
         for vector in (self.grad_norm, self.max_unit_ratio):
-            vector[chosen] = unclipped(vector[chosen].astype(np.float64), total, number(clip.max_norm))
+            vector[chosen] = undo_norm_clip(vector[chosen].astype(np.float64), total, number(clip.max_norm))
 
     def set_zero(self, index: int) -> None:
         for vector in (

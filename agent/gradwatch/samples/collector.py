@@ -14,10 +14,12 @@ from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.spool import Spool
-from gradwatch.model.discovery import shortened
-from gradwatch.norms.buffers import Slots
-from gradwatch.ranks.exchange import Part, Patience, Ranks
-from gradwatch.rounds import Ended, Message, Registered, Round
+from gradwatch.model.discovery import shorten_name
+from gradwatch.model.registry import RegisteredParameters
+from gradwatch.norms.buffers import BufferPool
+from gradwatch.ranks.exchange import PartsDeadline, RankExchange
+from gradwatch.ranks.parts import RankPart
+from gradwatch.rounds import Ended, Message, Round
 from gradwatch.samples.builder import Composer, Draft
 from gradwatch.samples.loggers import ScalarLogger
 from gradwatch.settings import LONGEST_NAME, can_be_stored
@@ -62,11 +64,11 @@ class Collector:
     def __init__(
         self,
         spool: Spool | None,
-        slots: Slots,
+        slots: BufferPool,
         dropped: Dropped,
         template: wire.Registration,
         agc: AGC | None,
-        ranks: Ranks | None,
+        ranks: RankExchange | None,
         *,
         written: Callable[[], None],
         trouble: Callable[[bool], None],
@@ -87,7 +89,7 @@ class Collector:
         self._loggers: tuple[ScalarLogger, ...] = ()
         self._composer = Composer(dropped, agc, 0 if ranks is None else ranks.rank)
         self._ranks = ranks
-        self._drafts: deque[tuple[Draft, Patience]] = deque()
+        self._drafts: deque[tuple[Draft, PartsDeadline]] = deque()
         """Samples that the other ranks' parts are still missing from."""
         self._batch = _Batch()
         self._names: set[str] = set()
@@ -107,10 +109,10 @@ class Collector:
             self._dropped.samples += message.sampled
             self._dropped.values += len(message.logged) + bool(message.losses) + bool(message.clips)
             if message.slot is not None:
-                self._slots.give_back(message.slot)
+                self._slots.release(message.slot)
             return
         self._messages.append(message)
-        if self._slots.scarce:
+        if self._slots.is_scarce:
             self._wake.set()
 
     def add_logger(self, logger: ScalarLogger) -> None:
@@ -153,12 +155,12 @@ class Collector:
                 self._flush(force=True)
 
     def _take(self, message: Message) -> None:
-        if isinstance(message, Registered):
+        if isinstance(message, RegisteredParameters):
             self._flush(force=True)
             self._composer.registered(message.watched, message.depths)
             if self._spool is None:
                 return
-            described = [watched.described(message.depths[place]) for place, watched in enumerate(message.watched)]
+            described = [watched.to_wire(message.depths[place]) for place, watched in enumerate(message.watched)]
             registration = msgspec.structs.replace(self._template, parameters=described)
             self._spool.append("registration", wire.encode(registration))
             self._written()
@@ -174,7 +176,7 @@ class Collector:
             draft, trail, events = self._composer.compose(message)
         finally:
             if message.slot is not None:
-                self._slots.give_back(message.slot)
+                self._slots.release(message.slot)
         if self._spool is not None:
             for name, value in trail.items():
                 if self._allows(name):
@@ -188,9 +190,9 @@ class Collector:
         if self._ranks is None:
             self._finish(draft, [])
         elif self._ranks.rank:
-            self._ranks.offer(message.step, self._composer.part(draft))
+            self._ranks.publish(message.step, self._composer.part(draft))
         else:
-            self._drafts.append((draft, Patience()))
+            self._drafts.append((draft, PartsDeadline()))
 
     def _allows(self, name: str) -> bool:
         """Return whether the server will take a number of this name; else count it and say so once."""
@@ -218,23 +220,23 @@ class Collector:
         """Finish the samples that the other ranks have added to."""
         if self._ranks is None or self._ranks.rank:
             return
-        deadline = time.monotonic() + _LAST_PARTS_SECONDS
+        latest = time.monotonic() + _LAST_PARTS_SECONDS
         while self._drafts:
-            draft, patience = self._drafts[0]
+            draft, deadline = self._drafts[0]
             # Asked first: what is missing although a later step is complete was not measured by another rank.
-            passed = len(self._drafts) > 1 and self._ranks.is_passed(self._drafts[1][0].round.step)
+            passed = len(self._drafts) > 1 and self._ranks.all_published(self._drafts[1][0].round.step)
             others = self._ranks.collect(draft.round.step)
             if others is not None:
                 self._drafts.popleft()
                 self._finish(draft, others)
-            elif passed or patience.over or (wait and time.monotonic() > deadline):
+            elif passed or deadline.has_passed or (wait and time.monotonic() > latest):
                 self._drafts.popleft()
             elif wait:
                 time.sleep(0.01)
             else:
                 return
 
-    def _finish(self, draft: Draft, others: Sequence[Part]) -> None:
+    def _finish(self, draft: Draft, others: Sequence[RankPart]) -> None:
         sample = self._composer.finish(draft, others)
         self._batch.samples.append(sample)
         self._batch.bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
@@ -271,7 +273,7 @@ class Collector:
             events=[
                 event
                 if event.parameter is None
-                else msgspec.structs.replace(event, parameter=shortened(event.parameter))
+                else msgspec.structs.replace(event, parameter=shorten_name(event.parameter))
                 for event in batch.events
             ],
             dropped=msgspec.convert(self._dropped, wire.Dropped, from_attributes=True),

@@ -19,7 +19,7 @@ from gradwatch import wire
 from gradwatch.hooks.autograd_graph import Node, inputs, inputs_first, leaf, roots, walk
 from gradwatch.hooks.module_outputs import FiniteFlags, OutputHooks
 from gradwatch.model.discovery import is_compiled
-from gradwatch.model.registry import Parameters
+from gradwatch.model.registry import ParameterRegistry
 from gradwatch.norms.scalars import is_finite
 from gradwatch.rounds import Round
 
@@ -55,7 +55,7 @@ class OriginFinder:
         parameters: the parameters that are watched.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: ParameterRegistry) -> None:
         self._parameters = parameters
         self._next_search = 0
         """The first step at which the next search may start."""

@@ -108,22 +108,21 @@ def test_names_that_never_end_are_bounded_counted_and_said_once(real: GradwatchS
 def test_a_backlog_of_a_fast_training_arrives(real: GradwatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the server is away batches grow: to what it takes at once, not beyond."""
     from gradwatch.delivery import sender
-    from gradwatch.samples import builder as composer
-    from gradwatch.samples import collector
+    from gradwatch.samples import builder, collector
 
     monkeypatch.setattr(collector, "_BACKLOG", 0)
     monkeypatch.setattr(collector, "_GROWN_BATCH_SECONDS", 3600.0)
-    compose, composed = composer.Composer.compose, threading.Semaphore(0)
+    draft, drafted = builder.SampleBuilder.draft, threading.Semaphore(0)
     post, away = sender.HttpTransport.post, [True]
 
-    def counted(self: composer.Composer, round_: Round) -> Any:
-        composed.release()
-        return compose(self, round_)
+    def counted(self: builder.SampleBuilder, record: Round) -> Any:
+        drafted.release()
+        return draft(self, record)
 
     def reached(self: sender.HttpTransport, *args: Any) -> DeliveryResult:
         return DeliveryResult("retry", "away") if away[0] else post(self, *args)
 
-    monkeypatch.setattr(composer.Composer, "compose", counted)
+    monkeypatch.setattr(builder.SampleBuilder, "draft", counted)
     monkeypatch.setattr(sender.HttpTransport, "post", reached)
     model, optimizer = one_layer()
     agent = gradwatch.attach(model, optimizer, url=real.url, every=1)
@@ -131,7 +130,7 @@ def test_a_backlog_of_a_fast_training_arrives(real: GradwatchServer, monkeypatch
         for _ in range(250):
             step(model, optimizer)
         for _ in range(250):
-            assert composed.acquire(timeout=PATIENCE_SECONDS)
+            assert drafted.acquire(timeout=PATIENCE_SECONDS)
     away[0] = False
     agent.close()
     run = kept(real, agent)

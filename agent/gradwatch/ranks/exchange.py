@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 from torch import Tensor, distributed, nn
 
-from gradwatch.ranks.parts import SUMMED, RankPart
+from gradwatch.ranks.parts import RankPart
+from gradwatch.statistics import JOINED
 
 PARTS_TIMEOUT_SECONDS: Final = 30.0
 """How long rank 0 waits for the parts of a sample."""
@@ -46,7 +47,7 @@ class RankExchange:
     def publish(self, step: int, part: RankPart) -> None:
         """Leave this rank's part of a step in the store for rank 0."""
         store = _store()
-        content = {"sums": part.sums.tobytes(), "largest": part.largest.tobytes(), "totals": part.totals}
+        content = {"units": part.units.tobytes(), "rows": part.rows.tobytes(), "totals": part.totals}
         key = self._key(step, self.rank)
         store.set(key, msgspec.msgpack.encode(content))
         self._published.append(key)
@@ -62,8 +63,8 @@ class RankExchange:
         for key in self._keys_of_others(step):
             content = msgspec.msgpack.decode(store.get(key))
             store.delete_key(key)
-            sums = np.frombuffer(content["sums"], np.float64).reshape(len(SUMMED), -1)
-            parts.append(RankPart(sums, np.frombuffer(content["largest"], np.float64), content["totals"]))
+            rows = np.frombuffer(content["rows"], np.float64).reshape(len(JOINED), -1)
+            parts.append(RankPart(np.frombuffer(content["units"], np.float64), rows, content["totals"]))
         return parts
 
     def all_published(self, step: int) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,24 +10,19 @@ from torch import Tensor
 
 from gradwatch.model.discovery import ParameterInfo
 from gradwatch.ranks.sharding import split_of
-from gradwatch.statistics import clip_coefficient
-from gradwatch.wire import MISSING
+from gradwatch.statistics import JOINED, MISSING, Units, clip_coefficient
 
 Floats = NDArray[np.float64]
-
-SUMMED: Final = ("zero_units", "units", "nonfinite", "clipped_units", "removed", "clipped", "gradient", "weight")
-"""Rows of a part that add up over the ranks; the last four are squared norms, ``clipped`` before AGC where a unit lies
-on several ranks."""
 
 
 @dataclass(frozen=True, eq=False)
 class RankPart:
     """What one rank measured of one step, over all parameters of the run."""
 
-    sums: Floats
-    """Rows ``SUMMED``, shape (8, parameters); 0 for shards that this rank does not own."""
-    largest: Floats
-    """Largest ratio of a unit, shape (parameters,); ``MISSING`` where there was no gradient."""
+    units: Floats
+    """Number of units, shape (parameters,); ``MISSING`` where this rank has no gradient or does not own the shard."""
+    rows: Floats
+    """The rank's parts of the statistics ``JOINED``, shape (len(JOINED), parameters)."""
     totals: list[float]
     """This rank's part of the norms that ``clip_grad_norm_`` returned."""
 
@@ -69,16 +64,10 @@ def _is_owned(parameter: Tensor, rank: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class JoinedStatistics:
-    """Statistics of the whole parameters, each of shape (parameters,); ``MISSING`` where there was no gradient."""
+    """Statistics of the whole parameters."""
 
-    grad_norm: Floats
-    clipped_grad_norm: Floats
-    weight_norm: Floats
-    max_unit_ratio: Floats
-    zero_unit_share: Floats
-    nonfinite_count: Floats
-    clipped_unit_share: Floats
-    removed_norm: Floats
+    values: dict[str, Floats]
+    """Name -> shape (parameters,); ``MISSING`` where there was no gradient."""
     totals: list[float]
     """Norms that ``clip_grad_norm_`` returned."""
 
@@ -95,40 +84,52 @@ def join_parts(
         limits: largest ratio of each parameter under AGC, infinite where it is not clipped.
         tensor_wise: whether AGC takes a whole tensor as the unit.
     """
-    sums = np.sum([part.sums for part in parts], axis=0)
-    zero_units, units, nonfinite, clipped_units, removed, clipped, gradient, weight = sums
-    largest = np.max([part.largest for part in parts], axis=0)
-    missing = largest == MISSING
+    counts = np.stack([part.units for part in parts])
+    units = np.where(counts == MISSING, 0.0, counts).sum(axis=0)
+    values: dict[str, Floats] = {}
     with np.errstate(all="ignore"):
-        grad_norm, weight_norm = np.sqrt(gradient), np.sqrt(weight)
-        clipped_share, zero_share = clipped_units / np.maximum(units, 1.0), zero_units / np.maximum(units, 1.0)
-        clipped_norm, removed_norm = np.sqrt(clipped), np.sqrt(removed)
-        # 1. A vector is one unit that lies on several ranks: what each rank saw of it says nothing by itself.
-        vector = ~ownership.whole_units & ownership.one_unit
-        largest = np.where(vector, grad_norm / np.maximum(weight_norm, eps), largest)
-        largest = np.where(~ownership.whole_units & ~ownership.one_unit, MISSING, largest)
-        zero_share = np.where(vector, grad_norm == 0.0, zero_share)
-        # 2. What AGC did to what it clips as one: to vectors, or to every tensor.
-        as_one = np.ones_like(vector) if tensor_wise else vector
-        most = limits * (weight_norm + eps if tensor_wise else np.maximum(weight_norm, eps))
-        scaled = np.isfinite(grad_norm) & (grad_norm > most)
-        clipped_share = np.where(as_one, scaled, clipped_share)
-        clipped_norm = np.where(as_one & scaled, most, clipped_norm)
-        removed_norm = np.where(as_one, np.where(scaled, grad_norm - most, 0.0), removed_norm)
+        # 1. Every statistic by its own reduction.
+        for place, statistic in enumerate(JOINED):
+            reduction = statistic.reduction
+            joined = reduction.join.reduce([part.rows[place] for part in parts])
+            values[statistic.name] = reduction.from_parts(joined, units)
+        # 2. What the reduction cannot tell of units that lie on several ranks.
+        _correct_split_units(values, ownership, eps)
+        # 3. What AGC did to what it clips as one: to vectors, or to every tensor.
+        as_one = ~ownership.whole_units & ownership.one_unit
+        _correct_agc(values, as_one | tensor_wise, limits, eps, tensor_wise=tensor_wise)
+    missing = (counts == MISSING).all(axis=0)
+    for statistic in JOINED:
+        if statistic.source != "weight":
+            values[statistic.name] = np.where(missing, MISSING, values[statistic.name])
     totals = [
         float(np.sqrt(np.sum(np.square(several)))) for several in zip(*(part.totals for part in parts), strict=True)
     ]
-    return JoinedStatistics(
-        grad_norm=np.where(missing, MISSING, grad_norm),
-        clipped_grad_norm=np.where(missing, MISSING, clipped_norm),
-        weight_norm=weight_norm,
-        max_unit_ratio=np.where(missing, MISSING, largest),
-        zero_unit_share=np.where(missing, MISSING, zero_share),
-        nonfinite_count=np.where(missing, MISSING, nonfinite),
-        clipped_unit_share=np.where(missing, MISSING, clipped_share),
-        removed_norm=np.where(missing, MISSING, removed_norm),
-        totals=totals,
-    )
+    return JoinedStatistics(values, totals)
+
+
+def _correct_split_units(values: dict[str, Floats], ownership: ShardOwnership, eps: float) -> None:
+    # A vector is one unit: what each rank saw of it says nothing by itself, but its joined norms are known.
+    whole = Units(gradient=values["grad_norm"], weight=values["weight_norm"], eps=eps)
+    split = ~ownership.whole_units
+    for statistic in JOINED:
+        if statistic.source != "gradient" or statistic.reduction.across_ranks == "exact":
+            continue
+        joined = np.where(split & ownership.one_unit, statistic.of_unit(whole), values[statistic.name])
+        if statistic.reduction.across_ranks == "unknown":
+            joined = np.where(split & ~ownership.one_unit, MISSING, joined)
+        values[statistic.name] = joined
+
+
+def _correct_agc(
+    values: dict[str, Floats], as_one: NDArray[np.bool_], limits: Floats, eps: float, *, tensor_wise: bool
+) -> None:
+    grad_norm, weight_norm = values["grad_norm"], values["weight_norm"]
+    most = limits * (weight_norm + eps if tensor_wise else np.maximum(weight_norm, eps))
+    scaled = np.isfinite(grad_norm) & (grad_norm > most)
+    values["clipped_unit_share"] = np.where(as_one, scaled, values["clipped_unit_share"])
+    values["clipped_grad_norm"] = np.where(as_one & scaled, most, values["clipped_grad_norm"])
+    values["removed_norm"] = np.where(as_one, np.where(scaled, grad_norm - most, 0.0), values["removed_norm"])
 
 
 def undo_norm_clip(norm: Floats, total: float, max_norm: float) -> Floats:

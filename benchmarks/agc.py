@@ -59,9 +59,11 @@ def _agent(model: nn.Module) -> Iterator[Callable[[], None]]:
         os.environ["GRADWATCH_SPOOL_DIR"] = folder
         agent = gradwatch.attach(model, optimizer, url=NOWHERE, every=1, clip=clip)
 
+        listener = agent._session.monitor.listener
+
         def around_a_step() -> None:
-            agent.before_step(optimizer, (optimizer,), {}, None)
-            agent.after_step(optimizer)
+            listener.before_step(optimizer, (optimizer,), {}, None)
+            listener.after_step(optimizer)
 
         yield around_a_step
         agent.close(timeout_seconds=0.1)

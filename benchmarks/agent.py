@@ -22,8 +22,9 @@ import gradwatch
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.operators import allowed, launched
 from gradwatch.agent import Agent
-from gradwatch.model.discovery import walk
-from gradwatch.norms.buffers import Plan, Slots
+from gradwatch.model.discovery import find_parameters
+from gradwatch.norms.buffers import BufferPool
+from gradwatch.norms.measurement_plan import MeasurementPlan
 
 NOWHERE = "http://127.0.0.1:9"
 """Nobody listens: what is measured waits in a spool, which is the dearest case."""
@@ -78,18 +79,21 @@ def after_steps(step: Step, acts: dict[str, Callable[[], object]], rounds: int) 
 def passes(training: Training) -> dict[str, Callable[[], object]]:
     """Return the agent's measuring pass, and ``_foreach_norm`` over the same tensors."""
     training.step()
-    specs = [known.spec(parameter) for known, parameter in zip(walk([training.model]), training.weights, strict=True)]
-    plan = Plan(range(len(specs)), specs, specs)
-    slot = Slots().take()
-    assert slot is not None
-    claim = slot.claim(plan)
+    specs = [
+        known.spec(parameter)
+        for known, parameter in zip(find_parameters([training.model]), training.weights, strict=True)
+    ]
+    plan = MeasurementPlan(range(len(specs)), specs, specs)
+    sample = BufferPool().acquire()
+    assert sample is not None
+    norms = sample.allocate(plan)
 
     def grads() -> list[Tensor]:
         return [grad for weight in training.weights if (grad := weight.grad) is not None]
 
     @torch.no_grad()
     def ours() -> None:
-        claim.run(grads(), training.weights)
+        norms.measure(grads(), training.weights)
 
     @torch.no_grad()
     def foreach() -> None:
@@ -102,15 +106,16 @@ def every_step(training: Training, rounds: int) -> tuple[float, float, float]:
     """Return the median step, the median paired difference with ``every=1``, and the hooks' own median time."""
     plain, watched, inside = [], [], []
     with training.watched(1) as agent:
+        guard = agent._session.monitor.guard
         for _ in range(3):
             training.step()
         for _ in range(rounds):
-            agent.watching = False
+            guard.watching = False
             plain.append(timed(training.step))
-            agent.watching = True
-            before = agent.spent_seconds
+            guard.watching = True
+            before = guard.spent_seconds
             watched.append(timed(training.step))
-            inside.append(agent.spent_seconds - before)
+            inside.append(guard.spent_seconds - before)
     pairs = [after - before for before, after in zip(plain, watched, strict=True)]
     return statistics.median(plain), statistics.median(pairs), statistics.median(inside)
 
@@ -123,12 +128,18 @@ def default_share(training: Training, seconds: float) -> tuple[float, int]:
     with training.watched(None) as agent:
         for _ in range(25):
             training.step()
-        before = agent.spent_seconds + agent.background_seconds
+        before = _spent_seconds(agent)
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
             training.step()
-        spent = agent.spent_seconds + agent.background_seconds - before
+        spent = _spent_seconds(agent) - before
         return spent / (time.perf_counter() - started), agent.interval_steps
+
+
+def _spent_seconds(agent: gradwatch.Agent) -> float:
+    """Return all the time that an agent has taken, the processor time of its threads too."""
+    session = agent._session
+    return session.monitor.guard.spent_seconds + sum(thread.seconds for thread in session.threads)
 
 
 def others(training: Training) -> dict[str, Callable[[], object] | None]:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.norms.layout import Layout, Scratch, spec_of
+from gradwatch.norms.layout import NormLayout
+from gradwatch.norms.reducer import NormReducer, Scratch
+from gradwatch.norms.tensor_spec import spec_of
 
 
 class Operators(TorchDispatchMode):
@@ -35,12 +37,12 @@ def launched(shapes: Sequence[tuple[int, ...]], device: str) -> int:
         device: ``cpu``, or ``meta`` for what an accelerator launches.
     """
     tensors = [torch.zeros(1, device=device).expand(shape) for shape in shapes]
-    layout = Layout([spec_of(tensor, "rows") for tensor in tensors])
-    arenas = {arena: torch.zeros(size, dtype=arena.dtype, device=device) for arena, size in layout.sizes.items()}
-    bound = layout.bind(arenas, Scratch())
+    layout = NormLayout([spec_of(tensor, "rows") for tensor in tensors])
+    buffers = {key: torch.zeros(size, dtype=key.dtype, device=device) for key, size in layout.sizes.items()}
+    reducer = NormReducer(layout, buffers, Scratch())
     with Operators() as operators, torch.no_grad(), patch.object(np, "einsum", wraps=np.einsum) as sums:
-        bound.run(tensors)
-        bound.run(tensors)
+        reducer.run(tensors)
+        reducer.run(tensors)
     return len(operators.names) + sums.call_count
 
 

@@ -14,6 +14,26 @@ from tests.processes import environment
 SERVER_ONLY = ("fastapi", "starlette", "pydantic", "uvicorn", "sqlalchemy", "alembic", "httpx", "prometheus_client")
 
 
+AGENT = Path(__file__).parents[1] / "agent" / "gradwatch"
+AGENT_LAYERS = (
+    ("__main__",),
+    ("cli", "demo"),
+    ("launch", "integrations"),
+    ("agent",),
+    ("session",),
+    ("lifecycle", "monitor"),
+    ("samples",),
+    ("delivery",),
+    ("clipping",),
+    ("recording",),
+    ("ranks",),
+    ("model",),
+    ("norms",),
+    ("steps", "hooks"),
+    ("wire", "settings"),
+    ("statistics",),
+)
+"""``__init__``, which loads the public names when they are used, is left out."""
 SERVER = Path(__file__).parents[1] / "server" / "gradwatch_server"
 SERVER_LAYERS = (
     ("cli", "serve"),
@@ -29,7 +49,7 @@ SERVER_LAYERS = (
     ("diagnosis",),
     ("errors",),
 )
-ONE_FILE_A_THING = ("rules", "receivers", "versions", "routes")
+ONE_FILE_A_THING = ("rules", "receivers", "versions", "integrations")
 
 
 def _loaded(statement: str) -> set[str]:
@@ -55,7 +75,12 @@ def test_the_wire_format_and_the_command_need_neither() -> None:
     assert not _loaded("import gradwatch.wire, gradwatch.cli") & {*SERVER_ONLY, "torch", "gradwatch_server"}
 
 
+def test_the_launcher_and_flush_load_no_torch() -> None:
+    assert not _loaded("import gradwatch.launch.command, gradwatch.delivery.flush") & {*SERVER_ONLY, "torch"}
+
+
 def test_these_tests_can_fail() -> None:
+    assert "torch" in _loaded("import gradwatch.launch.command, gradwatch.agent")
     assert "torch" in _loaded("import gradwatch_server.app, torch")
     assert "fastapi" in _loaded("import gradwatch, gradwatch_server.app")
 
@@ -64,6 +89,17 @@ def test_arrows_between_folders_point_one_way() -> None:
     arrows = python_arrows(SERVER)
     assert len(arrows) > 200
     assert upward(arrows, SERVER_LAYERS) == []
+
+
+def test_arrows_between_folders_of_the_agent_point_one_way() -> None:
+    public = Path("__init__.py")
+    arrows = {arrow for arrow in python_arrows(AGENT) if public not in arrow}
+    assert len(arrows) > 100
+    assert upward(arrows, AGENT_LAYERS) == []
+
+
+def test_the_step_core_needs_no_torch() -> None:
+    assert not _loaded("import gradwatch.steps.core, gradwatch.steps.event_log") & {"torch", "numpy"}
 
 
 def _write(root: Path, texts: dict[str, str]) -> None:
@@ -99,7 +135,8 @@ def test_an_upward_arrow_between_scripts_is_found(tmp_path: Path) -> None:
 
 
 def test_no_folder_is_crowded() -> None:
-    assert crowded(SERVER, ".py", most_in_root=9, most=12, exempt=ONE_FILE_A_THING) == {}
+    for package in (AGENT, SERVER):
+        assert crowded(package, ".py", most_in_root=9, most=12, exempt=ONE_FILE_A_THING) == {}
 
 
 def test_a_crowded_folder_is_found(tmp_path: Path) -> None:

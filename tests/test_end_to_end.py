@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import gradwatch
+from gradwatch.monitor.guard import Guard
 from tests.agent.truth import norms
 from tests.processes import GradwatchServer
 
@@ -17,7 +18,7 @@ from tests.processes import GradwatchServer
 @pytest.fixture(autouse=True)
 def _own_spool(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADWATCH_SPOOL_DIR", str(tmp_path / "spool"))
-    monkeypatch.setattr(gradwatch.Agent, "raises_own_errors", True)
+    monkeypatch.setattr(Guard, "raises_own_errors", True)
 
 
 NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")

@@ -10,7 +10,8 @@ from torch import nn
 import gradwatch
 from gradwatch import wire
 from gradwatch.cli import main
-from gradwatch.delivery.spool import Losses, Spool
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.spool import Spool
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample
 
 
@@ -58,7 +59,7 @@ def test_flush_delivers_to_a_real_server_what_was_left(server: GradwatchServer, 
 
 def _leave_behind(directory: Path, url: str, *documents: wire.Registration | wire.Batch) -> None:
     """Leave a spool with these documents, of a run "gained", as a process that has ended does."""
-    spool = Spool(directory, url=url, run="gained", losses=Losses(), warn=print)
+    spool = Spool(directory, url=url, run="gained", dropped=Dropped(), warn=print)
     for document in documents:
         if isinstance(document, wire.Batch):
             spool.append("batch", wire.encode(document), len(document.samples))

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradwatch.agent import Agent, attach
-    from gradwatch.clipping.agc import AGC, adaptive_clip_grad_
+    from gradwatch.clipping.agc import AGC
+    from gradwatch.clipping.clip_grad import adaptive_clip_grad_
 
 __all__ = ["AGC", "Agent", "adaptive_clip_grad_", "attach"]
 
 _HOMES = {
     "AGC": "gradwatch.clipping.agc",
     "Agent": "gradwatch.agent",
-    "adaptive_clip_grad_": "gradwatch.clipping.agc",
+    "adaptive_clip_grad_": "gradwatch.clipping.clip_grad",
     "attach": "gradwatch.agent",
 }
 

@@ -1,38 +1,23 @@
-"""Attaching to a training, and the life of an agent: it is started, delivers, ends."""
+"""Attaching to a training: ``attach`` and the ``Agent`` that it returns."""
 
-import logging
 import math
 import operator
-import os
-import secrets
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Final, Self, SupportsFloat, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch import wire
 from gradwatch.clipping.agc import AGC
-from gradwatch.delivery.delivery import Report
-from gradwatch.governor import Governor
-from gradwatch.hooks import taps
-from gradwatch.launch.command import Note
-from gradwatch.lifecycle import shutdown as endings
-from gradwatch.lifecycle.process import attributes, automatic_name, is_the_command, rank, tell_the_launcher
+from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
-from gradwatch.norms.scalars import kept
-from gradwatch.observer import Observer
-from gradwatch.optimizers import unwrapped
-from gradwatch.ranks.exchange import ranks_of
-from gradwatch.rounds import Message, Round
-from gradwatch.samples.collector import Collector
-from gradwatch.samples.loggers import Logger, mirror
-from gradwatch.settings import RUN_ID, Settings, resolve
-
-_log = logging.getLogger("gradwatch")
+from gradwatch.norms.scalars import copy_scalar
+from gradwatch.recording.optimizers import unwrapped
+from gradwatch.samples.loggers import LoggerName
+from gradwatch.session import Session
+from gradwatch.settings import resolve
 
 _STATUSES: Final = ("completed", "failed", "killed")
 
@@ -83,95 +68,34 @@ def attach(
     settings = resolve(
         url=url, token=token, project=project, run=run, every=every, overhead_budget=overhead_budget, step=step
     )
-    return Agent(models, unwrapped(optimizer), settings, clip=agc)
+    return Agent(Session(models, unwrapped(optimizer), settings, clip=agc))
 
 
-class Agent(Observer):
-    """Watches one training. Made by ``attach``; also a context manager that closes itself.
+class Agent:
+    """Watches one training. Made by ``attach``; also a context manager that closes itself."""
 
-    Attributes:
-        run_id: id of the run, ``run-`` and 16 hexadecimal digits.
-        run_url: where its page is.
-    """
+    def __init__(self, session: Session) -> None:
+        self._session = session
 
-    def __init__(
-        self,
-        models: Sequence[nn.Module],
-        optimizers: Sequence[Optimizer] | None,
-        settings: Settings,
-        *,
-        automatic: bool = False,
-        clip: AGC | None = None,
-        retired: bool = False,
-    ) -> None:
-        self._left_to_launcher = automatic
-        """Whether ``gradwatch run`` ends the run where this is the process of its command: it sees the exit status."""
-        resumed = settings.run is not None and RUN_ID.fullmatch(settings.run) is not None
-        self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
-        self.run_url = f"{settings.url}/runs/{self.run_id}"
-        ranks = ranks_of(models)
-        super().__init__(
-            models,
-            optimizers,
-            Governor(settings.every_steps, settings.overhead_budget_ratio, aligned=ranks is not None),
-            step=settings.step if resumed else settings.step or 0,
-            clip=clip,
-            ranks=ranks,
-            watching=not retired and (rank() == 0 or ranks is not None),
-        )
-        self._exit: tuple[int, int | None] = (0, None)
-        """Step at which ``sys.exit`` was called last, and with what."""
-        self._closed = not self.watching and self._clipper is None
-        self._started = False
-        self._lock = threading.Lock()
-        if self._closed:
-            return
-        self._discover()
-        self._optimizers.check()
-        self._check_parts()
-        self._replace_earlier()
-        if self.watching:
-            self._start(settings, resumed=resumed)
-        taps.listen(self)
-        endings.close_at_the_end(_running)
+    @property
+    def run_id(self) -> str:
+        """Return the id of the run, ``run-`` and 16 hexadecimal digits."""
+        return self._session.run_id
 
-    def _start(self, settings: Settings, *, resumed: bool) -> None:
-        self._started = True
-        self._report: Report | None = None
-        self._note: Note | None = None
-        if self._ranks is None or self._ranks.rank == 0:
-            self._report = Report(self.run_id, settings, self.losses, self.warn, self.failed)
-        attempt = time.time_ns() // 1_000_000
-        template = wire.Registration(
-            project=settings.project,
-            name="" if resumed else settings.run or automatic_name(),
-            parameters=[],
-            id=self.run_id,
-            started_at=attempt / 1000,
-            attempt=attempt,
-            attributes=attributes() | (self._clipper.agc.attributes if self._clipper is not None else {}),
-        )
-        self._collector = Collector(
-            None if self._report is None else self._report.spool,
-            self._meter.slots,
-            self.losses,
-            template,
-            None if self._clipper is None else self._clipper.agc,
-            self._ranks,
-            written=_nothing if self._report is None else self._report.sender.notify,
-            trouble=self._note_trouble,
-            failed=self.failed,
-            warn=self.warn,
-        )
-        self._register()
-        self._parameters.await_order()
-        if self._parts_only:
-            self._tell_parts()
-        self._collector.start()
-        if self._report is not None:
-            self._report.sender.start()
-            self._note = Note(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
-            tell_the_launcher(self._note)
+    @property
+    def run_url(self) -> str:
+        """Return the address of the run's page."""
+        return self._session.run_url
+
+    @property
+    def step(self) -> int:
+        """Return the number of the last optimizer step."""
+        return self._session.step
+
+    @property
+    def interval_steps(self) -> int:
+        """Return the steps from one sample to the next, as it was last."""
+        return self._session.interval_steps
 
     def log(self, **scalars: SupportsFloat) -> None:
         """Add numbers to the next step, one for each name: Python's, numpy's, tensors of one element.
@@ -185,16 +109,13 @@ class Agent(Observer):
             if isinstance(value, Tensor):
                 if value.numel() != 1:
                     raise TypeError(f"log({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
-                self._pending.logged[name] = kept(value)
+                self._session.log(name, copy_scalar(value))
             elif isinstance(value, SupportsFloat):
-                try:
-                    self._pending.logged[name] = float(value)
-                except OverflowError:  # of an integer without bounds
-                    self._pending.logged[name] = math.inf if cast("int", value) > 0 else -math.inf
+                self._session.log(name, _bounded(value))
             else:
                 raise TypeError(f"log({name}=...) takes a number or a tensor of one element, not {value!r:.80}")
 
-    def mirror(self, logger: Logger, **options: Any) -> None:
+    def mirror(self, logger: LoggerName, **options: Any) -> None:
         """Write the numbers of the whole run into the logger that the user already has, too.
 
         Args:
@@ -205,15 +126,7 @@ class Agent(Observer):
             ValueError: the logger is not known.
             ModuleNotFoundError: it is not installed.
         """
-        if self._started and not self._closed:
-            self._collector.add_mirror(mirror(logger, **options))
-
-    @property
-    def background_seconds(self) -> float:
-        """Return the processor time of the agent's own threads."""
-        if not self._started:
-            return 0.0
-        return self._collector.seconds + (0.0 if self._report is None else self._report.sender.seconds)
+        self._session.add_logger(logger, **options)
 
     def close(
         self, timeout_seconds: float = CLOSING_SECONDS, *, status: str | None = None, exit_code: int | None = None
@@ -235,69 +148,8 @@ class Agent(Observer):
         """
         if status not in (None, *_STATUSES):
             raise ValueError(f"status={status!r} must be one of {', '.join(_STATUSES)}, or None")
-        deadline = time.monotonic() + timeout_seconds
-        if self.stop(deadline, status or "completed", None if exit_code is None else operator.index(exit_code)):
-            self.deliver()
-
-    def stop(self, deadline: float, status: str, exit_code: int | None = None) -> bool:
-        """Do what ``close`` does, up to the wait for the server; return whether ``deliver`` must follow.
-
-        Args:
-            deadline: monotonic time by which all must be done.
-            status: how the run ended.
-            exit_code: of the process, where known.
-        """
-        if not self._leave():
-            return False
-        self._write(deadline, status, exit_code)
-        return True
-
-    def finish_aside(self) -> None:
-        """End a training after which others follow in this process, without waiting for the server or a disk."""
-        self._left_to_launcher = False
-        if self._leave():
-            endings.aside(self._write_and_deliver)
-
-    def _write_and_deliver(self) -> None:
-        self._write(time.monotonic() + CLOSING_SECONDS, "completed", None)
-        self.deliver()
-
-    def _leave(self) -> bool:
-        """Hear nothing more; return whether there is something to end."""
-        with self._lock:
-            if self._closed:
-                return False
-            self._closed = True
-        try:
-            if self.watching:
-                with self.turn:
-                    self._finish_round()
-                    self._hand_over_logged()
-        except Exception as error:  # a device that failed must not keep the rest from ending
-            self.failed(error)
-        self.watching = False
-        self._optimizers.forget_lists()
-        taps.leave(self)
-        if not self._started:
-            return False
-        self._parameters.close()
-        self._search.close()
-        return True
-
-    def _write(self, deadline: float, status: str, exit_code: int | None) -> None:
-        """Write what is there, and how the run ended."""
-        left_open = self._left_to_launcher and is_the_command()
-        end = None if left_open else wire.End(at=time.time(), status=status, exit_code=exit_code)
-        self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
-        if self._note is not None and not left_open:
-            tell_the_launcher(self._note, ended=True)
-        if self._report is not None:
-            self._report.sender.end(deadline)
-
-    def deliver(self) -> None:
-        """Wait until the server has taken what is there, or the deadline of ``stop`` has come."""
-        if self._report is not None:
-            self._report.close()
+        code = None if exit_code is None else operator.index(exit_code)
+        self._session.close(time.monotonic() + timeout_seconds, status or "completed", code)
 
     def __enter__(self) -> Self:
         return self
@@ -305,47 +157,8 @@ class Agent(Observer):
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        status, code = endings.ending(error)
+        status, code = shutdown.outcome(error)
         self.close(status=status, exit_code=code)
-
-    def _hand_over_logged(self) -> None:
-        """What is logged after the last step, as the result of a last validation is, belongs to that step."""
-        if self._started and self._pending.logged:
-            last = Round(self._steps.number, time.time(), sampled=False)
-            last.logged, self._pending.logged = self._pending.logged, {}
-            self._collector.put(last)
-
-    def _warn_of_unknown_step(self, optimizer: Optimizer) -> None:
-        if self._report is not None:
-            self.warn(
-                f"run {self.run_id} is resumed, but {type(optimizer).__name__} does not say how many steps were made: "
-                "they are counted from 1 again, which hides the earlier ones; pass step= to attach()"
-            )
-
-    def _put(self, message: Message) -> None:
-        if self._started:
-            self._collector.put(message)
-
-    def _replace_earlier(self) -> None:
-        """Close the agent that watches exactly these parameters: a notebook cell was run again."""
-        for other in _running():
-            if other._parameters.ids == self._parameters.ids or other._parameters.are_gone:  # noqa: SLF001
-                other.close(timeout_seconds=1.0)
-
-    def _note_trouble(self, unclear: bool) -> None:
-        self._pace.trouble()
-        if unclear:
-            self._search.want_hooks(self._steps.number)
-
-    def exiting(self, status: object) -> None:
-        """``sys.exit`` was called: unless there is another step, that is how the run ends."""
-        if threading.current_thread() is threading.main_thread():
-            self._exit = self._steps.number, endings.code(status)
-
-    @property
-    def exit_code(self) -> int | None:
-        """Return what ``sys.exit`` was called with since the last step; a text, which Python prints, is 1."""
-        return self._exit[1] if self._exit[0] == self._steps.number else None
 
     def __copy__(self) -> Self:
         return self
@@ -356,27 +169,15 @@ class Agent(Observer):
     def __reduce__(self) -> tuple[Callable[[str, str], "Agent"], tuple[str, str]]:
         return _retired, (self.run_id, self.run_url)
 
-    def forget_after_fork(self) -> bool:
-        """Measure nothing in a forked child, whose threads and spool are the parent's; clip on."""
-        self.turn = threading.RLock()  # another thread, which is not here, may have held it
-        if self.watching:
-            self.watching = False
-            if self._report is not None:
-                self._report.spool.abandon_after_fork()
-        self._started = False
-        self._closed = self._clipper is None
-        return self._clipper is not None
 
-
-def _running() -> list[Agent]:
-    return [listener for listener in taps.listeners() if isinstance(listener, Agent)]
+def _bounded(value: SupportsFloat) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # of an integer without bounds
+        return math.inf if cast("int", value) > 0 else -math.inf
 
 
 def _retired(run_id: str, run_url: str) -> Agent:
     """Return what an agent that was pickled with its model is elsewhere: closed, with nothing to watch."""
     settings = resolve(url=run_url.removesuffix(f"/runs/{run_id}"), run=run_id, environment={})
-    return Agent([], [], settings, retired=True)
-
-
-def _nothing() -> None:
-    """Nobody waits for what is written."""
+    return Agent(Session([], [], settings, retired=True))

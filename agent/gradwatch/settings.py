@@ -41,6 +41,8 @@ class Settings:
     step: int | None = None
     """Optimizer steps made so far; None: what the optimizers say."""
     spool_directory: Path
+    step_log: Path | None = None
+    """File that takes what the agent hears of the training, to be replayed; None: nothing is written."""
 
     def __post_init__(self) -> None:
         for name, text in (("url", self.url), ("project", self.project), ("run", self.run), ("token", self.token)):
@@ -95,6 +97,7 @@ def resolve(
         overhead_budget_ratio=overhead_budget,
         step=None if step is None else _whole("step", step),
         spool_directory=spool_directory(given),
+        step_log=Path(given["GRADWATCH_STEP_LOG"]).absolute() if given.get("GRADWATCH_STEP_LOG") else None,
     )
 
 

@@ -1,131 +1,303 @@
-"""Statistics of the parameters from their unit norms: plain numpy, off the training thread."""
+"""The table of per-parameter statistics, and the numpy functions that compute them from unit norms.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+Everything that lists statistics derives from ``STATISTICS``: the names on the wire and in the store, the sample
+builder, the joining of ranks, the table in docs/agent.md and the labels of the page. A new statistic is a new row; the
+row itself computes it where the unit norms of gradient and weight suffice. No torch here: the server imports this.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.wire import HISTOGRAM_EDGES
-
 Floats = NDArray[np.float64]
+Starts = Sequence[int]
+"""Where the units of each parameter begin among all units, ascending, shape (parameters,); each has at least one."""
 
 UNIT_EPS: Final = 1e-3
 """Floor of a unit's weight norm in its ratio (Brock et al., 2021): a unit that starts at zero has a ratio, too."""
 
-
-@dataclass(frozen=True, slots=True)
-class ByParameter:
-    """Statistics of some parameters, each of shape (parameters,), float64."""
-
-    grad_norm: Floats
-    weight_norm: Floats
-    max_unit_ratio: Floats
-    """Largest ``||g_i|| / max(||w_i||, eps)`` over the units; NaN where a unit's ratio is NaN."""
-    zero_unit_share: Floats
-    """Share of units whose gradient is exactly zero, 0 to 1."""
-    nonfinite_units: Floats
-    """Units whose gradient norm is not finite."""
-
-
-def by_parameter(grad_units: Floats, weight_units: Floats, starts: Sequence[int], eps: float = UNIT_EPS) -> ByParameter:
-    """Return the statistics of parameters whose units lie one after the other.
-
-    Args:
-        grad_units: norms of the units' gradients, shape (units,).
-        weight_units: norms of the units' weights, the same units in the same order.
-        starts: where each parameter's units begin, ascending, shape (parameters,); each has one unit or more.
-        eps: floor of the weight norm of a unit in ``max_unit_ratio``.
-    """
-    if not starts:
-        none = np.zeros(0)
-        return ByParameter(none, none, none, none, none)
-    begin = np.asarray(starts)
-    units = np.diff(np.append(begin, grad_units.size))
-    with np.errstate(all="ignore"):
-        return ByParameter(
-            grad_norm=np.sqrt(np.add.reduceat(grad_units * grad_units, begin)),
-            weight_norm=np.sqrt(np.add.reduceat(weight_units * weight_units, begin)),
-            max_unit_ratio=np.maximum.reduceat(grad_units / np.maximum(weight_units, eps), begin),
-            zero_unit_share=np.add.reduceat((grad_units == 0).astype(np.float64), begin) / units,
-            nonfinite_units=np.add.reduceat((~np.isfinite(grad_units)).astype(np.float64), begin),
-        )
+MISSING: Final = -1.0
+"""The value of a statistic that was not measured, because the parameter had no gradient; all others are 0 or more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Clipped:
-    """What AGC did to some parameters, each of shape (parameters,), float64."""
+class Units:
+    """Norms of the units of several parameters, one after the other; each of shape (units,), float64.
 
-    unit_share: Floats
-    """Share of units that were scaled down, 0 to 1."""
-    grad_norm: Floats
-    """Norm after it."""
-    removed_norm: Floats
-    """Norm of what was taken away."""
+    A norm that was not measured is left empty.
+    """
+
+    gradient: Floats = field(default_factory=lambda: np.zeros(0))
+    weight: Floats = field(default_factory=lambda: np.zeros(0))
+    agc_factor: Floats = field(default_factory=lambda: np.zeros(0))
+    """Factor by which AGC multiplied the gradient, see ``agc_factors``."""
+    change: Floats = field(default_factory=lambda: np.zeros(0))
+    """Norm of the weight after the step minus the weight before it."""
+    eps: float = UNIT_EPS
+    """Floor of a unit's weight norm in a ratio."""
 
 
-def clipped_by_agc(
-    grad_units: Floats,
-    weight_units: Floats,
-    starts: Sequence[int],
-    limits: Floats,
-    eps: float,
-    *,
-    whole: bool,
-) -> Clipped:
-    """Return what AGC does to parameters whose units lie one after the other.
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """How the values of units become one value of their parameter, and the parts on several ranks one value."""
+
+    of_units: Callable[[Floats, Starts], Floats]
+    """(values of units, starts) -> values of parameters; ``starts`` is not empty."""
+    to_part: Callable[[Floats, Floats], Floats]
+    """(values of parameters on one rank, numbers of their units) -> the rank's parts."""
+    join: np.ufunc
+    """Reduces the parts of all ranks."""
+    from_parts: Callable[[Floats, Floats], Floats]
+    """(joined parts, numbers of units on all ranks) -> values of whole parameters."""
+    absent: float = 0.0
+    """The part of a rank that has nothing to add."""
+    across_ranks: Literal["exact", "approximate", "unknown"] = "exact"
+    """What the joined value is worth where units lie on several ranks, each of which sees a part of the unit. Of a
+    parameter that is one unit it is computed from the joined norms instead, unless it is exact."""
+
+
+def _counts(values: Floats, starts: Starts) -> Floats:
+    return np.diff(np.append(np.asarray(starts), values.size)).astype(np.float64)
+
+
+NORM: Final = Reduction(
+    of_units=lambda values, starts: np.sqrt(np.add.reduceat(values * values, np.asarray(starts))),
+    to_part=lambda values, _units: np.square(values),
+    join=np.add,
+    from_parts=lambda squares, _units: np.sqrt(squares),
+)
+"""Root of the sum of squares; ranks add the squares."""
+
+COUNT: Final = Reduction(
+    of_units=lambda values, starts: np.add.reduceat(values, np.asarray(starts)),
+    to_part=lambda values, _units: values,
+    join=np.add,
+    from_parts=lambda total, _units: total,
+)
+"""Sum; ranks add their sums."""
+
+SHARE: Final = Reduction(
+    of_units=lambda values, starts: np.add.reduceat(values, np.asarray(starts)) / _counts(values, starts),
+    to_part=lambda values, units: values * units,
+    join=np.add,
+    from_parts=lambda total, units: total / np.maximum(units, 1.0),
+    across_ranks="approximate",
+)
+"""Mean over the units; ranks add their sums and their numbers of units."""
+
+LARGEST: Final = Reduction(
+    of_units=lambda values, starts: np.maximum.reduceat(values, np.asarray(starts)),
+    to_part=lambda values, _units: values,
+    join=np.maximum,
+    from_parts=lambda largest, _units: largest,
+    absent=MISSING,
+    across_ranks="unknown",
+)
+"""Maximum, NaN where a unit's value is NaN; ranks take the maximum."""
+
+Source = Literal["gradient", "weight", "clipping", "agc", "update"]
+"""What a statistic is measured from, and so which samples hold it: ``gradient`` and ``weight`` all, ``clipping`` where
+gradients are clipped, ``agc`` where AGC clips them, ``update`` where the change of the weights was measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticSpec:
+    """One row of the table. ``meaning`` and ``cost`` are cells of the table in docs/agent.md."""
+
+    name: str
+    label: str
+    """Title on the page."""
+    unit: str
+    meaning: str
+    cost: str
+    source: Source
+    of_unit: Callable[[Units], NDArray[np.generic]]
+    """The value of each unit, shape (units,)."""
+    reduction: Reduction
+    before_clipping: bool = False
+    """Whether it is proportional to the gradient before any clipping: clip coefficients are divided out of it."""
+    joins_ranks: bool = True
+    """Whether the parts of several ranks are joined; if not, samples of a sharded training do not hold it."""
+    internal: bool = False
+    """Whether it only serves to compute numbers of the whole run, and is in no sample."""
+
+    def measure(self, units: Units, starts: Starts) -> Floats:
+        """Return the statistic of each parameter, shape (parameters,)."""
+        if not starts:
+            return np.zeros(0)
+        with np.errstate(all="ignore"):
+            return self.reduction.of_units(self.of_unit(units).astype(np.float64, copy=False), starts)
+
+
+_TABLE: Final = (
+    StatisticSpec(
+        name="grad_norm",
+        label="Gradient norm",
+        unit="norm",
+        meaning="norm of the gradient before any clipping",
+        cost="one read of the gradient",
+        source="gradient",
+        of_unit=lambda units: units.gradient,
+        reduction=NORM,
+        before_clipping=True,
+    ),
+    StatisticSpec(
+        name="clipped_grad_norm",
+        label="Gradient norm after clipping",
+        unit="norm",
+        meaning="the same after clipping; only where clipping is on",
+        cost="none; a second pass for `clip_grad_value_`",
+        source="clipping",
+        of_unit=lambda units: units.gradient * units.agc_factor,
+        reduction=NORM,
+    ),
+    StatisticSpec(
+        name="weight_norm",
+        label="Weight norm",
+        unit="norm",
+        meaning=(
+            "norm of the weight before the step; of one that no gradient steps (frozen, an expert at rest, a target "
+            "that follows), when it has changed; what is done to its `data`, which PyTorch does not count, shows in "
+            "turn, on the CPU 2^18 elements at each sample, 2^25 elsewhere"
+        ),
+        cost="one read of the weight; of the others, where they have changed",
+        source="weight",
+        of_unit=lambda units: units.weight,
+        reduction=NORM,
+    ),
+    StatisticSpec(
+        name="max_unit_ratio",
+        label="Largest unit ratio",
+        unit="ratio",
+        meaning="largest `norm(g_i) / max(norm(w_i), 1e-3)` over the units",
+        cost="none",
+        source="gradient",
+        of_unit=lambda units: units.gradient / np.maximum(units.weight, units.eps),
+        reduction=LARGEST,
+        before_clipping=True,
+    ),
+    StatisticSpec(
+        name="zero_unit_share",
+        label="Share of zero units",
+        unit="0 to 1",
+        meaning=(
+            "share of units whose gradient is exactly zero; below 1e-22 an element in a parameter of 2^20 elements or "
+            "more whose other units are not that small"
+        ),
+        cost="none",
+        source="gradient",
+        of_unit=lambda units: units.gradient == 0,
+        reduction=SHARE,
+    ),
+    StatisticSpec(
+        name="nonfinite_count",
+        label="Non-finite elements",
+        unit="elements",
+        meaning="elements that are NaN or infinite; on an accelerator, units that hold one",
+        cost="only where there are any",
+        source="gradient",
+        of_unit=lambda units: ~np.isfinite(units.gradient),
+        reduction=COUNT,
+    ),
+    StatisticSpec(
+        name="clipped_unit_share",
+        label="Share of clipped units",
+        unit="0 to 1",
+        meaning="share of units that AGC scaled down; only with `clip=`",
+        cost="none",
+        source="agc",
+        of_unit=lambda units: units.agc_factor < 1.0,
+        reduction=SHARE,
+    ),
+    StatisticSpec(
+        name="update_norm",
+        label="Update norm",
+        unit="norm",
+        meaning="norm of the true change of the weight over the step",
+        cost=(
+            "a copy of another part of the model at each sample, in the mean of at most 2^18 elements on the CPU, 2^25 "
+            "on an accelerator; parameters of more than 2^22 or 2^25 elements are missing"
+        ),
+        source="update",
+        of_unit=lambda units: units.change,
+        reduction=NORM,
+        joins_ranks=False,
+    ),
+    StatisticSpec(
+        name="removed_norm",
+        label="Norm of the clipped part",
+        unit="norm",
+        meaning="norm of the part of the gradient that AGC took away",
+        cost="none",
+        source="agc",
+        of_unit=lambda units: np.where(units.agc_factor < 1.0, units.gradient * (1.0 - units.agc_factor), 0.0),
+        reduction=NORM,
+        internal=True,
+    ),
+)
+
+MEASURED: Final = {row.name: row for row in _TABLE}
+"""All rows by name, internal ones as well."""
+STATISTICS: Final = {row.name: row for row in _TABLE if not row.internal}
+"""The statistics of a sample by name, in the order of the wire."""
+JOINED: Final = tuple(row for row in _TABLE if row.joins_ranks)
+"""The rows that several ranks join."""
+LABELS: Final = {"ratio": "Gradient / weight ratio"} | {name: row.label for name, row in STATISTICS.items()}
+"""Titles on the page; ``ratio`` is ``grad_norm / (weight_norm + 1e-3)``, which the server computes."""
+
+
+def measured_from(*sources: Source) -> tuple[StatisticSpec, ...]:
+    """Return the rows that are measured from these sources."""
+    return tuple(row for row in _TABLE if row.source in sources)
+
+
+def agc_factors(units: Units, starts: Starts, limits: Floats, *, tensor_wise: bool) -> Floats:
+    """Return the factor by which AGC multiplies the gradient of each unit: ``limit * weight / gradient``, at most 1.
 
     Args:
-        grad_units: norms of the units' gradients, shape (units,).
-        weight_units: norms of the units' weights.
-        starts: where each parameter's units begin, shape (parameters,).
-        limits: largest ratio of each parameter, infinite where it is not clipped.
-        eps: floor of a weight's norm.
-        whole: whether a tensor is clipped as one (``granularity="tensor"``).
+        units: gradient and weight norms; ``eps`` is the floor of a unit's weight norm, and is added to the weight norm
+            where a tensor is clipped as a whole.
+        starts: where each parameter's units begin.
+        limits: largest ratio of each parameter, shape (parameters,), infinite where it is not clipped.
+        tensor_wise: whether AGC takes each tensor as one unit.
+
+    Returns:
+        Shape (units,); 1 where the gradient norm is not finite.
     """
-    owner = np.repeat(np.arange(len(starts)), np.diff(np.append(np.asarray(starts, np.intp), grad_units.size)))
+    owner = np.repeat(np.arange(len(starts)), np.diff(np.append(np.asarray(starts, np.intp), units.gradient.size)))
+    norm, weight = units.gradient, np.maximum(units.weight, units.eps)
+    if tensor_wise:
+        norm = MEASURED["grad_norm"].measure(units, starts)[owner]
+        weight = MEASURED["weight_norm"].measure(units, starts)[owner] + units.eps
     with np.errstate(all="ignore"):
-        if whole:
-            norm, weight = norms(grad_units, starts)[owner], norms(weight_units, starts)[owner] + eps
-        else:
-            norm, weight = grad_units, np.maximum(weight_units, eps)
         most = limits[owner] * weight
-        factor = np.where(norm > most, most / norm, 1.0)
-        factor[~np.isfinite(norm)] = 1.0
-        scaled = factor < 1.0
-        share = np.bincount(owner, scaled, len(starts)) / np.bincount(owner, minlength=len(starts))
-        removed = np.where(scaled, grad_units * (1.0 - factor), 0.0)
-    return Clipped(share, norms(grad_units * factor, starts), norms(removed, starts))
+        factors = np.where(norm > most, most / norm, 1.0)
+    factors[~np.isfinite(norm)] = 1.0
+    return factors
 
 
-def histogram(grad_units: Floats, weight_units: Floats, eps: float, rows: NDArray[np.intp]) -> Floats:
-    """Return how many units have their ratio of gradient to weight in each bin, shape (4, len(HISTOGRAM_EDGES) + 1).
+def ratio_histogram(units: Units, edges: Floats, rows: NDArray[np.intp], row_count: int) -> Floats:
+    """Return how many units have their ratio of gradient to weight in each bin, shape (row_count, len(edges) + 1).
 
     Args:
-        grad_units: norms of the units' gradients, shape (units,).
-        weight_units: norms of the units' weights.
-        eps: floor of a weight's norm.
-        rows: row of the result in which each unit is counted, 0 to 3. One without a finite ratio is in none.
+        units: gradient and weight norms.
+        edges: upper edges of all bins but the last, ascending.
+        rows: row of the result that counts each unit, shape (units,). A unit whose ratio is not finite is not counted.
+        row_count: number of rows.
     """
     with np.errstate(all="ignore"):
-        ratios = grad_units / np.maximum(weight_units, eps)
-    bins = HISTOGRAM_EDGES.size + 1
+        ratios = units.gradient / np.maximum(units.weight, units.eps)
+    bins = edges.size + 1
     finite = np.isfinite(ratios)
-    places = rows[finite] * bins + np.searchsorted(HISTOGRAM_EDGES, ratios[finite], side="left")
-    return np.bincount(places, minlength=4 * bins).reshape(4, bins).astype(np.float64)
-
-
-def norms(units: Floats, starts: Sequence[int]) -> Floats:
-    """Return the norm of each parameter from its units' norms, shape (parameters,)."""
-    if not starts:
-        return np.zeros(0)
-    with np.errstate(all="ignore"):
-        return np.sqrt(np.add.reduceat(units * units, np.asarray(starts)))
+    places = rows[finite] * bins + np.searchsorted(edges, ratios[finite], side="left")
+    return np.bincount(places, minlength=row_count * bins).reshape(row_count, bins).astype(np.float64)
 
 
 def clip_coefficient(total_norm: float, max_norm: float) -> float:
-    """Return what ``clip_grad_norm_`` multiplied the gradients by: ``min(1, max_norm / (total_norm + 1e-6))``.
+    """Return the factor of ``clip_grad_norm_``: ``min(1, max_norm / (total_norm + 1e-6))``.
 
     It is NaN for a NaN norm and 0 for an infinite one.
     """

@@ -6,34 +6,29 @@ packed little-endian bytes in MessagePack and a list in JSON, where a non-finite
 gradient in this round: neither 0 nor NaN, from agent to page.
 """
 
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch import statistics
+from gradwatch.statistics import MISSING as MISSING
+
 VERSION: Final = 1
 """Version of the documents below; a server refuses any other by name."""
-
-MISSING: Final = -1.0
-"""The value of a statistic that could not be measured because the parameter had no gradient in this round."""
 
 JSON_TYPE: Final = "application/json"
 CLOCK_HEADER: Final = "Gradwatch-Clock"
 """Of a request: Unix seconds by the sender's clock, so that a run's attempts are ordered by one clock, the server's."""
 MESSAGEPACK_TYPE: Final = "application/vnd.msgpack"
 
-Statistic = Literal[
-    "grad_norm",  # L2 norm of the gradient, unscaled, before any clipping
-    "clipped_grad_norm",  # the same after clipping; only where clipping is on
-    "weight_norm",  # L2 norm of the parameter before the step
-    "max_unit_ratio",  # largest ||g_i|| / max(||w_i||, eps) over the units
-    "zero_unit_share",  # share of units whose gradient is exactly zero, 0 to 1
-    "nonfinite_count",  # elements of the gradient that are NaN or infinite
-    "clipped_unit_share",  # share of units that AGC scaled down, 0 to 1
-    "update_norm",  # L2 norm of the true change of the parameter over the step
-]
-STATISTICS: Final[tuple[Statistic, ...]] = get_args(Statistic)
+STATISTICS: Final = tuple(statistics.STATISTICS)
+"""Names of the statistics of a sample: a row of the table of statistics adds one."""
+if TYPE_CHECKING:
+    Statistic = str
+else:
+    Statistic = Literal[STATISTICS]
 
 Vector = NDArray[np.float32]
 """One number for each parameter of the run, shape (parameters,), in the order of the registration."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from gradwatch import wire
-from gradwatch.agent import Agent
+from gradwatch.monitor.guard import Guard
 from tests.processes import PATIENCE_SECONDS
 
 Answerer = Callable[["Server", str], tuple[int, dict[str, str], bytes] | None]
@@ -149,14 +150,24 @@ def _surroundings(own_errors: OwnErrors, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("GRADWATCH_SPOOL_DIR", str(tmp_path / "spool"))
     for name in ("URL", "TOKEN", "TOKEN_FILE", "PROJECT", "RUN", "EVERY"):
         monkeypatch.delenv(f"GRADWATCH_{name}", raising=False)
-    monkeypatch.setattr(Agent, "raises_own_errors", True)
+    monkeypatch.setattr(Guard, "raises_own_errors", True)
     torch.manual_seed(0)
     yield
-    from gradwatch.hooks import taps
+    from gradwatch.session import running_sessions
 
-    for listener in taps.listeners():
-        if isinstance(listener, Agent):
-            listener.close(timeout_seconds=0.1)
+    for session in running_sessions():
+        session.close(time.monotonic() + 0.1, "completed")
     for thread in threading.enumerate():
         if thread.name.startswith("gradwatch-"):
             thread.join(PATIENCE_SECONDS)  # what it says belongs to this test
+
+
+@pytest.fixture
+def errors_are_counted(own_errors: OwnErrors, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The agent swallows and counts its own errors, as it does for users, where tests otherwise have it raise them.
+
+    A test that uses this looks at the count in the batches itself.
+    """
+    monkeypatch.setattr(Guard, "raises_own_errors", False)
+    yield
+    own_errors.seen.clear()

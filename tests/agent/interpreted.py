@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from itertools import product
 
 import numpy as np
 import pytest
@@ -10,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch import adaptive_clip_grad_
-from gradwatch.norms import kernels, triton_kernels
-from gradwatch.norms.layout import WIDEST_ROW, Arena, Axis, Layout, Scratch, spec_of
+from gradwatch.norms import reference, triton_kernels, triton_reducer
+from gradwatch.norms.layout import NormLayout
+from gradwatch.norms.reducer import Scratch
+from gradwatch.norms.tensor_spec import WIDEST_ROW, BufferKey, UnitAxis, spec_of
 from tests.agent.test_agc import TOLERANCE, _drawn, _float64, _grad, _oracle
 
 
@@ -28,7 +29,7 @@ def launches() -> Iterator[list[str]]:
 
 
 _KERNELS = {"norms": triton_kernels.unit_norms, "scale": triton_kernels.scale_units}
-SHAPES: list[tuple[tuple[int, ...], Axis, int]] = [
+SHAPES: list[tuple[tuple[int, ...], UnitAxis, int]] = [
     ((), "whole", 1),
     ((7,), "whole", 1),
     ((3, 5), "whole", 1),
@@ -45,33 +46,21 @@ SHAPES: list[tuple[tuple[int, ...], Axis, int]] = [
 ]
 
 
-def _norms(tensor: Tensor, axis: Axis, groups: int) -> Tensor:
-    """Return the norms of the units in double precision, one slice after the other."""
-    wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-    if axis == "whole" or tensor.dim() < 2:
-        return torch.as_tensor(wide.norm()).reshape(1)
-    if axis == "experts":
-        return torch.stack([wide[expert, row].norm() for expert, row in product(*map(range, tensor.shape[:2]))])
-    if axis == "rows":
-        return torch.stack([row.norm() for row in wide])
-    return torch.stack([part[:, unit].norm() for part in wide.chunk(groups) for unit in range(tensor.shape[1])])
-
-
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_norms_of_every_axis_and_type_take_one_launch(dtype: torch.dtype, launches: list[str]) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [_drawn(shape, dtype, generator).detach() for shape, _, _ in SHAPES]
     specs = [spec_of(tensor, axis, groups) for tensor, (_, axis, groups) in zip(tensors, SHAPES, strict=True)]
-    layout = Layout(specs)
-    (arena,) = layout.sizes
-    out = torch.full((layout.sizes[arena],), -1.0, dtype=arena.dtype)
-    bound = kernels.bind(layout, {arena: out}, Scratch())
+    layout = NormLayout(specs)
+    (key,) = layout.sizes
+    out = torch.full((layout.sizes[key],), -1.0, dtype=key.dtype)
+    reducer = triton_reducer.make_reducer(layout, {key: out}, Scratch())
     launches.clear()
-    bound.run(tensors)
+    reducer.run(tensors)
     assert launches == ["norms"]
     for spec, tensor, (_, start) in zip(specs, tensors, layout.places, strict=True):
-        truth = _norms(tensor, spec.axis, spec.groups)
-        tolerance = 1e-12 if arena.dtype == torch.float64 else 1e-6
+        truth = reference.unit_norms(tensor, spec.axis, spec.groups)
+        tolerance = 1e-12 if key.dtype == torch.float64 else 1e-6
         torch.testing.assert_close(
             out[start : start + spec.units].double(), truth, rtol=tolerance, atol=0, msg=str(spec)
         )
@@ -166,12 +155,12 @@ def test_a_kernel_that_is_wrong_is_found_out_and_not_used(
         def __getitem__(self, grid: tuple[int]) -> object:
             return lambda *_, **__: None
 
-    kernels.usable.cache_clear()
+    triton_reducer.can_use_triton.cache_clear()
     monkeypatch.setattr(triton_kernels, kernel, Idle())
-    assert not kernels.usable(Arena(torch.device("cpu"), torch.float32))
+    assert not triton_reducer.can_use_triton(BufferKey(torch.device("cpu"), torch.float32))
     parameter = _parameter(torch.ones(3, 4), torch.ones(3, 4))
     adaptive_clip_grad_([parameter], clip=0.1)
     torch.testing.assert_close(_grad(parameter), torch.full((3, 4), 0.1))
-    kernels.usable.cache_clear()
+    triton_reducer.can_use_triton.cache_clear()
     (record,) = caplog.records
     assert "the Triton kernels are not used on cpu" in record.getMessage()

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradwatch import adaptive_clip_grad_
+from gradwatch.norms import reference
+from gradwatch.norms.tensor_spec import UnitAxis
+from gradwatch.ranks.sharding import Granularity
 from tests.processes import environment
 
 Array = NDArray[np.inexact[Any]]
@@ -93,6 +96,45 @@ def test_it_equals_the_oracle(drawn: list[tuple[list[int], torch.dtype]], clip: 
         np.testing.assert_allclose(
             _float64(_grad(parameter)), truth, rtol=TOLERANCE[parameter.dtype], atol=TOLERANCE[parameter.dtype]
         )
+
+
+AXES: dict[UnitAxis, int | None] = {"rows": 0, "transposed": 1, "whole": None}
+"""Axis of the units, and the dim that the oracle takes them from."""
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.integers(1, 5), max_size=5),
+    DTYPE,
+    st.sampled_from(list(AXES)),
+    st.floats(1e-3, 1.0),
+    st.integers(0, 99),
+)
+def test_the_reference_equals_the_oracle(
+    shape: list[int], dtype: torch.dtype, axis: UnitAxis, clip: float, seed: int
+) -> None:
+    parameter = _drawn(shape, dtype, torch.Generator().manual_seed(seed))
+    grad, weight = _float64(_grad(parameter)), _float64(parameter)
+    clipped = reference.clip_units(_grad(parameter), parameter, clip, axis=axis)
+    np.testing.assert_allclose(clipped.numpy(), _oracle(grad, weight, clip, 1e-3, AXES[axis]), rtol=1e-12, atol=1e-12)
+    whole = reference.clip_tensor(_grad(parameter), parameter, clip)
+    ratio = float(np.linalg.norm(grad) / (np.linalg.norm(weight) + 1e-3))
+    np.testing.assert_allclose(whole.numpy(), grad * min(1.0, clip / ratio) if ratio else grad, rtol=1e-12, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(SHAPES, DTYPE, st.sampled_from(["unit", "tensor"]), st.floats(1e-3, 1.0), st.integers(0, 2**31))
+def test_it_equals_the_reference(
+    shapes: list[list[int]], dtype: torch.dtype, granularity: Granularity, clip: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [_drawn(shape, dtype, generator) for shape in shapes if 0 not in shape]
+    one = reference.clip_units if granularity == "unit" else reference.clip_tensor
+    expected = [one(_grad(parameter), parameter, clip) for parameter in parameters]
+    adaptive_clip_grad_(parameters, clip, granularity=granularity)
+    for parameter, truth in zip(parameters, expected, strict=True):
+        near = TOLERANCE[dtype]
+        torch.testing.assert_close(reference.in_float64(_grad(parameter)), truth, rtol=near, atol=near)
 
 
 OPTAX_SHAPES: dict[str, list[tuple[int, ...]]] = {

@@ -18,6 +18,7 @@ from gradwatch import wire
 from gradwatch.settings import SettingsError
 
 from .conftest import OwnErrors, Server
+from .watching import monitor_of
 
 
 def network() -> nn.Sequential:
@@ -206,7 +207,7 @@ def test_a_sample_carries_the_numbers_of_the_run_that_the_documentation_names(se
     assert (found["learning_rate"], found["learning_rate.1"]) == pytest.approx((0.1, 0.1))
     assert (found["dropped_samples"], found["dropped_bytes"]) == (0.0, 0.0)
     assert 0 < found["step_seconds"] < took
-    assert 0 < found["agent_seconds"] <= agent.spent_seconds < took
+    assert 0 < found["agent_seconds"] <= monitor_of(agent).guard.spent_seconds < took
     assert found["overhead_ratio"] > 0
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
-from gradwatch.recording.optimizer_parameters import Binding, Lists
+from gradwatch.recording.optimizer_parameters import OptimizerParameters
+from gradwatch.recording.optimizers import ListedParameters
 
 from .conftest import Server
 from .watching import GRAD_A, Two, watch
@@ -274,14 +275,14 @@ def test_gradients_that_are_clipped_in_the_closure_belong_to_its_step(server: Se
 
 def test_lists_that_are_clipped_in_turn_are_each_known_again() -> None:
     first, second = [torch.zeros(1)], [torch.zeros(2), torch.zeros(3)]
-    lists = Lists(lambda parameters: Binding([parameters], lambda _parameter: None))
-    known = [lists.binding(first), lists.binding(second)]
-    assert [lists.binding(first), lists.binding(list(second))] == known
-    assert lists.binding(second[:1]) not in known
+    lists = ListedParameters(lambda parameters: OptimizerParameters([parameters], lambda _parameter: None))
+    known = [lists.find(first), lists.find(second)]
+    assert [lists.find(first), lists.find(list(second))] == known
+    assert lists.find(second[:1]) not in known
     others = [[torch.zeros(1)] for _ in range(100)]
     for other in others:
-        lists.binding(other)
-    assert lists.binding(first) not in known  # they are not kept for ever
+        lists.find(other)
+    assert lists.find(first) not in known  # they are not kept for ever
 
 
 def test_clipping_another_model_does_not_search_ours(server: Server) -> None:

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 import gradwatch
 from gradwatch import wire
 from gradwatch.agent import Agent
-from gradwatch.clipping.classifier import Classifier
-from gradwatch.clipping.executor import Clipper
-from gradwatch.hooks import taps
-from gradwatch.recording import float64 as inspection
+from gradwatch.clipping.classifier import ClassifierFinder
+from gradwatch.clipping.executor import AgcExecutor
+from gradwatch.hooks import torch_hooks
+from gradwatch.monitor.guard import Guard
+from gradwatch.recording import recorder
 from tests.processes import free_port
 
 from .conftest import OwnErrors, Server
+from .watching import monitor_of
 
 CLIP = 0.05
 
@@ -165,9 +167,9 @@ class Unrolled(nn.Module):
         return torch.stack(answers)
 
 
-def classifier_of(model: nn.Module) -> Classifier:
+def classifier_of(model: nn.Module) -> ClassifierFinder:
     indices = {id(parameter): index for index, parameter in enumerate(model.parameters())}
-    return Classifier(lambda tensor: indices.get(id(tensor)))
+    return ClassifierFinder(lambda tensor: indices.get(id(tensor)))
 
 
 def test_the_search_for_the_classifier_visits_no_node_twice_and_gives_up_in_vain() -> None:
@@ -175,14 +177,14 @@ def test_the_search_for_the_classifier_visits_no_node_twice_and_gives_up_in_vain
     classifier = classifier_of(model)
     loss = model(torch.randn(1000, 2, 3)).square().mean()
     started = time.thread_time()
-    assert classifier.look([loss])
+    assert classifier.search([loss])
     assert time.thread_time() - started < 1.5, "several times as long where each answer is followed to its beginning"
     assert classifier.indices == {0}
     for _ in range(5):
-        assert not classifier.look([loss])
+        assert not classifier.search([loss])
     started = time.thread_time()
     for _ in range(1000):
-        assert not classifier.look([loss])
+        assert not classifier.search([loss])
     assert time.thread_time() - started < 0.5, "it does not look any more"
     assert classifier.indices == {0}
     assert not classifier.guessed
@@ -199,7 +201,7 @@ def test_a_graph_that_is_too_large_is_read_in_part() -> None:
     for _ in range(120_000):
         answer = answer + 1.0
     started = time.thread_time()
-    assert not classifier.look([answer])
+    assert not classifier.search([answer])
     assert time.thread_time() - started < 2.0
     assert not classifier.indices
 
@@ -394,7 +396,7 @@ def test_experts_are_clipped_row_by_row(server: Server) -> None:
 def test_an_error_in_clipping_is_raised_and_one_in_monitoring_is_not(
     server: Server, monkeypatch: pytest.MonkeyPatch, own_errors: OwnErrors
 ) -> None:
-    monkeypatch.setattr(Agent, "raises_own_errors", False)
+    monkeypatch.setattr(Guard, "raises_own_errors", False)
     theirs = train(network(), 6, clip_by_hand)
 
     def broken(*_: object, **__: object) -> None:
@@ -402,14 +404,14 @@ def test_an_error_in_clipping_is_raised_and_one_in_monitoring_is_not(
 
     model = network()
     with monkeypatch.context() as patch, attached(model, server):
-        patch.setattr(inspection, "inspect", broken)
+        patch.setattr(recorder, "recompute", broken)
         assert same(train(model, 6), theirs)
     # Monitoring has disarmed after three errors, clipping went on.
     assert len(own_errors.seen) == 3
     own_errors.seen.clear()
     model = network()
     with monkeypatch.context() as patch, attached(model, server):
-        patch.setattr(Clipper, "clip", broken)
+        patch.setattr(AgcExecutor, "clip", broken)
         with pytest.raises(RuntimeError, match="broken on purpose"):
             train(model, 1)
 
@@ -541,7 +543,7 @@ def test_an_optimizer_of_copies_is_refused(server: Server) -> None:
     optimizer = torch.optim.SGD([p.detach().float() for p in model.parameters()], lr=0.1)
     with pytest.raises(ValueError, match="SGD steps no parameter of the model"):
         gradwatch.attach(model, optimizer, url=server.url, clip=CLIP)
-    assert not taps.listeners()
+    assert not torch_hooks.listeners()
 
 
 def test_an_optimizer_of_copies_is_said_where_nothing_is_clipped(server: Server, own_errors: OwnErrors) -> None:
@@ -659,7 +661,7 @@ def test_two_threads_step_what_one_agent_watches(server: Server) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert agent.watching
+        assert monitor_of(agent).guard.watching
     assert not wrong
     places = np.array([int(name.partition(".")[0]) for name in server.names])
     assert server.samples
@@ -682,7 +684,7 @@ def test_a_step_in_inference_mode_comes_first(server: Server) -> None:
                 weight.grad = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
             with torch.inference_mode(step == 0):
                 optimizer.step()
-        assert agent.watching
+        assert monitor_of(agent).guard.watching
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4]
     for sample in server.samples:
         assert sample.statistics["grad_norm"].tolist() == [5.0] * 4

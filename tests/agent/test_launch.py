@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from gradwatch import wire
-from gradwatch.delivery.spool import Losses, Spool
-from gradwatch.launch.command import _deliver
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.spool import Spool
+from gradwatch.launch.command import _deliver_spools
 from gradwatch.settings import resolve
 from tests.processes import free_port
 
@@ -418,7 +419,7 @@ def test_each_fold_of_a_program_is_a_run(server: Server, script: Path) -> None:
 def test_runs_without_end_are_bounded_and_it_says_so(server: Server, script: Path) -> None:
     """As of meta-learning, which trains a copy of its model for each task."""
     folds = FOLDS.replace("KEPT", "False").replace("STEPS", "5")
-    script.write_text(f"import gradwatch.launch.trainings as t\nt._MOST_RUNS = 2\n{folds}", encoding="utf-8")
+    script.write_text(f"import gradwatch.launch.auto_runs as t\nt._MOST_RUNS = 2\n{folds}", encoding="utf-8")
     done = launch(server, sys.executable, str(script))
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
     assert "it has begun 2 runs" in done.stderr
@@ -607,13 +608,13 @@ def test_a_server_that_does_not_answer_is_asked_once(server: Server, tmp_path: P
     server.answer = lambda *_: (503, {}, b"later")
     runs = [f"run-{place:016x}" for place in range(3)]
     for run in runs:
-        spool = Spool(tmp_path, url=server.url, run=run, losses=Losses(), warn=print)
+        spool = Spool(tmp_path, url=server.url, run=run, dropped=Dropped(), warn=print)
         spool.append("batch", wire.encode(wire.Batch(id=run, attempt=1)))
         spool.close()
     settings = resolve(environment={"GRADWATCH_SPOOL_DIR": str(tmp_path)})
-    _deliver(runs, settings, time.monotonic() + 60.0)
+    _deliver_spools(runs, settings, time.monotonic() + 60.0)
     assert len(server.requests) == 1
     server.answer = None
-    _deliver(runs, settings, time.monotonic() + 60.0)
+    _deliver_spools(runs, settings, time.monotonic() + 60.0)
     assert [batch.id for batch in server.batches] == runs
     assert not list(tmp_path.glob("*.spool"))

@@ -16,19 +16,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.norms.buffers import Plan, Slots
-from gradwatch.norms.layout import Arena, Axis, Layout, Scratch, spec_of
+from gradwatch.norms import reference
+from gradwatch.norms.buffers import BufferPool
+from gradwatch.norms.layout import NormLayout
+from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.reducer import NormReducer, Scratch
+from gradwatch.norms.tensor_spec import BufferKey, UnitAxis, spec_of
 
 from .conftest import Server
+from .watching import monitor_of
 
 
-def unit_norms(tensors: Sequence[Tensor], axis: Axis = "rows", **sizes: int) -> list[np.ndarray[Any, Any]]:
-    layout = Layout([spec_of(tensor, axis) for tensor in tensors], **sizes)
-    arenas = {arena: torch.zeros(size, dtype=arena.dtype) for arena, size in layout.sizes.items()}
-    layout.bind(arenas, Scratch()).run(tensors)
+def unit_norms(tensors: Sequence[Tensor], axis: UnitAxis = "rows", **sizes: int) -> list[np.ndarray[Any, Any]]:
+    layout = NormLayout([spec_of(tensor, axis) for tensor in tensors], **sizes)
+    buffers = {key: torch.zeros(size, dtype=key.dtype) for key, size in layout.sizes.items()}
+    NormReducer(layout, buffers, Scratch()).run(tensors)
     return [
-        arenas[arena][start : start + spec.units].numpy() if spec.units else np.zeros(0)
-        for (arena, start), spec in zip(layout.places, layout.specs, strict=True)
+        buffers[key][start : start + spec.units].numpy() if spec.units else np.zeros(0)
+        for (key, start), spec in zip(layout.places, layout.specs, strict=True)
     ]
 
 
@@ -44,9 +49,28 @@ SHAPES = st.lists(st.integers(1, 6), min_size=0, max_size=5).map(tuple)
 def test_rows_of_any_shape_equal_numpy(shapes: list[tuple[int, ...]], dtype: torch.dtype, direct: int) -> None:
     generator = torch.Generator().manual_seed(len(shapes))
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    for tensor, got in zip(tensors, unit_norms(tensors, direct_bytes=direct, chunk_bytes=256), strict=True):
+    for tensor, got in zip(tensors, unit_norms(tensors, direct_bytes=direct, bucket_bytes=256), strict=True):
         exact = tensor.double().numpy().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
         assert got == pytest.approx(np.linalg.norm(exact, axis=1), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.complex64, torch.int8], ids=str)
+@pytest.mark.parametrize("axis", ["rows", "transposed", "experts", "whole"])
+def test_units_along_every_axis_equal_the_reference(axis: UnitAxis, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(), (5,), (4, 3), (4, 3, 2), (6, 5, 2, 3), (2, 2, 3, 2, 2)]
+    tensors = [(torch.randn(shape, generator=generator) * 9).to(dtype) for shape in shapes]
+    for tensor, got in zip(tensors, unit_norms(tensors, axis), strict=True):
+        assert got == pytest.approx(reference.unit_norms(tensor, axis).numpy(), rel=1e-6)
+
+
+def test_units_of_a_grouped_transposed_convolution_equal_the_reference() -> None:
+    weight = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
+    layout = NormLayout([spec_of(weight, "transposed", 3)])
+    buffers = {key: torch.zeros(size, dtype=key.dtype) for key, size in layout.sizes.items()}
+    NormReducer(layout, buffers, Scratch()).run([weight])
+    (got,) = buffers.values()
+    assert got.numpy() == pytest.approx(reference.unit_norms(weight, "transposed", 3).numpy(), rel=1e-6)
 
 
 def test_two_rows_by_hand() -> None:
@@ -63,17 +87,19 @@ def test_large_tensors_are_right_to_1e_5(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("width", "bound"), [(64, 1e-6), (1024, 1e-6), (1025, 1e-5), (7_000, 1e-5)])
-def test_gathered_rows_are_right_whatever_is_in_them(width: int, bound: float) -> None:
+def test_rows_in_a_bucket_are_right_whatever_is_in_them(width: int, bound: float) -> None:
     """A constant is what a sum in float32 is worst at."""
     drawn = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).mul(2).exp()
     tensors = [torch.full((2, width), 0.1), drawn, torch.ones(2, width)]
-    assert any(piece.gathered for piece in Layout([spec_of(tensor, "rows") for tensor in tensors]).pieces)
+    assert any(
+        reduction.in_bucket for reduction in NormLayout([spec_of(tensor, "rows") for tensor in tensors]).reductions
+    )
     for tensor, got in zip(tensors, unit_norms(tensors), strict=True):
         assert got == pytest.approx(tensor.double().norm(dim=1).numpy(), rel=bound)
 
 
 @pytest.mark.filterwarnings("error")
-def test_gathered_rows_that_are_not_finite() -> None:
+def test_rows_in_a_bucket_that_are_not_finite() -> None:
     rows = [[math.inf, 1.0], [math.nan, 1.0], [-math.inf, math.nan], [0.0, 0.0], [1e30, 1.0], [1e-30, 0.0]]
     got = unit_norms([torch.tensor([row]) for row in rows])
     truth = [torch.tensor([row]).norm(dim=1).numpy() for row in rows]
@@ -136,7 +162,7 @@ def test_nothing_in_the_hooks_waits_for_the_device(server: Server, loop: str) ->
                     scaler.update()
                 else:
                     optimizer.step()
-        assert agent.losses.errors == 0
+        assert monitor_of(agent).dropped.errors == 0
     assert len(server.samples) == 4
 
 
@@ -171,46 +197,48 @@ def test_what_the_operators_allow_is_reduced_where_it_lies(tensors: int, copied:
     "shapes", [[(2, 3), (2, 3), (2, 3)], [(2, 3), (4, 3), (2, 3)], [(), (), ()], [(5,), (5,), (5,)]]
 )
 @pytest.mark.parametrize("changed", [(9, 3), (2, 4), (3,), ()])
-def test_a_gathered_tensor_of_another_shape_is_refused(shapes: list[tuple[int, ...]], changed: tuple[int, ...]) -> None:
+def test_a_tensor_of_another_shape_in_a_bucket_is_refused(
+    shapes: list[tuple[int, ...]], changed: tuple[int, ...]
+) -> None:
     """Whichever it is, and before anything is written beyond the buffers, which torch would make larger."""
     for place in range(3):
         tensors = [torch.ones(shape) for shape in shapes]
-        layout = Layout([spec_of(tensor, "rows") for tensor in tensors])
-        assert any(piece.gathered for piece in layout.pieces)
-        arenas = {arena: torch.zeros(size, dtype=arena.dtype) for arena, size in layout.sizes.items()}
+        layout = NormLayout([spec_of(tensor, "rows") for tensor in tensors])
+        assert any(reduction.in_bucket for reduction in layout.reductions)
+        buffers = {key: torch.zeros(size, dtype=key.dtype) for key, size in layout.sizes.items()}
         scratch = Scratch()
-        bound = layout.bind(arenas, scratch)
+        reducer = NormReducer(layout, buffers, scratch)
         sizes = [buffer.untyped_storage().nbytes() for buffer in scratch.buffers.values()]
         tensors[place] = torch.ones(changed)
         if changed == shapes[place]:
             continue
         with pytest.raises(RuntimeError):
-            bound.run(tensors)
+            reducer.run(tensors)
         assert [buffer.untyped_storage().nbytes() for buffer in scratch.buffers.values()] == sizes
 
 
-def test_slots_are_bounded_and_come_back() -> None:
+def test_sample_buffers_are_bounded_and_come_back() -> None:
     """Their number and their memory: a step of a large model is no reason to hold hundreds of them."""
     for rows, fewest, most in ((3, 1000, 2048), (100_000, 75, 85), (10_000_000, 4, 4)):
-        slots = Slots()
-        plan = Plan([0], None, [spec_of(torch.zeros(1).expand(rows, 2), "rows")])
-        taken = [slot for slot in iter(slots.take, None) if slot.claim(plan).plan is plan]
+        pool = BufferPool()
+        plan = MeasurementPlan([0], None, [spec_of(torch.zeros(1).expand(rows, 2), "rows")])
+        taken = [sample for sample in iter(pool.acquire, None) if sample.allocate(plan).plan is plan]
         assert fewest <= len(taken) <= most
-        slots.give_back(taken[0])
-        assert slots.take() is taken[0]
+        pool.release(taken[0])
+        assert pool.acquire() is taken[0]
 
 
 def test_a_plan_reads_back_what_was_written() -> None:
     weights = [torch.randn(3, 2), torch.randn(4), torch.randn(2, 2, dtype=torch.float64)]
     grads = [torch.randn(3, 2).to_sparse(1), torch.randn(4), torch.randn(2, 2, dtype=torch.float64)]
-    plan = Plan([0, 1, 2], [spec_of(g, "rows") for g in grads], [spec_of(w, "rows") for w in weights])
-    slot = Slots().take()
-    assert slot is not None
-    claim = slot.claim(plan)
-    claim.run(grads, weights)
+    plan = MeasurementPlan([0, 1, 2], [spec_of(g, "rows") for g in grads], [spec_of(w, "rows") for w in weights])
+    sample = BufferPool().acquire()
+    assert sample is not None
+    norms = sample.allocate(plan)
+    norms.measure(grads, weights)
     order = [plan.indices[position] for position in plan.measured]
-    expected = {"grads": claim.grad_units(), "weights": claim.weight_units()}
+    expected = {"grads": norms.grad_units(), "weights": norms.weight_units()}
     for tensors, got in zip((grads, weights), expected.values(), strict=True):
         rows = [tensors[i].to_dense().double().reshape(tensors[i].shape[0] if i != 1 else 1, -1) for i in order]
         assert got == pytest.approx(np.concatenate([row.norm(dim=1).numpy() for row in rows]), rel=1e-6)
-    assert isinstance(next(iter(plan.sizes())), Arena)
+    assert isinstance(next(iter(plan.sizes)), BufferKey)

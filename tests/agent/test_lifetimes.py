@@ -13,10 +13,10 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
 from gradwatch import wire
-from gradwatch.hooks import taps
+from gradwatch.session import running_sessions
 
 from .conftest import Server
-from .watching import GRAD_A, Two, watch
+from .watching import GRAD_A, Two, monitor_of, watch
 
 
 def test_parameters_added_and_removed_later(server: Server) -> None:
@@ -75,7 +75,7 @@ def test_a_model_that_holds_its_agent_copies_and_pickles(server: Server) -> None
         model(GRAD_A, 12.0).backward()
         optimizer.step()
     assert (loaded.agent.run_id, loaded.agent.run_url) == (agent.run_id, agent.run_url)
-    assert not loaded.agent.watching
+    assert not monitor_of(loaded.agent).guard.watching
     loaded.agent.log(loss=1.0)
     loaded.agent.close()
     assert [sample.step for sample in server.samples] == [1]
@@ -118,7 +118,7 @@ def test_an_agent_whose_model_is_gone_retires(server: Server) -> None:
     kept = nn.Linear(2, 2)
     wrapped = gradwatch.attach(nn.Sequential(kept), url=server.url)  # only the wrapper is gone
     with gradwatch.attach(nn.Linear(3, 3), url=server.url) as last:
-        assert [listener for listener in taps.listeners() if listener is not last] == [wrapped]
+        assert [session for session in running_sessions() if session is not last._session] == [wrapped._session]
     wrapped.close()
 
 
@@ -159,7 +159,7 @@ def test_a_parameter_with_the_id_of_one_that_is_gone(server: Server) -> None:
         (model(GRAD_A, 12.0) + (model.new * torch.tensor([84.0, 0.0])).sum()).backward()
         clip_grad_norm_(model.parameters(), 8.5)  # of a norm of 85
         optimizer.step()
-        assert agent.losses.errors == 0
+        assert monitor_of(agent).dropped.errors == 0
     before, after = server.values("grad_norm", 2), server.values("clipped_grad_norm", 2)
     assert {name: before[name] for name in ("a", "b", "new")} == pytest.approx({"a": 5.0, "b": 12.0, "new": 84.0})
     assert {name: after[name] for name in ("a", "b", "new")} == pytest.approx(
@@ -173,7 +173,7 @@ def test_repeated_attach_replaces_the_earlier_agent(server: Server) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     first = watch(model, server, optimizer)
     with watch(model, server, optimizer) as second:
-        assert not first.watching
+        assert not monitor_of(first).guard.watching
         model(GRAD_A, 12.0).backward()
         optimizer.step()
     assert first.run_id != second.run_id

@@ -14,13 +14,16 @@ from torch import nn
 import gradwatch
 from gradwatch import settings, wire
 from gradwatch.agent import Agent
-from gradwatch.delivery.sender import Answer, Sender
-from gradwatch.delivery.splitting import halves
-from gradwatch.delivery.spool import Entry, Losses
-from gradwatch.rounds import Round
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.sender import DeliveryResult, Sender
+from gradwatch.delivery.splitting import split_batch
+from gradwatch.delivery.spool import Entry
+from gradwatch.monitor.notices import Notices
+from gradwatch.steps.records import StepRecord
 from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
 from .conftest import OwnErrors, Server
+from .watching import monitor_of
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +73,9 @@ def test_the_rates_of_many_groups_cost_no_more_than_the_groups(server: Server) -
         with gradwatch.attach(model, optimizer, url=server.url, every=1) as agent:
             taken = []
             for _ in range(8):
-                before = agent.spent_seconds
+                before = monitor_of(agent).guard.spent_seconds
                 optimizer.step()
-                taken.append(agent.spent_seconds - before)
+                taken.append(monitor_of(agent).guard.spent_seconds - before)
         spent[several] = min(spent[several], *taken)
     assert spent[True] < 5 * spent[False]
 
@@ -100,37 +103,36 @@ def test_names_that_never_end_are_bounded_counted_and_said_once(real: GradwatchS
     assert run["sample_count"] == 6
     assert run["last_step"] == 6
     assert len([name for name in run["scalars"] if "_" in name and name[0].isdigit()]) == 1000
-    assert run["dropped"]["values"] == agent.losses.values == 500 + 12
+    assert run["dropped"]["values"] == monitor_of(agent).dropped.values == 500 + 12
     assert own_errors.warnings == 1
 
 
 def test_a_backlog_of_a_fast_training_arrives(real: GradwatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the server is away batches grow: to what it takes at once, not beyond."""
     from gradwatch.delivery import sender
-    from gradwatch.samples import builder as composer
-    from gradwatch.samples import collector
+    from gradwatch.samples import builder, collector
 
     monkeypatch.setattr(collector, "_BACKLOG", 0)
     monkeypatch.setattr(collector, "_GROWN_BATCH_SECONDS", 3600.0)
-    compose, composed = composer.Composer.compose, threading.Semaphore(0)
-    post, away = sender.Http.post, [True]
+    draft, drafted = builder.SampleBuilder.draft, threading.Semaphore(0)
+    post, away = sender.HttpTransport.post, [True]
 
-    def counted(self: composer.Composer, round_: Round) -> Any:
-        composed.release()
-        return compose(self, round_)
+    def counted(self: builder.SampleBuilder, record: StepRecord) -> Any:
+        drafted.release()
+        return draft(self, record)
 
-    def reached(self: sender.Http, *args: Any) -> Answer:
-        return Answer("later", "away") if away[0] else post(self, *args)
+    def reached(self: sender.HttpTransport, *args: Any) -> DeliveryResult:
+        return DeliveryResult("retry", "away") if away[0] else post(self, *args)
 
-    monkeypatch.setattr(composer.Composer, "compose", counted)
-    monkeypatch.setattr(sender.Http, "post", reached)
+    monkeypatch.setattr(builder.SampleBuilder, "draft", counted)
+    monkeypatch.setattr(sender.HttpTransport, "post", reached)
     model, optimizer = one_layer()
     agent = gradwatch.attach(model, optimizer, url=real.url, every=1)
     for _ in range(10):
         for _ in range(250):
             step(model, optimizer)
         for _ in range(250):
-            assert composed.acquire(timeout=PATIENCE_SECONDS)
+            assert drafted.acquire(timeout=PATIENCE_SECONDS)
     away[0] = False
     agent.close()
     run = kept(real, agent)
@@ -147,16 +149,16 @@ class Limited:
         self.posts = 0
         self.away_at = -1
 
-    def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
+    def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
         self.posts += 1
         if self.posts == self.away_at:
-            return Answer("later", "away")
+            return DeliveryResult("retry", "away")
         batch = wire.decode(body, wire.Batch)
         steps = [sample.step for sample in batch.samples]
         if len(steps) > self.most_samples or self.bad & set(steps):
-            return Answer("poison", "422", divisible=True)
+            return DeliveryResult("rejected", "422", divisible=True)
         self.taken.setdefault(batch.id, batch)
-        return Answer("committed")
+        return DeliveryResult("committed")
 
     @property
     def steps(self) -> list[int]:
@@ -192,46 +194,46 @@ def grown(count: int) -> wire.Batch:
 
 
 def test_a_batch_that_is_too_large_is_sent_in_pieces_in_order() -> None:
-    limited, losses = Limited(most_samples=100), Losses()
-    assert Sender(Queue(grown(450)), limited, losses, print).deliver()
+    limited, dropped = Limited(most_samples=100), Dropped()
+    assert Sender(Queue(grown(450)), limited, dropped, print).deliver()
     assert limited.steps == limited.losses == list(range(450))
-    assert (losses.samples, losses.values) == (0, 0)
+    assert (dropped.samples, dropped.values) == (0, 0)
     assert [batch.end is not None for batch in limited.taken.values()] == [False] * (len(limited.taken) - 1) + [True]
     assert sum(len(batch.events) for batch in limited.taken.values()) == 1
 
 
 def test_only_what_is_refused_is_lost_and_counted() -> None:
-    limited, losses, said = Limited(bad=frozenset({77})), Losses(), list[str]()
-    assert Sender(Queue(grown(200)), limited, losses, said.append).deliver()
+    limited, dropped, said = Limited(bad=frozenset({77})), Dropped(), list[str]()
+    assert Sender(Queue(grown(200)), limited, dropped, said.append).deliver()
     assert limited.steps == [step for step in range(200) if step != 77]
     assert limited.losses == list(range(200))
-    assert (losses.samples, losses.values, len(said)) == (1, 0, 1)
+    assert (dropped.samples, dropped.values, len(said)) == (1, 0, 1)
 
 
 def test_pieces_that_are_interrupted_are_neither_lost_nor_counted_twice() -> None:
     for away_at in range(1, 18):
-        limited, losses = Limited(bad=frozenset({3})), Losses()
+        limited, dropped = Limited(bad=frozenset({3})), Dropped()
         limited.away_at = away_at
-        sender = Sender(Queue(grown(20)), limited, losses, lambda _text: None)
+        sender = Sender(Queue(grown(20)), limited, dropped, lambda _text: None)
         if not sender.deliver():
             assert sender.deliver()
         assert limited.steps == [step for step in range(20) if step != 3]
-        assert losses.samples == 1
+        assert dropped.samples == 1
 
 
 def test_a_batch_of_which_nothing_is_taken_is_given_up_after_some_pieces() -> None:
-    limited, losses = Limited(bad=frozenset(range(500))), Losses()
-    assert Sender(Queue(grown(500)), limited, losses, lambda _text: None).deliver()
-    assert losses.samples + len(limited.steps) == 500
-    assert losses.values + len(limited.losses) == 500
+    limited, dropped = Limited(bad=frozenset(range(500))), Dropped()
+    assert Sender(Queue(grown(500)), limited, dropped, lambda _text: None).deliver()
+    assert dropped.samples + len(limited.steps) == 500
+    assert dropped.values + len(limited.losses) == 500
     assert limited.posts < 100
 
 
 def test_halves_hold_the_whole() -> None:
-    parts = halves(grown(5))
+    parts = split_batch(grown(5))
     assert parts is not None
     assert [part.id for part in parts] == ["grown.0", "grown.1"]
-    assert halves(wire.Batch(id="one", end=wire.End(at=0.0))) is None
+    assert split_batch(wire.Batch(id="one", end=wire.End(at=0.0))) is None
 
 
 def test_names_longer_than_a_server_takes_are_shortened(real: GradwatchServer) -> None:
@@ -257,7 +259,7 @@ def test_a_run_that_cannot_be_registered_is_said_to_be(real: GradwatchServer, ow
     model, optimizer = one_layer()
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
-        patch.setattr(Agent, "warn", lambda _self, text: said.append(text))
+        patch.setattr(Notices, "warn", lambda _self, text: said.append(text))
         patch.setattr(settings, "LONGEST_NAME", 1000)  # of a server that takes longer names than this one
         agent = gradwatch.attach(model, optimizer, url=real.url, every=1, project="x" * 600)
         step(model, optimizer)
@@ -269,4 +271,4 @@ def test_a_run_that_cannot_be_registered_is_said_to_be(real: GradwatchServer, ow
     assert len(told) == 1
     assert "refuses to register" in told[0]
     assert "limits.name_characters" in told[0]
-    assert agent.losses.samples == 0
+    assert monitor_of(agent).dropped.samples == 0

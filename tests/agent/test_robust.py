@@ -24,14 +24,17 @@ import gradwatch
 from gradwatch import wire
 from gradwatch.agent import Agent
 from gradwatch.delivery import flush
-from gradwatch.delivery.sender import FIRST_PAUSE_SECONDS, Answer, Sender, judge
-from gradwatch.delivery.spool import Entry, Kind, Losses, Spool, leftovers
-from gradwatch.hooks import taps
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.sender import FIRST_PAUSE_SECONDS, DeliveryResult, Sender, interpret_response
+from gradwatch.delivery.spool import Entry, Kind, Spool, leftovers
+from gradwatch.hooks import torch_hooks
+from gradwatch.monitor.guard import Guard
 from gradwatch.samples import collector
 from gradwatch.settings import spool_directory
 from tests.processes import PATIENCE_SECONDS, small_disk
 
 from .conftest import OwnErrors, Server
+from .watching import monitor_of
 
 
 def train(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> list[float]:
@@ -43,7 +46,7 @@ def train(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimizer, step
         started = time.perf_counter()
         optimizer.step()
         taken.append(time.perf_counter() - started)
-    assert agent.losses.errors == 0
+    assert monitor_of(agent).dropped.errors == 0
     return taken
 
 
@@ -175,7 +178,7 @@ def test_nothing_of_a_run_is_sent_that_the_server_does_not_register(
     assert time.monotonic() - started < 30.0, "to ask again changes nothing"
     assert {path for path, _ in server.requests} == {"/api/v1/runs"}
     assert own_errors.warnings == 1
-    assert not agent.losses.bytes
+    assert not monitor_of(agent).dropped.bytes
     server.answer = None
     with gradwatch.attach(model, optimizer, url=server.url, every=1):
         server.wait(lambda: len(server.samples) == 5)
@@ -231,10 +234,10 @@ def test_a_spool_that_cannot_be_written(
     assert own_errors.warnings == 1
 
 
-def spool(tmp_path: Path, limit_bytes: int = 1 << 20) -> tuple[Spool, Losses, list[str]]:
-    losses, warned = Losses(), list[str]()
-    made = Spool(tmp_path, url="http://u", run="run-x", losses=losses, warn=warned.append, limit_bytes=limit_bytes)
-    return made, losses, warned
+def spool(tmp_path: Path, limit_bytes: int = 1 << 20) -> tuple[Spool, Dropped, list[str]]:
+    dropped, warned = Dropped(), list[str]()
+    made = Spool(tmp_path, url="http://u", run="run-x", dropped=dropped, warn=warned.append, limit_bytes=limit_bytes)
+    return made, dropped, warned
 
 
 def batch(step: int, count: int = 1) -> bytes:
@@ -244,7 +247,7 @@ def batch(step: int, count: int = 1) -> bytes:
 
 
 def test_the_spool_thins_the_oldest_and_counts(tmp_path: Path) -> None:
-    made, losses, _ = spool(tmp_path, limit_bytes=20_000)
+    made, dropped, _ = spool(tmp_path, limit_bytes=20_000)
     size = len(batch(1000, 10))
     written = 20_000 // size + 30
     for place in range(written):
@@ -256,8 +259,8 @@ def test_the_spool_thins_the_oldest_and_counts(tmp_path: Path) -> None:
         made.forget(entry)
     steps = [sample.step for one in kept for sample in one.samples]
     assert steps == sorted(steps)
-    assert len(steps) + losses.samples == 10 * written
-    assert losses.bytes > 0
+    assert len(steps) + dropped.samples == 10 * written
+    assert dropped.bytes > 0
     assert kept[-1].id == str(1000 + 10 * (written - 1))
     assert len(kept[-1].samples) == 10
     assert any(one.trail and len(one.samples) < 10 for one in kept)
@@ -275,7 +278,7 @@ def test_what_is_in_the_spool_is_synchronised(tmp_path: Path) -> None:
 
 
 def test_the_disk_fills_up_later(tmp_path: Path) -> None:
-    made, losses, warned = spool(tmp_path)
+    made, dropped, warned = spool(tmp_path)
     made.append("batch", batch(1), 1)
     (pages,) = made._connection.execute("PRAGMA page_count").fetchone()
     made._connection.execute(f"PRAGMA max_page_count = {pages}")  # what a full disk looks like to SQLite
@@ -288,7 +291,7 @@ def test_the_disk_fills_up_later(tmp_path: Path) -> None:
         steps.append(int(wire.decode(entry.body, wire.Batch).id))
         made.forget(entry)
     assert steps == list(range(1, 60))
-    assert losses.samples == 0
+    assert dropped.samples == 0
 
 
 def test_a_spool_of_the_living_is_left_alone(tmp_path: Path) -> None:
@@ -318,18 +321,18 @@ def test_a_spool_that_vanishes_meanwhile_hides_no_other(tmp_path: Path) -> None:
 class Scripted:
     """A transport that answers from a list, and notes what it got."""
 
-    def __init__(self, *answers: Answer) -> None:
+    def __init__(self, *answers: DeliveryResult) -> None:
         self.answers = list(answers)
         self.paths: list[str] = []
         self.committed: list[bytes] = []
         self.at: list[float] = []
         self.done = threading.Event()
 
-    def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
+    def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
         self.paths.append(path)
         self.at.append(time.monotonic())
-        answer = self.answers.pop(0) if self.answers else Answer("committed")
-        if answer.verdict == "committed":
+        answer = self.answers.pop(0) if self.answers else DeliveryResult("committed")
+        if answer.outcome == "committed":
             self.committed.append(body)
         if not self.answers:
             self.done.set()
@@ -368,17 +371,24 @@ BATCHES = [Entry(number, "batch", 3, b"bbb") for number in (2, 3)]
 
 
 def test_an_unknown_run_is_registered_again_and_the_batch_resent() -> None:
-    transport = Scripted(Answer("committed"), Answer("unknown_run"), Answer("committed"), Answer("committed"))
+    transport = Scripted(
+        DeliveryResult("committed"),
+        DeliveryResult("unknown_run"),
+        DeliveryResult("committed"),
+        DeliveryResult("committed"),
+    )
     queue = Listed(REGISTRATION, *BATCHES)
-    assert Sender(queue, transport, Losses(), print).deliver()
+    assert Sender(queue, transport, Dropped(), print).deliver()
     samples = "/api/v1/runs/run-x/samples"
     assert transport.paths == ["/api/v1/runs", samples, "/api/v1/runs", samples, samples]
 
 
 def test_batches_arrive_in_order_however_often_they_are_resent() -> None:
     batches = [Entry(number, "batch", 1, b"%d" % number) for number in range(2, 8)]
-    transport = Scripted(*[Answer("later"), Answer("committed"), Answer("later"), Answer("later")] * 5)
-    sender = Sender(Listed(REGISTRATION, *batches), transport, Losses(), lambda _text: None)
+    transport = Scripted(
+        *[DeliveryResult("retry"), DeliveryResult("committed"), DeliveryResult("retry"), DeliveryResult("retry")] * 5
+    )
+    sender = Sender(Listed(REGISTRATION, *batches), transport, Dropped(), lambda _text: None)
     while not sender.deliver():
         pass
     assert transport.committed == [b"r", *(entry.body for entry in batches)]
@@ -386,16 +396,20 @@ def test_batches_arrive_in_order_however_often_they_are_resent() -> None:
 
 def test_poison_is_set_aside_counted_and_said_once() -> None:
     said: list[str] = []
-    losses = Losses()
-    transport = Scripted(Answer("committed"), Answer("poison", "422 bad"), Answer("poison", "413"))
-    assert Sender(Listed(REGISTRATION, *BATCHES), transport, losses, said.append).deliver()
-    assert (losses.samples, losses.bytes, len(said)) == (6, 6, 1)
+    dropped = Dropped()
+    transport = Scripted(
+        DeliveryResult("committed"), DeliveryResult("rejected", "422 bad"), DeliveryResult("rejected", "413")
+    )
+    assert Sender(Listed(REGISTRATION, *BATCHES), transport, dropped, said.append).deliver()
+    assert (dropped.samples, dropped.bytes, len(said)) == (6, 6, 1)
 
 
 def test_it_backs_off_and_honours_retry_after() -> None:
-    transport = Scripted(*[Answer("later")] * 3, Answer("later", retry_after_seconds=0.7), Answer("committed"))
+    transport = Scripted(
+        *[DeliveryResult("retry")] * 3, DeliveryResult("retry", retry_after_seconds=0.7), DeliveryResult("committed")
+    )
     queue = Listed(REGISTRATION)
-    sender = Sender(queue, transport, Losses(), lambda _text: None, chance=lambda: 1.0)
+    sender = Sender(queue, transport, Dropped(), lambda _text: None, chance=lambda: 1.0)
     sender.start()
     assert transport.done.wait(PATIENCE_SECONDS)
     sender.end(time.monotonic() + PATIENCE_SECONDS)
@@ -410,8 +424,8 @@ def test_it_backs_off_and_honours_retry_after() -> None:
 @pytest.mark.parametrize(("chance", "share"), [(0.0, 0.5), (0.999, 1.0)])
 def test_pauses_are_shortened_by_chance(chance: float, share: float) -> None:
     """Agents that lost the same server do not come back at the same moment."""
-    transport = Scripted(*[Answer("later")] * 3, Answer("committed"))
-    sender = Sender(Listed(REGISTRATION), transport, Losses(), lambda _text: None, chance=lambda: chance)
+    transport = Scripted(*[DeliveryResult("retry")] * 3, DeliveryResult("committed"))
+    sender = Sender(Listed(REGISTRATION), transport, Dropped(), lambda _text: None, chance=lambda: chance)
     sender.start()
     assert transport.done.wait(PATIENCE_SECONDS)
     sender.end(time.monotonic() + PATIENCE_SECONDS)
@@ -425,48 +439,48 @@ def test_pauses_are_shortened_by_chance(chance: float, share: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "verdict"),
+    ("status", "body", "outcome"),
     [
         (200, b"{}", "committed"),
         (201, b'{"id": "x"}', "committed"),
-        (200, b"<html>log in</html>", "later"),
-        (200, b"", "later"),
-        (204, b"", "later"),
-        (302, b"", "later"),
-        (400, b"{}", "poison"),
-        (413, b"{}", "poison"),
-        (422, b"{}", "poison"),
-        (401, b"{}", "refused"),
+        (200, b"<html>log in</html>", "retry"),
+        (200, b"", "retry"),
+        (204, b"", "retry"),
+        (302, b"", "retry"),
+        (400, b"{}", "rejected"),
+        (413, b"{}", "rejected"),
+        (422, b"{}", "rejected"),
+        (401, b"{}", "unauthorized"),
         (404, b"{}", "unknown_run"),
         (409, b"{}", "unknown_run"),
-        (429, b"{}", "later"),
-        (500, b"{}", "later"),
+        (429, b"{}", "retry"),
+        (500, b"{}", "retry"),
     ],
 )
-def test_what_answers_mean(status: int, body: bytes, verdict: str) -> None:
-    assert judge(status, {}, body).verdict == verdict
+def test_what_answers_mean(status: int, body: bytes, outcome: str) -> None:
+    assert interpret_response(status, {}, body).outcome == outcome
 
 
 def test_retry_after_as_seconds_date_and_nonsense() -> None:
-    assert judge(429, {"Retry-After": "3"}, b"").retry_after_seconds == 3.0
-    assert judge(429, {"Retry-After": "soon"}, b"").retry_after_seconds is None
-    assert judge(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"").retry_after_seconds == 0.0
-    assert judge(503, {"Retry-After": "1e9"}, b"").retry_after_seconds == 3600.0
+    assert interpret_response(429, {"Retry-After": "3"}, b"").retry_after_seconds == 3.0
+    assert interpret_response(429, {"Retry-After": "soon"}, b"").retry_after_seconds is None
+    assert interpret_response(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"").retry_after_seconds == 0.0
+    assert interpret_response(503, {"Retry-After": "1e9"}, b"").retry_after_seconds == 3600.0
 
 
 def test_it_disarms_after_three_errors_and_says_why(
     server: Server, monkeypatch: pytest.MonkeyPatch, own_errors: OwnErrors
 ) -> None:
-    monkeypatch.setattr(Agent, "raises_own_errors", False)
+    monkeypatch.setattr(Guard, "raises_own_errors", False)
     model, optimizer = network()
     agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
-    agent._meter = None  # type: ignore[assignment]
+    monitor_of(agent).listener._executor = None  # type: ignore[assignment]
     for _ in range(10):
         optimizer.zero_grad()
         model(torch.ones(4, 5)).sum().backward()
         optimizer.step()
-    assert not agent.watching
-    assert agent.losses.errors == 3
+    assert not monitor_of(agent).guard.watching
+    assert monitor_of(agent).dropped.errors == 3
     agent.close()
     assert [event.kind for event in server.events] == ["disarmed"]
     assert "NoneType" in server.events[0].message
@@ -615,9 +629,9 @@ def test_what_leaves_the_context_says_how_the_run_ended(
 
 
 _OTHERS = """
-from gradwatch import agent as the_agent
-from gradwatch.lifecycle import shutdown as endings
-endings.CLOSING_SECONDS = 5.0
+from gradwatch.session import running_sessions
+from gradwatch.lifecycle import shutdown
+shutdown.CLOSING_SECONDS = 5.0
 models = [nn.Linear(5, 3) for _ in range(3)]
 agents = [gradwatch.attach(model, every=1) for model in models]
 optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.0)
@@ -626,9 +640,9 @@ for _ in range(5):
     optimizer.step()
 import atexit, time
 started = time.monotonic()
-atexit.unregister(endings.close_all)
+atexit.unregister(shutdown.close_all)
 atexit.register(lambda: print(time.monotonic() - started))
-atexit.register(endings.close_all, the_agent._running)
+atexit.register(shutdown.close_all, running_sessions)
 """
 
 
@@ -641,17 +655,19 @@ def test_at_the_interpreters_end_several_agents_share_one_timeout(server: Server
     assert len([batch for batch in server.batches if batch.end is not None]) == 4
 
 
-def test_an_error_while_closing_does_not_keep_the_rest_from_ending(server: Server, own_errors: OwnErrors) -> None:
+def test_an_error_while_closing_does_not_keep_the_rest_from_ending(
+    server: Server, own_errors: OwnErrors, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, other = network(), network()
     both = nn.ModuleList([model[0], other[0]])
     agent = gradwatch.attach(both, [model[1], other[1]], url=server.url, every=1)
     for _ in range(2):
         both[0](torch.ones(4, 5)).sum().backward()
         model[1].step()  # the other has not stepped: the second round is open
-    agent._pace = None  # type: ignore[assignment]
+    monkeypatch.setattr(monitor_of(agent).steps, "schedule", None)
     agent.close()
-    assert not agent.watching
-    assert not taps.listeners()
+    assert not monitor_of(agent).guard.watching
+    assert not torch_hooks.listeners()
     assert [sample.step for sample in server.samples] == [1]
     assert server.batches[-1].end is not None
     assert len(own_errors.seen) == 1
@@ -714,8 +730,9 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from gradwatch import wire
-from gradwatch.delivery.spool import Losses, Spool
-left = Spool(Path(sys.argv[1]), url=sys.argv[2], run="run-" + "0" * 16, losses=Losses(), warn=print)
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.spool import Spool
+left = Spool(Path(sys.argv[1]), url=sys.argv[2], run="run-" + "0" * 16, dropped=Dropped(), warn=print)
 for number in range(40):
     left.append("batch", wire.encode(wire.Batch(id=f"b{number}", events=[wire.Event(step=0, at=0.0, kind="x" * 500)])))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -781,7 +798,7 @@ def test_what_is_left_on_a_full_disk_is_delivered_and_stays(
                 rest.write(b"x" * 1024)
         left = {f"b{number}" for number in range(40)}
         agent = deliver_beside_what_was_left(server, lambda: left <= {batch.id for batch in server.batches})
-        assert agent.losses.samples == 0
+        assert monitor_of(agent).dropped.samples == 0
         assert own_errors.warnings <= 2
         (disk / "rest").unlink()
         assert flush.main(["--url", server.url]) == 0
@@ -790,8 +807,8 @@ def test_what_is_left_on_a_full_disk_is_delivered_and_stays(
 
 def test_a_sender_goes_on_after_an_error_of_its_own() -> None:
     queue = Broken(REGISTRATION)
-    transport, failed = Scripted(Answer("committed")), list[Exception]()
-    sender = Sender(queue, transport, Losses(), print, failed=failed.append)
+    transport, failed = Scripted(DeliveryResult("committed")), list[Exception]()
+    sender = Sender(queue, transport, Dropped(), print, failed=failed.append)
     sender.start()
     assert transport.done.wait(PATIENCE_SECONDS)
     sender.end(time.monotonic() + PATIENCE_SECONDS)
@@ -849,7 +866,7 @@ def test_a_disk_that_stalls_costs_a_fast_training_no_sample(server: Server, monk
         train(agent, model, optimizer, 999)
         free.set()
     assert [sample.step for sample in server.samples] == list(range(1, 1001))
-    assert agent.losses.samples == 0
+    assert monitor_of(agent).dropped.samples == 0
 
 
 def test_closing_does_not_wait_for_a_disk_that_hangs(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

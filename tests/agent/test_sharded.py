@@ -22,8 +22,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import gradwatch, gradwatch.samples.collector
-from gradwatch.agent import Agent
-Agent.raises_own_errors = True
+from gradwatch.monitor.guard import Guard
+Guard.raises_own_errors = True
 rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
 torch.manual_seed(3)
@@ -48,7 +48,7 @@ with gradwatch.attach(model, optimizer, url=url, every=1, clip=clip) as agent:
             agent.watching = False
         optimizer.step()
     dist.barrier()
-assert not agent.losses.errors
+assert not agent._session.monitor.dropped.errors
 dist.destroy_process_group()
 """
 
@@ -127,8 +127,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 import gradwatch
-from gradwatch.agent import Agent
-Agent.raises_own_errors = True
+from gradwatch.monitor.guard import Guard
+Guard.raises_own_errors = True
 rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
 torch.manual_seed(3)
@@ -159,7 +159,7 @@ for step in range(3):
     optimizer.step()
 dist.barrier()
 agent.close()
-assert not agent.losses.errors
+assert not agent._session.monitor.dropped.errors
 dist.destroy_process_group()
 """
 
@@ -192,8 +192,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import gradwatch
-from gradwatch.agent import Agent
-Agent.raises_own_errors = True
+from gradwatch.monitor.guard import Guard
+Guard.raises_own_errors = True
 rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
 torch.manual_seed(3)

@@ -17,7 +17,7 @@ import gradwatch
 from gradwatch import wire
 
 from .conftest import OwnErrors, Server
-from .watching import GRAD_A, Two, watch
+from .watching import GRAD_A, Two, monitor_of, watch
 
 
 def test_the_loss_is_unscaled_however_it_was_scaled(server: Server) -> None:
@@ -119,7 +119,7 @@ def test_a_step_that_the_user_leaves_out_leaves_nothing_behind(
         (model if thrower == "model" else optimizer).zero_grad()
         model(GRAD_A, 12.0).backward()
         optimizer.step()
-        assert agent._meter.slots._made - len(agent._meter.slots._free) <= 3
+        assert monitor_of(agent).recorder.pool._made - len(monitor_of(agent).recorder.pool._free) <= 3
     assert [sample.step for sample in server.samples] == [1, 2, 3]
     for step in (1, 2, 3):
         assert server.values("grad_norm", step) == pytest.approx({"a": 5.0, "b": 12.0})
@@ -278,7 +278,7 @@ def test_accumulation_over_any_number_of_batches_sums_the_loss(server: Server) -
     with watch(model, server, optimizer) as agent:
         for _ in range(2500):
             model(GRAD_A, 12.0).backward()
-        assert len(agent._pending.losses) <= 1024
+        assert len(monitor_of(agent).steps.state.losses) <= 1024
         optimizer.step()
     assert server.trail("loss") == {1: 59.0 * 2500}
 
@@ -546,7 +546,7 @@ def train(number):
             loss.backward()
             agent.log(truth=loss)
             optimizer.step()
-        assert not agent.losses.errors
+        assert not agent._session.monitor.dropped.errors
     print(number)
 
 threads = [threading.Thread(target=train, args=(number,)) for number in (1, 2)]

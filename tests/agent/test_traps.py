@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
 from gradwatch import wire
-from gradwatch.norms.buffers import Slot
+from gradwatch.norms.buffers import SampleBuffers
 from tests.processes import free_port
 
 from .conftest import Server
@@ -499,12 +499,12 @@ def test_transposed_and_grouped_convolutions(server: Server) -> None:
     assert server.values("max_unit_ratio")["0.weight"] == pytest.approx(max(ratios), rel=1e-6)
 
 
-def slots() -> list[Slot]:
+def slots() -> list[SampleBuffers]:
     """Return the buffers of all agents of this process, those of earlier tests among them."""
-    return [found for found in gc.get_objects() if type(found) is Slot]
+    return [found for found in gc.get_objects() if type(found) is SampleBuffers]
 
 
-def slot_bytes(others: list[Slot]) -> int:
+def slot_bytes(others: list[SampleBuffers]) -> int:
     """Return what the buffers take that were made since."""
     return sum(slot.bytes for slot in slots() if all(slot is not other for other in others))
 

@@ -220,8 +220,8 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 import gradwatch
-from gradwatch.agent import Agent
-Agent.raises_own_errors = True
+from gradwatch.monitor.guard import Guard
+Guard.raises_own_errors = True
 rank, port, url, kind = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 def trained(watched):
@@ -243,7 +243,7 @@ def trained(watched):
         optimizer.step()
     if watched:
         agent.close()
-        assert not agent.losses.errors
+        assert not agent._session.monitor.dropped.errors
     return [p.tolist() for p in model.parameters()], norms
 plain, norms = trained(False)
 assert trained(True)[0] == plain

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
+from gradwatch.monitor.monitor import Monitor
 
 from .conftest import Server
 
@@ -28,3 +29,8 @@ GRAD_A = [[3.0, 0.0, 4.0], [0.0, 0.0, 0.0]]
 
 def watch(model: nn.Module, server: Server, optimizer: Any = None, **options: Any) -> gradwatch.Agent:
     return gradwatch.attach(model, optimizer, url=server.url, every=1, **options)
+
+
+def monitor_of(agent: gradwatch.Agent) -> Monitor:
+    """Return the monitor of an agent, for tests of what shows nowhere else."""
+    return agent._session.monitor

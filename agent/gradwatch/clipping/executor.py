@@ -1,4 +1,4 @@
-"""The clipper: applies AGC to what an optimizer is about to step, from the unit norms that monitoring shares.
+"""Applies AGC to the gradients that an optimizer is about to step, from the unit norms that monitoring measured.
 
 Unlike telemetry it raises: a run must never continue unclipped in silence.
 """
@@ -6,7 +6,7 @@ Unlike telemetry it raises: a run must never continue unclipped in silence.
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -14,159 +14,191 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.clipping.agc import AGC, Clipping, check_clip
-from gradwatch.clipping.classifier import Classifier
-from gradwatch.hooks.weak_tensors import Held, held
-from gradwatch.model.discovery import Watched
-from gradwatch.norms.buffers import Plan, Slot
-from gradwatch.norms.layout import Scratch
+from gradwatch.clipping.agc import AGC, check_clip
+from gradwatch.clipping.classifier import ClassifierFinder
+from gradwatch.clipping.scaling import UnitScaling
+from gradwatch.hooks.weak_tensors import WeakTensor, weak
+from gradwatch.model.discovery import ParameterInfo, names_and_parameters
+from gradwatch.norms.buffers import SampleBuffers
+from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.reducer import Scratch
 from gradwatch.ranks.sharding import split_of
-from gradwatch.recording.optimizer_parameters import Binding, Pass
+from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 
 _log = logging.getLogger("gradwatch")
 
 Limits = NDArray[np.float64]
-"""Largest ratio of each parameter of a plan, infinite where it is not clipped; shape (parameters,)."""
+"""Largest ratio of gradient to weight of each parameter of a plan, infinite where it is not clipped; shape
+(parameters,)."""
 
-_CLIPPINGS: Final = 64
+_SCALINGS: Final = 64
+"""Plans that a scaling is kept for."""
 
 
-class Clipper:
+class _PlanScaling(NamedTuple):
+    """How the gradients of a plan are scaled, and which parameters it leaves out."""
+
+    plan: MeasurementPlan
+    excluded: frozenset[int]
+    scaling: UnitScaling
+
+
+class AgcExecutor:
     """Clips the gradients of the watched parameters.
 
     Args:
-        agc: how.
-        classifier: what is known of the classifier, for ``exclude=None``.
+        agc: the configuration.
+        classifier: finds the classifier's weight, which ``exclude=None`` leaves unclipped.
     """
 
-    def __init__(self, agc: AGC, classifier: Classifier) -> None:
+    def __init__(self, agc: AGC, classifier: ClassifierFinder) -> None:
         self.agc = agc
         self._classifier = classifier
-        self._spared: frozenset[int] | None = None
-        self._seen: tuple[object, ...] = ()
-        """What ``_taken`` was concluded from."""
-        self._taken: frozenset[int] = frozenset()
-        self._warned = False
-        self._slot = Slot(Scratch())
-        self._clippings: dict[int, tuple[Plan, frozenset[int], Clipping]] = {}
+        self._excluded_by_user: frozenset[int] | None = None
+        """Indices of the parameters that the user excludes; None: the classifier is excluded."""
+        self._concluded_from: tuple[object, ...] = ()
+        """What was known of the classifier when ``_excluded_classifier`` was concluded."""
+        self._excluded_classifier: frozenset[int] = frozenset()
+        self._has_warned = False
+        self._buffers = SampleBuffers(Scratch())
+        """Takes the norms of steps that are not sampled."""
+        self._scalings: dict[int, _PlanScaling] = {}
+        """By id of the plan."""
         self._limits: dict[int, tuple[tuple[Any, ...], Limits]] = {}
-        self._clipped: list[tuple[Held, int]] = []
-        """Gradients of an optimizer that steps others by itself, as they were left, with their versions."""
+        """Id of the plan -> ``clip`` of each parameter group, and the limits that follow."""
+        self._clipped: list[tuple[WeakTensor, int]] = []
+        """Gradients, with their versions after clipping, that were clipped for an optimizer that steps others."""
 
-    def know(self, watched: Sequence[Watched]) -> None:
-        """Find what the user excludes among all parameters of the run.
+    def find_excluded(self, watched: Sequence[ParameterInfo]) -> None:
+        """Find the parameters that the user excludes; called whenever parameters were found.
 
         Raises:
             ValueError: a pattern matches nothing.
         """
-        names, parameters = listed(watched)
-        spared = self.agc.spared(names, parameters)
-        self._spared = None if spared is None else frozenset(spared)
-        self._seen = ()
+        excluded = self.agc.excluded_indices(*names_and_parameters(watched))
+        self._excluded_by_user = None if excluded is None else frozenset(excluded)
+        self._concluded_from = ()
 
-    def spared(self, watched: Sequence[Watched]) -> frozenset[int]:
-        """Return the indices of the parameters that are left alone."""
-        if self._spared is not None:
-            return self._spared
-        known = self._classifier
-        seen = known.indices, known.guessed, known.frozen, len(watched)
-        if seen != self._seen:
-            self._seen = seen
-            self._taken = self._take(watched)
-        return self._taken
+    def excluded(self, watched: Sequence[ParameterInfo]) -> frozenset[int]:
+        """Return the indices of the parameters that are not clipped."""
+        if self._excluded_by_user is not None:
+            return self._excluded_by_user
+        classifier = self._classifier
+        known = classifier.indices, classifier.guessed, classifier.frozen, len(watched)
+        if known != self._concluded_from:
+            self._concluded_from = known
+            self._excluded_classifier = self._conclude_classifier(watched)
+        return self._excluded_classifier
 
-    def _take(self, watched: Sequence[Watched]) -> frozenset[int]:
-        """Return what the graph showed to be the classifier, or else what is taken for it."""
+    def _conclude_classifier(self, watched: Sequence[ParameterInfo]) -> frozenset[int]:
+        """Return the classifier's weights as the graph shows them, or the last matrix where it does not."""
         found = self._classifier.indices
         if not found and self._classifier.frozen:
             return found
-        matrices = [index for index, known in enumerate(watched) if len(known.shape) > 1 and known.trainable]
+        matrices = [index for index, info in enumerate(watched) if len(info.shape) > 1 and info.trainable]
         many = len(found) > max(len(matrices) // 2, 1)  # what no network has: the graph was misread
         if self._classifier.guessed or not found or many:
             found = frozenset(matrices[-1:]) if many or not found else found
-            self._warn(found, watched)
+            self._warn_of_guess(found, watched)
         return found
 
-    def _warn(self, taken: frozenset[int], watched: Sequence[Watched]) -> None:
-        if self._warned:
+    def _warn_of_guess(self, guessed: frozenset[int], watched: Sequence[ParameterInfo]) -> None:
+        if self._has_warned:
             return
-        self._warned = True
+        self._has_warned = True
         _log.warning(
             "gradwatch: the graph of the loss does not show the classifier; AGC takes %s for it and leaves it alone. "
             "Say which with AGC(exclude=[...])",
-            ", ".join(watched[index].name for index in sorted(taken)) or "no parameter",
+            ", ".join(watched[index].name for index in sorted(guessed)) or "no parameter",
         )
 
     def note_clipped(self, grads: Sequence[Tensor]) -> None:
         """Note gradients that were clipped for an optimizer which has others step them."""
-        self._clipped = [(held(grad), grad._version) for grad in grads]  # noqa: SLF001
+        self._clipped = [(weak(grad), grad._version) for grad in grads]  # noqa: SLF001
 
-    def has_clipped(self, binding: Binding) -> bool:
-        """Return whether all gradients that are there were noted as clipped, and left alone since."""
+    def has_clipped(self, listed: OptimizerParameters) -> bool:
+        """Return whether all gradients of an optimizer were noted as clipped, and have not changed since."""
         if not self._clipped:
             return False
-        clipped = {id(known()): version for known, version in self._clipped}
-        grads = [parameter.grad for parameter in binding.parameters]
-        return all(grad is None or clipped.get(id(grad)) == grad._version for grad in grads)  # noqa: SLF001
+        versions = {id(reference()): version for reference, version in self._clipped}
+        grads = [parameter.grad for parameter in listed.parameters]
+        return all(grad is None or versions.get(id(grad)) == grad._version for grad in grads)  # noqa: SLF001
 
-    def own_pass(self, binding: Binding, watched: Sequence[Watched]) -> Pass | None:
-        """Measure for the clipping alone, where no sample is due."""
-        self._slot.reset()
-        return binding.measure(self._slot, watched)
+    def measure(self, listed: OptimizerParameters, watched: Sequence[ParameterInfo]) -> Pass | None:
+        """Measure the gradients of a step that is not sampled; None where there are none."""
+        self._buffers.reset()
+        return listed.measure(self._buffers, watched)
 
-    def clip(self, optimizer: Optimizer, binding: Binding, pass_: Pass, watched: Sequence[Watched]) -> Limits:
+    def clip(
+        self, optimizer: Optimizer, listed: OptimizerParameters, pass_: Pass, watched: Sequence[ParameterInfo]
+    ) -> Limits:
         """Scale the gradients of ``pass_`` down in place.
 
+        Args:
+            optimizer: steps the gradients.
+            listed: its parameters.
+            pass_: their gradients, with the norms that were measured.
+            watched: all parameters of the run.
+
         Returns:
-            The largest ratio of each of its parameters.
+            The largest ratio of each parameter of the plan.
 
         Raises:
             ValueError: the ``clip`` of a parameter group is not a number above 0.
             NotImplementedError: a parameter is distributed in a way that cannot be clipped.
         """
         plan = pass_.plan
-        spared = self.spared(watched)
-        known = self._clippings.get(id(plan))
-        if known is None or known[0] is not plan or known[1] != spared:
-            if len(self._clippings) >= _CLIPPINGS:
-                self._clippings.clear()
+        excluded = self.excluded(watched)
+        known = self._scalings.get(id(plan))
+        if known is None or known.plan is not plan or known.excluded != excluded:
+            if len(self._scalings) >= _SCALINGS:
+                self._scalings.clear()
                 self._limits.clear()
-            known = self._clippings[id(plan)] = plan, spared, self._made(plan, binding, spared, watched)
+            scaling = self._make_scaling(plan, listed, excluded, watched)
+            known = self._scalings[id(plan)] = _PlanScaling(plan, excluded, scaling)
             self._limits.pop(id(plan), None)
-        clipping = known[2]
         by_group = tuple(group.get("clip", self.agc.clip) for group in optimizer.param_groups)
         limited = self._limits.get(id(plan))
         if limited is None or limited[0] != by_group:
-            checked = [math.inf if clip is None else check_clip(clip) for clip in by_group]
-            limits = np.array([math.inf if i in spared else checked[binding.group_of[i]] for i in plan.indices])
-            clipping.limit(limits.tolist())
-            limited = self._limits[id(plan)] = by_group, limits
+            limited = self._limits[id(plan)] = by_group, self._set_limits(known, listed, by_group)
         scale = getattr(optimizer, "grad_scale", None)
         with torch.no_grad():
-            clipping.scale(
+            known.scaling.scale(
                 pass_.grads,
-                pass_.claim.grad_arenas,
-                pass_.claim.weight_arenas,
+                pass_.norms.grad_buffers,
+                pass_.norms.weight_buffers,
                 scale if isinstance(scale, Tensor) else None,
             )
         return limited[1]
 
-    @torch.inference_mode(False)  # buffers that are made within could not be written to outside
-    def _made(self, plan: Plan, binding: Binding, spared: frozenset[int], watched: Sequence[Watched]) -> Clipping:
-        assert plan.grads is not None
-        parameter_of = dict(zip(binding.indices, binding.parameters, strict=True))
+    def _set_limits(self, known: _PlanScaling, listed: OptimizerParameters, by_group: Sequence[Any]) -> Limits:
+        """Set the limits of a plan and return them.
+
+        Args:
+            known: the scaling of the plan.
+            listed: parameters of the optimizer.
+            by_group: ``clip`` of each of its parameter groups.
+        """
+        checked = [math.inf if clip is None else check_clip(clip) for clip in by_group]
+        limits = np.array(
+            [math.inf if i in known.excluded else checked[listed.group_of[i]] for i in known.plan.indices]
+        )
+        known.scaling.set_limits(limits.tolist())
+        return limits
+
+    @torch.inference_mode(False)  # buffers that are made in inference mode are read-only outside of it
+    def _make_scaling(
+        self,
+        plan: MeasurementPlan,
+        listed: OptimizerParameters,
+        excluded: frozenset[int],
+        watched: Sequence[ParameterInfo],
+    ) -> UnitScaling:
+        assert plan.grad_layout is not None
+        parameter_of = dict(zip(listed.indices, listed.parameters, strict=True))
         splits = [
             split_of(parameter_of[index], watched[index].axis, watched[index].groups, self.agc.granularity)
             for index in plan.indices
         ]
-        positions = {position for position, index in enumerate(plan.indices) if index in spared}
-        return Clipping(plan.grads, plan.weights, splits, positions, self.agc.eps, self.agc.granularity)
-
-
-def listed(watched: Sequence[Watched]) -> tuple[list[str], list[Tensor]]:
-    """Return names and parameters; one that is gone keeps its place, as a tensor that nobody excludes."""
-    parameters = [known.parameter() for known in watched]
-    return (
-        [known.name for known in watched],
-        [torch.empty(0) if parameter is None else parameter for parameter in parameters],
-    )
+        positions = {position for position, index in enumerate(plan.indices) if index in excluded}
+        return UnitScaling(plan.grad_layout, plan.weight_layout, splits, positions, self.agc.eps, self.agc.granularity)

@@ -1,1 +1,1 @@
-"""Delivering what was written: the spool on disk and the sender thread."""
+"""Delivering measurements to the server: the spool on disk, the sender's thread, ``gradwatch flush``."""

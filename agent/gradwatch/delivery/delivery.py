@@ -1,4 +1,4 @@
-"""The way to the server: the spool, and what empties it. Only the rank that reports has one."""
+"""Delivery of one run's measurements: its spool, its sender, and the spools of dead processes on this machine."""
 
 import functools
 import logging
@@ -6,14 +6,18 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from gradwatch.delivery.sender import Http, Sender
-from gradwatch.delivery.spool import Losses, Spool, leftovers
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.sender import HttpTransport, Sender
+from gradwatch.delivery.spool import Spool, leftovers
 from gradwatch.settings import Settings
+
+_LEFTOVER_SECONDS: Final = 30.0
+"""Longest time that the delivery of one leftover spool takes."""
 
 _log = logging.getLogger("gradwatch")
 
 _warned: Final[set[tuple[str, str]]] = set()
-"""What was said in this process of each server: a sweep has an agent for each of its trainings."""
+"""(url, start of the text) of the warnings of this process: a sweep has an agent for each of its trainings."""
 
 
 def _warn_once(url: str, warn: Callable[[str], None], text: str) -> None:
@@ -23,48 +27,48 @@ def _warn_once(url: str, warn: Callable[[str], None], text: str) -> None:
         warn(text)
 
 
-class Report:
-    """Delivers what is written to its spool, and once what dead processes left on this machine.
+class Delivery:
+    """Delivers what is appended to its spool, and once the leftover spools on this machine.
+
+    Only the rank that reports has a delivery.
 
     Args:
-        run_id: of the run.
-        settings: where the server and the spool are.
-        losses: counts what is lost.
-        warn: says something once.
-        failed: called with an error of the agent's own.
+        run_id: id of the run.
+        settings: the address of the server and the folder of the spool.
+        dropped: counts what is dropped.
+        warn: called with a warning for the user.
+        failed: called with an error of the sender's thread.
     """
 
     def __init__(
         self,
         run_id: str,
         settings: Settings,
-        losses: Losses,
+        dropped: Dropped,
         warn: Callable[[str], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._settings = settings
-        self._losses = losses
+        self._dropped = dropped
         self._warn = functools.partial(_warn_once, settings.url, warn)
-        self._adopted = False
-        self._http = Http(settings.url, settings.token)
-        self.spool = Spool(settings.spool_directory, url=settings.url, run=run_id, losses=losses, warn=warn)
-        self.sender = Sender(self.spool, self._http, losses, self._warn, idle=self._adopt, failed=failed)
+        self._http = HttpTransport(settings.url, settings.token)
+        self.spool = Spool(settings.spool_directory, url=settings.url, run=run_id, dropped=dropped, warn=warn)
+        self.sender = Sender(
+            self.spool, self._http, dropped, self._warn, first_idle=self._deliver_leftovers, failed=failed
+        )
 
-    def _adopt(self) -> None:
-        """Deliver, once, what dead processes left for this server on this machine."""
-        if self._adopted:
-            return
-        self._adopted = True
+    def _deliver_leftovers(self) -> None:
         for leftover in leftovers(self._settings.spool_directory):
             if leftover.url != self._settings.url:
                 continue
+            sender = Sender(leftover, self._http, self._dropped, _log.debug)
             try:
-                Sender(leftover, self._http, self._losses, _log.debug).deliver(time.monotonic() + 30)
-            except Exception as error:  # the agent's guard: out of a damaged file comes anything
+                sender.deliver(time.monotonic() + _LEFTOVER_SECONDS)
+            except Exception as error:  # the agent's guard: a damaged file may raise anything
                 self._warn(f"the spool {leftover.path}, of another process, cannot be read and stays: {error}")
 
     def close(self) -> None:
-        """Wait for the sender, which was told when to end."""
+        """Wait until the sender has stopped, as ``sender.end`` told it to, and close the spool."""
         self.sender.join()
         self.spool.close(timeout_seconds=0.2)
         self._http.close()

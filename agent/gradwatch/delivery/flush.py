@@ -1,4 +1,4 @@
-"""``gradwatch flush``: deliver what agents on this machine left in the spool."""
+"""``gradwatch flush``: delivers the spools that agents of dead processes left on this machine."""
 
 import argparse
 import sqlite3
@@ -6,29 +6,30 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from gradwatch.delivery.sender import Http, Sender
-from gradwatch.delivery.spool import Leftover, Losses, leftovers
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.sender import HttpTransport, Sender
+from gradwatch.delivery.spool import Leftover, leftovers
 from gradwatch.settings import SettingsError, resolve
 
 
 class Outcome(NamedTuple):
-    """What became of one spool."""
+    """Result of delivering one spool."""
 
     left: int
-    """Documents that stay behind."""
-    refused: int
-    """Documents of which the server did not take all."""
-    lost: Losses
-    """What was in them, and is dropped."""
+    """Documents that stay in the spool."""
+    rejected: int
+    """Documents that the server did not take, or took only in part."""
+    dropped: Dropped
+    """Counts over the rejected parts."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Deliver every spool that no living process owns; the exit code is 1 where something stays behind or is lost."""
+    """Deliver every spool that no living process owns; the exit code is 1 if a document stays or was rejected."""
     parser = argparse.ArgumentParser(
         prog="gradwatch flush", description="Deliver what agents on this machine left in the spool."
     )
     parser.add_argument("--url", help="deliver to this server instead of the one the run was meant for")
-    parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait for an answer (default 10)")
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait for a response (default 10)")
     options = parser.parse_args(arguments)
     try:
         settings = resolve(url=options.url)
@@ -39,20 +40,16 @@ def main(arguments: Sequence[str]) -> int:
         url = settings.url if options.url else leftover.url
         try:
             waiting = leftover.pending
-            left, refused, lost = deliver(leftover, url, settings.token, timeout_seconds=options.timeout)
+            left, rejected, dropped = deliver(leftover, url, settings.token, timeout_seconds=options.timeout)
         except (sqlite3.Error, TypeError, ValueError) as error:
             failed = True
-            _say(f"{leftover.path} cannot be read and stays: {error}")
+            _print(f"{leftover.path} cannot be read and stays: {error}")
             continue
         stayed += left
-        if left:
-            _say(f"{leftover.run}: {left} documents stay in {leftover.path}")
-        _say(f"{leftover.run}: {waiting - left - refused} of {waiting} documents delivered to {url}")
-        if refused:
-            failed = True
-            _say(f"{leftover.run}: the server did not take all of {refused} documents: {_told(lost)} are dropped")
+        failed |= rejected > 0
+        _print_outcome(leftover, url, waiting, Outcome(left, rejected, dropped))
     if stayed:
-        _say(
+        _print(
             f"{stayed} documents stay in {settings.spool_directory}; run gradwatch flush again when the server takes "
             "them, with --url where it is another one"
         )
@@ -65,19 +62,33 @@ def deliver(
     token: str | None,
     *,
     timeout_seconds: float = 10.0,
-    say: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Outcome:
-    """Deliver one spool; trouble is told to ``say``, or on the standard error stream."""
-    http, lost = Http(url, token), Losses()
-    sender = Sender(leftover, http, lost, say or _say, timeout_seconds=timeout_seconds)
+    """Deliver one spool to the server at ``url``.
+
+    Args:
+        leftover: the spool.
+        url: root of the server.
+        token: bearer token, None where the server wants none.
+        timeout_seconds: longest wait for one response.
+        warn: called with each warning; None: warnings go to the standard error stream.
+    """
+    http, dropped = HttpTransport(url, token), Dropped()
+    sender = Sender(leftover, http, dropped, warn or _print, timeout_seconds=timeout_seconds)
     sender.deliver()
     http.close()
-    return Outcome(leftover.pending, sender.refused, lost)
+    return Outcome(leftover.pending, sender.rejected, dropped)
 
 
-def _told(lost: Losses) -> str:
-    return f"{lost.samples} samples and {lost.values} other numbers ({lost.bytes} bytes)"
+def _print_outcome(leftover: Leftover, url: str, waiting: int, outcome: Outcome) -> None:
+    left, rejected, dropped = outcome
+    if left:
+        _print(f"{leftover.run}: {left} documents stay in {leftover.path}")
+    _print(f"{leftover.run}: {waiting - left - rejected} of {waiting} documents delivered to {url}")
+    if rejected:
+        counts = f"{dropped.samples} samples and {dropped.values} other numbers ({dropped.bytes} bytes)"
+        _print(f"{leftover.run}: the server did not take all of {rejected} documents: {counts} are dropped")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stderr.write(f"gradwatch: {text}\n")

@@ -1,4 +1,4 @@
-"""The sender: delivers the spool to the server in order, from a thread of its own, for as long as it takes."""
+"""The sender: a thread that posts the spooled documents to the server in order, with retries and back-off."""
 
 import email.utils
 import json
@@ -12,56 +12,70 @@ from typing import Any, Final, Literal, Protocol
 import urllib3
 
 from gradwatch import wire
-from gradwatch.delivery.splitting import halves, values
-from gradwatch.delivery.spool import Entry, Losses
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.splitting import count_values, split_batch
+from gradwatch.delivery.spool import Entry
 
 CLOSING_PAUSE_SECONDS: Final = 0.2
-"""Between attempts while the agent is being closed, for as long as its timeout allows."""
+"""Shortest pause between attempts while the agent is being closed."""
 FIRST_PAUSE_SECONDS: Final = 0.25
 LONGEST_PAUSE_SECONDS: Final = 30.0
+UNAUTHORIZED_PAUSE_SECONDS: Final = 60.0
+"""Pause between attempts while the server refuses the token."""
 MOST_PIECES: Final = 64
-"""In which a refused batch is offered."""
-REFUSED_PAUSE_SECONDS: Final = 60.0
-"""Between attempts while the token is refused."""
+"""Requests after which a rejected batch is not split any further."""
 
 _UNREGISTERED: Final = "the server refuses to register the run, whose measurements wait in the spool"
 
-Verdict = Literal["committed", "unknown_run", "poison", "refused", "unregistered", "later"]
-"""What an answer means for the document: see ``judge``."""
+Outcome = Literal["committed", "unknown_run", "rejected", "unauthorized", "unregistered", "retry"]
+"""What became of one document:
+
+- ``committed``: it is on the server's disk.
+- ``unknown_run``: the server wants the registration first.
+- ``rejected``: the server will never take it.
+- ``unauthorized``: the server refuses the token; the document waits.
+- ``unregistered``: the server refuses the registration; the documents of the run wait.
+- ``retry``: the server cannot be reached, or asks to come back later.
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back for one document."""
+class DeliveryResult:
+    """The result of one attempt to deliver a document."""
 
-    verdict: Verdict
+    outcome: Outcome
     reason: str = ""
     retry_after_seconds: float | None = None
     divisible: bool = False
-    """Whether the server may take a part of what it refused."""
+    """Whether the server may take a part of the document that it rejected."""
+
+    @property
+    def is_final(self) -> bool:
+        """Return whether the document can leave the queue."""
+        return self.outcome in ("committed", "rejected")
 
 
 class Queue(Protocol):
-    """Where documents wait: the spool of this agent, or one left behind by a dead process."""
+    """A queue of documents: the spool of this agent, or one that a dead process left."""
 
     run: str
 
     def first(self) -> Entry | None:
-        """Return the oldest document."""
+        """Return the oldest document, None if the queue is empty."""
 
     def forget(self, entry: Entry) -> None:
         """Remove a document."""
 
 
 class Transport(Protocol):
-    """The way to the server: one method, so that a test can have another."""
+    """The connection to the server; tests replace it."""
 
-    def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
-        """Deliver one document."""
+    def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
+        """Send one document and return what became of it."""
 
 
-class Http:
-    """The way to the server over HTTP.
+class HttpTransport:
+    """Sends documents over HTTP.
 
     Args:
         url: root of the server.
@@ -75,8 +89,8 @@ class Http:
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
 
-    def post(self, path: str, body: bytes, timeout_seconds: float) -> Answer:
-        """Deliver one document; whatever goes wrong on the way is an answer, too."""
+    def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
+        """Send one document; an error of the network is a result, too."""
         timeout = urllib3.Timeout(total=max(timeout_seconds, 0.01))
         headers = self._headers | {wire.CLOCK_HEADER: f"{time.time():.3f}"}
         try:
@@ -84,42 +98,44 @@ class Http:
                 "POST", self._url + path, body=body, headers=headers, timeout=timeout, redirect=False
             )
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            return Answer("later", f"{type(error).__name__}: {error}")
-        return judge(response.status, response.headers, response.data)
+            return DeliveryResult("retry", f"{type(error).__name__}: {error}")
+        return interpret_response(response.status, response.headers, response.data)
 
     def close(self) -> None:
         """Close the connection."""
         self._pool.clear()
 
 
-def judge(status: int, headers: Mapping[str, str], body: bytes) -> Answer:
-    """Return what the server's answer means.
+def interpret_response(status: int, headers: Mapping[str, str], body: bytes) -> DeliveryResult:
+    """Return what an HTTP response means for the document that was sent.
 
-    A 2xx counts only with a JSON object: a captive portal or a wrong server also says 200.
+    A 2xx counts only with a JSON object as its body: a captive portal or a wrong server also answers 200.
     """
-    reason = f"{status} {_reason(body)}".strip()
+    reason = f"{status} {_problem(body)}".strip()
     if 200 <= status < 300:
-        return Answer("committed") if _object(body) is not None else Answer("later", f"{status} without a JSON object")
+        if _json_object(body) is None:
+            return DeliveryResult("retry", f"{status} without a JSON object")
+        return DeliveryResult("committed")
     if status in (404, 409):
-        return Answer("unknown_run", reason)
+        return DeliveryResult("unknown_run", reason)
     if status in (401, 403):
-        return Answer("refused", reason)
+        return DeliveryResult("unauthorized", reason)
     if status in (400, 413, 415, 422):
-        return Answer("poison", reason, divisible=status in (413, 422))
-    return Answer("later", reason, _retry_after_seconds(headers.get("Retry-After"), time.time()))
+        return DeliveryResult("rejected", reason, divisible=status in (413, 422))
+    return DeliveryResult("retry", reason, _retry_after_seconds(headers.get("Retry-After"), time.time()))
 
 
 class Sender:
-    """Delivers a queue until it is told to finish.
+    """Delivers a queue on a thread of its own until it is told to end.
 
     Args:
-        queue: what to deliver.
-        transport: the way to the server.
-        losses: what the server will never take is counted here.
-        warn: called with a text; once for each kind of trouble.
-        timeout_seconds: how long an answer may take.
+        queue: the documents.
+        transport: the connection to the server.
+        dropped: counts what the server rejects.
+        warn: called with a warning, once for each kind of trouble.
+        timeout_seconds: longest wait for one response.
         chance: source of the jitter, uniform in [0, 1).
-        idle: called when everything is delivered; delivers what others left behind.
+        first_idle: called once, when the queue is empty for the first time.
         failed: called with an exception of the thread, which goes on.
     """
 
@@ -127,30 +143,31 @@ class Sender:
         self,
         queue: Queue,
         transport: Transport,
-        losses: Losses,
+        dropped: Dropped,
         warn: Callable[[str], None],
         *,
         timeout_seconds: float = 10.0,
         chance: Callable[[], float] | None = None,
-        idle: Callable[[], None] | None = None,
+        first_idle: Callable[[], None] | None = None,
         failed: Callable[[Exception], None] | None = None,
     ) -> None:
         self._queue = queue
         self._transport = transport
-        self._losses = losses
+        self._dropped = dropped
         self._warn = warn
         self._timeout_seconds = timeout_seconds
         self._chance = chance or random.Random(time.time_ns()).random  # noqa: S311 -- jitter, and never the user's generator
-        self._idle = idle
+        self._first_idle = first_idle
         self._failed = failed
         self._registration: Entry | None = None
-        self._failures = 0
+        self._failed_attempts = 0
+        """Since the last delivered document."""
         self._warned: set[str] = set()
         self._wake = threading.Event()
         self._deadline: float | None = None
         """Monotonic time at which to stop; None: go on."""
-        self.refused = 0
-        """Documents of which the server did not take all."""
+        self.rejected = 0
+        """Documents that the server did not take, or took only in part."""
         self.seconds = 0.0
         """Processor time that the thread has taken."""
         self._thread = threading.Thread(target=self._work, name="gradwatch-sender", daemon=True)
@@ -160,31 +177,30 @@ class Sender:
         self._thread.start()
 
     def notify(self) -> None:
-        """There is something new in the queue."""
+        """Wake the thread: there is a new document in the queue."""
         self._wake.set()
 
     def end(self, deadline: float) -> None:
-        """Deliver what is there and stop, by a monotonic time at the latest; ``join`` waits for it."""
+        """Tell the thread to deliver what is in the queue and stop at a monotonic time; ``join`` waits for it."""
         self._deadline = deadline
         self._wake.set()
 
     def join(self) -> None:
-        """Wait until it has stopped; a server that does not answer is not waited for beyond the deadline."""
+        """Wait until the thread has stopped, hardly longer than the deadline of ``end``."""
         assert self._deadline is not None
         self._thread.join(max(self._deadline - time.monotonic(), 0.0) + 0.2)
 
     def deliver(self, deadline: float | None = None) -> bool:
-        """Deliver the queue in this thread, without pauses; return whether it is empty.
+        """Deliver the queue on the calling thread, without pauses; return whether it is empty.
 
         Args:
-            deadline: monotonic time to stop at.
+            deadline: monotonic time at which to stop.
         """
         while (entry := self._queue.first()) is not None:
             left = self._timeout_seconds if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 return False
-            answer = self._offer(entry, min(left, self._timeout_seconds))
-            if answer.verdict not in ("committed", "poison"):
+            if not self._deliver_entry(entry, min(left, self._timeout_seconds)).is_final:
                 return False
         return True
 
@@ -197,7 +213,7 @@ class Sender:
                 if self._failed is None:
                     raise
                 self._failed(error)
-                working = self._wait(Answer("later"))
+                working = self._pause_unless_ending(DeliveryResult("retry"))
 
     def _advance(self) -> bool:
         """Deliver one document, or wait for one; return False when it is time to stop."""
@@ -206,113 +222,117 @@ class Sender:
         if left <= 0:
             return False  # the spool may be closed by now
         entry = self._queue.first()
-        if self._deadline is not None and entry is None:
-            return False
         if entry is None:
-            if self._idle is not None:
-                self._idle()
-            self._wake.wait()
-            self._wake.clear()
+            return self._deadline is None and self._wait_for_entry()
+        result = self._deliver_entry(entry, min(left, self._timeout_seconds))
+        if result.is_final:
+            self._failed_attempts = 0
             return True
-        answer = self._offer(entry, min(left, self._timeout_seconds))
-        if answer.verdict in ("committed", "poison"):
-            self._failures = 0
-            return True
-        return self._wait(answer)
+        return self._pause_unless_ending(result)
 
-    def _wait(self, answer: Answer) -> bool:
-        """Wait before the next attempt; return False where there will be none before the end."""
+    def _wait_for_entry(self) -> bool:
+        if self._first_idle is not None:
+            first_idle, self._first_idle = self._first_idle, None
+            first_idle()
+        self._wake.wait()
+        self._wake.clear()
+        return True
+
+    def _pause_unless_ending(self, result: DeliveryResult) -> bool:
+        """Wait before the next attempt; return False if there will be none before the deadline."""
         if self._deadline is None:
-            self._pause(answer)
+            self._pause(result)
             return True
         left = self._deadline - time.monotonic()
-        asked = answer.retry_after_seconds or 0.0
-        if asked >= left or answer.verdict in ("refused", "unregistered"):
+        asked = result.retry_after_seconds or 0.0
+        if asked >= left or result.outcome in ("unauthorized", "unregistered"):
             return False
         time.sleep(min(max(asked, CLOSING_PAUSE_SECONDS), left))  # a server that is being restarted comes back
         return True
 
-    def _offer(self, entry: Entry, timeout_seconds: float) -> Answer:
-        """Send one document and draw the consequences, all but the pause."""
-        answer = self._post(entry, timeout_seconds)
-        if answer.verdict == "unknown_run":
-            answer = self._register_and_post(entry, answer, timeout_seconds)
-        if answer.verdict == "poison":
-            answer = self._offer_pieces(entry, answer, timeout_seconds)
-        if answer.verdict in ("committed", "poison"):
+    def _deliver_entry(self, entry: Entry, timeout_seconds: float) -> DeliveryResult:
+        """Send one document and do what the result asks for, except the pause."""
+        result = self._post(entry, timeout_seconds)
+        if result.outcome == "unknown_run":
+            result = self._register_and_post(entry, result, timeout_seconds)
+        if result.outcome == "rejected":
+            result = self._deliver_pieces(entry, result, timeout_seconds)
+        if result.is_final:
             self._queue.forget(entry)
-        elif answer.verdict == "refused":
-            self._warn_once("refused", f"the server refuses the token: {answer.reason}; set GRADWATCH_TOKEN")
-        elif answer.verdict == "unregistered":
-            self._warn_once("unregistered", f"{_UNREGISTERED}: {answer.reason}")
+        elif result.outcome == "unauthorized":
+            self._warn_once("unauthorized", f"the server refuses the token: {result.reason}; set GRADWATCH_TOKEN")
+        elif result.outcome == "unregistered":
+            self._warn_once("unregistered", f"{_UNREGISTERED}: {result.reason}")
         else:
-            self._warn_once("later", f"the server cannot be reached, measurements wait in the spool: {answer.reason}")
-        return answer
+            self._warn_once("retry", f"the server cannot be reached, measurements wait in the spool: {result.reason}")
+        return result
 
-    def _offer_pieces(self, entry: Entry, answer: Answer, timeout_seconds: float) -> Answer:
-        """Send what can be taken of a refused document, and count the rest.
+    def _deliver_pieces(self, entry: Entry, result: DeliveryResult, timeout_seconds: float) -> DeliveryResult:
+        """Send the pieces of a rejected document that the server takes, and count the others as dropped.
 
-        Until all of it is done the document stays in the queue; its pieces will be the same.
+        The document stays in the queue until all its pieces are dealt with. After an interruption it is split into the
+        same pieces again.
         """
-        lost, posts, reason = Losses(), 0, answer.reason
+        dropped, posts, reason = Dropped(), 0, result.reason
         waiting = [entry]
         while waiting:
             piece = waiting.pop()
             if piece is not entry:
                 if self._deadline is not None and time.monotonic() >= self._deadline:
-                    return Answer("later", reason)
-                answer = self._post(piece, timeout_seconds)
+                    return DeliveryResult("retry", reason)
+                result = self._post(piece, timeout_seconds)
                 posts += 1
-            if answer.verdict == "committed":
+            if result.outcome == "committed":
                 continue
-            if answer.verdict != "poison":
-                return Answer("later", answer.reason, answer.retry_after_seconds)
-            batch = _batch(piece)
-            parts = halves(batch) if batch is not None and answer.divisible and posts < MOST_PIECES else None
-            if parts is not None:
-                waiting += [piece._replace(samples=len(part.samples), body=wire.encode(part)) for part in parts[::-1]]
-                continue
-            reason = answer.reason
-            lost.samples += piece.samples
-            lost.bytes += len(piece.body)
-            lost.values += 0 if batch is None else values(batch)
-        self._losses.add(lost)
-        self.refused += lost.bytes > 0
-        if lost.bytes:
-            what = f"a {entry.kind}" if lost.bytes == len(entry.body) else f"a part of a {entry.kind}"
-            self._warn_once("poison", f"the server refuses {what}, which is dropped: {reason}")
-        return Answer("poison" if lost.bytes else "committed", reason)
+            if result.outcome != "rejected":
+                return DeliveryResult("retry", result.reason, result.retry_after_seconds)
+            halves = _split(piece) if result.divisible and posts < MOST_PIECES else []
+            waiting += reversed(halves)
+            if not halves:
+                reason = result.reason
+                dropped.add(_dropped_with(piece))
+        return self._count_rejected(entry, dropped, reason)
 
-    def _post(self, entry: Entry, timeout_seconds: float) -> Answer:
+    def _count_rejected(self, entry: Entry, dropped: Dropped, reason: str) -> DeliveryResult:
+        if not dropped.bytes:
+            return DeliveryResult("committed", reason)
+        self._dropped.add(dropped)
+        self.rejected += 1
+        rejected = f"a {entry.kind}" if dropped.bytes == len(entry.body) else f"a part of a {entry.kind}"
+        self._warn_once("rejected", f"the server refuses {rejected}, which is dropped: {reason}")
+        return DeliveryResult("rejected", reason)
+
+    def _post(self, entry: Entry, timeout_seconds: float) -> DeliveryResult:
         if entry.kind == "batch":
             return self._transport.post(f"/api/v1/runs/{self._queue.run}/samples", entry.body, timeout_seconds)
         self._registration = entry
-        answer = self._transport.post("/api/v1/runs", entry.body, timeout_seconds)
-        # What follows must wait for it: the run may be another project's, and the address another server's.
-        if answer.verdict not in ("unknown_run", "poison"):
-            return answer
-        nowhere = answer.reason.startswith("404")
-        return Answer("unregistered", answer.reason + (" (is the url the root of a server?)" if nowhere else ""))
+        result = self._transport.post("/api/v1/runs", entry.body, timeout_seconds)
+        # Without a registration the batches must wait: the run may be another project's, the address another server's.
+        if result.outcome not in ("unknown_run", "rejected"):
+            return result
+        not_found = result.reason.startswith("404")
+        hint = " (is the url the root of a server?)" if not_found else ""
+        return DeliveryResult("unregistered", result.reason + hint)
 
-    def _register_and_post(self, entry: Entry, answer: Answer, timeout_seconds: float) -> Answer:
-        """The server does not know the run (it lost its database, or the address is wrong): register, try once more."""
+    def _register_and_post(self, entry: Entry, result: DeliveryResult, timeout_seconds: float) -> DeliveryResult:
+        """Register the run again and send the document once more: the server lost its database, or is another one."""
         if self._registration is None:
-            return Answer("later", answer.reason)
+            return DeliveryResult("retry", result.reason)
         registered = self._post(self._registration, timeout_seconds)
-        if registered.verdict != "committed":
+        if registered.outcome != "committed":
             return registered
         again = self._post(entry, timeout_seconds)
-        return Answer("later", again.reason) if again.verdict == "unknown_run" else again
+        return DeliveryResult("retry", again.reason) if again.outcome == "unknown_run" else again
 
-    def _pause(self, answer: Answer) -> None:
-        """Wait until the next attempt is due, or until the end has come."""
-        self._failures += 1
-        exponential = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(self._failures - 1, 16))
+    def _pause(self, result: DeliveryResult) -> None:
+        """Wait until the next attempt is due, exponentially longer with each failure, or until ``end`` is called."""
+        self._failed_attempts += 1
+        exponential = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(self._failed_attempts - 1, 16))
         seconds = exponential * (0.5 + self._chance() / 2)
-        if answer.verdict == "refused":
-            seconds = REFUSED_PAUSE_SECONDS
-        elif answer.retry_after_seconds is not None:
-            seconds = answer.retry_after_seconds
+        if result.outcome == "unauthorized":
+            seconds = UNAUTHORIZED_PAUSE_SECONDS
+        elif result.retry_after_seconds is not None:
+            seconds = result.retry_after_seconds
         until = time.monotonic() + seconds
         while self._deadline is None and (left := until - time.monotonic()) > 0:
             self._wake.wait(min(left, 1.0))
@@ -324,6 +344,18 @@ class Sender:
             self._warn(text)
 
 
+def _split(piece: Entry) -> list[Entry]:
+    """Return the two halves of a batch, the earlier one first; nothing if it cannot be split."""
+    batch = _batch(piece)
+    halves = None if batch is None else split_batch(batch)
+    return [piece._replace(samples=len(half.samples), body=wire.encode(half)) for half in halves or ()]
+
+
+def _dropped_with(piece: Entry) -> Dropped:
+    batch = _batch(piece)
+    return Dropped(samples=piece.samples, bytes=len(piece.body), values=0 if batch is None else count_values(batch))
+
+
 def _batch(entry: Entry) -> wire.Batch | None:
     try:
         return wire.decode(entry.body, wire.Batch) if entry.kind == "batch" else None
@@ -331,7 +363,7 @@ def _batch(entry: Entry) -> wire.Batch | None:
         return None
 
 
-def _object(body: bytes) -> dict[str, Any] | None:
+def _json_object(body: bytes) -> dict[str, Any] | None:
     try:
         content = json.loads(body)
     except ValueError:
@@ -339,8 +371,9 @@ def _object(body: bytes) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _reason(body: bytes) -> str:
-    content = _object(body) or {}
+def _problem(body: bytes) -> str:
+    """Return the detail or title of a problem document (RFC 9457), else the beginning of the body."""
+    content = _json_object(body) or {}
     return str(content.get("detail") or content.get("title") or body[:200].decode("utf-8", "replace"))
 
 

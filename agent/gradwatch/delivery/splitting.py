@@ -1,4 +1,4 @@
-"""A batch that the server does not take whole, in two."""
+"""Splitting a batch in two, for a server that does not take it whole."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,28 +6,29 @@ import msgspec
 
 from gradwatch import wire
 
-_Atom = tuple[int, wire.Sample | wire.Event | wire.End | tuple[str, wire.Number]]
-"""The smallest that can be sent: one of the things that were measured at a step."""
+_Item = tuple[int, wire.Sample | wire.Event | wire.End | tuple[str, wire.Number]]
+"""(step, the smallest thing that can be sent alone: a sample, an event, the end or one value of a trail)."""
 
 
-def halves(batch: wire.Batch) -> tuple[wire.Batch, wire.Batch] | None:
-    """Return the earlier and the later half of a batch; None where it holds one thing only.
+def split_batch(batch: wire.Batch) -> tuple[wire.Batch, wire.Batch] | None:
+    """Return the earlier and the later half of a batch by step; None if it holds only one item.
 
-    Their ids follow from its id: cut again, it gives the same batches, of which the server keeps each once.
+    The ids of the halves follow from the id of the batch, so that splitting it again gives the same batches and the
+    server stores each of them once.
     """
-    atoms = sorted(_atoms(batch), key=lambda atom: atom[0])
-    middle = len(atoms) // 2
+    items = sorted(_items(batch), key=lambda item: item[0])
+    middle = len(items) // 2
     if not middle:
         return None
-    return _of(batch, f"{batch.id}.0", atoms[:middle]), _of(batch, f"{batch.id}.1", atoms[middle:])
+    return _batch_of(batch, f"{batch.id}.0", items[:middle]), _batch_of(batch, f"{batch.id}.1", items[middle:])
 
 
-def values(batch: wire.Batch) -> int:
-    """Return the numbers of a batch that belong to no sample: losses and what was logged."""
+def count_values(batch: wire.Batch) -> int:
+    """Return how many values of trails a batch holds: losses and logged scalars."""
     return sum(len(trail.steps) for trail in batch.trail.values())
 
 
-def _atoms(batch: wire.Batch) -> Iterator[_Atom]:
+def _items(batch: wire.Batch) -> Iterator[_Item]:
     for sample in batch.samples:
         yield sample.step, sample
     for name, trail in batch.trail.items():
@@ -39,17 +40,17 @@ def _atoms(batch: wire.Batch) -> Iterator[_Atom]:
         yield 2**63, batch.end
 
 
-def _of(batch: wire.Batch, name: str, atoms: Iterable[_Atom]) -> wire.Batch:
+def _batch_of(batch: wire.Batch, batch_id: str, items: Iterable[_Item]) -> wire.Batch:
     samples, events, trails, end = list[wire.Sample](), list[wire.Event](), dict[str, wire.Trail](), None
-    for step, thing in atoms:
-        if isinstance(thing, wire.Sample):
-            samples.append(thing)
-        elif isinstance(thing, wire.Event):
-            events.append(thing)
-        elif isinstance(thing, wire.End):
-            end = thing
+    for step, item in items:
+        if isinstance(item, wire.Sample):
+            samples.append(item)
+        elif isinstance(item, wire.Event):
+            events.append(item)
+        elif isinstance(item, wire.End):
+            end = item
         else:
-            trail = trails.setdefault(thing[0], wire.Trail(steps=[], values=[]))
+            trail = trails.setdefault(item[0], wire.Trail(steps=[], values=[]))
             trail.steps.append(step)
-            trail.values.append(thing[1])
-    return msgspec.structs.replace(batch, id=name, samples=samples, trail=trails, events=events, end=end)
+            trail.values.append(item[1])
+    return msgspec.structs.replace(batch, id=batch_id, samples=samples, trail=trails, events=events, end=end)

@@ -77,3 +77,70 @@ def walk(
             if below not in seen:
                 seen.add(below)
                 waiting.append(below)
+
+
+def inputs_first(start: Iterable[Node], budget: NodeBudget | None = None) -> Iterator[Node]:
+    """Yield each node that can be reached from ``start`` once, after all nodes that it was computed from.
+
+    Args:
+        start: nodes to begin with, which are yielded as well.
+        budget: number of nodes that may be visited; None: ``MOST_NODES``. Once it is spent, nothing more is yielded.
+    """
+    budget = budget or NodeBudget()
+    seen: set[Node] = set()
+    waiting = [(node, False) for node in start]
+    while waiting and not budget.is_spent:
+        node, inputs_done = waiting.pop()
+        if inputs_done:
+            yield node
+        elif node not in seen:
+            budget.take()
+            seen.add(node)
+            waiting.append((node, True))
+            waiting += [(below, False) for below in inputs(node)]
+
+
+def leaves_of(
+    root: Node, known: dict[Node, list[Tensor] | None], budget: NodeBudget, ends: Callable[[Node], bool]
+) -> list[Tensor] | None:
+    """Return the leaves that the result of ``root`` was computed from, each once; None where ``ends`` ends the search.
+
+    Args:
+        root: node to begin with.
+        known: results for nodes of earlier searches; takes those of this search, so that no node is visited twice.
+        budget: number of nodes that may be visited, leaves not counted. Once it is spent, every other node counts as
+            one that ends the search.
+        ends: tells of a node that is not a leaf whether no result is wanted for all that was computed from it.
+    """
+    path: list[tuple[Node, list[Node], Iterator[Node]]] = []
+    """From the root to the current node: nodes with their inputs, and the inputs that were not visited yet."""
+    node: Node | None = root
+    while node is not None:
+        # 1. The result of a node that was not visited yet, or a step down to its inputs.
+        if node not in known:
+            variable = leaf(node)
+            if variable is not None:
+                known[node] = [variable]
+            elif not budget.take() or ends(node):
+                known[node] = None
+            else:
+                below = inputs(node)
+                path.append((node, below, iter(below)))
+        # 2. A node that ends the search does so for all that was computed from it.
+        if known.get(node, ()) is None:
+            known.update((above, None) for above, _, _ in path)
+            return None
+        # 3. The next input; a node whose inputs are all done gets its result.
+        node = None
+        while path and (node := next(path[-1][2], None)) is None:
+            done, below, _ = path.pop()
+            known[done] = _without_repeats([known[one] or [] for one in below])
+    return known[root]
+
+
+def _without_repeats(several: list[list[Tensor]]) -> list[Tensor]:
+    """Return the tensors of several lists, each once."""
+    filled = [tensors for tensors in several if tensors]
+    if len(filled) == 1:
+        return filled[0]
+    return list({id(tensor): tensor for tensors in filled for tensor in tensors}.values())

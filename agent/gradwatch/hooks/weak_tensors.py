@@ -1,10 +1,10 @@
-"""Tensors that are held weakly, so that no model is kept alive, and in a way that lets torch swap them.
+"""Weak references to tensors, so that no model is kept alive, of a kind that lets torch swap the tensors.
 
 ``torch.utils.swap_tensors``, by which sharded models are moved and converted, refuses a tensor to which anything refers
-weakly. So there is one reference to each tensor, shared by all who hold it, and it is let go of while torch swaps.
+weakly. So there is one reference to each tensor, shared by all who need it, and it is dropped while torch swaps. The
+patch that does so is in place while agents listen; when the last one leaves, all references are dropped for good.
 """
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -12,64 +12,72 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gradwatch.hooks.patch import Patch, around
+
 Reference = Callable[[], Tensor | None]
 
-_known: "Final[weakref.WeakValueDictionary[int, Held]]" = weakref.WeakValueDictionary()
+_known: "Final[weakref.WeakValueDictionary[int, WeakTensor]]" = weakref.WeakValueDictionary()
 """By the id of the tensor, which may be gone, and its id another's by now."""
-_era = object()
-"""Another one after each death of a tensor that was held."""
 
 
-class Held:
-    """A tensor that is held weakly; called, it gives the tensor, or None where that is gone. Made by ``held``."""
+class _Deaths:
+    """Counts the referenced tensors that have died."""
+
+    count = 0
+
+
+deaths: Final = _Deaths()
+"""``deaths.count`` stays the same as long as no referenced tensor dies."""
+
+
+class WeakTensor:
+    """A weak reference to a tensor; called, it returns the tensor, or None where that is gone. Made by ``weak``."""
 
     __slots__ = ("__weakref__", "reference")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.reference: Reference = weakref.ref(tensor, _begin_era)
-        """Gives the tensor, too, in less time."""
+        self.reference: Reference = weakref.ref(tensor, _note_death)
+        """Returns the tensor as well, in less time."""
 
     def __call__(self) -> Tensor | None:
-        """Return the tensor."""
+        """Return the tensor, or None where it is gone."""
         return self.reference()
 
 
-def held(tensor: Tensor) -> Held:
-    """Return what holds ``tensor`` weakly."""
+def weak(tensor: Tensor) -> WeakTensor:
+    """Return the one weak reference to ``tensor``."""
     known = _known.get(id(tensor))
     if known is None or known.reference() is not tensor:
-        known = _known[id(tensor)] = Held(tensor)
+        known = _known[id(tensor)] = WeakTensor(tensor)
     return known
 
 
-def era() -> object:
-    """Return what is the same object as before unless a tensor that was held is gone since."""
-    return _era
+def _note_death(_reference: "weakref.ref[Tensor]") -> None:
+    deaths.count += 1
 
 
-def _begin_era(_reference: "weakref.ref[Tensor]") -> None:
-    global _era
-    _era = object()
+def _no_tensor() -> None:
+    """Stand in for the reference to a tensor that is being swapped, or that nobody may refer to any more."""
 
 
-def _gone() -> None:
-    """Give nothing, in place of a tensor that is being swapped."""
-
-
-_swap_tensors: Final[Callable[..., Any]] = torch.utils.swap_tensors
-
-
-@functools.wraps(_swap_tensors)
-def _swap(t1: Tensor, t2: Tensor) -> Any:
+def _swap(original: Callable[..., Any], t1: Tensor, t2: Tensor) -> Any:
     known = [(tensor, _known.get(id(tensor))) for tensor in (t1, t2)]
-    ours = [(tensor, holder) for tensor, holder in known if holder is not None and holder.reference() is tensor]
-    for _, holder in ours:
-        holder.reference = _gone
+    ours = [(tensor, weak) for tensor, weak in known if weak is not None and weak.reference() is tensor]
+    for _, weak in ours:
+        weak.reference = _no_tensor
     try:
-        return _swap_tensors(t1, t2)
+        return original(t1, t2)
     finally:
-        for tensor, holder in ours:
-            holder.reference = weakref.ref(tensor, _begin_era)
+        for tensor, weak in ours:
+            weak.reference = weakref.ref(tensor, _note_death)
 
 
-torch.utils.swap_tensors = _swap
+swap_patch: Final = Patch(torch.utils, "swap_tensors", around(_swap))
+"""In place while agents listen."""
+
+
+def drop_all() -> None:
+    """Refer to no tensor any more: without the patch, a reference would keep torch from swapping."""
+    for weak in list(_known.values()):
+        weak.reference = _no_tensor
+    _known.clear()

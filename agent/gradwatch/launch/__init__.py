@@ -1,1 +1,1 @@
-"""``gradwatch run``: attaching to a program whose code is untouched."""
+"""``gradwatch run``: runs a training command with the agent attached, without a change to the program."""

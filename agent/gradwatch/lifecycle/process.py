@@ -1,6 +1,5 @@
-"""What the agent knows of the process that trains: its rank, its script, its launcher."""
+"""Facts about the training process: its rank, a default name for its run, its host and versions."""
 
-import contextlib
 import os
 import platform
 import socket
@@ -8,45 +7,32 @@ import sys
 import time
 from pathlib import Path
 
-import msgspec
 import torch
-
-from gradwatch.launch.automatic import script_name
-from gradwatch.launch.command import Note
 
 
 def rank() -> int:
-    """Return the rank of this process: in data parallel training the gradients are equal, and rank 0 reports."""
+    """Return the rank of this process; only rank 0 reports, since in data parallel training all gradients are equal."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdigit() else 0
 
 
-def automatic_name() -> str:
-    """Return a name for a run that was given none: the script and the time."""
-    return f"{script_name(sys.argv[0] if sys.argv else '')} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+def default_run_name() -> str:
+    """Return the name of a run that was given none: the script and the local time."""
+    return f"{_script_name(sys.argv[0] if sys.argv else '')} {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
-def tell_the_launcher(note: Note, *, ended: bool = False) -> None:
-    """Leave a note for ``gradwatch run``, which finishes a run that has not ended with the command's exit status."""
-    folder = os.environ.get("GRADWATCH_LAUNCH")
-    if folder:
-        document = msgspec.json.encode(msgspec.structs.replace(note, ended=ended))
-        with contextlib.suppress(OSError):
-            whole = Path(folder) / f"{note.attempt}-{note.run}.json"
-            part = whole.with_suffix(".part")
-            part.write_bytes(document)
-            part.replace(whole)
-
-
-def is_the_command() -> bool:
-    """Return whether this process is the command that ``gradwatch run`` waits for, and not a child of it."""
-    return os.environ.get("GRADWATCH_LAUNCHER") == str(os.getppid())
+def _script_name(argument: str) -> str:
+    """Return the script's name without its folder and suffix, or the package of ``python -m package``."""
+    path = Path(argument)
+    if argument in ("", "-c", "-m"):
+        return "python"
+    return path.parent.name if path.stem == "__main__" else path.stem
 
 
 def attributes() -> dict[str, str]:
-    """Return where the run trains and with which versions."""
+    """Return the attributes of a registration that describe the process: host, pid, versions of Python and torch."""
     return {
         "host": socket.gethostname(),
         "pid": str(os.getpid()),

@@ -1,4 +1,4 @@
-"""How a run ends whose agent nobody closes: with its context, the interpreter or a child of ``multiprocessing``."""
+"""Closing agents that nobody closes: at the end of the interpreter or of a child of ``multiprocessing``."""
 
 import atexit
 import multiprocessing
@@ -11,75 +11,76 @@ from multiprocessing.util import Finalize
 from typing import Final, Protocol
 
 CLOSING_SECONDS: Final = 10.0
-"""Longest wait for the server at the end, of all agents together at the end of the interpreter."""
+"""Longest wait for the server when an agent is closed; of all agents together at the end of the interpreter."""
 
-_aside: Final[list[threading.Thread]] = []
-"""Those that end a training after which others followed."""
+_background: Final[list[threading.Thread]] = []
+"""Threads that finish runs after which other trainings followed in this process."""
 
-_in_child: Final[list[Finalize]] = []
-"""What closes the agents of a child of ``multiprocessing``."""
+_child_finalizers: Final[list[Finalize]] = []
+"""Closes the agents of a child of ``multiprocessing``, which leaves without running ``atexit``; at most one entry."""
 
 
-class Ends(Protocol):
-    """What is closed at the end."""
+class Closable(Protocol):
+    """An agent, as far as shutdown needs it."""
 
     @property
     def exit_code(self) -> int | None:
-        """Return what ``sys.exit`` was called with last, unless the training went on after it."""
+        """Return the argument of the last ``sys.exit``, or None if the training went on after it."""
 
     def stop(self, deadline: float, status: str, exit_code: int | None = None) -> bool:
-        """End all but the wait for the server; return whether ``deliver`` must follow."""
+        """Stop measuring and write out what is left; return whether ``deliver`` must be called to finish."""
 
     def deliver(self) -> None:
-        """Wait for the server, until the deadline of ``stop``."""
+        """Wait for the server until the deadline that ``stop`` was given."""
 
 
-def code(status: object) -> int:
-    """Return the exit code of ``sys.exit``; a text, which Python prints, is 1."""
+def exit_code_of(status: object) -> int:
+    """Return the exit code that ``sys.exit(status)`` leads to: None is 0, a text, which Python prints, is 1."""
     return status if isinstance(status, int) else 0 if status is None else 1
 
 
-def ending(error: BaseException | None) -> tuple[str, int | None]:
-    """Return how a run ends that an exception ends, or none, and the exit code where it says one."""
+def outcome(error: BaseException | None) -> tuple[str, int | None]:
+    """Return the status of a run that ends with this exception or with none, and the exit code if one is known."""
     if isinstance(error, SystemExit):
-        number = code(error.code)
+        number = exit_code_of(error.code)
         return "failed" if number else "completed", number
     return "completed" if error is None else "failed", None
 
 
-def aside(act: Callable[[], None]) -> None:
-    """Do on a thread of its own what ends a training after which others follow; the interpreter's end waits for it."""
-    _aside[:] = [thread for thread in _aside if thread.is_alive()]
-    _aside.append(threading.Thread(target=act, name="gradwatch-finishing", daemon=True))
-    _aside[-1].start()
+def finish_in_background(finish: Callable[[], None]) -> None:
+    """Call ``finish`` on a thread of its own; the end of the interpreter waits for it."""
+    _background[:] = [thread for thread in _background if thread.is_alive()]
+    _background.append(threading.Thread(target=finish, name="gradwatch-finishing", daemon=True))
+    _background[-1].start()
 
 
-def close_at_the_end(running: Callable[[], Iterable[Ends]]) -> None:
-    """Close what is running when this process ends.
+def close_at_exit(running: Callable[[], Iterable[Closable]]) -> None:
+    """Close the agents that ``running`` returns when this process ends.
 
-    To be called again with each agent: what the user opened before it, a run of wandb for one, is then still open at
-    the end.
+    Every new agent calls this again. ``atexit`` runs the latest registration first, so that loggers which the user
+    opened before the agent (a run of wandb, for example) are still open when the agent writes to them.
     """
     atexit.unregister(close_all)
     atexit.register(close_all, running)
     if multiprocessing.parent_process() is None:
         return
-    for earlier in _in_child:
+    for earlier in _child_finalizers:
         earlier.cancel()
-    _in_child[:] = [Finalize(None, _close_all_in_child, (running,), exitpriority=0)]
+    _child_finalizers[:] = [Finalize(None, _close_all_in_child, (running,), exitpriority=0)]
 
 
-def _close_all_in_child(running: Callable[[], Iterable[Ends]]) -> None:
-    """A child of ``multiprocessing`` leaves by ``os._exit``, with the exception that ended it still under way here."""
-    close_all(running, ending(sys.exc_info()[1]))
+def _close_all_in_child(running: Callable[[], Iterable[Closable]]) -> None:
+    # A child of multiprocessing leaves by os._exit; the exception that ended it is still being handled here.
+    close_all(running, outcome(sys.exc_info()[1]))
 
 
-def close_all(running: Callable[[], Iterable[Ends]], how: tuple[str, int | None] | None = None) -> None:
-    """Close what is running: all wait for their servers at the same time, not one after the other.
+def close_all(running: Callable[[], Iterable[Closable]], how: tuple[str, int | None] | None = None) -> None:
+    """Close all running agents; they wait for their servers at the same time, not one after the other.
 
     Args:
-        running: gives it.
-        how: status and exit code; None: each as ``sys.exit`` or an exception that nobody caught tells.
+        running: returns the agents.
+        how: status and exit code of their runs; None: each run failed if ``sys.exit`` was called with an error or an
+            exception was not caught, and completed otherwise.
     """
     deadline = time.monotonic() + CLOSING_SECONDS
     if how is None and hasattr(sys, "last_value"):
@@ -92,5 +93,5 @@ def close_all(running: Callable[[], Iterable[Ends]], how: tuple[str, int | None]
     with suppress(KeyboardInterrupt):  # what the server has not taken yet stays in the spool
         for agent in stopped:
             agent.deliver()
-        for thread in _aside:
+        for thread in _background:
             thread.join(max(deadline - time.monotonic(), 0.0))

@@ -1,195 +1,211 @@
-"""What is watched: the parameters of some models, looked for again as they change, and what is registered of them."""
+"""The watched parameters of some models: found again as the models change, and described for the server."""
 
 import weakref
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import replace
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Final
 
 from torch import Tensor, nn
 
-from gradwatch.clipping.agc import AGC
-from gradwatch.clipping.executor import listed
-from gradwatch.model.discovery import ReadyOrder, Watched, compiled_leaves, gathered, is_compiled, walk
-from gradwatch.rounds import Registered
+from gradwatch.hooks import autograd_graph
+from gradwatch.model.discovery import (
+    ParameterInfo,
+    find_parameters,
+    is_compiled,
+    names_and_parameters,
+    unsharded_parameters,
+)
+from gradwatch.model.ready_order import ReadyOrder, compiled_leaves
 
 _ORDER_STEPS: Final = 3
 """Steps after which the order of the gradients is no longer waited for."""
 _MOST_NODES: Final = 10_000
-"""Nodes of a graph that are searched at most."""
+"""Nodes of a graph that a search for a watched parameter visits at most."""
 
 
-class Parameters:
+@dataclass(slots=True)
+class RegisteredParameters:
+    """The parameters of the run as they are registered on the server, with their depths."""
+
+    watched: Sequence[ParameterInfo]
+    depths: Sequence[int]
+
+
+class ParameterRegistry:
     """The parameters of some models, each at an index that it keeps. Nothing of the models is kept alive.
 
     Args:
-        models: whose parameters they are.
-        agc: how they are clipped; None: not.
+        models: the models.
+        expert_indices: gives the indices of the parameters that hold stacked experts, from the names and the parameters
+            of all; where gradients are clipped. None: nothing is clipped, and units of very large tensors are not told
+            apart.
     """
 
-    def __init__(self, models: Iterable[nn.Module], agc: AGC | None) -> None:
-        self.watched: list[Watched] = []
+    def __init__(
+        self,
+        models: Iterable[nn.Module],
+        expert_indices: Callable[[Sequence[str], Sequence[Tensor]], Iterable[int]] | None,
+    ) -> None:
+        self.watched: list[ParameterInfo] = []
         """By index."""
         self._models = [weakref.ref(model) for model in models]
-        self._agc = agc
+        self._expert_indices = expert_indices
         self._index_of: dict[int, int] = {}
-        self._stand_ins: dict[int, int] = {}
+        """Id of a parameter -> its index."""
+        self._index_of_unsharded: dict[int, int] = {}
+        """Id of an unsharded parameter -> index of the sharded one."""
         self.sharded = False
-        """Whether this rank holds only its part of some."""
-        self._trained: list[bool] = []
-        """By index: whether they were trained when that was last asked."""
+        """Whether this rank holds only shards of some parameters."""
+        self.trainable: list[bool] = []
+        """By index: ``requires_grad`` of the parameter when it was last updated."""
         self._depths: list[int] = []
+        self.order_pending = False
+        """Whether the order in which gradients become ready is being learnt."""
         self._order: ReadyOrder | None = None
 
     @property
     def models(self) -> list[nn.Module]:
-        """Return the models that are still there."""
+        """Return the models that still exist."""
         return [model for reference in self._models if (model := reference()) is not None]
 
     @property
     def are_gone(self) -> bool:
-        """Return whether none of them is left."""
-        return all(watched.parameter() is None for watched in self.watched)
+        """Return whether none of the parameters exists any more."""
+        return all(info.parameter() is None for info in self.watched)
 
     @property
     def ids(self) -> Set[int]:
-        """Return what tells them from others."""
+        """Return the ids of the parameters."""
         return self._index_of.keys()
 
     def discover(self) -> bool:
         """Look for parameters that are not known yet; return whether there were any."""
-        new = []
-        places = {watched.name: place for place, watched in enumerate(self.watched)}
-        for watched in walk(self.models):
-            parameter = watched.parameter()
-            known = self._index_of.get(id(parameter))
-            if known is None or self.watched[known].parameter() is not parameter:
-                new.append((watched.bounded() if self._agc is None else watched, parameter))
-        for watched, parameter in new:
-            if watched.name in places:  # another parameter under the same name: a layer was replaced
-                place = places[watched.name]
-                self.watched[place], self._trained[place] = watched, watched.trainable
-            else:
-                place = len(self.watched)
-                self.watched.append(watched)
-                self._trained.append(watched.trainable)
-            self._index_of[id(parameter)] = place
+        new = [info for info in find_parameters(self.models) if not self._is_known(info)]
+        if self._expert_indices is None:
+            new = [info.with_bounded_units() for info in new]
+        indices = {info.name: index for index, info in enumerate(self.watched)}
+        for info in new:
+            parameter = info.parameter()
+            self._index_of[id(parameter)] = self._add(info, indices.get(info.name))
             self.sharded |= hasattr(parameter, "to_local")
-        if new and self._agc is not None:
-            for index in self._agc.stacked(*listed(self.watched)):
-                self.watched[index] = self.watched[index].of_experts()
+        if new and self._expert_indices is not None:
+            for index in self._expert_indices(*names_and_parameters(self.watched)):
+                self.watched[index] = self.watched[index].as_experts()
         return bool(new)
 
+    def _is_known(self, info: ParameterInfo) -> bool:
+        parameter = info.parameter()
+        known = self._index_of.get(id(parameter))
+        return known is not None and self.watched[known].parameter() is parameter
+
+    def _add(self, info: ParameterInfo, index: int | None) -> int:
+        """Put a parameter at ``index``, where a layer was replaced by one of the same name, or else at the end."""
+        if index is not None:
+            self.watched[index], self.trainable[index] = info, info.trainable
+            return index
+        self.watched.append(info)
+        self.trainable.append(info.trainable)
+        return len(self.watched) - 1
+
     def find(self, tensor: Tensor) -> int | None:
-        """Return the index of a watched parameter, or of what stands in for it; None for any other tensor."""
+        """Return the index of a watched parameter, sharded or unsharded; None for any other tensor."""
         index = self._index_of.get(id(tensor))
         if index is not None and self.watched[index].parameter() is tensor:
             return index
-        return self._stand_ins.get(id(tensor))
+        return self._index_of_unsharded.get(id(tensor))
 
-    def note_stand_ins(self) -> None:
-        """Sharded parameters are gathered for the forward pass: what stands in for them then is in the graph."""
-        index_of = {watched.name: index for index, watched in enumerate(self.watched)}
-        for watched in walk(self.models):
-            parameter = watched.parameter()
-            if id(parameter) not in self._index_of and watched.name in index_of:
-                self._stand_ins[id(parameter)] = index_of[watched.name]
-        for parameter, stand_in, _ in gathered(self.models):
-            index = self.find(parameter)
+    def note_unsharded(self) -> None:
+        """Note the unsharded parameters that FSDP puts in the place of sharded ones for a forward pass."""
+        index_of = {info.name: index for index, info in enumerate(self.watched)}
+        for info in find_parameters(self.models):
+            parameter = info.parameter()
+            if id(parameter) not in self._index_of and info.name in index_of:
+                self._index_of_unsharded[id(parameter)] = index_of[info.name]
+        for sharded, unsharded, _ in unsharded_parameters(self.models):
+            index = self.find(sharded)
             if index is not None:
-                self._stand_ins[id(stand_in)] = index
+                self._index_of_unsharded[id(unsharded)] = index
 
     def are_reached(self, losses: Iterable[Tensor]) -> bool:
-        """Return whether the graph of some losses leads to a watched parameter, or to what stands in for one."""
+        """Return whether some losses were computed from a watched parameter, as far as a bounded search shows."""
         several = list(losses)
         if self._are_reached(several):
             return True
         if not self.sharded:
             return False
-        self.note_stand_ins()  # what stands in for some may have been made since
+        self.note_unsharded()  # some may have been made since
         return self._are_reached(several)
 
     def _are_reached(self, losses: Sequence[Tensor]) -> bool:
-        ids = {id(parameter) for known in self.watched if (parameter := known.parameter()) is not None}
-        ids |= self._stand_ins.keys()
+        ids = {id(parameter) for info in self.watched if (parameter := info.parameter()) is not None}
+        ids |= self._index_of_unsharded.keys()
         if any(id(loss) in ids for loss in losses):
             return True
-        nodes: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-        seen = set(nodes)
-        for node in nodes:
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) in ids:
-                return True
-            if len(nodes) > _MOST_NODES:
-                return False
-            for following, _ in node.next_functions:
-                if following is not None and following not in seen:
-                    seen.add(following)
-                    nodes.append(following)
-        return False
+        nodes = autograd_graph.walk(autograd_graph.roots(losses), autograd_graph.NodeBudget(_MOST_NODES))
+        return any((leaf := autograd_graph.leaf(node)) is not None and id(leaf) in ids for node in nodes)
 
-    def some_has_gradient(self, indices: Iterable[int]) -> bool:
-        """Return whether any of some has a gradient."""
+    def any_has_gradient(self, indices: Iterable[int]) -> bool:
+        """Return whether a parameter at any of ``indices`` has a gradient."""
         parameters = (self.watched[index].parameter() for index in indices)
         return any(parameter is not None and parameter.grad is not None for parameter in parameters)
 
     @property
-    def some_has_collected(self) -> bool:
-        """Return whether gradients of sharded parameters were collected that are not theirs yet."""
-        return self.sharded and any(collected for _, _, collected in gathered(self.models))
+    def any_has_unreduced_gradient(self) -> bool:
+        """Return whether FSDP2 has gradients of unsharded parameters that were not reduced to the sharded ones yet."""
+        return self.sharded and any(unreduced for _, _, unreduced in unsharded_parameters(self.models))
 
     def other_than(self, indices: Set[int]) -> list[tuple[int, Tensor]]:
-        """Return the parameters that are still there, but for some, each with its index."""
+        """Return all parameters that still exist and are not at ``indices``, each with its index."""
         return [
             (index, parameter)
-            for index, watched in enumerate(self.watched)
-            if index not in indices and (parameter := watched.parameter()) is not None
+            for index, info in enumerate(self.watched)
+            if index not in indices and (parameter := info.parameter()) is not None
         ]
 
-    def freeze(self, asked: Iterable[tuple[int, Tensor]]) -> bool:
-        """Take note of ``requires_grad`` of some; return whether that of any has changed."""
-        trained = self._trained
-        flipped = {index for index, parameter in asked if parameter.requires_grad != trained[index]}
-        for index in flipped:
-            trained[index] = not trained[index]
-        return bool(flipped)
+    def flip_trainable(self, indices: Iterable[int]) -> None:
+        """Note that ``requires_grad`` of some parameters is not what it was."""
+        for index in indices:
+            self.trainable[index] = not self.trainable[index]
 
-    def registered(self) -> Registered:
-        """Return what the server is told of them."""
+    def registered(self) -> RegisteredParameters:
+        """Return the parameters as they are to be registered now."""
         self._depths += range(len(self._depths), len(self.watched))
         watched = [
-            known if known.trainable == trains else replace(known, trainable=trains)
-            for known, trains in zip(self.watched, self._trained, strict=True)
+            info if info.trainable == trainable else replace(info, trainable=trainable)
+            for info, trainable in zip(self.watched, self.trainable, strict=True)
         ]
-        return Registered(tuple(watched), tuple(self._depths))
+        return RegisteredParameters(tuple(watched), tuple(self._depths))
 
     def await_order(self) -> None:
-        """Learn the depths from the order in which gradients become ready."""
+        """Begin to learn the depths from the order in which gradients become ready."""
         if not any(map(is_compiled, self.models)):
             self._order = ReadyOrder(self.other_than(frozenset()))
-
-    @property
-    def awaits_order(self) -> bool:
-        """Return whether the next backward pass may tell the order."""
-        return self._order is not None and not self._order.known
+            self.order_pending = True
 
     def check_order(self, losses: Iterable[Tensor]) -> None:
-        """Keep the order of registration where a compiled graph is about to make our gradients ready, all at once."""
-        if self._order is not None and any(self.find(tensor) is not None for tensor in compiled_leaves(losses)):
+        """Keep the order of registration where a compiled graph is about to make all gradients ready at once."""
+        if self._order is None or self._order.known:
+            return
+        if any(self.find(tensor) is not None for tensor in compiled_leaves(losses)):
             self._order.close()
-            self._order = None
+            self._order, self.order_pending = None, False
 
     def learn_order(self, step: int) -> bool:
-        """Return whether the depths are known now, and were not before."""
+        """Set the depths once the order is known; return whether this call set them.
+
+        Args:
+            step: number of steps made; after some the order is no longer waited for.
+        """
         if self._order is None or not (self._order.known or step >= _ORDER_STEPS):
             return False
         self._order.close()
         known = self._order.known
         if known:
             self._depths = self._order.depths(len(self.watched))
-        self._order = None
+        self._order, self.order_pending = None, False
         return known
 
     def close(self) -> None:
-        """Take the hooks away that wait for the order."""
+        """Remove the hooks that wait for the order."""
         if self._order is not None:
             self._order.close()

@@ -1,7 +1,7 @@
-"""The Triton kernels of clipping: one launch over the units of many tensors. ``kernels`` says when they are used.
+"""The Triton kernels: unit norms and scaling of the units of many tensors. ``triton_reducer`` launches them.
 
-One program takes one unit. A table says where the units of each tensor lie; its address is kept apart, since gradients
-move from step to step. The elements of a unit lie in runs that are ``stride`` apart::
+One program takes one unit. A table says where the units of each tensor lie. The addresses of the tensors are kept
+apart, since gradients move from step to step. The elements of a unit lie in runs that are ``stride`` apart::
 
     element(unit, i) = unit // per * big + unit % per * small + i // run * stride + i % run
 """
@@ -11,8 +11,9 @@ import triton.language as tl
 
 BLOCK = 1024
 """Elements that a program takes at once."""
-COLUMNS = ("first", "out", "kind", "per", "big", "small", "width", "run", "stride")
-"""Of the table, int64: a tensor's first program, the place of its first unit among the norms, its type, the above."""
+COLUMNS = ("first", "out", "dtype_code", "per", "big", "small", "width", "run", "stride")
+"""Columns of the table, int64: a tensor's first program, the index of its first unit among the norms, the code of its
+dtype, and the numbers of the formula above."""
 _COLUMNS: tl.constexpr = tl.constexpr(len(COLUMNS))
 
 
@@ -25,7 +26,7 @@ def unit_norms(
     double: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Write the L2 norm of each unit, summed in float32, or float64 where ``double``; address 0 is passed over."""
+    """Write the L2 norm of each unit, summed in float32, or in float64 with ``double``; address 0 is skipped."""
     program = tl.program_id(0)
     owner = tl.load(owners + program)
     address = tl.load(addresses + owner)
@@ -50,7 +51,7 @@ def scale_units(
     double: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Multiply each unit by its factor, in place; units whose factor is 1 are not touched, nor address 0."""
+    """Multiply each unit by its factor, in place; a unit whose factor is 1 is not touched, address 0 is skipped."""
     program = tl.program_id(0)
     owner = tl.load(owners + program)
     address = tl.load(addresses + owner)
@@ -58,13 +59,13 @@ def scale_units(
     unit = program - tl.load(row)
     factor = tl.load(factors + tl.load(row + 1) + unit)
     if (address != 0) & (factor != 1.0):
-        kind = tl.load(row + 2)
+        dtype_code = tl.load(row + 2)
         width = tl.load(row + 6)
         for start in range(0, width, block):
             index = start + tl.arange(0, block)
             offsets = _offsets(row, unit, index)
-            values = _load(address, kind, offsets, index < width, double, block) * factor
-            _store(address, kind, offsets, index < width, values, double)
+            values = _load(address, dtype_code, offsets, index < width, double, block) * factor
+            _store(address, dtype_code, offsets, index < width, values, double)
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def _offsets(row: tl.tensor, unit: tl.tensor, index: tl.tensor) -> tl.tensor:
 @triton.jit
 def _load(
     address: tl.tensor,
-    kind: tl.tensor,
+    dtype_code: tl.tensor,
     offsets: tl.tensor,
     mask: tl.tensor,
     double: tl.constexpr,
@@ -87,9 +88,9 @@ def _load(
     values = tl.zeros((block,), tl.float64 if double else tl.float32)
     if double:
         values = tl.load(address.to(tl.pointer_type(tl.float64)) + offsets, mask=mask, other=0.0)
-    elif kind == 0:
+    elif dtype_code == 0:
         values = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask=mask, other=0.0)
-    elif kind == 1:
+    elif dtype_code == 1:
         values = tl.load(address.to(tl.pointer_type(tl.float16)) + offsets, mask=mask, other=0.0).to(tl.float32)
     else:
         values = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -99,7 +100,7 @@ def _load(
 @triton.jit
 def _store(
     address: tl.tensor,
-    kind: tl.tensor,
+    dtype_code: tl.tensor,
     offsets: tl.tensor,
     mask: tl.tensor,
     values: tl.tensor,
@@ -107,9 +108,9 @@ def _store(
 ) -> None:
     if double:
         tl.store(address.to(tl.pointer_type(tl.float64)) + offsets, values, mask=mask)
-    elif kind == 0:
+    elif dtype_code == 0:
         tl.store(address.to(tl.pointer_type(tl.float32)) + offsets, values, mask=mask)
-    elif kind == 1:
+    elif dtype_code == 1:
         tl.store(address.to(tl.pointer_type(tl.float16)) + offsets, values.to(tl.float16), mask=mask)
     else:
         tl.store(address.to(tl.pointer_type(tl.bfloat16)) + offsets, values.to(tl.bfloat16), mask=mask)

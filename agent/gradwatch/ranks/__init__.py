@@ -1,1 +1,1 @@
-"""What several ranks of one training know together."""
+"""Several ranks of one training: what each measures of a sharded model, and how the parts are put together."""

@@ -1,7 +1,7 @@
-"""Units that lie on several ranks (FSDP2, tensor parallelism): one packed all-reduce joins their norms.
+"""Clipping of sharded parameters (FSDP2, tensor parallelism): joins the norms of units that lie on several ranks.
 
 A weight that is sharded along the dim of its units keeps each unit whole: nothing is sent for it. Vectors, and whole
-tensors where a tensor is the unit, are split: each rank sums its squares, and the sums are added over the ranks.
+tensors where a tensor is the unit, are split: each rank sums its squares, and one packed all-reduce adds the sums.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,33 +11,35 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed
 
-from gradwatch.norms.layout import Axis
+from gradwatch.norms.tensor_spec import UnitAxis
 
 Granularity = Literal["unit", "tensor"]
+"""What AGC clips as one: each unit, or each tensor."""
 
-_UNIT_DIMS: dict[Axis, tuple[int, ...]] = {"rows": (0,), "transposed": (1,), "experts": (0, 1), "whole": ()}
+_UNIT_DIMS: dict[UnitAxis, tuple[int, ...]] = {"rows": (0,), "transposed": (1,), "experts": (0, 1), "whole": ()}
 
-Join = Callable[[Sequence[tuple[Tensor, Tensor]]], None]
+NormAllReduce = Callable[[Sequence[tuple[Tensor, Tensor]]], None]
+"""Joins norms over ranks, in place. It gets the norms of gradients and of weights, for each buffer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
-    """How the norms of one tensor lie on several ranks."""
+class UnitSplit:
+    """How the units of one tensor are split over ranks."""
 
     groups: tuple[Any, ...]
-    """Process groups over which its squares are added, one after the other."""
+    """Process groups over which squares are added, one after the other."""
     norms: int
-    """Number of its norms on each of these ranks, empty shards included."""
+    """Number of norms on each of these ranks, empty shards included."""
 
 
-def split_of(tensor: Tensor, axis: Axis, groups: int, granularity: Granularity) -> Split | None:
-    """Return how the norms of a distributed tensor lie on several ranks; None where each lies on one.
+def split_of(tensor: Tensor, axis: UnitAxis, groups: int, granularity: Granularity) -> UnitSplit | None:
+    """Return how the units of a DTensor are split over ranks; None where each lies on one rank.
 
     Args:
-        tensor: a parameter; anything but a DTensor is not split.
-        axis: where its units lie.
+        tensor: a parameter; any other tensor than a DTensor is not split.
+        axis: of its units.
         groups: of a transposed convolution.
-        granularity: ``unit``, or ``tensor`` where the whole tensor is one.
+        granularity: ``unit``, or ``tensor`` where the whole tensor is one unit.
 
     Raises:
         NotImplementedError: it is distributed in a way that norms cannot be joined for.
@@ -46,80 +48,83 @@ def split_of(tensor: Tensor, axis: Axis, groups: int, granularity: Granularity) 
     if placements is None:
         return None
     whole = granularity == "tensor" or axis == "whole" or tensor.dim() < 2
-    kept = () if whole else _UNIT_DIMS[axis]
-    split = []
+    unit_dims = () if whole else _UNIT_DIMS[axis]
+    process_groups = []
     for mesh_dim, placement in enumerate(placements):
         if placement.is_partial():
             raise NotImplementedError(f"a tensor of shape {tuple(tensor.shape)} holds partial sums ({placement})")
-        if placement.is_shard() and placement.dim % tensor.dim() not in kept:
-            split.append(tensor.device_mesh.get_group(mesh_dim))  # type: ignore[attr-defined]
-    if not split:
+        if placement.is_shard() and placement.dim % tensor.dim() not in unit_dims:
+            process_groups.append(tensor.device_mesh.get_group(mesh_dim))  # type: ignore[attr-defined]
+    if not process_groups:
         return None
     if axis == "transposed" and groups > 1 and not whole:
         raise NotImplementedError(
             f"a grouped transposed convolution of shape {tuple(tensor.shape)} is sharded across its units: exclude it"
         )
-    local = tensor.to_local().shape  # type: ignore[attr-defined]
+    local_shape = tensor.to_local().shape  # type: ignore[attr-defined]
     norms = 1
-    for dim in kept:
-        norms *= local[dim]
-    return Split(tuple(split), norms)
+    for dim in unit_dims:
+        norms *= local_shape[dim]
+    return UnitSplit(tuple(process_groups), norms)
 
 
-def joins(
-    splits: Sequence[Split | None], places: Sequence[Mapping[int, range]], devices: Sequence[torch.device]
-) -> list[Join]:
-    """Return what joins the norms of split tensors, one all-reduce for each process group.
+def norm_all_reduces(
+    splits: Sequence[UnitSplit | None], places: Sequence[Mapping[int, range]], devices: Sequence[torch.device]
+) -> list[NormAllReduce]:
+    """Return the functions that join the norms of split tensors: one all-reduce for each process group.
 
     Args:
         splits: of each tensor.
-        places: for each arena, where the norms of each tensor lie; a tensor that is empty on this rank has none.
-        devices: of each arena.
+        places: for each buffer, where the norms of each tensor lie; a tensor that is empty on this rank has none.
+        devices: of each buffer.
     """
     members: dict[int, tuple[Any, list[int]]] = {}
     for position, split in enumerate(splits):
         for group in split.groups if split is not None else ():
             members.setdefault(id(group), (group, []))[1].append(position)
-    return [_join(group, positions, splits, places, devices) for group, positions in members.values()]
+    return [_all_reduce_of(group, positions, splits, places, devices) for group, positions in members.values()]
 
 
-def _join(
+def _all_reduce_of(
     group: Any,
     positions: Sequence[int],
-    splits: Sequence[Split | None],
+    splits: Sequence[UnitSplit | None],
     places: Sequence[Mapping[int, range]],
     devices: Sequence[torch.device],
-) -> Join:
-    slots: dict[int, int] = {}
+) -> NormAllReduce:
+    """Return the function that joins the norms of the tensors at ``positions`` over one process group."""
+    offsets: dict[int, int] = {}
     total = 0
     for position in positions:
-        slots[position] = total
+        offsets[position] = total
         split = splits[position]
         assert split is not None
         total += split.norms
-    device = _device_for(group, devices[0])
-    sources, targets = [], []
+    device = _device_of(group, devices[0])
+    # For each buffer: indices of the norms in it, and indices of the same norms in the packed tensor.
+    in_buffer, in_packed = [], []
     for place, own in zip(places, devices, strict=True):
         here = [position for position in positions if position in place]
-        sources.append(torch.tensor([at for position in here for at in place[position]], dtype=torch.int64).to(own))
-        slot = [slots[position] + offset for position in here for offset in range(len(place[position]))]
-        targets.append(torch.tensor(slot, dtype=torch.int64).to(device))
+        indices = [index for position in here for index in place[position]]
+        in_buffer.append(torch.tensor(indices, dtype=torch.int64).to(own))
+        packed_indices = [offsets[position] + k for position in here for k in range(len(place[position]))]
+        in_packed.append(torch.tensor(packed_indices, dtype=torch.int64).to(device))
 
-    def join(measured: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def all_reduce(by_buffer: Sequence[tuple[Tensor, Tensor]]) -> None:
         packed = torch.zeros(2, total, dtype=torch.float64, device=device)
-        for pair, source, target in zip(measured, sources, targets, strict=True):
+        for pair, source, target in zip(by_buffer, in_buffer, in_packed, strict=True):
             for row, norms in zip(packed, pair, strict=True):
                 row.index_copy_(0, target, norms.index_select(0, source).to(device, torch.float64).square_())
         distributed.all_reduce(packed, group=group)
         packed.sqrt_()
-        for pair, source, target in zip(measured, sources, targets, strict=True):
+        for pair, source, target in zip(by_buffer, in_buffer, in_packed, strict=True):
             for row, norms in zip(packed, pair, strict=True):
                 norms.index_copy_(0, source, row.index_select(0, target).to(norms.device, norms.dtype))
 
-    return join
+    return all_reduce
 
 
-def _device_for(group: Any, own: torch.device) -> torch.device:
-    """Return where the ranks of a group put numbers together: where they are, unless the group cannot do it there."""
+def _device_of(group: Any, own: torch.device) -> torch.device:
+    """Return the device on which a process group communicates: ``own`` where the group can."""
     known = list(getattr(group, "_device_types", ()))
     return own if not known or any(device.type == own.type for device in known) else known[0]

@@ -1,4 +1,4 @@
-"""What unit norms do not say on the CPU: how much of a gradient is not finite, and what float32 cannot square."""
+"""Recomputing unit norms in float64 where float32 squares overflow or vanish, and counting non-finite elements."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradwatch.norms.buffers import Plan
-from gradwatch.norms.layout import Spec, reducer, unit_rows
-from gradwatch.rounds import Reading
+from gradwatch.norms.buffers import UnitNorms
+from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.single_tensor import norm_function
+from gradwatch.norms.tensor_spec import TensorSpec, unit_rows
+from gradwatch.steps.records import Measurement
 
 Floats = NDArray[np.float64]
 
@@ -22,36 +24,39 @@ _LARGE: Final = 1 << 20
 no batch asked for are many, and zero."""
 
 
-def inspect(reading: Reading, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Count non-finite elements, and sum units anew whose squares overflow or vanish in float32.
+def recompute(measurement: Measurement, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Count non-finite elements, and recompute the units whose squares overflow or vanish in float32.
 
-    On the CPU what was just written can be read at no cost; elsewhere it would mean to wait, and a non-finite
-    gradient counts its non-finite units.
+    On the CPU the norms that were just written can be read at no cost. On another device that would mean to wait, so
+    a non-finite gradient counts its non-finite units there.
 
     Args:
-        reading: takes the counts, its claim the norms.
+        measurement: takes the counts and the repaired norms.
         grads: in the plan's order; empty where it has none.
         weights: in the plan's order.
     """
-    claim, plan = reading.claim, reading.claim.plan
-    if any(arena.device.type != "cpu" for arena in plan.sizes()):
+    norms: UnitNorms = measurement.norms
+    plan = norms.plan
+    if any(buffer.device.type != "cpu" for buffer in plan.sizes):
         return
-    if not _is_plain(claim.raw_weights()):
-        claim.weight_repairs = _repairs(claim.weight_units(), plan, plan.weights.specs, weights)
-    if plan.grads is None or _is_plain(claim.raw_grads()):
+    if not _is_plain(norms.raw_weights()):
+        norms.recomputed_weights = _repairs(norms.weight_units(), plan, plan.weight_layout.specs, weights)
+    if plan.grad_layout is None or _is_plain(norms.raw_grads()):
         return
-    claim.grad_repairs = _repairs(claim.grad_units(), plan, plan.grads.specs, grads)
-    bad = np.logical_or.reduceat(~np.isfinite(claim.grad_units()), plan.starts)
+    norms.recomputed_grads = _repairs(norms.grad_units(), plan, plan.grad_layout.specs, grads)
+    bad = np.logical_or.reduceat(~np.isfinite(norms.grad_units()), plan.starts)
     for place in np.flatnonzero(bad).tolist():
         position = plan.measured[place]
-        reading.nonfinite[plan.indices[position]] = _nonfinite(grads[position], plan.grads.specs[position])
+        measurement.nonfinite[plan.indices[position]] = _nonfinite(grads[position], plan.grad_layout.specs[position])
 
 
 def _is_plain(parts: Sequence[NDArray[Any]]) -> bool:
     return all(part.min() >= _TINY and math.isfinite(part.sum()) for part in parts if part.size)
 
 
-def _repairs(units: Floats, plan: Plan, specs: Sequence[Spec], tensors: Sequence[Tensor]) -> dict[int, Floats]:
+def _repairs(
+    units: Floats, plan: MeasurementPlan, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]
+) -> dict[int, Floats]:
     """Return the unit norms of those tensors of which some were wrong, by their place in the plan's order."""
     doubtful = ~(np.isfinite(units) & (units >= _TINY))
     repairs = {}
@@ -67,11 +72,11 @@ def _repairs(units: Floats, plan: Plan, specs: Sequence[Spec], tensors: Sequence
     return repairs
 
 
-def _repaired(units: Floats, doubtful: NDArray[np.bool_], tensor: Tensor, spec: Spec) -> Floats | None:
+def _repaired(units: Floats, doubtful: NDArray[np.bool_], tensor: Tensor, spec: TensorSpec) -> Floats | None:
     """Return the unit norms of a tensor, the doubtful ones in float64; None where they were right."""
     if spec.sparse:
         out = torch.zeros(spec.units, dtype=torch.float64)
-        reducer(spec)(tensor, out)
+        norm_function(spec)(tensor, out)
         return np.where(doubtful, out.numpy(), units)
     rows = unit_rows(tensor, spec)
     dims = tuple(range(1, rows.dim()))
@@ -88,8 +93,8 @@ def _repaired(units: Floats, doubtful: NDArray[np.bool_], tensor: Tensor, spec: 
     return repaired
 
 
-def _nonfinite(grad: Tensor, spec: Spec) -> float:
+def _nonfinite(grad: Tensor, spec: TensorSpec) -> float:
     """Return the number of elements that are NaN or infinite."""
-    held = grad.coalesce().values() if spec.sparse else grad
+    stored = grad.coalesce().values() if spec.sparse else grad
     with torch.no_grad():
-        return float(held.numel() - int(torch.count_nonzero(torch.isfinite(held)).numpy().item()))
+        return float(stored.numel() - int(torch.count_nonzero(torch.isfinite(stored)).numpy().item()))

@@ -1,4 +1,4 @@
-"""What is known of the parameters that one optimizer steps, and the one pass over them and their gradients."""
+"""The watched parameters that one optimizer steps, or that one list holds, and the one pass that measures them."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -10,34 +10,34 @@ from typing import Final, cast
 import torch
 from torch import Tensor
 
-from gradwatch.hooks.weak_tensors import era, held
-from gradwatch.model.discovery import Watched, local
-from gradwatch.norms.buffers import Claim, Plan, Slot
-from gradwatch.norms.layout import LayoutChangedError
+from gradwatch.hooks.weak_tensors import deaths, weak
+from gradwatch.model.discovery import ParameterInfo
+from gradwatch.norms.buffers import SampleBuffers, UnitNorms
+from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.reducer import LayoutChangedError
+from gradwatch.norms.tensor_spec import local_part
 
 _PLANS: Final = 8
 """Plans kept for an optimizer: one for each set of parameters that had gradients together."""
-_LISTS: Final = 8
-"""Lists that are remembered: a loop may clip several, each at every step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Unit norms of the gradients that are there, and of their weights, written to a slot."""
+    """Unit norms of the gradients that are there, and of their weights, written to buffers."""
 
-    claim: Claim
+    norms: UnitNorms
     members: Sequence[Tensor]
     """The weights; of a sharded one this rank's part."""
     grads: Sequence[Tensor]
     """Their gradients."""
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> MeasurementPlan:
         """Return which parameters they are, and how their norms are read."""
-        return self.claim.plan
+        return self.norms.plan
 
 
-class Binding:
+class OptimizerParameters:
     """The watched parameters of one optimizer, or of one list. None of them is kept alive.
 
     Args:
@@ -56,20 +56,18 @@ class Binding:
         self.index_set = frozenset(self.indices)
         self.repeated = {index: times for index, times in Counter(self.indices).items() if times > 1}
         """How often each is listed that is listed more than once: a clipping by norm scales it each time."""
-        self._listed = [held(parameter) for group in groups for parameter in group]
-        self._parameters = [held(parameter) for _, parameter, _ in known]
-        self._era = era()
-        """When all that were listed were there."""
+        self._listed = [weak(parameter) for group in groups for parameter in group]
+        self._parameters = [weak(parameter) for _, parameter, _ in known]
+        self.deaths = deaths.count
+        """Number of dead tensors when all that were listed were last seen to be there."""
         self.group_of = {index: place for index, _, place in known}
         """Place of each parameter's group, by index."""
         self.sharded = any(hasattr(parameter, "to_local") for _, parameter, _ in known)
-        self.halves = any(parameter.dtype == torch.float16 for _, parameter, _ in known)
-        """Whether there is one whose gradient loses what is small when it is scaled down."""
-        self._plans: OrderedDict[bytes, Plan] = OrderedDict()
-        self.signature: tuple[int, ...] = ()
+        self.has_float16 = any(parameter.dtype == torch.float16 for _, parameter, _ in known)
+        """Whether a gradient loses what is small when it is scaled down."""
+        self._plans: OrderedDict[bytes, MeasurementPlan] = OrderedDict()
+        self.signature: list[int] = []
         """Of the groups: what differs where they were changed."""
-        self.steps = 0
-        self.steps_at_scaler = 0
         self.next_part = 0
         """Of the weights: the one whose change is measured next."""
         self.update_credit = 0
@@ -83,18 +81,18 @@ class Binding:
     @property
     def whole(self) -> bool:
         """Return whether all that were listed are still there: the id of one that is gone may be another's by now."""
-        now = era()
-        if self._era is not now:
+        now = deaths.count
+        if self.deaths != now:
             if any(parameter.reference() is None for parameter in self._listed):
                 return False
-            self._era = now
+            self.deaths = now
         return True
 
-    def measure(self, slot: Slot, watched: Sequence[Watched]) -> Pass | None:
-        """Write unit norms to ``slot``; return None where there is no gradient.
+    def measure(self, buffers: SampleBuffers, watched: Sequence[ParameterInfo]) -> Pass | None:
+        """Write unit norms to ``buffers``; return None where there is no gradient.
 
         Args:
-            slot: has room, or makes it.
+            buffers: have room, or make it.
             watched: all parameters of the run.
         """
         parameters = self.parameters
@@ -106,28 +104,28 @@ class Binding:
             return None
         with torch.no_grad():
             if self.sharded:
-                members, there = [local(member) for member in members], [local(grad) for grad in there]
+                members, there = [local_part(member) for member in members], [local_part(grad) for grad in there]
             for attempt in range(2):
-                claim = slot.claim(self._plan(present, members, there, watched))
+                norms = buffers.allocate(self._plan(present, members, there, watched))
                 try:
-                    claim.run(there, members)
+                    norms.measure(there, members)
                     break
                 except (LayoutChangedError, RuntimeError):
                     # A gradient has become sparse, or changed its type or device: plan anew, once.
                     self._plans.clear()
                     if attempt:
                         raise
-        return Pass(claim, members, there)
+        return Pass(norms, members, there)
 
     def _plan(
-        self, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor], watched: Sequence[Watched]
-    ) -> Plan:
+        self, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor], watched: Sequence[ParameterInfo]
+    ) -> MeasurementPlan:
         plan = self._plans.get(present)
         if plan is not None:
             return plan
         indices = [index for index, there in zip(self.indices, present, strict=True) if there]
         known = [watched[index] for index in indices]
-        plan = Plan(
+        plan = MeasurementPlan(
             indices,
             [entry.spec(grad) for entry, grad in zip(known, grads, strict=True)],
             [entry.spec(member) for entry, member in zip(known, members, strict=True)],
@@ -136,30 +134,3 @@ class Binding:
         if len(self._plans) > _PLANS:
             self._plans.popitem(last=False)
         return plan
-
-
-class Lists:
-    """The bindings of the lists of parameters that were clipped lately.
-
-    Args:
-        bind: makes the binding of a list.
-    """
-
-    def __init__(self, bind: Callable[[Sequence[Tensor]], Binding]) -> None:
-        self._bind = bind
-        self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
-
-    def binding(self, parameters: Sequence[Tensor]) -> Binding:
-        """Return what is known of a list; it is the same for the same parameters in the same order."""
-        ids = tuple(map(id, parameters))
-        binding = self._bindings.pop(ids, None)
-        if binding is None or not binding.whole:
-            binding = self._bind(parameters)
-        self._bindings[ids] = binding
-        if len(self._bindings) > _LISTS:
-            self._bindings.popitem(last=False)
-        return binding
-
-    def clear(self) -> None:
-        """Forget all: which parameters are watched has changed."""
-        self._bindings.clear()

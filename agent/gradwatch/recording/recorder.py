@@ -1,98 +1,109 @@
-"""The meter: writes the unit norms of gradients and weights to the slot of a round, without waiting for them."""
+"""The norm recorder: writes unit norms of gradients and weights to buffers, without waiting for the device."""
 
 import time
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.delivery.spool import Losses
-from gradwatch.model.registry import Parameters
-from gradwatch.norms.buffers import Slots
-from gradwatch.norms.scalars import kept
-from gradwatch.recording import float64 as inspection
-from gradwatch.recording.optimizer_parameters import Binding, Pass
-from gradwatch.recording.resting_weights import Others
-from gradwatch.recording.weight_updates import Updates
-from gradwatch.rounds import Reading, Round
+from gradwatch.model.registry import ParameterRegistry
+from gradwatch.norms.buffers import BufferPool
+from gradwatch.norms.scalars import copy_scalar
+from gradwatch.recording.float64 import recompute
+from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
+from gradwatch.recording.resting_weights import RestingWeights
+from gradwatch.recording.weight_updates import WeightUpdates
+from gradwatch.steps.records import Measurement, StepRecord
 
 
-class Meter:
-    """Measures what a round is about, where it is sampled.
+class NormRecorder:
+    """Measures the steps that are sampled.
 
     Args:
         parameters: what is watched.
-        losses: counts samples for which there is no room.
+        no_room: called for each sample that is dropped because all buffers are on their way.
     """
 
-    def __init__(self, parameters: Parameters, losses: Losses) -> None:
-        self.slots = Slots()
+    def __init__(self, parameters: ParameterRegistry, no_room: Callable[[], None]) -> None:
+        self.pool = BufferPool()
         self.pass_seconds = 0.0
-        """Time that the last pass over gradients and weights took: where they are clipped, clipping needs it, too."""
+        """Time of the last pass over gradients and weights; where AGC clips, it needs this pass anyway."""
+        self.rest_seconds = 0.0
+        """Time that the last step took for the weights that no optimizer has stepped."""
         self.stopped = False
-        """Whether nothing is measured any more: the numbers would be wrong."""
+        """Whether nothing is measured any more, because the numbers would be wrong."""
+        self._no_room = no_room
+        self._updates = WeightUpdates()
+        self._resting = RestingWeights(parameters)
         self._parameters = parameters
-        self._losses = losses
-        self._updates = Updates()
-        self._others = Others(parameters)
-        self.others_seconds = 0.0
-        """Time that the last round took for weights that no optimizer has stepped."""
 
-    def measure(self, binding: Binding, round_: Round, *, before_clip: bool) -> tuple[Pass, Reading] | None:
+    def measure(
+        self, parameters: OptimizerParameters, record: StepRecord, *, before_clip: bool
+    ) -> tuple[Pass, Measurement] | None:
         """Measure the gradients that are there, and their weights.
 
         Args:
-            binding: whose they are.
-            round_: takes the reading.
-            before_clip: whether they are read before ``clip_grad_norm_`` or ``clip_grad_value_`` changes them.
+            parameters: whose.
+            record: takes the measurement.
+            before_clip: whether they are measured before ``clip_grad_norm_`` or ``clip_grad_value_`` changes them.
 
         Returns:
-            None where there is no gradient; where it was stopped or there is no room, the round is not sampled then.
+            None where there is no gradient. Where there is no room, or nothing is measured any more, the step is not
+            sampled.
         """
         self.pass_seconds = 0.0
         if self.stopped:
-            round_.sampled = False
+            record.sampled = False
             return None
-        if round_.slot is None:
-            round_.slot = self.slots.take()
-        if round_.slot is None:
-            self._losses.samples += 1
-            round_.sampled = False
+        if record.buffers is None:
+            record.buffers = self.pool.acquire()
+        if record.buffers is None:
+            self._no_room()
+            record.sampled = False
             return None
         started = time.perf_counter()
-        pass_ = binding.measure(round_.slot, self._parameters.watched)
+        pass_ = parameters.measure(record.buffers, self._parameters.watched)
         self.pass_seconds = time.perf_counter() - started
         if pass_ is None:
             return None
-        reading = Reading(pass_.claim, before_clip)
-        inspection.inspect(reading, pass_.grads, pass_.members)
-        round_.readings.append(reading)
-        round_.empty += pass_.plan.empty
-        return pass_, reading
+        measurement = Measurement(frozenset(pass_.plan.indices), pass_.norms, before_clip)
+        recompute(measurement, pass_.grads, pass_.members)
+        record.measurements.append(measurement)
+        record.empty += pass_.plan.empty
+        return pass_, measurement
 
-    def measure_before_step(self, binding: Binding, round_: Round, optimizer: Optimizer) -> tuple[Pass, Reading] | None:
-        """Measure as ``measure`` does, what an optimizer is about to step: then its updates can be measured, too."""
-        seen = self.measure(binding, round_, before_clip=False)
-        if seen is None:
+    def measure_before_step(
+        self, parameters: OptimizerParameters, record: StepRecord, optimizer: Optimizer
+    ) -> tuple[Pass, Measurement] | None:
+        """Measure what an optimizer is about to step with, and keep weights of which the change is measured then."""
+        measured = self.measure(parameters, record, before_clip=False)
+        if measured is None:
             return None
-        pass_, reading = seen
-        self._updates.keep(optimizer, binding, pass_)
+        pass_, measurement = measured
+        self._updates.keep(optimizer, parameters, pass_)
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):
-            reading.scale = kept(scale)
-        return seen
+            measurement.scale = copy_scalar(scale)
+        return measured
 
-    def measure_updates(self, optimizer: Optimizer, round_: Round) -> None:
+    def measure_updates(self, optimizer: Optimizer, record: StepRecord) -> None:
         """Measure how far an optimizer has moved the weights that were kept before it stepped."""
-        round_.updates += self._updates.of(optimizer)
+        record.updates += self._updates.of(optimizer)
 
-    def send(self, round_: Round) -> None:
-        """Measure the other weights of a round that is over, and begin to copy all to where it can be read."""
+    def send(self, record: StepRecord) -> None:
+        """Measure the resting weights of a step that is over, and begin to copy all norms to where they can be read."""
         self._updates.clear()
-        self.others_seconds = 0.0
-        if round_.slot is None:
+        self.rest_seconds = 0.0
+        if record.buffers is None:
             return
-        if round_.readings:
+        count = len(self._parameters.watched)
+        if record.measurements and not (len(record.measurements) == 1 and len(record.measurements[0].indices) == count):
             started = time.perf_counter()
-            round_.readings += self._others.measure(round_, round_.slot)
-            self.others_seconds = time.perf_counter() - started
-        round_.slot.send()
+            record.measurements += self._resting.measure(record, record.buffers)
+            self.rest_seconds = time.perf_counter() - started
+        record.buffers.send()
+
+    def give_back(self, record: StepRecord) -> None:
+        """Take back the buffers of a step that will not come."""
+        if record.buffers is not None:
+            self.pool.release(record.buffers)

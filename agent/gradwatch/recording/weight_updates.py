@@ -1,4 +1,4 @@
-"""The true change of the weights over a step, measured for another part of them at each sample, at a bounded cost."""
+"""Weight updates: how far a step moved the weights, measured for another part of them at each sample."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.norms.buffers import Plan
-from gradwatch.norms.layout import Layout, Piece, Scratch
-from gradwatch.recording.optimizer_parameters import Binding, Pass
-from gradwatch.rounds import Update
+from gradwatch.norms.grouping import Reduction
+from gradwatch.norms.layout import NormLayout
+from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.reducer import NormReducer, Scratch
+from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
+from gradwatch.steps.records import WeightUpdate
 
 _ELEMENTS: Final = {"cpu": 1 << 22}
 _ELEMENTS_ELSEWHERE: Final = 1 << 25
@@ -26,73 +28,76 @@ class _Before:
     """A part of the weights as it was before a step."""
 
     optimizer: Optimizer
-    plan: Plan
-    piece: Piece
+    plan: MeasurementPlan
+    reduction: Reduction
     positions: tuple[int, ...]
     parameters: list[Tensor]
     copy: Tensor
 
     @property
     def indices(self) -> list[int]:
-        """Return which parameters they are."""
+        """Return the indices of the parameters."""
         return [self.plan.indices[position] for position in self.positions]
 
 
-class Updates:
-    """Keeps weights before a step and says afterwards how far they have moved."""
+class WeightUpdates:
+    """Keeps weights before a step, and measures afterwards how far they have moved."""
 
     def __init__(self) -> None:
         self._kept: list[_Before] = []
 
-    def keep(self, optimizer: Optimizer, binding: Binding, pass_: Pass) -> None:
-        """Copy the part of the weights whose turn it is, where enough was saved up for it."""
-        # An optimizer that has this one step, and evaluated its closure elsewhere, kept what it is not stepped from.
-        self._kept = [kept for kept in self._kept if binding.index_set.isdisjoint(kept.indices)]
+    def keep(self, optimizer: Optimizer, listed: OptimizerParameters, pass_: Pass) -> None:
+        """Copy the part of the weights whose turn it is, once enough elements have been saved up for it."""
+        # An outer optimizer that evaluated its closure at other weights has kept what this step does not start from.
+        self._kept = [kept for kept in self._kept if listed.index_set.isdisjoint(kept.indices)]
         plan, members = pass_.plan, pass_.members
-        parts = plan.parts(_ELEMENTS_MEAN, _ELEMENTS, _ELEMENTS_ELSEWHERE)
+        parts = plan.copy_groups
+        if parts is None:
+            parts = plan.find_copy_groups(_ELEMENTS_MEAN, _ELEMENTS, _ELEMENTS_ELSEWHERE)
         if not parts:
             return
         share = _ELEMENTS_MEAN.get(members[0].device.type, _ELEMENTS_ELSEWHERE)
-        binding.update_credit = min(binding.update_credit + share, max(share, _ELEMENTS_ELSEWHERE))
-        piece, positions = parts[binding.next_part % len(parts)]
+        listed.update_credit = min(listed.update_credit + share, max(share, _ELEMENTS_ELSEWHERE))
+        reduction, positions = parts[listed.next_part % len(parts)]
         elements = sum(members[position].numel() for position in positions)
-        if elements > binding.update_credit:
+        if elements > listed.update_credit:
             return
-        binding.update_credit -= elements
-        binding.next_part += 1
+        listed.update_credit -= elements
+        listed.next_part += 1
         parameters = [members[position] for position in positions]
         with torch.no_grad():
-            copy = _joined(parameters, gathered=piece.gathered)
-        self._kept.append(_Before(optimizer, plan, piece, positions, parameters, copy))
+            copy = _joined(parameters, in_bucket=reduction.in_bucket)
+        self._kept.append(_Before(optimizer, plan, reduction, positions, parameters, copy))
 
-    def of(self, optimizer: Optimizer) -> list[Update]:
-        """Return the changes that a step of this optimizer made to what was kept for it."""
+    def of(self, optimizer: Optimizer) -> list[WeightUpdate]:
+        """Return how far a step of this optimizer has moved the weights that were kept for it."""
         mine = [kept for kept in self._kept if kept.optimizer is optimizer]
         self._kept = [kept for kept in self._kept if kept.optimizer is not optimizer]
         return [_update(kept) for kept in mine]
 
     def clear(self) -> None:
-        """Forget what was kept: the round is over."""
+        """Forget what was kept: the step is over."""
         self._kept.clear()
 
 
-def _update(kept: _Before) -> Update:
-    plan, piece = kept.plan, kept.piece
-    starts = [0, *itertools.accumulate(plan.weights.specs[position].units for position in kept.positions)]
+def _update(kept: _Before) -> WeightUpdate:
+    plan, reduction = kept.plan, kept.reduction
+    starts = [0, *itertools.accumulate(plan.weight_units[position] for position in kept.positions)]
     units = starts.pop()
     with torch.no_grad():
-        difference = _joined(kept.parameters, gathered=piece.gathered).sub_(kept.copy)
-        if piece.gathered:
-            wide = torch.promote_types(piece.arena.dtype, difference.dtype)
+        difference = _joined(kept.parameters, in_bucket=reduction.in_bucket).sub_(kept.copy)
+        if reduction.in_bucket:
+            wide = torch.promote_types(reduction.buffer.dtype, difference.dtype)
             out = torch.linalg.vector_norm(difference.view(units, -1), dim=1, dtype=wide)
         else:
-            out = torch.empty(units, dtype=piece.arena.dtype, device=piece.arena.device)
-            Layout([piece.spec], direct_bytes=0).bind({piece.arena: out}, Scratch()).run([difference])
-    return Update(kept.indices, starts, out)
+            out = torch.empty(units, dtype=reduction.buffer.dtype, device=reduction.buffer.device)
+            layout = NormLayout([reduction.spec], direct_bytes=0)
+            NormReducer(layout, {reduction.buffer: out}, Scratch()).run([difference])
+    return WeightUpdate(kept.indices, starts, out)
 
 
-def _joined(parameters: Sequence[Tensor], *, gathered: bool) -> Tensor:
+def _joined(parameters: Sequence[Tensor], *, in_bucket: bool) -> Tensor:
     """Return a copy of some parameters; several of one row shape as one tensor."""
-    if not gathered:
+    if not in_bucket:
         return parameters[0].detach().clone()
     return torch.stack(list(parameters)) if parameters[0].dim() == 0 else torch.cat(list(parameters))

@@ -1,9 +1,12 @@
-"""The composer: makes the statistics of a sample out of what was measured of a round."""
+"""The sample builder: computes the statistics and scalars of a sample from the unit norms that one step recorded.
+
+It runs on the collector's thread, and only there waits for numbers that are still on a device.
+"""
 
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -12,90 +15,97 @@ from torch import Tensor
 
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
-from gradwatch.delivery.spool import Losses
-from gradwatch.model.discovery import Watched
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.model.discovery import ParameterInfo
+from gradwatch.norms.buffers import UnitNorms
 from gradwatch.norms.scalars import Scalar
-from gradwatch.ranks.exchange import Joined, Part, joined, shares, unclipped
-from gradwatch.rounds import Acted, Clip, Reading, Round, Update
-from gradwatch.samples.origin import of_seen
+from gradwatch.ranks.parts import RankPart, join_parts, ownership, undo_norm_clip
+from gradwatch.samples.origin import origin_in_flags
 from gradwatch.statistics import (
+    JOINED,
+    MEASURED,
+    MISSING,
     UNIT_EPS,
-    ByParameter,
-    by_parameter,
+    Source,
+    Units,
+    agc_factors,
     clip_coefficient,
-    clipped_by_agc,
-    histogram,
-    norms,
+    measured_from,
+    ratio_histogram,
 )
+from gradwatch.steps.records import Measurement, NormClip, ScaledBy, StepRecord, WeightUpdate
 
 MOST_RATES: Final = 16
-"""Parameter groups up to which the learning rate of each is told."""
+"""Parameter groups up to which each has a learning rate of its own among the scalars."""
 _JUMP: Final = 10.0
 """A global gradient norm this many times the usual one is a sign of trouble."""
 
+_Floats = NDArray[np.float64]
+_Indices = NDArray[np.intp]
 
-class Composer:
-    """Computes the statistics of samples from what was read.
+
+class SampleBuilder:
+    """Builds the samples of one run on one rank.
 
     Args:
-        losses: source of the counts that each sample carries.
-        agc: how the agent clips.
+        dropped: counts that each sample carries.
+        agc: how the agent clips; None: it does not.
         rank: of this process.
     """
 
-    def __init__(self, losses: Losses, agc: AGC | None, rank: int) -> None:
-        self._losses = losses
+    def __init__(self, dropped: Dropped, agc: AGC | None, rank: int) -> None:
+        self._dropped = dropped
         self._rank = rank
-        self._shares = shares([], rank)
+        self._ownership = ownership([], rank)
         self._agc = agc
         self._eps = UNIT_EPS if agc is None else agc.eps
         self._tensor_wise = agc is not None and agc.granularity == "tensor"
         self._third = np.zeros(0, np.intp)
         """Third of the depth in which each parameter lies, 0 to 2."""
-        self._weight_norm = np.zeros(0, np.float32)
+        self._weights = {row.name: np.zeros(0, np.float32) for row in measured_from("weight")}
+        """Statistics of the weights, as they were measured last: weights at rest are not measured in every sample."""
         self._usual_norm = 0.0
         self._was_finite = True
-        self.skipped_steps = 0
-        self.unclear = False
-        """Whether everything was bad at once."""
+        self._skipped_steps = 0
+        self.all_nonfinite = False
+        """Whether everything in the last step was non-finite at once, so that nothing shows where it began."""
 
-    def registered(self, watched: Sequence[Watched], depths: Sequence[int]) -> None:
-        """There are these parameters, of these depths, from now on."""
+    def register(self, parameters: Sequence[ParameterInfo], depths: Sequence[int]) -> None:
+        """Take the parameters of the run and their depths from now on; earlier ones keep their places."""
         count = len(depths)
-        self._shares = shares(watched, self._rank)
-        self._weight_norm = np.append(self._weight_norm, np.zeros(count - self._weight_norm.size, np.float32))
+        self._ownership = ownership(parameters, self._rank)
+        for name, known in self._weights.items():
+            self._weights[name] = np.append(known, np.zeros(count - known.size, np.float32))
         self._third = 3 * np.asarray(depths, np.intp) // max(count, 1)
 
-    def compose(self, round_: Round) -> tuple["Draft | None", dict[str, float], list[wire.Event]]:
-        """Return what this rank measured in a round (None: nothing), its numbers of every step, and its events."""
-        trail = {name: number(value) for name, value in round_.logged.items()}
-        if round_.losses:
-            trail.setdefault("loss", sum(map(number, round_.losses)))
-        if round_.clips and not round_.clips[-1].partial:
-            trail["clip_norm"] = number(round_.clips[-1].total_norm)
+    def draft(self, record: StepRecord) -> tuple["Draft | None", dict[str, float], list[wire.Event]]:
+        """Return the sample of a step as far as this rank knows it (None: not sampled), its trail and its events."""
+        trail = {name: to_float(value) for name, value in record.logged.items()}
+        if record.losses:
+            trail.setdefault("loss", sum(map(to_float, record.losses)))
+        if record.clips and not record.clips[-1].partial:
+            trail["clip_norm"] = to_float(record.clips[-1].total_norm)
         events: list[wire.Event] = []
-        if any(map(number, round_.found_infs)):
-            round_.skip()  # a fused optimizer looks for itself
-        if round_.skipped:
-            self.skipped_steps += 1
-            events.append(
-                wire.Event(
-                    step=round_.step, at=round_.at, kind="skipped_step", message="the loss scaler skipped this step"
-                )
-            )
-        origin = of_seen(round_.seen)
+        if any(map(to_float, record.found_infs)):
+            record.skip()  # a fused optimizer skips the step by itself
+        if record.skipped:
+            self._skipped_steps += 1
+            text = "the loss scaler skipped this step"
+            events.append(wire.Event(step=record.step, at=record.at, kind="skipped_step", message=text))
+        origin = origin_in_flags(record.seen)
         if origin is not None:
-            events.append(origin.event(round_.step, round_.at))
-        return self._draft(round_) if round_.readings else None, trail, events
+            events.append(origin.event(record.step, record.at))
+        return self._draft(record) if record.measurements else None, trail, events
 
-    def trouble(self, trail: dict[str, float], events: Sequence[wire.Event], draft: "Draft | None") -> bool:
-        """Return whether a round shows a sign of trouble."""
+    def shows_trouble(self, trail: Mapping[str, float], events: Sequence[wire.Event], draft: "Draft | None") -> bool:
+        """Return whether a step shows a sign of trouble: a non-finite number, an event, a jump of the gradient norm."""
         troubled = bool(events) or not all(map(math.isfinite, trail.values()))
-        self.unclear = not math.isfinite(trail.get("loss", 0.0))
+        self.all_nonfinite = not math.isfinite(trail.get("loss", 0.0))
         if draft is None:
             return troubled
-        norm, count = _total(draft.vectors.grad_norm), draft.vectors.nonfinite_count
-        self.unclear |= bool((count != wire.MISSING).any() and (count[count != wire.MISSING] > 0).all())
+        norm, count = _total(draft.vectors["grad_norm"]), draft.vectors["nonfinite_count"]
+        measured = count[count != MISSING]
+        self.all_nonfinite |= bool(measured.size and (measured > 0).all())
         finite = math.isfinite(norm)
         troubled |= self._was_finite and not finite
         self._was_finite = finite
@@ -104,155 +114,154 @@ class Composer:
             self._usual_norm = norm if not self._usual_norm else 0.95 * self._usual_norm + 0.05 * norm
         return troubled
 
-    def _draft(self, round_: Round) -> "Draft":
-        vectors = _Vectors(self._weight_norm.size)
-        # What was read before it was clipped stands over what was read then; of several, what was read first.
-        before = [reading for reading in round_.readings if reading.before_clip]
-        for reading in [*(reading for reading in round_.readings if not reading.before_clip), *reversed(before)]:
-            self._enter(reading, vectors)
-        for index in round_.empty:
-            vectors.set_zero(index)
-        for update in round_.updates:
-            _enter_update(update, vectors)
-        vectors.weight_norm = self._weight_norm.copy()
-        return Draft(round_, vectors, self._histograms(round_.readings, round_.spared))
+    def part(self, draft: "Draft") -> RankPart:
+        """Return this rank's part of a sample, for rank 0."""
+        vectors, owned = draft.vectors, self._ownership.owned
+        has_gradient = owned & (vectors["grad_norm"] != MISSING)
+        # What AGC did to a unit that lies on several ranks shows only when the parts are joined.
+        knows_clipped = self._ownership.whole_units & ~self._tensor_wise
+        clipped = np.where(knows_clipped, vectors["clipped_grad_norm"], vectors.norm_before_agc)
+        rows = []
+        with np.errstate(all="ignore"):
+            for statistic in JOINED:
+                values = clipped if statistic.name == "clipped_grad_norm" else vectors[statistic.name]
+                measured = owned if statistic.source == "weight" else has_gradient
+                part = statistic.reduction.to_part(values.astype(np.float64), vectors.units)
+                rows.append(np.where(measured, part, statistic.reduction.absent))
+        units = np.where(has_gradient, vectors.units, MISSING)
+        return RankPart(units, np.stack(rows), [to_float(clip.total_norm) for clip in draft.record.clips])
 
-    def finish(self, draft: "Draft", others: Sequence[Part]) -> wire.Sample:
-        """Return the sample of a draft, of all ranks together where there are others."""
-        round_, vectors = draft.round, draft.vectors
+    def finish(self, draft: "Draft", others: Sequence[RankPart]) -> wire.Sample:
+        """Return the sample of a draft, joined with the parts of the other ranks where there are any."""
+        record, vectors = draft.record, draft.vectors
+        totals: list[float] = []
         if others:
-            whole = joined(
-                [self.part(draft), *others],
-                self._shares,
-                self._eps,
-                vectors.limits,
-                tensor_wise=self._tensor_wise,
-            )
-            vectors.take(whole)
-            for clip, total in zip(round_.clips, whole.totals, strict=True):
+            parts = [self.part(draft), *others]
+            whole = join_parts(parts, self._ownership, self._eps, vectors.limits, tensor_wise=self._tensor_wise)
+            vectors.replace(whole.values)
+            totals = whole.totals
+            for clip, total in zip(record.clips, totals, strict=True):
                 if clip.partial:
-                    vectors.undo(clip, total)
-        statistics = vectors.statistics(
-            clipped=bool(round_.clips) or round_.value_clipped or self._agc is not None,
-            by_agc=self._agc is not None,
-            updated=bool(round_.updates) and not others,
-        )
-        scalars = self._scalars(round_, statistics)
+                    vectors.undo_clip(clip, total)
+        sources: set[Source] = {"gradient", "weight"}
+        if record.clips or record.value_clipped or self._agc is not None:
+            sources.add("clipping")
         if self._agc is not None:
-            scalars["removed_grad_norm"] = _total(vectors.removed_norm)
-        if others and round_.clips and round_.clips[-1].partial:
-            scalars["clip_norm"] = whole.totals[-1]
+            sources.add("agc")
+        if record.updates and not others:
+            sources.add("update")
+        statistics = vectors.statistics(sources)
+        scalars = self._scalars(record, statistics)
+        if self._agc is not None:
+            scalars["removed_grad_norm"] = _total(vectors["removed_norm"])
+        if totals and record.clips[-1].partial:
+            scalars["clip_norm"] = totals[-1]
         return wire.Sample(
-            step=round_.step,
-            at=round_.at,
+            step=record.step,
+            at=record.at,
             statistics=statistics,
             scalars={name: wire.spell(value) for name, value in scalars.items()},
             histograms=draft.histograms,
         )
 
-    def part(self, draft: "Draft") -> Part:
-        """Return what this rank adds to a sample."""
-        vectors, mine = draft.vectors, self._shares.mine & (draft.vectors.grad_norm != wire.MISSING)
-        units = vectors.units
-        # What AGC did to a unit that lies on several ranks shows only when they are put together.
-        after = np.where(self._shares.whole & ~self._tensor_wise, vectors.clipped_grad_norm, vectors.found_norm)
-        with np.errstate(all="ignore"):
-            rows = np.stack(
-                [
-                    vectors.zero_unit_share * units,
-                    units,
-                    vectors.nonfinite_count,
-                    vectors.clipped_unit_share * units,
-                    np.square(vectors.removed_norm, dtype=np.float64),
-                    np.square(after, dtype=np.float64),
-                    np.square(vectors.grad_norm, dtype=np.float64),
-                ]
-            )
-            weights = np.square(vectors.weight_norm, dtype=np.float64)
-        sums = np.vstack([np.where(mine, rows, 0.0), np.where(self._shares.mine, weights, 0.0)])
-        largest = np.where(mine, vectors.max_unit_ratio, wire.MISSING).astype(np.float64)
-        return Part(sums, largest, [number(clip.total_norm) for clip in draft.round.clips])
+    def _draft(self, record: StepRecord) -> "Draft":
+        vectors = _Vectors(self._third.size)
+        # What was measured before clipping is written over what was measured after it; of several, the first counts.
+        before = [measurement for measurement in record.measurements if measurement.before_clip]
+        after = [measurement for measurement in record.measurements if not measurement.before_clip]
+        for measurement in [*after, *reversed(before)]:
+            self._enter(measurement, vectors)
+        for index in record.empty:
+            vectors.set_zero(index)
+        for update in record.updates:
+            _enter_update(update, vectors)
+        for name, known in self._weights.items():
+            vectors[name] = known.copy()
+        return Draft(record, vectors, self._histograms(record.measurements, record.excluded))
 
-    def _enter(self, reading: Reading, vectors: "_Vectors") -> None:
-        plan = reading.claim.plan
+    def _enter(self, measurement: Measurement, vectors: "_Vectors") -> None:
+        """Write the statistics of one measurement into the vectors of the sample."""
+        plan = measurement.norms.plan
         indices = np.array([plan.indices[position] for position in plan.measured], np.intp)
-        weight_units = reading.claim.weight_units()
-        if plan.grads is None:
-            self._weight_norm[indices] = norms(weight_units, plan.starts)
+        units = _units(measurement.norms, self._eps)
+        measured = indices if plan.grad_layout is None else indices[~np.isin(indices, list(measurement.void))]
+        live = np.isin(indices, measured)
+        for row in measured_from("weight"):
+            self._weights[row.name][measured] = row.measure(units, plan.starts)[live]
+        if plan.grad_layout is None:
             return
-        grad_units = reading.claim.grad_units()
-        measured = by_parameter(grad_units, weight_units, plan.starts, self._eps)
-        grad_norm, nonfinite = _repaired(measured, indices, reading)
-        scale = 1.0 if reading.scale is None else number(reading.scale)
         vectors.units[indices] = plan.measured_units
-        live = ~np.isin(indices, list(reading.void))
-        places = indices[live]
-        self._weight_norm[places] = measured.weight_norm[live]
-        vectors.note_partial(reading.clips, places)
+        vectors.note_partial(measurement.clips, measured)
+        scale = 1.0 if measurement.scale is None else to_float(measurement.scale)
+        factor = _clip_coefficients(measurement.clips, self._third.size)[indices]
         with np.errstate(all="ignore"):
-            now = grad_norm / scale
-            factor = _coefficients(reading.clips, self._weight_norm.size)[indices]
-            vectors.grad_norm[places] = (now / factor)[live]
-            vectors.max_unit_ratio[places] = (measured.max_unit_ratio / scale / factor)[live]
-            if not reading.before_clip:
-                vectors.clipped_grad_norm[indices] = vectors.found_norm[indices] = now
-        vectors.zero_unit_share[places] = measured.zero_unit_share[live]
-        vectors.nonfinite_count[places] = nonfinite[live]
-        if self._agc is not None and reading.limits is not None:
-            vectors.limits[plan.indices] = reading.limits
-            by_agc = clipped_by_agc(
-                grad_units / scale,
-                weight_units,
-                plan.starts,
-                reading.limits[plan.measured],
-                self._eps,
-                whole=self._tensor_wise,
-            )
-            vectors.clipped_unit_share[indices] = by_agc.unit_share
-            vectors.clipped_grad_norm[indices] = np.where(by_agc.unit_share > 0, by_agc.grad_norm, now)
-            vectors.removed_norm[indices] = by_agc.removed_norm
+            values = {row.name: row.measure(units, plan.starts) for row in measured_from("gradient")}
+            for row in measured_from("gradient"):
+                proper = values[row.name] / scale / factor if row.before_clipping else values[row.name]
+                vectors[row.name][measured] = proper[live]
+            for index, count in measurement.nonfinite.items():  # of its elements, where they were counted
+                if index not in measurement.void:
+                    vectors["nonfinite_count"][index] = count
+            if not measurement.before_clip:
+                vectors["clipped_grad_norm"][indices] = values["grad_norm"] / scale
+                vectors.norm_before_agc[indices] = vectors["clipped_grad_norm"][indices]
+            if self._agc is not None and measurement.limits is not None:
+                vectors.limits[plan.indices] = measurement.limits
+                proper_units = replace(units, gradient=units.gradient / scale)
+                self._enter_agc(proper_units, measurement.limits[plan.measured], plan.starts, indices, vectors)
 
-    def _histograms(self, readings: Sequence[Reading], spared: Collection[int]) -> dict[str, list[float]]:
+    def _enter_agc(
+        self, units: Units, limits: _Floats, starts: Sequence[int], indices: _Indices, vectors: "_Vectors"
+    ) -> None:
+        factors = agc_factors(units, starts, limits, tensor_wise=self._tensor_wise)
+        clipped = replace(units, agc_factor=factors)
+        for row in measured_from("agc"):
+            vectors[row.name][indices] = row.measure(clipped, starts)
+        after = MEASURED["clipped_grad_norm"].measure(clipped, starts)
+        scaled = vectors["clipped_unit_share"][indices] > 0
+        vectors["clipped_grad_norm"][indices[scaled]] = after[scaled]
+
+    def _histograms(self, measurements: Sequence[Measurement], excluded: Collection[int]) -> dict[str, list[float]]:
         """Return the histograms of the units' ratios that AGC sees, or would see, by thirds of the depth."""
         thirds = np.zeros((3, wire.HISTOGRAM_EDGES.size + 1))
-        for reading in readings:
-            plan = reading.claim.plan
-            if plan.grads is None or reading.before_clip:
+        for measurement in measurements:
+            plan = measurement.norms.plan
+            if plan.grad_layout is None or measurement.before_clip:
                 continue
-            grad_units, weight_units = reading.claim.grad_units(), reading.claim.weight_units()
-            if reading.scale is not None:
+            units = _units(measurement.norms, self._eps)
+            if measurement.scale is not None:
                 with np.errstate(all="ignore"):
-                    grad_units /= number(reading.scale)
-            # One bin for each parameter and ratio at once; what is left alone goes to a fourth row.
-            row = [
-                3 if plan.indices[position] in spared else self._third[plan.indices[position]]
+                    units = replace(units, gradient=units.gradient / to_float(measurement.scale))
+            # Parameters that AGC leaves alone are counted in a fourth row, which is thrown away.
+            rows = [
+                3 if plan.indices[position] in excluded else self._third[plan.indices[position]]
                 for position in plan.measured
             ]
-            thirds += histogram(grad_units, weight_units, self._eps, np.repeat(row, plan.measured_units))[:3]
+            thirds += ratio_histogram(units, wire.HISTOGRAM_EDGES, np.repeat(rows, plan.measured_units), 4)[:3]
         if not thirds.any():
             return {}
         return {name: counts.tolist() for name, counts in zip(wire.HISTOGRAMS, thirds, strict=True)}
 
-    def _scalars(self, round_: Round, statistics: dict[wire.Statistic, wire.Vector]) -> dict[str, float]:
-        scalars = {name: number(value) for name, value in round_.scalars.items()} | _rates(round_.rates)
+    def _scalars(self, record: StepRecord, statistics: Mapping[str, wire.Vector]) -> dict[str, float]:
+        scalars = {name: to_float(value) for name, value in record.scalars.items()} | _learning_rates(record.rates)
         scalars["global_grad_norm"] = _total(statistics["grad_norm"])
         if "clipped_grad_norm" in statistics:
             scalars["clipped_global_grad_norm"] = _total(statistics["clipped_grad_norm"])
-        limit = _limit(round_, statistics["grad_norm"])
+        limit = _norm_limit(record, statistics["grad_norm"])
         if math.isfinite(limit):
             scalars["global_grad_norm_limit"] = limit
-        scalars["skipped_steps"] = float(self.skipped_steps)
-        scalars["agent_seconds"] = round_.agent_seconds
-        scalars["dropped_samples"] = float(self._losses.samples)
-        scalars["dropped_bytes"] = float(self._losses.bytes)
+        scalars["skipped_steps"] = float(self._skipped_steps)
+        scalars["agent_seconds"] = record.agent_seconds
+        scalars["dropped_samples"] = float(self._dropped.samples)
+        scalars["dropped_bytes"] = float(self._dropped.bytes)
         return scalars
 
 
 @dataclass(slots=True)
 class Draft:
-    """A sample of which this rank has done its part."""
+    """A sample that holds only what this rank measured: the parts of other ranks may be missing."""
 
-    round: Round
+    record: StepRecord
     vectors: "_Vectors"
     histograms: dict[str, list[float]]
 
@@ -261,138 +270,109 @@ class _Vectors:
     """The statistics of one sample while they are filled in, each of shape (parameters,)."""
 
     def __init__(self, count: int) -> None:
-        (
-            self.grad_norm,
-            self.clipped_grad_norm,
-            self.max_unit_ratio,
-            self.zero_unit_share,
-            self.nonfinite_count,
-            self.clipped_unit_share,
-            self.removed_norm,
-            self.update_norm,
-            self.found_norm,
-        ) = (np.full(count, wire.MISSING, np.float32) for _ in range(9))
-        self.weight_norm = np.zeros(count, np.float32)
+        self._values = {name: np.full(count, MISSING, np.float32) for name in MEASURED}
+        self.norm_before_agc = np.full(count, MISSING, np.float32)
+        """Norm of the gradient that AGC, or else the optimizer, was given: after any other clipping."""
         self.units = np.zeros(count)
+        """Number of units that were measured."""
         self.limits = np.full(count, np.inf)
         """Largest ratio that AGC let through."""
-        self._partial: list[tuple[Clip, set[int]]] = []
-        """Clippings of which only this rank's part of the norm is known, with the parameters to take them out of."""
+        self._partial_clips: list[tuple[NormClip, set[int]]] = []
+        """Clippings of which only this rank's part of the norm is known, and the parameters that they had scaled."""
 
-    def note_partial(self, clips: Sequence[Acted], places: NDArray[np.intp]) -> None:
-        """What is known of these parameters was read after these clippings, and no others."""
-        entered = set(places.tolist())
-        for _, scaled in self._partial:
+    def __getitem__(self, name: str) -> wire.Vector:
+        return self._values[name]
+
+    def __setitem__(self, name: str, values: wire.Vector) -> None:
+        self._values[name] = values
+
+    def note_partial(self, clips: Sequence[ScaledBy], indices: _Indices) -> None:
+        """Remember which partial clippings had scaled the gradients that were measured last."""
+        entered = set(indices.tolist())
+        for _, scaled in self._partial_clips:
             scaled -= entered
-        self._partial += [(clip, entered & mine) for clip, mine in clips if clip.partial]
+        self._partial_clips += [(clip, entered & mine) for clip, mine in clips if clip.partial]
 
-    def take(self, whole: Joined) -> None:
-        """Take the statistics of the whole parameters for those of this rank's part."""
-        self.grad_norm = whole.grad_norm.astype(np.float32)
-        self.clipped_grad_norm = whole.clipped_grad_norm.astype(np.float32)
-        self.weight_norm = whole.weight_norm.astype(np.float32)
-        self.max_unit_ratio = whole.max_unit_ratio.astype(np.float32)
-        self.zero_unit_share = whole.zero_unit_share.astype(np.float32)
-        self.nonfinite_count = whole.nonfinite_count.astype(np.float32)
-        self.clipped_unit_share = whole.clipped_unit_share.astype(np.float32)
-        self.removed_norm = whole.removed_norm.astype(np.float32)
+    def replace(self, values: Mapping[str, _Floats]) -> None:
+        """Replace this rank's values by those of the whole parameters."""
+        with np.errstate(all="ignore"):
+            self._values |= {name: whole.astype(np.float32) for name, whole in values.items()}
 
-    def undo(self, clip: Clip, total: float) -> None:
-        """Take a clipping by norm out of what was measured after it."""
-        chosen = sorted(index for other, scaled in self._partial if other is clip for index in scaled)
-        for vector in (self.grad_norm, self.max_unit_ratio):
-            vector[chosen] = unclipped(vector[chosen].astype(np.float64), total, number(clip.max_norm))
+    def undo_clip(self, clip: NormClip, total: float) -> None:
+        """Divide a clipping by norm out of the values that it had scaled, once the norm of all ranks is known."""
+        chosen = sorted(index for other, scaled in self._partial_clips if other is clip for index in scaled)
+        for row in measured_from("gradient"):
+            if row.before_clipping:
+                vector = self._values[row.name]
+                vector[chosen] = undo_norm_clip(vector[chosen].astype(np.float64), total, to_float(clip.max_norm))
 
     def set_zero(self, index: int) -> None:
-        for vector in (
-            self.grad_norm,
-            self.clipped_grad_norm,
-            self.max_unit_ratio,
-            self.zero_unit_share,
-            self.nonfinite_count,
-            self.clipped_unit_share,
-            self.removed_norm,
-            self.found_norm,
-        ):
-            vector[index] = 0.0
+        """Set the statistics of a gradient without elements."""
+        for row in measured_from("gradient", "clipping", "agc"):
+            self._values[row.name][index] = 0.0
+        self.norm_before_agc[index] = 0.0
 
-    def statistics(self, *, clipped: bool, by_agc: bool, updated: bool) -> dict[wire.Statistic, wire.Vector]:
-        statistics: dict[wire.Statistic, wire.Vector] = {
-            "grad_norm": self.grad_norm,
-            "weight_norm": self.weight_norm,
-            "max_unit_ratio": self.max_unit_ratio,
-            "zero_unit_share": self.zero_unit_share,
-            "nonfinite_count": self.nonfinite_count,
-        }
-        if clipped:
-            statistics["clipped_grad_norm"] = self.clipped_grad_norm
-        if by_agc:
-            statistics["clipped_unit_share"] = self.clipped_unit_share
-        if updated:
-            statistics["update_norm"] = self.update_norm
-        return statistics
+    def statistics(self, sources: Collection[Source]) -> dict[wire.Statistic, wire.Vector]:
+        """Return the statistics that were measured from these sources."""
+        return {row.name: self._values[row.name] for row in measured_from(*sources) if not row.internal}
 
 
-def number(value: Scalar) -> float:
-    """Return a scalar as a float; one on a device is waited for, in this thread only."""
+def to_float(value: Scalar) -> float:
+    """Return a scalar as a float; waits for its device."""
     return float(value.detach().cpu().reshape(())) if isinstance(value, Tensor) else float(value)
 
 
-def _repaired(
-    measured: ByParameter, indices: NDArray[np.intp], reading: Reading
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return norms, and counts of non-finite elements where there are any: of units where these were not counted."""
-    nonfinite = measured.nonfinite_units
-    if reading.nonfinite:
-        place = {int(index): position for position, index in enumerate(indices)}
-        for index, count in reading.nonfinite.items():
-            nonfinite[place[index]] = count
-    return measured.grad_norm, nonfinite
+def _units(norms: UnitNorms, eps: float) -> Units:
+    if norms.plan.grad_layout is None:
+        return Units(weight=norms.weight_units(), eps=eps)
+    return Units(gradient=norms.grad_units(), weight=norms.weight_units(), eps=eps)
 
 
-def _coefficients(clips: Sequence[Acted], count: int) -> NDArray[np.float64]:
-    """Return what each parameter's gradient was multiplied by before it was read, shape (parameters,)."""
+def _clip_coefficients(clips: Sequence[ScaledBy], count: int) -> _Floats:
+    """Return the factor by which clipping had scaled each gradient before it was measured, shape (parameters,)."""
     coefficients = np.ones(count)
     for clip, indices in clips:
         if clip.partial:
             continue
-        coefficient = clip_coefficient(number(clip.total_norm), number(clip.max_norm))
+        coefficient = clip_coefficient(to_float(clip.total_norm), to_float(clip.max_norm))
         coefficients[np.fromiter(indices, np.intp, len(indices))] *= coefficient
         for index, times in clip.repeated.items():
             coefficients[index] *= coefficient ** (times - 1) if index in indices else 1.0
     return coefficients
 
 
-def _limit(round_: Round, grad_norm: wire.Vector) -> float:
-    """Return the limit that clipping set to the L2 norm of the whole gradient; infinite where it set none."""
-    present = set(np.flatnonzero(grad_norm != wire.MISSING).tolist())
+def _norm_limit(record: StepRecord, grad_norm: wire.Vector) -> float:
+    """Return the limit that clipping set to the L2 norm of the whole gradient; infinite if it set none."""
+    present = set(np.flatnonzero(grad_norm != MISSING).tolist())
     scaled: defaultdict[int, set[int]] = defaultdict(set)
-    for reading in round_.readings:
-        for clip, indices in () if reading.before_clip else reading.clips:
+    for measurement in record.measurements:
+        for clip, indices in () if measurement.before_clip else measurement.clips:
             scaled[id(clip)] |= indices
-    whole = (clip for clip in round_.clips if clip.norm_type == 2.0 and scaled[id(clip)] >= present)
-    return min((limit for clip in whole if (limit := number(clip.max_norm)) > 0), default=math.inf)
+    whole = (clip for clip in record.clips if clip.norm_type == 2.0 and scaled[id(clip)] >= present)
+    return min((limit for clip in whole if (limit := to_float(clip.max_norm)) > 0), default=math.inf)
 
 
-def _enter_update(update: Update, vectors: _Vectors) -> None:
-    units = update.units.detach().cpu().double().numpy()
-    vectors.update_norm[list(update.indices)] = norms(units, update.starts)
+def _enter_update(update: WeightUpdate, vectors: _Vectors) -> None:
+    units = Units(change=update.units.detach().cpu().double().numpy())
+    for row in measured_from("update"):
+        vectors[row.name][list(update.indices)] = row.measure(units, update.starts)
 
 
-def _rates(rates: Mapping[int, Scalar]) -> dict[str, float]:
-    """Return the learning rate of each group; of many groups the first one's, the lowest and the highest."""
-    told = {place: number(rate) for place, rate in sorted(rates.items())}
-    if max(told, default=0) >= MOST_RATES:
-        every = list(told.values())
-        return {
-            "learning_rate": every[0],
-            "learning_rate.lowest": min(every),
-            "learning_rate.highest": max(every),
-        }
-    return {f"learning_rate.{place}" if place else "learning_rate": rate for place, rate in told.items()}
+def _learning_rates(rates: Mapping[int, Scalar]) -> dict[str, float]:
+    """Return the learning rate of each parameter group; of many groups the first, the lowest and the highest."""
+    by_group = {place: to_float(rate) for place, rate in sorted(rates.items())}
+    if max(by_group, default=0) < MOST_RATES:
+        return {f"learning_rate.{place}" if place else "learning_rate": rate for place, rate in by_group.items()}
+    every = list(by_group.values())
+    return {
+        "learning_rate": every[0],
+        "learning_rate.lowest": min(every),
+        "learning_rate.highest": max(every),
+    }
 
 
 def _total(vector: wire.Vector) -> float:
-    present = vector[vector != wire.MISSING].astype(np.float64)
+    """Return the norm over all parameters that have a gradient."""
+    present = vector[vector != MISSING].astype(np.float64)
     with np.errstate(all="ignore"):
         return float(np.sqrt(np.sum(present * present)))

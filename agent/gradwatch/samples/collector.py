@@ -1,4 +1,8 @@
-"""The collector: turns what the training thread handed over into batches in the spool, on a thread of its own."""
+"""The collector: a thread that turns what the training thread recorded into batches in the spool.
+
+The training thread only puts messages into a queue. Everything that takes time happens here: waiting for numbers from
+the device, building samples, joining ranks, encoding, writing to disk, writing to the user's loggers.
+"""
 
 import contextlib
 import secrets
@@ -6,66 +10,88 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
-from gradwatch.delivery.spool import Losses, Spool
-from gradwatch.model.discovery import shortened
-from gradwatch.norms.buffers import Slots
-from gradwatch.ranks.exchange import Part, Patience, Ranks
-from gradwatch.rounds import Ended, Message, Registered, Round
-from gradwatch.samples.builder import Composer, Draft
-from gradwatch.samples.loggers import Mirror
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.spool import Spool
+from gradwatch.model.discovery import shorten_name
+from gradwatch.model.registry import RegisteredParameters
+from gradwatch.norms.buffers import BufferPool
+from gradwatch.ranks.exchange import PartsDeadline, RankExchange
+from gradwatch.ranks.parts import RankPart
+from gradwatch.samples.builder import Draft, SampleBuilder
+from gradwatch.samples.loggers import ScalarLogger
 from gradwatch.settings import LONGEST_NAME, can_be_stored
+from gradwatch.steps.records import StepRecord
 
 POLL_SECONDS: Final = 0.1
+
+# A batch is written when it reaches one of these, all well below what a server takes by default.
 LARGEST_BATCH_BYTES: Final = 4 << 20
 LARGEST_BATCH_SAMPLES: Final = 500
 LARGEST_BATCH_VALUES: Final = 50_000
-"""Losses and logged numbers."""
+"""Losses and logged scalars."""
 LARGEST_BATCH_EVENTS: Final = 5_000
 LARGEST_BATCH_NAMES: Final = 200
-"""All of these are well below what a server takes by default."""
+"""Different names of scalars."""
+
 MOST_NAMES: Final = 1_000
 """Different names that a run may log: the server keeps the latest value of each with the run."""
 _OWN_NAMES: Final = ("loss", "clip_norm")
 LONGEST_QUEUE: Final = 20_000
-"""Steps that may wait for the collector; more are counted as dropped."""
+"""Steps that may wait for the collector; further ones are dropped and counted."""
 _BACKLOG: Final = 8
-"""Documents in the spool from which batches grow, since the server is the slower side."""
+"""Documents in the spool from which on batches grow: the server is slower than the training then."""
 _GROWN_BATCH_SECONDS: Final = 2.0
+"""Age at which a batch is written all the same."""
 _LAST_PARTS_SECONDS: Final = 2.0
-"""How long the parts of other ranks are waited for at the end."""
+"""Longest wait for the parts of other ranks when the run ends."""
+_LAST_COPY_SECONDS: Final = 5.0
+"""Longest wait for a copy from the device when the run ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of the attempt; the last message."""
+
+    end: wire.End | None
+    """None: the launcher ends the run."""
+
+
+Message = StepRecord | RegisteredParameters | Ended | wire.Event
+"""Messages from the training thread: numbers that may still be on the device, with nothing computed yet."""
 
 
 class Collector:
-    """Reads rounds, composes samples, writes batches.
+    """Builds samples on a thread of its own and writes them to the spool in batches.
 
     Args:
-        spool: where batches go; None on a rank that leaves it to rank 0.
-        slots: where read buffers are given back.
-        losses: what had to be given up is counted here.
+        spool: takes the batches; None on a rank that leaves them to rank 0.
+        pool: takes back the buffers of samples that were read.
+        dropped: counts steps that are dropped because too many wait.
         template: the registration without its parameters.
-        agc: how the agent clips.
-        ranks: the way to the other ranks where parameters are sharded.
+        agc: how the agent clips; None: it does not.
+        ranks: exchange with the other ranks; None where parameters are not sharded.
         written: called after each write to the spool.
-        trouble: called at a sign of trouble: a non-finite number, a jump of the gradient norm; with whether everything
-            is bad at once, so that nothing shows where it began.
+        trouble: called at a sign of trouble (a non-finite number, a jump of the gradient norm) with True if everything
+            is non-finite at once, so that nothing shows where it began.
         failed: called with an exception of this thread.
-        warn: called with what the user has to know.
+        warn: called with a warning for the user.
     """
 
     def __init__(
         self,
         spool: Spool | None,
-        slots: Slots,
-        losses: Losses,
+        pool: BufferPool,
+        dropped: Dropped,
         template: wire.Registration,
         agc: AGC | None,
-        ranks: Ranks | None,
+        ranks: RankExchange | None,
         *,
         written: Callable[[], None],
         trouble: Callable[[bool], None],
@@ -73,8 +99,8 @@ class Collector:
         warn: Callable[[str], None],
     ) -> None:
         self._spool = spool
-        self._slots = slots
-        self._losses = losses
+        self._pool = pool
+        self._dropped = dropped
         self._template = template
         self._written = written
         self._trouble = trouble
@@ -83,17 +109,17 @@ class Collector:
         self._messages: deque[Message] = deque()
         self._wake = threading.Event()
         self._stop = False
-        self._mirrors: tuple[Mirror, ...] = ()
-        self._composer = Composer(losses, agc, 0 if ranks is None else ranks.rank)
+        self._loggers: tuple[ScalarLogger, ...] = ()
+        self._builder = SampleBuilder(dropped, agc, 0 if ranks is None else ranks.rank)
         self._ranks = ranks
-        self._drafts: deque[tuple[Draft, Patience]] = deque()
-        """Samples that the other ranks' parts are still missing from."""
+        self._drafts: deque[tuple[Draft, PartsDeadline]] = deque()
+        """On rank 0: samples that wait for the parts of the other ranks."""
         self._batch = _Batch()
         self._names: set[str] = set()
-        """What was logged so far."""
-        self._refused_name = False
+        """Names that were logged so far."""
+        self._warned_of_name = False
         self.seconds = 0.0
-        """Processor time that this thread has taken."""
+        """Processor time that the thread has taken."""
         self._thread = threading.Thread(target=self._work, name="gradwatch-collector", daemon=True)
 
     def start(self) -> None:
@@ -101,23 +127,23 @@ class Collector:
         self._thread.start()
 
     def put(self, message: Message) -> None:
-        """Take a message from the training thread; never waits."""
-        if len(self._messages) >= LONGEST_QUEUE and isinstance(message, Round):
-            self._losses.samples += message.sampled
-            self._losses.values += len(message.logged) + bool(message.losses) + bool(message.clips)
-            if message.slot is not None:
-                self._slots.give_back(message.slot)
+        """Queue a message from the training thread, without waiting; a step is dropped if too many wait."""
+        if len(self._messages) >= LONGEST_QUEUE and isinstance(message, StepRecord):
+            self._dropped.samples += message.sampled
+            self._dropped.values += len(message.logged) + bool(message.losses) + bool(message.clips)
+            if message.buffers is not None:
+                self._pool.release(message.buffers)
             return
         self._messages.append(message)
-        if self._slots.scarce:
+        if isinstance(message, StepRecord) and message.buffers is not None and self._pool.is_scarce:
             self._wake.set()
 
-    def add_mirror(self, mirror: Mirror) -> None:
-        """Write the numbers of the whole run there, too."""
-        self._mirrors = (*self._mirrors, mirror)
+    def add_logger(self, logger: ScalarLogger) -> None:
+        """Write the run-level scalars to this logger, too."""
+        self._loggers = (*self._loggers, logger)
 
     def finish(self, end: wire.End | None, timeout_seconds: float) -> None:
-        """Write what is there, with ``end``, and stop the thread."""
+        """Write everything that waits, and ``end``, to the spool; stop the thread and wait for it."""
         self._messages.append(Ended(end))
         self._stop = True
         self._wake.set()
@@ -127,80 +153,88 @@ class Collector:
         while True:
             stopping = self._stop
             try:
-                self._drain(wait=stopping)
-                self._join(wait=stopping)
-                self._flush(force=stopping)
+                self._process_messages(wait=stopping)
+                self._join_ranks(wait=stopping)
+                self._write_batch(force=stopping)
             except Exception as error:
                 self._failed(error)
             self.seconds = time.thread_time()
             if stopping:
-                for mirror in self._mirrors:
+                for logger in self._loggers:
                     with contextlib.suppress(Exception):
-                        mirror.close()
+                        logger.close()
                 return
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
 
-    def _drain(self, *, wait: bool) -> None:
+    def _process_messages(self, *, wait: bool) -> None:
+        """Process the queue up to the first step whose numbers have not arrived from the device."""
         while self._messages:
             message = self._messages[0]
-            if isinstance(message, Round) and message.slot is not None and not _arrived(message, wait=wait):
+            if isinstance(message, StepRecord) and message.buffers is not None and not _arrived(message, wait=wait):
                 return
             self._messages.popleft()
-            self._take(message)
-            if self._batch.full:
-                self._flush(force=True)
+            self._process(message)
+            if self._batch.is_full:
+                self._write_batch(force=True)
 
-    def _take(self, message: Message) -> None:
-        if isinstance(message, Registered):
-            self._flush(force=True)
-            self._composer.registered(message.watched, message.depths)
-            if self._spool is None:
-                return
-            described = [watched.described(message.depths[place]) for place, watched in enumerate(message.watched)]
-            registration = msgspec.structs.replace(self._template, parameters=described)
-            self._spool.append("registration", wire.encode(registration))
-            self._written()
+    def _process(self, message: Message) -> None:
+        if isinstance(message, RegisteredParameters):
+            self._write_batch(force=True)
+            self._register(message)
         elif isinstance(message, wire.Event):
             self._batch.events.append(message)
         elif isinstance(message, Ended):
             self._batch.end = message.end
         else:
-            self._take_round(message)
+            self._process_step(message)
 
-    def _take_round(self, message: Round) -> None:
+    def _register(self, parameters: RegisteredParameters) -> None:
+        self._builder.register(parameters.watched, parameters.depths)
+        if self._spool is None:
+            return
+        described = [info.to_wire(parameters.depths[place]) for place, info in enumerate(parameters.watched)]
+        registration = msgspec.structs.replace(self._template, parameters=described)
+        self._spool.append("registration", wire.encode(registration))
+        self._written()
+
+    def _process_step(self, record: StepRecord) -> None:
+        # 1. Read the numbers, and give the buffers back.
         try:
-            draft, trail, events = self._composer.compose(message)
+            draft, trail, events = self._builder.draft(record)
         finally:
-            if message.slot is not None:
-                self._slots.give_back(message.slot)
+            if record.buffers is not None:
+                self._pool.release(record.buffers)
+        # 2. The numbers and events of every step go into the batch.
         if self._spool is not None:
             for name, value in trail.items():
-                if self._allows(name):
-                    self._batch_for(name).put(message.step, name, value)
+                if self._accepts(name):
+                    self._batch_for(name).add_value(record.step, name, value)
             self._batch.events.extend(events)
-            self._reflect(message.step, trail)
-        if self._composer.trouble(trail, events, draft):
-            self._trouble(self._composer.unclear)
+            self._log(record.step, trail)
+        # 3. Trouble makes the agent sample more often.
+        if self._builder.shows_trouble(trail, events, draft):
+            self._trouble(self._builder.all_nonfinite)
+        # 4. A sampled step becomes a sample, on rank 0 once the other ranks have published their parts.
         if draft is None:
             return
         if self._ranks is None:
-            self._finish(draft, [])
+            self._finish_sample(draft, [])
         elif self._ranks.rank:
-            self._ranks.offer(message.step, self._composer.part(draft))
+            self._ranks.publish(record.step, self._builder.part(draft))
         else:
-            self._drafts.append((draft, Patience()))
+            self._drafts.append((draft, PartsDeadline()))
 
-    def _allows(self, name: str) -> bool:
-        """Return whether the server will take a number of this name; else count it and say so once."""
+    def _accepts(self, name: str) -> bool:
+        """Return whether the server takes a scalar of this name; count it as dropped, and warn once, if not."""
         if name in self._names or name in _OWN_NAMES:
             return True
         if len(self._names) < MOST_NAMES and len(name) <= LONGEST_NAME and can_be_stored(name):
             self._names.add(name)
             return True
-        self._losses.values += 1
-        if not self._refused_name:
-            self._refused_name = True
+        self._dropped.values += 1
+        if not self._warned_of_name:
+            self._warned_of_name = True
             self._warn(
                 f"log({name[:40]}=...) is dropped, as all is that has a name of more than {LONGEST_NAME} characters "
                 f"or with NUL, or a new one beyond {MOST_NAMES:,}"
@@ -208,116 +242,129 @@ class Collector:
         return False
 
     def _batch_for(self, name: str) -> "_Batch":
-        """Return the batch that takes a number of this name: another one where this holds too many names."""
+        """Return the batch that takes a scalar of this name: a new one if the current one has too many names."""
         if name not in self._batch.trail and len(self._batch.trail) >= LARGEST_BATCH_NAMES:
-            self._flush(force=True)
+            self._write_batch(force=True)
         return self._batch
 
-    def _join(self, *, wait: bool) -> None:
-        """Finish the samples that the other ranks have added to."""
+    def _join_ranks(self, *, wait: bool) -> None:
+        """On rank 0, finish the samples whose parts are complete; drop those whose parts will not come."""
         if self._ranks is None or self._ranks.rank:
             return
-        deadline = time.monotonic() + _LAST_PARTS_SECONDS
+        latest = time.monotonic() + _LAST_PARTS_SECONDS
         while self._drafts:
-            draft, patience = self._drafts[0]
-            # Asked first: what is missing although a later step is complete was not measured by another rank.
-            passed = len(self._drafts) > 1 and self._ranks.is_passed(self._drafts[1][0].round.step)
-            others = self._ranks.collect(draft.round.step)
+            draft, deadline = self._drafts[0]
+            # Asked before the parts are collected: if a later step is complete and this one is not, it never will be.
+            passed = len(self._drafts) > 1 and self._ranks.all_published(self._drafts[1][0].record.step)
+            others = self._ranks.collect(draft.record.step)
             if others is not None:
                 self._drafts.popleft()
-                self._finish(draft, others)
-            elif passed or patience.over or (wait and time.monotonic() > deadline):
+                self._finish_sample(draft, others)
+            elif passed or deadline.has_passed or (wait and time.monotonic() > latest):
                 self._drafts.popleft()
             elif wait:
                 time.sleep(0.01)
             else:
                 return
 
-    def _finish(self, draft: Draft, others: Sequence[Part]) -> None:
-        sample = self._composer.finish(draft, others)
-        self._batch.samples.append(sample)
-        self._batch.bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
-        self._batch.bytes += 32 * len(sample.scalars) + 9 * sum(map(len, sample.histograms.values()))
-        if self._batch.full:
-            self._flush(force=True)
-        self._reflect(sample.step, {name: wire.number(value) for name, value in sample.scalars.items()})
+    def _finish_sample(self, draft: Draft, others: Sequence[RankPart]) -> None:
+        sample = self._builder.finish(draft, others)
+        self._batch.add_sample(sample)
+        if self._batch.is_full:
+            self._write_batch(force=True)
+        self._log(sample.step, {name: wire.number(value) for name, value in sample.scalars.items()})
 
-    def _reflect(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write numbers to the user's loggers; one that fails is left alone from then on."""
-        for mirror in self._mirrors if scalars else ():
+    def _log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write scalars to the user's loggers; a logger that raises an error is not used any more."""
+        for logger in self._loggers if scalars else ():
             try:
-                mirror.write(step, scalars)
-            except Exception as error:  # a logger that was closed, a disk that is full: not the agent's fault
-                self._mirrors = tuple(other for other in self._mirrors if other is not mirror)
-                self._warn(f"nothing more is mirrored to {type(mirror).__name__}: {type(error).__name__}: {error}")
+                logger.write(step, scalars)
+            except Exception as error:  # a closed logger or a full disk is not the agent's fault
+                self._loggers = tuple(other for other in self._loggers if other is not logger)
+                self._warn(f"nothing more is mirrored to {type(logger).__name__}: {type(error).__name__}: {error}")
 
-    def _flush(self, *, force: bool) -> None:
+    def _write_batch(self, *, force: bool) -> None:
+        """Write the batch to the spool; while the server is slow let it grow for a while, unless forced."""
         batch = self._batch
-        if batch.empty or self._spool is None:
+        if batch.is_empty or self._spool is None:
             return
-        behind = self._spool.pending > _BACKLOG
-        if not force and behind and time.monotonic() - batch.opened_at < _GROWN_BATCH_SECONDS:
+        is_behind = self._spool.pending > _BACKLOG
+        if not force and is_behind and time.monotonic() - batch.opened_at < _GROWN_BATCH_SECONDS:
             return
         self._batch = _Batch()
-        document = wire.Batch(
-            id=secrets.token_hex(8),
-            attempt=self._template.attempt,
-            samples=batch.samples,
-            trail={
-                name: wire.Trail(steps=[step for step, _ in pairs], values=[wire.spell(value) for _, value in pairs])
-                for name, pairs in batch.trail.items()
-            },
-            events=[
-                event
-                if event.parameter is None
-                else msgspec.structs.replace(event, parameter=shortened(event.parameter))
-                for event in batch.events
-            ],
-            dropped=self._losses.counted(),
-            end=batch.end,
-        )
+        dropped = msgspec.convert(self._dropped, wire.Dropped, from_attributes=True)
+        document = batch.to_wire(self._template.attempt, dropped)
         self._spool.append("batch", wire.encode(document), len(batch.samples))
         self._written()
 
 
 class _Batch:
-    """A batch that is being filled."""
+    """A batch while it is filled."""
 
     def __init__(self) -> None:
         self.samples: list[wire.Sample] = []
         self.trail: dict[str, list[tuple[int, float]]] = {}
+        """Name -> (step, value), by step."""
         self.events: list[wire.Event] = []
         self.end: wire.End | None = None
-        self.bytes = 0
-        self.values = 0
         self.opened_at = time.monotonic()
+        self._bytes = 0
+        """Size of the encoded samples and values, roughly."""
+        self._values = 0
 
-    def put(self, step: int, name: str, value: float) -> None:
-        """Add a number that belongs to no sample; of one that is logged again after the last step the later counts."""
+    def add_sample(self, sample: wire.Sample) -> None:
+        """Add a sample."""
+        self.samples.append(sample)
+        self._bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
+        self._bytes += 32 * len(sample.scalars) + 9 * sum(map(len, sample.histograms.values()))
+
+    def add_value(self, step: int, name: str, value: float) -> None:
+        """Add a number that belongs to no sample; a later one of the same step and name replaces it."""
         pairs = self.trail.setdefault(name, [])
         if pairs and pairs[-1][0] == step:
             pairs.pop()
         pairs.append((step, value))
-        self.values += 1
-        self.bytes += 16
+        self._values += 1
+        self._bytes += 16
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         return (
-            self.bytes >= LARGEST_BATCH_BYTES
+            self._bytes >= LARGEST_BATCH_BYTES
             or len(self.samples) >= LARGEST_BATCH_SAMPLES
-            or self.values >= LARGEST_BATCH_VALUES
+            or self._values >= LARGEST_BATCH_VALUES
             or len(self.events) >= LARGEST_BATCH_EVENTS
         )
 
     @property
-    def empty(self) -> bool:
+    def is_empty(self) -> bool:
         return not (self.samples or self.trail or self.events or self.end is not None)
 
+    def to_wire(self, attempt: int, dropped: wire.Dropped) -> wire.Batch:
+        """Return the document under a new id."""
+        return wire.Batch(
+            id=secrets.token_hex(8),
+            attempt=attempt,
+            samples=self.samples,
+            trail={
+                name: wire.Trail(steps=[step for step, _ in pairs], values=[wire.spell(value) for _, value in pairs])
+                for name, pairs in self.trail.items()
+            },
+            events=[
+                event
+                if event.parameter is None
+                else msgspec.structs.replace(event, parameter=shorten_name(event.parameter))
+                for event in self.events
+            ],
+            dropped=dropped,
+            end=self.end,
+        )
 
-def _arrived(round_: Round, *, wait: bool) -> bool:
-    assert round_.slot is not None
-    deadline = time.monotonic() + 5.0
-    while not (arrived := round_.slot.arrived()) and wait and time.monotonic() < deadline:
+
+def _arrived(record: StepRecord, *, wait: bool) -> bool:
+    """Return whether a step's numbers have arrived from the device; with ``wait``, give the copy some seconds."""
+    assert record.buffers is not None
+    deadline = time.monotonic() + _LAST_COPY_SECONDS
+    while not (arrived := bool(record.buffers.arrived())) and wait and time.monotonic() < deadline:
         time.sleep(0.001)
     return arrived

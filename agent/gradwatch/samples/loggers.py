@@ -1,44 +1,44 @@
-"""Mirrors: the numbers of the whole run in the logger that the user already has."""
+"""Writing run-level scalars to the logger that the user already has: TensorBoard, Weights & Biases or MLflow."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol, get_args
 
-Logger = Literal["tensorboard", "wandb", "mlflow"]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
-class Mirror(Protocol):
-    """Where run-level scalars are written, too."""
+class ScalarLogger(Protocol):
+    """A logger that takes the run-level scalars of one step at a time."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write the numbers of one step."""
+        """Write the scalars of one step, each under the name ``gradwatch/<name>``."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Flush what is buffered; nothing is written afterwards. A run that belongs to the user stays open."""
 
 
-def mirror(logger: Logger, **options: Any) -> Mirror:
-    """Return the mirror to ``logger``.
+def open_logger(name: LoggerName, **options: Any) -> ScalarLogger:
+    """Return a logger of this kind.
 
     Args:
-        logger: ``tensorboard`` (options of ``torch.utils.tensorboard.SummaryWriter``), ``wandb`` (the run that
+        name: ``tensorboard`` (options of ``torch.utils.tensorboard.SummaryWriter``), ``wandb`` (the run that
             ``wandb.init`` opened), ``mlflow`` (the active run).
-        options: passed to the logger.
+        options: passed to the library.
 
     Raises:
-        ValueError: the logger is not known.
-        ModuleNotFoundError: it is not installed.
+        ValueError: the name is not one of these.
+        ModuleNotFoundError: the library is not installed.
     """
-    if logger == "tensorboard":
-        return TensorBoard(**options)
-    if logger == "wandb":
-        return Wandb(**options)
-    if logger == "mlflow":
-        return Mlflow(**options)
-    raise ValueError(f"mirror({logger!r}) is not known: {', '.join(get_args(Logger))}")
+    if name == "tensorboard":
+        return TensorBoardLogger(**options)
+    if name == "wandb":
+        return WandbLogger(**options)
+    if name == "mlflow":
+        return MlflowLogger(**options)
+    raise ValueError(f"mirror({name!r}) is not known: {', '.join(get_args(LoggerName))}")
 
 
-class TensorBoard:
-    """Writes event files."""
+class TensorBoardLogger:
+    """Writes event files of its own."""
 
     def __init__(self, **options: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -46,37 +46,37 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(**options)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write the numbers of one step."""
+        """Add one scalar event for each name."""
         for name, value in scalars.items():
             self._writer.add_scalar(f"gradwatch/{name}", value, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
-class Wandb:
-    """Logs to the user's run."""
+class WandbLogger:
+    """Logs to the user's wandb run; opens one where there is none."""
 
     def __init__(self, **options: Any) -> None:
         import wandb
 
         self._run: Any = wandb.run or wandb.init(**options)
-        # A step of its own: wandb drops what is logged with a lower step than the user's last.
+        # wandb drops a value whose step is lower than the user's last one, so ours have a step metric of their own.
         self._run.define_metric("gradwatch/step", hidden=True)
         self._run.define_metric("gradwatch/*", step_metric="gradwatch/step")
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write the numbers of one step."""
+        """Log the scalars with ``gradwatch/step`` as their x axis."""
         values = {f"gradwatch/{name}": value for name, value in scalars.items()}
         self._run.log({**values, "gradwatch/step": step})
 
     def close(self) -> None:
-        """The run is the user's."""
+        """Leave the run open: the user finishes it."""
 
 
-class Mlflow:
-    """Logs to the user's run, or one of its own."""
+class MlflowLogger:
+    """Logs to the user's active MLflow run; starts one where there is none."""
 
     def __init__(self, **options: Any) -> None:
         import mlflow
@@ -85,9 +85,9 @@ class Mlflow:
         self._run_id = (mlflow.active_run() or mlflow.start_run()).info.run_id
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write the numbers of one step."""
+        """Log one metric for each name."""
         for name, value in scalars.items():
             self._client.log_metric(self._run_id, f"gradwatch/{name}", value, step=step)
 
     def close(self) -> None:
-        """The run is the user's."""
+        """Leave the run open: the user ends it."""

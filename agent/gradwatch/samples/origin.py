@@ -1,141 +1,214 @@
-"""Where the first number that is not finite came from.
+"""Finding the origin of the first non-finite number: the module that first produced a NaN or an infinity.
 
-A loss that is not finite makes every gradient bad at once, and the step that follows every weight: which module it was
-shows only now. On the CPU the graph of the loss still holds what the operators kept of the forward pass, and is read
-from the input on. Elsewhere, and where reading it would run somebody's hooks (activation checkpointing computes anew,
-offloading may hand a tensor out once), hooks watch the next steps, without waiting for the device, and are removed;
-they say something only while the weights are still finite.
+A loss that is not finite makes every gradient non-finite at once, and the next step every weight, so that the origin
+has to be found before that. On the CPU the graph of the loss still holds the tensors that the operators saved in the
+forward pass; they are checked from the input on. On other devices, and where reading the saved tensors would run
+somebody's hooks (activation checkpointing computes them anew, offloading may hand a tensor out only once), forward
+hooks flag the outputs of the next steps without waiting for the device. They help only while the weights are finite.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from gradwatch import wire
+from gradwatch.hooks.autograd_graph import Node, inputs, inputs_first, leaf, roots, walk
+from gradwatch.hooks.module_outputs import FiniteFlags, OutputHooks
+from gradwatch.model.discovery import is_compiled
+from gradwatch.model.registry import ParameterRegistry
+from gradwatch.norms.scalars import is_finite
+from gradwatch.steps.records import StepRecord
 
-Node = Any
-"""A node of autograd's graph."""
-
+_EVERY_STEPS: Final = 100
+"""Steps from one search to the next."""
+_HOOKED_STEPS: Final = 3
+"""Steps for which the forward hooks stay."""
 _ELEMENTWISE: Final = ("MulBackward", "AddBackward", "SubBackward", "DivBackward", "AddcmulBackward", "PowBackward")
-_TURNING: Final = ("TBackward", "TransposeBackward", "PermuteBackward", "ViewBackward", "ToCopyBackward")
-_MOST_SEEN: Final = 100_000
-_MOST_NODES: Final = 20_000
-"""That are read of a graph; more could overflow the stack, see ``classifier``."""
+_LAYOUT_ONLY: Final = ("TBackward", "TransposeBackward", "PermuteBackward", "ViewBackward", "ToCopyBackward")
+"""Operators that a parameter may pass on its way to the operator that uses it."""
+
+ModuleOf = Callable[[Tensor], str | None]
+"""Returns the name of the module that owns a parameter; None for any other tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The module out of which the first number came that was not finite."""
+    """The module that the first non-finite number came from."""
 
     module: str
     """Its qualified name; empty: the loss itself."""
     message: str
 
     def event(self, step: int, at: float) -> wire.Event:
-        """Return what is told of it."""
+        """Return the event that reports it; ``at`` is in Unix seconds."""
         return wire.Event(step=step, at=at, kind="nonfinite_module", message=self.message, parameter=self.module)
 
 
-def in_graph(losses: Sequence[Tensor], module_of: Callable[[Tensor], str | None]) -> Origin | None:
-    """Return where the first bad number was born, from what the graphs of some losses hold.
+class OriginFinder:
+    """Looks for the origin of a non-finite loss, in its graph or with forward hooks over the next steps.
+
+    Args:
+        parameters: the parameters that are watched.
+    """
+
+    def __init__(self, parameters: ParameterRegistry) -> None:
+        self._parameters = parameters
+        self._next_search = 0
+        """The first step at which the next search may start."""
+        self._hooks: OutputHooks | None = None
+        self._hooked_steps_left = 0
+        self._hooks_wanted = False
+        self.is_active = False
+        """Whether ``finish_step`` has something to do."""
+
+    def search_graph(self, losses: Sequence[Tensor], originals: Sequence[Tensor], step: int) -> wire.Event | None:
+        """Search the graph of losses of which at least one is not finite; where it does not tell, ask for hooks.
+
+        Args:
+            losses: tensors of one element on the CPU, before their backward pass.
+            originals: the losses before a loss scaler multiplied them, as far as it did.
+            step: number of the last step.
+        """
+        if step < self._next_search:
+            return None
+        if originals and all(map(is_finite, originals)):
+            return None  # the loss scale overflowed, and the scaler will lower it
+        self._next_search = step + _EVERY_STEPS
+        modules: dict[int, str] = {}
+        for watched in self._parameters.watched:
+            parameter = watched.parameter()
+            if parameter is not None:
+                if not bool(torch.isfinite(parameter.detach()).all().numpy().item()):
+                    return None  # the origin lies in an earlier step
+                modules[id(parameter)] = watched.module
+        origin = origin_in_graph(losses, lambda tensor: modules.get(id(tensor)))
+        self._hooks_wanted = origin is None
+        self.is_active |= self._hooks_wanted
+        return None if origin is None else origin.event(step + 1, time.time())
+
+    def request_hooks(self, step: int) -> None:
+        """Hook the next steps: something is not finite at ``step``, and no graph tells where it began."""
+        if step >= self._next_search:
+            self._next_search = step + _EVERY_STEPS
+            self._hooks_wanted = self.is_active = True
+
+    def finish_step(self, record: StepRecord) -> None:
+        """Give a finished step the flags of the hooks; set hooks that were asked for, remove them after some steps."""
+        if self._hooks is not None:
+            record.seen = self._hooks.take()
+            self._hooked_steps_left -= 1
+            if not self._hooked_steps_left:
+                self._hooks.close()
+                self._hooks = None
+        elif self._hooks_wanted:
+            self._hooks_wanted = False
+            models = self._parameters.models
+            if not any(map(is_compiled, models)):
+                self._hooks = OutputHooks(models)
+                self._hooked_steps_left = _HOOKED_STEPS
+        self.is_active = self._hooks is not None or self._hooks_wanted
+
+    def close(self) -> None:
+        """Remove the hooks; idempotent."""
+        if self._hooks is not None:
+            self._hooks.close()
+
+
+def origin_in_graph(losses: Sequence[Tensor], module_of: ModuleOf) -> Origin | None:
+    """Return the origin of the first non-finite number according to the graphs of some losses.
 
     Args:
         losses: on the CPU, before their backward pass; all weights are finite.
-        module_of: gives the name of the module that owns a parameter; None for any other tensor.
+        module_of: names the module of a parameter.
 
     Returns:
         None where the graph does not tell, or must not be read.
     """
     watched = False
-    for node in _from_the_input([loss.grad_fn for loss in losses if loss.grad_fn is not None]):
-        watched |= hasattr(node, "variable") and module_of(node.variable) is not None
-        if _is_hooked(node):
+    for node in inputs_first(roots(losses)):
+        parameter = leaf(node)
+        watched |= parameter is not None and module_of(parameter) is not None
+        if _has_unpack_hook(node):
             return None
-        if not all(map(_all_finite, _kept(node))):
-            return _named(node, module_of)
+        if not all(map(_all_finite, _saved_tensors(node))):
+            return _origin_at(node, module_of)
     return Origin("", "its graph holds no number that is not finite") if watched else None
 
 
-def _named(node: Node, module_of: Callable[[Tensor], str | None]) -> Origin | None:
-    """Name the module around the first operator that got or made something bad."""
-    operator = node.name().removesuffix("0").removesuffix("Backward")
-    own = [name for below in _inputs(node) if (name := _owner(below, module_of)) is not None]
-    above = _nearest([below for below in _inputs(node) if _leaf(below) is None], module_of)
-    if own and node.name().startswith(_ELEMENTWISE):
-        return Origin(own[0], f"{operator} took a number that is not finite")
-    if above is not None:
-        return Origin(above, f"what was made of its result was not finite when it reached {operator}")
-    return Origin(own[0], f"the input of {operator} was not finite already: look at the data") if own else None
-
-
-def _nearest(nodes: Sequence[Node], module_of: Callable[[Tensor], str | None]) -> str | None:
-    """Return the module of the parameter that is the fewest operators away."""
-    known: set[Node] = set()
-    waiting = list(nodes)
-    while waiting and len(known) < _MOST_NODES:
-        later: list[Node] = []
-        for node in waiting:
-            if node in known:
-                continue
-            known.add(node)
-            for below in _inputs(node):
-                owner = _owner(below, module_of)
-                if owner is not None:
-                    return owner
-                later.append(below)
-        waiting = later
+def origin_in_flags(flags: Sequence[FiniteFlags]) -> Origin | None:
+    """Return the first module whose output, or else whose gradient, was not finite; waits for the device."""
+    last_finite = ""
+    for entry in flags:
+        if entry.kind == "gradient":
+            continue
+        if _holds(entry.finite):
+            last_finite = entry.module
+        elif not _holds(entry.weights_finite):
+            return None
+        elif _holds(entry.inputs_finite):
+            return Origin(entry.module, "its output was not finite, its input and its weights were")
+        elif last_finite:
+            return Origin(last_finite, f"what was made of its result was not finite when it reached {entry.module}")
+        else:
+            return Origin(entry.module, "its input was not finite already: look at the data")
+    for entry in flags:
+        if not _holds(entry.finite):
+            return Origin(entry.module, "the gradient that reached its output was not finite, while all outputs were")
     return None
 
 
-def _owner(node: Node, module_of: Callable[[Tensor], str | None]) -> str | None:
-    """Return the module of a parameter that reaches its operator as it is, or turned round."""
-    variable = _leaf(node)
-    return None if variable is None else module_of(variable)
+def _holds(flag: Tensor | None) -> bool:
+    return flag is None or bool(flag.cpu().numpy().item())
 
 
-def _leaf(node: Node) -> Tensor | None:
-    while not hasattr(node, "variable"):
-        below = _inputs(node)
-        if len(below) != 1 or not node.name().startswith(_TURNING):
+def _origin_at(node: Node, module_of: ModuleOf) -> Origin | None:
+    """Return the module around the first operator that was given, or produced, a non-finite number."""
+    operator = node.name().removesuffix("0").removesuffix("Backward")
+    own = [name for below in inputs(node) if (name := _owner(below, module_of)) is not None]
+    before = _nearest_module([below for below in inputs(node) if _parameter_behind(below) is None], module_of)
+    if own and node.name().startswith(_ELEMENTWISE):
+        return Origin(own[0], f"{operator} took a number that is not finite")
+    if before is not None:
+        return Origin(before, f"what was made of its result was not finite when it reached {operator}")
+    return Origin(own[0], f"the input of {operator} was not finite already: look at the data") if own else None
+
+
+def _nearest_module(nodes: Sequence[Node], module_of: ModuleOf) -> str | None:
+    """Return the module of the parameter that is the fewest operators away from ``nodes``."""
+    owners = (_owner(below, module_of) for node in walk(nodes) for below in inputs(node))
+    return next((owner for owner in owners if owner is not None), None)
+
+
+def _owner(node: Node, module_of: ModuleOf) -> str | None:
+    parameter = _parameter_behind(node)
+    return None if parameter is None else module_of(parameter)
+
+
+def _parameter_behind(node: Node) -> Tensor | None:
+    """Return the parameter that reaches an operator through ``node`` unchanged or merely transposed."""
+    while (parameter := leaf(node)) is None:
+        below = inputs(node)
+        if len(below) != 1 or not node.name().startswith(_LAYOUT_ONLY):
             return None
         node = below[0]
-    leaf: Tensor = node.variable
-    return leaf
+    return parameter
 
 
-def _from_the_input(roots: Sequence[Node]) -> Iterator[Node]:
-    """Yield every node after all that it depends on."""
-    done: set[Node] = set()
-    waiting: list[tuple[Node, bool]] = [(root, False) for root in roots]
-    while waiting and len(done) < _MOST_NODES:
-        node, ready = waiting.pop()
-        if ready:
-            yield node
-        elif node not in done:
-            done.add(node)
-            waiting.append((node, True))
-            waiting += [(below, False) for below in _inputs(node)]
+def _has_unpack_hook(node: Node) -> bool:
+    """Return whether reading the saved tensors of a node would run somebody's code.
 
-
-def _inputs(node: Node) -> list[Node]:
-    return [below for below, _ in node.next_functions if below is not None]
-
-
-def _is_hooked(node: Node) -> bool:
-    """Return whether reading what a node keeps would run somebody's code: offloading, or activation checkpointing.
-
-    It may compute anew, or hand each tensor out only once. A version of torch that does not tell counts as hooked.
+    Activation checkpointing would compute them anew, offloading might hand each out only once. On a version of torch
+    that does not tell, every node counts as hooked.
     """
-    return any(getattr(raw, "unpack_hook", raw) is not None for _, several in _raw(node) for raw in several)
+    return any(getattr(raw, "unpack_hook", raw) is not None for _, several in _raw_saved(node) for raw in several)
 
 
-def _raw(node: Node) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Yield what a node of torch's keeps, packed as it is, under the name of what it is."""
+def _raw_saved(node: Node) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield the attribute name and the packed values of everything that a node saved for its backward pass."""
     for name in dir(type(node)):
         if name.startswith("_raw_saved_"):
             try:
@@ -145,15 +218,14 @@ def _raw(node: Node) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield name.removeprefix("_raw"), raw if isinstance(raw, tuple) else (raw,)
 
 
-def _kept(node: Node) -> Iterator[Tensor]:
-    """Yield the tensors that a node of torch's keeps for its backward pass."""
-    for name, _ in _raw(node):
+def _saved_tensors(node: Node) -> Iterator[Tensor]:
+    for name, _ in _raw_saved(node):
         try:
-            kept = getattr(node, name)
+            saved = getattr(node, name)
         except RuntimeError:  # changed in place since
             continue
-        if isinstance(kept, Tensor):
-            yield kept
+        if isinstance(saved, Tensor):
+            yield saved
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -163,132 +235,3 @@ def _all_finite(tensor: Tensor) -> bool:
         return tensor.numel() == 0 or all(
             bool(torch.isfinite(bound).numpy().item()) for bound in torch.aminmax(tensor.detach())
         )
-
-
-class Hooks:
-    """Watches the outputs of all modules, and the gradients that reach them, for some steps.
-
-    Args:
-        models: what is watched; nothing of it is kept.
-    """
-
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        self.seen: list[Seen] = []
-        self._handles: list[RemovableHandle] = []
-        for model in models:
-            for name, module in model.named_modules():
-                self._handles.append(module.register_forward_hook(_Forward(name, self.seen)))
-
-    def take(self) -> "list[Seen]":
-        """Return what was seen since the last time."""
-        seen = list(self.seen)
-        self.seen.clear()
-        return seen
-
-    def close(self) -> None:
-        """Remove the hooks; idempotent."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a hook saw of a module: whether numbers were finite, each a flag on its device."""
-
-    module: str
-    what: str
-    """``output`` or ``gradient``."""
-    finite: Tensor
-    given: Tensor | None = None
-    """The same of its input, for an output."""
-    weights: Tensor | None = None
-    """The same of its own parameters."""
-
-
-class _Forward:
-    """A forward hook, at module level so that a model that carries it can be pickled."""
-
-    def __init__(self, name: str, seen: "list[Seen]") -> None:
-        self._name = name
-        self._seen = seen
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Nothing, ()
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not torch.is_grad_enabled() or len(self._seen) >= _MOST_SEEN:
-            return
-        with suppress(Exception), torch.no_grad():  # a type that cannot be asked, a transformation
-            self._see(module, inputs, output)
-
-    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        given, weights = _flags(_tensors(inputs)), _flags(module.parameters(recurse=False))
-        for tensor in _tensors(output):
-            self._seen.append(Seen(self._name, "output", _flag(tensor), given, weights))
-            if tensor.requires_grad:
-                tensor.register_hook(_Backward(self._name, self._seen))
-
-
-class _Nothing:
-    """What is left of a hook on a copy of the model."""
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """See nothing."""
-
-
-class _Backward:
-    def __init__(self, name: str, seen: "list[Seen]") -> None:
-        self._name = name
-        self._seen = seen
-
-    def __call__(self, gradient: Tensor) -> None:
-        with suppress(Exception), torch.no_grad():
-            self._seen.append(Seen(self._name, "gradient", _flag(gradient)))
-
-
-def _flag(tensor: Tensor) -> Tensor:
-    return torch.isfinite(tensor.detach()).all()
-
-
-def _flags(tensors: Iterable[Tensor]) -> Tensor | None:
-    flags = [_flag(tensor) for tensor in tensors]
-    return torch.stack(flags).all() if flags else None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.layout == torch.strided:
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-def of_seen(seen: Sequence[Seen]) -> Origin | None:
-    """Return the first module whose output, or else gradient, was not finite; waits for the device."""
-    last = ""
-    for entry in seen:
-        if entry.what == "gradient":
-            continue
-        if _holds(entry.finite):
-            last = entry.module
-        elif not _holds(entry.weights):
-            return None
-        elif _holds(entry.given):
-            return Origin(entry.module, "its output was not finite, its input and its weights were")
-        elif last:
-            return Origin(last, f"what was made of its result was not finite when it reached {entry.module}")
-        else:
-            return Origin(entry.module, "its input was not finite already: look at the data")
-    for entry in seen:
-        if not _holds(entry.finite):
-            return Origin(entry.module, "the gradient that reached its output was not finite, while all outputs were")
-    return None
-
-
-def _holds(flag: Tensor | None) -> bool:
-    return flag is None or bool(flag.cpu().numpy().item())

@@ -1,7 +1,7 @@
-"""Put on PYTHONPATH by ``gradwatch run``: watches ``torch.optim`` for its first import, then chains the user's own.
+"""Sets up auto-attach when ``torch.optim`` is first imported, then runs the user's own ``sitecustomize``.
 
-It imports nothing but the standard library until torch is imported by the program itself, and whatever goes wrong in
-it must not be noticed by that program.
+``gradwatch run`` puts this folder on PYTHONPATH. The module imports nothing but the standard library until the program
+imports torch, and an error here must not reach the program.
 """
 
 import os
@@ -11,7 +11,7 @@ from importlib.util import module_from_spec
 
 
 def _chain() -> None:
-    """Run the ``sitecustomize`` that this one hides."""
+    """Run the ``sitecustomize`` that this module hides."""
     here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 -- pathlib costs each process 5 ms
     elsewhere = [path for path in sys.path if os.path.abspath(path or ".") != here]  # noqa: PTH100
     spec = PathFinder.find_spec("sitecustomize", elsewhere)
@@ -23,7 +23,7 @@ def _chain() -> None:
 
 
 class _Finder:
-    """Lets ``torch.optim`` be imported as ever, and then starts the agent's automatic form."""
+    """An import hook that sets up auto-attach after ``torch.optim`` was imported in the usual way."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
         if name != "torch.optim":
@@ -37,9 +37,9 @@ class _Finder:
         def exec_module(module: object) -> None:
             run(module)  # type: ignore[arg-type]
             try:
-                from gradwatch.launch.command import watch_automatically
+                from gradwatch.launch.auto_attach import AutoAttach
 
-                watch_automatically()
+                AutoAttach()
             except Exception as error:  # the program must not notice
                 sys.stderr.write(f"gradwatch: cannot watch this process: {type(error).__name__}: {error}\n")
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.hooks.weak_tensors import era, held
-from gradwatch.recording.optimizer_parameters import Binding
+from gradwatch.hooks.weak_tensors import deaths, weak
+from gradwatch.recording.optimizer_parameters import OptimizerParameters
 
 from .conftest import Server
 from .test_wrappers import Around
@@ -76,10 +76,11 @@ def test_a_model_that_was_clipped_is_converted_by_swapping() -> None:
     assert float(weight.grad.norm()) == pytest.approx(0.01 * float(weight.detach().norm()), rel=0.5)
 
 
-def test_others_may_not_swap_what_they_hold_themselves() -> None:
+def test_others_may_not_swap_what_they_hold_themselves(server: Server) -> None:
     """Torch's own check stands."""
+    gradwatch.attach(nn.Linear(3, 2), url=server.url)  # torch is patched while an agent is attached
     one, other = torch.ones(2), torch.zeros(2)
-    mine, theirs = held(one), weakref.ref(one)
+    mine, theirs = weak(one), weakref.ref(one)
     with pytest.raises(RuntimeError, match="weakref"):
         torch.utils.swap_tensors(one, other)
     assert mine() is one is theirs()
@@ -90,24 +91,34 @@ def test_others_may_not_swap_what_they_hold_themselves() -> None:
 
 def test_a_tensor_is_held_by_one_and_dies_as_ever() -> None:
     tensor = torch.ones(2)
-    holder, before = held(tensor), era()
-    assert held(tensor) is holder
-    assert era() is before
+    holder, before = weak(tensor), deaths.count
+    assert weak(tensor) is holder
+    assert deaths.count == before
     del tensor
     gc.collect()
     assert holder() is None
-    assert era() is not before
+    assert deaths.count != before
 
 
 def test_a_list_is_whole_until_one_of_it_is_gone() -> None:
     """Its id may be another's by then, and the list would be taken for one that it is not."""
     kept, parameter = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    binding = Binding([[kept, parameter]], lambda tensor: 0 if tensor is kept else None)
+    binding = OptimizerParameters([[kept, parameter]], lambda tensor: 0 if tensor is kept else None)
     assert binding.whole
-    other = held(torch.ones(1))
+    other = weak(torch.ones(1))
     gc.collect()
     assert other() is None
     assert binding.whole  # somebody else died
     del parameter
     gc.collect()
     assert not binding.whole
+
+
+def test_nothing_is_patched_and_nothing_is_referred_to_once_the_last_agent_has_left(server: Server) -> None:
+    original = torch.utils.swap_tensors
+    model = nn.Linear(3, 2)
+    agent = watch(model, server)
+    assert torch.utils.swap_tensors is not original
+    agent.close()
+    assert torch.utils.swap_tensors is original
+    assert not weakref.getweakrefs(model.weight)

@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from gradwatch import wire
-from gradwatch.samples.origin import Hooks
+from gradwatch.hooks.module_outputs import OutputHooks
 
 from .conftest import Server
+from .watching import monitor_of
 
 
 class Normalise(nn.Module):
@@ -148,7 +149,7 @@ def test_where_the_graph_cannot_be_read_hooks_watch_the_next_steps_and_go(server
             if step > 3 and hooked[-2:] == [True, False]:
                 break
             server.wait(partial(reached, server, step))
-        assert agent.watching
+        assert monitor_of(agent).guard.watching
     assert sum(hooked) == 3
     assert not hooked[-1]
     assert {event.parameter for event in named(server)} == {"3"}
@@ -198,7 +199,7 @@ def test_tensors_that_hooks_hand_out_once_are_left_to_the_backward_pass(server: 
 
 def test_hooks_do_not_raise_into_the_training() -> None:
     model = network(Touching())
-    hooks = Hooks([model])
+    hooks = OutputHooks([model])
     out = model(torch.randn(8, 4))
     (out * torch.ones(8, 3).as_subclass(Touchy)).sum().backward()
     assert [seen.module for seen in hooks.take()][:1] == ["0"]
@@ -207,7 +208,7 @@ def test_hooks_do_not_raise_into_the_training() -> None:
 
 def test_hooks_see_nothing_of_a_copy() -> None:
     model = network()
-    hooks = Hooks([model])
+    hooks = OutputHooks([model])
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for twin in twins:
         size = len(pickle.dumps(twin))
@@ -216,6 +217,6 @@ def test_hooks_see_nothing_of_a_copy() -> None:
         assert len(pickle.dumps(twin)) == size  # nothing was kept in it
     assert hooks.take() == []
     model(torch.randn(8, 4)).sum().backward()
-    assert {seen.what for seen in hooks.take()} == {"output", "gradient"}
+    assert {seen.kind for seen in hooks.take()} == {"output", "gradient"}
     hooks.close()
     assert not any(module._forward_hooks for module in model.modules())

@@ -10,6 +10,7 @@ from torch import nn
 import gradwatch
 
 from .conftest import OwnErrors, Server
+from .watching import monitor_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -73,7 +74,7 @@ def test_a_logger_that_fails_is_left_alone(server: Server, own_errors: OwnErrors
             optimizer.zero_grad()
             model(torch.randn(4, 3)).square().sum().backward()
             optimizer.step()
-        assert agent.watching
+        assert monitor_of(agent).guard.watching
     assert len(server.samples) == 6
     assert own_errors.warnings == 1
 

@@ -1,0 +1,120 @@
+"""Forward hooks on every module that flag which outputs and gradients are finite.
+
+The hooks never wait for a device: a flag is a tensor of one element, which the collector's thread reads later.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_MOST_FLAGS: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class FiniteFlags:
+    """Whether an output of a module, or the gradient that reached it, was finite; each flag lies on its device."""
+
+    module: str
+    """Qualified name of the module."""
+    kind: Literal["output", "gradient"]
+    finite: Tensor
+    inputs_finite: Tensor | None = None
+    """Of an output: whether the module's inputs were finite; None: it has no floating-point input."""
+    weights_finite: Tensor | None = None
+    """Of an output: whether the module's own parameters were finite; None: it has none."""
+
+
+class OutputHooks:
+    """Hooks the forward pass of all modules of some models until it is closed.
+
+    Args:
+        models: the models; they are not kept alive.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self._flags: list[FiniteFlags] = []
+        self._handles: list[RemovableHandle] = []
+        for model in models:
+            for name, module in model.named_modules():
+                self._handles.append(module.register_forward_hook(_ForwardHook(name, self._flags)))
+
+    def take(self) -> list[FiniteFlags]:
+        """Return the flags since the last call, in the order of the forward and backward passes."""
+        flags = list(self._flags)
+        self._flags.clear()
+        return flags
+
+    def close(self) -> None:
+        """Remove the hooks; idempotent."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class _ForwardHook:
+    """A forward hook; a class of the module, so that a model that carries it can be pickled."""
+
+    def __init__(self, name: str, flags: list[FiniteFlags]) -> None:
+        self._name = name
+        self._flags = flags
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NoHook, ()
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled() or len(self._flags) >= _MOST_FLAGS:
+            return
+        with suppress(Exception), torch.no_grad():  # a tensor subclass without isfinite, a function transform
+            self._flag(module, inputs, output)
+
+    def _flag(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        inputs_finite = _all_finite(_tensors(inputs))
+        weights_finite = _all_finite(module.parameters(recurse=False))
+        for tensor in _tensors(output):
+            self._flags.append(FiniteFlags(self._name, "output", _is_finite(tensor), inputs_finite, weights_finite))
+            if tensor.requires_grad:
+                tensor.register_hook(_GradientHook(self._name, self._flags))
+
+
+class _NoHook:
+    """Takes the hook's place in a copy of the model."""
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Do nothing."""
+
+
+class _GradientHook:
+    def __init__(self, name: str, flags: list[FiniteFlags]) -> None:
+        self._name = name
+        self._flags = flags
+
+    def __call__(self, gradient: Tensor) -> None:
+        with suppress(Exception), torch.no_grad():
+            self._flags.append(FiniteFlags(self._name, "gradient", _is_finite(gradient)))
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    return torch.isfinite(tensor.detach()).all()
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> Tensor | None:
+    flags = [_is_finite(tensor) for tensor in tensors]
+    return torch.stack(flags).all() if flags else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the dense floating-point tensors in an argument or a result of a module."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.layout == torch.strided:
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

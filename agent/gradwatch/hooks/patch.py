@@ -1,0 +1,109 @@
+"""Patching functions: every function that the agent replaces is one ``Patch``, which can be undone.
+
+A patch is applied when the first agent attaches and undone when the last one leaves. If somebody has wrapped the
+patched function meanwhile, it stays inside and only calls through.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+compiler: Callable[[], object] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)  # noqa: SLF001
+"""Returns None where no compiler looks at the frames that are run; torch before 2.6 does not tell."""
+
+Function = Callable[..., Any]
+Make = Callable[[Function, list[bool], Function], Function]
+"""Makes the function that takes the place of an original: ``make(original, active, aside)``.
+
+The function begins by calling ``aside`` with its arguments where ``active`` is empty or a compiler is at work.
+"""
+
+
+def _is_one_graph() -> bool:
+    """Return whether the compiler, which calls this while it traces, was asked for ``fullgraph=True``."""
+    try:
+        return bool(sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator.current_tx().one_graph)
+    except (AttributeError, KeyError):
+        return False
+
+
+# What ``torch.compiler.assume_constant_result`` does, without an import of the compiler.
+_is_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+class Patch:
+    """A function that is replaced while agents are attached.
+
+    A compiled step is not traced into the replacement: the graph breaks there, or, under ``fullgraph=True``, the
+    original runs alone.
+
+    Args:
+        owner: what has the function as an attribute: a module, a class, or the closure cell that holds it.
+        name: of the attribute.
+        make: makes the replacement.
+        beside_compiler: whether ``aside`` keeps the compiler out; False while torch is still being imported, where
+            ``aside`` is the original.
+    """
+
+    def __init__(self, owner: Any, name: str, make: Make, *, beside_compiler: bool = True) -> None:
+        self.owner = owner
+        self.name = name
+        self._make = make
+        self._beside_compiler = beside_compiler
+        self._original: Any = None
+        self._patched: Any = None
+        self._active: list[bool] = []
+        """Not empty while this application of the patch is in force."""
+
+    def apply(self) -> None:
+        """Put the patch in place."""
+        original = self._original = getattr(self.owner, self.name)
+        self._active = active = [True]
+
+        def aside(*args: Any, **kwargs: Any) -> Any:
+            if not active or (torch.compiler.is_compiling() and _is_one_graph()):
+                return original(*args, **kwargs)
+            return disabled(*args, **kwargs)
+
+        made = self._make(original, active, aside if self._beside_compiler else original)
+        self._patched = functools.wraps(original)(made)
+        disabled = torch.compiler.disable(self._patched) if self._beside_compiler else original
+        setattr(self.owner, self.name, self._patched)
+
+    def undo(self) -> None:
+        """Put the original back, unless somebody has wrapped the patch: then it only calls through from now on."""
+        self._active.clear()
+        if getattr(self.owner, self.name) is self._patched:
+            setattr(self.owner, self.name, self._original)
+
+
+def around(call: Function) -> Make:
+    """Return what makes a replacement that calls ``call(original, *args, **kwargs)``."""
+
+    def make(original: Function, active: list[bool], aside: Function) -> Function:
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            if not active or torch.compiler.is_compiling() or compiler() is not None:
+                return aside(*args, **kwargs)
+            return call(original, *args, **kwargs)
+
+        return patched
+
+    return make
+
+
+def inside_no_grad(function: Any, make: Make) -> Patch:
+    """Return a patch of the function that torch's ``_no_grad`` decorator holds in its closure.
+
+    The clipping functions are imported by name all over (``from torch.nn.utils import clip_grad_norm_``): a name
+    replaced in torch's modules would not reach those who imported it before. The decorator's cell reaches all.
+
+    Raises:
+        LookupError: the function holds no other one.
+    """
+    for cell in function.__closure__ or ():
+        if callable(cell.cell_contents):
+            return Patch(cell, "cell_contents", make)
+    raise LookupError(f"{function.__qualname__} holds no function in its closure: this torch is not known")

@@ -1,0 +1,355 @@
+"""Listening to torch: optimizer steps, backward passes, clipping, loss scaling and ``zero_grad``.
+
+The hooks and patches are in place from the first agent that attaches to the last one that leaves. All are global to the
+process and none touches a model: a watched model can be copied, pickled, compiled and sharded as if it were not.
+"""
+
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from operator import itemgetter
+from types import FrameType
+from typing import Any, Final, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from gradwatch.hooks import weak_tensors
+from gradwatch.hooks.patch import Function, Patch, around, compiler, inside_no_grad
+
+_STEP_WRAPPER: Final = next(
+    code for code in Optimizer.profile_hook_step.__code__.co_consts if getattr(code, "co_name", "") == "wrapper"
+)
+"""Code of the function that torch puts around each ``step``."""
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Listener(Protocol):
+    """Hears what a training does. Only ``before_step`` may raise, where it clips."""
+
+    def before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Optimizer | None
+    ) -> Arguments | None:
+        """An optimizer is about to step, within the step of ``outer``; returned arguments replace its own."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped."""
+
+    def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
+        """Tensors, the losses among them, are about to be differentiated; ``after_backward`` gets what this returns."""
+
+    def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
+        """A backward pass is over; where it failed, ``before`` is None."""
+
+    def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
+        """A loss scaler has multiplied ``original``."""
+
+    def after_scaler_step(self, scaler: object, optimizer: Optimizer) -> None:
+        """A loss scaler has stepped an optimizer, or skipped its step."""
+
+    def before_norm_clip(
+        self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float | Tensor, norm_type: float
+    ) -> None:
+        """Gradients are about to be clipped by their total norm."""
+
+    def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients are about to be clipped by value."""
+
+    def after_zero_grad(self, owner: Optimizer | nn.Module) -> None:
+        """An optimizer or a module has cleared its gradients."""
+
+    def exiting(self, status: object) -> None:
+        """``sys.exit`` was called, by any thread; it may be caught."""
+
+    def after_fork(self) -> bool:
+        """This is a forked child; return whether to listen on in it."""
+
+
+_listeners: tuple[Listener, ...] = ()
+_patches: list[Patch] = []
+"""Those that are applied."""
+_undo: list[Callable[[], None]] = []
+"""Take away the hooks that torch itself offers."""
+_stepping: dict[int, tuple[int, weakref.ref[Optimizer]]] = {}
+"""The optimizers in the middle of a step, by their ids, each with the id of the frame of torch's outermost wrapper."""
+_norm_type: ContextVar[float] = ContextVar("_norm_type", default=2.0)
+"""Which norm ``clip_grad_norm_`` takes; whoever clips by a norm of his own is believed to take torch's usual one."""
+_follows_forks = False
+
+
+def listen(listener: Listener) -> None:
+    """Add a listener; the first one sets the hooks."""
+    global _listeners
+    if not _listeners:
+        _set_hooks()
+    _listeners = (*_listeners, listener)
+
+
+def leave(listener: Listener) -> None:
+    """Remove a listener; the last one takes the hooks away. Idempotent."""
+    global _listeners
+    had = bool(_listeners)
+    _listeners = tuple(other for other in _listeners if other is not listener)
+    if had and not _listeners:
+        _take_hooks_away()
+
+
+def listeners() -> tuple[Listener, ...]:
+    """Return those who listen now."""
+    return _listeners
+
+
+def _after_fork() -> None:
+    """A forked child (a DataLoader worker) does not measure: it attaches for itself if it trains."""
+    global _listeners
+    had = bool(_listeners)
+    _listeners = tuple(listener for listener in _listeners if listener.after_fork())
+    if had and not _listeners:
+        _take_hooks_away()
+
+
+def _set_hooks() -> None:
+    global _follows_forks
+    if not _follows_forks:
+        _follows_forks = True
+        os.register_at_fork(after_in_child=_after_fork)  # nothing takes it away; without listeners it does nothing
+    _undo.append(register_optimizer_step_pre_hook(_before_step).remove)
+    _undo.append(register_optimizer_step_post_hook(_after_step).remove)
+    _apply(weak_tensors.swap_patch)
+    _apply(Patch(torch.autograd, "backward", _backward))
+    _apply(Patch(sys, "exit", around(_exit)))
+    _apply(Patch(torch.amp.GradScaler, "__init__", around(_make_scaler)))
+    _apply(Patch(torch.amp.GradScaler, "scale", around(_scale)))
+    _find_scalers(torch.amp.GradScaler)
+    _apply(Patch(torch.amp.GradScaler, "step", around(_scaler_step)))
+    _apply(Patch(Optimizer, "zero_grad", _zero_grad))
+    _apply(Patch(nn.Module, "zero_grad", _zero_grad))
+    _apply(inside_no_grad(clip_grad.clip_grad_value_, around(_clip_by_value)))
+    if hasattr(clip_grad, "_clip_grads_with_norm_"):
+        _apply(inside_no_grad(clip_grad.clip_grad_norm_, _note_norm_type))
+        _apply(inside_no_grad(clip_grad._clip_grads_with_norm_, _clip_by_norm))
+    else:
+        _apply(inside_no_grad(clip_grad.clip_grad_norm_, around(_measure_and_clip_by_norm)))
+
+
+def _apply(patch: Patch) -> None:
+    patch.apply()
+    _patches.append(patch)
+
+
+def _take_hooks_away() -> None:
+    while _undo:
+        _undo.pop()()
+    while _patches:
+        _patches.pop().undo()
+    _stepping.clear()
+    weak_tensors.drop_all()
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    # A compiled step must not be traced into the agent: it breaks the graph around the hooks instead.
+    if torch.compiler.is_compiling() or compiler() is not None:
+        return cast("Arguments | None", _before_step_untraced(optimizer, args, kwargs))
+    caller: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    if caller is not None and caller.f_code is not _STEP_WRAPPER:
+        caller = _step_wrapper(caller)
+    outer = None
+    if _stepping and caller is not None:
+        above = _wrappers_above(caller)
+        if _stepping.get(id(optimizer), (0, None))[0] in above:
+            return None  # a subclass called ``super().step()``: the outer step was announced
+        # A step that raised never announced its end: where its frame was another one may be now.
+        for known in [known for known, (frame, _) in _stepping.items() if frame == id(caller)]:
+            del _stepping[known]
+        around = [(above.index(frame), other()) for frame, other in _stepping.values() if frame in above]
+        outer = min(around, key=itemgetter(0))[1] if around else None
+    _stepping[id(optimizer)] = id(caller), weakref.ref(optimizer)
+    changed = None
+    for listener in _listeners:
+        answer = listener.before_step(optimizer, args, kwargs, outer)
+        if answer is not None:
+            changed = args, kwargs = answer
+    return changed
+
+
+def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling() or compiler() is not None:
+        _after_step_untraced(optimizer, _args, _kwargs)
+        return
+    caller: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    if caller is not None and caller.f_code is not _STEP_WRAPPER:
+        caller = _step_wrapper(caller)
+    if _stepping.get(id(optimizer), (0, None))[0] != id(caller):
+        return
+    del _stepping[id(optimizer)]
+    for listener in _listeners:
+        listener.after_step(optimizer)
+
+
+_before_step_untraced: Final = torch.compiler.disable(_before_step)
+_after_step_untraced: Final = torch.compiler.disable(_after_step)
+
+
+def _step_wrapper(frame: FrameType | None) -> FrameType | None:
+    """Return the frame of torch's wrapper of one ``step``, at or above ``frame``; None where the step is compiled."""
+    for _ in range(8):
+        if frame is None or frame.f_code is _STEP_WRAPPER:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _wrappers_above(frame: FrameType) -> list[int]:
+    """Return the ids of the frames of steps within which a step was called, the innermost first."""
+    code, above = frame.f_code, frame.f_back
+    found = []
+    while above is not None:
+        if above.f_code is code:
+            found.append(id(above))
+        above = above.f_back
+    return found
+
+
+def _backward(original: Function, active: list[bool], aside: Function) -> Function:
+    def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not active or torch.compiler.is_compiling() or compiler() is not None:
+            return aside(tensors, grad_tensors, *args, **kwargs)
+        if isinstance(tensors, Tensor):
+            several = [tensors]
+            losses = several if grad_tensors is None and tensors.numel() == 1 else []
+        else:
+            tensors, several = _listed(tensors)
+            losses = [tensor for tensor in several if tensor.numel() == 1] if grad_tensors is None else []
+        listening, noted = _listeners, []
+        for listener in listening:
+            noted.append(listener.before_backward(several, losses))  # noqa: PERF401 -- a comprehension is a call
+        try:
+            result = original(tensors, grad_tensors, *args, **kwargs)
+        except BaseException:
+            for listener in listening:
+                listener.after_backward(losses, None)
+            raise
+        for listener, before in zip(listening, noted, strict=True):
+            listener.after_backward(losses, before)
+        return result
+
+    return backward
+
+
+def _listed(tensors: Iterable[Any]) -> tuple[Iterable[Any], list[Tensor]]:
+    """Return what can be iterated over more than once, and its tensors."""
+    if isinstance(tensors, Iterator):
+        tensors = tuple(tensors)
+    return tensors, [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+def _scale(original: Callable[..., Any], scaler: Any, outputs: Any) -> Any:
+    result = original(scaler, outputs)
+    if isinstance(outputs, Iterator):
+        return result
+    pairs = [(outputs, result)] if isinstance(outputs, Tensor) else zip(outputs, result, strict=True)
+    for output, scaled in pairs:
+        if isinstance(output, Tensor):
+            for listener in _listeners:
+                listener.scaled(scaler, output, scaled)
+    return result
+
+
+def _exit(original: Callable[..., Any], status: object = None, *args: Any, **kwargs: Any) -> Any:
+    for listener in _listeners:
+        listener.exiting(status)
+    return original(status, *args, **kwargs)
+
+
+def _make_scaler(original: Callable[..., Any], scaler: Any, *args: Any, **kwargs: Any) -> None:
+    _find_scalers(torch.amp.GradScaler)
+    original(scaler, *args, **kwargs)
+
+
+def _find_scalers(scaler: Any) -> None:
+    """Listen to the loss scalers that scale in their own way, as FSDP's does; they may be imported at any time."""
+    for own in scaler.__subclasses__():
+        patched = any(patch.owner is own and patch.name == "scale" for patch in _patches)
+        if "scale" in vars(own) and not patched:
+            _apply(Patch(own, "scale", around(_scale)))
+        _find_scalers(own)
+
+
+def _scaler_step(original: Callable[..., Any], scaler: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    result = original(scaler, optimizer, *args, **kwargs)
+    if scaler.is_enabled():
+        for listener in _listeners:
+            listener.after_scaler_step(scaler, optimizer)
+    return result
+
+
+def _zero_grad(original: Function, active: list[bool], aside: Function) -> Function:
+    def zero_grad(owner: Optimizer | nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not active or torch.compiler.is_compiling() or compiler() is not None:
+            return aside(owner, *args, **kwargs)
+        result = original(owner, *args, **kwargs)
+        for listener in _listeners:
+            listener.after_zero_grad(owner)
+        return result
+
+    return zero_grad
+
+
+def _note_norm_type(original: Function, active: list[bool], aside: Function) -> Function:
+    """Tell ``_clip_by_norm``, which torch calls inside, which norm it is."""
+
+    def clip_grad_norm_(
+        parameters: Any, max_norm: float | Tensor, norm_type: float = 2.0, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not active or torch.compiler.is_compiling() or compiler() is not None:
+            return aside(parameters, max_norm, norm_type, *args, **kwargs)
+        noted = _norm_type.set(norm_type)
+        try:
+            return original(parameters, max_norm, norm_type, *args, **kwargs)
+        finally:
+            _norm_type.reset(noted)
+
+    return clip_grad_norm_
+
+
+def _clip_by_norm(original: Function, active: list[bool], aside: Function) -> Function:
+    def clip_grads_with_norm_(
+        parameters: Any, max_norm: float | Tensor, total_norm: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not active or torch.compiler.is_compiling() or compiler() is not None:
+            return aside(parameters, max_norm, total_norm, *args, **kwargs)
+        several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        for listener in _listeners:
+            listener.before_norm_clip(several, total_norm, max_norm, float(_norm_type.get()))
+        return original(several, max_norm, total_norm, *args, **kwargs)
+
+    return clip_grads_with_norm_
+
+
+def _measure_and_clip_by_norm(
+    original: Callable[..., Any],
+    parameters: Any,
+    max_norm: float | Tensor,
+    norm_type: float = 2.0,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Torch before 2.6 measures and clips in one function: it is heard when it is done."""
+    several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    total_norm = original(several, max_norm, norm_type, *args, **kwargs)
+    for listener in _listeners:
+        listener.before_norm_clip(several, total_norm, max_norm, float(norm_type))
+    return total_norm
+
+
+def _clip_by_value(original: Callable[..., Any], parameters: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
+    several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    for listener in _listeners:
+        listener.before_value_clip(several)
+    return original(several, *args, **kwargs)

@@ -1,0 +1,1 @@
+"""Listening to one training: hooks become events of the step core, and its actions become operators."""

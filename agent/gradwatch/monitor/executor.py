@@ -1,0 +1,136 @@
+"""Carrying out what the step core decides: one pass measures the gradients of a step and clips them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradwatch.monitor.watched_models import WatchedModels
+from gradwatch.norms.scalars import copy_scalar
+from gradwatch.recording.loss_scaling import LossScaling
+from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
+from gradwatch.recording.optimizers import WatchedOptimizers, holds_optimizers
+from gradwatch.recording.recorder import NormRecorder
+from gradwatch.steps.core import Measure
+from gradwatch.steps.records import Measurement, StepRecord, scaled_by
+
+
+class StepExecutor:
+    """Measures and clips.
+
+    Args:
+        models: what is watched, and its clipper.
+        optimizers: whose steps count.
+        scaling: knows the loss scaler.
+        recorder: measures.
+    """
+
+    def __init__(
+        self, models: WatchedModels, optimizers: WatchedOptimizers, scaling: LossScaling, recorder: NormRecorder
+    ) -> None:
+        self._models = models
+        self._optimizers = optimizers
+        self._scaling = scaling
+        self._recorder = recorder
+
+    def measure_step(self, optimizer: Optimizer, record: StepRecord) -> tuple[Pass, Measurement] | None:
+        """Measure what an optimizer is about to step with."""
+        known = self._optimizers.find(optimizer)
+        if known is None:
+            return None
+        self._note_frozen(known.parameters)
+        self._note_rates(optimizer, record)
+        measured = self._recorder.measure_before_step(known.parameters, record, optimizer)
+        if measured is not None:
+            measured[1].clips = scaled_by(record.clips, known.parameters.index_set, stepping=True)
+        return measured
+
+    @property
+    def excluded(self) -> frozenset[int]:
+        """Return the parameters that AGC leaves alone, or would leave alone: those of the classifier."""
+        clipper = self._models.clipper
+        return self._models.classifier.indices if clipper is None else clipper.excluded(self._models.parameters.watched)
+
+    def _note_frozen(self, listed: OptimizerParameters) -> None:
+        """Register again where ``requires_grad`` has changed.
+
+        Only parameters of the optimizer that steps are asked, and those that none steps: trainings that take turns
+        freeze the others' for each turn.
+        """
+        parameters, trainable = self._models.parameters, self._models.parameters.trainable
+        asked = list(zip(listed.indices, listed.parameters, strict=True))
+        stepped = self._optimizers.stepped_indices
+        if len(stepped) < len(parameters.watched):
+            asked += parameters.other_than(stepped)
+        flipped = {index for index, parameter in asked if parameter.requires_grad != trainable[index]}
+        if flipped:
+            parameters.flip_trainable(flipped)
+            self._models.register()
+
+    def _note_rates(self, optimizer: Optimizer, record: StepRecord) -> None:
+        for place, group in zip(self._optimizers.places(optimizer), optimizer.param_groups, strict=False):
+            rate = group.get("lr")
+            if rate is not None:
+                record.rates[place] = copy_scalar(rate) if isinstance(rate, Tensor) else float(rate)
+        scale = self._scaling.scale if self._scaling.has_scaler else None
+        if scale is not None:
+            record.scalars["loss_scale"] = copy_scalar(scale)
+
+    def measure_before_clip(self, listed: OptimizerParameters, action: Measure) -> None:
+        """Measure gradients before a clipping changes them."""
+        measured = self._recorder.measure(listed, action.record, before_clip=True)
+        if measured is None:
+            return
+        _, measurement = measured
+        scale = self._scaling.scale
+        if scale is not None and not self._optimizers.are_unscaled(listed, self._scaling.scaler):
+            measurement.scale = copy_scalar(scale)
+        measurement.void, measurement.clips = action.void, action.clips
+
+    def clip(self, optimizer: Optimizer, outer: Optimizer | None, measured: tuple[Pass, Measurement] | None) -> None:
+        """Clip what an optimizer is about to step with, by the norms that were measured or by a pass of its own.
+
+        Gradients that were clipped for ``outer``, whose step called this one, and left alone since, are not clipped
+        again.
+
+        Raises:
+            Exception: clipping failed: a run must never continue unclipped in silence.
+        """
+        clipper = self._models.clipper
+        known = None if clipper is None else self._optimizers.find(optimizer)
+        if clipper is None or known is None or (outer is not None and clipper.has_clipped(known.parameters)):
+            return
+        watched = self._models.parameters.watched
+        pass_ = measured[0] if measured is not None else clipper.measure(known.parameters, watched)
+        if pass_ is None:
+            return
+        limits = clipper.clip(optimizer, known.parameters, pass_, watched)
+        if holds_optimizers(optimizer):
+            clipper.note_clipped(pass_.grads)
+        if measured is not None:
+            measured[1].limits = limits
+
+
+def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    """Return the closure among the arguments of ``optimizer.step``, ``args`` beginning with the optimizer."""
+    closure: Callable[..., Any] | None = kwargs.get("closure")
+    if closure is not None or len(args) < 2:
+        return closure
+    return next((argument for argument in args[1:] if callable(argument)), None)
+
+
+def with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[..., Any], replaced: Callable[..., Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of ``optimizer.step`` with ``replaced`` in place of ``closure``."""
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": replaced}
+    return tuple(replaced if argument is closure else argument for argument in args), kwargs
+
+
+def note_found_inf(optimizer: Optimizer, record: StepRecord) -> None:
+    """Keep what a fused optimizer looks at to skip its step."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if isinstance(found_inf, Tensor):
+        record.found_infs.append(copy_scalar(found_inf))

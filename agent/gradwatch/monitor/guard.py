@@ -1,0 +1,75 @@
+"""The agent's guard: telemetry never raises into training, and one thread at a time is let into an agent."""
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
+
+from gradwatch.delivery.dropped import Dropped
+
+_log = logging.getLogger("gradwatch")
+
+DISARMED_AFTER: Final = 3
+"""Errors of its own after which an agent stops measuring."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class Guard:
+    """Swallows and counts the agent's own errors; after some of them the agent disarms.
+
+    Args:
+        watching: whether anything is measured.
+        dropped: takes the number of errors.
+        disarmed: called with the error that was one too many.
+    """
+
+    raises_own_errors: ClassVar[bool] = False
+    """For tests: raise the agent's own errors instead of counting them."""
+
+    def __init__(self, dropped: Dropped, disarmed: Callable[[Exception], None], *, watching: bool) -> None:
+        self.watching = watching
+        self.lock = threading.RLock()
+        """Held by each guarded method: several threads may train what one agent watches."""
+        self.spent_seconds = 0.0
+        """Time that guarded methods have taken on the training thread."""
+        self._dropped = dropped
+        self._disarmed = disarmed
+
+    def failed(self, error: Exception) -> None:
+        """Count an error of the agent's own; after some, stop measuring and say so once."""
+        self._dropped.errors += 1
+        _log.debug("gradwatch: an error of the agent", exc_info=error)
+        if self._dropped.errors >= DISARMED_AFTER and self.watching:
+            self.watching = False
+            self._disarmed(error)
+
+
+class Guarded(Protocol):
+    """What has guarded methods."""
+
+    guard: Guard
+
+
+def guarded(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[Any, _P], _R | None]:
+    """Return ``method`` of a ``Guarded`` so that it never raises: it returns None instead, and the error is counted."""
+
+    @functools.wraps(method)
+    def guarded(self: Guarded, *args: _P.args, **kwargs: _P.kwargs) -> _R | None:
+        guard = self.guard
+        started = time.perf_counter()
+        with guard.lock:
+            try:
+                return method(self, *args, **kwargs)
+            except Exception as error:  # the agent's guard
+                guard.failed(error)
+                if guard.raises_own_errors:
+                    raise
+                return None
+            finally:
+                guard.spent_seconds += time.perf_counter() - started
+
+    return cast("Callable[Concatenate[Any, _P], _R | None]", guarded)

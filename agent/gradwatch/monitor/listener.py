@@ -1,0 +1,394 @@
+"""Torch hook events of one training, translated into events of the step core and its actions into operators.
+
+The listener decides nothing about steps: ``gradwatch.steps.core`` does, and ``StepExecutor`` measures and clips. Errors
+of its own never reach the training (see ``gradwatch.monitor.guard``); errors of the clipping always do.
+"""
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Sequence, Set
+from typing import Any, Final, cast
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradwatch.hooks import torch_hooks
+from gradwatch.monitor.executor import StepExecutor, closure_of, note_found_inf, with_closure
+from gradwatch.monitor.guard import Guard, guarded
+from gradwatch.monitor.parts import AgentThread, Callbacks, Parts, discard
+from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar, is_finite
+from gradwatch.ranks.exchange import is_partial
+from gradwatch.recording.gradient_versions import GradientVersions, Version
+from gradwatch.recording.optimizer_parameters import Pass
+from gradwatch.recording.restored_steps import steps_made
+from gradwatch.samples.collector import Message
+from gradwatch.steps.core import Began, CountSteps, EndStep, Made
+from gradwatch.steps.records import Measurement, NormClip, StepRecord
+
+_ASKED: Final = 8
+"""Backward passes of a thread that trains something else whose graphs are all searched; then ever fewer of them are."""
+
+
+class TrainingListener:
+    """Hears one training.
+
+    Args:
+        parts: what it works with.
+        guard: swallows its errors.
+        callbacks: the agent around it.
+        clips: whether gradients are clipped adaptively.
+    """
+
+    def __init__(self, parts: Parts, guard: Guard, callbacks: Callbacks, *, clips: bool) -> None:
+        self.guard = guard
+        self._clips = clips
+        self._callbacks = callbacks
+        self.put: Callable[[Message], None] = discard
+        """Takes what was seen; never waits."""
+        self.threads: Sequence[AgentThread] = ()
+        """The agent's own threads."""
+        self._steps = parts.steps
+        self._models = parts.models
+        self._parameters = parts.models.parameters
+        self._classifier = parts.models.classifier
+        self._optimizers = parts.optimizers
+        self._recorder = parts.recorder
+        self._scaling = parts.scaling
+        self._notices = parts.notices
+        self._origin = parts.origin
+        self._versions = GradientVersions(self._parameters)
+        self._executor = StepExecutor(parts.models, parts.optimizers, parts.scaling, parts.recorder)
+        self._elsewhere = threading.local()
+        """How often each other thread was found to train something else."""
+
+    def exiting(self, status: object) -> None:
+        """``sys.exit`` was called."""
+        self._callbacks.exiting(status)
+
+    def after_fork(self) -> bool:
+        """Measure nothing in a forked child, whose threads and spool are the parent's; clip on."""
+        self.guard.lock = threading.RLock()  # another thread, which is not here, may have held it
+        self.guard.watching = False
+        self._models.stop_registering()
+        self._callbacks.forked()
+        return self._clips
+
+    # Optimizers
+
+    def before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Optimizer | None
+    ) -> torch_hooks.Arguments | None:
+        """An optimizer is about to step.
+
+        Raises:
+            Exception: clipping failed; errors of the measuring are swallowed.
+        """
+        closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
+        with self.guard.lock:
+            record = self._begin(optimizer, outer, closure is not None) if self.guard.watching else None
+            if closure is None:
+                if self._clips or (record is not None and record.sampled):
+                    self._measure_and_clip(optimizer, record, outer)
+                return None
+            if record is None and not self._clips:
+                return None
+            measured = self._measured(optimizer, record, outer, closure)
+            return with_closure(args, kwargs, closure, measured)
+
+    def _measured(
+        self, optimizer: Optimizer, record: StepRecord | None, outer: Optimizer | None, closure: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Return a closure that measures after its first evaluation: before it there is no gradient.
+
+        The gradients of every evaluation are clipped.
+        """
+        waiting = [] if record is None else [record]
+
+        @functools.wraps(closure)
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = closure(*args, **kwargs)
+            finally:
+                self._steps.closure_left()
+            first = waiting.pop() if waiting else None
+            with self.guard.lock:
+                self._closure_returned(optimizer, first)
+                self._measure_and_clip(optimizer, first, outer)
+            return result
+
+        return measured
+
+    def _measure_and_clip(self, optimizer: Optimizer, record: StepRecord | None, outer: Optimizer | None) -> None:
+        measured = None
+        if record is not None and record.sampled and self.guard.watching:
+            measured = self._measure_step(optimizer, record)
+        if self._clips:
+            self._executor.clip(optimizer, outer, measured)
+
+    @guarded
+    def _measure_step(self, optimizer: Optimizer, record: StepRecord) -> tuple[Pass, Measurement] | None:
+        measured = self._executor.measure_step(optimizer, record)
+        if self._clips:
+            self.guard.spent_seconds -= self._recorder.pass_seconds  # clipping needs this pass at every step
+        return measured
+
+    @guarded
+    def _begin(self, optimizer: Optimizer, outer: Optimizer | None, closure: bool) -> StepRecord | None:
+        """Return the record of the step that begins; None where it is another one's or concerns nothing watched."""
+        known = self._optimizers.find(optimizer)
+        if known is None:
+            self._steps.other_stepped()
+            return None
+        for key in self._optimizers.take_gone() if self._optimizers.gone else ():
+            self._steps.optimizer_gone(key)
+        around = None if outer is None else self._optimizers.known(outer)
+        event = functools.partial(
+            self._steps.step_began,
+            known.key,
+            known.parameters.index_set,
+            threading.get_ident(),
+            time.time(),
+            None if around is None else around.key,
+            closure,
+            self._reached_threads() if self._steps.state.under_way else frozenset(),
+        )
+        began = event()
+        while not isinstance(began, Began):
+            self._prepare(optimizer, began)
+            began = event()
+        if began.record is not None and not closure and hasattr(optimizer, "found_inf"):
+            note_found_inf(optimizer, began.record)
+        return began.record
+
+    def _prepare(self, optimizer: Optimizer, action: EndStep | CountSteps) -> None:
+        """Do what must come before an event of an optimizer."""
+        if isinstance(action, EndStep):
+            self.end_step(learn=True)
+            return
+        # Where a resumed training stands is asked at its first step: the optimizer may have been restored by now.
+        made = steps_made([optimizer, *self._optimizers.named])
+        self._steps.steps_counted(made)
+        if not made:
+            self._callbacks.unknown_step(optimizer)
+
+    def _reached_threads(self) -> frozenset[int]:
+        """Return the other threads whose losses under way are this training's, where one steps that does not train."""
+        state, here = self._steps.state, threading.get_ident()
+        if here == state.thread:
+            return frozenset()
+        others = (thread for thread in state.under_way if thread not in (here, state.thread))
+        return frozenset(thread for thread in others if self._parameters.are_reached(state.under_way[thread]))
+
+    @guarded
+    def _closure_returned(self, optimizer: Optimizer, record: StepRecord | None) -> None:
+        known = self._optimizers.find(optimizer) if self.guard.watching else None
+        if known is None:
+            return
+        self._steps.closure_returned(known.key, record)
+        if record is not None:
+            note_found_inf(optimizer, record)
+
+    @guarded
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped."""
+        record = self._steps.state.open
+        known = self._optimizers.known(optimizer) if self.guard.watching and record is not None else None
+        if record is None or known is None or known.key not in record.stepped:
+            return
+        if record.buffers is not None:
+            self._recorder.measure_updates(optimizer, record)
+        made = self._steps.step_made(known.key)
+        if made.without_closure:
+            self._notices.uncalled_closure(optimizer)
+        if self._steps.state.dropped:
+            self._take_back_buffers()
+        if made.ended:
+            self.end_step()
+
+    @guarded
+    def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
+        """A loss scaler has multiplied ``original``."""
+        if self.guard.watching:
+            self._scaling.note_scaled(scaler, original, scaled)
+            self._steps.keep = self._scaling.keep
+
+    @guarded
+    def after_scaler_step(self, scaler: object, optimizer: Optimizer) -> None:
+        """A loss scaler has stepped ``optimizer``, or skipped its step because it found Inf."""
+        known = self._optimizers.find(optimizer) if self.guard.watching else None
+        if known is None:
+            return
+        self._scaling.note_scaler(scaler)
+        event = functools.partial(
+            self._steps.scaler_stepped, known.key, known.parameters.index_set, threading.get_ident(), time.time()
+        )
+        made = event()
+        while not isinstance(made, Made):
+            self._prepare(optimizer, made)
+            made = event()
+        if made.ended:
+            self.end_step()
+
+    def end_step(self, *, learn: bool = False) -> None:
+        """Hand over the record of the open step, and let the schedule decide whether the next one is sampled."""
+        record = self._steps.state.open
+        if record is None:
+            return
+        spent = self.guard.spent_seconds
+        if record.buffers is not None:
+            self._recorder.send(record)
+            spent += self._recorder.rest_seconds  # of this hook, whose other time is booked with the next step
+        background = 0.0
+        for thread in self.threads:
+            background += thread.seconds
+        self._steps.step_ended(time.perf_counter(), spent, background, learn=learn)
+        if record.sampled:
+            record.excluded = self._executor.excluded
+        if self._origin.is_active:
+            self._origin.finish_step(record)
+        self.put(record)
+        if self._parameters.order_pending and self._parameters.learn_order(record.step):
+            self._models.register()
+
+    # Backward passes
+
+    @guarded
+    def before_backward(
+        self, tensors: Sequence[Tensor], losses: Sequence[Tensor]
+    ) -> tuple[dict[int, Version], Sequence[Tensor]] | None:
+        """Note the versions of some gradients: whose losses these are shows afterwards, or when an optimizer steps."""
+        if not (self.guard.watching or self._classifier.searches_left):
+            return None
+        thread, state = threading.get_ident(), self._steps.state
+        if thread != state.thread and not self._trains_here(tensors):
+            return None
+        if self._classifier.searches_left:
+            self._models.search_classifier(tensors)
+        if not self.guard.watching:
+            return None
+        if self._parameters.order_pending:
+            self._parameters.check_order(tensors)
+        for tensor in tensors:
+            if tensor.numel() == 1 and not is_finite(tensor):
+                self._search_origin(tensors)
+                break
+        also: Set[int] = frozenset()
+        if state.losses or state.clips or state.value_clipped or state.open is not None:
+            if state.noted:
+                self._forget_thrown_away()
+            also = state.clipped
+        self._steps.backward_began(thread, losses)
+        return self._versions.before(also), tensors
+
+    @guarded
+    def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
+        """Gradients of these losses were accumulated; of none, or by a pass that failed, there is nothing to note."""
+        if not self.guard.watching:
+            return
+        thread = threading.get_ident()
+        changed = None
+        if before is not None:
+            versions, tensors = cast("tuple[dict[int, Version], Sequence[Tensor]]", before)
+            if thread == self._steps.state.thread or self._trains_here(tensors):
+                changed = self._versions.changed(versions, losses)
+        unstepped = self._steps.backward_ended(thread, losses, changed)
+        if self._steps.state.dropped:
+            self._take_back_buffers()
+        if unstepped is not None:
+            self._notices.unstepped(unstepped)
+
+    def _trains_here(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether another thread than the one that trained so far trains from now on.
+
+        In no other thread may a gradient be looked at: the one that trains may be replacing it, which ends the process.
+        And while another thread trains another model, gradients may change that it has not made. A thread that trains
+        something else is asked again and again, ever more seldom, as its graph is searched for that.
+        """
+        times: int = getattr(self._elsewhere, "times", 0)
+        self._elsewhere.times = times + 1
+        if (times > _ASKED and times & (times - 1)) or not self._parameters.are_reached(tensors):
+            return False
+        self._elsewhere.times = 0
+        self._steps.training_moved(threading.get_ident())
+        return True
+
+    def _search_origin(self, tensors: Sequence[Tensor]) -> None:
+        """Search the graph of a loss that is not finite for the module where that began."""
+        scalars = [tensor for tensor in tensors if tensor.numel() == 1]
+        event = self._origin.search_graph(scalars, self._scaling.originals(scalars), self._steps.state.number)
+        if event is not None:
+            self.put(event)
+
+    # Clipping and clearing
+
+    @guarded
+    def before_norm_clip(
+        self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: Scalar, norm_type: float
+    ) -> None:
+        """Gradients are about to be clipped by their total norm."""
+        listed = self._optimizers.lists.find(parameters) if self.guard.watching else None
+        if listed is None or not listed.indices:
+            return
+        limit = copy_scalar(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
+        total, finite = copy_and_check(total_norm)
+        partial = type(total_norm) is not Tensor and is_partial(total_norm)
+        clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite)
+        # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
+        # before, where it can be seen.
+        measure = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
+        action = self._steps.norm_clipped(clip, listed.indices, measure)
+        if action is not None:
+            self._executor.measure_before_clip(listed, action)
+
+    @guarded
+    def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients are about to be clipped by value."""
+        listed = self._optimizers.lists.find(parameters) if self.guard.watching else None
+        if listed is None or not listed.indices:
+            return
+        action = self._steps.value_clipped(listed.index_set, listed.indices)
+        if action is not None:
+            self._executor.measure_before_clip(listed, action)
+
+    def after_zero_grad(self, owner: Optimizer | nn.Module) -> None:
+        """An optimizer or a module has cleared its gradients."""
+        state = self._steps.state
+        if state.losses or state.clips or state.value_clipped or state.coming is not None or state.open is not None:
+            self._note_cleared(owner)
+
+    @guarded
+    def _note_cleared(self, owner: Optimizer | nn.Module) -> None:
+        if not (self.guard.watching and self._steps.state.noted):
+            return
+        if isinstance(owner, nn.Module):
+            found = map(self._parameters.find, owner.parameters())
+            self._gradients_cleared(frozenset(index for index in found if index is not None))
+            return
+        known = self._optimizers.find(owner)
+        if known is not None:
+            self._gradients_cleared(known.parameters.index_set)
+
+    def _gradients_cleared(self, indices: frozenset[int]) -> None:
+        self._steps.gradients_cleared(indices)
+        self._take_back_buffers()
+        state = self._steps.state
+        if not state.losses:
+            return
+        everything = frozenset(range(len(self._parameters.watched)))
+        trained = self._optimizers.trained_indices if self._steps.expected.known else everything
+        if not self._parameters.any_has_gradient(trained - state.cleared):
+            self._steps.losses_dropped()
+
+    def _forget_thrown_away(self) -> None:
+        """Forget what waits for its step where no gradient is left: nobody says that gradients were set to None."""
+        everything = range(len(self._parameters.watched))
+        if not (self._parameters.any_has_gradient(everything) or self._parameters.any_has_unreduced_gradient):
+            self._steps.losses_dropped()
+            self._steps.gradients_changed(frozenset(everything))
+            self._take_back_buffers()
+
+    def _take_back_buffers(self) -> None:
+        dropped = self._steps.state.dropped
+        while dropped:
+            self._recorder.give_back(dropped.pop())

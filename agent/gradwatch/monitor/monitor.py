@@ -1,0 +1,157 @@
+"""The monitor of one training: made of its parts, started and stopped."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradwatch.clipping.agc import AGC
+from gradwatch.delivery.dropped import Dropped
+from gradwatch.hooks import torch_hooks
+from gradwatch.monitor.guard import Guard
+from gradwatch.monitor.listener import TrainingListener
+from gradwatch.monitor.notices import Notices
+from gradwatch.monitor.parts import AgentThread, Callbacks, Parts
+from gradwatch.monitor.watched_models import WatchedModels
+from gradwatch.norms.scalars import copy_and_check, sum_scalars
+from gradwatch.ranks.exchange import RankExchange
+from gradwatch.recording.loss_scaling import LossScaling
+from gradwatch.recording.optimizers import WatchedOptimizers
+from gradwatch.recording.recorder import NormRecorder
+from gradwatch.recording.restored_steps import steps_made
+from gradwatch.samples.collector import Message
+from gradwatch.samples.origin import OriginFinder
+from gradwatch.steps.core import StepCore
+from gradwatch.steps.schedule import SamplingSchedule
+
+
+class Monitor:
+    """Watches one training, and clips.
+
+    Args:
+        models: what is watched.
+        named: the optimizers whose steps count; None: every one that steps the models' parameters.
+        schedule: says which steps are sampled.
+        callbacks: the agent around it.
+        step: steps made so far; None: what a restored optimizer says.
+        clip: how gradients are clipped adaptively; None: not at all.
+        ranks: the ranks of a sharded training; None where this rank measures alone.
+        watching: whether anything is measured.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        named: Sequence[Optimizer] | None,
+        schedule: SamplingSchedule,
+        callbacks: Callbacks,
+        *,
+        step: int | None,
+        clip: AGC | None,
+        ranks: RankExchange | None,
+        watching: bool,
+    ) -> None:
+        clips = clip is not None
+        self.dropped = Dropped()
+        self.guard = Guard(self.dropped, self._disarmed, watching=watching)
+        self.notices = Notices(self._put, lambda: self.steps.state.number, clips=clips)
+        self.models = WatchedModels(models, clip, ranks, self.notices, put=self._put)
+        self.recorder = NormRecorder(self.models.parameters, self.dropped.add_sample)
+        self._origin = OriginFinder(self.models.parameters)
+        self._optimizers = WatchedOptimizers(
+            named,
+            self.models.parameters,
+            self._renew,
+            self.models.classifier.search_again,
+            clips=clips,
+            warn=self.notices.warn,
+        )
+        made = steps_made(self._optimizers.named, wait=True) if step is None else step
+        self.steps = StepCore(
+            made,
+            schedule,
+            self._optimizers.named_keys,
+            number_is_open=step is None and not made,
+            thread=threading.get_ident(),
+            keep=copy_and_check,
+            summed=sum_scalars,
+        )
+        parts = Parts(
+            steps=self.steps,
+            models=self.models,
+            optimizers=self._optimizers,
+            recorder=self.recorder,
+            scaling=LossScaling(),
+            notices=self.notices,
+            origin=self._origin,
+        )
+        self.listener = TrainingListener(parts, self.guard, callbacks, clips=clips)
+
+    def check(self) -> None:
+        """Find the parameters, and check that they can be watched.
+
+        Raises:
+            ValueError: gradients were to be clipped that an optimizer given does not step.
+            NotImplementedError: they were to be clipped and cannot be.
+        """
+        self.models.discover()
+        self._optimizers.check_named()
+        self._check_parts()
+
+    def report_to(self, put: Callable[[Message], None], threads: Sequence[AgentThread]) -> None:
+        """Hand over what is seen from now on.
+
+        Args:
+            put: takes it; never waits.
+            threads: the agent's own, whose processor time counts as the agent's.
+        """
+        self.listener.put = put
+        self.listener.threads = threads
+
+    def _put(self, message: Message) -> None:
+        self.listener.put(message)
+
+    def listen(self) -> None:
+        """Hear the training from now on."""
+        torch_hooks.listen(self.listener)
+
+    def stop(self) -> None:
+        """Hear nothing more; the open step is over. Idempotent."""
+        try:
+            if self.guard.watching:
+                with self.guard.lock:
+                    self.listener.end_step()
+        except Exception as error:  # a device that failed must not keep the rest from ending
+            self.guard.failed(error)
+        self.guard.watching = False
+        self._optimizers.forget_lists()
+        torch_hooks.leave(self.listener)
+        self.models.parameters.close()
+        self._origin.close()
+
+    def watches(self, parameter: Tensor) -> bool:
+        """Return whether a parameter is among those that are watched."""
+        return self.models.parameters.find(parameter) is not None
+
+    def note_trouble(self, unclear: bool) -> None:
+        """Sample every step for a while; where nothing tells the origin of a non-finite number, hooks look for it."""
+        self.steps.schedule.want_burst()
+        if unclear:
+            self._origin.request_hooks(self.steps.state.number)
+
+    def _disarmed(self, error: Exception) -> None:
+        self._origin.close()
+        self.notices.disarmed(error)
+
+    def _renew(self, unknown: bool) -> None:
+        """Look for new parameters where some are not known, before those of an optimizer are looked up."""
+        if unknown:
+            self._optimizers.forget_lists()
+            if self.models.discover():
+                self.models.register()
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        if self.models.check_parts(watching=self.guard.watching):
+            self.recorder.stopped = True

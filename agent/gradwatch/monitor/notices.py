@@ -1,0 +1,68 @@
+"""What the user has to know of an agent: a warning in the log of the training, and an event on the page of the run."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+
+from gradwatch import wire
+from gradwatch.monitor.guard import DISARMED_AFTER
+
+_log = logging.getLogger("gradwatch")
+
+
+class Notices:
+    """Tells the user.
+
+    Args:
+        put: takes events for the server.
+        step: returns the number of the last step.
+        clips: whether the agent clips.
+    """
+
+    def __init__(self, put: Callable[[wire.Event], None], step: Callable[[], int], *, clips: bool) -> None:
+        self._put = put
+        self._step = step
+        self._clips = clips
+        self._uncalled_closure_told = False
+
+    def warn(self, text: str) -> None:
+        """Write a warning to the log of the training."""
+        _log.warning("gradwatch: %s", text)
+
+    def report(self, kind: str, message: str) -> None:
+        """Send an event."""
+        self._put(wire.Event(step=self._step(), at=time.time(), kind=kind, message=message))
+
+    def disarmed(self, error: Exception) -> None:
+        """The agent measures nothing more, after errors of its own."""
+        reason = f"{type(error).__name__}: {error}"
+        _log.warning("gradwatch stops watching this run after %d errors of its own: %s", DISARMED_AFTER, reason)
+        self.report("disarmed", reason)
+
+    def parts_only(self, reason: str) -> None:
+        """Nothing is measured, as this rank holds only parts of the parameters."""
+        self.warn(f"{reason}. Gradients and weights are not measured")
+        self.report("not_measured", reason)
+
+    def unstepped(self, passes: int) -> None:
+        """No optimizer steps what is watched."""
+        text = f"after {passes} backward passes no torch.optim.Optimizer has stepped a watched parameter: " + (
+            "nothing is clipped or measured" if self._clips else "nothing is measured"
+        )
+        self.warn(text)
+        self.report("not_stepped", text)
+
+    def uncalled_closure(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped without its closure: nobody has seen what it stepped with. Told once."""
+        if self._uncalled_closure_told:
+            return
+        self._uncalled_closure_told = True
+        text = (
+            f"{type(optimizer).__name__}.step(closure) did not call its closure: the loss of such a step is kept, "
+            + ("its gradients are not clipped or measured" if self._clips else "nothing is measured")
+            + ". Call step() without one"
+        )
+        self.warn(text)
+        self.report("not_measured", text)

@@ -1,0 +1,52 @@
+"""What a listener works with: the parts of its monitor, and the agent around it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch.optim import Optimizer
+
+from gradwatch.monitor.notices import Notices
+from gradwatch.monitor.watched_models import WatchedModels
+from gradwatch.recording.loss_scaling import LossScaling
+from gradwatch.recording.optimizers import WatchedOptimizers
+from gradwatch.recording.recorder import NormRecorder
+from gradwatch.samples.collector import Message
+from gradwatch.samples.origin import OriginFinder
+from gradwatch.steps.core import StepCore
+
+
+class AgentThread(Protocol):
+    """A thread of the agent's own."""
+
+    seconds: float
+    """Processor time that it has taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Callbacks:
+    """The agent around a listener."""
+
+    exiting: Callable[[object], None]
+    """Takes the argument of ``sys.exit``."""
+    forked: Callable[[], None]
+    """Called in a forked child."""
+    unknown_step: Callable[[Optimizer], None]
+    """Called with an optimizer that does not say how many steps a resumed training has made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The parts of a monitor."""
+
+    steps: StepCore
+    models: WatchedModels
+    optimizers: WatchedOptimizers
+    recorder: NormRecorder
+    scaling: LossScaling
+    notices: Notices
+    origin: OriginFinder
+
+
+def discard(_message: Message) -> None:
+    """Take what was seen where nothing is reported."""

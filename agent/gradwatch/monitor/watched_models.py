@@ -1,0 +1,92 @@
+"""The watched models: finding new parameters, registering them, and whether this rank can measure them."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from gradwatch.clipping.agc import AGC
+from gradwatch.clipping.classifier import SEARCHES, SEARCHES_TO_CLIP, ClassifierFinder
+from gradwatch.clipping.executor import AgcExecutor
+from gradwatch.model.registry import ParameterRegistry, RegisteredParameters
+from gradwatch.monitor.notices import Notices
+from gradwatch.ranks.exchange import RankExchange, incomplete_reason, uses_fsdp1
+
+
+class WatchedModels:
+    """The models of one training, their parameters and their classifier.
+
+    Args:
+        models: what is watched.
+        clip: how gradients are clipped adaptively; None: not at all.
+        ranks: the ranks of a sharded training; None where this rank measures alone.
+        notices: tells the user.
+        put: takes the registration of the parameters.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        clip: AGC | None,
+        ranks: RankExchange | None,
+        notices: Notices,
+        *,
+        put: Callable[[RegisteredParameters], None],
+    ) -> None:
+        self.parameters = ParameterRegistry(models, None if clip is None else clip.expert_indices)
+        self.classifier = ClassifierFinder(self.parameters.find, SEARCHES if clip is None else SEARCHES_TO_CLIP)
+        self.clipper = None if clip is None else AgcExecutor(clip, self.classifier)
+        self.parts_only = ""
+        """Why nothing is measured: this rank holds only parts of the parameters, and no other measures the rest."""
+        self._ranks = ranks
+        self._notices = notices
+        self._put = put
+        self._registers = False
+
+    def search_classifier(self, losses: Sequence[Tensor]) -> None:
+        """Search the graph of a loss for the classifier, on every rank that clips."""
+        self.classifier.searches_left -= 1
+        if self.parameters.sharded:
+            self.parameters.note_unsharded()
+        self.classifier.search(losses)
+
+    def start_registering(self) -> None:
+        """Register the parameters, now and whenever they change; learn their depths from the next backward pass."""
+        self._registers = True
+        self.register()
+        self.parameters.await_order()
+        if self.parts_only:
+            self._notices.report("not_measured", self.parts_only)
+
+    def stop_registering(self) -> None:
+        """Register nothing more."""
+        self._registers = False
+
+    def register(self) -> None:
+        """Tell the server of the parameters."""
+        if self._registers:
+            self._put(self.parameters.registered())
+
+    def discover(self) -> bool:
+        """Look for parameters that are not known yet; return whether there were any."""
+        new = self.parameters.discover()
+        if new and self.clipper is not None:
+            self.clipper.find_excluded(self.parameters.watched)
+        return new
+
+    def check_parts(self, *, watching: bool) -> bool:
+        """Return whether the numbers would be those of this rank's part alone: nothing is to be measured then.
+
+        Raises:
+            NotImplementedError: they were to be clipped and cannot be.
+        """
+        if self.parts_only:
+            return True
+        models = self.parameters.models
+        self.parts_only = text = incomplete_reason(models, self._ranks)
+        if not text:
+            return False
+        if self.clipper is not None and uses_fsdp1(models):
+            raise NotImplementedError(f"{text}; AGC cannot clip them")
+        if watching:
+            self._notices.parts_only(text)
+        return True

@@ -1,0 +1,161 @@
+"""Computes the unit norms of many tensors in few operators: monitoring and clipping share this one pass.
+
+The result is a flat buffer of unit norms. The norm of a tensor is the norm of its unit norms, which stays right to 1e-6
+where a single float32 sum over the whole tensor reads low (0.15% at 26 million elements on the CPU). Nothing here reads
+a number back from a device.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradwatch.norms.grouping import Reduction, default_bucket_bytes
+from gradwatch.norms.layout import NormLayout
+from gradwatch.norms.single_tensor import NormFunction, norm_function
+from gradwatch.norms.tensor_spec import BufferKey
+
+_WIDEST_SERIAL: Final = 1 << 10
+"""Elements of a row that one thread of the CPU sums in float32: right to 1e-6 up to here."""
+
+
+class LayoutChangedError(RuntimeError):
+    """A tensor no longer has the shape that the layout was made for: make a new layout."""
+
+
+@dataclass(slots=True)
+class Scratch:
+    """Memory for buckets: one buffer for each device and dtype, shared by all reducers of an agent."""
+
+    buffers: dict[BufferKey, Tensor] = field(default_factory=dict)
+
+    def take(self, key: BufferKey, elements: int) -> Tensor:
+        """Return uninitialised memory of shape (elements,), which the next bucket overwrites."""
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < elements:
+            size = max(elements, default_bucket_bytes(key.device) // key.dtype.itemsize)
+            buffer = self.buffers[key] = torch.empty(size, dtype=key.dtype, device=key.device)
+        return buffer[:elements]
+
+
+class NormReducer:
+    """Writes the unit norms of tensors to buffers. Views of the buffers are made once; no view of a tensor is kept.
+
+    Args:
+        layout: of the tensors.
+        buffers: takes the norms, each of shape (layout.sizes[key],) or longer.
+        scratch: memory for buckets.
+        reductions: those that are computed here; None: all of the layout.
+    """
+
+    def __init__(
+        self,
+        layout: NormLayout,
+        buffers: dict[BufferKey, Tensor],
+        scratch: Scratch,
+        reductions: Sequence[Reduction] | None = None,
+    ) -> None:
+        self.layout = layout
+        self._direct: list[tuple[int, tuple[int, ...], Tensor, NormFunction]] = []
+        """Tensors that are reduced where they lie: position, shape, target of the norms, function that writes them."""
+        self._buckets: list[_Bucket] = []
+        for reduction in layout.reductions if reductions is None else reductions:
+            out = buffers[reduction.buffer][reduction.start : reduction.stop]
+            if reduction.in_bucket:
+                self._buckets.append(_bucket(layout, reduction, scratch, out))
+                continue
+            (position,) = reduction.positions
+            self._direct.append((position, reduction.spec.shape, out, norm_function(reduction.spec)))
+
+    def run(self, tensors: Sequence[Tensor], *, warm: bool = False) -> None:
+        """Write the unit norms of ``tensors``.
+
+        Args:
+            tensors: all tensors of the layout, in its order.
+            warm: whether the scratch buffer is in the cache of the processor, since it was just used: then the buckets
+                come first.
+
+        Raises:
+            LayoutChangedError: a tensor has another shape now.
+        """
+        if warm:
+            self._run_buckets(tensors)
+        # Shapes are checked before torch sees them: it would enlarge its output, and warn the user of it.
+        for position, shape, out, write in self._direct:
+            tensor = tensors[position]
+            if tensor.shape != shape:
+                raise LayoutChangedError(f"a tensor is {tuple(tensor.shape)}, not {shape}")
+            write(tensor, out)
+        if not warm:
+            self._run_buckets(tensors)
+
+    def _run_buckets(self, tensors: Sequence[Tensor]) -> None:
+        for bucket in self._buckets:
+            bucket.reduce(tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Tensors that are copied to the scratch buffer and reduced there."""
+
+    select: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    """Selects them from all tensors."""
+    shape: tuple[int, ...]
+    """Shape of the first one."""
+    elements: list[int] | None
+    """Number of elements of each; None where all have one shape."""
+    target: Tensor
+    """The scratch buffer as ``stack`` or ``cat`` fills it."""
+    write_norms: Callable[[], object]
+    """Writes the norms of the rows in the scratch buffer."""
+
+    def reduce(self, tensors: Sequence[Tensor]) -> None:
+        members = self.select(tensors)
+        # stack checks that all have one shape, cat that their rows have. The first shape must be checked here: torch
+        # would enlarge the scratch buffer for it.
+        if members[0].shape != self.shape:
+            raise LayoutChangedError(f"a tensor is {tuple(members[0].shape)}, not {self.shape}")
+        if self.elements is None:
+            torch.stack(members, out=self.target)
+        else:
+            if list(map(Tensor.numel, members)) != self.elements:
+                raise LayoutChangedError(f"a tensor in one bucket with a tensor of {self.shape} has another shape now")
+            torch.cat(members, out=self.target)
+        self.write_norms()
+
+
+def _bucket(layout: NormLayout, reduction: Reduction, scratch: Scratch, out: Tensor) -> _Bucket:
+    shapes = [layout.specs[position].shape for position in reduction.positions]
+    shape = reduction.spec.shape
+    flat = scratch.take(reduction.buffer, reduction.elements)
+    alike = len(set(shapes)) == 1
+    return _Bucket(
+        select=itemgetter(*reduction.positions),
+        shape=shape,
+        elements=None if alike else list(map(math.prod, shapes)),
+        target=flat.view((len(shapes), *shape) if alike else (-1, *shape[1:])),
+        write_norms=_row_norms(flat.view(reduction.stop - reduction.start, -1), out),
+    )
+
+
+def _row_norms(rows: Tensor, out: Tensor) -> Callable[[], object]:
+    """Return a function that writes the norms of the rows of the scratch buffer to ``out``.
+
+    On the CPU the thread that copies must do it: whatever another thread has read of the scratch buffer must leave the
+    cache of its core before the next copy is written, which is slow where the two cores share no cache. Torch cannot be
+    told to use one thread for one operator; numpy has one thread.
+    """
+    if rows.device.type == "cpu" and rows.shape[1] <= _WIDEST_SERIAL:
+        return partial(_row_norms_serial, rows.numpy(), out.numpy())
+    return partial(torch.linalg.vector_norm, rows, dim=1, out=out)
+
+
+def _row_norms_serial(rows: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
+    np.einsum("ij,ij->i", rows, rows, out=out)
+    np.sqrt(out, out=out)

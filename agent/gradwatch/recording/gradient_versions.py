@@ -1,0 +1,87 @@
+"""Gradient versions: which gradients a backward pass added to, told by their identities and versions; none is read."""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from torch import Tensor
+
+from gradwatch.model.registry import ParameterRegistry
+
+Version = tuple[Tensor, int] | None
+"""A gradient and its version; None where there is none. The gradient is kept while the pass lasts: once it is gone, its
+identity, and its memory, may be another one's."""
+
+_SURE_PASSES: Final = 10
+"""Backward passes after which only those gradients are looked at that changed in every one of them."""
+_FEW: Final = 4
+
+
+class GradientVersions:
+    """Tells whether a backward pass added to a gradient of the watched parameters, by looking at a few of them.
+
+    All are looked at until some have changed in each of many passes; from then on a few of these. When a pass leaves
+    those alone, its graph says whose it was, once, and all are looked at again: another head is trained now, or one of
+    the few is frozen, or the loss was another model's.
+    """
+
+    def __init__(self, parameters: ParameterRegistry) -> None:
+        self._parameters = parameters
+        """All parameters of the run. Sharded ones may collect gradients elsewhere over several passes."""
+        self._few: list[int] | None = None
+        """Indices of the parameters that are looked at; None: all."""
+        self._always: set[int] | None = None
+        """Indices of the parameters whose gradients changed in every pass lately; None: there was no pass yet."""
+        self._passes = 0
+
+    def before(self, also: Iterable[int]) -> dict[int, Version]:
+        """Return the versions of the gradients that are looked at in a pass, by index.
+
+        Args:
+            also: indices of others to look at in this pass.
+        """
+        watched = self._parameters.watched
+        few = self._few
+        versions: dict[int, Version] = {}
+        for index in range(len(watched)) if few is None else {*few, *also} if also else few:
+            parameter = watched[index].parameter.reference()
+            grad = None if parameter is None else parameter.grad
+            versions[index] = None if grad is None else (grad, grad._version)  # noqa: SLF001
+        return versions
+
+    def changed(self, before: dict[int, Version], losses: Sequence[Tensor]) -> frozenset[int] | None:
+        """Return the parameters, of those looked at, whose gradients a pass changed; None: it was another training's.
+
+        Args:
+            before: what ``before`` returned.
+            losses: what was differentiated.
+        """
+        watched = self._parameters.watched
+        found = []
+        for index, version in before.items():
+            parameter = watched[index].parameter.reference()
+            grad = None if parameter is None else parameter.grad
+            if version is None:
+                if grad is not None:
+                    found.append(index)
+            elif grad is not version[0] or version[0]._version != version[1]:  # noqa: SLF001
+                found.append(index)
+        changed = frozenset(found)
+        if self._few is None:
+            self._narrow(changed)
+        elif changed.isdisjoint(self._few):
+            self._few, self._always, self._passes = None, None, 0
+            return changed if changed or self._parameters.are_reached(losses) else None
+        if changed or (self._parameters.sharded and self._parameters.are_reached(losses)):
+            return changed
+        return None
+
+    def _narrow(self, changed: frozenset[int]) -> None:
+        """Look at a few from now on, where some have changed in every pass for long enough."""
+        if not changed:
+            self._passes = 0  # another model's: as long as these come, only a look at all tells them
+            return
+        self._always = set(changed) if self._always is None else self._always & changed
+        self._passes += 1
+        if self._passes >= _SURE_PASSES:
+            self._few = sorted(self._always)[:: max(len(self._always) // _FEW, 1)][:_FEW] or None
+            self._always, self._passes = None, 0

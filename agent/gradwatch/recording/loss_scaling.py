@@ -1,0 +1,95 @@
+"""Loss scaling: what a loss was before a loss scaler multiplied it, and what the scaler has done to the gradients."""
+
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from torch import Tensor
+
+from gradwatch.hooks.autograd_graph import NodeBudget, roots, walk
+from gradwatch.norms.scalars import copy_scalar, is_finite
+
+_REMEMBERED: Final = 16
+"""Scaled losses that are remembered."""
+_NODES: Final = 32
+"""Nodes at the end of a loss's graph among which scaled losses are searched for."""
+
+
+class _Scaled(NamedTuple):
+    """A loss that a loss scaler has multiplied."""
+
+    scaled: weakref.ref[Tensor]
+    original: Tensor | None
+    """What it was; None of several numbers."""
+    scaler: weakref.ref[Any]
+    number: int
+    """Of its node in the graph; -1 where there is none."""
+
+
+class LossScaling:
+    """Knows the scaled losses of the process, and the loss scaler of one training."""
+
+    def __init__(self) -> None:
+        self._scaled: deque[_Scaled] = deque(maxlen=_REMEMBERED)
+        """Scaled losses that may still be differentiated; of any training."""
+        self.has_scaler = False
+        """Whether a loss scaler of this training was seen."""
+        self._scaler: weakref.ref[Any] | None = None
+        """The loss scaler of this training."""
+
+    @property
+    def scaler(self) -> Any:
+        """Return the loss scaler of this training; None where there is none."""
+        return None if self._scaler is None else self._scaler()
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Return the scale of the loss scaler, on its device; None where there is none."""
+        scale = getattr(self.scaler, "_scale", None)
+        return scale if isinstance(scale, Tensor) else None
+
+    def note_scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
+        """Remember what a scaled loss was; one of several numbers only where it is in a graph."""
+        node = scaled.grad_fn
+        number = -1 if node is None else node._sequence_nr()  # noqa: SLF001
+        only = copy_scalar(original) if original.numel() == 1 else None
+        self._scaled.append(_Scaled(weakref.ref(scaled), only, weakref.ref(scaler), number))
+
+    def note_scaler(self, scaler: object) -> None:
+        """Remember a loss scaler that steps, or skips, an optimizer of this training."""
+        self._set_scaler(weakref.ref(scaler))
+
+    def _set_scaler(self, scaler: "weakref.ref[Any]") -> None:
+        self._scaler, self.has_scaler = scaler, True
+
+    def keep(self, loss: Tensor) -> tuple[Tensor, bool]:
+        """Return a copy of a loss as it was before it was scaled, and whether it is seen to be finite."""
+        number = self._original(loss)
+        return number, is_finite(number)
+
+    def _original(self, loss: Tensor) -> Tensor:
+        for known in self._scaled:
+            if known.original is not None and known.scaled() is loss:
+                self._set_scaler(known.scaler)
+                return known.original
+        computed = self._computed_from(loss)
+        if computed is None:
+            return copy_scalar(loss)
+        self._set_scaler(computed.scaler)
+        scale = self.scale
+        return copy_scalar(loss) if scale is None else copy_scalar(loss) / scale.to(loss.device)
+
+    def _computed_from(self, loss: Tensor) -> _Scaled | None:
+        """Return the scaled loss that another one was computed from, by the end of its graph."""
+        by_number = {known.number: known for known in self._scaled if known.number >= 0}
+        for node in walk(roots([loss]), NodeBudget(_NODES)):
+            known = by_number.get(node._sequence_nr())  # noqa: SLF001
+            if known is not None:
+                return known
+        return None
+
+    def originals(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """Return what the scaled ones of some losses were."""
+        known = [known for known in self._scaled if any(known.scaled() is loss for loss in losses)]
+        return [scaled.original for scaled in known if scaled.original is not None]

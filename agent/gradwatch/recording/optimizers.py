@@ -1,0 +1,286 @@
+"""The optimizers of a training: which of them count, what each of them steps, and the keys that the steps know them by.
+
+Which optimizer owns a step is decided in ``gradwatch.steps.ownership``; this module tells it what there is.
+"""
+
+import itertools
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, cast
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradwatch.hooks.weak_tensors import deaths
+from gradwatch.model.registry import ParameterRegistry
+from gradwatch.recording.optimizer_parameters import OptimizerParameters
+from gradwatch.steps.ownership import Adoption, Named, adoption_of
+
+_LISTS: Final = 8
+"""Lists that are remembered: a loop may clip several, each at every step."""
+
+
+def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] | None:
+    """Return the optimizers that step, out of what a user hands over; None where that is None.
+
+    Raises:
+        TypeError: something is no optimizer.
+    """
+    if given is None:
+        return None
+    one = isinstance(given, Optimizer) or hasattr(given, "param_groups") or not isinstance(given, Iterable)
+    several: list[Any] = [given] if one else list(cast("Iterable[Any]", given))
+    inner = []
+    for optimizer in several:
+        # Accelerate and Lightning hand out wrappers; the optimizer inside is the one that steps.
+        while isinstance(
+            wrapped := getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None), Optimizer
+        ):
+            optimizer = wrapped
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, several of them or None, not {optimizer!r:.80}"
+            )
+        inner.append(optimizer)
+    return inner
+
+
+class KnownOptimizer:
+    """An optimizer that was seen. It is not kept alive."""
+
+    __slots__ = ("counts", "key", "last", "parameters", "places", "reference")
+
+    def __init__(self, key: int, reference: "weakref.ref[Optimizer]", *, counts: bool) -> None:
+        self.key = key
+        self.reference = reference
+        self.counts = counts
+        """Whether its steps are steps of the training."""
+        self.parameters = OptimizerParameters([], lambda _tensor: None)
+        self.last: frozenset[int] | None = None
+        """Watched parameters that it was last seen to step; None: it was not seen to step."""
+        self.places: list[int] = []
+        """Places of its parameter groups among those of all optimizers; they stay what they are."""
+
+
+class ListedParameters:
+    """The lists of parameters that were clipped lately.
+
+    Args:
+        look_up: finds the watched parameters of a list.
+    """
+
+    def __init__(self, look_up: Callable[[Sequence[Tensor]], OptimizerParameters]) -> None:
+        self._look_up = look_up
+        self._known: OrderedDict[tuple[int, ...], OptimizerParameters] = OrderedDict()
+
+    def find(self, parameters: Sequence[Tensor]) -> OptimizerParameters:
+        """Return what is known of a list; the same object for the same parameters in the same order."""
+        ids = tuple(map(id, parameters))
+        known = self._known.pop(ids, None)
+        if known is None or (known.deaths != deaths.count and not known.whole):
+            known = self._look_up(parameters)
+        self._known[ids] = known
+        if len(self._known) > _LISTS:
+            self._known.popitem(last=False)
+        return known
+
+    def clear(self) -> None:
+        """Forget all: the watched parameters have changed."""
+        self._known.clear()
+
+
+class WatchedOptimizers:
+    """The optimizers of a training.
+
+    Args:
+        named: those that the user named; None: every one that steps watched parameters counts.
+        parameters: what is watched.
+        renew: called before the parameters of an optimizer are looked up, with whether some are not known.
+        changed: called after the parameters of an optimizer were looked up.
+        clips: whether AGC clips what they step.
+        warn: tells the user something once.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[Optimizer] | None,
+        parameters: ParameterRegistry,
+        renew: Callable[[bool], None],
+        changed: Callable[[], None],
+        *,
+        clips: bool,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._parameters = parameters
+        self._renew = renew
+        self._changed = changed
+        self._clips = clips
+        self._warn = warn
+        self._known: dict[int, KnownOptimizer] = {}
+        """By the id of the optimizer, which may be gone, and its id another's by now."""
+        self.gone: deque[int] = deque()
+        """Keys of optimizers that are gone since this was last asked."""
+        self._keys: Final = itertools.count(1)
+        self.lists = ListedParameters(self._look_up_list)
+        self._named: list[KnownOptimizer] | None = None
+        if named is not None:
+            self._named = [self._register(optimizer, counts=True) for optimizer in named]
+            for optimizer in named:
+                self.places(optimizer)
+
+    @property
+    def named_keys(self) -> list[int] | None:
+        """Return the keys of the optimizers that the user named; None where every one counts."""
+        return None if self._named is None else [known.key for known in self._named]
+
+    @property
+    def named(self) -> list[Optimizer]:
+        """Return those of the named optimizers that are still there."""
+        return [optimizer for known in self._named or () if (optimizer := known.reference()) is not None]
+
+    @property
+    def stepped_indices(self) -> frozenset[int]:
+        """Return the watched parameters of the optimizers that are known so far."""
+        return frozenset().union(*(known.parameters.index_set for known in self._alive()))
+
+    @property
+    def trained_indices(self) -> frozenset[int]:
+        """Return the watched parameters that an optimizer which counts steps, as its groups are now."""
+        several = self.named or [optimizer for known in self._alive() if (optimizer := known.reference()) is not None]
+        found = (self.find(optimizer) for optimizer in several)
+        return frozenset().union(*(known.parameters.index_set for known in found if known is not None))
+
+    def _alive(self) -> list[KnownOptimizer]:
+        return [known for known in list(self._known.values()) if known.reference() is not None]
+
+    def take_gone(self) -> Iterator[int]:
+        """Yield the keys of the optimizers that are gone since this was last asked."""
+        while self.gone:
+            key = self.gone.popleft()
+            self._known = {place: known for place, known in list(self._known.items()) if known.key != key}
+            yield key
+
+    def find(self, optimizer: Optimizer) -> KnownOptimizer | None:
+        """Return what is known of an optimizer; None where it does not count, or steps nothing that is watched."""
+        known = self._known.get(id(optimizer))
+        if known is None or known.reference() is not optimizer:
+            known = self._meet(optimizer)
+        if not known.counts:
+            return None
+        signature = []
+        for group in optimizer.param_groups:
+            signature.append(len(group["params"]))
+            signature.append(sum(map(id, group["params"])))
+        parameters = known.parameters
+        if parameters.signature != signature or (parameters.deaths != deaths.count and not parameters.whole):
+            parameters = self._look_up(optimizer, known)
+            parameters.signature = signature
+        return known if parameters.indices else None
+
+    def known(self, optimizer: Optimizer) -> KnownOptimizer | None:
+        """Return what was known of an optimizer when it was last looked for; None where it does not count."""
+        known = self._known.get(id(optimizer))
+        return known if known is not None and known.counts and known.reference() is optimizer else None
+
+    def _register(self, optimizer: Optimizer, *, counts: bool) -> KnownOptimizer:
+        key, gone = next(self._keys), self.gone
+        reference = weakref.ref(optimizer, lambda _reference: gone.append(key))
+        known = self._known[id(optimizer)] = KnownOptimizer(key, reference, counts=counts)
+        return known
+
+    def _meet(self, optimizer: Optimizer) -> KnownOptimizer:
+        """Decide whether an optimizer counts that was not seen before."""
+        if self._named is None:
+            return self._register(optimizer, counts=True)
+        within = any(_holds(named, optimizer) for named in self.named)
+        around = not within and any(_holds(optimizer, named) for named in self.named)
+        found = {self._parameters.find(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        stepped = frozenset(index for index in found if index is not None)
+        named = [Named(known.key, known.reference() is None, known.last) for known in self._named]
+        adoption, replaced = adoption_of(stepped, named, within_named=within, around_named=around)
+        known = self._register(optimizer, counts=adoption in (Adoption.WITHIN, Adoption.REPLACES))
+        if adoption is Adoption.REPLACES:
+            self._named = [known if other.key == replaced else other for other in self._named]
+        elif known.counts:
+            self._named.append(known)
+        elif adoption is Adoption.STRANGER:
+            self._warn(
+                f"{type(optimizer).__name__} steps watched parameters, but was not given to attach(): it is not "
+                + ("clipped or measured" if self._clips else "measured")
+            )
+        return known
+
+    def _look_up(self, optimizer: Optimizer, known: KnownOptimizer) -> OptimizerParameters:
+        groups = [group["params"] for group in optimizer.param_groups]
+        find = self._parameters.find
+        self._renew(any(find(parameter) is None for group in groups for parameter in group))
+        parameters = known.parameters = OptimizerParameters(groups, find)
+        known.last = parameters.index_set
+        self._changed()
+        others = sum(map(len, groups)) - len(parameters.indices)
+        if self._clips and parameters.indices and others:
+            self._warn(f"{others} parameters of {type(optimizer).__name__} belong to no watched module: not clipped")
+        return parameters
+
+    def _look_up_list(self, parameters: Sequence[Tensor]) -> OptimizerParameters:
+        # A list that holds nothing watched is another model's, and may come often.
+        unknown = sum(self._parameters.find(parameter) is None for parameter in parameters)
+        self._renew(0 < unknown < len(parameters))
+        return OptimizerParameters([parameters], self._parameters.find)
+
+    def forget_lists(self) -> None:
+        """Forget what is known of lists: the watched parameters have changed."""
+        self.lists.clear()
+
+    def places(self, optimizer: Optimizer) -> list[int]:
+        """Return the places of an optimizer's parameter groups among those of all optimizers."""
+        known = self._known[id(optimizer)]
+        missing = len(optimizer.param_groups) - len(known.places)
+        if missing > 0:
+            taken = {place for other in self._alive() for place in other.places}
+            known.places += itertools.islice(itertools.filterfalse(taken.__contains__, itertools.count()), missing)
+        return known.places
+
+    def check_named(self) -> None:
+        """Tell which of the named optimizers steps nothing watched: it holds copies, or another model's parameters.
+
+        Raises:
+            ValueError: its gradients were to be clipped.
+        """
+        for optimizer in self.named:
+            tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
+            if any(self._parameters.find(tensor) is not None for tensor in tensors):
+                continue
+            text = f"{type(optimizer).__name__} steps no parameter of the model that was given to attach()"
+            if self._clips:
+                raise ValueError(f"{text}: nothing would be clipped. Give the model whose parameters it holds")
+            self._warn(f"{text}: nothing of it is measured")
+
+    def are_unscaled(self, parameters: OptimizerParameters, scaler: Any) -> bool:
+        """Return whether a loss scaler has unscaled the gradients of an optimizer that steps one of ``parameters``."""
+        states = getattr(scaler, "_per_optimizer_states", {})
+        for known in self._alive():
+            optimizer = known.reference()
+            if known.parameters.index_set.isdisjoint(parameters.index_set) or id(optimizer) not in states:
+                continue
+            if states[id(optimizer)]["stage"].name != "READY":
+                return True
+        return False
+
+
+def _holds(outer: Optimizer, inner: Optimizer) -> bool:
+    return any(one is inner for one in _held_by(outer))
+
+
+def holds_optimizers(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer holds others, which it may step."""
+    return any(True for _ in _held_by(optimizer))
+
+
+def _held_by(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yield the optimizers that are attributes of one, or in a list or tuple that is."""
+    for value in vars(optimizer).values():
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, Optimizer):
+                yield one

@@ -1,0 +1,300 @@
+"""The session of one watched training: its monitor, collector and delivery, from the first parameter to the last batch.
+
+``Agent`` is what a user holds of it; ``gradwatch run`` works with sessions themselves.
+"""
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradwatch import wire
+from gradwatch.clipping.agc import AGC
+from gradwatch.delivery.delivery import Delivery
+from gradwatch.lifecycle import shutdown
+from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
+from gradwatch.lifecycle.process import attributes, default_run_name, rank
+from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
+from gradwatch.monitor.monitor import Monitor
+from gradwatch.monitor.parts import AgentThread, Callbacks, discard
+from gradwatch.norms.scalars import Scalar
+from gradwatch.ranks.exchange import exchange_for
+from gradwatch.samples.collector import Collector
+from gradwatch.samples.loggers import LoggerName, open_logger
+from gradwatch.settings import RUN_ID, Settings
+from gradwatch.steps.event_log import write_events
+from gradwatch.steps.records import StepRecord
+from gradwatch.steps.schedule import OverheadAccount, SamplingSchedule
+
+_running: tuple["Session", ...] = ()
+
+
+def running_sessions() -> tuple["Session", ...]:
+    """Return the sessions that have begun and not ended, the newest last."""
+    return _running
+
+
+class Session:
+    """Watches one training, or only clips where another rank reports.
+
+    Args:
+        models: what is watched.
+        optimizers: whose steps count; None: every one that steps the models' parameters.
+        settings: where it reports to, and how often.
+        automatic: whether ``gradwatch run`` attached it.
+        clip: how gradients are clipped adaptively; None: not at all.
+        retired: whether it does nothing: it stands for one of another process.
+
+    Raises:
+        ValueError: gradients were to be clipped that an optimizer given does not step.
+        NotImplementedError: they were to be clipped and cannot be.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer] | None,
+        settings: Settings,
+        *,
+        automatic: bool = False,
+        clip: AGC | None = None,
+        retired: bool = False,
+    ) -> None:
+        resumed = settings.run is not None and RUN_ID.fullmatch(settings.run) is not None
+        self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
+        self.run_url = f"{settings.url}/runs/{self.run_id}"
+        self._left_to_launcher = automatic
+        """Whether ``gradwatch run`` ends the run where this is the process of its command: it sees the exit status."""
+        self._exit: tuple[int, int | None] = (0, None)
+        """Step at which ``sys.exit`` was called last, and with what."""
+        self._lock = threading.Lock()
+        self._collector: Collector | None = None
+        """None where nothing is reported: on another rank, in a forked child, in a retired session."""
+        self._delivery: Delivery | None = None
+        self._note: RunNote | None = None
+        self._event_log: FileIO | None = None
+        self.threads: list[AgentThread] = []
+        self._ranks = exchange_for(models)
+        watching = not retired and (rank() == 0 or self._ranks is not None)
+        self._closed = not watching and clip is None
+        account = OverheadAccount(settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None)
+        callbacks = Callbacks(
+            exiting=self._exiting,
+            forked=self._forked,
+            unknown_step=self._warn_of_unknown_step,
+        )
+        self.monitor = Monitor(
+            models,
+            optimizers,
+            SamplingSchedule(account),
+            callbacks,
+            step=settings.step if resumed else settings.step or 0,
+            clip=clip,
+            ranks=self._ranks,
+            watching=watching,
+        )
+        if settings.step_log is not None and watching:
+            self._write_events(settings.step_log, account)
+        if not self._closed:
+            self._begin(settings, clip, resumed=resumed, watching=watching)
+
+    def _write_events(self, path: Path, account: OverheadAccount) -> None:
+        """Write what is heard of the training to a file, to be replayed (see ``gradwatch.steps.event_log``)."""
+        try:
+            log = path.open("wb", buffering=0)
+        except OSError as error:
+            self.monitor.notices.warn(f"GRADWATCH_STEP_LOG={path} cannot be written: {error.strerror}")
+            return
+        self._event_log = log
+        write_events(self.monitor.steps, account, log.write)
+
+    def _begin(self, settings: Settings, clip: AGC | None, *, resumed: bool, watching: bool) -> None:
+        global _running
+        try:
+            self.monitor.check()
+            self.monitor.listen()  # before an earlier one leaves: the last listener drops all references to tensors
+            self._replace_earlier()
+            if watching:
+                self._report(settings, clip, resumed=resumed)
+        except BaseException:
+            self.monitor.stop()  # no hook and no reference stays behind
+            raise
+        _running = (*_running, self)
+        shutdown.close_at_exit(running_sessions)
+
+    def _report(self, settings: Settings, clip: AGC | None, *, resumed: bool) -> None:
+        """Start the threads that build samples and send them."""
+        monitor = self.monitor
+        warn, failed = monitor.notices.warn, monitor.guard.failed
+        if self._ranks is None or self._ranks.rank == 0:
+            self._delivery = Delivery(self.run_id, settings, monitor.dropped, warn, failed)
+        attempt = time.time_ns() // 1_000_000
+        template = wire.Registration(
+            project=settings.project,
+            name="" if resumed else settings.run or default_run_name(),
+            parameters=[],
+            id=self.run_id,
+            started_at=attempt / 1000,
+            attempt=attempt,
+            attributes=attributes() | ({} if clip is None else clip.attributes),
+        )
+        self._collector = Collector(
+            None if self._delivery is None else self._delivery.spool,
+            monitor.recorder.pool,
+            monitor.dropped,
+            template,
+            clip,
+            self._ranks,
+            written=_nothing if self._delivery is None else self._delivery.sender.notify,
+            trouble=monitor.note_trouble,
+            failed=failed,
+            warn=warn,
+        )
+        self.threads.append(self._collector)
+        monitor.report_to(self._collector.put, self.threads)
+        monitor.models.start_registering()
+        self._collector.start()
+        if self._delivery is not None:
+            self.threads.append(self._delivery.sender)
+            self._delivery.sender.start()
+            self._note = RunNote(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
+            write_note(self._note)
+
+    def _replace_earlier(self) -> None:
+        """Close the session that watches exactly these parameters: a notebook cell was run again."""
+        mine = self.monitor.models.parameters
+        for other in _running:
+            theirs = other.monitor.models.parameters
+            if theirs.ids == mine.ids or theirs.are_gone:
+                other.close(time.monotonic() + 1.0, "completed")
+
+    @property
+    def step(self) -> int:
+        """Return the number of the last step."""
+        return self.monitor.steps.state.number
+
+    @property
+    def interval_steps(self) -> int:
+        """Return the steps from one sample to the next, as it was last."""
+        return self.monitor.steps.schedule.interval_steps
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Return the models that are watched and still there."""
+        return self.monitor.models.parameters.models
+
+    def watches(self, parameter: Tensor) -> bool:
+        """Return whether a parameter is among those that are watched."""
+        return self.monitor.watches(parameter)
+
+    def log(self, name: str, value: Scalar) -> None:
+        """Add a number to the next step."""
+        self.monitor.steps.logged(name, value)
+
+    def add_logger(self, logger: LoggerName, **options: Any) -> None:
+        """Write the numbers of the whole run into a logger of the user's, too; raises as ``open_logger`` does."""
+        if self._collector is not None and not self._closed:
+            self._collector.add_logger(open_logger(logger, **options))
+
+    def close(self, deadline: float, status: str, exit_code: int | None = None) -> None:
+        """Stop watching, deliver what is there and finish the run; idempotent.
+
+        Args:
+            deadline: monotonic time by which all must be done.
+            status: ``completed``, ``failed`` or ``killed``.
+            exit_code: of the process, where known.
+        """
+        if self.stop(deadline, status, exit_code):
+            self.deliver()
+
+    def stop(self, deadline: float, status: str, exit_code: int | None = None) -> bool:
+        """Do what ``close`` does, up to the wait for the server; return whether ``deliver`` must follow."""
+        if not self._leave():
+            return False
+        self._write(deadline, status, exit_code)
+        return True
+
+    def deliver(self) -> None:
+        """Wait until the server has taken what is there, or the deadline of ``stop`` has come."""
+        if self._delivery is not None:
+            self._delivery.close()
+
+    def finish_in_background(self) -> None:
+        """End a training after which others follow in this process, without waiting for the server or a disk."""
+        self._left_to_launcher = False
+        if self._leave():
+            shutdown.finish_in_background(self._write_and_deliver)
+
+    def _write_and_deliver(self) -> None:
+        self._write(time.monotonic() + CLOSING_SECONDS, "completed", None)
+        self.deliver()
+
+    def _leave(self) -> bool:
+        """Hear nothing more; return whether there is something to end."""
+        global _running
+        with self._lock:
+            if self._closed:
+                return False
+            self._closed = True
+        watched = self.monitor.guard.watching
+        self.monitor.stop()
+        if watched:
+            self._put_logged()
+        if self._event_log is not None:
+            self._event_log.close()
+        _running = tuple(session for session in _running if session is not self)
+        return self._collector is not None
+
+    def _put_logged(self) -> None:
+        """What is logged after the last step, as the result of a last validation is, belongs to that step."""
+        state = self.monitor.steps.state
+        if state.logged and self._collector is not None:
+            last = StepRecord(state.number, time.time(), sampled=False)
+            last.logged, state.logged = state.logged, {}
+            self._collector.put(last)
+
+    def _write(self, deadline: float, status: str, exit_code: int | None) -> None:
+        """Write what is there, and how the run ended."""
+        assert self._collector is not None
+        left_open = self._left_to_launcher and is_launched_command()
+        end = None if left_open else wire.End(at=time.time(), status=status, exit_code=exit_code)
+        self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
+        if self._note is not None and not left_open:
+            write_note(self._note, ended=True)
+        if self._delivery is not None:
+            self._delivery.sender.end(deadline)
+
+    def _warn_of_unknown_step(self, optimizer: Optimizer) -> None:
+        if self._delivery is not None:
+            self.monitor.notices.warn(
+                f"run {self.run_id} is resumed, but {type(optimizer).__name__} does not say how many steps were made: "
+                "they are counted from 1 again, which hides the earlier ones; pass step= to attach()"
+            )
+
+    def _exiting(self, status: object) -> None:
+        """``sys.exit`` was called: unless there is another step, that is how the run ends."""
+        if threading.current_thread() is threading.main_thread():
+            self._exit = self.step, shutdown.exit_code_of(status)
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return what ``sys.exit`` was called with since the last step; a text, which Python prints, is 1."""
+        return self._exit[1] if self._exit[0] == self.step else None
+
+    def _forked(self) -> None:
+        """Report nothing in a forked child, whose threads and spool are the parent's."""
+        if self._delivery is not None:
+            self._delivery.spool.abandon_after_fork()
+        self._collector = None
+        self.monitor.report_to(discard, ())
+
+
+def _nothing() -> None:
+    """Nobody waits for what is written."""

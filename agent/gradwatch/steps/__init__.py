@@ -1,0 +1,1 @@
+"""Which gradients, losses and clippings belong to which optimizer step, and which steps are sampled: pure, no torch."""

@@ -1,0 +1,385 @@
+"""The step core: decides which losses, clippings and measurements belong to which optimizer step.
+
+It is a state machine without torch. Each public method is an event: something that was heard of the training. It
+changes the state and returns the action that must follow, if any. The torch side (``gradwatch.monitor``) translates
+hooks into events and carries the actions out. Losses and norms are opaque: the core keeps them and never reads them, so
+that every quirk of a framework can be told as a table of events with strings for tensors, and replayed.
+"""
+
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
+from typing import Final
+
+from gradwatch.steps.ownership import Beginning, ExpectedOptimizers, Owner, owner_of
+from gradwatch.steps.records import Indices, NormClip, Number, OptimizerKey, ScaledBy, StepRecord, scaled_by
+from gradwatch.steps.schedule import SamplingSchedule
+from gradwatch.steps.state import MOST_LOSSES, NO_INDICES, Keep, Loss, StepState, is_among
+
+UNSTEPPED_PASSES: Final = 200
+"""Backward passes without a step of a watched parameter after which the user is told."""
+UNSTEPPED_PASSES_BESIDE_OTHERS: Final = 20
+"""The same where other optimizers have stepped as often."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndStep:
+    """The open step is over: send its record, report ``step_ended``, then repeat the event that returned this."""
+
+
+@dataclass(frozen=True, slots=True)
+class CountSteps:
+    """A resumed training begins: report ``steps_counted``, then repeat the event that returned this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Measure gradients now, before a clipping changes them."""
+
+    record: StepRecord
+    void: Indices = NO_INDICES
+    """Parameters that have already been stepped in this step, with other gradients."""
+    clips: Sequence[ScaledBy] = ()
+    """Clippings that have scaled these gradients before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """An optimizer has begun to step."""
+
+    owner: Owner
+    record: StepRecord | None
+    """The step that it makes; None where the step belongs to an outer optimizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An optimizer has stepped."""
+
+    ended: bool
+    """Whether every optimizer of the step has stepped: the step is over."""
+    without_closure: bool = False
+    """Whether it was given a closure and has not called it."""
+
+
+END_STEP: Final = EndStep()
+COUNT_STEPS: Final = CountSteps()
+_IN_PROGRESS: Final = Made(ended=False)
+_COMPLETE: Final = Made(ended=True)
+
+
+class StepCore:
+    """Turns events of one training into step records.
+
+    Args:
+        steps_made: optimizer steps that the training has made so far.
+        schedule: says which steps are sampled.
+        expected: the optimizers that the user named; None: every one that steps watched parameters.
+        number_is_open: whether an optimizer may say at its first step that more steps were made.
+        thread: the thread that trains, as long as nothing else is heard.
+        keep: gives the number to keep of a loss; may be replaced.
+        summed: sums numbers where too many losses wait for one step.
+    """
+
+    def __init__(
+        self,
+        steps_made: int,
+        schedule: SamplingSchedule,
+        expected: Iterable[OptimizerKey] | None,
+        *,
+        number_is_open: bool = False,
+        thread: int = 0,
+        keep: Keep = lambda loss: (loss, True),
+        summed: Callable[[list[Number]], list[Number]] = lambda numbers: numbers,
+    ) -> None:
+        self.state: Final = StepState(steps_made, number_is_open, thread)
+        self.schedule: Final = schedule
+        self.expected: Final = ExpectedOptimizers(expected)
+        self.expected.count_from(steps_made)
+        self.keep = keep
+        self._summed = summed
+        self._announced: dict[OptimizerKey, int] = {}
+        """Steps that each optimizer has begun."""
+        self._announced_at_scaler: dict[OptimizerKey, int] = {}
+        self._unstepped_passes: int | None = 0
+        """Backward passes before anything watched was stepped; None: something was, or the user was told."""
+        self._steps_of_others = 0
+
+    # What is heard beside the steps
+
+    def logged(self, name: str, number: Number) -> None:
+        """The user adds a number to the next step."""
+        self.state.logged[name] = number
+
+    def training_moved(self, thread: int) -> None:
+        """Another thread trains from now on."""
+        self.state.thread = thread
+
+    # Backward passes
+
+    def backward_began(self, thread: int, losses: Iterable[Loss]) -> None:
+        """Losses are about to be differentiated, maybe within another backward pass."""
+        self.state.under_way.setdefault(thread, []).extend(losses)
+
+    def backward_ended(self, thread: int, losses: Sequence[Loss], changed: Indices | None) -> int | None:
+        """A backward pass is over.
+
+        Args:
+            thread: that made it.
+            losses: what ``backward_began`` was told.
+            changed: parameters whose gradients the pass is known to have changed; None: the pass failed, or is another
+                training's.
+
+        Returns:
+            The number of backward passes so far, once, where none of them was followed by a step of a watched
+            parameter: the user has to be told. Otherwise None.
+        """
+        state = self.state
+        mine = state.under_way.pop(thread, ())
+        if len(mine) != 1 or len(losses) != 1 or mine[0] is not losses[0]:
+            # Losses of a pass within which this one was made go on; those that a step has claimed meanwhile are gone.
+            if outer := [loss for loss in mine if not is_among(loss, losses)]:
+                state.under_way[thread] = outer
+            mine = [loss for loss in mine if is_among(loss, losses)]
+        if changed is None:
+            return None
+        if changed and (state.clips or state.value_clipped or state.coming or state.open):
+            state.forget_clipping(changed)  # there is more to them now than what was clipped
+        if not losses:
+            return None
+        state.cleared = NO_INDICES
+        for loss in mine:
+            number, finite = self.keep(loss)
+            state.losses.append(number)
+            state.losses_finite &= finite
+        if len(state.losses) >= MOST_LOSSES:
+            state.losses = self._summed(state.losses)
+        return None if self._unstepped_passes is None else self._count_unstepped(self._unstepped_passes + 1)
+
+    def _count_unstepped(self, passes: int) -> int | None:
+        self._unstepped_passes = passes
+        beside_others = min(passes, self._steps_of_others)
+        if passes < UNSTEPPED_PASSES and beside_others < UNSTEPPED_PASSES_BESIDE_OTHERS:
+            return None
+        self._unstepped_passes = None
+        return passes
+
+    # Gradients that change before they are stepped with
+
+    def gradients_changed(self, indices: Indices) -> None:
+        """Gradients are no longer what they were: what was noted of their clipping does not hold."""
+        self.state.forget_clipping(indices)
+
+    def gradients_cleared(self, indices: Indices) -> None:
+        """Gradients were cleared (``zero_grad``)."""
+        self.state.forget_clipping(indices)
+        self.state.cleared |= indices
+
+    def losses_dropped(self) -> None:
+        """No gradient is left of the losses that wait for a step."""
+        self.state.drop_losses()
+
+    # Clipping
+
+    def norm_clipped(self, clip: NormClip, listed: Sequence[int], measure: bool) -> Measure | None:
+        """Gradients are about to be clipped by their total norm.
+
+        Args:
+            clip: the call.
+            listed: its parameters in the order of its list.
+            measure: whether clipping destroys what a later measurement would need, as clipping by NaN or to 0 does.
+
+        Returns:
+            What is to be measured before, if anything.
+        """
+        action = self._measure_before(clip.indices, listed, force=not clip.finite) if measure else None
+        self.state.clips.append(clip)
+        return action
+
+    def value_clipped(self, indices: Indices, listed: Sequence[int]) -> Measure | None:
+        """Gradients are about to be clipped by value; returns what is to be measured before."""
+        self.state.value_clipped |= indices
+        return self._measure_before(indices, listed, force=False)
+
+    def _measure_before(self, indices: Indices, listed: Sequence[int], *, force: bool) -> Measure | None:
+        state, record = self.state, self.state.open
+        # In a step that is not sampled, one of them tells whether the clipping belongs to it or to the next.
+        asked = listed if record is not None and record.sampled else listed[:1]
+        stepped = frozenset(filter(state.has_stepped, asked))
+        if record is None or len(stepped) == len(asked):
+            stepped = NO_INDICES
+            record = state.coming = state.coming or StepRecord(state.number + 1, 0.0, self.schedule.due)
+        if force:
+            self.schedule.alarm(record, set())
+        waiting = indices - stepped
+        if not record.sampled or any(known.before_clip and waiting <= known.live for known in record.measurements):
+            return None
+        return Measure(record, stepped, scaled_by((*record.clips, *state.clips), waiting, stepping=False))
+
+    # Optimizer steps
+
+    def optimizer_gone(self, optimizer: OptimizerKey) -> None:
+        """An optimizer does not exist any more."""
+        self.state.gone.add(optimizer)
+        self._announced.pop(optimizer, None)
+        self._announced_at_scaler.pop(optimizer, None)
+
+    def steps_counted(self, made: int) -> None:
+        """An optimizer of a resumed training says how many steps were made."""
+        self.state.number_is_open = False
+        self.state.number = made
+        self.expected.count_from(made)
+
+    def other_stepped(self) -> None:
+        """An optimizer steps that steps nothing watched."""
+        self._steps_of_others += 1
+
+    def step_began(
+        self,
+        optimizer: OptimizerKey,
+        indices: Indices,
+        thread: int,
+        at: float,
+        outer: OptimizerKey | None = None,
+        closure: bool = False,
+        reached: Set[int] = NO_INDICES,
+    ) -> Began | EndStep | CountSteps:
+        """An optimizer begins to step.
+
+        Args:
+            optimizer: which.
+            indices: watched parameters that it steps.
+            thread: that steps.
+            at: seconds since the epoch.
+            outer: the optimizer whose step calls this one.
+            closure: whether it is given a closure, which makes the gradients.
+            reached: other threads whose losses under way reach watched parameters.
+        """
+        # Every other case needs an open step.
+        owner = Owner.NEW if self.state.open is None else owner_of(self._beginning(optimizer, indices, outer))
+        if owner is Owner.OUTER:
+            return Began(owner, None)
+        if owner is Owner.NEXT:
+            return END_STEP
+        if owner is Owner.NEW and self.state.number_is_open:
+            return COUNT_STEPS
+        self._announced[optimizer] = self._announced.get(optimizer, 0) + 1
+        record = self._enter(optimizer, indices, thread, at, reached)
+        if closure:
+            self.state.awaiting_closure = optimizer
+        else:
+            self.state.hand_over(record)
+            if not record.finite:
+                self._alarm(record, optimizer)
+        return Began(owner, record)
+
+    def _beginning(self, optimizer: OptimizerKey, indices: Indices, outer: OptimizerKey | None) -> Beginning:
+        state = self.state
+        replaces_gone = False
+        if state.open is not None and state.gone and self.expected.is_new(optimizer):
+            stepped = (known for key, known in state.open.stepped.items() if key in state.gone)
+            replaces_gone = not indices.isdisjoint(NO_INDICES.union(*stepped))
+        return Beginning(optimizer, indices, outer, state.open, state.pending, state.evaluated, replaces_gone)
+
+    def _enter(
+        self, optimizer: OptimizerKey, indices: Indices, thread: int, at: float, reached: Set[int]
+    ) -> StepRecord:
+        """Open a step or join the open one, and claim the losses that are being differentiated."""
+        state, record = self.state, self.state.open
+        if record is None:
+            state.number += 1
+            record = state.open = state.coming or StepRecord(state.number, at, self.schedule.due)
+            record.step, record.at = state.number, at
+            state.coming = None
+        record.stepped[optimizer] = indices
+        state.evaluated = None
+        self._unstepped_passes = None
+        if self.expected.only != (optimizer, indices):
+            self.expected.begun(optimizer, indices, state.number, state.gone)
+        if not state.under_way:
+            state.thread = thread
+            return record
+        # An optimizer that steps within a backward pass steps with the gradients of what is being differentiated. It
+        # may do so on a thread of autograd's, for whoever waits for the pass.
+        for other in (thread,) if thread == state.thread else tuple(state.under_way):
+            if other in (thread, state.thread) or other in reached:
+                state.claim_losses(record, other, self.keep)
+        return record
+
+    def _alarm(self, record: StepRecord, optimizer: OptimizerKey) -> None:
+        """Something of a step is not finite: sample it, if it is the first of several."""
+        if self.schedule.alarm(record, {optimizer}):
+            self.schedule.want_burst()
+
+    def closure_left(self) -> None:
+        """A closure was left, by returning or by raising."""
+        self.state.awaiting_closure = None
+
+    def closure_returned(self, optimizer: OptimizerKey, record: StepRecord | None) -> None:
+        """The closure that an optimizer was given has made its gradients.
+
+        Args:
+            optimizer: which.
+            record: the step, at the first evaluation in it; None at any later one.
+        """
+        self.state.evaluated = optimizer
+        if record is not None:
+            self.state.hand_over(record)
+            if not record.finite:
+                self._alarm(record, optimizer)
+
+    def step_made(self, optimizer: OptimizerKey) -> Made:
+        """An optimizer has stepped."""
+        state, record = self.state, self.state.open
+        if record is None or optimizer not in record.stepped:
+            return _IN_PROGRESS
+        without_closure = state.awaiting_closure == optimizer
+        if without_closure:
+            state.hand_over(record)
+        state.awaiting_closure = None
+        if state.losses or state.clips or state.value_clipped or state.coming is not None:
+            # A closure was evaluated again: what was noted meanwhile was not stepped with.
+            state.drop_losses()
+            state.forget_clipping(record.stepped[optimizer])
+        ended = self.expected.all_stepped(record.stepped.keys())
+        if without_closure:
+            return Made(ended, without_closure=True)
+        return _COMPLETE if ended else _IN_PROGRESS
+
+    def scaler_stepped(
+        self, optimizer: OptimizerKey, indices: Indices, thread: int, at: float
+    ) -> Made | EndStep | CountSteps:
+        """A loss scaler has stepped an optimizer, or skipped its step because it found Inf."""
+        announced = self._announced.get(optimizer, 0)
+        if announced != self._announced_at_scaler.get(optimizer, 0):
+            self._announced_at_scaler[optimizer] = announced
+            return _IN_PROGRESS
+        owner = owner_of(self._beginning(optimizer, indices, None))
+        if owner is Owner.NEXT:
+            return END_STEP
+        if owner is Owner.NEW and self.state.number_is_open:
+            return COUNT_STEPS
+        record = self._enter(optimizer, indices, thread, at, NO_INDICES)
+        record.skip()
+        self.state.hand_over(record)
+        return _COMPLETE if self.expected.all_stepped(record.stepped.keys()) else _IN_PROGRESS
+
+    def step_ended(self, now: float, spent_seconds: float, background_seconds: float, *, learn: bool = False) -> None:
+        """The open step is over; the arguments are those of ``SamplingSchedule.ended``.
+
+        Args:
+            now: a clock in seconds that only goes forward.
+            spent_seconds: time that the agent has taken on the training thread since it was attached.
+            background_seconds: processor time of the agent's other threads since then.
+            learn: whether an optimizer that begins the next step has ended it: its optimizers make a step together.
+        """
+        state, record = self.state, self.state.open
+        if record is None:
+            return
+        if learn:
+            self.expected.learn(record.stepped, state.number)
+        state.open = None
+        self.schedule.ended(record, now, spent_seconds, background_seconds)
+        if self.expected.only is None:
+            self.expected.forget_idle(record.step)
+        if state.gone:
+            state.gone = {key for key in state.gone if not self.expected.is_new(key)}

@@ -23,9 +23,10 @@ from gradwatch.hooks import weak_tensors
 from gradwatch.hooks.patch import Function, Patch, around, compiler, inside_no_grad
 
 _STEP_WRAPPER: Final = next(
-    code for code in Optimizer.profile_hook_step.__code__.co_consts if getattr(code, "co_name", "") == "wrapper"
+    (code for code in Optimizer.profile_hook_step.__code__.co_consts if getattr(code, "co_name", "") == "wrapper"), None
 )
-"""Code of the function that torch puts around each ``step``."""
+"""Code of the function that torch puts around each ``step``; None in a torch that has another one: steps within steps
+are not told apart there."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

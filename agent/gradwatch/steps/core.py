@@ -278,7 +278,7 @@ class StepCore:
         if state.open is not None and state.gone and self.expected.is_new(optimizer):
             stepped = (known for key, known in state.open.stepped.items() if key in state.gone)
             replaces_gone = not indices.isdisjoint(NO_INDICES.union(*stepped))
-        return Beginning(optimizer, indices, outer, state.open, state.pending, state.evaluated, replaces_gone)
+        return Beginning(optimizer, indices, outer, state.open, state.waits_for_step, state.evaluated, replaces_gone)
 
     def _enter(
         self, optimizer: OptimizerKey, indices: Indices, thread: int, at: float, reached: Set[int]

@@ -35,7 +35,7 @@ class Beginning:
     outer: OptimizerKey | None
     """The optimizer whose step calls this one."""
     open: StepRecord | None
-    pending: bool
+    waits_for_step: bool
     """Whether losses or clippings wait for a step."""
     evaluated: OptimizerKey | None
     """The optimizer that has evaluated its closure last, and made new gradients by that."""
@@ -55,7 +55,7 @@ class Case:
 def _outer_sees_to_it(beginning: Beginning) -> bool:
     """Return whether the outer optimizer has begun this step, for at least these parameters and the same gradients."""
     step, outer = beginning.open, beginning.outer
-    if step is None or outer is None or beginning.pending or outer == beginning.evaluated:
+    if step is None or outer is None or beginning.waits_for_step or outer == beginning.evaluated:
         return False
     return beginning.indices <= step.stepped.get(outer, frozenset())
 

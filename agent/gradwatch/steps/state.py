@@ -60,14 +60,14 @@ class StepState:
     """Optimizers of the open step, or awaited ones, that do not exist any more."""
 
     @property
-    def pending(self) -> bool:
+    def waits_for_step(self) -> bool:
         """Return whether anything waits for a step that holds only while the gradients stay as they are."""
         return bool(self.losses or self.clips or self.value_clipped or self.coming is not None)
 
     @property
     def noted(self) -> bool:
         """Return whether anything is noted that a change of a gradient would make untrue."""
-        return self.pending or (self.open is not None and bool(self.open.clipped))
+        return self.waits_for_step or (self.open is not None and bool(self.open.clipped))
 
     @property
     def clipped(self) -> Indices:

@@ -77,7 +77,10 @@ def write_events(core: StepCore, account: OverheadAccount, write: Callable[[byte
     def put(event: str, arguments: dict[str, Any]) -> None:
         if left[0]:
             left[0] -= 1
-            write(msgspec.json.encode(Line(event, arguments), enc_hook=_name) + b"\n")
+            try:
+                write(msgspec.json.encode(Line(event, arguments), enc_hook=_name) + b"\n")
+            except (OSError, ValueError):  # a full disk, or the log of a session that is over: the training goes on
+                left[0] = 0
 
     state = core.state
     put(

@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwatch.wire import MISSING, Parameter
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, examine
+from gradwatch_server.diagnosis import History, RunParameters, Sample, Thresholds, diagnose
 from gradwatch_server.diagnosis.sample import median
 from tests.diagnosis.ticks import LAYERS, Watch, network
 
 VALUES = st.sampled_from([MISSING, 0.0, 1e-30, 1e-9, 0.1, 1.0, 1e6, 1e30, math.inf, math.nan])
 
 
-def _reading(step: int, gradients: list[float], weights: list[float], loss: float | None) -> Reading:
+def _reading(step: int, gradients: list[float], weights: list[float], loss: float | None) -> Sample:
     scalars = {} if loss is None else {"loss": loss}
     statistics: Any = {"grad_norm": np.array(gradients, np.float32), "weight_norm": np.array(weights, np.float32)}
-    return Reading(step=step, at=0.0, statistics=statistics, scalars=scalars)
+    return Sample(step=step, at=0.0, statistics=statistics, scalars=scalars)
 
 
 @settings(max_examples=150, deadline=None)
@@ -39,12 +39,12 @@ def _reading(step: int, gradients: list[float], weights: list[float], loss: floa
 def test_whatever_comes_the_rules_answer_and_memory_survives_storage(
     samples: list[tuple[list[float], list[float], float | None]],
 ) -> None:
-    layout = Layout.of(network(6))
-    kept = stored = Memory()
+    layout = RunParameters.of(network(6))
+    kept = stored = History()
     for step, (gradients, weights, loss) in enumerate(samples):
         reading = _reading(step, gradients, weights, loss)
-        kept, findings = examine(layout, kept, reading, Thresholds())
-        stored, again = examine(layout, Memory.from_bytes(stored.to_bytes()), reading, Thresholds())
+        kept, findings = diagnose(layout, kept, reading, Thresholds())
+        stored, again = diagnose(layout, History.from_bytes(stored.to_bytes()), reading, Thresholds())
         assert msgspec.msgpack.encode(findings) == msgspec.msgpack.encode(again)
         assert kept.to_bytes() == stored.to_bytes()
         for finding in findings:
@@ -65,7 +65,7 @@ def test_memory_is_bounded_and_earlier_memories_stay_as_they_were() -> None:
 
 def test_a_memory_of_another_version_is_refused() -> None:
     with pytest.raises(ValueError, match="version 99, not 3: replay"):
-        Memory.from_bytes(msgspec.msgpack.encode({"version": 99}))
+        History.from_bytes(msgspec.msgpack.encode({"version": 99}))
 
 
 def test_a_run_may_append_parameters() -> None:
@@ -85,12 +85,12 @@ def test_more_than_twenty_are_counted() -> None:
 def test_a_sample_costs_little(size: int, most_seconds: float) -> None:
     """A quarter of the bound on a free machine; the best of many, since others use it too."""
     parameters = [Parameter(f"{index}.weight", [64, 64], units=64) for index in range(size)]
-    layout, memory, best = Layout.of(parameters), Memory(), math.inf
+    layout, memory, best = RunParameters.of(parameters), History(), math.inf
     gradients = np.random.default_rng(0).lognormal(-2, 1, (1_000, size)).astype(np.float32)
     for step, row in enumerate(gradients):
         reading = _reading(step, list(row), [3.0] * size, 2.3 * 0.99**step)
         started = time.perf_counter()
-        memory, _ = examine(layout, memory, reading, Thresholds())
+        memory, _ = diagnose(layout, memory, reading, Thresholds())
         best = min(best, time.perf_counter() - started)
         if step >= 40 and best < most_seconds:
             break

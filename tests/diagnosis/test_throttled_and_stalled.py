@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds, examine
+from gradwatch_server.diagnosis import History, RunParameters, Sample, Thresholds, diagnose
 from gradwatch_server.diagnosis.rules import stalled
 from gradwatch_server.diagnosis.thresholds import Stalled
 from tests.diagnosis.ticks import LAYERS, network
@@ -22,10 +22,10 @@ from tests.diagnosis.ticks import LAYERS, network
 )
 @pytest.mark.parametrize("silent", [0.0, 0.3])
 def test_throttled(share: float, rate: float, samples: int, expected: bool, silent: float) -> None:
-    layout, memory, rules = Layout.of(network()), Memory(), set[str]()
+    layout, memory, rules = RunParameters.of(network()), History(), set[str]()
     size = 2 * LAYERS
     for step in range(samples):
-        reading = Reading(
+        reading = Sample(
             step=step,
             at=0.0,
             statistics={
@@ -36,7 +36,7 @@ def test_throttled(share: float, rate: float, samples: int, expected: bool, sile
             },
             scalars={"loss": 2.3 * rate**step},
         )
-        memory, findings = examine(layout, memory, reading, Thresholds())
+        memory, findings = diagnose(layout, memory, reading, Thresholds())
         rules = {finding.rule for finding in findings}
     assert ("throttled" in rules) is expected
 

@@ -11,7 +11,7 @@ from benchmarks.zoo.receiver import Recorder
 import gradwatch
 from gradwatch import wire
 from gradwatch_server.alerting.lifecycle import Alert, advance
-from gradwatch_server.diagnosis import Finding, Layout, Memory, Reading, Thresholds, examine
+from gradwatch_server.diagnosis import Finding, History, RunParameters, Sample, Thresholds, diagnose
 
 PARTS = (healthy, vanishing, dead, exploding, nonfinite, second, third, throttled)
 ALL = {case.name: case for part in PARTS for case in part.CASES}
@@ -52,7 +52,7 @@ def watched(case: Case, seed: int) -> list[tuple[int, Finding]]:
         agent.close(timeout_seconds=30)
     assert holds(case, result)
     assert recorder.registration is not None
-    layout, memory = Layout.of(recorder.registration.parameters), Memory()
+    layout, memory = RunParameters.of(recorder.registration.parameters), History()
     alerts: dict[str, Alert | None] = {}
     fired = []
     losses = {step: loss for batch in recorder.batches for step, loss in _losses(batch)}
@@ -60,8 +60,8 @@ def watched(case: Case, seed: int) -> list[tuple[int, Finding]]:
         for sample in batch.samples:
             scalars = {name: wire.number(value) for name, value in sample.scalars.items()}
             scalars["loss"] = losses[sample.step]
-            reading = Reading(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
-            memory, findings = examine(layout, memory, reading, Thresholds())
+            reading = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
+            memory, findings = diagnose(layout, memory, reading, Thresholds())
             found = {finding.rule: finding for finding in findings}
             for rule in found.keys() | alerts.keys():
                 alerts[rule], transition = advance(alerts.get(rule), found.get(rule), sample.step, sample.at)

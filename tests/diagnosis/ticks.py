@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gradwatch.wire import MISSING, Parameter, Statistic, Vector
-from gradwatch_server.diagnosis import Finding, Layout, Memory, Reading, Thresholds, examine
+from gradwatch_server.diagnosis import Finding, History, RunParameters, Sample, Thresholds, diagnose
 
 LAYERS = 8
 
@@ -30,8 +30,8 @@ class Watch:
     every: int = 1
 
     def __post_init__(self) -> None:
-        self.layout = Layout.of(self.parameters)
-        self.memory = Memory()
+        self.layout = RunParameters.of(self.parameters)
+        self.memory = History()
         self.step = 0
 
     def tick(
@@ -55,8 +55,8 @@ class Watch:
             statistics["zero_unit_share"] = np.array(zero_unit_share, np.float32)
         if loss is not None:
             scalars["loss"] = loss
-        reading = Reading(step=self.step, at=0.0, statistics=statistics, scalars=scalars, losses=losses)
-        self.memory, findings = examine(self.layout, self.memory, reading, self.thresholds)
+        reading = Sample(step=self.step, at=0.0, statistics=statistics, scalars=scalars, losses=losses)
+        self.memory, findings = diagnose(self.layout, self.memory, reading, self.thresholds)
         return {finding.rule: finding for finding in findings}
 
     def learn(self, samples: int, gradient: float = 0.1, loss: float = 2.3, rate: float = 0.97) -> None:

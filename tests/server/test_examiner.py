@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 
 from gradwatch import wire
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds
+from gradwatch_server.diagnosis import History, RunParameters, Sample, Thresholds
 from gradwatch_server.ingest import diagnosis_pool
 from gradwatch_server.ingest.diagnosis_pool import Examiner
 from gradwatch_server.ingest.diagnosis_worker import Examined, examine_all
 from tests.diagnosis.ticks import network
 from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
-LAYOUT = Layout.of(network())
+LAYOUT = RunParameters.of(network())
 SIZE = len(LAYOUT.names)
 
 
-def _readings(seed: int, first: int, count: int) -> list[Reading]:
+def _readings(seed: int, first: int, count: int) -> list[Sample]:
     """Return samples of a run in which much goes wrong."""
     random = np.random.default_rng([seed, first])
     readings = []
@@ -40,7 +40,7 @@ def _readings(seed: int, first: int, count: int) -> list[Reading]:
         }
         loss = float(2.0 + 0.1 * step)
         told = [(step, loss)] if seed % 2 else []
-        readings.append(Reading(step=step, at=step / 7, statistics=statistics, scalars={"loss": loss}, losses=told))
+        readings.append(Sample(step=step, at=step / 7, statistics=statistics, scalars={"loss": loss}, losses=told))
     return readings
 
 
@@ -53,7 +53,7 @@ def _same(one: Examined, other: Examined) -> bool:
 def examiner() -> Iterator[Examiner]:
     """An examiner of which this thread's process takes jobs."""
     made = Examiner(from_share=0.0)
-    made.begin(LAYOUT, Memory(), _readings(0, 1, 1), Thresholds())()
+    made.begin(LAYOUT, History(), _readings(0, 1, 1), Thresholds())()
     assert made.processes[0].takes_jobs(PATIENCE_SECONDS)
     yield made
     made.close()
@@ -73,7 +73,7 @@ def only_there(examiner: Examiner, monkeypatch: pytest.MonkeyPatch) -> Examiner:
 def test_what_the_process_finds_is_the_same_bit_for_bit(only_there: Examiner) -> None:
     rules = set()
     for seed in range(6):
-        here = there = Memory()
+        here = there = History()
         for first in range(1, 80, 8):
             readings = _readings(seed, first, 8)
             expected = examine_all(LAYOUT, here, readings, Thresholds())
@@ -85,35 +85,35 @@ def test_what_the_process_finds_is_the_same_bit_for_bit(only_there: Examiner) ->
 
 
 def test_networks_too_large_to_be_kept_or_to_wait_in_the_pipe_are_looked_at_too(only_there: Examiner) -> None:
-    layout = Layout.of(network(3_000))
+    layout = RunParameters.of(network(3_000))
     vector = np.ones(len(layout.names), np.float32)
     readings = [
-        Reading(step=step, at=0.0, statistics={"grad_norm": vector, "weight_norm": vector}) for step in range(40)
+        Sample(step=step, at=0.0, statistics={"grad_norm": vector, "weight_norm": vector}) for step in range(40)
     ]
-    expected = examine_all(layout, Memory(), readings, Thresholds())
-    begun = [only_there.begin(layout, Memory(), readings, Thresholds()) for _ in range(3)]
+    expected = examine_all(layout, History(), readings, Thresholds())
+    begun = [only_there.begin(layout, History(), readings, Thresholds()) for _ in range(3)]
     assert all(_same(examined(), expected) for examined in begun)
 
 
 def test_a_look_may_begin_before_the_one_before_it_is_done(only_there: Examiner) -> None:
     stories = [_readings(seed, 1, 8) for seed in range(4)]
-    begun = [only_there.begin(LAYOUT, Memory(), readings, Thresholds()) for readings in stories]
+    begun = [only_there.begin(LAYOUT, History(), readings, Thresholds()) for readings in stories]
     for examined, readings in zip(begun, stories, strict=True):
-        assert _same(examined(), examine_all(LAYOUT, Memory(), readings, Thresholds()))
+        assert _same(examined(), examine_all(LAYOUT, History(), readings, Thresholds()))
 
 
 def test_a_look_that_nobody_waits_for_is_not_taken_for_the_next(only_there: Examiner) -> None:
-    only_there.begin(LAYOUT, Memory(), _readings(1, 1, 8), Thresholds())
+    only_there.begin(LAYOUT, History(), _readings(1, 1, 8), Thresholds())
     readings = _readings(2, 1, 8)
-    found = only_there.begin(LAYOUT, Memory(), readings, Thresholds())()
-    assert _same(found, examine_all(LAYOUT, Memory(), readings, Thresholds()))
+    found = only_there.begin(LAYOUT, History(), readings, Thresholds())()
+    assert _same(found, examine_all(LAYOUT, History(), readings, Thresholds()))
 
 
 def test_signals_to_the_whole_group_do_not_end_the_process(only_there: Examiner) -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         os.kill(only_there.processes[0].pid, number)
     readings = _readings(1, 1, 8)
-    assert len(only_there.begin(LAYOUT, Memory(), readings, Thresholds())().findings) == 8
+    assert len(only_there.begin(LAYOUT, History(), readings, Thresholds())().findings) == 8
 
 
 def _end_between(begin: Callable[[], Callable[[], Examined]], examiner: Examiner) -> Callable[[], Examined]:
@@ -150,8 +150,8 @@ def test_when_the_process_is_killed_the_samples_are_looked_at_here(
     examiner: Examiner, end: Callable[..., Callable[[], Examined]], caplog: pytest.LogCaptureFixture
 ) -> None:
     readings, first = _readings(1, 1, 8), examiner.processes[0].pid
-    expected = examine_all(LAYOUT, Memory(), readings, Thresholds())
-    examined = end(lambda: examiner.begin(LAYOUT, Memory(), readings, Thresholds()), examiner)
+    expected = examine_all(LAYOUT, History(), readings, Thresholds())
+    examined = end(lambda: examiner.begin(LAYOUT, History(), readings, Thresholds()), examiner)
     assert _same(examined(), expected)
     assert f"process {first}, which did the diagnosis, has ended" in caplog.text
     assert examiner.processes[0].pid != first  # it takes much time again, so there is another
@@ -162,10 +162,10 @@ def test_when_the_process_is_killed_with_two_jobs_both_are_done_here(
 ) -> None:
     stories, first = [_readings(1, 1, 8), _readings(2, 1, 8)], examiner.processes[0].pid
     os.kill(first, signal.SIGSTOP)
-    begun = [examiner.begin(LAYOUT, Memory(), readings, Thresholds()) for readings in stories]
+    begun = [examiner.begin(LAYOUT, History(), readings, Thresholds()) for readings in stories]
     _kill(examiner)
     for examined, readings in zip(begun, stories, strict=True):
-        assert _same(examined(), examine_all(LAYOUT, Memory(), readings, Thresholds()))
+        assert _same(examined(), examine_all(LAYOUT, History(), readings, Thresholds()))
     assert caplog.text.count("has ended") == 1
     (other,) = examiner.processes
     assert other.pid != first
@@ -178,7 +178,7 @@ def test_where_no_process_can_be_had_it_goes_on_here(
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     examiner = Examiner(from_share=0.0)
     for first in (1, 9):
-        assert len(examiner.begin(LAYOUT, Memory(), _readings(1, first, 8), Thresholds())().findings) == 8
+        assert len(examiner.begin(LAYOUT, History(), _readings(1, first, 8), Thresholds())().findings) == 8
     assert caplog.text.count("no process for the diagnosis") == 1
 
 
@@ -187,11 +187,11 @@ def test_a_process_that_ends_before_it_takes_a_job_is_the_last(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "false")  # as where the interpreter cannot load what it needs
     examiner = Examiner(from_share=0.0)
-    examiner.begin(LAYOUT, Memory(), _readings(1, 1, 8), Thresholds())()
+    examiner.begin(LAYOUT, History(), _readings(1, 1, 8), Thresholds())()
     with pytest.raises(EOFError):
         examiner.processes[0].takes_jobs(PATIENCE_SECONDS)
     for first in (9, 17):
-        assert len(examiner.begin(LAYOUT, Memory(), _readings(1, first, 8), Thresholds())().findings) == 8
+        assert len(examiner.begin(LAYOUT, History(), _readings(1, first, 8), Thresholds())().findings) == 8
     assert not examiner.processes
     assert caplog.text.count("ended before it took a job") == 1
 
@@ -199,7 +199,7 @@ def test_a_process_that_ends_before_it_takes_a_job_is_the_last(
 def test_an_examiner_that_is_closed_or_was_not_asked_to_starts_none(examiner: Examiner) -> None:
     examiner.close()
     for made in (examiner, Examiner()):
-        assert len(made.begin(LAYOUT, Memory(), _readings(1, 1, 8), Thresholds())().findings) == 8
+        assert len(made.begin(LAYOUT, History(), _readings(1, 1, 8), Thresholds())().findings) == 8
         assert not made.processes
 
 

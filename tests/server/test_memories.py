@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from gradwatch import wire
-from gradwatch_server.diagnosis import Layout, Memory
+from gradwatch_server.diagnosis import History, RunParameters
 from gradwatch_server.ingest.detector_state import Memories, Watched
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
@@ -198,7 +198,7 @@ def test_what_was_undone_is_not_remembered(engine: sa.Engine) -> None:
     with engine.connect() as connection:
         body = connection.execute(sa.select(schema.memories.c.body).where(schema.memories.c.run == run)).scalar_one()
     usual = np.log10(np.sqrt(len(LAYERS)))
-    assert Memory.from_bytes(body).log_gradients == pytest.approx([usual] * 40)
+    assert History.from_bytes(body).log_gradients == pytest.approx([usual] * 40)
 
 
 def test_a_registration_that_was_undone_is_not_remembered(engine: sa.Engine) -> None:
@@ -231,19 +231,19 @@ def test_what_another_version_wrote_is_replayed(engine: sa.Engine) -> None:
         _ingest().store(connection, run, wire.Batch(id="next", samples=[sample(300, *[1.0] * len(LAYERS), loss=1.0)]))
         body = connection.execute(sa.select(schema.memories.c.body).where(mine)).scalar_one()
     replayed = REPLAYED_FIRST_SAMPLES + REPLAYED_LAST_SAMPLES
-    assert Memory.from_bytes(body).samples == replayed + 1
+    assert History.from_bytes(body).samples == replayed + 1
 
 
 def test_memories_are_bounded_in_bytes() -> None:
-    held, layout = Memories(most_bytes=1_000_000), Layout.of(_parameters())
+    held, layout = Memories(most_bytes=1_000_000), RunParameters.of(_parameters())
     for place in range(200):
-        held.put(str(place), Watched(layout, Memory(), 0, mark="m"))
+        held.put(str(place), Watched(layout, History(), 0, mark="m"))
     found = [place for place in range(200) if held.take(str(place)) is not None]
     assert found == list(range(found[0], 200))
     assert 50 < len(found) < 100
     for place in range(200):
-        held.put("one", Watched(layout, Memory(), 0, mark=str(place)))
-    held.put("two", Watched(layout, Memory(), 0, mark="m"))
+        held.put("one", Watched(layout, History(), 0, mark=str(place)))
+    held.put("two", Watched(layout, History(), 0, mark="m"))
     known = held.take("one")
     assert known is not None
     assert known.mark == "199"

@@ -7,27 +7,29 @@ widths, learning rates and loss scales. docs/diagnosis.md says what each thresho
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Blame, Finding
-from gradwatch_server.diagnosis.history import Memory, quiet_times
+from gradwatch_server.diagnosis.history import History, quiet_times
 from gradwatch_server.diagnosis.rules import dead, exploding, nonfinite, throttled, vanishing
-from gradwatch_server.diagnosis.sample import Layout, Reading
+from gradwatch_server.diagnosis.sample import RunParameters, Sample
 from gradwatch_server.diagnosis.thresholds import Thresholds
 
 __all__ = [
     "RULES",
     "Blame",
     "Finding",
-    "Layout",
-    "Memory",
-    "Reading",
+    "History",
+    "RunParameters",
+    "Sample",
     "Thresholds",
-    "examine",
+    "diagnose",
 ]
 
 RULES = ("nonfinite", "exploding", "vanishing", "dead", "throttled")
 """The rules that blame parameters."""
 
 
-def examine(layout: Layout, memory: Memory, reading: Reading, thresholds: Thresholds) -> tuple[Memory, list[Finding]]:
+def diagnose(
+    layout: RunParameters, memory: History, reading: Sample, thresholds: Thresholds
+) -> tuple[History, list[Finding]]:
     """Look at one sample of a run.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch_server.diagnosis.finding import Finding
-from gradwatch_server.diagnosis.sample import Flags, Floats, Layout, Profile, Reading, any_of, grown, median
+from gradwatch_server.diagnosis.sample import Flags, Floats, Profile, RunParameters, Sample, any_of, grown, median
 
 VERSION: Final = 3
 """Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
@@ -94,7 +94,7 @@ class Losses:
 
 
 @dataclass(frozen=True, eq=False)
-class Memory:
+class History:
     """A run's own history."""
 
     samples: int = 0
@@ -162,14 +162,14 @@ class Memory:
 
     def after(
         self,
-        layout: Layout,
-        reading: Reading,
+        layout: RunParameters,
+        reading: Sample,
         profile: Profile,
         findings: Sequence[Finding],
         quiet: "QuietTimes",
         *,
         suspect: bool,
-    ) -> "Memory":
+    ) -> "History":
         """Return the memory with one more sample in it.
 
         Args:
@@ -205,7 +205,9 @@ class Memory:
             since=tuple((finding.rule, self.began(finding.rule, reading.step)) for finding in findings),
         )
 
-    def _quiet_after(self, layout: Layout, reading: Reading, profile: Profile, times: "QuietTimes") -> dict[str, Any]:
+    def _quiet_after(
+        self, layout: RunParameters, reading: Sample, profile: Profile, times: "QuietTimes"
+    ) -> dict[str, Any]:
         size = len(layout.names)
         quiet, longest, idle = times
         ever = grown(self.ever, size, False)
@@ -227,7 +229,7 @@ class Memory:
             "unclipped_samples": self.unclipped_samples + 1 if idle_clip else 0,
         }
 
-    def resumed(self) -> "Memory":
+    def resumed(self) -> "History":
         """Return what a new attempt starts with: the run's history, and what has lasted; nothing that names a step.
 
         Its weights come from a checkpoint: they did not change since the last sample, they are others.
@@ -266,7 +268,7 @@ class QuietTimes(NamedTuple):
     """For how long nearly all of its units have been."""
 
 
-def quiet_times(memory: Memory, layout: Layout, reading: Reading, profile: Profile) -> QuietTimes:
+def quiet_times(memory: History, layout: RunParameters, reading: Sample, profile: Profile) -> QuietTimes:
     """Return the times of each parameter, this sample included.
 
     A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this

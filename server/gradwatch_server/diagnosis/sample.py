@@ -43,7 +43,7 @@ def grown(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class RunParameters:
     """The parameters of a run, in the order of its vectors; all arrays of shape (parameters,)."""
 
     names: list[str]
@@ -263,7 +263,7 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Reading:
+class Sample:
     """One sample."""
 
     step: int
@@ -304,7 +304,7 @@ class Reading:
         living = 1.0 - np.clip(silent, 0.0, 1.0)
         return np.where(clipped > 0.0, np.minimum(clipped / np.maximum(living, 1e-6), 1.0), clipped)
 
-    def profile(self, layout: Layout, first_weights: Floats | None = None) -> Profile:
+    def profile(self, layout: RunParameters, first_weights: Floats | None = None) -> Profile:
         """Return what the rules share; ``first_weights`` are the weight norms at the run's first sample."""
         size = len(layout.names)
         gradient, weight = self.vector("grad_norm", size), self.vector("weight_norm", size)

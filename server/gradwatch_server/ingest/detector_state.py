@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from gradwatch import wire
 from gradwatch.wire import STATISTICS, Trail
 from gradwatch_server import diagnosis
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds
+from gradwatch_server.diagnosis import History, RunParameters, Sample, Thresholds
 from gradwatch_server.diagnosis.history import VERSION
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
@@ -36,8 +36,8 @@ _decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
 class Watched:
     """What the diagnosis remembers of a run."""
 
-    layout: Layout
-    memory: Memory
+    layout: RunParameters
+    memory: History
     attempt: int
     losses: dict[int, float] = field(default_factory=dict)
     """Loss of each step since the last sample, which may have come in earlier batches."""
@@ -119,20 +119,20 @@ def _upsert(engine: str) -> sa.Insert:
     return insert.on_conflict_do_update(index_elements=["run"], set_=replaced)
 
 
-def load(connection: sa.Connection, run: sa.Row[Any], layout: Layout, thresholds: Thresholds) -> Watched:
+def load(connection: sa.Connection, run: sa.Row[Any], layout: RunParameters, thresholds: Thresholds) -> Watched:
     """Return what is remembered of a run: what is stored, and the samples that came after it."""
     row = connection.execute(sa.select(schema.memories).where(schema.memories.c.run == run.id)).one_or_none()
     if run.memory_mark is None or (row is not None and row.version != VERSION):
         return _replay_known(connection, run, layout, thresholds)
-    watched, after = Watched(layout, Memory(), run.attempt, fresh=True), None
+    watched, after = Watched(layout, History(), run.attempt, fresh=True), None
     if row is not None:
-        watched.memory, watched.attempt, after = Memory.from_bytes(row.body), row.attempt, row.step
+        watched.memory, watched.attempt, after = History.from_bytes(row.body), row.attempt, row.step
     if watched.attempt != run.attempt:
         after = None
     watched.resume(run.attempt)
     losses = _stored_losses(connection, run, after)
     for reading in _readings_since(connection, run, after, sorted(losses.items())):
-        watched.memory, _ = diagnosis.examine(layout, watched.memory, reading, thresholds)
+        watched.memory, _ = diagnosis.diagnose(layout, watched.memory, reading, thresholds)
         watched.unsaved += 1
     watched.wait(losses, run.diagnosed_step)
     return watched
@@ -144,16 +144,18 @@ def between(losses: Sequence[tuple[int, float]], after: int | None, step: int) -
     return losses[first : bisect_right(losses, step, key=itemgetter(0))][-_LOSSES_KEPT:]
 
 
-def _replay_known(connection: sa.Connection, run: sa.Row[Any], layout: Layout, thresholds: Thresholds) -> Watched:
+def _replay_known(
+    connection: sa.Connection, run: sa.Row[Any], layout: RunParameters, thresholds: Thresholds
+) -> Watched:
     """Replay the first and the last samples: what is stored is of another version, or nothing is."""
-    watched = Watched(layout, Memory(), run.attempt, fresh=True)
+    watched = Watched(layout, History(), run.attempt, fresh=True)
     for reading in _first_and_last(connection, run):
-        watched.memory, _ = diagnosis.examine(layout, watched.memory, reading, thresholds)
+        watched.memory, _ = diagnosis.diagnose(layout, watched.memory, reading, thresholds)
         watched.unsaved += 1
     return watched
 
 
-def _first_and_last(connection: sa.Connection, run: sa.Row[Any]) -> list[Reading]:
+def _first_and_last(connection: sa.Connection, run: sa.Row[Any]) -> list[Sample]:
     """Return the first and last samples that have been diagnosed."""
     if run.diagnosed_step is None:
         return []
@@ -167,7 +169,7 @@ def _first_and_last(connection: sa.Connection, run: sa.Row[Any]) -> list[Reading
 
 def _readings_since(
     connection: sa.Connection, run: sa.Row[Any], after: int | None, losses: Sequence[tuple[int, float]]
-) -> Iterator[Reading]:
+) -> Iterator[Sample]:
     """Yield the samples of the attempt that have been diagnosed after a step, with the losses between them."""
     if run.diagnosed_step is None or run.diagnosed_step == after:
         return
@@ -180,8 +182,8 @@ def _readings_since(
         after = row["step"]
 
 
-def _reading(row: sa.RowMapping, losses: Sequence[tuple[int, float]]) -> Reading:
-    return Reading(
+def _reading(row: sa.RowMapping, losses: Sequence[tuple[int, float]]) -> Sample:
+    return Sample(
         step=row["step"],
         at=row["at"],
         statistics={name: row[name] for name in STATISTICS if row[name] is not None},

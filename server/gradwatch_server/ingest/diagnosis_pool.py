@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import BinaryIO, cast
 
-from gradwatch_server.diagnosis import Layout, Memory, Reading, Thresholds
+from gradwatch_server.diagnosis import History, RunParameters, Sample, Thresholds
 from gradwatch_server.ingest.diagnosis_worker import READY, Examined, examine_all, packed, receive, send, unpacked
 
 _WINDOW_SECONDS = 2.0
@@ -163,7 +163,7 @@ class Examiner:
         """Those that run."""
 
     def begin(
-        self, layout: Layout, memory: Memory, readings: Sequence[Reading], thresholds: Thresholds
+        self, layout: RunParameters, memory: History, readings: Sequence[Sample], thresholds: Thresholds
     ) -> Callable[[], Examined]:
         """Look at samples; return what waits for what came of it. It is the same wherever it is done."""
         here = partial(self._here, layout, memory, readings, thresholds)
@@ -197,7 +197,9 @@ class Examiner:
             self._of_thread.own = _Own()
         return cast("_Own", self._of_thread.own)
 
-    def _here(self, layout: Layout, memory: Memory, readings: Sequence[Reading], thresholds: Thresholds) -> Examined:
+    def _here(
+        self, layout: RunParameters, memory: History, readings: Sequence[Sample], thresholds: Thresholds
+    ) -> Examined:
         started = time.perf_counter()
         examined = examine_all(layout, memory, readings, thresholds)
         own = self._mine()

@@ -16,7 +16,7 @@ import numpy as np
 
 from gradwatch.wire import Statistic
 from gradwatch_server import diagnosis
-from gradwatch_server.diagnosis import Finding, Layout, Memory, Reading, Thresholds
+from gradwatch_server.diagnosis import Finding, History, RunParameters, Sample, Thresholds
 
 READY = b"\x01"
 """The first byte that such a process writes: from then on it takes jobs."""
@@ -29,22 +29,22 @@ _LARGEST_KEPT_BYTES = 1 << 18
 class Examined(NamedTuple):
     """What came of it."""
 
-    memory: Memory
+    memory: History
     """The memory with all of the samples in it."""
     findings: list[list[Finding]]
     """For each sample, what was found."""
 
 
-def examine_all(layout: Layout, memory: Memory, readings: Sequence[Reading], thresholds: Thresholds) -> Examined:
+def examine_all(layout: RunParameters, memory: History, readings: Sequence[Sample], thresholds: Thresholds) -> Examined:
     """Look at samples of a run, by ascending steps."""
     found = []
     for reading in readings:
-        memory, findings = diagnosis.examine(layout, memory, reading, thresholds)
+        memory, findings = diagnosis.diagnose(layout, memory, reading, thresholds)
         found.append(findings)
     return Examined(memory, found)
 
 
-def packed(layout: Layout, memory: Memory, readings: Sequence[Reading], thresholds: Thresholds) -> bytes:
+def packed(layout: RunParameters, memory: History, readings: Sequence[Sample], thresholds: Thresholds) -> bytes:
     """Return a job. Vectors are taken apart, and what stays the same is packed once: all this costs the server time."""
     samples = [
         (
@@ -94,9 +94,9 @@ def _exactly(pipe: BinaryIO, size: int) -> bytes:
     return content
 
 
-def _reading(step: int, at: float, statistics: dict[Statistic, bytes], scalars: Any, losses: Any) -> Reading:
+def _reading(step: int, at: float, statistics: dict[Statistic, bytes], scalars: Any, losses: Any) -> Sample:
     vectors = {name: np.frombuffer(vector, np.float32) for name, vector in statistics.items()}
-    return Reading(step=step, at=at, statistics=vectors, scalars=scalars, losses=losses)
+    return Sample(step=step, at=at, statistics=vectors, scalars=scalars, losses=losses)
 
 
 @lru_cache(_KEPT)

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.alerting import run_alerts
-from gradwatch_server.diagnosis import Layout, Memory, Reading
+from gradwatch_server.diagnosis import History, RunParameters, Sample
 from gradwatch_server.diagnosis.clip_advice import advise
 from gradwatch_server.diagnosis.rules import exploding, nonfinite
 from gradwatch_server.errors import Refused
@@ -54,7 +54,7 @@ class _Look(NamedTuple):
     watched: Watched
     told: Mapping[int, float]
     """Losses that the batch tells of, by their steps."""
-    readings: list[Reading]
+    readings: list[Sample]
     examined: Callable[[], Examined]
     """Waits for what comes of it."""
 
@@ -122,7 +122,9 @@ class Ingest:
             )
             self._insert_parameters(connection, run_id, registration.parameters, 0)
             # A fleet that starts would have its first batches wait until all of this was read back.
-            self._memories.put(run_id, Watched(Layout.of(registration.parameters), Memory(), attempt, mark=mark))
+            self._memories.put(
+                run_id, Watched(RunParameters.of(registration.parameters), History(), attempt, mark=mark)
+            )
             return answer
         if known.project != registration.project:
             detail = f"run {run_id!r} is not in project {registration.project!r}: use another run id there"
@@ -371,10 +373,8 @@ class Ingest:
         for sample in sorted(late, key=lambda sample: sample.step):
             if book.began(nonfinite.RULE) is not None:
                 return
-            reading = Reading(
-                step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars[sample.step]
-            )
-            found = nonfinite.find(watched.layout, Memory(), reading, reading.profile(watched.layout), limits)
+            reading = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars[sample.step])
+            found = nonfinite.find(watched.layout, History(), reading, reading.profile(watched.layout), limits)
             if found is not None and not _was_told(connection, run.id, nonfinite.RULE, sample.step):
                 book.enter_late(found, sample.step, sample.at)
 
@@ -410,7 +410,7 @@ class Ingest:
             watched.fresh = False
         else:
             known = watched is not None and detector_state.same_parameters(watched.mark, run.memory_mark)
-            layout = watched.layout if watched and known else Layout.of(load_parameters(connection, run.id))
+            layout = watched.layout if watched and known else RunParameters.of(load_parameters(connection, run.id))
             watched = detector_state.load(connection, run, layout, self._configuration.thresholds(run.project))
         watched.resume(run.attempt)
         return watched
@@ -466,7 +466,7 @@ def _readings(
     after: int | None,
     scalars: Mapping[int, Mapping[str, float]],
     losses: Sequence[tuple[int, float]],
-) -> list[Reading]:
+) -> list[Sample]:
     """Return what the rules have not seen yet, in the order of the steps."""
     readings = []
     earlier = after
@@ -474,7 +474,7 @@ def _readings(
         if after is not None and sample.step <= after:
             continue
         readings.append(
-            Reading(
+            Sample(
                 step=sample.step,
                 at=sample.at,
                 statistics=sample.statistics,

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from gradwatch import wire
-from gradwatch_server.diagnosis import Layout, Reading
+from gradwatch_server.diagnosis import RunParameters, Sample
 from gradwatch_server.diagnosis.sample import Floats, Profile
 from gradwatch_server.store import schema
 
@@ -31,8 +31,8 @@ _TINY = 1e-45
 class Snapshot:
     """The latest sample of one run."""
 
-    layout: Layout
-    reading: Reading
+    layout: RunParameters
+    reading: Sample
     profile: Profile
 
     @property
@@ -99,7 +99,7 @@ def load_snapshots(connection: sa.Connection, run_ids: Sequence[str], layouts: "
     for row in _latest(connection, run_ids):
         measured = {name: getattr(row, name) for name in _READ}
         statistics = {name: vector for name, vector in measured.items() if vector is not None}
-        layout, reading = known[row.run], Reading(step=row.step, at=row.at, statistics=statistics)
+        layout, reading = known[row.run], Sample(step=row.step, at=row.at, statistics=statistics)
         found[row.run] = Snapshot(layout, reading, reading.profile(layout))
     return found
 
@@ -118,9 +118,9 @@ class Layouts:
     """The layouts of the runs that were asked for last: a network's parameters are read once, not at every scrape."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[str, Layout]] = {}
+        self._known: dict[str, tuple[str, RunParameters]] = {}
 
-    def load(self, connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Layout]:
+    def load(self, connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, RunParameters]:
         """Return the layouts of these runs; those that gained a parameter or changed one are read anew."""
         depths = _depths(connection, run_ids)
         known = self._known
@@ -145,7 +145,7 @@ def _depths(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, str]
     return {row[0]: row[1] for row in connection.execute(listed)}
 
 
-def _read_layouts(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, Layout]:
+def _read_layouts(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, RunParameters]:
     if not run_ids:
         return {}
     table = schema.parameters
@@ -158,7 +158,7 @@ def _read_layouts(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str
     for row in rows:
         parameter = wire.Parameter(row.name, _shape(row.written), depth=row.depth, trainable=row.trainable)
         listed[row.run].append(parameter)
-    return {run: Layout.of(parameters) for run, parameters in listed.items()}
+    return {run: RunParameters.of(parameters) for run, parameters in listed.items()}
 
 
 @lru_cache(maxsize=4096)

@@ -3,8 +3,18 @@
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.history import IDLE_SHARE, Counts, Memory, QuietTimes
-from gradwatch_server.diagnosis.sample import TINY, Flags, Indices, Layout, Profile, Reading, any_of, largest_of, median
+from gradwatch_server.diagnosis.history import IDLE_SHARE, Counts, History, QuietTimes
+from gradwatch_server.diagnosis.sample import (
+    TINY,
+    Flags,
+    Indices,
+    Profile,
+    RunParameters,
+    Sample,
+    any_of,
+    largest_of,
+    median,
+)
 from gradwatch_server.diagnosis.thresholds import Dead
 
 _FADED_DECADES = 2.5
@@ -16,7 +26,7 @@ _GRAVE_SHARE = 1 / 3
 
 
 def find(
-    layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Dead, times: QuietTimes
+    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Dead, times: QuietTimes
 ) -> Finding | None:
     """Look for gradients that have been exactly zero, or missing, for many samples in a row while others were not."""
     alive = profile.alive
@@ -68,7 +78,7 @@ def find(
     )
 
 
-def _follows(layout: Layout, alive: Flags) -> Flags:
+def _follows(layout: RunParameters, alive: Flags) -> Flags:
     """Return which quiet parameters belong to a module that is alive otherwise.
 
     A weight whose bias has a gradient only has an input of zero: what is dead lies before it. A bias whose weight has
@@ -79,7 +89,7 @@ def _follows(layout: Layout, alive: Flags) -> Flags:
     return modules[layout.owners]
 
 
-def _cut_off(layout: Layout, profile: Profile, alive: Flags) -> Flags:
+def _cut_off(layout: RunParameters, profile: Profile, alive: Flags) -> Flags:
     """Return which parameters lie before every matrix that is alive, unless the gradient faded on its way there."""
     matrices = layout.order[(layout.matrix & layout.trainable & ~layout.lookup)[layout.order]]
     living = alive[matrices]
@@ -92,7 +102,7 @@ def _cut_off(layout: Layout, profile: Profile, alive: Flags) -> Flags:
     return before if not faded else np.zeros(len(layout.names), np.bool_)
 
 
-def _idling(layout: Layout, profile: Profile, idle: Counts, limits: Dead) -> Flags:
+def _idling(layout: RunParameters, profile: Profile, idle: Counts, limits: Dead) -> Flags:
     """Return which hidden weight matrices have hardly a unit with a gradient.
 
     Not the last one, whose rows may be chosen by the loss (sampled softmax, actions of a policy), nor embeddings.
@@ -105,7 +115,7 @@ def _idling(layout: Layout, profile: Profile, idle: Counts, limits: Dead) -> Fla
     return idling
 
 
-def _origin_first(layout: Layout, chosen: Flags, dead: Flags) -> Indices:
+def _origin_first(layout: RunParameters, chosen: Flags, dead: Flags) -> Indices:
     """Return the chosen ones from output to input, the dead before the idle: what lies behind follows from it."""
     order = layout.order[::-1]
     listed = order[chosen[order]]

@@ -6,8 +6,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.history import Memory
-from gradwatch_server.diagnosis.sample import TINY, Floats, Indices, Layout, Profile, Reading, median, rank_correlation
+from gradwatch_server.diagnosis.history import History
+from gradwatch_server.diagnosis.sample import (
+    TINY,
+    Floats,
+    Indices,
+    Profile,
+    RunParameters,
+    Sample,
+    median,
+    rank_correlation,
+)
 from gradwatch_server.diagnosis.thresholds import Exploding
 
 RULE = "exploding"
@@ -48,7 +57,7 @@ class Sign:
     """Perhaps on its way back: it has to last for long."""
 
 
-def sign(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+def sign(layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
     """Look for a sign of an explosion; any of them suffices. Norms are before any clipping."""
     if reading.scalars.get("clip_norm", 0.0) == math.inf:
         return _clipped_away(layout, profile)
@@ -61,7 +70,7 @@ def sign(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
 
 
 def find(
-    layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Exploding, found: Sign | None
+    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Exploding, found: Sign | None
 ) -> Finding | None:
     """Say what ``sign`` found; an explosion that has ended in NaN or Inf fires at once."""
     if not limits.enabled or found is None:
@@ -97,13 +106,13 @@ def _hold(found: Sign, limits: Exploding, *, overflowed: bool) -> int:
     return limits.mild_hold_samples if found.mild else limits.hold_samples
 
 
-def _learning(memory: Memory, profile: Profile) -> bool:
+def _learning(memory: History, profile: Profile) -> bool:
     """Return whether the loss, now and lately, lies clearly below where it began; False where none is known."""
     losses = memory.losses
     return min(losses.progress(profile.loss), losses.progress()) > _LEARNING and losses.relapse() < _UNLEARNED
 
 
-def _surging(memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+def _surging(memory: History, reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
     """The gradient is far above what is usual in this run, and the loss above where it began."""
     if not memory.log_gradients or not profile.global_gradient > 0.0:
         return None
@@ -135,7 +144,7 @@ def _surging(memory: Memory, reading: Reading, profile: Profile, limits: Explodi
     )
 
 
-def _blowing_up(memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+def _blowing_up(memory: History, reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
     """The weights grow many times over within a few samples, and nothing is learned."""
     if _learning(memory, profile):
         return None
@@ -158,7 +167,7 @@ def _blowing_up(memory: Memory, reading: Reading, profile: Profile, limits: Expl
     )
 
 
-def _out_of_proportion(memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+def _out_of_proportion(memory: History, _reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
     """Before anything is learned, gradients are large both against the weights and in what they do to the loss.
 
     The ratio alone is large where the loss is a sum; the leverage alone where the loss is nearly zero.
@@ -187,7 +196,7 @@ def _out_of_proportion(memory: Memory, _reading: Reading, profile: Profile, limi
     )
 
 
-def _amplifying(memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+def _amplifying(memory: History, _reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
     """The gradient grows from the last layers to the first, and nothing is learned."""
     members = profile.matrices
     third = len(members) // 3
@@ -210,7 +219,7 @@ def _amplifying(memory: Memory, _reading: Reading, profile: Profile, limits: Exp
     )
 
 
-def _swelling(_memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+def _swelling(_memory: History, _reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
     """The gradient of biases and gains grows steadily, by decades, from the output to the input.
 
     It is what flows back, free of the size of the signals that flow forward: where both grow from layer to layer, the
@@ -236,7 +245,7 @@ def _swelling(_memory: Memory, _reading: Reading, profile: Profile, limits: Expl
     )
 
 
-def _diverged(memory: Memory, _reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+def _diverged(memory: History, _reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
     """The loss of every step has been far above its beginning for long, and the weights have grown.
 
     Where samples lie apart the explosion itself may be over before any of them.
@@ -260,7 +269,7 @@ def _diverged(memory: Memory, _reading: Reading, profile: Profile, limits: Explo
     )
 
 
-def _burst(memory: Memory, reading: Reading, profile: Profile, limits: Exploding) -> Sign | None:
+def _burst(memory: History, reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
     """Between two samples the loss was, for several steps in a row, many decades above its beginning."""
     if not memory.losses.first or min(memory.losses.first) <= 0.0:
         return None
@@ -280,7 +289,7 @@ def _burst(memory: Memory, reading: Reading, profile: Profile, limits: Exploding
     )
 
 
-def _clipped_away(layout: Layout, profile: Profile) -> Sign:
+def _clipped_away(layout: RunParameters, profile: Profile) -> Sign:
     """The norm that clipping saw is infinite: what it left behind is nothing."""
     matrices = layout.order[(layout.matrix & layout.trainable & profile.present)[layout.order]]
     return Sign(
@@ -295,7 +304,7 @@ def _clipped_away(layout: Layout, profile: Profile) -> Sign:
     )
 
 
-def _not_recovered(layout: Layout, memory: Memory, reading: Reading, profile: Profile) -> Sign | None:
+def _not_recovered(layout: RunParameters, memory: History, reading: Sample, profile: Profile) -> Sign | None:
     """There was a sign, and the loss has been as bad as at the beginning, or not finite, ever since."""
     overflowed = profile.overflowed
     since = memory.suspect_since if memory.suspect_since is not None else _rose_before(memory, reading)
@@ -322,7 +331,7 @@ def _not_recovered(layout: Layout, memory: Memory, reading: Reading, profile: Pr
     )
 
 
-def _rose_before(memory: Memory, reading: Reading) -> int | None:
+def _rose_before(memory: History, reading: Sample) -> int | None:
     """Return the step from which the loss rose far above its beginning before it was no longer finite, if it did.
 
     Where samples are sparse, an explosion is over before one of them sees it; the losses between them tell.
@@ -336,7 +345,7 @@ def _rose_before(memory: Memory, reading: Reading) -> int | None:
     return None if finite else rose
 
 
-def _surge(memory: Memory, profile: Profile) -> Floats:
+def _surge(memory: History, profile: Profile) -> Floats:
     """Return by how many decades each gradient exceeds its own usual size; 0 where nothing is known."""
     if memory.log_usual is None:
         return np.zeros(len(profile.gradient))
@@ -352,7 +361,7 @@ def _largest(values: Floats, profile: Profile) -> Indices:
     return order[: max(1, (len(order) + 1) // 2)]
 
 
-def _remedy(reading: Reading) -> str:
+def _remedy(reading: Sample) -> str:
     rate = reading.scalars.get("learning_rate")
     lower = f"Lower the learning rate from {rate:.3g} to {rate / 10:.3g}" if rate else "Lower the learning rate tenfold"
     return (

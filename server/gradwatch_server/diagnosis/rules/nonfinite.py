@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import MOST_BLAMED, Blame, Finding, blame
-from gradwatch_server.diagnosis.history import Memory
-from gradwatch_server.diagnosis.sample import Flags, Indices, Layout, Profile, Reading
+from gradwatch_server.diagnosis.history import History
+from gradwatch_server.diagnosis.sample import Flags, Indices, Profile, RunParameters, Sample
 from gradwatch_server.diagnosis.thresholds import Nonfinite
 
 RULE = "nonfinite"
@@ -19,7 +19,9 @@ EVENT = "nonfinite_module"
 """
 
 
-def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Nonfinite) -> Finding | None:
+def find(
+    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Nonfinite
+) -> Finding | None:
     """Look for gradients, weights or a loss that are not finite.
 
     A gradient goes bad where the backward pass meets the fault and stays bad from there towards the input: of the bad
@@ -95,12 +97,12 @@ def refine(finding: Finding, names: Sequence[str], module: str | None, message: 
     )
 
 
-def _first_step(reading: Reading) -> int:
+def _first_step(reading: Sample) -> int:
     """Return the first step whose loss was not finite, or the sample's."""
     return min((step for step, loss in reading.losses if not math.isfinite(loss)), default=reading.step)
 
 
-def _origin_first(layout: Layout, chosen: Flags, bad: Flags) -> Indices:
+def _origin_first(layout: RunParameters, chosen: Flags, bad: Flags) -> Indices:
     """Return the chosen ones: bad gradients from output to input, then bad weights."""
     order = layout.order[::-1]
     listed = order[chosen[order]]

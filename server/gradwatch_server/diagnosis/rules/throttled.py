@@ -3,15 +3,17 @@
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.history import CLIPPED_SHARE, Memory
-from gradwatch_server.diagnosis.sample import Layout, Profile, Reading
+from gradwatch_server.diagnosis.history import CLIPPED_SHARE, History
+from gradwatch_server.diagnosis.sample import Profile, RunParameters, Sample
 from gradwatch_server.diagnosis.thresholds import Throttled
 
 _LEARNING = 0.2
 """Share of the first loss by which a run has come down that learns in spite of being clipped."""
 
 
-def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Throttled) -> Finding | None:
+def find(
+    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Throttled
+) -> Finding | None:
     """Look for adaptive clipping that has clipped nearly everything for long, or nothing for very long.
 
     Both are counted up to the sample before: how much this one clips is not decisive.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.history import Memory
-from gradwatch_server.diagnosis.sample import TINY, Indices, Layout, Profile, Reading, median, rank_correlation
+from gradwatch_server.diagnosis.history import History
+from gradwatch_server.diagnosis.sample import TINY, Indices, Profile, RunParameters, Sample, median, rank_correlation
 from gradwatch_server.diagnosis.thresholds import Vanishing
 
 _LEARNED = 0.9
@@ -40,7 +40,9 @@ class Fading:
     """Less than what alarms by itself."""
 
 
-def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Vanishing) -> Finding | None:
+def find(
+    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Vanishing
+) -> Finding | None:
     """Look for gradients that fade with depth, and for gradients that are negligible everywhere."""
     if not limits.enabled:
         return None
@@ -58,7 +60,7 @@ def find(layout: Layout, memory: Memory, reading: Reading, profile: Profile, lim
     return _starved(layout, memory, reading, profile, limits) or _collapsed(layout, memory, reading, profile, limits)
 
 
-def _not_dead(layout: Layout, memory: Memory, profile: Profile, members: Indices) -> Indices:
+def _not_dead(layout: RunParameters, memory: History, profile: Profile, members: Indices) -> Indices:
     """Leave out gradients of exactly zero that did not fade to zero but end at once: something is dead, or cut off.
 
     They have faded where the first that is left is small already, or where squashing functions are in their flat ends:
@@ -111,7 +113,7 @@ def fade(profile: Profile, members: Indices, limits: Vanishing, *, stuck: bool =
 
 
 def _fading(
-    layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Vanishing, fading: Fading
+    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Vanishing, fading: Fading
 ) -> Finding:
     worst = fading.starved[np.argsort(profile.rms[fading.starved], kind="stable")]
     output = float(np.nanmax(profile.rms[profile.matrices])) if profile.matrices.size else 0.0
@@ -138,7 +140,9 @@ def _fading(
     )
 
 
-def _starved(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Vanishing) -> Finding | None:
+def _starved(
+    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Vanishing
+) -> Finding | None:
     """Look for gradients that move no weight matrix: saturated or underflowing, not converged.
 
     Converged is where the loss has come down, or where gradients were large once and the loss has stayed down since.
@@ -171,7 +175,9 @@ def _starved(layout: Layout, memory: Memory, reading: Reading, profile: Profile,
     )
 
 
-def _collapsed(layout: Layout, memory: Memory, reading: Reading, profile: Profile, limits: Vanishing) -> Finding | None:
+def _collapsed(
+    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Vanishing
+) -> Finding | None:
     """Look for layers that have lost the gradient that they had, while others still have theirs.
 
     Whether the gradient fades steadily does not matter here: in post-norm transformers most layers lose it at once.

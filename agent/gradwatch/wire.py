@@ -1,7 +1,7 @@
 """The wire format: what an agent sends and a server accepts, defined once and imported by both sides.
 
 MessagePack and JSON carry the same documents. A statistic's vector (one float32 for each parameter of the run) is
-packed little-endian bytes in MessagePack and a list in JSON, where a non-finite number is spelled "NaN", "Infinity" or
+packed little-endian bytes in MessagePack and a list in JSON, where a non-finite number is the text "NaN", "Infinity" or
 "-Infinity" and a missing one is null. Statistics are never negative, so ``MISSING`` (-1) marks a parameter that had no
 gradient in this round: neither 0 nor NaN, from agent to page.
 """
@@ -41,9 +41,8 @@ HISTOGRAMS: Final = ("unit_ratio_first_third", "unit_ratio_middle_third", "unit_
 """Units by their ratio, shape (34,), for the thirds of the depth from the input: what AGC sees, or would see. The
 classifier's weight, which AGC leaves alone, is not counted, nor is a unit whose ratio is not finite."""
 
-Spelled = Literal["NaN", "Infinity", "-Infinity"]
-Number = float | Spelled
-"""A float; in JSON a non-finite one is spelled, since JSON has none."""
+Number = float | Literal["NaN", "Infinity", "-Infinity"]
+"""A float; a non-finite one is written as text, since JSON has no number for it."""
 
 
 class Parameter(msgspec.Struct, frozen=True):
@@ -158,7 +157,7 @@ _PACKED = np.dtype("<f4")
 _BEYOND_FLOAT32 = 2.0**128 - 2.0**103
 """The least number that rounds to an infinite float32; its largest, written in the fewest digits, is below."""
 _INFINITE = (float("inf"), float("-inf"))
-_UNSPELLED: Final[dict[object, float]] = {
+_FLOATS: Final[dict[object, float]] = {
     None: MISSING,
     "NaN": float("nan"),
     "Infinity": float("inf"),
@@ -166,8 +165,8 @@ _UNSPELLED: Final[dict[object, float]] = {
 }
 
 
-def spell(value: float) -> Number:
-    """Return ``value`` as JSON can carry it."""
+def serialise(value: float) -> Number:
+    """Return a float as JSON can carry it: text where it is not finite."""
     if value != value:
         return "NaN"
     if value in (float("inf"), float("-inf")):
@@ -175,28 +174,28 @@ def spell(value: float) -> Number:
     return value
 
 
-def number(spelled: Number) -> float:
-    """Return the float that ``spelled`` stands for."""
-    return _UNSPELLED[spelled] if isinstance(spelled, str) else float(spelled)
+def deserialise(number: Number) -> float:
+    """Return the float that ``serialise`` made this number of."""
+    return _FLOATS[number] if isinstance(number, str) else float(number)
 
 
-def spell_numbers(values: NDArray[Any]) -> list[Number]:
-    """Return numbers that are all measured as JSON can carry them."""
-    return [spell(value) for value in values.tolist()]
+def serialise_numbers(values: NDArray[Any]) -> list[Number]:
+    """Return the elements of a vector as JSON can carry them; -1 is a number like any other here."""
+    return [serialise(value) for value in values.tolist()]
 
 
-def spell_vector(vector: NDArray[Any]) -> list[Any]:
-    """Return a vector or matrix of statistics as JSON carries it: null where missing, spelled where not finite."""
+def serialise_vector(vector: NDArray[Any]) -> list[Any]:
+    """Return a vector or matrix of statistics as JSON carries it: null where missing, text where not finite."""
     missing = vector == MISSING
     if np.isfinite(vector).all() and not missing.any():
         finite: list[Any] = vector.tolist()
         return finite
-    spelled = vector.astype(object)
-    spelled[np.isnan(vector)] = "NaN"
-    spelled[vector == np.inf] = "Infinity"
-    spelled[vector == -np.inf] = "-Infinity"
-    spelled[missing] = None
-    listed: list[Any] = spelled.tolist()
+    elements = vector.astype(object)
+    elements[np.isnan(vector)] = "NaN"
+    elements[vector == np.inf] = "Infinity"
+    elements[vector == -np.inf] = "-Infinity"
+    elements[missing] = None
+    listed: list[Any] = elements.tolist()
     return listed
 
 
@@ -222,7 +221,7 @@ def _element(item: object) -> float:
             raise ValueError(f"a vector holds float32: {item!r:.40} is beyond its range")
         return float(item)
     try:
-        return _UNSPELLED[item]
+        return _FLOATS[item]
     except (KeyError, TypeError):
         raise ValueError(f'a vector holds numbers, null, "NaN", "Infinity" or "-Infinity", not {item!r:.40}') from None
 
@@ -237,16 +236,17 @@ def encode(document: Registration | Batch) -> bytes:
 
 def encode_json(document: Registration | Batch) -> bytes:
     """Return the document as JSON (``JSON_TYPE``): the same content, for those who write by hand."""
-    return msgspec.json.encode(_spelled(msgspec.to_builtins(document, enc_hook=spell_vector, builtin_types=(bytes,))))
+    content = msgspec.to_builtins(document, enc_hook=serialise_vector, builtin_types=(bytes,))
+    return msgspec.json.encode(_serialise_floats(content))
 
 
-def _spelled(value: Any) -> Any:
+def _serialise_floats(value: Any) -> Any:
     if isinstance(value, float):
-        return spell(value)
+        return serialise(value)
     if isinstance(value, dict):
-        return {key: _spelled(item) for key, item in value.items()}
+        return {key: _serialise_floats(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_spelled(item) for item in value]
+        return [_serialise_floats(item) for item in value]
     return value
 
 

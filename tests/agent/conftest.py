@@ -92,11 +92,11 @@ class Server:
 
     def scalar(self, name: str, step: int = -1) -> float:
         sample = self.samples[-1] if step < 0 else next(sample for sample in self.samples if sample.step == step)
-        return wire.number(sample.scalars[name])
+        return wire.deserialise(sample.scalars[name])
 
     def trail(self, name: str) -> dict[int, float]:
         return {
-            step: wire.number(value)
+            step: wire.deserialise(value)
             for batch in self.batches
             if name in batch.trail
             for step, value in zip(batch.trail[name].steps, batch.trail[name].values, strict=True)

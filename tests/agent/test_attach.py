@@ -198,7 +198,7 @@ def test_a_sample_carries_the_numbers_of_the_run_that_the_documentation_names(se
             scaler.update()
     took = time.perf_counter() - started
     assert [sample.step for sample in server.samples] == [1, 4, 7]
-    found = {name: wire.number(value) for name, value in server.samples[-1].scalars.items()}
+    found = {name: wire.deserialise(value) for name, value in server.samples[-1].scalars.items()}
     documentation = (Path(__file__).parents[2] / "docs" / "agent.md").read_text(encoding="utf-8")
     table = documentation.partition("| per run, at a sample |")[2].partition("\n\n")[0]
     named = {name for row in table.splitlines() for name in re.findall(r"`([a-z_.1]+)`", row.split("|")[1])}

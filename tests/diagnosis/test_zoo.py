@@ -58,7 +58,7 @@ def watched(case: Case, seed: int) -> list[tuple[int, Finding]]:
     losses = {step: loss for batch in recorder.batches for step, loss in _losses(batch)}
     for batch in recorder.batches:
         for sample in batch.samples:
-            scalars = {name: wire.number(value) for name, value in sample.scalars.items()}
+            scalars = {name: wire.deserialise(value) for name, value in sample.scalars.items()}
             scalars["loss"] = losses[sample.step]
             reading = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
             memory, findings = diagnose(layout, memory, reading, Thresholds())
@@ -72,7 +72,7 @@ def watched(case: Case, seed: int) -> list[tuple[int, Finding]]:
 
 def _losses(batch: wire.Batch) -> list[tuple[int, float]]:
     trail = batch.trail.get("loss")
-    return [] if trail is None else list(zip(trail.steps, map(wire.number, trail.values), strict=True))
+    return [] if trail is None else list(zip(trail.steps, map(wire.deserialise, trail.values), strict=True))
 
 
 @pytest.mark.parametrize("name", FAST_HEALTHY)

@@ -74,7 +74,7 @@ class Run:
         names = [parameter.name for parameter in self.parameters]
         first, last = steps[0], steps[-1]
         every = range(first, last + 1)
-        trail = {"loss": wire.Trail(steps=list(every), values=[wire.spell(self.loss(step)) for step in every])}
+        trail = {"loss": wire.Trail(steps=list(every), values=[wire.serialise(self.loss(step)) for step in every])}
         samples = [self.sample(step, names) for step in steps]
         for index in range(0, len(samples), 250):
             part = samples[index : index + 250]
@@ -137,8 +137,8 @@ class Run:
             },
             scalars=({"global_grad_norm_limit": limit} if np.isfinite(limit) else {})
             | {
-                "global_grad_norm": wire.spell(total),
-                "clipped_global_grad_norm": wire.spell(min(total, limit) if np.isfinite(total) else total),
+                "global_grad_norm": wire.serialise(total),
+                "clipped_global_grad_norm": wire.serialise(min(total, limit) if np.isfinite(total) else total),
                 "learning_rate": 0.1 * 0.5 * (1 + float(np.cos(np.pi * min(step, 1200) / 1200))),
                 "overhead_ratio": 0.004 + 0.001 * float(random.random()),
             },

@@ -46,7 +46,7 @@ def test_a_tile_is_the_map_bit_for_bit(filled: Filled, points: int) -> None:
     assert header["parameters"] == told["parameters"]
     assert (header["steps"], header["last_steps"]) == (told["steps"], told["last_steps"])
     for plane, name in ((high, "max"), (low, "min"), (last, "last")):
-        assert wire.spell_vector(plane) == [[_float32(value) for value in row] for row in told[name]]
+        assert wire.serialise_vector(plane) == [[_float32(value) for value in row] for row in told[name]]
     assert nonfinite.tolist() == told["nonfinite"]
 
 

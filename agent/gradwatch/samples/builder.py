@@ -160,7 +160,7 @@ class SampleBuilder:
             step=record.step,
             at=record.at,
             statistics=statistics,
-            scalars={name: wire.spell(value) for name, value in scalars.items()},
+            scalars={name: wire.serialise(value) for name, value in scalars.items()},
             histograms=draft.histograms,
         )
 

@@ -272,7 +272,7 @@ class Collector:
         self._batch.add_sample(sample)
         if self._batch.is_full:
             self._write_batch(force=True)
-        self._log(sample.step, {name: wire.number(value) for name, value in sample.scalars.items()})
+        self._log(sample.step, {name: wire.deserialise(value) for name, value in sample.scalars.items()})
 
     def _log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write scalars to the user's loggers; a logger that raises an error is not used any more."""
@@ -347,7 +347,9 @@ class _Batch:
             attempt=attempt,
             samples=self.samples,
             trail={
-                name: wire.Trail(steps=[step for step, _ in pairs], values=[wire.spell(value) for _, value in pairs])
+                name: wire.Trail(
+                    steps=[step for step, _ in pairs], values=[wire.serialise(value) for _, value in pairs]
+                )
                 for name, pairs in self.trail.items()
             },
             events=[

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from gradwatch.wire import number, spell
+from gradwatch.wire import deserialise, serialise
 from gradwatch_server.alerting import silences
 from gradwatch_server.alerting.lifecycle import Alert, Transition, advance, resolve
 from gradwatch_server.alerting.routing import choose
@@ -237,7 +237,7 @@ class Book:
                 "resolution": alert.resolution,
                 "parameters": _blamed(finding.parameters),
                 "parameters_left_out": finding.left_out,
-                "evidence": {name: spell(value) for name, value in finding.evidence.items()},
+                "evidence": {name: serialise(value) for name, value in finding.evidence.items()},
                 "summary": finding.summary,
                 "cause": finding.cause,
                 "remedy": finding.remedy,
@@ -257,7 +257,9 @@ def resolve_deleted(
 
 
 def _blamed(parameters: Sequence[Blame]) -> list[dict[str, Any]]:
-    return [{"name": blame.name, "value": spell(blame.value), "limit": spell(blame.limit)} for blame in parameters]
+    return [
+        {"name": blame.name, "value": serialise(blame.value), "limit": serialise(blame.limit)} for blame in parameters
+    ]
 
 
 def _to_row(alert: Alert) -> dict[str, Any]:
@@ -280,7 +282,7 @@ def _to_row(alert: Alert) -> dict[str, Any]:
         "clear_samples": finding.clear_samples,
         "parameters": _blamed(finding.parameters),
         "parameters_left_out": finding.left_out,
-        "evidence": {name: spell(value) for name, value in finding.evidence.items()},
+        "evidence": {name: serialise(value) for name, value in finding.evidence.items()},
         "summary": finding.summary,
         "cause": finding.cause,
         "remedy": finding.remedy,
@@ -292,9 +294,11 @@ def _from_row(row: sa.Row[Any]) -> Alert:
         rule=row.rule,
         severity=row.severity,
         first_step=row.first_step,
-        parameters=[Blame(blame["name"], number(blame["value"]), number(blame["limit"])) for blame in row.parameters],
+        parameters=[
+            Blame(blame["name"], deserialise(blame["value"]), deserialise(blame["limit"])) for blame in row.parameters
+        ],
         left_out=row.parameters_left_out,
-        evidence={name: number(value) for name, value in row.evidence.items()},
+        evidence={name: deserialise(value) for name, value in row.evidence.items()},
         summary=row.summary,
         cause=row.cause,
         remedy=row.remedy,

@@ -187,7 +187,7 @@ def _reading(row: sa.RowMapping, losses: Sequence[tuple[int, float]]) -> Sample:
         step=row["step"],
         at=row["at"],
         statistics={name: row[name] for name in STATISTICS if row[name] is not None},
-        scalars={name: wire.number(value) for name, value in (row["scalars"] or {}).items()},
+        scalars={name: wire.deserialise(value) for name, value in (row["scalars"] or {}).items()},
         losses=losses,
     )
 
@@ -211,4 +211,4 @@ def told_losses(trail: Mapping[str, Trail]) -> dict[int, float]:
     """Return the loss of every step that a trail tells of."""
     if "loss" not in trail:
         return {}
-    return dict(zip(trail["loss"].steps, map(wire.number, trail["loss"].values), strict=True))
+    return dict(zip(trail["loss"].steps, map(wire.deserialise, trail["loss"].values), strict=True))

@@ -290,7 +290,9 @@ class Ingest:
         if batch.attempt >= run.attempt:
             known = run.scalar_steps
             latest = {name: told for name, told in _latest(batch).items() if told[0] >= known.get(name, 0)}
-            changes["scalars"] = run.scalars | batch_store.spelled({name: value for name, (_, value) in latest.items()})
+            changes["scalars"] = run.scalars | batch_store.serialised(
+                {name: value for name, (_, value) in latest.items()}
+            )
             changes["scalar_steps"] = known | {name: step for name, (step, _) in latest.items()}
             dropped = msgspec.to_builtins(batch.dropped)
             changes["dropped"] = {name: max(count, run.dropped.get(name, 0)) for name, count in dropped.items()}
@@ -510,5 +512,7 @@ def _latest(batch: wire.Batch) -> dict[str, tuple[int, wire.Number]]:
 
 def _losses(batch: wire.Batch) -> dict[int, float]:
     """Return the loss of every step that the batch tells of; what a sample carries itself wins."""
-    sampled = {sample.step: wire.number(sample.scalars["loss"]) for sample in batch.samples if "loss" in sample.scalars}
+    sampled = {
+        sample.step: wire.deserialise(sample.scalars["loss"]) for sample in batch.samples if "loss" in sample.scalars
+    }
     return detector_state.told_losses(batch.trail) | sampled

@@ -129,7 +129,7 @@ def _put_samples(
             "step": sample.step,
             "attempt": batch.attempt,
             "at": sample.at,
-            "scalars": spelled(scalars[sample.step]),
+            "scalars": serialised(scalars[sample.step]),
             "histograms": sample.histograms or None,
             **{name: sample.statistics.get(name) for name in STATISTICS},
         }
@@ -224,12 +224,12 @@ def scalars_by_step(batch: wire.Batch) -> dict[int, dict[str, float]]:
     for name, scalar in batch.trail.items():
         for step, value in zip(scalar.steps, scalar.values, strict=True):
             if step in found:
-                found[step][name] = wire.number(value)
+                found[step][name] = wire.deserialise(value)
     for sample in batch.samples:
-        found[sample.step] |= {name: wire.number(value) for name, value in sample.scalars.items()}
+        found[sample.step] |= {name: wire.deserialise(value) for name, value in sample.scalars.items()}
     return found
 
 
-def spelled(scalars: Mapping[str, wire.Number]) -> dict[str, wire.Number]:
+def serialised(scalars: Mapping[str, wire.Number]) -> dict[str, wire.Number]:
     """Return scalars as JSON can carry them."""
-    return {name: wire.spell(wire.number(value)) for name, value in scalars.items()}
+    return {name: wire.serialise(wire.deserialise(value)) for name, value in scalars.items()}

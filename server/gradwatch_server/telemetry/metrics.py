@@ -149,7 +149,7 @@ def _families(
 
 def _of_run(run: Mapping[str, Any]) -> dict[str, float]:
     values = {
-        name: wire.number(run["scalars"][scalar]) for scalar, name in _SCALARS.items() if scalar in run["scalars"]
+        name: wire.deserialise(run["scalars"][scalar]) for scalar, name in _SCALARS.items() if scalar in run["scalars"]
     }
     values["gradwatch_run_stalled"] = float(run["state"] == "stalled")
     values["gradwatch_run_last_seen_timestamp_seconds"] = run["last_seen_at"]
@@ -166,12 +166,12 @@ def _of_run(run: Mapping[str, Any]) -> dict[str, float]:
 
 def _of_snapshot(scalars: Mapping[str, wire.Number], snapshot: Snapshot, told: int) -> dict[str, float]:
     profile, ratios = snapshot.profile, snapshot.finite_ratios
-    norm = wire.number(scalars.get("global_grad_norm", float(np.linalg.norm(profile.gradient[profile.present]))))
+    norm = wire.deserialise(scalars.get("global_grad_norm", float(np.linalg.norm(profile.gradient[profile.present]))))
     size = len(snapshot.layout.names)
     return {
         "gradwatch_run_last_sample_timestamp_seconds": snapshot.reading.at,
         "gradwatch_run_global_grad_norm": norm,
-        "gradwatch_run_clipped_global_grad_norm": wire.number(scalars.get("clipped_global_grad_norm", norm)),
+        "gradwatch_run_clipped_global_grad_norm": wire.deserialise(scalars.get("clipped_global_grad_norm", norm)),
         "gradwatch_run_grad_weight_min_ratio": float(ratios.min()) if ratios.size else np.nan,
         "gradwatch_run_grad_weight_median_ratio": float(np.median(ratios)) if ratios.size else np.nan,
         "gradwatch_run_grad_weight_max_ratio": float(ratios.max()) if ratios.size else np.nan,

@@ -176,7 +176,7 @@ class Measured:
         common = {"run": run.id, "project": run.project, "name": run.name}
         values = {_labels(common, "step"): float(row.step)}
         for name, value in (row.scalars or {}).items():
-            values[_labels(common, "scalar", scalar=name)] = wire.number(value)
+            values[_labels(common, "scalar", scalar=name)] = wire.deserialise(value)
         for statistic in wire.STATISTICS:
             vector = getattr(row, statistic)
             for position in [] if vector is None else np.flatnonzero(vector != wire.MISSING).tolist():

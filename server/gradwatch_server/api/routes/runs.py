@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from gradwatch import wire
 from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.api import documents
-from gradwatch_server.api.number_json import answer, spelled
+from gradwatch_server.api.number_json import json_response, serialise
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.transactions import Reads
 from gradwatch_server.diagnosis.clip_advice import THRESHOLDS, advise, threshold_in_force
@@ -89,20 +89,20 @@ def show_series(
                 known = ", ".join(queries.STATISTIC_NAMES)
                 raise Refused(404, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
             buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
-    spell = spelled if of_parameters else wire.spell_numbers
+    to_json = serialise if of_parameters else wire.serialise_numbers
     content = {
         "run": run_id,
         "statistic": statistic,
         "parameter": parameter,
         "steps": buckets.first_steps,
         "last_steps": buckets.last_steps,
-        "min": spell(buckets.low[:, 0]),
-        "max": spell(buckets.high[:, 0]),
-        "mean": spell(buckets.mean[:, 0]),
-        "last": spell(buckets.last[:, 0]),
+        "min": to_json(buckets.low[:, 0]),
+        "max": to_json(buckets.high[:, 0]),
+        "mean": to_json(buckets.mean[:, 0]),
+        "last": to_json(buckets.last[:, 0]),
         "nonfinite": np.ascontiguousarray(buckets.nonfinite[:, 0]),
     }
-    return answer(content)
+    return json_response(content)
 
 
 @router.get(
@@ -128,12 +128,12 @@ def show_map(
         "parameters": names,
         "steps": buckets.first_steps,
         "last_steps": buckets.last_steps,
-        "min": spelled(buckets.low),
-        "max": spelled(buckets.high),
-        "last": spelled(buckets.last),
+        "min": serialise(buckets.low),
+        "max": serialise(buckets.high),
+        "last": serialise(buckets.last),
         "nonfinite": np.ascontiguousarray(buckets.nonfinite),
     }
-    return answer(content)
+    return json_response(content)
 
 
 @router.get(
@@ -160,13 +160,13 @@ def show_profile(
         "parameters": names,
         "first_step": int(found.first_steps[0]),
         "last_step": int(found.last_steps[0]),
-        "min": spelled(found.low[0]),
-        "max": spelled(found.high[0]),
-        "mean": spelled(found.mean[0]),
-        "last": spelled(found.last[0]),
+        "min": serialise(found.low[0]),
+        "max": serialise(found.high[0]),
+        "mean": serialise(found.mean[0]),
+        "last": serialise(found.last[0]),
         "nonfinite": np.ascontiguousarray(found.nonfinite[0]),
     }
-    return answer(content)
+    return json_response(content)
 
 
 @router.get(
@@ -189,10 +189,12 @@ def show_latest(engine: Reads, run_id: RunId) -> Response:
         "step": newest.step,
         "at": newest.at,
         "parameters": [name for _, name in sorted(zip(positions, names, strict=True))],
-        "statistics": {name: spelled(padded(vector, width)) for name, vector in vectors.items() if vector is not None},
+        "statistics": {
+            name: serialise(padded(vector, width)) for name, vector in vectors.items() if vector is not None
+        },
         "scalars": newest.scalars,
     }
-    return answer(content)
+    return json_response(content)
 
 
 @router.get("/runs/{id}/clip-advice", response_model=documents.ClipAdvice, responses=problems(401, 403, 404, 422))

@@ -12,7 +12,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from gradwatch.wire import MISSING, STATISTICS, Statistic, Trail, Vector, number
+from gradwatch.wire import MISSING, STATISTICS, Statistic, Trail, Vector, deserialise
 from gradwatch_server.store import schema
 from gradwatch_server.store.rollups.buckets import UNMEASURED, Buckets, Floats
 from gradwatch_server.store.rollups.levels import LAST_STEP
@@ -243,7 +243,7 @@ class ScalarLane:
             trail = trails.get(self._name)
             if trail is not None:
                 found |= {
-                    step: number(value)
+                    step: deserialise(value)
                     for step, value in zip(trail.steps, trail.values, strict=True)
                     if first <= step <= last
                 }

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from gradwatch import wire
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.settings import Configuration
-from gradwatch_server.store import queries, schema
+from gradwatch_server.store import schema
 from gradwatch_server.store.database import writing
 from gradwatch_server.store.retention import Retention
+from gradwatch_server.store.rollups import queries
 from gradwatch_server.store.rollups.downsampling import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLES, fade, overdue
 from tests.processes import GradwatchServer, environment, sample
 from tests.server.test_levels import Store, agrees, numbered, rows, some_examples

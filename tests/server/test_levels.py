@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from gradwatch import wire
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
-from gradwatch_server.store import queries, vectors
+from gradwatch_server.store import vectors
 from gradwatch_server.store.database import writing
+from gradwatch_server.store.rollups import queries
 from gradwatch_server.store.rollups.buckets import Buckets
 from tests.processes import sample
 

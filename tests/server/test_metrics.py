@@ -262,3 +262,17 @@ def _depth(server: GradwatchServer, run_id: str) -> dict[str, str]:
     lines = [line for line in scrape(server.http).splitlines() if line.startswith("gradwatch_parameter_grad_norm{")]
     labels = [dict(re.findall(r'(\w+)="([^"]*)"', line)) for line in lines if f'run="{run_id}"' in line]
     return {each["parameter"]: each["depth"] for each in labels}
+
+
+def test_attenuation_leaves_embeddings_out_as_the_rules_do(shared_server: GradwatchServer) -> None:
+    layers = [wire.Parameter(f"layers.{place}.weight", [64, 64], units=64, kind="Linear") for place in range(3)]
+    embedding = wire.Parameter("embedding.weight", [1_000, 64], units=1_000, kind="Embedding")
+    registration = wire.Registration(parameters=[embedding, *layers], name="embedded")
+    run_id = shared_server.post("/api/v1/runs", registration).json()["id"]
+    faint = 10**-9.6 * math.sqrt(1_000 * 64)
+    samples = [sample(step, faint, 0.064, 0.064, 0.064, loss=2.0) for step in range(1, 41)]
+    assert shared_server.store(run_id, wire.Batch(id="1", samples=samples)).status_code == 200
+    labels = f'{{name="embedded",project="default",run="{run_id}"}}'
+    told = series(scrape(shared_server.http), run_id)
+    assert shared_server.get("/api/v1/alerts", run=run_id) == []
+    assert told[f"gradwatch_run_attenuation_decades_per_layer{labels}"] == pytest.approx(0.0, abs=1e-6)

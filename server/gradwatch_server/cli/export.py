@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from gradwatch.settings import secret
 from gradwatch.wire import MISSING, STATISTICS
 from gradwatch_server.errors import GradwatchError
-from gradwatch_server.ingest.transaction import load_parameters
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import open_engine, prepare, told
+from gradwatch_server.store.parameters import load_parameters
 from gradwatch_server.store.rollups.levels import pruned_to
 from gradwatch_server.store.vectors import padded
 

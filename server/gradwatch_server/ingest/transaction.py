@@ -21,9 +21,16 @@ from gradwatch_server.ingest.diagnosis_pool import Examiner
 from gradwatch_server.ingest.diagnosis_worker import Examined
 from gradwatch_server.ingest.validation import LARGEST_STEP, check_batch, check_fit, check_registration
 from gradwatch_server.settings import Configuration
-from gradwatch_server.store import batch_store, queries, schema
+from gradwatch_server.store import batch_store, schema
 from gradwatch_server.store.database import upsert
 from gradwatch_server.store.group_commit import Halfway
+from gradwatch_server.store.parameters import (
+    changed_parameters,
+    insert_parameters,
+    load_parameters,
+    update_parameters,
+)
+from gradwatch_server.store.rollups import queries
 from gradwatch_server.store.runs import RUN_ENDED
 
 _ADVISED = 100
@@ -120,7 +127,7 @@ class Ingest:
                     memory_mark=mark,
                 )
             )
-            self._insert_parameters(connection, run_id, registration.parameters, 0)
+            insert_parameters(connection, run_id, registration.parameters, 0)
             # A fleet that starts would have its first batches wait until all of this was read back.
             self._memories.put(
                 run_id, Watched(RunParameters.of(registration.parameters), History(), attempt, mark=mark)
@@ -157,41 +164,22 @@ class Ingest:
         What an attempt registered before the run gained parameters comes again where its agent left it behind.
         """
         count = known.parameter_count
-        stored = connection.execute(
-            sa.select(*schema.parameters.c["position", "name", "depth", "trainable"])
-            .where(schema.parameters.c.run == run_id)
-            .order_by("position")
-        ).all()
-        listed = registration.parameters
-        for row, parameter in zip(stored, listed, strict=False):
-            if row.name != parameter.name:
-                detail = f"run {run_id!r} has parameter {row.name!r} at {row.position}, not {parameter.name!r}"
+        stored, listed = load_parameters(connection, run_id), registration.parameters
+        for position, (known_one, parameter) in enumerate(zip(stored, listed, strict=False)):
+            if known_one.name != parameter.name:
+                detail = f"run {run_id!r} has parameter {known_one.name!r} at {position}, not {parameter.name!r}"
                 raise Refused(409, "Another run", f"{detail}: use another run id for another network")
         if len(listed) < count and registration.attempt <= known.attempt:
             return
         if len(listed) < count:
             detail = f"run {run_id!r} has {count} parameters already, the registration lists {len(listed)}"
             raise Refused(409, "Parameters missing", f"{detail}: list the known ones first, new ones after them")
-        told = {
-            row.position: (row.depth if parameter.depth is None else parameter.depth, parameter.trainable)
-            for row, parameter in zip(stored, listed, strict=False)
-        }
-        changed = [
-            {"at": row.position, "to": told[row.position][0], "trains": told[row.position][1]}
-            for row in stored
-            if registration.attempt >= known.attempt and told[row.position] != (row.depth, row.trainable)
-        ]
+        changed = changed_parameters(stored, listed) if registration.attempt >= known.attempt else {}
         if changed or len(listed) > count or registration.attempt > known.attempt:
             self._put_down(connection, known)
-        if changed:
-            connection.execute(
-                sa.update(schema.parameters)
-                .where(schema.parameters.c.run == run_id, schema.parameters.c.position == sa.bindparam("at"))
-                .values(depth=sa.bindparam("to"), trainable=sa.bindparam("trains")),
-                changed,
-            )
+        update_parameters(connection, run_id, changed)
         if len(listed) > count:
-            self._insert_parameters(connection, run_id, listed[count:], count)
+            insert_parameters(connection, run_id, listed[count:], count)
             connection.execute(
                 sa.update(schema.runs).where(schema.runs.c.id == run_id).values(parameter_count=len(listed))
             )
@@ -202,26 +190,6 @@ class Ingest:
             detector_state.save(connection, run.id, self._watch(connection, run), run.diagnosed_step)
         changed = sa.update(schema.runs).where(schema.runs.c.id == run.id)
         connection.execute(changed.values(memory_mark=detector_state.new_mark()))
-
-    def _insert_parameters(
-        self, connection: sa.Connection, run_id: str, listed: Sequence[wire.Parameter], first: int
-    ) -> None:
-        rows = [
-            {
-                "run": run_id,
-                "position": position,
-                "name": parameter.name,
-                "shape": parameter.shape,
-                "dtype": parameter.dtype,
-                "depth": position if parameter.depth is None else parameter.depth,
-                "units": parameter.units,
-                "trainable": parameter.trainable,
-                "kind": parameter.kind,
-            }
-            for position, parameter in enumerate(listed, first)
-        ]
-        if rows:
-            connection.execute(sa.insert(schema.parameters), rows)
 
     def store(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> Stored:
         """Store a batch once, diagnose its samples and write what follows from them; raises what ``begin`` does."""
@@ -434,28 +402,6 @@ _update_run = sa.update(schema.runs).where(schema.runs.c.id == sa.bindparam("of_
 def _insert_batch(engine: str) -> sa.sql.dml.ReturningInsert[tuple[str]]:
     """Return the insert that yields a row only where the batch is new."""
     return upsert(engine, schema.batches).on_conflict_do_nothing().returning(schema.batches.c.id)
-
-
-def load_parameters(connection: sa.Connection, run_id: str) -> list[wire.Parameter]:
-    """Return the parameters of a run, in the order of its vectors."""
-    table = schema.parameters
-    rows = connection.execute(sa.select(table).where(table.c.run == run_id).order_by(table.c.position))
-    return [
-        wire.Parameter(row.name, row.shape, row.dtype, row.depth, row.units, row.trainable, row.kind) for row in rows
-    ]
-
-
-def load_order(connection: sa.Connection, run_id: str) -> tuple[list[int], list[str]]:
-    """Return the indices of a run's parameters into its vectors, from input to output, and their names likewise."""
-    rows = connection.execute(_order_of, {"of_run": run_id}).all()
-    return [row[0] for row in rows], [row[1] for row in rows]
-
-
-_order_of = (
-    sa.select(*schema.parameters.c["position", "name"])
-    .where(schema.parameters.c.run == sa.bindparam("of_run"))
-    .order_by(*schema.parameters.c["depth", "position"])
-)
 
 
 def _effective(attempts: Mapping[str, int], number: int) -> int:

@@ -17,6 +17,7 @@ from gradwatch_server.settings import RemoteWrite
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
 from gradwatch_server.store.group_commit import Writer
+from gradwatch_server.store.parameters import load_parameters
 from gradwatch_server.telemetry import remote_write_protocol
 from gradwatch_server.telemetry.remote_write_protocol import Series
 
@@ -156,9 +157,7 @@ def _keep(connection: sa.Connection, run_id: str, store: str, attempt: int, step
 
 
 def _parameters(connection: sa.Connection, run_id: str) -> list[tuple[str, str]]:
-    table = schema.parameters
-    query = sa.select(*table.c["name", "depth"]).where(table.c.run == run_id).order_by(table.c.position)
-    return [(row.name, f"{row.depth:03d}") for row in connection.execute(query)]
+    return [(parameter.name, f"{parameter.depth:03d}") for parameter in load_parameters(connection, run_id)]
 
 
 @dataclass(frozen=True, eq=False)

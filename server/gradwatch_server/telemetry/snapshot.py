@@ -3,10 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import msgspec
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
@@ -15,6 +13,7 @@ from gradwatch import wire
 from gradwatch_server.diagnosis import RunParameters, Sample
 from gradwatch_server.diagnosis.sample import Floats, Profile
 from gradwatch_server.store import schema
+from gradwatch_server.store.parameters import load_parameter_versions, load_parameters_of_runs
 
 _READ: tuple[wire.Statistic, ...] = (
     "grad_norm",
@@ -122,46 +121,10 @@ class Layouts:
 
     def load(self, connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, RunParameters]:
         """Return the layouts of these runs; those that gained a parameter or changed one are read anew."""
-        depths = _depths(connection, run_ids)
+        versions = load_parameter_versions(connection, run_ids)
         known = self._known
-        changed = [run_id for run_id in run_ids if run_id not in known or known[run_id][0] != depths.get(run_id, "")]
-        read = _read_layouts(connection, changed)
-        fresh = {run_id: (depths.get(run_id, ""), layout) for run_id, layout in read.items()}
+        changed = [run_id for run_id in run_ids if run_id not in known or known[run_id][0] != versions[run_id]]
+        read = load_parameters_of_runs(connection, changed)
+        fresh = {run_id: (versions[run_id], RunParameters.of(parameters)) for run_id, parameters in read.items()}
         self._known = {run_id: fresh.get(run_id) or known[run_id] for run_id in run_ids}
         return {run_id: layout for run_id, (_, layout) in self._known.items()}
-
-
-def _depths(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, str]:
-    """Return the depths of each run's parameters, frozen ones marked: all that may change of a registered one."""
-    table = schema.parameters
-    mark = sa.case((table.c.trainable, ""), else_="f")
-    ordered = (
-        sa.select(table.c.run, (sa.cast(table.c.depth, sa.Text) + mark).label("depth"))
-        .where(table.c.run.in_(run_ids))
-        .order_by(table.c.run, table.c.position)
-        .subquery()
-    )
-    listed = sa.select(ordered.c.run, sa.func.aggregate_strings(ordered.c.depth, " ")).group_by(ordered.c.run)
-    return {row[0]: row[1] for row in connection.execute(listed)}
-
-
-def _read_layouts(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, RunParameters]:
-    if not run_ids:
-        return {}
-    table = schema.parameters
-    rows = connection.execute(
-        sa.select(*table.c["run", "name", "depth", "trainable"], sa.cast(table.c.shape, sa.Text).label("written"))
-        .where(table.c.run.in_(run_ids))
-        .order_by(table.c.run, table.c.position)
-    ).all()
-    listed: dict[str, list[wire.Parameter]] = {run_id: [] for run_id in run_ids}
-    for row in rows:
-        parameter = wire.Parameter(row.name, _shape(row.written), depth=row.depth, trainable=row.trainable)
-        listed[row.run].append(parameter)
-    return {run: RunParameters.of(parameters) for run, parameters in listed.items()}
-
-
-@lru_cache(maxsize=4096)
-def _shape(written: str) -> list[int]:
-    """Return a shape from its JSON; networks repeat theirs."""
-    return msgspec.json.decode(written, type=list[int])

@@ -16,11 +16,11 @@ from gradwatch_server.api.problem import problems
 from gradwatch_server.api.transactions import Reads
 from gradwatch_server.diagnosis.clip_advice import THRESHOLDS, advise, threshold_in_force
 from gradwatch_server.errors import Refused
-from gradwatch_server.ingest.transaction import load_order, load_parameters
 from gradwatch_server.services import Services
 from gradwatch_server.settings import MOST_NAME_CHARACTERS
-from gradwatch_server.store import queries
 from gradwatch_server.store.deletion import delete_some
+from gradwatch_server.store.parameters import load_depth_order, load_parameters
+from gradwatch_server.store.rollups import queries
 from gradwatch_server.store.runs import RunState, check_run, load_events, load_run, load_runs
 from gradwatch_server.store.vectors import padded
 
@@ -73,7 +73,7 @@ def show_series(
         if of_parameters and parameter is None:
             of_parameters = not queries.has_scalar(connection, run_id, statistic)
         if of_parameters:
-            order, names = load_order(connection, run_id)
+            order, names = load_depth_order(connection, run_id)
             if parameter is None:
                 raise Refused(
                     404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME"
@@ -120,7 +120,7 @@ def show_map(
 ) -> Response:
     """One statistic of all parameters over the steps: the layer x step map."""
     with engine.connect() as connection:
-        order, names = load_order(connection, run_id)
+        order, names = load_depth_order(connection, run_id)
         buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
     content: dict[str, Any] = {
         "run": run_id,
@@ -150,7 +150,7 @@ def show_profile(
 ) -> Response:
     """One statistic of all parameters in the order of depth, gathered over a range; of one step: both ends the same."""
     with engine.connect() as connection:
-        order, names = load_order(connection, run_id)
+        order, names = load_depth_order(connection, run_id)
         found = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, 1)
     if not len(found):
         raise Refused(404, "No samples", f"run {run_id!r} has no sample of {statistic!r} in this range: widen it")
@@ -182,7 +182,7 @@ def show_latest(engine: Reads, run_id: RunId) -> Response:
             check_run(connection, run_id)
             raise Refused(404, "No samples", f"run {run_id!r} has no sample yet")
         vectors = {name: getattr(newest, name) for name in wire.STATISTICS}
-        positions, names = load_order(connection, run_id)
+        positions, names = load_depth_order(connection, run_id)
     width = len(names)
     content = {
         "run": run_id,

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.routes.runs import RunId, Step
 from gradwatch_server.api.transactions import Reads
-from gradwatch_server.ingest.transaction import load_order
-from gradwatch_server.store import queries
+from gradwatch_server.store.parameters import load_depth_order
+from gradwatch_server.store.rollups import queries
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 
@@ -37,7 +37,7 @@ def show_tile(
     -1, NaN and infinity are themselves, ``nonfinite`` (uint16) counts up to 65,535.
     """
     with engine.connect() as connection:
-        order, names = load_order(connection, run_id)
+        order, names = load_depth_order(connection, run_id)
         buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
     header = {
         "statistic": statistic,

@@ -4,9 +4,10 @@ from grafana_foundation_sdk.builders.dashboard import AnnotationQuery, Dashboard
 
 from dashboards.frame import frame, project_variable, run_variable
 from dashboards.panels import NONE_IS_GOOD, POSTGRES, RATIO, Sql, bars, lines, matrix, number, over_steps, prom
+from gradwatch.statistics import UNIT_EPS
 
 _LAYER = "lpad(p.depth::text, 3, '0') || ' · ' || p.name"
-_RATIO = "v.gradient / (v.weight + 0.001)"
+_RATIO = f"v.gradient / (v.weight + {UNIT_EPS})"
 _UNNESTED = """\
 CROSS JOIN LATERAL unnest(s.grad_norm, s.weight_norm) WITH ORDINALITY AS v(gradient, weight, place)
 JOIN parameters p ON p.run = s.run AND p.position = v.place - 1"""

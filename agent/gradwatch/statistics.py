@@ -17,7 +17,8 @@ Starts = Sequence[int]
 """Where the units of each parameter begin among all units, ascending, shape (parameters,); each has at least one."""
 
 UNIT_EPS: Final = 1e-3
-"""Floor of a unit's weight norm in its ratio (Brock et al., 2021): a unit that starts at zero has a ratio, too."""
+"""eps of ``ratio = norm(g) / (norm(w) + eps)`` of a parameter, and of ``norm(g_i) / max(norm(w_i), eps)`` of a unit, by
+which AGC clips unless told otherwise (Brock et al., 2021): weights that start at zero have a ratio, too."""
 
 MISSING: Final = -1.0
 """The value of a statistic that was not measured, because the parameter had no gradient; all others are 0 or more."""

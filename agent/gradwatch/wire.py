@@ -23,6 +23,9 @@ CLOCK_HEADER: Final = "Gradwatch-Clock"
 """Of a request: Unix seconds by the sender's clock, so that a run's attempts are ordered by one clock, the server's."""
 MESSAGEPACK_TYPE: Final = "application/vnd.msgpack"
 
+LARGEST_STEP: Final = 2**53
+"""Largest step and count: JSON's readers keep no larger integer exactly."""
+
 STATISTICS: Final = tuple(statistics.STATISTICS)
 """Names of the statistics of a sample: a row of the table of statistics adds one."""
 if TYPE_CHECKING:

@@ -10,14 +10,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch.statistics import UNIT_EPS
 from gradwatch.wire import MISSING, Parameter, Statistic, Vector
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Indices = NDArray[np.intp]
 
-EPS = 1e-3
-"""The eps of ``ratio = grad_norm / (weight_norm + eps)``."""
 TINY = 1e-45
 """The smallest positive float32: stands for zero on a logarithmic scale."""
 _SETTLED = 5
@@ -180,7 +179,7 @@ class Profile:
     finite: Flags
     """True where the gradient was there and finite."""
     ratio: Floats
-    """``gradient / (weight + EPS)``; NaN where the gradient is missing or not finite."""
+    """``gradient / (weight + UNIT_EPS)``; NaN where the gradient is missing or not finite."""
     rms: Floats
     """``gradient / sqrt(elements)``; likewise."""
     leverage: Floats
@@ -239,7 +238,7 @@ class Profile:
         now, first = self.weight[members], self.first_weight[members]
         began = np.maximum(np.where(np.isnan(first), now, first), TINY)
         grew: Floats = np.log10(np.maximum(now, TINY) / began)
-        grew[began < 10 * EPS] = 0.0
+        grew[began < 10 * UNIT_EPS] = 0.0
         return grew
 
     @cached_property
@@ -315,7 +314,7 @@ class Sample:
         everything = bool(finite.all())
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             known = gradient if everything else np.where(finite, gradient, np.nan)
-            ratio = known / (np.maximum(weight, 0.0) + EPS)
+            ratio = known / (np.maximum(weight, 0.0) + UNIT_EPS)
             rms = known / layout.root_elements
             leverage = (
                 np.full(size, np.nan)

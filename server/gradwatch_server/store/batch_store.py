@@ -9,10 +9,10 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch.wire import STATISTICS, Trail
+from gradwatch.wire import LARGEST_STEP, STATISTICS, Trail
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
-from gradwatch_server.store.rollups.levels import LAST_STEP, Levels, pruned_to
+from gradwatch_server.store.rollups.levels import Levels, pruned_to
 from gradwatch_server.store.rollups.series import TRAIL_STEPS, SampleLane, ScalarLane, measured
 
 _ATTEMPTS_KEPT = 100
@@ -31,8 +31,8 @@ def put(
     coverage = msgspec.json.decode(msgspec.json.encode(run.coverage))
     samples, trail = batch.samples, _with_samples(batch)
     begun = {int(attempt): step for attempt, step in run.first_steps.items()}
-    end = min((step for attempt, step in begun.items() if attempt > batch.attempt), default=LAST_STEP)
-    if end < LAST_STEP:
+    end = min((step for attempt, step in begun.items() if attempt > batch.attempt), default=LARGEST_STEP)
+    if end < LARGEST_STEP:
         samples = [sample for sample in samples if sample.step < end]
         trail = _between(trail, 0, end - 1)
     first = min([sample.step for sample in samples] + [min(scalar.steps) for scalar in trail.values()], default=end)
@@ -68,7 +68,7 @@ def _limiting(begun: Mapping[int, int]) -> dict[int, int]:
     out from there on, rather than mixed.
     """
     kept: dict[int, int] = {}
-    least = LAST_STEP
+    least = LARGEST_STEP
     for attempt, step in sorted(begun.items(), reverse=True):
         if step < least:
             kept[attempt] = least = step
@@ -86,7 +86,7 @@ def _supersede(
 ) -> None:
     """Remove what older attempts stored from the first step of this one on."""
     table = schema.samples
-    stretch = (table.c.step.between(first, begun.get(attempt, LAST_STEP)), table.c.attempt < attempt)
+    stretch = (table.c.step.between(first, begun.get(attempt, LARGEST_STEP)), table.c.attempt < attempt)
     gone = connection.execute(sa.delete(table).where(table.c.run == run.id, table.c.level == 0, *stretch)).rowcount
     begins, pruned = all(known < attempt for known in begun), pruned_to(coverage.get("pruned", []), 0)
     if gone or (begins and first <= pruned):

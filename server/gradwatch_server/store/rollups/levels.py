@@ -13,9 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
+from gradwatch.wire import LARGEST_STEP
 from gradwatch_server.store.rollups.buckets import Buckets, even_starts
-
-LAST_STEP = 2**53
 
 
 class Lane(Protocol):
@@ -42,7 +41,7 @@ class Lane(Protocol):
     def around(self, level: int, step: int) -> tuple[int, int]:
         """Return the first step of the bucket that ``step`` falls into, and the last one before the next bucket.
 
-        Before the first bucket it is that one; where there is none, both are ``LAST_STEP``.
+        Before the first bucket it is that one; where there is none, both are ``LARGEST_STEP``.
         """
 
 
@@ -98,7 +97,7 @@ class Levels:
             if step > covered[0]:
                 break
             step = min(step, self._lane.around(level, step)[0])
-            self._lane.delete(level, step, LAST_STEP)
+            self._lane.delete(level, step, LARGEST_STEP)
             dropped = level
         for level in range(dropped, 0, -1):
             above = self._coverage[level][0] if level < len(self._coverage) else -1
@@ -117,7 +116,7 @@ class Levels:
             return []
         waiting = None if written is None else written.after(covered[0])
         if waiting is None or len(waiting) != covered[1]:
-            waiting = self._lane.load(level - 1, covered[0] + 1, LAST_STEP)
+            waiting = self._lane.load(level - 1, covered[0] + 1, LARGEST_STEP)
         full = len(waiting) // fan_out
         covered[1] = len(waiting) - full * fan_out
         if not full:

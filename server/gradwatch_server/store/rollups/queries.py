@@ -7,10 +7,10 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from gradwatch.wire import HISTOGRAM_EDGES, HISTOGRAMS
+from gradwatch.wire import HISTOGRAM_EDGES, HISTOGRAMS, LARGEST_STEP
 from gradwatch_server.store import schema
 from gradwatch_server.store.rollups.buckets import Buckets
-from gradwatch_server.store.rollups.levels import LAST_STEP, pruned_to
+from gradwatch_server.store.rollups.levels import pruned_to
 from gradwatch_server.store.rollups.series import STATISTIC_NAMES, SampleLane, ScalarLane, ratio
 from gradwatch_server.store.runs import unknown_run
 
@@ -128,7 +128,7 @@ def read_statistic(
     if (from_step or 0) > pruned_to(pruned, 0):
         return _read(lane, levels, from_step, to_step, points)
     faded = _FadedLane(lane, pruned)
-    first, last = faded.widened(from_step or 0, LAST_STEP if to_step is None else to_step)
+    first, last = faded.widened(from_step or 0, LARGEST_STEP if to_step is None else to_step)
     return _read(faded, levels, first or None, last, points)
 
 
@@ -217,7 +217,7 @@ def _run(connection: sa.Connection, run_id: str) -> sa.Row[Any]:
 
 
 def _read(lane: _Lane, levels: int, from_step: int | None, to_step: int | None, points: int) -> Buckets:
-    last = LAST_STEP if to_step is None else to_step
+    last = LARGEST_STEP if to_step is None else to_step
     third = -(-points // 3)
     fits = _fitting(lane.fan_outs, levels, last - (from_step or 0) + 1, third)
     counts = lane.counts(range(1, fits + 1), from_step or 0, last, third) if fits else []

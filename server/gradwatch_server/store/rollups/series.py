@@ -12,15 +12,13 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from gradwatch.wire import MISSING, STATISTICS, Statistic, Trail, Vector, deserialise
+from gradwatch.statistics import UNIT_EPS
+from gradwatch.wire import LARGEST_STEP, MISSING, STATISTICS, Statistic, Trail, Vector, deserialise
 from gradwatch_server.store import schema
 from gradwatch_server.store.rollups.buckets import UNMEASURED, Buckets, Floats
-from gradwatch_server.store.rollups.levels import LAST_STEP
 from gradwatch_server.store.rollups.readahead import reading_ahead
 from gradwatch_server.store.vectors import Gathered, Rows, gathered, raw, read, stretches
 
-RATIO_EPS = 1e-3
-"""The eps of ``ratio = grad_norm / (weight_norm + eps)``, the same as AGC's."""
 STATISTIC_NAMES = (*STATISTICS, "ratio")
 TRAIL_STEPS = 4_096
 """A row of a trail stays within one such stretch of steps, so that a range of steps is a range of keys."""
@@ -33,7 +31,7 @@ _decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
 def ratio(grad_norm: NDArray[np.float32], weight_norm: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return ``grad_norm / (weight_norm + eps)``; missing where the gradient is missing."""
     with np.errstate(invalid="ignore", over="ignore"):
-        divided = weight_norm + np.float32(RATIO_EPS)
+        divided = weight_norm + np.float32(UNIT_EPS)
         np.divide(grad_norm, divided, out=divided)
     missing = grad_norm == MISSING
     missing |= weight_norm == MISSING
@@ -416,9 +414,9 @@ def _around(
     if start is None:
         start = connection.execute(first, own).scalar_one()
     if start is None:
-        return LAST_STEP, LAST_STEP
+        return LARGEST_STEP, LARGEST_STEP
     following = connection.execute(after, own | {"at": max(step, start)}).scalar()
-    return start, LAST_STEP if following is None else following - 1
+    return start, LARGEST_STEP if following is None else following - 1
 
 
 def _stacked(vectors: Rows, width: int) -> NDArray[Any]:

@@ -2,9 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import cast
@@ -16,7 +15,6 @@ from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.api import authorisation, openapi, problem
 from gradwatch_server.api.routes import (
     alert_deliveries,
@@ -34,12 +32,11 @@ from gradwatch_server.api.routes import (
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
-from gradwatch_server.store.deletion import delete_some
-from gradwatch_server.store.retention import Retention
-from gradwatch_server.store.rollups.downsampling import Piece, fade, overdue
+from gradwatch_server.store.deletion import delete_expired_runs
+from gradwatch_server.store.rollups.downsampling import downsample_expired
 
 PAGE = Path(__file__).parent / "page"
-_PRUNE_SECONDS = 3_600
+_RETENTION_SECONDS = 3_600
 _SECURITY = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     "X-Content-Type-Options": "nosniff",
@@ -55,7 +52,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         services = Services.start(settings, engine)
         app.state.services = services
         notifying = asyncio.create_task(services.notifier.run())
-        pruning = asyncio.create_task(_prune(services))
+        pruning = asyncio.create_task(_apply_retention(services))
         watching = asyncio.create_task(services.stalls.run())
         telling = asyncio.create_task(services.untold.run())
         exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
@@ -135,40 +132,11 @@ def _page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads i
     return FileResponse(PAGE / "index.html")
 
 
-async def _prune(services: Services) -> None:
-    """Remove what is over its time, now and once an hour, for as long as the server runs."""
+async def _apply_retention(services: Services) -> None:
+    """Delete expired runs and levels, now and once an hour, for as long as the server runs."""
     while True:
         retention = services.settings.configuration.retention
         with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach: in an hour
-            await _delete(services)
-            await _fade(services, retention)
-        await asyncio.sleep(_PRUNE_SECONDS)
-
-
-async def _delete(services: Services) -> None:
-    """Remove the runs that are over their time, in pieces between which others write."""
-
-    def look() -> Sequence[str]:
-        with services.engine.connect() as connection:
-            return services.settings.configuration.retention.overdue(connection, time.time())
-
-    for run_id in await asyncio.to_thread(look):
-        settings = services.settings
-        configuration, public_url = settings.configuration, settings.public_url
-        resolve = partial(resolve_deleted, configuration=configuration, public_url=public_url)
-        work = partial(delete_some, run_id=run_id, resolve_alerts=resolve, retention=configuration.retention)
-        while await asyncio.wrap_future(services.writer.submit(work, run_id)) == "some":
-            pass
-
-
-async def _fade(services: Services, retention: Retention) -> None:
-    """Remove the levels that are over their time, in pieces between which others write."""
-
-    def look() -> list[Piece]:
-        with services.engine.connect() as connection:
-            return overdue(connection, retention, time.time())
-
-    while pieces := await asyncio.to_thread(look):
-        for piece in pieces:
-            while await asyncio.wrap_future(services.writer.submit(partial(fade, piece=piece), piece.run_id)):
-                pass
+            await delete_expired_runs(services.engine, services.writer, retention, services.alert_resolver())
+            await downsample_expired(services.engine, services.writer, retention)
+        await asyncio.sleep(_RETENTION_SECONDS)

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import sqlalchemy as sa
 
+from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.alerting.stall_check import Stalls
 from gradwatch_server.alerting.unmuted import Untold
 from gradwatch_server.errors import Refused
@@ -19,6 +21,7 @@ from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.store.change_stream import Feed
+from gradwatch_server.store.deletion import ResolveAlerts
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.tokens import TokenBook
 from gradwatch_server.telemetry.remote_write import Exporter
@@ -85,6 +88,10 @@ class Services:
         self.stalls.configure(configuration, public_url)
         self.untold.configure(configuration, public_url)
         self.notifier.configure(configuration.receivers, configuration.delivery)
+
+    def alert_resolver(self) -> ResolveAlerts:
+        """Return the function that resolves the alerts of a run that is deleted, by the present configuration."""
+        return partial(resolve_deleted, configuration=self.settings.configuration, public_url=self.settings.public_url)
 
     @contextmanager
     def share(self) -> Iterator[Share]:

@@ -23,7 +23,12 @@ from gradwatch_server.store import schema
 from gradwatch_server.store.database import writing
 from gradwatch_server.store.retention import Retention
 from gradwatch_server.store.rollups import queries
-from gradwatch_server.store.rollups.downsampling import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLES, fade, overdue
+from gradwatch_server.store.rollups.downsampling import (
+    REPLAYED_FIRST_SAMPLES,
+    REPLAYED_LAST_SAMPLES,
+    downsample_chunk,
+    expired_levels,
+)
 from tests.processes import GradwatchServer, environment, sample
 from tests.server.test_levels import Store, agrees, numbered, rows, some_examples
 
@@ -44,12 +49,11 @@ class FadingStore(Store):
         while pieces := self._overdue(retention, now):
             for piece in pieces:
                 with writing(self.engine) as connection:
-                    gone += sum(fade(connection, piece))
+                    gone += downsample_chunk(connection, piece)
         return gone
 
     def _overdue(self, retention: Retention, now: float) -> list[Any]:
-        with self.engine.connect() as connection:
-            return [piece for piece in overdue(connection, retention, now) if piece.run_id == self.run]
+        return [piece for piece in expired_levels(self.engine, retention, now) if piece.run_id == self.run]
 
     def levels(self) -> list[list[int]]:
         """Return the first steps of what is stored of each level."""

@@ -21,7 +21,7 @@ from gradwatch_server.notify.receivers import Webhook
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import migrate, open_engine, writing
-from gradwatch_server.store.deletion import Left, delete_some
+from gradwatch_server.store.deletion import Remaining, delete_chunk
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, environment, sample
 from tests.server.hook import configuration, settled
 
@@ -70,19 +70,19 @@ def test_a_run_goes_a_little_at_a_time(tmp_path: Path, own_database_url: str) ->
     with writing(engine) as connection:  # as of a network so large that 16 of its samples are enough at once
         large = sa.update(schema.runs).where(schema.runs.c.id == run).values(parameter_count=100_000)
         connection.execute(large)
-    left: Left = "some"
+    remaining: Remaining = "some"
     counts = [rows["samples"] + rows["rollups"]]
-    while left == "some":
+    while remaining == "some":
         with writing(engine) as connection:
-            left = delete_some(connection, run, _resolver(), seconds=0.0)
+            remaining = delete_chunk(connection, run, _resolver(), seconds=0.0)
         found = _rows(own_database_url, run)
         counts.append(found.get("samples", 0) + found.get("rollups", 0))
     assert counts[0] > 70
     assert counts[-1] == 0
     assert all(0 <= before - after <= 16 for before, after in pairwise(counts)), counts
     with writing(engine) as connection:
-        assert delete_some(connection, run, _resolver()) == "unknown"
-        assert delete_some(connection, other, _resolver(), retention=Configuration().retention) == "unknown"
+        assert delete_chunk(connection, run, _resolver()) == "unknown"
+        assert delete_chunk(connection, other, _resolver(), retention=Configuration().retention) == "unknown"
     engine.dispose()
     assert _rows(own_database_url, run) == {}
     assert _rows(own_database_url, other) == rows
@@ -93,7 +93,7 @@ def test_a_run_that_is_half_gone_goes_with_the_next_server(tmp_path: Path, own_d
         run, other = _filled(server), _filled(server)
     engine, rows = open_engine(own_database_url), _rows(own_database_url, other)
     with writing(engine) as connection:
-        assert delete_some(connection, run, _resolver(), seconds=0.0) == "some"
+        assert delete_chunk(connection, run, _resolver(), seconds=0.0) == "some"
     engine.dispose()
     assert _rows(own_database_url, run)
     with GradwatchServer(tmp_path / "gradwatch.db", url=own_database_url):
@@ -151,13 +151,13 @@ def test_what_a_receiver_refused_of_a_deleted_run_can_be_sent_again_for_a_week(o
     with writing(engine) as connection:
         ingest.register(connection, "r", wire.Registration(parameters=[wire.Parameter("a", [4, 4], units=4)]))
         ingest.store(connection, "r", wire.Batch(id="ill", samples=[sample(1, float("nan"))]))
-        assert delete_some(connection, "r", _resolver(HOOK)) == "nothing"
+        assert delete_chunk(connection, "r", _resolver(HOOK)) == "nothing"
         now = time.time()
         connection.execute(sa.update(schema.deliveries).values(state="dead", due_at=now))
-        outbox.forget(connection, now + 7 * 86_400 - 1)
+        outbox.delete_orphaned_alerts(connection, now + 7 * 86_400 - 1)
         assert outbox.replay(connection, schema.deliveries.c.state == "dead", now) == 2
         connection.execute(sa.update(schema.deliveries).values(state="dead", due_at=now))
-        outbox.forget(connection, now + 7 * 86_400)
+        outbox.delete_orphaned_alerts(connection, now + 7 * 86_400)
         assert connection.execute(sa.select(schema.deliveries)).all() == []
     engine.dispose()
 

@@ -1,9 +1,9 @@
-"""``gradwatch prune``: remove the runs, and the finer levels of others, whose time is over, now."""
+"""``gradwatch prune``: deletes expired runs, and the expired levels of others, once."""
 
 import argparse
+import asyncio
 import os
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,14 @@ from gradwatch.settings import secret
 from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.settings import Configuration, Settings
-from gradwatch_server.store.database import open_engine, prepare, told, writing
-from gradwatch_server.store.deletion import Left, delete_some
-from gradwatch_server.store.retention import Retention
-from gradwatch_server.store.rollups.downsampling import Faded, Piece, fade, overdue
+from gradwatch_server.store.database import open_engine, prepare, told
+from gradwatch_server.store.deletion import delete_expired_runs
+from gradwatch_server.store.group_commit import Writer
+from gradwatch_server.store.rollups.downsampling import Downsampled, downsample_expired
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Remove them; return the exit code."""
+    """Delete what has expired; return the exit code."""
     parser = argparse.ArgumentParser(prog="gradwatch prune", description="Remove what is over its time.")
     parser.add_argument("--database-url", help="(default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)")
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="[retention] says how long")
@@ -34,53 +34,28 @@ def main(arguments: Sequence[str]) -> int:
         )
         prepare(engine)
         with told(engine):
-            gone = _delete(engine, configuration)
-            faded = _fade(engine, configuration.retention)
+            runs, levels = asyncio.run(_prune(engine, configuration))
     except (GradwatchError, ValueError) as error:
         print(f"gradwatch prune: {error}", file=sys.stderr)
         return 1
     engine.dispose()
-    print("; ".join([f"removed {_many(gone, 'run')}", *faded]))
+    print("; ".join([f"removed {_many(runs, 'run')}", *_summary(levels)]))
     return 0
 
 
-def _delete(engine: sa.Engine, configuration: Configuration) -> int:
-    """Remove the runs that are over their time, in pieces; return how many went."""
+async def _prune(engine: sa.Engine, configuration: Configuration) -> tuple[int, Downsampled]:
+    """Delete expired runs, then expired levels; return how many runs, and what went of the levels."""
     public_url = Settings(database_url="", configuration=configuration).public_url
-    with engine.connect() as connection:
-        overdue_runs = configuration.retention.overdue(connection, time.time())
-    return sum(_delete_run(engine, run_id, configuration, public_url) == "nothing" for run_id in overdue_runs)
-
-
-def _delete_run(engine: sa.Engine, run_id: str, configuration: Configuration, public_url: str) -> Left:
     resolve = partial(resolve_deleted, configuration=configuration, public_url=public_url)
-    left: Left = "some"
-    while left == "some":
-        with writing(engine) as connection:
-            left = delete_some(connection, run_id, resolve, retention=configuration.retention)
-    return left
+    writer = Writer(engine, capacity=1, capacity_per_run=1)
+    runs = await delete_expired_runs(engine, writer, configuration.retention, resolve)
+    return runs, await downsample_expired(engine, writer, configuration.retention)
 
 
-def _fade(engine: sa.Engine, retention: Retention) -> list[str]:
-    """Remove the levels that are over their time, in pieces; return what went of them, in words, where anything did."""
-    samples, buckets, runs = 0, 0, set()
-    while pieces := _overdue(engine, retention):
-        for piece in pieces:
-            while gone := _fade_once(engine, piece):
-                samples, buckets = samples + gone.samples, buckets + gone.buckets
-                runs.add(piece.run_id)
-    told = [_many(samples, "sample")] + ([_many(buckets, "bucket")] if buckets else [])
-    return [f"{' and '.join(told)} of {_many(len(runs), 'run')}"] if runs else []
-
-
-def _overdue(engine: sa.Engine, retention: Retention) -> list[Piece]:
-    with engine.connect() as connection:
-        return overdue(connection, retention, time.time())
-
-
-def _fade_once(engine: sa.Engine, piece: Piece) -> Faded:
-    with writing(engine) as connection:
-        return fade(connection, piece)
+def _summary(levels: Downsampled) -> list[str]:
+    """Return what went of the levels, in words; nothing if nothing went."""
+    counts = [_many(levels.samples, "sample")] + ([_many(levels.buckets, "bucket")] if levels.buckets else [])
+    return [f"{' and '.join(counts)} of {_many(len(levels.run_ids), 'run')}"] if levels.run_ids else []
 
 
 def _many(count: int, thing: str) -> str:

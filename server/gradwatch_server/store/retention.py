@@ -1,6 +1,6 @@
-"""How long what is kept: runs as a whole, and the levels of their samples.
+"""Retention settings: how long runs are kept, and how long the levels of their samples.
 
-``gradwatch prune`` removes once what is over its time, the server once an hour.
+The server deletes what has expired once an hour, ``gradwatch prune`` when it is called.
 """
 
 from collections.abc import Sequence
@@ -36,15 +36,16 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Return how many days each level of a project's runs is kept, from level 0 on."""
         return self.project_level_days.get(project, self.level_days)
 
-    def overdue(self, connection: sa.Connection, now: float) -> Sequence[str]:
-        """Return the ids of the runs whose time is over."""
+    def expired_runs(self, engine: sa.Engine, now: float) -> Sequence[str]:
+        """Return the ids of the runs that have expired."""
         chosen = sa.select(*schema.runs.c["id", "project", "last_seen_at", "deleted_at"])
         if self.days is None and not self.projects:
             chosen = chosen.where(schema.runs.c.deleted_at.is_not(None))
-        return [run.id for run in connection.execute(chosen) if self.is_overdue(run, now)]
+        with engine.connect() as connection:
+            return [run.id for run in connection.execute(chosen) if self.is_expired(run, now)]
 
-    def is_overdue(self, run: sa.Row[Any], now: float) -> bool:
-        """Return whether the time of a run is over, or somebody has begun to delete it."""
+    def is_expired(self, run: sa.Row[Any], now: float) -> bool:
+        """Return whether a run has not reported for its time of retention, or its deletion has begun."""
         days = self.projects.get(run.project, self.days)
         return run.deleted_at is not None or (days is not None and now - run.last_seen_at > 86_400 * days)
 

@@ -1,7 +1,5 @@
 """What is known of runs: lists, series, maps."""
 
-import asyncio
-from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
@@ -9,7 +7,6 @@ import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch import wire
-from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.api import documents
 from gradwatch_server.api.number_json import json_response, serialise
 from gradwatch_server.api.problem import problems
@@ -18,10 +15,10 @@ from gradwatch_server.diagnosis.clip_advice import THRESHOLDS, advise, threshold
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
 from gradwatch_server.settings import MOST_NAME_CHARACTERS
-from gradwatch_server.store.deletion import delete_some
+from gradwatch_server.store.deletion import delete_run
 from gradwatch_server.store.parameters import load_depth_order, load_parameters
 from gradwatch_server.store.rollups import queries
-from gradwatch_server.store.runs import RunState, check_run, load_events, load_run, load_runs
+from gradwatch_server.store.runs import RunState, check_run, load_events, load_run, load_runs, unknown_run
 from gradwatch_server.store.vectors import padded
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
@@ -231,13 +228,7 @@ def show_clip_advice(
 async def remove_run(request: Request, run_id: RunId) -> Response:
     """Remove a run with everything that is known of it; who was told of its alerts is told that they are over."""
     services = cast("Services", request.app.state.services)
-    settings = services.settings
-    resolve = partial(resolve_deleted, configuration=settings.configuration, public_url=settings.public_url)
-    work = partial(delete_some, run_id=run_id, resolve_alerts=resolve)
-    left = await asyncio.wrap_future(services.writer.submit(work, run_id))
-    if left == "unknown":
-        raise Refused(404, "Unknown run", f"run {run_id!r} is not known here: GET /api/v1/runs lists those that are")
-    while left == "some":
-        left = await asyncio.wrap_future(services.writer.submit(work, run_id))
+    if not await delete_run(services.writer, run_id, services.alert_resolver()):
+        raise unknown_run(run_id)
     services.notifier.wake()
     return Response(status_code=204)

@@ -22,3 +22,8 @@ class Refused(GradwatchError):
         self.title = title
         self.detail = detail
         self.retry_after_seconds = retry_after_seconds
+
+
+def stopping() -> Refused:
+    """Return the refusal of a server that is shutting down: 503."""
+    return Refused(503, "Stopping", "the server is stopping: send it again", retry_after_seconds=2)

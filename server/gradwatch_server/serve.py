@@ -125,7 +125,7 @@ class _Server(uvicorn.Server):
         if services is None or not services.ready:
             super().handle_exit(sig, frame)
             return
-        services.stopping()
+        services.begin_shutdown()
         asyncio.get_running_loop().call_soon_threadsafe(self._drain, services, sig, frame)
 
     def _drain(self, services: Services, sig: int, frame: FrameType | None) -> None:
@@ -134,7 +134,7 @@ class _Server(uvicorn.Server):
         async def drain() -> None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(services.settings.configuration.limits.drain_seconds):
-                    await services.room.emptied()
+                    await services.byte_budget.wait_idle()
             super(_Server, self).handle_exit(sig, frame)
 
         self._draining = asyncio.create_task(drain())

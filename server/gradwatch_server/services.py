@@ -3,8 +3,6 @@
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,8 +12,7 @@ import sqlalchemy as sa
 from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.alerting.stall_check import Stalls
 from gradwatch_server.alerting.unmuted import Untold
-from gradwatch_server.errors import Refused
-from gradwatch_server.ingest.admission import Room, Share
+from gradwatch_server.ingest.admission import ByteBudget
 from gradwatch_server.ingest.diagnosis_pool import LARGE_SHARE, Examiner
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
@@ -43,7 +40,7 @@ class Services:
     writer: Writer
     examiner: Examiner
     ingest: Ingest
-    room: Room
+    byte_budget: ByteBudget
     notifier: Notifier
     stalls: Stalls
     untold: Untold
@@ -53,7 +50,7 @@ class Services:
     layouts: Layouts = field(default_factory=Layouts)
     requests: Requests = field(default_factory=Requests)
     ready: bool = True
-    """False from the first sign of stopping: readiness goes first."""
+    """False from the first signal to stop: readiness ends first."""
 
     @classmethod
     def start(cls, settings: Settings, engine: sa.Engine) -> "Services":
@@ -68,7 +65,7 @@ class Services:
             writer=writer,
             examiner=examiner,
             ingest=Ingest(configuration, settings.public_url, examiner),
-            room=Room(limits.held_bytes),
+            byte_budget=ByteBudget(limits.held_bytes),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             stalls=Stalls(engine, writer, configuration, settings.public_url, time.time()),
             untold=Untold(engine, writer, configuration, settings.public_url),
@@ -82,7 +79,7 @@ class Services:
         self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
         public_url = self.settings.public_url
         limits = configuration.limits
-        self.room.most = limits.held_bytes
+        self.byte_budget.limit_bytes = limits.held_bytes
         self.writer.configure(limits.queued_batches, limits.queued_batches_per_run)
         self.ingest.configure(configuration, public_url)
         self.stalls.configure(configuration, public_url)
@@ -93,19 +90,8 @@ class Services:
         """Return the function that resolves the alerts of a run that is deleted, by the present configuration."""
         return partial(resolve_deleted, configuration=self.settings.configuration, public_url=self.settings.public_url)
 
-    @contextmanager
-    def share(self) -> Iterator[Share]:
-        """Hold what a request brings, for as long as it takes.
-
-        Raises:
-            Refused: 503, the server is stopping.
-        """
-        if not self.ready:
-            raise Refused(503, "Stopping", "the server is stopping: send it again", retry_after_seconds=2)
-        with self.room.share() as share:
-            yield share
-
-    def stopping(self) -> None:
-        """Take the first sign of the end: no longer ready, and no stream keeps a connection open."""
+    def begin_shutdown(self) -> None:
+        """Stop being ready, refuse further bodies, and end the streams, which would keep their connections open."""
         self.ready = False
+        self.byte_budget.close()
         self.feed.close()

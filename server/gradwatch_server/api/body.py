@@ -13,7 +13,7 @@ from fastapi import Request
 
 from gradwatch import wire
 from gradwatch_server.errors import Refused
-from gradwatch_server.ingest.admission import Share
+from gradwatch_server.ingest.admission import Reservation
 from gradwatch_server.settings import MOST_SAMPLES, Limits
 
 Document = TypeVar("Document", wire.Registration, wire.Batch)
@@ -30,7 +30,7 @@ _INLINE_BYTES = 512 * 1024
 """Larger documents are unpacked and decoded in a thread: the event loop goes on."""
 
 
-async def read(request: Request, document: type[Document], limits: Limits, share: Share) -> Document:
+async def read(request: Request, document: type[Document], limits: Limits, reservation: Reservation) -> Document:
     """Return the document that the request carries.
 
     Raises:
@@ -48,21 +48,21 @@ async def read(request: Request, document: type[Document], limits: Limits, share
         raise Refused(415, "Unsupported encoding", detail)
     try:
         async with asyncio.timeout(limits.body_seconds):
-            body = await _bounded(request, limits.body_bytes, share)
+            body = await _bounded(request, limits.body_bytes, reservation)
     except TimeoutError:
         detail = f"the body did not arrive within limits.body_seconds ({limits.body_seconds:g} s): send it again"
         raise Refused(408, "Body too slow", detail, retry_after_seconds=1) from None
     if encoding != "identity":
-        async with share.room.unpacking:
+        async with reservation.budget.decompressing:
             body = await asyncio.to_thread(_UNPACKERS[encoding], body, limits.decoded_bytes)
-        share.grow(len(body))
+        reservation.grow(len(body))
     loose: dict[type, int] = {wire.Batch: limits.loose_bytes, wire.Registration: limits.decoded_bytes}
     if len(body) <= _INLINE_BYTES:
         return _decode(body, document, content_type, loose[document])
     return await asyncio.to_thread(_decode, body, document, content_type, loose[document])
 
 
-async def _bounded(request: Request, most: int, share: Share) -> bytes:
+async def _bounded(request: Request, most: int, reservation: Reservation) -> bytes:
     too_large = Refused(
         413, "Body too large", f"the body is larger than limits.body_bytes allows ({most} bytes): send smaller batches"
     )
@@ -74,7 +74,7 @@ async def _bounded(request: Request, most: int, share: Share) -> bytes:
         body += chunk
         if len(body) > most:
             raise too_large
-        share.grow(len(body))
+        reservation.grow(len(body))
     return bytes(body)
 
 

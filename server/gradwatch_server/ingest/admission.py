@@ -1,69 +1,84 @@
-"""What agents have sent and the server has not answered yet: bounded, whatever clients send."""
+"""Admission control: how many bytes of request bodies the server holds at once, whatever its clients send."""
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gradwatch_server.errors import Refused
+from gradwatch_server.errors import Refused, stopping
 
 
-class Room:
-    """Bytes that are being received, decoded or wait for the writer; only the event loop takes and gives back."""
+class ByteBudget:
+    """Bytes of bodies that are being received or decoded, or that wait for the writer.
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.held = 0
-        self._requests = 0
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self.unpacking = asyncio.Semaphore(2)
-        """How many bodies are unpacked at once: until then nobody knows their size."""
+    Only the event loop reserves and releases bytes.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
         self.refused = 0
+        self.decompressing = asyncio.Semaphore(2)
+        """How many bodies are decompressed at once: their size is unknown until then."""
+        self._requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
 
     @contextmanager
-    def share(self) -> Iterator["Share"]:
-        """Give back, at the end, what was taken meanwhile."""
-        share = Share(self)
-        self._requests += 1
-        self._empty.clear()
-        try:
-            yield share
-        finally:
-            self.held -= share.bytes
-            self._requests -= 1
-            if not self._requests:
-                self._empty.set()
-
-    async def emptied(self) -> None:
-        """Wait until no request holds anything."""
-        await self._empty.wait()
-
-    def take(self, count: int) -> None:
-        """Hold so many bytes more.
+    def reserve(self) -> Iterator["Reservation"]:
+        """Yield the reservation of one request; its bytes are released at the end.
 
         Raises:
-            Refused: 503, there is no room for them now.
+            Refused: 503, the server is stopping.
         """
-        if self.held + count > self.most:
+        if self._closed:
+            raise stopping()
+        reservation = Reservation(self)
+        self._requests += 1
+        self._idle.clear()
+        try:
+            yield reservation
+        finally:
+            self.held_bytes -= reservation.bytes
+            self._requests -= 1
+            if not self._requests:
+                self._idle.set()
+
+    def close(self) -> None:
+        """Refuse further requests; those that have a reservation go on."""
+        self._closed = True
+
+    async def wait_idle(self) -> None:
+        """Wait until no request has a reservation."""
+        await self._idle.wait()
+
+    def take(self, count: int) -> None:
+        """Hold ``count`` bytes more.
+
+        Raises:
+            Refused: 503, they would exceed the budget.
+        """
+        if self.held_bytes + count > self.limit_bytes:
             self.refused += 1
-            detail = f"the server holds {self.held} bytes of bodies, {self.most} at most (limits.held_bytes)"
+            limit = f"{self.limit_bytes} at most (limits.held_bytes)"
+            detail = f"the server holds {self.held_bytes} bytes of bodies, {limit}"
             raise Refused(503, "No room", f"{detail}: send it again later", retry_after_seconds=1)
-        self.held += count
+        self.held_bytes += count
 
 
-class Share:
-    """What one request holds."""
+class Reservation:
+    """The bytes that one request holds of the budget."""
 
-    def __init__(self, room: Room) -> None:
-        self.room = room
+    def __init__(self, budget: ByteBudget) -> None:
+        self.budget = budget
         self.bytes = 0
 
     def grow(self, count: int) -> None:
-        """Hold at least so many bytes.
+        """Hold at least ``count`` bytes.
 
         Raises:
-            Refused: 503, there is no room for them now.
+            Refused: 503, they would exceed the budget.
         """
         if count > self.bytes:
-            self.room.take(count - self.bytes)
+            self.budget.take(count - self.bytes)
             self.bytes = count

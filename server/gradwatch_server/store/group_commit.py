@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
-from gradwatch_server.errors import Refused
+from gradwatch_server.errors import Refused, stopping
 from gradwatch_server.store.database import writing
 
 Result = TypeVar("Result")
@@ -85,7 +85,7 @@ class Writer:
         future: Future[Result] = Future()
         with self._counting:
             if self._closed:
-                raise Refused(503, "Stopping", "the server is stopping: send it again", retry_after_seconds=2)
+                raise stopping()
             if run_id and self._of_run[run_id] >= self._most_of_run:
                 self.refused += 1
                 detail = f"{self._most_of_run} batches of run {run_id!r} wait already (limits.queued_batches_per_run)"

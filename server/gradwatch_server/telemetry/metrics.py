@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from gradwatch import wire
 from gradwatch_server.alerting.lifecycle import SEVERITIES
 from gradwatch_server.diagnosis import RULES
-from gradwatch_server.ingest.admission import Room
+from gradwatch_server.ingest.admission import ByteBudget
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Settings
@@ -78,7 +78,7 @@ class Sources(Protocol):
     engine: sa.Engine
     writer: Writer
     ingest: Ingest
-    room: Room
+    byte_budget: ByteBudget
     notifier: Notifier
     exporter: Exporter | None
     layouts: Layouts
@@ -275,7 +275,7 @@ class ServerCollector(Collector):
             (
                 "gradwatch_queue_refusals",
                 "Batches that were sent away for want of room.",
-                writer.refused + services.room.refused,
+                writer.refused + services.byte_budget.refused,
             ),
         )
         for name, text, count in counts:

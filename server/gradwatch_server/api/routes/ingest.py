@@ -44,8 +44,8 @@ def _services(request: Request) -> Services:
 async def register_run(request: Request) -> Response:
     """Make a run known; with the id of a known run, start its next attempt or add parameters to it."""
     services = _services(request)
-    with services.share() as share:
-        registration = await body.read(request, wire.Registration, services.settings.configuration.limits, share)
+    with services.byte_budget.reserve() as reservation:
+        registration = await body.read(request, wire.Registration, services.settings.configuration.limits, reservation)
         authorisation.check_named_project(request, registration.project)
         run_id = secrets.token_hex(8) if registration.id is None else registration.id
         ahead = _ahead_seconds(request)
@@ -63,8 +63,8 @@ async def register_run(request: Request) -> Response:
 async def store_batch(request: Request, run_id: str) -> Response:
     """Store a batch; answers 2xx only when it is committed and synced to disk. Sending it again changes nothing."""
     services = _services(request)
-    with services.share() as share:
-        batch = await body.read(request, wire.Batch, services.settings.configuration.limits, share)
+    with services.byte_budget.reserve() as reservation:
+        batch = await body.read(request, wire.Batch, services.settings.configuration.limits, reservation)
         work = partial(services.ingest.begin, run_id=run_id, batch=batch)
         stored = await asyncio.wrap_future(services.writer.submit(work, run_id))
     services.ingest.count(stored, batch)

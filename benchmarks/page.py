@@ -81,7 +81,7 @@ def store(database: Path, run_id: str, samples: int, parameters: int) -> None:
         )
         with writing(engine) as connection:
             run = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id)).one()
-            changes = batch_store.put(connection, run, batch, batch_store.scalars_by_step(batch))
+            changes = batch_store.insert_batch(connection, run, batch, batch_store.scalars_by_step(batch))
             changes |= {"last_step": int(steps[-1]), "sample_count": run.sample_count + len(steps)}
             changes["scalars"] = {"loss": losses[-1]}
             connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(changes))

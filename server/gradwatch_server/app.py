@@ -69,7 +69,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
                 with suppress(asyncio.CancelledError):
                     await exporting
             await asyncio.to_thread(services.writer.close, services.settings.configuration.limits.drain_seconds)
-            services.examiner.close()
+            services.diagnosis_pool.close()
 
     app = FastAPI(
         title="gradwatch",

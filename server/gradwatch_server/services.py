@@ -13,7 +13,7 @@ from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.alerting.stall_check import Stalls
 from gradwatch_server.alerting.unmuted import Untold
 from gradwatch_server.ingest.admission import ByteBudget
-from gradwatch_server.ingest.diagnosis_pool import LARGE_SHARE, Examiner
+from gradwatch_server.ingest.diagnosis_pool import LARGE_TIME_SHARE, DiagnosisPool
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Configuration, Settings
@@ -38,7 +38,7 @@ class Services:
     settings: Settings
     engine: sa.Engine
     writer: Writer
-    examiner: Examiner
+    diagnosis_pool: DiagnosisPool
     ingest: Ingest
     byte_budget: ByteBudget
     notifier: Notifier
@@ -57,14 +57,14 @@ class Services:
         """Make the parts; the writer runs from here on."""
         configuration = settings.configuration
         remote, limits = configuration.remote_write, configuration.limits
-        examiner = Examiner(LARGE_SHARE if _cores() > 1 else math.inf)
+        pool = DiagnosisPool(LARGE_TIME_SHARE if _cores() > 1 else math.inf)
         writer = Writer(engine, limits.queued_batches, limits.queued_batches_per_run)
         return cls(
             settings=settings,
             engine=engine,
             writer=writer,
-            examiner=examiner,
-            ingest=Ingest(configuration, settings.public_url, examiner),
+            diagnosis_pool=pool,
+            ingest=Ingest(configuration, settings.public_url, pool),
             byte_budget=ByteBudget(limits.held_bytes),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             stalls=Stalls(engine, writer, configuration, settings.public_url, time.time()),

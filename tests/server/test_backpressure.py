@@ -21,7 +21,7 @@ from gradwatch import wire
 from gradwatch_server.errors import Refused
 from gradwatch_server.store import group_commit
 from gradwatch_server.store.database import open_engine, writing
-from gradwatch_server.store.group_commit import Halfway, Writer
+from gradwatch_server.store.group_commit import Deferred, Writer
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample, wait_for
 
 PACKED = {"content-type": wire.MESSAGEPACK_TYPE}
@@ -144,7 +144,7 @@ def _begun_and_finished(database_url: str, failing: str = "", refused: str = "")
         held.set()
         return gate.wait(PATIENCE_SECONDS)
 
-    def work(_connection: sa.Connection, name: str) -> str | Halfway[str]:
+    def work(_connection: sa.Connection, name: str) -> str | Deferred[str]:
         if name == refused:
             raise Refused(422, "Refused", name)
         done.append(f"begin {name}")
@@ -155,7 +155,7 @@ def _begun_and_finished(database_url: str, failing: str = "", refused: str = "")
             done.append(f"finish {name}")
             return name
 
-        return Halfway(finish)
+        return Deferred(finish)
 
     holding = queue.submit(hold, first)
     assert held.wait(PATIENCE_SECONDS)

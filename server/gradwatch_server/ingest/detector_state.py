@@ -1,4 +1,8 @@
-"""What the diagnosis remembers of each run: held between batches, stored now and then, replayed from there."""
+"""Detector state of runs: kept in memory between batches, saved now and then, and replayed from stored samples.
+
+The state of a run is the history of its samples that the rules compare the next sample with, and the losses that no
+sample has been diagnosed with yet.
+"""
 
 import secrets
 import threading
@@ -20,95 +24,109 @@ from gradwatch_server.diagnosis import History, RunParameters, Sample, Threshold
 from gradwatch_server.diagnosis.history import VERSION
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
+from gradwatch_server.store.parameters import load_parameters
 from gradwatch_server.store.rollups.downsampling import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLES
 from gradwatch_server.store.rollups.series import TRAIL_STEPS
 
 SAVED_EVERY_SAMPLES = 64
-"""Samples after which what is remembered is stored: so many are replayed at most."""
-_HELD_BYTES = 64 << 20
+"""The state is saved after so many samples, so at most so many are replayed."""
+_CACHE_BYTES = 64 << 20
 _LOSSES_KEPT = 1_024
-"""Between two samples."""
+"""Most losses between two samples."""
 
 _decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
 
 
 @dataclass
-class Watched:
-    """What the diagnosis remembers of a run."""
+class DetectorState:
+    """What the rules know of a run before its next sample."""
 
-    layout: RunParameters
-    memory: History
+    parameters: RunParameters
+    history: History
     attempt: int
     losses: dict[int, float] = field(default_factory=dict)
-    """Loss of each step since the last sample, which may have come in earlier batches."""
-    unsaved: int = 0
-    """Samples that what is stored of the memory does not know of."""
-    fresh: bool = False
-    """Whether it had to be loaded for this batch: a server that takes turns with this one is not to replay as much."""
+    """Loss of each step since the last sample; earlier batches may have brought them."""
+    unsaved_samples: int = 0
+    """Samples that the history holds and the saved one does not."""
+    loaded: bool = False
+    """Whether it was loaded for this batch. It is saved then, so that servers which take turns with a run do not replay
+    its samples again and again."""
     mark: str = ""
-    """What the run's row holds as long as nobody else has changed what is remembered: see ``new_mark``."""
+    """The value of ``runs.memory_mark`` for which this state is valid; see ``new_mark``."""
 
     @property
     def bytes(self) -> int:
-        """What it takes in memory, about."""
-        return 10_000 + 600 * len(self.layout.names) + 150 * len(self.losses)
+        """Return roughly how much memory it takes."""
+        return 10_000 + 600 * len(self.parameters.names) + 150 * len(self.losses)
 
-    def resume(self, attempt: int) -> None:
-        """Go on with what a new attempt starts with."""
+    def start_attempt(self, attempt: int) -> None:
+        """Go on with a new attempt, which keeps what was usual in the earlier ones."""
         if attempt != self.attempt:
-            self.attempt, self.memory, self.losses = attempt, self.memory.resumed(), {}
+            self.attempt, self.history, self.losses = attempt, self.history.resumed(), {}
 
-    def wait(self, losses: Mapping[int, float], after: int | None) -> None:
-        """Keep the losses that no sample has been looked at with yet."""
+    def keep_losses(self, losses: Mapping[int, float], after: int | None) -> None:
+        """Keep the losses after a step, which no sample has been diagnosed with yet."""
         waiting = sorted(step for step in losses if after is None or step > after)
         self.losses = {step: losses[step] for step in waiting[-_LOSSES_KEPT:]}
 
 
-class Memories:
-    """The memories of the runs that report now, those heard of longest ago left out where they take too much.
+class DetectorStateCache:
+    """Cache of detector state per run, bounded in bytes; the runs that reported longest ago leave it first.
 
-    They are a cache: one is taken out while its run is dealt with, and is of use as long as the run's row holds its
-    mark. It does not where another server took part, or where the transaction that it came from was undone.
+    An entry is valid only while ``runs.memory_mark`` equals its mark: another server, or a transaction that was rolled
+    back, makes them differ. An entry is out of the cache while its run is being worked on.
     """
 
-    def __init__(self, most_bytes: int = _HELD_BYTES) -> None:
-        self._most = most_bytes
-        self._held: OrderedDict[str, tuple[int, Watched]] = OrderedDict()
+    def __init__(self, limit_bytes: int = _CACHE_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._entries: OrderedDict[str, tuple[int, DetectorState]] = OrderedDict()
         self._bytes = 0
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
 
-    def take(self, run_id: str) -> Watched | None:
-        """Take out what is remembered of a run."""
-        with self._changing:
-            size, watched = self._held.pop(run_id, (0, None))
+    def current(self, connection: sa.Connection, run: sa.Row[Any], thresholds: Thresholds) -> DetectorState:
+        """Return the state of a run up to the sample that ``runs.diagnosed_step`` names, out of the cache if valid."""
+        state = self.take(run.id)
+        if state is not None and state.mark == run.memory_mark:
+            state.loaded = False
+        else:
+            same = state is not None and _same_parameters(state.mark, run.memory_mark)
+            parameters = state.parameters if state and same else RunParameters.of(load_parameters(connection, run.id))
+            state = load(connection, run, parameters, thresholds)
+        state.start_attempt(run.attempt)
+        return state
+
+    def take(self, run_id: str) -> DetectorState | None:
+        """Take the state of a run out of the cache."""
+        with self._lock:
+            size, state = self._entries.pop(run_id, (0, None))
             self._bytes -= size
-        return watched
+        return state
 
-    def put(self, run_id: str, watched: Watched) -> None:
-        """Hold what is remembered of a run."""
-        size = watched.bytes
-        with self._changing:
-            self._bytes += size - self._held.pop(run_id, (0, None))[0]
-            self._held[run_id] = (size, watched)
-            while self._bytes > self._most:
-                self._bytes -= self._held.popitem(last=False)[1][0]
+    def put(self, run_id: str, state: DetectorState) -> None:
+        """Put the state of a run into the cache."""
+        size = state.bytes
+        with self._lock:
+            self._bytes += size - self._entries.pop(run_id, (0, None))[0]
+            self._entries[run_id] = (size, state)
+            while self._bytes > self._limit_bytes:
+                self._bytes -= self._entries.popitem(last=False)[1][0]
 
 
 def new_mark(before: str | None = None) -> str:
-    """Return another mark of a run's row: one for its parameters, which ``before`` had as well, one for the rest."""
+    """Return a new mark of a run: a part for its parameters, kept from ``before``, and a part for everything else."""
     return f"{before.partition('/')[0] if before else secrets.token_hex(4)}/{secrets.token_hex(8)}"
 
 
-def same_parameters(mark: str | None, other: str | None) -> bool:
+def _same_parameters(mark: str | None, other: str | None) -> bool:
     """Return whether two marks stand for the same parameters of a run."""
     return mark is not None and other is not None and mark.partition("/")[0] == other.partition("/")[0]
 
 
-def save(connection: sa.Connection, run_id: str, watched: Watched, step: int | None) -> None:
-    """Store what is remembered of a run up to a sample."""
-    row = {"run": run_id, "attempt": watched.attempt, "step": step, "version": VERSION}
-    connection.execute(_upsert(connection.dialect.name), row | {"body": watched.memory.to_bytes()})
-    watched.unsaved = 0
+def save(connection: sa.Connection, run_id: str, state: DetectorState, step: int | None) -> None:
+    """Save the state of a run, which includes the samples up to a step."""
+    row = {"run": run_id, "attempt": state.attempt, "step": step, "version": VERSION}
+    connection.execute(_upsert(connection.dialect.name), row | {"body": state.history.to_bytes()})
+    state.unsaved_samples = 0
 
 
 @cache
@@ -119,55 +137,59 @@ def _upsert(engine: str) -> sa.Insert:
     return insert.on_conflict_do_update(index_elements=["run"], set_=replaced)
 
 
-def load(connection: sa.Connection, run: sa.Row[Any], layout: RunParameters, thresholds: Thresholds) -> Watched:
-    """Return what is remembered of a run: what is stored, and the samples that came after it."""
+def load(
+    connection: sa.Connection, run: sa.Row[Any], parameters: RunParameters, thresholds: Thresholds
+) -> DetectorState:
+    """Return the saved state of a run, with the samples diagnosed since then replayed."""
     row = connection.execute(sa.select(schema.memories).where(schema.memories.c.run == run.id)).one_or_none()
     if run.memory_mark is None or (row is not None and row.version != VERSION):
-        return _replay_known(connection, run, layout, thresholds)
-    watched, after = Watched(layout, History(), run.attempt, fresh=True), None
+        return _replay_ends(connection, run, parameters, thresholds)
+    state, after = DetectorState(parameters, History(), run.attempt, loaded=True), None
     if row is not None:
-        watched.memory, watched.attempt, after = History.from_bytes(row.body), row.attempt, row.step
-    if watched.attempt != run.attempt:
+        state.history, state.attempt, after = History.from_bytes(row.body), row.attempt, row.step
+    if state.attempt != run.attempt:
         after = None
-    watched.resume(run.attempt)
-    losses = _stored_losses(connection, run, after)
-    for reading in _readings_since(connection, run, after, sorted(losses.items())):
-        watched.memory, _ = diagnosis.diagnose(layout, watched.memory, reading, thresholds)
-        watched.unsaved += 1
-    watched.wait(losses, run.diagnosed_step)
-    return watched
+    state.start_attempt(run.attempt)
+    losses = _load_losses(connection, run, after)
+    _replay(state, _samples_after(connection, run, after, sorted(losses.items())), thresholds)
+    state.keep_losses(losses, run.diagnosed_step)
+    return state
 
 
-def between(losses: Sequence[tuple[int, float]], after: int | None, step: int) -> Sequence[tuple[int, float]]:
-    """Return the losses, ordered by their steps, of the steps after one up to another."""
+def _replay_ends(
+    connection: sa.Connection, run: sa.Row[Any], parameters: RunParameters, thresholds: Thresholds
+) -> DetectorState:
+    """Return the state after the first and the last samples of a run: none is saved, or one of another version."""
+    state = DetectorState(parameters, History(), run.attempt, loaded=True)
+    _replay(state, _first_and_last(connection, run), thresholds)
+    return state
+
+
+def _replay(state: DetectorState, samples: Iterator[Sample], thresholds: Thresholds) -> None:
+    for sample in samples:
+        state.history, _ = diagnosis.diagnose(state.parameters, state.history, sample, thresholds)
+        state.unsaved_samples += 1
+
+
+def losses_between(losses: Sequence[tuple[int, float]], after: int | None, step: int) -> Sequence[tuple[int, float]]:
+    """Return the losses after one step and up to another, out of (step, loss) pairs that are ordered by step."""
     first = 0 if after is None else bisect_right(losses, after, key=itemgetter(0))
     return losses[first : bisect_right(losses, step, key=itemgetter(0))][-_LOSSES_KEPT:]
 
 
-def _replay_known(
-    connection: sa.Connection, run: sa.Row[Any], layout: RunParameters, thresholds: Thresholds
-) -> Watched:
-    """Replay the first and the last samples: what is stored is of another version, or nothing is."""
-    watched = Watched(layout, History(), run.attempt, fresh=True)
-    for reading in _first_and_last(connection, run):
-        watched.memory, _ = diagnosis.diagnose(layout, watched.memory, reading, thresholds)
-        watched.unsaved += 1
-    return watched
-
-
-def _first_and_last(connection: sa.Connection, run: sa.Row[Any]) -> list[Sample]:
-    """Return the first and last samples that have been diagnosed."""
+def _first_and_last(connection: sa.Connection, run: sa.Row[Any]) -> Iterator[Sample]:
+    """Yield the first and last samples that have been diagnosed."""
     if run.diagnosed_step is None:
-        return []
+        return
     table = schema.samples
     known = sa.select(table).where(table.c.run == run.id, table.c.level == 0, table.c.step <= run.diagnosed_step)
     first = connection.execute(known.order_by(table.c.step).limit(REPLAYED_FIRST_SAMPLES)).mappings().all()
     last = connection.execute(known.order_by(table.c.step.desc()).limit(REPLAYED_LAST_SAMPLES)).mappings().all()
     rows = {row["step"]: row for row in (*first, *reversed(last))}
-    return [_reading(row, []) for row in rows.values()]
+    yield from (_sample(row, []) for row in rows.values())
 
 
-def _readings_since(
+def _samples_after(
     connection: sa.Connection, run: sa.Row[Any], after: int | None, losses: Sequence[tuple[int, float]]
 ) -> Iterator[Sample]:
     """Yield the samples of the attempt that have been diagnosed after a step, with the losses between them."""
@@ -178,11 +200,11 @@ def _readings_since(
     mine = table.c.run == run.id, table.c.level == 0, table.c.attempt >= run.attempt
     rows = connection.execute(sa.select(table).where(*mine, *since).order_by(table.c.step)).mappings()
     for row in rows.all():
-        yield _reading(row, between(losses, after, row["step"]))
+        yield _sample(row, losses_between(losses, after, row["step"]))
         after = row["step"]
 
 
-def _reading(row: sa.RowMapping, losses: Sequence[tuple[int, float]]) -> Sample:
+def _sample(row: sa.RowMapping, losses: Sequence[tuple[int, float]]) -> Sample:
     return Sample(
         step=row["step"],
         at=row["at"],
@@ -192,8 +214,8 @@ def _reading(row: sa.RowMapping, losses: Sequence[tuple[int, float]]) -> Sample:
     )
 
 
-def _stored_losses(connection: sa.Connection, run: sa.Row[Any], after: int | None) -> dict[int, float]:
-    """Return the loss of each step of the attempt after one, what came last where several were told."""
+def _load_losses(connection: sa.Connection, run: sa.Row[Any], after: int | None) -> dict[int, float]:
+    """Return step -> loss of the attempt after a step; of a step that was sent more than once, the newest loss."""
     table = schema.trails
     first = -1 if after is None else after
     rows = connection.execute(
@@ -203,12 +225,12 @@ def _stored_losses(connection: sa.Connection, run: sa.Row[Any], after: int | Non
     )
     losses: dict[int, float] = {}
     for body in rows.scalars():
-        losses |= told_losses(_decode_trails.decode(body))
+        losses |= trail_losses(_decode_trails.decode(body))
     return {step: loss for step, loss in losses.items() if step > first}
 
 
-def told_losses(trail: Mapping[str, Trail]) -> dict[int, float]:
-    """Return the loss of every step that a trail tells of."""
+def trail_losses(trail: Mapping[str, Trail]) -> dict[int, float]:
+    """Return step -> loss out of a trail."""
     if "loss" not in trail:
         return {}
     return dict(zip(trail["loss"].steps, map(wire.deserialise, trail["loss"].values), strict=True))

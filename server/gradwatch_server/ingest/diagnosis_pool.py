@@ -1,7 +1,11 @@
-"""Where the samples of a batch are looked at: here, or in a process beside the server once that takes much of its time.
+"""Diagnosis pool: diagnoses the samples of batches in the server, or in worker processes once that takes much time.
 
-Python runs one thread at a time: beside a fleet, a third of what the server does would be diagnosis, while the
-machine's other cores stand idle.
+Python runs one thread at a time. With many runs a third of the server's time would be diagnosis, while the other cores
+of the machine are idle. ``diagnosis_worker.py`` is the program of a worker process.
+
+``concurrent.futures.ProcessPoolExecutor`` was measured in its place. It costs the writer's thread ten times as much to
+hand over a batch (2.2 ms instead of 0.2 for 16 samples of 500 parameters), since two threads of its own take turns with
+it, and its worker lives on when the server is killed.
 """
 
 import contextlib
@@ -9,118 +13,136 @@ import fcntl
 import logging
 import math
 import os
-import select
+import pickle
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import BinaryIO, cast
+from functools import lru_cache, partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import NamedTuple, cast
 
-from gradwatch_server.diagnosis import History, RunParameters, Sample, Thresholds
-from gradwatch_server.ingest.diagnosis_worker import READY, Examined, examine_all, packed, receive, send, unpacked
+from gradwatch_server import diagnosis
+from gradwatch_server.diagnosis import Finding, History, RunParameters, Sample, Thresholds
 
+LARGE_TIME_SHARE = 0.1
+"""Share of a writer's time from which its diagnosis moves to a worker process."""
+READY = b"ready"
+"""What a worker process sends first: from then on it takes jobs."""
+PICKLE_PROTOCOL = 5
 _WINDOW_SECONDS = 2.0
-LARGE_SHARE = 0.1
-"""Of a writer's time, from which a server's diagnosis moves out."""
 _PIPE_BYTES = 1 << 20
-"""Two usual batches fit in: the writer need not wait until they are read."""
+"""Two usual batches fit in, so the writer need not wait until they are read."""
 
 log = logging.getLogger(__name__)
 
 
-class Process:
-    """A process that does jobs in turn; not for several threads."""
+class Diagnosed(NamedTuple):
+    """The result of diagnosing several samples of a run."""
+
+    history: History
+    """The run's history with all of the samples in it."""
+    findings: list[list[Finding]]
+    """The findings of each sample."""
+
+
+def diagnose_all(
+    parameters: RunParameters, history: History, samples: Sequence[Sample], thresholds: Thresholds
+) -> Diagnosed:
+    """Diagnose samples of a run one after the other, by ascending steps."""
+    found = []
+    for sample in samples:
+        history, findings = diagnosis.diagnose(parameters, history, sample, thresholds)
+        found.append(findings)
+    return Diagnosed(history, found)
+
+
+class WorkerProcess:
+    """A worker process that does jobs in the order in which they are begun. It belongs to one thread."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            # -P keeps modules in the working directory from taking the place of the standard library's.
-            [sys.executable, "-P", "-m", "gradwatch_server.ingest.diagnosis_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # a signal to the server's group is none of its business
-        )
-        self._jobs = cast("BinaryIO", self._process.stdin)
-        self._answers = cast("BinaryIO", self._process.stdout)
-        self._room_bytes = _widened(self._jobs)
-        self._ready = self._closed = False
+        job_reader, self._jobs = Pipe(duplex=False)
+        self._results, result_writer = Pipe(duplex=False)
+        self._capacity_bytes = _widen(self._jobs)
+        with job_reader, result_writer:
+            self._process = subprocess.Popen(
+                # -P keeps modules in the working directory from taking the place of the standard library's.
+                [sys.executable, "-P", "-m", "gradwatch_server.ingest.diagnosis_worker"],
+                stdin=job_reader.fileno(),
+                stdout=result_writer.fileno(),
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # signals to the server's process group do not reach it
+            )
+        self._ready = False
         self._begun = 0
-        self._owed: deque[tuple[int, int]] = deque()
-        """Number and size of each job whose answer is still to come, though perhaps nobody waits for it any more."""
-        self._collected: dict[int, bytes] = {}
+        self._pending: deque[tuple[int, int]] = deque()
+        """Number and size of each job whose result has not been read; perhaps nobody waits for it any more."""
+        self._read: dict[int, bytes] = {}
+        """Number -> result of jobs that have not been asked for yet."""
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Return the process id."""
         return self._process.pid
 
-    def takes_jobs(self, patience_seconds: float = 0.0) -> bool:
-        """Return whether it is up, or will be within this time.
+    def is_ready(self, timeout_seconds: float = 0.0) -> bool:
+        """Return whether the process takes jobs, or will do so within this time.
 
         Raises:
-            EOFError: it has ended before.
+            OSError, EOFError: it ended before.
         """
         if not self._ready:
-            looking = select.poll()
-            looking.register(self._answers, select.POLLIN)
-            if not looking.poll(1e3 * patience_seconds):
+            if not self._results.poll(timeout_seconds):
                 return False
-            if self._answers.read(1) != READY:
-                raise EOFError("it ended before it was up")
+            if self._results.recv_bytes() != READY:
+                raise EOFError("it sent something else first")
             self._ready = True
-            log.info("process %d does the diagnosis of a busy writer from now on", self.pid)
+            log.info("diagnosis worker %d is ready", self.pid)
         return True
 
     def begin(self, job: bytes) -> int:
-        """Have a job done, after those that were begun before; return its number.
+        """Send a job; return its number.
 
-        A job that the pipe might not hold waits until all of them are done: else each end could wait for the other.
+        A job that the pipe may have no room for waits until all earlier ones are done: otherwise both processes could
+        wait for each other to read.
 
         Raises:
-            OSError, EOFError: the process is gone.
+            OSError, EOFError: the process has ended.
         """
-        if self._closed:
-            raise EOFError("it was closed")
-        while self._owed and sum(size for _, size in self._owed) + len(job) > self._room_bytes:
-            self._collect()
-        send(self._jobs, job)
+        while self._pending and sum(size for _, size in self._pending) + len(job) > self._capacity_bytes:
+            self._read_result()
+        self._jobs.send_bytes(job)
         self._begun += 1
-        self._owed.append((self._begun, len(job)))
+        self._pending.append((self._begun, len(job)))
         return self._begun
 
     def result(self, number: int) -> bytes:
-        """Wait for what came of a job; that of an earlier one cannot be asked for any more.
+        """Wait for the result of a job; those of earlier jobs are dropped.
 
         Raises:
-            OSError, EOFError: the process is gone.
+            OSError, EOFError: the process has ended.
         """
-        while number not in self._collected:
-            self._collect()
-        answer = self._collected.pop(number)
-        self._collected = {later: found for later, found in self._collected.items() if later > number}
-        return answer
+        while number not in self._read:
+            self._read_result()
+        result = self._read.pop(number)
+        self._read = {later: kept for later, kept in self._read.items() if later > number}
+        return result
 
-    def _collect(self) -> None:
-        if self._closed:  # while another job was waited for
-            raise EOFError("it was closed")
-        answer = receive(self._answers)
-        self._collected[self._owed.popleft()[0]] = answer
+    def _read_result(self) -> None:
+        result = self._results.recv_bytes()
+        self._read[self._pending.popleft()[0]] = result
 
     def close(self) -> None:
-        """End it, whatever it is at."""
-        self._closed = True
+        """Kill the process, whatever it is doing; a thread that waits for its result gets an EOFError."""
         self._process.kill()
-        with contextlib.suppress(BrokenPipeError):  # what was not sent goes with it
-            self._jobs.close()
-        self._answers.close()
         self._process.wait()
 
 
-def _widened(pipe: BinaryIO) -> int:
-    """Widen a pipe where that is allowed; return how much it holds unread, on the safe side, 0 where nothing tells."""
+def _widen(pipe: Connection) -> int:
+    """Widen a pipe where that is allowed; return how many unread bytes it holds for sure, 0 if nothing tells."""
     if not hasattr(fcntl, "F_SETPIPE_SZ"):
         return 0
     with contextlib.suppress(OSError):
@@ -128,113 +150,138 @@ def _widened(pipe: BinaryIO) -> int:
     return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) * 3 // 4
 
 
-class _Own:
-    """What one writer's thread has of its own."""
+class _OfThread:
+    """The worker process of one writer's thread, if it has one, and the time that the thread spends on diagnosis."""
 
     def __init__(self) -> None:
-        self.process: Process | None = None
-        self._since = time.monotonic()
+        self.worker: WorkerProcess | None = None
+        self._window_start = time.monotonic()
         self._spent_seconds = 0.0
 
-    def share(self, seconds: float) -> float:
-        """Add time spent on the diagnosis here; return its share of the window, before its end at least so much."""
+    def time_share(self, seconds: float) -> float:
+        """Add time spent on diagnosis; return its share of the present window, or a lower bound before its end."""
         now = time.monotonic()
         self._spent_seconds += seconds
-        passed = now - self._since
+        passed = now - self._window_start
         share = self._spent_seconds / max(passed, _WINDOW_SECONDS)
         if passed >= _WINDOW_SECONDS:
-            self._since, self._spent_seconds = now, 0.0
+            self._window_start, self._spent_seconds = now, 0.0
         return share
 
 
-class Examiner:
-    """Has the samples of batches looked at, for several threads; each has a process of its own, or none."""
+class DiagnosisPool:
+    """Diagnoses batches for the writer's threads; each thread has a worker process of its own, or none."""
 
-    def __init__(self, from_share: float = math.inf) -> None:
-        """Start.
+    def __init__(self, from_time_share: float = math.inf) -> None:
+        """Start without worker processes.
 
         Args:
-            from_share: share of a thread's time from which it gets a process, which ``close`` ends; by default none.
+            from_time_share: share of a thread's time from which it gets a worker process; by default none does.
         """
-        self._from_share = from_share
-        self._of_thread = threading.local()
-        self._changing = threading.Lock()
-        self.processes: list[Process] = []
-        """Those that run."""
+        self._from_time_share = from_time_share
+        self._threads = threading.local()
+        self._lock = threading.Lock()
+        self.workers: list[WorkerProcess] = []
+        """The worker processes that run."""
 
     def begin(
-        self, layout: RunParameters, memory: History, readings: Sequence[Sample], thresholds: Thresholds
-    ) -> Callable[[], Examined]:
-        """Look at samples; return what waits for what came of it. It is the same wherever it is done."""
-        here = partial(self._here, layout, memory, readings, thresholds)
-        process = self._mine().process
-        if process is None or not readings:
+        self, parameters: RunParameters, history: History, samples: Sequence[Sample], thresholds: Thresholds
+    ) -> Callable[[], Diagnosed]:
+        """Begin to diagnose samples; return the function that waits for the result, which is the same everywhere."""
+        here = partial(self._diagnose_here, parameters, history, samples, thresholds)
+        worker = self._of_thread().worker
+        if worker is None or not samples:
             return here
         try:
-            if not process.takes_jobs():
+            if not worker.is_ready():
                 return here
-        except EOFError:
-            self._from_share = math.inf
-            self._lost(process, " ended before it took a job: the diagnosis is done here")
+        except (OSError, EOFError):
+            self._from_time_share = math.inf
+            self._drop(worker, "ended before it took a job: the server diagnoses on its own from now on")
             return here
         try:
-            number = process.begin(packed(layout, memory, readings, thresholds))
+            number = worker.begin(_encode_job(parameters, history, samples, thresholds))
         except (OSError, EOFError):
-            self._lost(process)
+            self._drop(worker)
             return here
-        return partial(self._there, process, number, here)
+        return partial(self._wait, worker, number, here)
 
     def close(self) -> None:
-        """End the processes; from now on everything is done here."""
-        with self._changing:
-            self._from_share = math.inf
-            running, self.processes = self.processes, []
-        for process in running:
-            process.close()
+        """End the worker processes; no others are started."""
+        with self._lock:
+            self._from_time_share = math.inf
+            running, self.workers = self.workers, []
+        for worker in running:
+            worker.close()
 
-    def _mine(self) -> _Own:
-        if not hasattr(self._of_thread, "own"):
-            self._of_thread.own = _Own()
-        return cast("_Own", self._of_thread.own)
+    def _of_thread(self) -> _OfThread:
+        if not hasattr(self._threads, "own"):
+            self._threads.own = _OfThread()
+        return cast("_OfThread", self._threads.own)
 
-    def _here(
-        self, layout: RunParameters, memory: History, readings: Sequence[Sample], thresholds: Thresholds
-    ) -> Examined:
+    def _diagnose_here(
+        self, parameters: RunParameters, history: History, samples: Sequence[Sample], thresholds: Thresholds
+    ) -> Diagnosed:
         started = time.perf_counter()
-        examined = examine_all(layout, memory, readings, thresholds)
-        own = self._mine()
-        share = own.share(time.perf_counter() - started)
-        if share > self._from_share and own.process is None:
-            self._start(own, share)
-        return examined
+        diagnosed = diagnose_all(parameters, history, samples, thresholds)
+        thread = self._of_thread()
+        share = thread.time_share(time.perf_counter() - started)
+        if share > self._from_time_share and thread.worker is None:
+            self._start_worker(thread, share)
+        return diagnosed
 
-    def _there(self, process: Process, number: int, here: Callable[[], Examined]) -> Examined:
+    def _wait(self, worker: WorkerProcess, number: int, here: Callable[[], Diagnosed]) -> Diagnosed:
         try:
-            return unpacked(process.result(number))
+            return Diagnosed(*pickle.loads(worker.result(number)))  # noqa: S301  # of this server's own worker
         except (OSError, EOFError):
-            self._lost(process)
+            self._drop(worker)
             return here()
 
-    def _start(self, own: _Own, share: float) -> None:
-        with self._changing:
-            if share <= self._from_share:  # it has been closed meanwhile
+    def _start_worker(self, thread: _OfThread, share: float) -> None:
+        with self._lock:
+            if share <= self._from_time_share:  # the pool was closed in the meantime
                 return
             try:
-                own.process = Process()
-            except OSError as error:  # no more processes, no memory: it goes on here, and is not tried at every batch
-                log.warning("no process for the diagnosis: %s", error)
-                self._from_share = math.inf
+                thread.worker = WorkerProcess()
+            except OSError as error:  # no more processes, no memory: do not try again at every batch
+                log.warning("cannot start a diagnosis worker: %s", error)
+                self._from_time_share = math.inf
                 return
-            self.processes.append(own.process)
+            self.workers.append(thread.worker)
 
-    def _lost(self, process: Process, how: str = ", which did the diagnosis, has ended: it is done here") -> None:
-        """Go on without a process that has ended; another is started where it still takes much time."""
-        own = self._mine()
-        if own.process is process:
-            own.process = None
-        with self._changing:
-            if process not in self.processes:
+    def _drop(self, worker: WorkerProcess, event: str = "has ended: the server diagnoses on its own for now") -> None:
+        """Go on without a worker process that has ended; another one is started if diagnosis still takes much time."""
+        thread = self._of_thread()
+        if thread.worker is worker:
+            thread.worker = None
+        with self._lock:
+            if worker not in self.workers:
                 return
-            self.processes.remove(process)
-        log.warning("process %d%s", process.pid, how)
-        process.close()
+            self.workers.remove(worker)
+        log.warning("diagnosis worker %d %s", worker.pid, event)
+        worker.close()
+
+
+def _encode_job(
+    parameters: RunParameters, history: History, samples: Sequence[Sample], thresholds: Thresholds
+) -> bytes:
+    """Return a job for a worker process, which costs the server little.
+
+    Vectors go as bytes, and what is the same in every batch of a run is pickled only once.
+    """
+    plain = [
+        (
+            sample.step,
+            sample.at,
+            {name: vector.tobytes() for name, vector in sample.statistics.items()},
+            sample.scalars,
+            sample.losses,
+        )
+        for sample in samples
+    ]
+    return pickle.dumps((parameters.pickled, _pickle_thresholds(thresholds), history, plain), PICKLE_PROTOCOL)
+
+
+@lru_cache(64)
+def _pickle_thresholds(thresholds: Thresholds) -> bytes:
+    return pickle.dumps(thresholds, PICKLE_PROTOCOL)

@@ -1,4 +1,4 @@
-"""The transaction behind every 2xx: sample rows, diagnosis, alerts, transitions and due deliveries commit together."""
+"""The transaction behind every 2xx: sample rows, alerts, transitions and due deliveries of a batch commit together."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,36 +11,30 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.alerting import run_alerts
-from gradwatch_server.diagnosis import History, RunParameters, Sample
+from gradwatch_server.diagnosis import History, Sample
 from gradwatch_server.diagnosis.clip_advice import advise
 from gradwatch_server.diagnosis.rules import exploding, nonfinite
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import detector_state
-from gradwatch_server.ingest.detector_state import Memories, Watched
-from gradwatch_server.ingest.diagnosis_pool import Examiner
-from gradwatch_server.ingest.diagnosis_worker import Examined
-from gradwatch_server.ingest.validation import LARGEST_STEP, check_batch, check_fit, check_registration
+from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
+from gradwatch_server.ingest.diagnosis_pool import Diagnosed, DiagnosisPool
+from gradwatch_server.ingest.registration import register, stored_attempt
+from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import batch_store, schema
 from gradwatch_server.store.database import upsert
-from gradwatch_server.store.group_commit import Halfway
-from gradwatch_server.store.parameters import (
-    changed_parameters,
-    insert_parameters,
-    load_parameters,
-    update_parameters,
-)
+from gradwatch_server.store.group_commit import Deferred
 from gradwatch_server.store.rollups import queries
 from gradwatch_server.store.runs import RUN_ENDED
 
-_ADVISED = 100
-"""Samples before an explosion that its remedy is taken from, at most."""
-_SLOWER = 5.0
-"""Times the usual interval that one batch counts at most."""
+_ADVICE_SAMPLES = 100
+"""Most samples before an explosion from which its remedy is derived."""
+_LARGEST_INTERVAL_GROWTH = 5.0
+"""Times the usual interval between samples that one batch may count as: a long pause does not become usual."""
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """The answer to a batch: it is on disk."""
+    """The answer to a batch that is on disk."""
 
     id: str
     samples: int
@@ -55,25 +49,28 @@ class Registered(msgspec.Struct, frozen=True):
     created: bool
 
 
-class _Look(NamedTuple):
-    """A look at the samples of a batch, while it lasts."""
+class _Diagnosis(NamedTuple):
+    """A diagnosis of the samples of a batch that is under way."""
 
-    watched: Watched
-    told: Mapping[int, float]
-    """Losses that the batch tells of, by their steps."""
-    readings: list[Sample]
-    examined: Callable[[], Examined]
-    """Waits for what comes of it."""
+    state: DetectorState
+    """The run's state before these samples."""
+    losses: Mapping[int, float]
+    """step -> loss, of the batch alone."""
+    scalars: Mapping[int, Mapping[str, float]]
+    """step -> scalars, of all samples of the batch."""
+    samples: list[Sample]
+    """Those after the last sample that has been diagnosed, by ascending steps."""
+    wait: Callable[[], Diagnosed]
 
 
 class Ingest:
-    """Registers runs and stores batches; holds the diagnosis' memory of the runs that report now."""
+    """Registers runs and stores batches; holds the detector states of the runs that report now."""
 
-    def __init__(self, configuration: Configuration, public_url: str, examiner: Examiner | None = None) -> None:
+    def __init__(self, configuration: Configuration, public_url: str, pool: DiagnosisPool | None = None) -> None:
         self._configuration = configuration
         self._public_url = public_url
-        self._examiner = examiner or Examiner()
-        self._memories = Memories()
+        self._pool = pool or DiagnosisPool()
+        self._states = DetectorStateCache()
         self.batches = 0
         self.duplicates = 0
         self.samples = 0
@@ -90,147 +87,57 @@ class Ingest:
         """Store a run, or what its next attempt adds to it.
 
         Args:
-            ahead_seconds: how far the clock is ahead that numbered the attempt; it is ordered by the server's clock.
+            connection: a transaction that writes.
+            run_id: the run.
+            registration: as the agent sent it.
+            ahead_seconds: how far the agent's clock is ahead of the server's.
 
         Raises:
             Refused: 409 where the id is taken by a run with other parameters, 422 where the content is wrong.
         """
         check_registration(registration, self._configuration.limits)
-        now = time.time()
-        known = connection.execute(
-            sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()
-        ).one_or_none()
-        answer = Registered(run_id, f"{self._public_url}/runs/{run_id}", known is None)
-        attempts = {} if known is None else known.attempts
-        attempt = _effective(attempts, registration.attempt)
-        if ahead_seconds and attempt == registration.attempt > 0:
-            attempt = min(max(1, attempt - round(1_000 * ahead_seconds)), LARGEST_STEP)
-            attempts = {**attempts, str(registration.attempt): attempt}
-        registration = msgspec.structs.replace(registration, attempt=attempt)
-        if known is None:
-            mark = detector_state.new_mark()
-            connection.execute(
-                sa.insert(schema.runs).values(
-                    id=run_id,
-                    project=registration.project,
-                    name=registration.name or run_id,
-                    attempt=attempt,
-                    attempts=attempts,
-                    started_at=registration.started_at or now,
-                    last_seen_at=now,
-                    parameter_count=len(registration.parameters),
-                    statistics=[],
-                    coverage={},
-                    attributes=registration.attributes,
-                    dropped={},
-                    scalars={},
-                    memory_mark=mark,
-                )
-            )
-            insert_parameters(connection, run_id, registration.parameters, 0)
-            # A fleet that starts would have its first batches wait until all of this was read back.
-            self._memories.put(
-                run_id, Watched(RunParameters.of(registration.parameters), History(), attempt, mark=mark)
-            )
-            return answer
-        if known.project != registration.project:
-            detail = f"run {run_id!r} is not in project {registration.project!r}: use another run id there"
-            raise Refused(409, "Another project", detail)
-        self._extend(connection, run_id, registration, known)
-        if attempt > known.attempt:
-            resumed = {
-                "attempt": attempt,
-                "attempts": attempts,
-                "attributes": registration.attributes,
-                "last_seen_at": now,
-                "scalar_steps": {},
-                "dropped": {},
-                "last_step": None,
-                "diagnosed_step": None,
-                "finished_at": None,
-                "status": None,
-                "exit_code": None,
-            }
-            connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(resumed))
-        elif attempts != known.attempts:
-            connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run_id).values(attempts=attempts))
-        return answer
-
-    def _extend(
-        self, connection: sa.Connection, run_id: str, registration: wire.Registration, known: sa.Row[Any]
-    ) -> None:
-        """Append parameters; change what may change of the known ones: depths, and whether they are trained.
-
-        What an attempt registered before the run gained parameters comes again where its agent left it behind.
-        """
-        count = known.parameter_count
-        stored, listed = load_parameters(connection, run_id), registration.parameters
-        for position, (known_one, parameter) in enumerate(zip(stored, listed, strict=False)):
-            if known_one.name != parameter.name:
-                detail = f"run {run_id!r} has parameter {known_one.name!r} at {position}, not {parameter.name!r}"
-                raise Refused(409, "Another run", f"{detail}: use another run id for another network")
-        if len(listed) < count and registration.attempt <= known.attempt:
-            return
-        if len(listed) < count:
-            detail = f"run {run_id!r} has {count} parameters already, the registration lists {len(listed)}"
-            raise Refused(409, "Parameters missing", f"{detail}: list the known ones first, new ones after them")
-        changed = changed_parameters(stored, listed) if registration.attempt >= known.attempt else {}
-        if changed or len(listed) > count or registration.attempt > known.attempt:
-            self._put_down(connection, known)
-        update_parameters(connection, run_id, changed)
-        if len(listed) > count:
-            insert_parameters(connection, run_id, listed[count:], count)
-            connection.execute(
-                sa.update(schema.runs).where(schema.runs.c.id == run_id).values(parameter_count=len(listed))
-            )
-
-    def _put_down(self, connection: sa.Connection, run: sa.Row[Any]) -> None:
-        """Store what is remembered of a run as it is: once it has changed, its samples would be replayed as others."""
-        if run.diagnosed_step is not None:
-            detector_state.save(connection, run.id, self._watch(connection, run), run.diagnosed_step)
-        changed = sa.update(schema.runs).where(schema.runs.c.id == run.id)
-        connection.execute(changed.values(memory_mark=detector_state.new_mark()))
+        thresholds = self._configuration.thresholds(registration.project)
+        created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds)
+        return Registered(run_id, f"{self._public_url}/runs/{run_id}", created)
 
     def store(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> Stored:
-        """Store a batch once, diagnose its samples and write what follows from them; raises what ``begin`` does."""
+        """Store and diagnose a batch; raises as ``begin`` does."""
         begun = self.begin(connection, run_id, batch)
-        return begun.finish() if isinstance(begun, Halfway) else begun
+        return begun.finish() if isinstance(begun, Deferred) else begun
 
-    def begin(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> Stored | Halfway[Stored]:
-        """Store a batch once, and begin to diagnose its samples; to finish writes what follows from them.
+    def begin(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> Stored | Deferred[Stored]:
+        """Store a batch once, and begin to diagnose its samples; ``finish`` of the result enters the findings.
 
         Raises:
             Refused: 404 for a run that is not registered, 422 where the content does not fit the run.
         """
         now = time.time()
-        limits = self._configuration.limits
+        # 1. Lock the run, and check that the batch fits it.
         run = connection.execute(_locked_run, {"of_run": run_id}).one_or_none()
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
-        check_batch(batch, limits)
-        batch = msgspec.structs.replace(batch, attempt=_effective(run.attempts, batch.attempt))
-        older = batch.attempt < run.attempt
-        try:
-            check_fit(batch, run.parameter_count, run.coverage.get("scalars", {}), limits, older=older)
-        except Refused:
-            if self._knows(connection, run_id, batch):  # it fitted once: the run may have gained parameters since
-                return Stored(batch.id, 0, duplicate=True)
-            raise
-        if not self._claim(connection, run_id, batch, now):
+        batch = msgspec.structs.replace(batch, attempt=stored_attempt(run.attempts, batch.attempt))
+        # 2. Claim the batch's id. A batch that is sent again changes nothing.
+        if not self._is_new(connection, run, batch, now):
             return Stored(batch.id, 0, duplicate=True)
+        # 3. Begin to diagnose. While another process may do so, store the content.
         scalars = batch_store.scalars_by_step(batch)
-        look = None if older else self._look(connection, run, batch, scalars)
-        changes = batch_store.put(connection, run, batch, scalars)
-        changes |= self._progress(run, batch, now)
+        diagnosis = None
+        if batch.attempt >= run.attempt:
+            diagnosis = self._begin_diagnosis(connection, run, batch, scalars)
+        changes = batch_store.insert_batch(connection, run, batch, scalars) | _progress(run, batch, now)
 
+        # 4. Once the diagnosis is there: alerts, and the run's row.
         def finish() -> Stored:
-            found = {} if look is None else self._diagnose(connection, run, look, batch, scalars, now)
-            if look is not None and batch.end is not None:
-                found |= self._finish(connection, run, batch.end, changes.get("last_step", run.last_step))
-            connection.execute(_update_run, changes | found | {"of_run": run_id})
+            entered = {}
+            if diagnosis is not None:
+                entered = self._enter_findings(connection, run, batch, diagnosis, now)
+                if batch.end is not None:
+                    entered |= self._end_run(connection, run, batch.end, changes.get("last_step", run.last_step))
+            connection.execute(_update_run, changes | entered | {"of_run": run_id})
             return Stored(batch.id, len(batch.samples), duplicate=False)
 
-        return Halfway(finish)
+        return Deferred(finish)
 
     def count(self, stored: Stored, batch: wire.Batch) -> None:
         """Count a batch that is on disk."""
@@ -241,224 +148,233 @@ class Ingest:
         self.samples += len(batch.samples)
         self.values += sum(vector.size for sample in batch.samples for vector in sample.statistics.values())
 
-    @staticmethod
-    def _knows(connection: sa.Connection, run_id: str, batch: wire.Batch) -> bool:
-        """Return whether a batch of this id is stored."""
-        table = schema.batches
-        same = (table.c.run == run_id, table.c.rank == batch.rank, table.c.id == batch.id)
-        return connection.execute(sa.select(table.c.id).where(*same)).first() is not None
+    def _is_new(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, now: float) -> bool:
+        """Check a batch and claim its id; return False if it is stored already."""
+        limits = self._configuration.limits
+        check_batch(batch, limits)
+        older = batch.attempt < run.attempt
+        try:
+            check_fit(batch, run.parameter_count, run.coverage.get("scalars", {}), limits, older=older)
+        except Refused:
+            if _is_stored(connection, run.id, batch):  # it fitted then: the run may have gained parameters since
+                return False
+            raise
+        row = {"run": run.id, "rank": batch.rank, "id": batch.id, "at": now}
+        return connection.execute(_insert_batch_id(connection.dialect.name), row).one_or_none() is not None
 
-    def _claim(self, connection: sa.Connection, run_id: str, batch: wire.Batch, now: float) -> bool:
-        """Remember the batch's id; return False where it is known already."""
-        row = {"run": run_id, "rank": batch.rank, "id": batch.id, "at": now}
-        return connection.execute(_insert_batch(connection.dialect.name), row).one_or_none() is not None
-
-    def _progress(self, run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
-        changes: dict[str, Any] = {"last_seen_at": now, "sample_count": run.sample_count + len(batch.samples)}
-        if batch.attempt >= run.attempt:
-            known = run.scalar_steps
-            latest = {name: told for name, told in _latest(batch).items() if told[0] >= known.get(name, 0)}
-            changes["scalars"] = run.scalars | batch_store.serialised(
-                {name: value for name, (_, value) in latest.items()}
-            )
-            changes["scalar_steps"] = known | {name: step for name, (step, _) in latest.items()}
-            dropped = msgspec.to_builtins(batch.dropped)
-            changes["dropped"] = {name: max(count, run.dropped.get(name, 0)) for name, count in dropped.items()}
-        if batch.samples:
-            times = sorted(sample.at for sample in batch.samples)
-            span = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else now - run.last_seen_at
-            usual = run.usual_interval_seconds
-            slow = _SLOWER * (usual or span)  # a long pause does not become usual
-            changes["usual_interval_seconds"] = span if usual is None else 0.8 * usual + 0.2 * min(span, slow)
-        steps = [sample.step for sample in batch.samples]
-        steps += [max(scalar.steps) for scalar in batch.trail.values() if scalar.steps]
-        if steps and batch.attempt >= run.attempt:
-            changes["last_step"] = max([*steps, run.last_step or 0])
-        return changes
-
-    def _look(
+    def _begin_diagnosis(
         self,
         connection: sa.Connection,
         run: sa.Row[Any],
         batch: wire.Batch,
         scalars: Mapping[int, Mapping[str, float]],
-    ) -> _Look:
-        """Begin to look at what the rules have not seen yet."""
-        watched, told = self._watch(connection, run), _losses(batch)
-        losses = watched.losses | told
-        readings = _readings(batch, run.diagnosed_step, scalars, sorted(losses.items()))
-        watched.wait(losses, readings[-1].step if readings else run.diagnosed_step)
+    ) -> _Diagnosis:
+        """Begin to diagnose the samples that are newer than those that have been diagnosed."""
         thresholds = self._configuration.thresholds(run.project)
-        examined = self._examiner.begin(watched.layout, watched.memory, readings, thresholds)
-        return _Look(watched, told, readings, examined)
+        state, batch_losses = self._states.current(connection, run, thresholds), _losses(batch)
+        losses = state.losses | batch_losses
+        samples = _new_samples(batch, run.diagnosed_step, scalars, sorted(losses.items()))
+        state.keep_losses(losses, samples[-1].step if samples else run.diagnosed_step)
+        wait = self._pool.begin(state.parameters, state.history, samples, thresholds)
+        return _Diagnosis(state, batch_losses, scalars, samples, wait)
 
-    def _diagnose(
-        self,
-        connection: sa.Connection,
-        run: sa.Row[Any],
-        look: _Look,
-        batch: wire.Batch,
-        scalars: Mapping[int, Mapping[str, float]],
-        now: float,
+    def _enter_findings(
+        self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, diagnosis: _Diagnosis, now: float
     ) -> dict[str, Any]:
-        watched, told, readings, examined = look
-        book = run_alerts.Book(connection, run, self._configuration, self._public_url)
-        step = readings[-1].step if readings else run.diagnosed_step
-        self._look_at_late(connection, run, watched, batch, scalars, book)
-        watched.memory, found = examined()
-        for reading, findings in zip(readings, found, strict=True):
-            book.enter(findings, reading.step, reading.at)
-            book.enter_silence(None, reading.step, now)
-        self._name_module(connection, run.id, watched, book)
-        self._name_threshold(connection, run.id, book)
+        """Advance the run's alerts by the findings; return what changes in the run's row."""
+        state, samples = diagnosis.state, diagnosis.samples
+        alerts = run_alerts.Book(connection, run, self._configuration, self._public_url)
+        step = samples[-1].step if samples else run.diagnosed_step
+        self._check_late_samples(connection, run, batch, diagnosis, alerts)
+        state.history, found = diagnosis.wait()
+        for sample, findings in zip(samples, found, strict=True):
+            alerts.enter(findings, sample.step, sample.at)
+            alerts.enter_silence(None, sample.step, now)
+        _name_module(connection, run.id, state, alerts)
+        _name_threshold(connection, run.id, alerts)
         if run.finished_at is not None and batch.end is None:
             at = max([run.finished_at, *(sample.at for sample in batch.samples)])
-            book.close(step or 0, at, f"{RUN_ENDED}: {run.status}")
-        book.save()
-        watched.unsaved += len(readings)
-        watched.mark = detector_state.new_mark(run.memory_mark)
-        known = -1 if run.diagnosed_step is None else run.diagnosed_step
-        late = any(step <= known for step in (*told, *(sample.step for sample in batch.samples)))
-        due = watched.unsaved >= detector_state.SAVED_EVERY_SAMPLES or (
-            watched.unsaved and (watched.fresh or batch.end)
-        )
-        if step is not None and (due or late):  # what came late was not looked at, and would be in a replay
-            detector_state.save(connection, run.id, watched, step)
-        self._memories.put(run.id, watched)
-        return {"diagnosed_step": step, "memory_mark": watched.mark}
+            alerts.close(step or 0, at, f"{RUN_ENDED}: {run.status}")
+        alerts.save()
+        self._keep_state(connection, run, batch, diagnosis, step)
+        return {"diagnosed_step": step, "memory_mark": state.mark}
 
-    def _look_at_late(
+    def _check_late_samples(
         self,
         connection: sa.Connection,
         run: sa.Row[Any],
-        watched: Watched,
         batch: wire.Batch,
-        scalars: Mapping[int, Mapping[str, float]],
-        book: run_alerts.Book,
+        diagnosis: _Diagnosis,
+        alerts: run_alerts.Book,
     ) -> None:
-        """Look for what is not finite in samples that came after later ones: no other rule does without history."""
-        known = -1 if run.diagnosed_step is None else run.diagnosed_step
-        late = [sample for sample in batch.samples if sample.step <= known]
-        limits = self._configuration.thresholds(run.project).nonfinite
+        """Apply the rule ``nonfinite`` to samples that came after later ones: all other rules need the history."""
+        late = [sample for sample in batch.samples if sample.step <= _diagnosed_step(run)]
+        limits, parameters = self._configuration.thresholds(run.project).nonfinite, diagnosis.state.parameters
         for sample in sorted(late, key=lambda sample: sample.step):
-            if book.began(nonfinite.RULE) is not None:
+            if alerts.began(nonfinite.RULE) is not None:
                 return
-            reading = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars[sample.step])
-            found = nonfinite.find(watched.layout, History(), reading, reading.profile(watched.layout), limits)
-            if found is not None and not _was_told(connection, run.id, nonfinite.RULE, sample.step):
-                book.enter_late(found, sample.step, sample.at)
+            scalars = diagnosis.scalars[sample.step]
+            seen = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
+            found = nonfinite.find(parameters, History(), seen, seen.profile(parameters), limits)
+            if found is not None and not _had_alert(connection, run.id, nonfinite.RULE, sample.step):
+                alerts.enter_late(found, sample.step, sample.at)
 
-    @staticmethod
-    def _name_module(connection: sa.Connection, run_id: str, watched: Watched, book: run_alerts.Book) -> None:
-        """Have the alert for non-finite numbers name the module that the agent found, whichever of them came first."""
-        first_step = book.began(nonfinite.RULE)
-        if first_step is None:
-            return
-        table = schema.events
-        since = first_step - watched.memory.every_steps
-        known = table.c.run == run_id, table.c.kind == nonfinite.EVENT, table.c.step >= since
-        order = table.c.step, table.c.id
-        event = connection.execute(sa.select(table).where(*known).order_by(*order).limit(1)).one_or_none()
-        if event is not None:
-            names = watched.layout.names
-            book.refine(nonfinite.RULE, lambda found: nonfinite.refine(found, names, event.parameter, event.message))
+    def _keep_state(
+        self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, diagnosis: _Diagnosis, step: int | None
+    ) -> None:
+        """Keep the run's detector state for the next batch, and save it if that is due."""
+        state = diagnosis.state
+        state.unsaved_samples += len(diagnosis.samples)
+        state.mark = detector_state.new_mark(run.memory_mark)
+        # What came late was not diagnosed, but a replay would include it: the state is saved before that can happen.
+        steps = (*diagnosis.losses, *(sample.step for sample in batch.samples))
+        late = any(each <= _diagnosed_step(run) for each in steps)
+        many = state.unsaved_samples >= detector_state.SAVED_EVERY_SAMPLES
+        if step is not None and (late or many or (state.unsaved_samples and (state.loaded or batch.end))):
+            detector_state.save(connection, run.id, state, step)
+        self._states.put(run.id, state)
 
-    @staticmethod
-    def _name_threshold(connection: sa.Connection, run_id: str, book: run_alerts.Book) -> None:
-        """Have the remedy of an explosion name the threshold that the steps before it recommend."""
-        first_step = book.began(exploding.RULE)
-        if first_step is None or not book.tells(exploding.RULE):
-            return
-        recommended = advise(*queries.read_histograms(connection, run_id, None, first_step - 1, _ADVISED)).recommended
-        if recommended is not None:
-            book.refine(exploding.RULE, lambda found: exploding.name_threshold(found, recommended))
-
-    def _watch(self, connection: sa.Connection, run: sa.Row[Any]) -> Watched:
-        """Return what is remembered of a run, up to the sample that its row names."""
-        watched = self._memories.take(run.id)
-        if watched is not None and watched.mark == run.memory_mark:
-            watched.fresh = False
-        else:
-            known = watched is not None and detector_state.same_parameters(watched.mark, run.memory_mark)
-            layout = watched.layout if watched and known else RunParameters.of(load_parameters(connection, run.id))
-            watched = detector_state.load(connection, run, layout, self._configuration.thresholds(run.project))
-        watched.resume(run.attempt)
-        return watched
-
-    def _finish(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
-        book = run_alerts.Book(connection, run, self._configuration, self._public_url)
-        book.close(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
-        book.save()
+    def _end_run(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
+        """Resolve the alerts of a run that has ended; return what changes in the run's row."""
+        alerts = run_alerts.Book(connection, run, self._configuration, self._public_url)
+        alerts.close(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
+        alerts.save()
         return {"finished_at": end.at, "status": end.status, "exit_code": end.exit_code}
 
 
-# Made once: to put a statement together takes SQLAlchemy as long as to run it.
+# Made once: building a statement takes SQLAlchemy as long as executing it.
 _locked_run = sa.select(schema.runs).where(schema.runs.c.id == sa.bindparam("of_run")).with_for_update()
 _update_run = sa.update(schema.runs).where(schema.runs.c.id == sa.bindparam("of_run"))
-"""Sets the columns that the values name."""
+"""Sets the columns that the parameters name."""
 
 
 @cache
-def _insert_batch(engine: str) -> sa.sql.dml.ReturningInsert[tuple[str]]:
-    """Return the insert that yields a row only where the batch is new."""
+def _insert_batch_id(engine: str) -> sa.sql.dml.ReturningInsert[tuple[str]]:
+    """Return the insert that yields a row only if the batch is new."""
     return upsert(engine, schema.batches).on_conflict_do_nothing().returning(schema.batches.c.id)
 
 
-def _effective(attempts: Mapping[str, int], number: int) -> int:
-    """Return the number under which an attempt is kept."""
-    return attempts.get(str(number), number)
+def _is_stored(connection: sa.Connection, run_id: str, batch: wire.Batch) -> bool:
+    """Return whether a batch of this id is stored."""
+    table = schema.batches
+    same = (table.c.run == run_id, table.c.rank == batch.rank, table.c.id == batch.id)
+    return connection.execute(sa.select(table.c.id).where(*same)).first() is not None
 
 
-def _readings(
-    batch: wire.Batch,
-    after: int | None,
-    scalars: Mapping[int, Mapping[str, float]],
-    losses: Sequence[tuple[int, float]],
-) -> list[Sample]:
-    """Return what the rules have not seen yet, in the order of the steps."""
-    readings = []
-    earlier = after
-    for sample in sorted(batch.samples, key=lambda sample: sample.step):
-        if after is not None and sample.step <= after:
-            continue
-        readings.append(
-            Sample(
-                step=sample.step,
-                at=sample.at,
-                statistics=sample.statistics,
-                scalars=scalars[sample.step],
-                losses=detector_state.between(losses, earlier, sample.step),
-            )
-        )
-        earlier = sample.step
-    return readings
+def _diagnosed_step(run: sa.Row[Any]) -> int:
+    """Return the step of the last sample that has been diagnosed; -1 if there is none."""
+    return -1 if run.diagnosed_step is None else int(run.diagnosed_step)
 
 
-def _was_told(connection: sa.Connection, run_id: str, rule: str, step: int) -> bool:
-    """Return whether an alert of a rule, over by now, was there at a step."""
-    table = schema.alerts
-    mine = table.c.run == run_id, table.c.rule == rule, table.c.state == "resolved"
-    then = table.c.first_step <= step, table.c.resolved_step >= step
-    return connection.execute(sa.select(table.c.id).where(*mine, *then).limit(1)).first() is not None
+def _progress(run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
+    """Return what a batch changes in its run's row, apart from the diagnosis and the content of the samples."""
+    changes: dict[str, Any] = {"last_seen_at": now, "sample_count": run.sample_count + len(batch.samples)}
+    if batch.samples:
+        changes["usual_interval_seconds"] = _usual_interval(run, batch.samples, now)
+    if batch.attempt < run.attempt:
+        return changes
+    before = run.scalar_steps
+    latest = {name: (step, value) for name, (step, value) in _latest(batch).items() if step >= before.get(name, 0)}
+    changes["scalars"] = run.scalars | batch_store.serialised({name: value for name, (_, value) in latest.items()})
+    changes["scalar_steps"] = before | {name: step for name, (step, _) in latest.items()}
+    dropped = msgspec.to_builtins(batch.dropped)
+    changes["dropped"] = {name: max(count, run.dropped.get(name, 0)) for name, count in dropped.items()}
+    steps = [sample.step for sample in batch.samples]
+    steps += [max(scalar.steps) for scalar in batch.trail.values() if scalar.steps]
+    if steps:
+        changes["last_step"] = max([*steps, run.last_step or 0])
+    return changes
+
+
+def _usual_interval(run: sa.Row[Any], samples: Sequence[wire.Sample], now: float) -> float:
+    """Return the usual time between samples in seconds, smoothed over batches."""
+    times = sorted(sample.at for sample in samples)
+    interval: float = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else now - run.last_seen_at
+    usual: float | None = run.usual_interval_seconds
+    if usual is None:
+        return interval
+    return 0.8 * usual + 0.2 * min(interval, _LARGEST_INTERVAL_GROWTH * (usual or interval))
 
 
 def _latest(batch: wire.Batch) -> dict[str, tuple[int, wire.Number]]:
-    """Return the last step and value of each scalar that the batch tells of."""
-    told = {
+    """Return scalar -> its last step in the batch and its value there."""
+    latest = {
         name: max(zip(scalar.steps, scalar.values, strict=True), key=itemgetter(0))
         for name, scalar in batch.trail.items()
         if scalar.steps
     }
     for sample in batch.samples:
         for name, value in sample.scalars.items():
-            if name not in told or sample.step >= told[name][0]:
-                told[name] = (sample.step, value)
-    return told
+            if name not in latest or sample.step >= latest[name][0]:
+                latest[name] = (sample.step, value)
+    return latest
 
 
 def _losses(batch: wire.Batch) -> dict[int, float]:
-    """Return the loss of every step that the batch tells of; what a sample carries itself wins."""
-    sampled = {
+    """Return step -> loss of a batch; the loss that a sample carries wins over the trail's."""
+    of_samples = {
         sample.step: wire.deserialise(sample.scalars["loss"]) for sample in batch.samples if "loss" in sample.scalars
     }
-    return detector_state.told_losses(batch.trail) | sampled
+    return detector_state.trail_losses(batch.trail) | of_samples
+
+
+def _new_samples(
+    batch: wire.Batch,
+    after: int | None,
+    scalars: Mapping[int, Mapping[str, float]],
+    losses: Sequence[tuple[int, float]],
+) -> list[Sample]:
+    """Return the samples after a step for the rules, by ascending steps, each with the losses since the one before."""
+    samples = []
+    earlier = after
+    for sample in sorted(batch.samples, key=lambda sample: sample.step):
+        if after is not None and sample.step <= after:
+            continue
+        samples.append(
+            Sample(
+                step=sample.step,
+                at=sample.at,
+                statistics=sample.statistics,
+                scalars=scalars[sample.step],
+                losses=detector_state.losses_between(losses, earlier, sample.step),
+            )
+        )
+        earlier = sample.step
+    return samples
+
+
+def _had_alert(connection: sa.Connection, run_id: str, rule: str, step: int) -> bool:
+    """Return whether a resolved alert of a rule was open at a step."""
+    table = schema.alerts
+    mine = table.c.run == run_id, table.c.rule == rule, table.c.state == "resolved"
+    then = table.c.first_step <= step, table.c.resolved_step >= step
+    return connection.execute(sa.select(table.c.id).where(*mine, *then).limit(1)).first() is not None
+
+
+def _name_module(connection: sa.Connection, run_id: str, state: DetectorState, alerts: run_alerts.Book) -> None:
+    """Have the alert for non-finite numbers name the module that the agent's event names.
+
+    Alert and event may come in either order.
+    """
+    first_step = alerts.began(nonfinite.RULE)
+    if first_step is None:
+        return
+    table = schema.events
+    since = first_step - state.history.every_steps
+    known = table.c.run == run_id, table.c.kind == nonfinite.EVENT, table.c.step >= since
+    order = table.c.step, table.c.id
+    event = connection.execute(sa.select(table).where(*known).order_by(*order).limit(1)).one_or_none()
+    if event is not None:
+        names = state.parameters.names
+        alerts.refine(nonfinite.RULE, lambda found: nonfinite.refine(found, names, event.parameter, event.message))
+
+
+def _name_threshold(connection: sa.Connection, run_id: str, alerts: run_alerts.Book) -> None:
+    """Have the remedy of an explosion name the clipping threshold that the steps before it recommend."""
+    first_step = alerts.began(exploding.RULE)
+    if first_step is None or not alerts.tells(exploding.RULE):
+        return
+    histograms = queries.read_histograms(connection, run_id, None, first_step - 1, _ADVICE_SAMPLES)
+    recommended = advise(*histograms).recommended
+    if recommended is not None:
+        alerts.refine(exploding.RULE, lambda found: exploding.name_threshold(found, recommended))

@@ -21,7 +21,7 @@ _ATTEMPTS_KEPT = 100
 _decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
 
 
-def put(
+def insert_batch(
     connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, scalars: Mapping[int, Mapping[str, float]]
 ) -> dict[str, Any]:
     """Store the content of a batch, with its ``scalars_by_step``; return what changes in the run's row.

@@ -26,7 +26,7 @@ _COMMIT_SECONDS = 0.04
 _POSTGRESQL_WRITERS = 2
 
 
-class Halfway(NamedTuple, Generic[Result]):
+class Deferred(NamedTuple, Generic[Result]):
     """What a piece of work returns that waits for something outside: the next one begins before it is finished."""
 
     finish: Callable[[], Result]
@@ -72,7 +72,7 @@ class Writer:
         with self._counting:
             self.most, self._most_of_run = capacity, capacity_per_run
 
-    def submit(self, work: Callable[[sa.Connection], Result | Halfway[Result]], run_id: str = "") -> Future[Result]:
+    def submit(self, work: Callable[[sa.Connection], Result | Deferred[Result]], run_id: str = "") -> Future[Result]:
         """Queue a piece of work on a run; the future holds its result once it is on disk.
 
         Args:
@@ -166,7 +166,7 @@ class _Failed(Exception):
 def _together(connection: sa.Connection, group: list[_Piece]) -> list[Callable[[], None]]:
     """Do pieces of work, ordered by their runs, in the group's transaction; return what settles their futures."""
     settled: list[Callable[[], None]] = []
-    waiting: tuple[_Piece, Halfway[Any]] | None = None
+    waiting: tuple[_Piece, Deferred[Any]] | None = None
 
     def finish() -> None:
         nonlocal waiting
@@ -185,7 +185,7 @@ def _together(connection: sa.Connection, group: list[_Piece]) -> list[Callable[[
                 settled.append(partial(piece.future.set_exception, refusal))
                 continue
             finish()
-            if isinstance(result, Halfway):
+            if isinstance(result, Deferred):
                 waiting = (piece, result)
             else:
                 settled.append(partial(piece.future.set_result, result))
@@ -204,7 +204,7 @@ def _alone(connection: sa.Connection, piece: _Piece) -> Callable[[], None]:
     try:
         with connection.begin_nested():
             result = piece.work(connection)
-            if isinstance(result, Halfway):
+            if isinstance(result, Deferred):
                 result = result.finish()
     except Exception as error:  # whoever waits for the answer gets the reason
         return partial(piece.future.set_exception, error)

@@ -1,4 +1,4 @@
-"""What the diagnosis remembers outlives the server: who judges a run, and since when, changes nothing."""
+"""Detector state outlives the server: which server diagnoses a run, and since when, changes nothing."""
 
 import itertools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradwatch import wire
 from gradwatch_server.diagnosis import History, RunParameters
-from gradwatch_server.ingest.detector_state import Memories, Watched
+from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import schema
@@ -234,21 +234,21 @@ def test_what_another_version_wrote_is_replayed(engine: sa.Engine) -> None:
     assert History.from_bytes(body).samples == replayed + 1
 
 
-def test_memories_are_bounded_in_bytes() -> None:
-    held, layout = Memories(most_bytes=1_000_000), RunParameters.of(_parameters())
+def test_the_cache_is_bounded_in_bytes() -> None:
+    cache, parameters = DetectorStateCache(limit_bytes=1_000_000), RunParameters.of(_parameters())
     for place in range(200):
-        held.put(str(place), Watched(layout, History(), 0, mark="m"))
-    found = [place for place in range(200) if held.take(str(place)) is not None]
+        cache.put(str(place), DetectorState(parameters, History(), 0, mark="m"))
+    found = [place for place in range(200) if cache.take(str(place)) is not None]
     assert found == list(range(found[0], 200))
     assert 50 < len(found) < 100
     for place in range(200):
-        held.put("one", Watched(layout, History(), 0, mark=str(place)))
-    held.put("two", Watched(layout, History(), 0, mark="m"))
-    known = held.take("one")
+        cache.put("one", DetectorState(parameters, History(), 0, mark=str(place)))
+    cache.put("two", DetectorState(parameters, History(), 0, mark="m"))
+    known = cache.take("one")
     assert known is not None
     assert known.mark == "199"
-    assert held.take("one") is None
-    assert held.take("two") is not None
+    assert cache.take("one") is None
+    assert cache.take("two") is not None
 
 
 def _clipped(step: int) -> wire.Sample:

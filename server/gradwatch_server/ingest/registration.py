@@ -1,0 +1,178 @@
+"""Registration: makes a run known, adds parameters to a known run, or starts its next attempt."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from gradwatch import wire
+from gradwatch_server.diagnosis import History, RunParameters, Thresholds
+from gradwatch_server.errors import Refused
+from gradwatch_server.ingest import detector_state
+from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
+from gradwatch_server.store import schema
+from gradwatch_server.store.parameters import (
+    changed_parameters,
+    insert_parameters,
+    load_parameters,
+    update_parameters,
+)
+
+
+def register(
+    connection: sa.Connection,
+    run_id: str,
+    registration: wire.Registration,
+    states: DetectorStateCache,
+    thresholds: Thresholds,
+    ahead_seconds: float,
+) -> bool:
+    """Store a run, or what its next attempt adds to it; return whether the run is new.
+
+    Args:
+        connection: a transaction that writes.
+        run_id: the run.
+        registration: within the limits, and consistent.
+        states: the detector states of runs.
+        thresholds: of the run's project.
+        ahead_seconds: how far the clock that numbered the attempt is ahead of the server's, by which attempts are
+            ordered.
+
+    Raises:
+        Refused: 409 if the run is of another project or has other parameters.
+    """
+    now = time.time()
+    # 1. Lock the run, if it is known.
+    run = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()).one_or_none()
+    # 2. Number the attempt by the server's clock.
+    attempts = {} if run is None else run.attempts
+    attempt = stored_attempt(attempts, registration.attempt)
+    if ahead_seconds and attempt == registration.attempt > 0:
+        attempt = min(max(1, attempt - round(1_000 * ahead_seconds)), wire.LARGEST_STEP)
+        attempts = {**attempts, str(registration.attempt): attempt}
+    registration = msgspec.structs.replace(registration, attempt=attempt)
+    # 3. Store the run, or what is new of it.
+    if run is None:
+        _insert_run(connection, run_id, registration, attempts, now, states)
+        return True
+    if run.project != registration.project:
+        detail = f"run {run_id!r} is not in project {registration.project!r}: use another run id there"
+        raise Refused(409, "Another project", detail)
+    _extend(connection, run, registration, states, thresholds)
+    _start_attempt(connection, run, registration, attempts, now)
+    return False
+
+
+def stored_attempt(attempts: Mapping[str, int], number: int) -> int:
+    """Return the number by the server's clock for the number that an agent gave its attempt."""
+    return attempts.get(str(number), number)
+
+
+def _insert_run(
+    connection: sa.Connection,
+    run_id: str,
+    registration: wire.Registration,
+    attempts: Mapping[str, int],
+    now: float,
+    states: DetectorStateCache,
+) -> None:
+    parameters, mark = registration.parameters, detector_state.new_mark()
+    connection.execute(
+        sa.insert(schema.runs).values(
+            id=run_id,
+            project=registration.project,
+            name=registration.name or run_id,
+            attempt=registration.attempt,
+            attempts=attempts,
+            started_at=registration.started_at or now,
+            last_seen_at=now,
+            parameter_count=len(parameters),
+            statistics=[],
+            coverage={},
+            attributes=registration.attributes,
+            dropped={},
+            scalars={},
+            memory_mark=mark,
+        )
+    )
+    insert_parameters(connection, run_id, parameters, 0)
+    # The first batches of a fleet that starts would otherwise wait until all of this was read back.
+    states.put(run_id, DetectorState(RunParameters.of(parameters), History(), registration.attempt, mark=mark))
+
+
+def _extend(
+    connection: sa.Connection,
+    run: sa.Row[Any],
+    registration: wire.Registration,
+    states: DetectorStateCache,
+    thresholds: Thresholds,
+) -> None:
+    """Add new parameters to a known run; change the depths of known ones, and whether they are trained.
+
+    An agent that the run has left behind sends an earlier registration again, with fewer parameters: it changes
+    nothing.
+    """
+    count, listed = run.parameter_count, registration.parameters
+    stored = load_parameters(connection, run.id)
+    _check_same_names(run.id, stored, listed)
+    if len(listed) < count and registration.attempt <= run.attempt:
+        return
+    if len(listed) < count:
+        detail = f"run {run.id!r} has {count} parameters already, the registration lists {len(listed)}"
+        raise Refused(409, "Parameters missing", f"{detail}: list the known ones first, new ones after them")
+    changed = changed_parameters(stored, listed) if registration.attempt >= run.attempt else {}
+    added = listed[count:]
+    if changed or added or registration.attempt > run.attempt:
+        _save_state(connection, run, states, thresholds)
+    update_parameters(connection, run.id, changed)
+    if added:
+        insert_parameters(connection, run.id, added, count)
+        mine = schema.runs.c.id == run.id
+        connection.execute(sa.update(schema.runs).where(mine).values(parameter_count=len(listed)))
+
+
+def _check_same_names(run_id: str, stored: Sequence[wire.Parameter], listed: Sequence[wire.Parameter]) -> None:
+    for position, (before, after) in enumerate(zip(stored, listed, strict=False)):
+        if before.name != after.name:
+            detail = f"run {run_id!r} has parameter {before.name!r} at {position}, not {after.name!r}"
+            raise Refused(409, "Another run", f"{detail}: use another run id for another network")
+
+
+def _save_state(
+    connection: sa.Connection, run: sa.Row[Any], states: DetectorStateCache, thresholds: Thresholds
+) -> None:
+    """Save the detector state of a run before its parameters change: its samples would be replayed with others."""
+    if run.diagnosed_step is not None:
+        state = states.current(connection, run, thresholds)
+        detector_state.save(connection, run.id, state, run.diagnosed_step)
+    changed = sa.update(schema.runs).where(schema.runs.c.id == run.id)
+    connection.execute(changed.values(memory_mark=detector_state.new_mark()))
+
+
+def _start_attempt(
+    connection: sa.Connection,
+    run: sa.Row[Any],
+    registration: wire.Registration,
+    attempts: Mapping[str, int],
+    now: float,
+) -> None:
+    """Have the run's row describe the attempt that registers, if it is newer than the one that the row describes."""
+    changes: dict[str, Any] = {"attempts": attempts} if attempts != run.attempts else {}
+    if registration.attempt > run.attempt:
+        changes = {
+            "attempt": registration.attempt,
+            "attempts": attempts,
+            "attributes": registration.attributes,
+            "last_seen_at": now,
+            "scalar_steps": {},
+            "dropped": {},
+            "last_step": None,
+            "diagnosed_step": None,
+            "finished_at": None,
+            "status": None,
+            "exit_code": None,
+        }
+    if changes:
+        connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run.id).values(changes))

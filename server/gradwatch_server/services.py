@@ -17,10 +17,10 @@ from gradwatch_server.ingest.diagnosis_pool import LARGE_TIME_SHARE, DiagnosisPo
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Configuration, Settings
-from gradwatch_server.store.change_stream import Feed
+from gradwatch_server.store.change_stream import ChangeStream
 from gradwatch_server.store.deletion import ResolveAlerts
 from gradwatch_server.store.group_commit import Writer
-from gradwatch_server.store.tokens import TokenBook
+from gradwatch_server.store.tokens import TokenCache
 from gradwatch_server.telemetry.remote_write import Exporter
 from gradwatch_server.telemetry.request_counts import Requests
 from gradwatch_server.telemetry.snapshot import Layouts
@@ -44,8 +44,8 @@ class Services:
     notifier: Notifier
     stalls: Stalls
     untold: Untold
-    feed: Feed
-    tokens: TokenBook
+    change_stream: ChangeStream
+    tokens: TokenCache
     exporter: Exporter | None = None
     layouts: Layouts = field(default_factory=Layouts)
     requests: Requests = field(default_factory=Requests)
@@ -69,9 +69,9 @@ class Services:
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
             stalls=Stalls(engine, writer, configuration, settings.public_url, time.time()),
             untold=Untold(engine, writer, configuration, settings.public_url),
-            feed=Feed(engine),
+            change_stream=ChangeStream(engine),
             exporter=None if remote is None else Exporter(engine, writer, remote),
-            tokens=TokenBook(engine),
+            tokens=TokenCache(engine),
         )
 
     def reload(self, configuration: Configuration) -> None:
@@ -94,4 +94,4 @@ class Services:
         """Stop being ready, refuse further bodies, and end the streams, which would keep their connections open."""
         self.ready = False
         self.byte_budget.close()
-        self.feed.close()
+        self.change_stream.close()

@@ -120,7 +120,7 @@ def _tell(engine: sa.Engine, story: list[wire.Registration | wire.Batch], choose
                 choose().register(connection, run, part)
             else:
                 choose().store(connection, run, part)
-    alerts, kept = schema.alerts, schema.memories
+    alerts, kept = schema.alerts, schema.detector_states
     with engine.connect() as connection:
         columns = [column for column in alerts.c if column.name not in ("id", "run")]
         found = connection.execute(
@@ -196,7 +196,9 @@ def test_what_was_undone_is_not_remembered(engine: sa.Engine) -> None:
         ingest.store(connection, run, batch("second", 21, 1.0))
         ingest.store(connection, run, wire.Batch(id="end", end=wire.End(at=1.0)))
     with engine.connect() as connection:
-        body = connection.execute(sa.select(schema.memories.c.body).where(schema.memories.c.run == run)).scalar_one()
+        body = connection.execute(
+            sa.select(schema.detector_states.c.body).where(schema.detector_states.c.run == run)
+        ).scalar_one()
     usual = np.log10(np.sqrt(len(LAYERS)))
     assert History.from_bytes(body).log_gradients == pytest.approx([usual] * 40)
 
@@ -225,11 +227,11 @@ def test_what_another_version_wrote_is_replayed(engine: sa.Engine) -> None:
         samples = [sample(step, *[1.0] * len(LAYERS), loss=1.0) for step in range(first, first + 20)]
         with writing(engine) as connection:
             _ingest().store(connection, run, wire.Batch(id=str(first), samples=samples))
-    mine = schema.memories.c.run == run
+    mine = schema.detector_states.c.run == run
     with writing(engine) as connection:
-        connection.execute(sa.update(schema.memories).where(mine).values(version=1, body=b"?"))
+        connection.execute(sa.update(schema.detector_states).where(mine).values(version=1, body=b"?"))
         _ingest().store(connection, run, wire.Batch(id="next", samples=[sample(300, *[1.0] * len(LAYERS), loss=1.0)]))
-        body = connection.execute(sa.select(schema.memories.c.body).where(mine)).scalar_one()
+        body = connection.execute(sa.select(schema.detector_states.c.body).where(mine)).scalar_one()
     replayed = REPLAYED_FIRST_SAMPLES + REPLAYED_LAST_SAMPLES
     assert History.from_bytes(body).samples == replayed + 1
 

@@ -216,7 +216,7 @@ def test_steps_that_lie_far_apart_are_read_whatever_is_between_them(engine: sa.E
 
 def test_long_ranges_come_in_stretches_on_every_level(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run of hundreds of parameters needs: made due here by strings of a few bytes, for reader and writer."""
-    monkeypatch.setattr(vectors, "_STRING_BYTES", 16)
+    monkeypatch.setattr(vectors, "_CHUNK_BYTES", 16)
     store = Store(engine, "stretches")
     for begin in range(0, 700, 100):
         store.put(
@@ -251,7 +251,7 @@ def test_a_range_is_read_from_the_coarsest_level_that_fills_it(engine: sa.Engine
 
 def test_ends_of_a_range_are_exact_for_wide_networks_too(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Level by level where two parameters are many; a parameter alone still skips levels."""
-    monkeypatch.setattr(queries, "_NARROW", 1)
+    monkeypatch.setattr(queries, "_NARROW_COLUMNS", 1)
     store = Store(engine, "wide")
     for begin in (0, 600):
         store.put({step: [float(step), NAN if step % 90 == 3 else 1.0] for step in range(begin, begin + 600)})

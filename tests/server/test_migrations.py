@@ -14,7 +14,7 @@ from alembic.script import ScriptDirectory
 
 from gradwatch import wire
 from gradwatch_server.store import schema
-from gradwatch_server.store.database import alembic_of, migrate, open_engine
+from gradwatch_server.store.database import alembic_config, migrate, open_engine
 from tests.postgres import migrated_database, plain_owner, postgres_database
 from tests.processes import GradwatchServer, sample
 
@@ -123,7 +123,7 @@ def _fill(engine: sa.Engine, tables: sa.MetaData) -> None:
 @pytest.mark.parametrize("revision", _revisions())
 def test_data_of_every_revision_is_there_afterwards(empty_url: str, revision: str, tmp_path: Path) -> None:
     engine = open_engine(empty_url)
-    command.upgrade(alembic_of(engine), revision)
+    command.upgrade(alembic_config(engine), revision)
     with _plainly(empty_url) as opened:
         _fill(*opened)
     migrate(engine)
@@ -149,7 +149,7 @@ def test_data_of_every_revision_is_there_afterwards(empty_url: str, revision: st
 def test_the_attempts_of_a_migrated_run_are_not_mixed(empty_url: str, first_step: int | None, tmp_path: Path) -> None:
     begun = {1: 1, 2: 21} | ({} if first_step is None else {3: first_step})
     engine = open_engine(empty_url)
-    command.upgrade(alembic_of(engine), "0010_in_place")
+    command.upgrade(alembic_config(engine), "0010_in_place")
     with _plainly(empty_url) as (plain, tables):
         _fill(plain, tables)
         runs, samples = tables.tables["runs"], tables.tables["samples"]

@@ -18,7 +18,7 @@ from gradwatch import wire
 from gradwatch.wire import Trail
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.settings import Configuration
-from gradwatch_server.store.batch_store import _between, _stretches
+from gradwatch_server.store.batch_store import _stretches, _trail_between
 from gradwatch_server.store.rollups.series import TRAIL_STEPS
 from tests.postgres import migrated_database
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, sample, wait_for
@@ -190,6 +190,6 @@ def test_a_trail_falls_into_its_stretches(steps: dict[str, list[int]]) -> None:
     trail = {name: Trail(steps=listed, values=[float(step) for step in listed]) for name, listed in steps.items()}
     found = _stretches(trail)
     assert found == {
-        stretch: _between(trail, stretch * TRAIL_STEPS, (stretch + 1) * TRAIL_STEPS - 1)
+        stretch: _trail_between(trail, stretch * TRAIL_STEPS, (stretch + 1) * TRAIL_STEPS - 1)
         for stretch in {step // TRAIL_STEPS for listed in steps.values() for step in listed}
     }

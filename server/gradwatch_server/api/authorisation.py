@@ -91,7 +91,7 @@ async def check(request: Request) -> None:
         return
     await refresh(request)
     services = cast("Services", request.app.state.services)
-    if not services.tokens.asked_for:
+    if not services.tokens.required:
         _check_host(request, services.settings)
     grant = services.tokens.check(shown(request), needed_scope(request.method, path), time.time())
     request.state.grant = grant

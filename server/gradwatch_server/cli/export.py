@@ -17,7 +17,7 @@ from gradwatch.settings import secret
 from gradwatch.wire import MISSING, STATISTICS
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.store import schema
-from gradwatch_server.store.database import open_engine, prepare, told
+from gradwatch_server.store.database import database_errors, open_engine, prepare
 from gradwatch_server.store.parameters import load_parameters
 from gradwatch_server.store.rollups.levels import pruned_to
 from gradwatch_server.store.vectors import padded
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         engine = open_engine(url, create=False)
         prepare(engine)
-        with told(engine), engine.connect() as connection:
+        with database_errors(engine), engine.connect() as connection:
             with _made(given.output) as path, ExitStack() as stack:
                 table = _open(path, stack)
                 stack.callback(table.close)

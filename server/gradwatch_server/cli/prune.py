@@ -14,7 +14,7 @@ from gradwatch.settings import secret
 from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.settings import Configuration, Settings
-from gradwatch_server.store.database import open_engine, prepare, told
+from gradwatch_server.store.database import database_errors, open_engine, prepare
 from gradwatch_server.store.deletion import delete_expired_runs
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.rollups.downsampling import Downsampled, downsample_expired
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
             create=False,
         )
         prepare(engine)
-        with told(engine):
+        with database_errors(engine):
             runs, levels = asyncio.run(_prune(engine, configuration))
     except (GradwatchError, ValueError) as error:
         print(f"gradwatch prune: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from gradwatch.settings import secret
 from gradwatch_server.errors import DatabaseError
 from gradwatch_server.store import schema
-from gradwatch_server.store.database import open_engine, prepare, told, writing
+from gradwatch_server.store.database import database_errors, open_engine, prepare, writing
 from gradwatch_server.store.tokens import create, revoke
 
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
             create=given.command == "create",
         )
         prepare(engine)
-        with told(engine), writing(engine) as connection:
+        with database_errors(engine), writing(engine) as connection:
             return _run(connection, given, engine.url.render_as_string())
     except (DatabaseError, ValueError) as error:
         print(f"gradwatch token: {error}", file=sys.stderr)

@@ -14,7 +14,6 @@ from functools import cache
 from operator import itemgetter
 from typing import Any
 
-import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
@@ -26,15 +25,13 @@ from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
 from gradwatch_server.store.parameters import load_parameters
 from gradwatch_server.store.rollups.downsampling import REPLAYED_FIRST_SAMPLES, REPLAYED_LAST_SAMPLES
-from gradwatch_server.store.rollups.series import TRAIL_STEPS
+from gradwatch_server.store.rollups.series import TRAIL_STEPS, decode_trails
 
 SAVED_EVERY_SAMPLES = 64
 """The state is saved after so many samples, so at most so many are replayed."""
 _CACHE_BYTES = 64 << 20
 _LOSSES_KEPT = 1_024
 """Most losses between two samples."""
-
-_decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
 
 
 @dataclass
@@ -131,7 +128,7 @@ def save(connection: sa.Connection, run_id: str, state: DetectorState, step: int
 
 @cache
 def _upsert(engine: str) -> sa.Insert:
-    table = schema.memories
+    table = schema.detector_states
     insert = upsert(engine, table)
     replaced = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
     return insert.on_conflict_do_update(index_elements=["run"], set_=replaced)
@@ -141,7 +138,9 @@ def load(
     connection: sa.Connection, run: sa.Row[Any], parameters: RunParameters, thresholds: Thresholds
 ) -> DetectorState:
     """Return the saved state of a run, with the samples diagnosed since then replayed."""
-    row = connection.execute(sa.select(schema.memories).where(schema.memories.c.run == run.id)).one_or_none()
+    row = connection.execute(
+        sa.select(schema.detector_states).where(schema.detector_states.c.run == run.id)
+    ).one_or_none()
     if run.memory_mark is None or (row is not None and row.version != VERSION):
         return _replay_ends(connection, run, parameters, thresholds)
     state, after = DetectorState(parameters, History(), run.attempt, loaded=True), None
@@ -225,7 +224,7 @@ def _load_losses(connection: sa.Connection, run: sa.Row[Any], after: int | None)
     )
     losses: dict[int, float] = {}
     for body in rows.scalars():
-        losses |= trail_losses(_decode_trails.decode(body))
+        losses |= trail_losses(decode_trails.decode(body))
     return {step: loss for step, loss in losses.items() if step > first}
 
 

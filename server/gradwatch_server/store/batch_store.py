@@ -1,8 +1,8 @@
-"""What a batch leaves on disk: samples, trails and events, the levels above them, and what a new attempt replaces."""
+"""Stores the content of a batch: samples, trails, events and roll-ups, and removes what a new attempt replaces."""
 
 from collections import defaultdict
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import msgspec
@@ -13,63 +13,94 @@ from gradwatch.wire import LARGEST_STEP, STATISTICS, Trail
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
 from gradwatch_server.store.rollups.levels import Levels, pruned_to
-from gradwatch_server.store.rollups.series import TRAIL_STEPS, SampleLane, ScalarLane, measured
+from gradwatch_server.store.rollups.series import (
+    TRAIL_STEPS,
+    SampleSeries,
+    ScalarSeries,
+    decode_trails,
+    readable_statistics,
+)
 
 _ATTEMPTS_KEPT = 100
-"""Whose first steps are remembered apart; those of all before count as one."""
-
-_decode_trails = msgspec.msgpack.Decoder(dict[str, Trail])
+"""Attempts whose first steps are kept apart; all older ones count as one."""
 
 
 def insert_batch(
     connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, scalars: Mapping[int, Mapping[str, float]]
 ) -> dict[str, Any]:
-    """Store the content of a batch, with its ``scalars_by_step``; return what changes in the run's row.
+    """Store the content of a batch; return what changes in the run's row.
 
-    An attempt wins from its first step on: what an older one has stored there goes, what it still sends is left out.
+    An attempt wins from its first step on: what an older one has stored there is removed, and what it still sends is
+    left out.
+
+    Args:
+        connection: a transaction that writes.
+        run: the run's row, locked.
+        batch: fits the run.
+        scalars: as ``scalars_by_step`` returns them.
     """
     coverage = msgspec.json.decode(msgspec.json.encode(run.coverage))
-    samples, trail = batch.samples, _with_samples(batch)
-    begun = {int(attempt): step for attempt, step in run.first_steps.items()}
-    end = min((step for attempt, step in begun.items() if attempt > batch.attempt), default=LARGEST_STEP)
+    # 1. Leave out what a later attempt has replaced already.
+    samples, trail = batch.samples, _whole_trail(batch)
+    first_steps = {int(attempt): step for attempt, step in run.first_steps.items()}
+    end = min((step for attempt, step in first_steps.items() if attempt > batch.attempt), default=LARGEST_STEP)
     if end < LARGEST_STEP:
         samples = [sample for sample in samples if sample.step < end]
-        trail = _between(trail, 0, end - 1)
+        trail = _trail_between(trail, 0, end - 1)
+    # 2. Remove what this attempt replaces.
     first = min([sample.step for sample in samples] + [min(scalar.steps) for scalar in trail.values()], default=end)
-    if first < begun.get(batch.attempt, end):
-        _supersede(connection, run, batch.attempt, first, begun, coverage)
-        begun = _limiting(begun | {batch.attempt: first})
-    used = {name for sample in samples for name in sample.statistics}
-    statistics = [name for name in STATISTICS if name in used or name in run.statistics]
+    if first < first_steps.get(batch.attempt, end):
+        _supersede(connection, run, batch.attempt, first, first_steps, coverage)
+        first_steps = _relevant_first_steps(first_steps | {batch.attempt: first})
+    # 3. Insert rows.
     if samples:
-        _put_samples(connection, run.id, batch, samples, scalars)
+        _insert_samples(connection, run.id, batch, samples, scalars)
     if trail:
         coverage["batches"] = coverage.get("batches", 0) + 1
-        _put_trail(connection, run.id, batch, trail, coverage["batches"])
+        _insert_trail(connection, run.id, batch, trail, coverage["batches"])
     if batch.events:
         rows = [{"run": run.id, **msgspec.structs.asdict(event)} for event in batch.events]
-        connection.execute(_insert_events, rows)
-    if used:
-        lane = SampleLane(connection, run.id, measured(statistics), run.parameter_count)
-        written = {sample.step: sample.statistics for sample in sorted(samples, key=lambda sample: sample.step)}
-        levels = Levels(lane, coverage.setdefault("samples", []), coverage.get("pruned"))
-        levels.add(written, lane.of_samples(written))
+        connection.execute(_insert_event_rows, rows)
+    # 4. Roll up.
+    measured = {name for sample in samples for name in sample.statistics}
+    statistics = [name for name in STATISTICS if name in measured or name in run.statistics]
+    if measured:
+        _roll_up_samples(connection, run, samples, statistics, coverage)
+    _roll_up_scalars(connection, run.id, trail, coverage)
+    stored_steps = {str(attempt): step for attempt, step in first_steps.items()}
+    return {"first_steps": stored_steps, "statistics": statistics, "coverage": coverage}
+
+
+def _roll_up_samples(
+    connection: sa.Connection,
+    run: sa.Row[Any],
+    samples: Sequence[wire.Sample],
+    statistics: Sequence[str],
+    coverage: dict[str, Any],
+) -> None:
+    series = SampleSeries(connection, run.id, readable_statistics(statistics), run.parameter_count)
+    written = {sample.step: sample.statistics for sample in sorted(samples, key=lambda sample: sample.step)}
+    levels = Levels(series, coverage.setdefault("samples", []), coverage.get("pruned"))
+    levels.add(written, partial(series.of_samples, written))
+
+
+def _roll_up_scalars(
+    connection: sa.Connection, run_id: str, trail: Mapping[str, Trail], coverage: dict[str, Any]
+) -> None:
+    covered = coverage.setdefault("scalars", {}) if trail else {}
     for name, scalar in trail.items():
-        levels = Levels(ScalarLane(connection, run.id, name), coverage.setdefault("scalars", {}).setdefault(name, []))
-        levels.add(scalar.steps)
-    told = {str(attempt): step for attempt, step in begun.items()}
-    return {"first_steps": told, "statistics": statistics, "coverage": coverage}
+        Levels(ScalarSeries(connection, run_id, name), covered.setdefault(name, [])).add(scalar.steps)
 
 
-def _limiting(begun: Mapping[int, int]) -> dict[int, int]:
-    """Return the first steps of those attempts that no later one begins before, by attempt.
+def _relevant_first_steps(first_steps: Mapping[int, int]) -> dict[int, int]:
+    """Return attempt -> first step of those attempts that no later attempt begins before.
 
     Of many attempts the oldest count as one, which begins where the first of them does: what they still send is left
     out from there on, rather than mixed.
     """
     kept: dict[int, int] = {}
     least = LARGEST_STEP
-    for attempt, step in sorted(begun.items(), reverse=True):
+    for attempt, step in sorted(first_steps.items(), reverse=True):
         if step < least:
             kept[attempt] = least = step
     newest = sorted(kept)[-_ATTEMPTS_KEPT:]
@@ -81,33 +112,33 @@ def _supersede(
     run: sa.Row[Any],
     attempt: int,
     first: int,
-    begun: Mapping[int, int],
+    first_steps: Mapping[int, int],
     coverage: dict[str, Any],
 ) -> None:
     """Remove what older attempts stored from the first step of this one on."""
     table = schema.samples
-    stretch = (table.c.step.between(first, begun.get(attempt, LARGEST_STEP)), table.c.attempt < attempt)
+    stretch = (table.c.step.between(first, first_steps.get(attempt, LARGEST_STEP)), table.c.attempt < attempt)
     gone = connection.execute(sa.delete(table).where(table.c.run == run.id, table.c.level == 0, *stretch)).rowcount
-    begins, pruned = all(known < attempt for known in begun), pruned_to(coverage.get("pruned", []), 0)
-    if gone or (begins and first <= pruned):
-        lane = SampleLane(connection, run.id, measured(run.statistics), run.parameter_count)
-        levels = Levels(lane, coverage.get("samples", []), coverage.get("pruned"))
-        # Where this attempt or a later one has stored later steps, buckets of theirs could not be gathered again.
-        levels.cut(first if begins else max(first, pruned + 1))
+    is_new, pruned = all(known < attempt for known in first_steps), pruned_to(coverage.get("pruned", []), 0)
+    if gone or (is_new and first <= pruned):
+        series = SampleSeries(connection, run.id, readable_statistics(run.statistics), run.parameter_count)
+        levels = Levels(series, coverage.get("samples", []), coverage.get("pruned"))
+        # If this attempt or a later one has stored later steps, their pruned buckets could not be gathered again.
+        levels.cut(first if is_new else max(first, pruned + 1))
     if _cut_trails(connection, run.id, attempt, first):
         for name, covered in coverage.get("scalars", {}).items():
-            Levels(ScalarLane(connection, run.id, name), covered).cut(first)
+            Levels(ScalarSeries(connection, run.id, name), covered).cut(first)
 
 
 def _cut_trails(connection: sa.Connection, run_id: str, attempt: int, first: int) -> int:
-    """Remove what older attempts recorded from a step on; return how many rows that touched."""
+    """Remove what older attempts recorded in trails from a step on; return how many rows that touched."""
     table = schema.trails
     older = sa.and_(table.c.run == run_id, table.c.attempt < attempt)
     reaching = connection.execute(
         sa.select(table).where(older, table.c.first_step > first - TRAIL_STEPS, table.c.first_step < first)
     ).all()
     for row in reaching:
-        kept = _between(_decode_trails.decode(row.scalars), 0, first - 1)
+        kept = _trail_between(decode_trails.decode(row.scalars), 0, first - 1)
         key = (table.c.run == run_id, table.c.first_step == row.first_step, table.c.rank == row.rank)
         mine = sa.and_(*key, table.c.batch == row.batch)
         connection.execute(sa.update(table).where(mine).values(scalars=msgspec.msgpack.encode(kept)))
@@ -115,7 +146,7 @@ def _cut_trails(connection: sa.Connection, run_id: str, attempt: int, first: int
     return len(reaching) + gone
 
 
-def _put_samples(
+def _insert_samples(
     connection: sa.Connection,
     run_id: str,
     batch: wire.Batch,
@@ -135,14 +166,14 @@ def _put_samples(
         }
         for sample in samples
     ]
-    connection.execute(_insert_samples(connection.dialect.name), rows)
+    connection.execute(_insert_sample_rows(connection.dialect.name), rows)
 
 
 @cache
-def _insert_samples(engine: str) -> sa.Insert:
-    """Return the insert by which a step that is sent again replaces what was there, unless that is of a later attempt.
+def _insert_sample_rows(engine: str) -> sa.Insert:
+    """Return the insert by which a step that is sent again replaces what was there, unless a later attempt stored it.
 
-    Built once: for a batch it would take as long as the insert itself.
+    Made once: building it takes as long as the insert itself.
     """
     table = schema.samples
     insert = upsert(engine, table)
@@ -152,10 +183,10 @@ def _insert_samples(engine: str) -> sa.Insert:
     )
 
 
-def _put_trail(
+def _insert_trail(
     connection: sa.Connection, run_id: str, batch: wire.Batch, trail: dict[str, Trail], arrival: int
 ) -> None:
-    """Store the trail in rows that each stay within one stretch of steps."""
+    """Store a trail in rows that each lie within one stretch of ``TRAIL_STEPS`` steps."""
     rows = []
     for _, piece in sorted(_stretches(trail).items()):
         first = min(step for scalar in piece.values() for step in scalar.steps)
@@ -170,11 +201,11 @@ def _put_trail(
                 "scalars": msgspec.msgpack.encode(piece),
             }
         )
-    connection.execute(_insert_trails, rows)
+    connection.execute(_insert_trail_rows, rows)
 
 
 def _stretches(trail: Mapping[str, Trail]) -> dict[int, dict[str, Trail]]:
-    """Return the parts of a trail by stretch of steps."""
+    """Return stretch -> the part of a trail in it."""
     found: defaultdict[int, dict[str, Trail]] = defaultdict(dict)
     for name, scalar in trail.items():
         stretch = min(scalar.steps) // TRAIL_STEPS
@@ -188,12 +219,12 @@ def _stretches(trail: Mapping[str, Trail]) -> dict[int, dict[str, Trail]]:
     return found
 
 
-_insert_events = sa.insert(schema.events)
-_insert_trails = sa.insert(schema.trails)
+_insert_event_rows = sa.insert(schema.events)
+_insert_trail_rows = sa.insert(schema.trails)
 
 
-def _with_samples(batch: wire.Batch) -> dict[str, Trail]:
-    """Return the scalars of every step, what samples carry among them: where a trail tells the same, the sample's."""
+def _whole_trail(batch: wire.Batch) -> dict[str, Trail]:
+    """Return the scalars of every step, those of the samples among them, which win over the trail's."""
     found: defaultdict[str, dict[int, wire.Number]] = defaultdict(dict)
     for sample in batch.samples:
         for name, value in sample.scalars.items():
@@ -205,7 +236,7 @@ def _with_samples(batch: wire.Batch) -> dict[str, Trail]:
     return {name: trail for name, trail in (batch.trail | made).items() if trail.steps}
 
 
-def _between(trail: Mapping[str, Trail], first: int, last: int) -> dict[str, Trail]:
+def _trail_between(trail: Mapping[str, Trail], first: int, last: int) -> dict[str, Trail]:
     """Return the part of a trail within a range of steps, ends included."""
     kept = {}
     for name, scalar in trail.items():
@@ -219,7 +250,7 @@ def _between(trail: Mapping[str, Trail], first: int, last: int) -> dict[str, Tra
 
 
 def scalars_by_step(batch: wire.Batch) -> dict[int, dict[str, float]]:
-    """Return the scalars of the steps at which samples were taken, in numbers; what a sample carries itself wins."""
+    """Return step -> scalars of the steps at which samples were taken; those that a sample carries itself win."""
     found: dict[int, dict[str, float]] = {sample.step: {} for sample in batch.samples}
     for name, scalar in batch.trail.items():
         for step, value in zip(scalar.steps, scalar.values, strict=True):

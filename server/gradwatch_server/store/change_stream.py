@@ -1,4 +1,4 @@
-"""What has changed, told to the pages that watch: one poll of the database for all of them."""
+"""Change stream: tells the pages that watch which runs have changed, by one poll of the database for all of them."""
 
 import asyncio
 import time
@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from gradwatch_server.store import schema
 
 _POLL_SECONDS = 0.5
-_QUIET_SECONDS = 15.0
-"""A listener hears something at least this often, so that both sides notice a dead connection."""
+_KEEPALIVE_SECONDS = 15.0
+"""A listener is sent something at least this often, so that both sides notice a dead connection."""
 _OVERLAP_SECONDS = 10.0
 """How far back each poll looks: a transaction takes its time before it commits."""
 
@@ -20,31 +20,31 @@ Change = dict[str, Any]
 
 
 class _Listener:
-    """What one listener has not been told yet: of each run the newest, however long it does not read."""
+    """The changes that one listener has not read yet: the newest of each run, however slowly it reads."""
 
     def __init__(self) -> None:
-        self._untold: dict[str, Change] = {}
-        self._news = asyncio.Event()
+        self._unread: dict[str, Change] = {}
+        self._arrived = asyncio.Event()
 
-    def tell(self, changes: Iterable[Change]) -> None:
-        """Add what has changed."""
-        self._untold |= {change["id"]: change for change in changes}
-        self._news.set()
+    def notify(self, changes: Iterable[Change]) -> None:
+        """Add changes."""
+        self._unread |= {change["id"]: change for change in changes}
+        self._arrived.set()
 
     async def next(self) -> list[Change]:
-        """Wait for a change, or for a while, and return what has changed since the last call."""
+        """Wait for a change, or for a while; return the changes since the last call."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_QUIET_SECONDS):
-                await self._news.wait()
-        self._news.clear()
-        untold, self._untold = self._untold, {}
-        return list(untold.values())
+            async with asyncio.timeout(_KEEPALIVE_SECONDS):
+                await self._arrived.wait()
+        self._arrived.clear()
+        unread, self._unread = self._unread, {}
+        return list(unread.values())
 
 
-class Feed:
-    """Tells every listener which runs have changed.
+class ChangeStream:
+    """Notifies every listener of the runs that have changed.
 
-    The database is the source, not this process's memory: what another server stored is told as well.
+    It reads the database and not this process's memory, so it includes what another server has stored.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
@@ -55,9 +55,9 @@ class Feed:
         self._closed = False
 
     async def listen(self) -> AsyncIterator[list[Change]]:
-        """Yield the runs that have changed, an empty list where nothing has for a while; ends when the server stops.
+        """Yield the runs that have changed, or an empty list if none has for a while; ends when the server stops.
 
-        It begins with what changed just before, so that nothing falls between a page's first look and its stream.
+        It begins with what changed just before, so that nothing falls between a page's first request and its stream.
         """
         listener = _Listener()
         self._listeners.add(listener)
@@ -65,7 +65,7 @@ class Feed:
             self._known = {}
             self._poller = asyncio.create_task(self._poll())
         elif self._known:
-            listener.tell(self._told(row) for row in self._known.values())
+            listener.notify(_change(row) for row in self._known.values())
         try:
             while not self._closed:
                 changes = await listener.next()
@@ -73,16 +73,15 @@ class Feed:
                     yield changes
         finally:
             self._listeners.discard(listener)
-            await self._rest()
+            await self._stop_polling_if_unused()
 
     def close(self) -> None:
         """End every stream: the server stops."""
         self._closed = True
         for listener in self._listeners:
-            listener.tell([])
+            listener.notify([])
 
-    async def _rest(self) -> None:
-        """Poll no more when nobody listens."""
+    async def _stop_polling_if_unused(self) -> None:
         poller = self._poller
         if self._listeners or poller is None:
             return
@@ -94,29 +93,29 @@ class Feed:
     async def _poll(self) -> None:
         while True:
             with suppress(sa.exc.SQLAlchemyError):  # the database is out of reach: readiness says so, streams wait
-                seen = await asyncio.to_thread(self._seen, time.time() - _OVERLAP_SECONDS)
-                changes = [self._told(seen[run]) for run in seen if self._known.get(run) != seen[run]]
-                self._known = seen
+                recent = await asyncio.to_thread(self._load_recent, time.time() - _OVERLAP_SECONDS)
+                changes = [_change(recent[run]) for run in recent if self._known.get(run) != recent[run]]
+                self._known = recent
                 if changes:
                     for listener in self._listeners:
-                        listener.tell(changes)
+                        listener.notify(changes)
             await asyncio.sleep(_POLL_SECONDS)
 
-    def _seen(self, since: float) -> dict[str, tuple[Any, ...]]:
-        """Return what was new since then of each run: its progress and its alerts, which may change without it."""
+    def _load_recent(self, since: float) -> dict[str, tuple[Any, ...]]:
+        """Return run -> its progress and alerts, of the runs that reported or whose alerts changed since a time."""
         runs, alerts = schema.runs, schema.alerts
         columns = runs.c["id", "project", "last_step", "sample_count", "finished_at", "last_seen_at", "attempt"]
         changed = sa.select(*alerts.c["run", "id", "state", "severity"]).where(
             (alerts.c.fired_at >= since) | (alerts.c.resolved_at >= since)
         )
         with self._engine.connect() as connection:
-            told: dict[str, list[tuple[Any, ...]]] = {}
+            alerts_of: dict[str, list[tuple[Any, ...]]] = {}
             for row in connection.execute(changed.order_by(alerts.c.id)):
-                told.setdefault(row.run, []).append(tuple(row[1:]))
-            wanted = (runs.c.last_seen_at >= since) | runs.c.id.in_(list(told))
+                alerts_of.setdefault(row.run, []).append(tuple(row[1:]))
+            wanted = (runs.c.last_seen_at >= since) | runs.c.id.in_(list(alerts_of))
             rows = connection.execute(sa.select(*columns).where(wanted)).all()
-        return {row.id: (*row, told.get(row.id)) for row in rows}
+        return {row.id: (*row, alerts_of.get(row.id)) for row in rows}
 
-    @staticmethod
-    def _told(row: tuple[Any, ...]) -> Change:
-        return {"id": row[0], "project": row[1], "last_step": row[2], "sample_count": row[3]}
+
+def _change(row: tuple[Any, ...]) -> Change:
+    return {"id": row[0], "project": row[1], "last_step": row[2], "sample_count": row[3]}

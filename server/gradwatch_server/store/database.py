@@ -1,4 +1,4 @@
-"""Engines and migrations: SQLite embedded, PostgreSQL beyond."""
+"""Database engines and migrations: SQLite, which is embedded, or PostgreSQL."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from gradwatch_server.errors import DatabaseError
-from gradwatch_server.store import vectors
+from gradwatch_server.store.vectors import register_vectors
 
 _CONNECT_SECONDS = 10
 
@@ -28,10 +28,10 @@ def open_engine(url: str, *, create: bool = True) -> sa.Engine:
 
     Args:
         url: address of the database.
-        create: whether an SQLite file that is not there is made when something is first written to it.
+        create: whether an SQLite file that does not exist is made when something is first written to it.
 
     Raises:
-        DatabaseError: the address is not of a database that gradwatch uses, or it cannot be opened.
+        DatabaseError: the address is not of a database that gradwatch can use, or it cannot be opened.
     """
     try:
         parsed = sa.make_url(url)
@@ -58,7 +58,7 @@ def _open_sqlite(url: sa.URL, *, create: bool) -> sa.Engine:
     engine = sa.create_engine(
         url, pool_size=8, connect_args={"timeout": 30}, json_serializer=_json, json_deserializer=orjson.loads
     )
-    file = _File(Path(url.database).resolve())
+    file = _FileGuard(Path(url.database).resolve())
     sa.event.listen(engine, "do_connect", file.check)
     sa.event.listen(engine, "connect", _set_pragmas)
     sa.event.listen(engine, "checkout", file.check)
@@ -68,27 +68,27 @@ def _open_sqlite(url: sa.URL, *, create: bool) -> sa.Engine:
 
 
 def _json(value: Any) -> str:
-    """Return the JSON of a column: of Python's own types, and with numbers that are not finite spelled already."""
+    """Return the JSON of a column, whose value has Python's own types and no number that is not finite."""
     return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
-class _File:
-    """The file of an SQLite database: one that was deleted or moved takes what is written with it."""
+class _FileGuard:
+    """Guards the file of an SQLite database: if it was deleted or moved, nobody would find what is written to it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._identity: tuple[int, int] | None = None
-        """Device and inode, once there is one: no connection creates another."""
+        """Device and inode, once the file exists: no connection creates another file after that."""
 
     def check(self, *_: Any) -> None:
-        """Let nothing be acknowledged that nobody will find."""
-        found = self._found()
+        """Raise an error if the file is another one than at first: nothing may be acknowledged then."""
+        found = self._identify()
         self._identity = self._identity or found
         if found != self._identity:
             text = f"the file {self._path} was deleted or moved: bring it back, or start the server again"
             raise sa.exc.OperationalError("", {}, sqlite3.OperationalError(text))
 
-    def _found(self) -> tuple[int, int] | None:
+    def _identify(self) -> tuple[int, int] | None:
         try:
             found = self._path.stat()
         except OSError:
@@ -107,19 +107,19 @@ def _open_postgresql(url: sa.URL) -> sa.Engine:
         json_serializer=_json,
         json_deserializer=orjson.loads,
     )
-    sa.event.listen(engine, "connect", _prepare)
+    sa.event.listen(engine, "connect", _set_up_connection)
     sa.event.listen(engine, "begin", _choose_snapshot)
     return engine
 
 
-def _prepare(connection: psycopg.Connection[Any], _entry: ConnectionPoolEntry) -> None:
-    vectors.prepare(connection)
-    connection.execute("SET jit = off")  # the planner overrates our statements' rows: each would be compiled first
+def _set_up_connection(connection: psycopg.Connection[Any], _entry: ConnectionPoolEntry) -> None:
+    register_vectors(connection)
+    connection.execute("SET jit = off")  # the planner overestimates the rows of these statements and would compile each
     connection.commit()
 
 
 def _choose_snapshot(connection: sa.Connection) -> None:
-    """Have all statements of a reader see one state, as on SQLite: the driver's own BEGIN says so."""
+    """Give all statements of a reading transaction the same snapshot, as on SQLite; the driver's BEGIN asks for it."""
     driver = cast("psycopg.Connection[Any]", connection.connection.dbapi_connection)
     reads = not connection.get_execution_options().get("writes", False)
     if driver.read_only is not reads:
@@ -144,16 +144,16 @@ def _begin(connection: sa.Connection) -> None:
 
 @contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Open a transaction that writes, which a connection of ``engine.connect()`` cannot on PostgreSQL.
+    """Open a transaction that writes; on PostgreSQL a connection of ``engine.connect()`` only reads.
 
-    It takes SQLite's write lock at once, so that it never has to be upgraded midway.
+    It takes SQLite's write lock at once, so that it never has to be upgraded in the middle.
     """
     with engine.execution_options(writes=True).begin() as connection:
         yield connection
 
 
-def alembic_of(engine: sa.Engine) -> Config:
-    """Return what Alembic needs to know of a database."""
+def alembic_config(engine: sa.Engine) -> Config:
+    """Return Alembic's configuration for a database."""
     configuration = Config()
     configuration.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     configuration.attributes["engine"] = engine
@@ -161,8 +161,8 @@ def alembic_of(engine: sa.Engine) -> Config:
 
 
 @contextmanager
-def told(engine: sa.Engine) -> Iterator[None]:
-    """Have a command say what a database refuses, and the way out.
+def database_errors(engine: sa.Engine) -> Iterator[None]:
+    """Turn what a database refuses into an error that names the way out.
 
     Raises:
         DatabaseError: it refused.
@@ -179,27 +179,27 @@ def told(engine: sa.Engine) -> Iterator[None]:
 
 
 def migrate(engine: sa.Engine) -> None:
-    """Bring the schema to this version.
+    """Migrate the schema to this version.
 
     Raises:
-        DatabaseError: the database refuses, or is of a newer version.
+        DatabaseError: the database refuses, or has the schema of a newer version.
     """
-    with told(engine):
-        command.upgrade(alembic_of(engine), "head")
+    with database_errors(engine):
+        command.upgrade(alembic_config(engine), "head")
 
 
 def prepare(engine: sa.Engine) -> None:
-    """Migrate an embedded SQLite; check that a PostgreSQL has been migrated.
+    """Migrate an SQLite database; check that a PostgreSQL database has been migrated.
 
     Raises:
-        DatabaseError: it cannot be used, or the PostgreSQL has another schema; the text says what to do.
+        DatabaseError: it cannot be used, or a PostgreSQL database has another schema; the text says what to do.
     """
     if engine.dialect.name == "sqlite":
         migrate(engine)
         return
-    with told(engine), engine.connect() as connection:
+    with database_errors(engine), engine.connect() as connection:
         found = MigrationContext.configure(connection).get_current_revision()
-    expected = ScriptDirectory.from_config(alembic_of(engine)).get_current_head()
+    expected = ScriptDirectory.from_config(alembic_config(engine)).get_current_head()
     if found != expected:
         raise DatabaseError(
             f"the database has schema {found or 'none'}, this version needs {expected}: back it up, then run "
@@ -208,5 +208,5 @@ def prepare(engine: sa.Engine) -> None:
 
 
 def upsert(engine: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
-    """Return an insert that knows ON CONFLICT, in the form of ``sqlite`` or ``postgresql``."""
+    """Return an insert with ON CONFLICT for an engine, ``sqlite`` or ``postgresql``."""
     return postgresql.insert(table) if engine == "postgresql" else sqlite.insert(table)

@@ -1,4 +1,4 @@
-"""The tables. Every large one has a key that begins with the run."""
+"""Database schema: the tables. Every large one has a key that begins with the run."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from gradwatch.wire import STATISTICS
 
 
 class _RealArray(UserDefinedType[NDArray[np.float32]]):
-    """``real[]``; vectors.py carries it between numpy and the driver."""
+    """``real[]``; vectors.py converts it between numpy and the driver."""
 
     cache_ok = True
 
@@ -55,7 +55,7 @@ metadata = sa.MetaData(
 
 
 class Scalars(TypeDecorator[dict[str, Any]]):
-    """Numbers by name, as floats: PostgreSQL's JSONB gives those that are whole back as integers of any size."""
+    """name -> number, as floats: PostgreSQL's JSONB returns whole numbers as integers of any size."""
 
     impl = sa.JSON
     cache_ok = True
@@ -65,10 +65,10 @@ class Scalars(TypeDecorator[dict[str, Any]]):
         return dialect.type_descriptor(postgresql.JSONB() if dialect.name == "postgresql" else sa.JSON())
 
     def process_result_value(self, value: dict[str, Any] | None, dialect: sa.Dialect) -> dict[str, Any] | None:  # noqa: ARG002
-        """Return them; what is not finite is spelled."""
+        """Return name -> number, those that are not finite as text."""
         if value is None:
             return None
-        return {name: told if isinstance(told, str) else float(told) for name, told in value.items()}
+        return {name: number if isinstance(number, str) else float(number) for name, number in value.items()}
 
 
 _json = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
@@ -101,17 +101,17 @@ runs = sa.Table(
     sa.Column("finished_at", sa.Double),
     sa.Column("status", sa.Text, comment="completed, failed or killed"),
     sa.Column("exit_code", sa.Integer),
-    sa.Column("deleted_at", sa.Double, comment="since then it goes, a little at a time"),
+    sa.Column("deleted_at", sa.Double, comment="since then it is being deleted"),
     sa.Column("parameter_count", sa.Integer, nullable=False),
     sa.Column(
         "first_steps",
         _json,
         nullable=False,
         server_default="{}",
-        comment="attempt -> its first step: from there on nothing is of an older one, see shelf.py",
+        comment="attempt -> its first step: from there on nothing is of an older one, see batch_store.py",
     ),
     sa.Column("statistics", _json, nullable=False, comment="every statistic that was ever measured"),
-    sa.Column("coverage", _json, nullable=False, comment="how far the levels of each lane reach, see levels.py"),
+    sa.Column("coverage", _json, nullable=False, comment="how far the levels of each series reach, see levels.py"),
     sa.Column("attributes", _json, nullable=False),
     sa.Column("dropped", _json, nullable=False),
     sa.Column("scalars", Scalars, nullable=False, comment="the latest value of each scalar"),
@@ -121,7 +121,7 @@ runs = sa.Table(
     sa.Column(
         "memory_mark",
         sa.Text,
-        comment="changes with what is remembered of the run; none: since before that was stored",
+        comment="changes with the detector state of the run; none: since before that was saved",
     ),
     sa.Index(None, "project", "last_seen_at"),
     sa.Index(None, "last_seen_at"),
@@ -225,13 +225,15 @@ alerts = sa.Table(
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column(
-        "run", sa.ForeignKey("runs.id", ondelete="CASCADE"), comment="none: deleted, its end is still to be told"
+        "run",
+        sa.ForeignKey("runs.id", ondelete="CASCADE"),
+        comment="none: deleted, its resolution is not delivered",
     ),
     sa.Column("rule", sa.Text, nullable=False),
     sa.Column("severity", sa.Text, nullable=False),
     sa.Column("state", sa.Text, nullable=False, comment="pending, firing or resolved"),
-    sa.Column("held", sa.Integer, nullable=False, comment="samples in a row that it held"),
-    sa.Column("clear", sa.Integer, nullable=False, comment="samples in a row that it did not"),
+    sa.Column("held", sa.Integer, nullable=False, comment="samples in a row in which it held"),
+    sa.Column("clear", sa.Integer, nullable=False, comment="samples in a row in which it did not"),
     sa.Column("hold_samples", sa.Integer, nullable=False, comment="samples in a row that it takes to fire"),
     sa.Column("clear_samples", sa.Integer, nullable=False, comment="samples in a row that it takes to resolve"),
     sa.Column("first_step", sa.BigInteger, nullable=False),
@@ -241,8 +243,8 @@ alerts = sa.Table(
     sa.Column("fired_at", sa.Double),
     sa.Column("resolved_at", sa.Double),
     sa.Column("resolution", sa.Text, comment="why it ended"),
-    sa.Column("flaps", sa.Integer, nullable=False, server_default="0", comment="times it came back soon"),
-    sa.Column("muted", sa.Text, comment="why it was not told; none: it was"),
+    sa.Column("flaps", sa.Integer, nullable=False, server_default="0", comment="times it came back soon after"),
+    sa.Column("muted", sa.Text, comment="why nobody was notified; none: the receivers were"),
     sa.Column("acknowledged_at", sa.Double),
     sa.Column("acknowledged_by", sa.Text),
     sa.Column("parameters", _json, nullable=False),
@@ -280,7 +282,7 @@ deliveries = sa.Table(
     sa.Column("receiver", sa.Text, nullable=False),
     sa.Column("state", sa.Text, nullable=False, comment="due, delivered or dead"),
     sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("attempts_before", sa.Integer, nullable=False, server_default="0", comment="it was last sent again"),
+    sa.Column("attempts_before", sa.Integer, nullable=False, server_default="0", comment="before the last replay"),
     sa.Column("due_at", sa.Double, nullable=False),
     sa.Column("leased_until", sa.Double, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
@@ -325,7 +327,7 @@ tokens = sa.Table(
     sa.Column("revoked_at", sa.Double),
 )
 
-memories = sa.Table(
+detector_states = sa.Table(
     "memories",
     metadata,
     _run(),
@@ -335,13 +337,13 @@ memories = sa.Table(
     sa.Column("body", sa.LargeBinary, nullable=False),
 )
 
-written = sa.Table(
+remote_write_positions = sa.Table(
     "written",
     metadata,
     sa.Column("run", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("store", sa.Text, primary_key=True, comment="digest of the address that is written to"),
     sa.Column("attempt", sa.BigInteger, nullable=False),
-    sa.Column("step", sa.BigInteger, nullable=False, comment="of the last sample that was dealt with"),
+    sa.Column("step", sa.BigInteger, nullable=False, comment="of the last sample that was written, or refused"),
 )
 
 attempts = sa.Table(

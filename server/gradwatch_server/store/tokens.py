@@ -1,7 +1,7 @@
 """Tokens of the HTTP interface: how they are made, stored, checked and revoked.
 
 A token is ``gwt_``, 40 random hexadecimal digits and 8 of a checksum, so that a mistyped one is recognised without the
-database and a leaked one by scanners. Only its SHA-256 is kept. Where no token was ever made, none is asked for.
+database and a leaked one by scanners. Only its SHA-256 is stored. As long as no token was ever made, none is required.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from gradwatch_server.store import schema
 
 Scope = Literal["ingest", "read", "admin"]
 PREFIX = "gwt_"
-_REMEMBERED_SECONDS = 2.0
+_CACHE_SECONDS = 2.0
 """A token that was made or revoked elsewhere takes effect within this time."""
 
 
 class Grant(NamedTuple):
-    """What a token allows."""
+    """The permissions of a token."""
 
     scope: Scope
     project: str | None
@@ -41,7 +41,7 @@ def make_token() -> str:
 
 
 def well_formed(token: str) -> bool:
-    """Return whether this can be a token: prefix, length and checksum agree."""
+    """Return whether a text can be a token: whether its prefix, length and checksum are right."""
     return token.startswith(PREFIX) and len(token) == 52 and _checksum(token[:-8]) == token[-8:]
 
 
@@ -53,8 +53,8 @@ def _digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-class TokenBook:
-    """The tokens of the database, remembered for a moment."""
+class TokenCache:
+    """The tokens of the database, cached for a moment."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
@@ -63,16 +63,16 @@ class TokenBook:
 
     @property
     def fresh(self) -> bool:
-        """Whether ``check`` answers without reading the database."""
-        return time.monotonic() < self._read_at + _REMEMBERED_SECONDS and self._read_at > 0.0
+        """Return whether the cache is recent enough for ``check``."""
+        return time.monotonic() < self._read_at + _CACHE_SECONDS and self._read_at > 0.0
 
     @property
-    def asked_for(self) -> bool:
-        """Whether requests have to show a token: one was made at some time."""
+    def required(self) -> bool:
+        """Return whether requests need a token, which they do once one was made."""
         return bool(self._grants)
 
     def refresh(self) -> None:
-        """Read the tokens anew."""
+        """Read the tokens from the database."""
         table = schema.tokens
         with self._engine.connect() as connection:
             rows = connection.execute(sa.select(*table.c["digest", "scope", "project", "expires_at", "revoked_at"]))
@@ -80,12 +80,12 @@ class TokenBook:
         self._read_at = time.monotonic()
 
     def check(self, token: str | None, scope: Scope, now: float) -> Grant:
-        """Return what the token grants.
+        """Return the permissions of a token.
 
         Raises:
             Refused: 401 without a valid token, 403 where it does not allow this.
         """
-        if not self.asked_for:
+        if not self.required:
             return EVERYTHING
         if token is None:
             raise Refused(
@@ -102,7 +102,7 @@ class TokenBook:
 
 
 def count_tokens(connection: sa.Connection) -> int:
-    """Return how many tokens are valid."""
+    """Return how many tokens are valid now."""
     table = schema.tokens
     valid = sa.and_(
         table.c.revoked_at.is_(None), sa.or_(table.c.expires_at.is_(None), table.c.expires_at > time.time())
@@ -111,7 +111,7 @@ def count_tokens(connection: sa.Connection) -> int:
 
 
 def create(connection: sa.Connection, scope: Scope, project: str | None, days: float | None) -> tuple[str, str]:
-    """Store a new token; return its id and the token, which is not kept."""
+    """Make a token; return its id and the token, of which only a digest is stored."""
     token, token_id, now = make_token(), secrets.token_hex(4), time.time()
     expires_at = None if days is None else now + days * 86_400
     connection.execute(
@@ -123,7 +123,7 @@ def create(connection: sa.Connection, scope: Scope, project: str | None, days: f
 
 
 def revoke(connection: sa.Connection, token_id: str) -> bool:
-    """End a token; return whether there was one that was not ended yet."""
+    """Revoke a token; return whether there was one that was not revoked yet."""
     table = schema.tokens
     ended = sa.update(table).where(table.c.id == token_id, table.c.revoked_at.is_(None))
     return connection.execute(ended.values(revoked_at=time.time())).rowcount > 0

@@ -289,7 +289,9 @@ class ServerCollector(Collector):
         yield GaugeMetricFamily(
             "gradwatch_queued_batches", "Batches taken in and not stored yet.", value=writer.waiting
         )
-        yield GaugeMetricFamily("gradwatch_queue_limit_batches", "Batches that may be under way.", value=writer.most)
+        yield GaugeMetricFamily(
+            "gradwatch_queue_limit_batches", "Batches that may be under way.", value=writer.capacity
+        )
         yield from _written(services)
         yield _attempts(services)
         with services.engine.connect() as connection:

@@ -86,7 +86,7 @@ class Exporter:
     def _waiting(self) -> dict[tuple[str, int], list["Measured"]]:
         """Return the next samples of each run and attempt."""
         start = self._since - self.settings.backlog_seconds
-        runs, samples, kept = schema.runs, schema.samples, schema.written
+        runs, samples, kept = schema.runs, schema.samples, schema.remote_write_positions
         mine = runs.outerjoin(kept, sa.and_(kept.c.run == runs.c.id, kept.c.store == self._store))
         position = sa.case((kept.c.attempt == runs.c.attempt, kept.c.step))
         stored = (samples.c.run == runs.c.id, samples.c.level == 0, samples.c.attempt == runs.c.attempt)
@@ -145,7 +145,7 @@ class Exporter:
 
 def _keep(connection: sa.Connection, run_id: str, store: str, attempt: int, step: int) -> None:
     """Remember how far a store has come with a run, if that is still there."""
-    table, runs = schema.written, schema.runs
+    table, runs = schema.remote_write_positions, schema.runs
     row = sa.select(runs.c.id, sa.literal(store), sa.literal(attempt), sa.literal(step)).where(runs.c.id == run_id)
     statement = upsert(connection.dialect.name, table).from_select(["run", "store", "attempt", "step"], row)
     connection.execute(

@@ -69,4 +69,4 @@ async def log_out(request: Request, response: Response) -> None:
 def _session(request: Request, token: str | None) -> dict[str, Any]:
     tokens = cast("Services", request.app.state.services).tokens
     grant = tokens.check(token, "read", time.time())
-    return {"login": tokens.asked_for, "scope": grant.scope, "project": grant.project}
+    return {"login": tokens.required, "scope": grant.scope, "project": grant.project}

@@ -80,7 +80,7 @@ def show_server(request: Request, engine: Reads) -> Any:
         "duplicate_batches": ingest.duplicates,
         "stored_values": ingest.values,
         "queued_batches": writer.waiting,
-        "queue_capacity": services.writer.most,
+        "queue_capacity": services.writer.capacity,
         "commits": writer.commits,
         "mean_commit_seconds": writer.commit_seconds / writer.commits if writer.commits else None,
         "dropped": dropped,

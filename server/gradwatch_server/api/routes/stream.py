@@ -26,7 +26,7 @@ async def stream(request: Request, project: Annotated[str | None, Query(max_leng
 async def _events(request: Request, project: str | None) -> AsyncIterator[bytes]:
     services = cast("Services", request.app.state.services)
     yield b"retry: 1000\n\n"
-    async for changes in services.feed.listen():
+    async for changes in services.change_stream.listen():
         try:
             await authorisation.check(request)  # a token may end while its stream is open
         except Refused:

@@ -1,4 +1,4 @@
-"""Samples gathered into buckets of neighbours, pure: no spike and no NaN is lost on the way."""
+"""Buckets of neighbouring samples, and how they are gathered into larger ones: no spike and no NaN is lost. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,20 +12,23 @@ from gradwatch.wire import MISSING
 Floats = NDArray[np.floating[Any]]
 Steps = NDArray[np.int64]
 Counts = NDArray[np.integer[Any]]
+PLANES = ("low", "high", "mean", "last", "finite", "nonfinite")
+"""The fields of ``Buckets`` that have a column for each parameter."""
+COUNT_PLANES = ("finite", "nonfinite")
 UNMEASURED = -1
-"""In place of the number of non-finite values of a bucket for which the one statistic that is read was not measured."""
+"""``nonfinite`` of a bucket in which the statistic was not measured, if only one statistic is read."""
 _SMALL = 2.0**-64
 """No sum of fewer than 2**63 numbers that were multiplied by it is beyond float64."""
 
 
 @dataclass(frozen=True, eq=False)
 class Buckets:
-    """Buckets of neighbouring samples, in the order of their steps; a bucket of one sample is that sample.
+    """Buckets of neighbouring samples by ascending steps; a bucket of one sample is that sample.
 
     ``first_steps`` and ``last_steps`` have shape (buckets,), the others (buckets, parameters). ``low``, ``high`` and
     ``mean`` are over finite values, ``last`` is the newest value as it was measured. ``finite`` and ``nonfinite`` count
-    the values that are finite, and that are NaN or infinite; neither counts a missing gradient. Where a bucket holds
-    no finite value, ``low``, ``high`` and ``mean`` are that of ``last``. ``mean`` has no columns where it was not read.
+    the values that are finite, and that are NaN or infinite; neither counts a missing gradient. If a bucket holds no
+    finite value, ``low``, ``high`` and ``mean`` equal ``last``. ``mean`` has no columns if it was not read.
     """
 
     first_steps: Steps
@@ -39,12 +42,12 @@ class Buckets:
 
     @classmethod
     def of_samples(cls, steps: Steps, values: Floats, missing: float | None = MISSING, *, means: bool = True) -> Self:
-        """Return one bucket a sample.
+        """Return a bucket for each sample.
 
         Args:
             steps: shape (samples,), ascending.
             values: shape (samples, parameters), float32 or float64.
-            missing: the value that stands for no measurement; none where every value is one.
+            missing: the value that stands for no measurement; None: every value is a measurement.
             means: whether the means are kept.
         """
         measurable = np.isfinite(values)
@@ -81,7 +84,7 @@ class Buckets:
         return Buckets(*(getattr(self, name)[first:] for name in self.__dataclass_fields__)) if first else self
 
     def joined_by(self, late: "Buckets") -> "Buckets":
-        """Return this one bucket with one sample more, which lies within its steps or next to them."""
+        """Return this single bucket with one more sample, which lies within its steps or next to them."""
         following = late.last_steps[0] > self.last_steps[0]
         whole = Buckets.concatenated([self, late] if following else [late, self]).gathered(np.zeros(1, np.intp))
         return replace(
@@ -118,12 +121,12 @@ class Buckets:
         )
 
     def _all_finite(self, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> "Buckets":
-        """Return the same as ``gathered`` where every bucket holds finite values, in a third of the time."""
+        """Return the same as ``gathered`` in a third of its time; every bucket has to hold finite values."""
         finite = _reduced(np.add, self.finite, starts, np.int64)
         mean = self.mean[starts]
         if mean.shape[1]:
-            once = np.may_share_memory(self.mean, self.last)  # samples: each counts once
-            mean = _averaged(self.mean, None if once else self.finite, starts, finite)
+            single = np.may_share_memory(self.mean, self.last)  # buckets of one sample each
+            mean = _averaged(self.mean, None if single else self.finite, starts, finite)
         return Buckets(
             self.first_steps[starts],
             self.last_steps[ends],
@@ -136,7 +139,7 @@ class Buckets:
         )
 
     def _newest(self, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> Floats:
-        """Return the newest value of each larger bucket that is not missing; missing where all are."""
+        """Return the newest value of each larger bucket that is not missing; missing if all are."""
         present = (self.finite > 0) | (self.nonfinite > 0)
         if present[ends].all():
             return self.last[ends]
@@ -145,22 +148,22 @@ class Buckets:
         return np.take_along_axis(self.last, np.where(newest < 0, ends[:, None], newest), axis=0)
 
     def thinned(self, points: int) -> "Buckets":
-        """Return at most ``points`` buckets, of equal numbers of these, and at least half of ``points`` of them."""
+        """Return at most ``points`` buckets and at least half as many, each gathered from equally many of these."""
         size = max(1, -(-len(self) // points))
         return self.gathered(np.arange(0, len(self), size))
 
 
 def even_starts(count: int, fan_out: int) -> NDArray[np.intp]:
-    """Return where groups of ``count`` neighbours begin: of ``fan_out`` to twice that, or one group of fewer."""
+    """Return where groups of ``count`` neighbours begin, each of ``fan_out`` to twice as many; few make one group."""
     groups = max(1, count // fan_out)
     return np.arange(groups) * count // groups
 
 
 def _averaged(values: Floats, counts: Counts | None, starts: NDArray[np.intp], finite: Counts) -> Floats:
-    """Return the means over groups of ``finite`` values; each counts as often as ``counts`` says, or once.
+    """Return the means over groups of ``finite`` values; each value counts as often as ``counts`` says, or once.
 
-    Where a sum is beyond float64, which one of float32 never is, the values are made smaller for it: a mean of finite
-    values is finite.
+    The mean of finite values is finite: if a sum is beyond float64, which a sum of float32 never is, it is taken of
+    values that are scaled down.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         total = _summed(values, counts, starts)

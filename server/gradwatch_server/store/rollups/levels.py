@@ -1,14 +1,15 @@
 """Roll-up levels, kept as samples arrive: each level gathers neighbours of the level below, and nothing is rescanned.
 
-Level 0 is what was measured. A bucket of a level is written once, when it is full; what comes after the last full
-bucket waits on the level below. A late or repeated step mends the buckets that it falls into, and their parents.
+Level 0 holds the samples as they were measured. A bucket of a level is written once, when it is full; what comes after
+the last full bucket waits on the level below. A sample that comes late, or again, has the buckets that it falls into
+gathered anew, and their parents.
 
-In time the finer levels of old steps go (``downsampling.py``). What comes late for such a step is added to the finest
-bucket that is left of it, for there is nothing to gather that bucket from anew; a step that is sent again counts once
-more.
+In time the finer levels of old steps are deleted (``downsampling.py``). A sample that comes late for such a step is
+added to the finest bucket that is left: there is nothing to gather that bucket from anew. A sample that is sent again
+counts once more there.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,11 +18,14 @@ from gradwatch.wire import LARGEST_STEP
 from gradwatch_server.store.rollups.buckets import Buckets, even_starts
 
 
-class Lane(Protocol):
-    """The rows of one track of samples: level 0 and the levels above it; ranges are of first steps, ends included."""
+class Series(Protocol):
+    """The stored rows of one series: its samples at level 0, and buckets at the levels above.
+
+    Ranges are of first steps, ends included.
+    """
 
     fan_outs: tuple[int, int]
-    """Samples in a bucket of level 1, and buckets of a level in one of the next."""
+    """Samples in a bucket of level 1, and buckets of a level in one bucket of the next."""
 
     def load(self, level: int, first: int, last: int) -> Buckets:
         """Return the buckets of a level."""
@@ -30,147 +34,150 @@ class Lane(Protocol):
         """Add buckets to a level."""
 
     def delete(self, level: int, first: int, last: int) -> None:
-        """Remove buckets of a level above 0."""
+        """Delete buckets of a level above 0."""
 
     def replace(self, level: int, first: int, bucket: Buckets) -> None:
         """Put one bucket in the place of the one that begins at ``first``."""
 
     def end(self, level: int) -> int:
-        """Return the last step that the buckets of a level reach; -1 where there is none."""
+        """Return the last step that the buckets of a level reach; -1 if there is no bucket."""
 
     def around(self, level: int, step: int) -> tuple[int, int]:
         """Return the first step of the bucket that ``step`` falls into, and the last one before the next bucket.
 
-        Before the first bucket it is that one; where there is none, both are ``LARGEST_STEP``.
+        Of a step before the first bucket it is that bucket; both are ``LARGEST_STEP`` if there is no bucket.
         """
 
 
 def pruned_to(pruned: Sequence[int], level: int) -> int:
-    """Return up to which step the rows of a level are gone; -1 where none are."""
+    """Return the step up to which the rows of a level are deleted; -1 if none are."""
     return pruned[level] if level < len(pruned) else -1
 
 
 class Levels:
-    """The levels of one lane.
+    """The levels of one series.
 
-    ``coverage`` holds ``[to, waiting]`` for each level from 1 on: up to which step it covers the level below, and an
-    upper bound of how many buckets of that level lie beyond. ``pruned`` holds for each level from 0 on up to which step
-    its rows are gone, never more than the level above covers, and never more than of the level below. Both are changed
-    in place.
+    ``coverage`` holds ``[to, waiting]`` for each level from 1 on: the step up to which it covers the level below, and
+    an upper bound of how many buckets of that level lie beyond. ``pruned`` holds for each level from 0 on the step up
+    to which its rows are deleted, never more than the level above covers, and never more than of the level below. Both
+    are changed in place.
     """
 
-    def __init__(self, lane: Lane, coverage: list[list[int]], pruned: list[int] | None = None) -> None:
-        self._lane = lane
+    def __init__(self, series: Series, coverage: list[list[int]], pruned: list[int] | None = None) -> None:
+        self._series = series
         self._coverage = coverage
         self._pruned = [] if pruned is None else pruned
 
-    def add(self, steps: Iterable[int], written: Buckets | None = None) -> None:
+    def add(self, steps: Iterable[int], written: Callable[[], Buckets] | None = None) -> None:
         """Take in samples that were written at these steps, new ones or in place of others.
 
         Args:
             steps: in any order.
-            written: the samples, by ascending steps, where they are at hand: they need not be read again.
+            written: returns the samples by ascending steps, if they are at hand: they need not be read again.
         """
         level, changed = 1, sorted(set(steps))
         orphans: list[int] = []
         while changed or orphans:
             if len(self._coverage) < level:
                 self._coverage.append([-1, 0])
+            # 1. Late samples fall into buckets that exist; the others wait for the next bucket.
             to = self._coverage[level - 1][0]
             late = [step for step in changed if step <= to]
             self._coverage[level - 1][1] += len(changed) - len(late)
+            # 2. Orphans join a bucket; buckets of other late samples are gathered anew; full buckets are written.
             if level == 1:
-                orphans = [step for step in late if self._orphaned(step)]
+                orphans = [step for step in late if self._is_orphan(step)]
                 late = sorted(set(late) - set(orphans))
             joined, orphans = self._join(level, orphans)
-            changed = joined + self._mend(level, late) + self._close(level, written)
+            changed = joined + self._regather(level, late) + self._close(level, written)
+            # 3. The next level takes in the buckets that are new or changed.
             level, written = level + 1, None
 
     def cut(self, step: int) -> None:
         """Drop every bucket that reaches ``step``: some samples from there on have been removed.
 
-        What the dropped buckets held of earlier steps is gathered anew from the levels below; where those are gone, it
-        is lost with the one bucket that the cut went through.
+        What the dropped buckets held of earlier steps is gathered anew from the levels below. Where those are deleted,
+        it is lost with the one bucket that the cut went through.
         """
         dropped = 0
         for level, covered in enumerate(self._coverage, 1):
             if step > covered[0]:
                 break
-            step = min(step, self._lane.around(level, step)[0])
-            self._lane.delete(level, step, LARGEST_STEP)
+            step = min(step, self._series.around(level, step)[0])
+            self._series.delete(level, step, LARGEST_STEP)
             dropped = level
         for level in range(dropped, 0, -1):
             above = self._coverage[level][0] if level < len(self._coverage) else -1
-            end = max(self._lane.end(level), above)
+            end = max(self._series.end(level), above)
             self._coverage[level - 1][:] = [end, self._fan_out(level)]
             if level <= len(self._pruned):
                 self._pruned[level - 1] = min(self._pruned[level - 1], end)
 
     def _fan_out(self, level: int) -> int:
-        return self._lane.fan_outs[0 if level == 1 else 1]
+        return self._series.fan_outs[0 if level == 1 else 1]
 
-    def _close(self, level: int, written: Buckets | None) -> list[int]:
-        """Write the buckets that are full, of ``written`` where nothing else waits; return their first steps."""
+    def _close(self, level: int, written: Callable[[], Buckets] | None) -> list[int]:
+        """Write the buckets that are full, of ``written`` if nothing else waits; return their first steps."""
         covered, fan_out = self._coverage[level - 1], self._fan_out(level)
         if covered[1] < fan_out:
             return []
-        waiting = None if written is None else written.after(covered[0])
+        waiting = None if written is None else written().after(covered[0])
         if waiting is None or len(waiting) != covered[1]:
-            waiting = self._lane.load(level - 1, covered[0] + 1, LARGEST_STEP)
+            waiting = self._series.load(level - 1, covered[0] + 1, LARGEST_STEP)
         full = len(waiting) // fan_out
         covered[1] = len(waiting) - full * fan_out
         if not full:
             return []
         buckets = waiting.head(full * fan_out).gathered(np.arange(full) * fan_out)
-        self._lane.insert(level, buckets)
+        self._series.insert(level, buckets)
         covered[0] = int(buckets.last_steps[-1])
         steps: list[int] = buckets.first_steps.tolist()
         return steps
 
-    def _orphaned(self, step: int) -> bool:
-        """Return whether the samples are gone that the bucket which ``step`` falls into was gathered from."""
+    def _is_orphan(self, step: int) -> bool:
+        """Return whether the samples are deleted that the bucket which ``step`` falls into was gathered from."""
         gone = pruned_to(self._pruned, 0)
         if gone < 0 or step <= gone:
             return gone >= 0
-        start = self._lane.around(1, step)[0]
+        start = self._series.around(1, step)[0]
         return start <= gone or start > step
 
     def _join(self, level: int, orphans: list[int]) -> tuple[list[int], list[int]]:
         """Add samples to the buckets that they fall into.
 
         Returns:
-            The first steps of these buckets, and the samples whose bucket is gone from this level too.
+            The first steps of these buckets, and the samples whose bucket is deleted from this level too.
         """
         joined: set[int] = set()
         left = []
         for step in orphans:
-            start = self._lane.around(level, step)[0]
+            start = self._series.around(level, step)[0]
             if start > step and pruned_to(self._pruned, level) >= 0:
                 left.append(step)
                 continue
-            late = self._lane.load(0, step, step)
-            if not len(late):  # nothing that the lane knows was measured
+            late = self._series.load(0, step, step)
+            if not len(late):  # none of the statistics of this series was measured
                 continue
-            bucket = self._lane.load(level, start, start).joined_by(late)
-            self._lane.replace(level, start, bucket)
+            bucket = self._series.load(level, start, start).joined_by(late)
+            self._series.replace(level, start, bucket)
             end = int(bucket.last_steps[0])
             self._pruned[:level] = [max(gone, end) for gone in self._pruned[:level]]
             joined.discard(start)
             joined.add(int(bucket.first_steps[0]))
         return sorted(joined), left
 
-    def _mend(self, level: int, late: list[int]) -> list[int]:
-        """Gather anew the buckets that these steps fall into, splitting those that have grown; return first steps."""
+    def _regather(self, level: int, late: list[int]) -> list[int]:
+        """Gather the buckets that these steps fall into anew, splitting those that have grown; return first steps."""
         rewritten: list[int] = []
         end = -1
         for step in late:
             if step <= end:
                 continue
-            start, end = self._lane.around(level, step)
+            start, end = self._series.around(level, step)
             end = min(end, self._coverage[level - 1][0])
-            children = self._lane.load(level - 1, min(start, step), end)
+            children = self._series.load(level - 1, min(start, step), end)
             buckets = children.gathered(even_starts(len(children), self._fan_out(level)))
-            self._lane.delete(level, start, end)
-            self._lane.insert(level, buckets)
+            self._series.delete(level, start, end)
+            self._series.insert(level, buckets)
             rewritten += buckets.first_steps.tolist()
         return rewritten

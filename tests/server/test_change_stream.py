@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from gradwatch import wire
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
-from gradwatch_server.store.change_stream import Feed
+from gradwatch_server.store.change_stream import ChangeStream
 from gradwatch_server.store.database import migrate, open_engine, writing
 from tests.processes import run_apart, sample
 
@@ -27,7 +27,7 @@ def test_a_listener_that_does_not_read_is_told_the_newest_of_each_run_and_no_mor
             Ingest(Configuration(), "http://localhost").register(connection, run, registration)
 
     async def told() -> list[list[tuple[str, int | None]]]:
-        feed, seen = Feed(engine), []
+        feed, seen = ChangeStream(engine), []
         stream, reader = feed.listen(), feed.listen()
         seen.append(await anext(stream))
         for step in range(1, 4):

@@ -1,9 +1,8 @@
-"""The application: routes, problem documents, the page, and the parts behind them."""
+"""The web application: routes, problem documents, the page and security headers."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import cast
@@ -30,14 +29,11 @@ from gradwatch_server.api.routes import (
     tile,
 )
 from gradwatch_server.errors import Refused
-from gradwatch_server.services import Services
+from gradwatch_server.services import Services, run_services
 from gradwatch_server.settings import Settings
-from gradwatch_server.store.deletion import delete_expired_runs
-from gradwatch_server.store.rollups.downsampling import downsample_expired
 
 PAGE = Path(__file__).parent / "page"
-_RETENTION_SECONDS = 3_600
-_SECURITY = {
+_SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -45,31 +41,13 @@ _SECURITY = {
 
 
 def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
-    """Return the application over a prepared database; its parts run for as long as its lifespan does."""
+    """Return the application for a prepared database; the services run as long as its lifespan."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = Services.start(settings, engine)
-        app.state.services = services
-        notifying = asyncio.create_task(services.notifier.run())
-        pruning = asyncio.create_task(_apply_retention(services))
-        watching = asyncio.create_task(services.stalls.run())
-        telling = asyncio.create_task(services.untold.run())
-        exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
-        try:
+        async with run_services(settings, engine) as services:
+            app.state.services = services
             yield
-        finally:
-            pruning.cancel()
-            watching.cancel()
-            telling.cancel()
-            services.notifier.stop()
-            await notifying
-            if exporting is not None:
-                exporting.cancel()
-                with suppress(asyncio.CancelledError):
-                    await exporting
-            await asyncio.to_thread(services.writer.close, services.settings.configuration.limits.drain_seconds)
-            services.diagnosis_pool.close()
 
     app = FastAPI(
         title="gradwatch",
@@ -109,7 +87,7 @@ class _Secured:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers.update(_SECURITY)
+                headers.update(_SECURITY_HEADERS)
                 static = path.startswith("/page/") or authorisation.is_view(scope["method"], path)
                 # The page's files are asked for again after an upgrade, what they show is kept nowhere.
                 headers.setdefault("Cache-Control", "no-cache" if static else "no-store")
@@ -130,13 +108,3 @@ class _Secured:
 
 def _page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads its own address
     return FileResponse(PAGE / "index.html")
-
-
-async def _apply_retention(services: Services) -> None:
-    """Delete expired runs and levels, now and once an hour, for as long as the server runs."""
-    while True:
-        retention = services.settings.configuration.retention
-        with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach: in an hour
-            await delete_expired_runs(services.engine, services.writer, retention, services.alert_resolver())
-            await downsample_expired(services.engine, services.writer, retention)
-        await asyncio.sleep(_RETENTION_SECONDS)

@@ -1,4 +1,4 @@
-"""``gradwatch serve``: the server on its own, or behind a proxy."""
+"""``gradwatch serve``: runs the server until it is told to stop."""
 
 import argparse
 import asyncio
@@ -33,7 +33,7 @@ from gradwatch_server.store.tokens import count_tokens
 log = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-"""What glibc's ``mallopt`` is asked to change, see malloc.h."""
+"""Options of glibc's ``mallopt``, see malloc.h."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def _port(text: str) -> int:
 
 
 def read_settings(arguments: argparse.Namespace) -> Settings:
-    """Return what the command line, the environment and the configuration file ask for.
+    """Return the settings of the command line, the environment and the configuration file.
 
     Raises:
         ConfigurationError: one of them is wrong; the text names it.
@@ -85,42 +85,45 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, ended by its own choice: after a signal it finishes what it has taken and exits with 0."""
+    """uvicorn's server with a graceful shutdown and a reload of the configuration.
 
-    def __init__(self, config: uvicorn.Config, read_again: Callable[[], Configuration]) -> None:
+    After SIGINT or SIGTERM it finishes what it has taken in and exits with 0; at SIGHUP it reads its configuration.
+    """
+
+    def __init__(self, config: uvicorn.Config, read_configuration: Callable[[], Configuration]) -> None:
         super().__init__(config)
-        self._read_again = read_again
-        self._asked_early = False
+        self._read_configuration = read_configuration
+        self._reload_at_start = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to ``handle_exit``, and do not raise them again afterwards."""
+        """Have ``handle_exit`` handle the signals, and do not raise them again afterwards, as uvicorn does."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle_exit)
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start; what was asked for meanwhile is done then."""
+        """Start; if SIGHUP came in the meantime, reload the configuration."""
         await super().startup(sockets)
-        if self._asked_early:
+        if self._reload_at_start:
             self.reload()
 
     def reload(self, *_: object) -> None:
-        """Read the configuration again; where anything in it is wrong, the old one stays, whole."""
+        """Reload the configuration; if anything in it is wrong, keep the previous one."""
         services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
         if services is None:
-            self._asked_early = True
+            self._reload_at_start = True
             return
         try:
-            configuration = self._read_again()
+            configuration = self._read_configuration()
         except ConfigurationError as error:
-            log.error("the configuration was not read again, the old one stays: %s", error)  # noqa: TRY400
+            log.error("reload failed, keeping the previous configuration: %s", error)  # noqa: TRY400
             return
         asyncio.get_running_loop().call_soon_threadsafe(services.reload, configuration)
-        log.info("the configuration was read again")
+        log.info("configuration reloaded")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take the first signal as the wish to finish what was taken, a second one as the wish to stop now."""
+        """Begin a graceful shutdown at the first signal; stop at once at the second."""
         services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
         if services is None or not services.ready:
             super().handle_exit(sig, frame)
@@ -129,7 +132,7 @@ class _Server(uvicorn.Server):
         asyncio.get_running_loop().call_soon_threadsafe(self._drain, services, sig, frame)
 
     def _drain(self, services: Services, sig: int, frame: FrameType | None) -> None:
-        """Keep answering, that it is not ready above all, until everything that was taken is on disk."""
+        """Go on answering until everything that was taken in is on disk; readiness answers that it is not ready."""
 
         async def drain() -> None:
             with suppress(TimeoutError):
@@ -141,7 +144,7 @@ class _Server(uvicorn.Server):
 
 
 def _check_open(host: str, engine: sa.Engine) -> None:
-    """Refuse to listen to other machines while nobody has to show a token."""
+    """Refuse to listen to other machines as long as no token is required."""
     if is_loopback(host):
         return
     with engine.connect() as connection:
@@ -167,7 +170,7 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 def _keep_memory() -> None:
-    """Have glibc keep up to 64 MB that answers have used, for the next ones: every map took a third longer without."""
+    """Have glibc keep up to 64 MB of freed memory for the next answers: without it every map takes a third longer."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
@@ -203,9 +206,9 @@ def main(arguments: Sequence[str]) -> int:
         ),
         lambda: read_settings(given).configuration,
     )
-    signal.signal(signal.SIGHUP, server.reload)  # from here on: whoever reads the next line may send it
+    signal.signal(signal.SIGHUP, server.reload)  # before the line is printed after which it may be sent
     print(f"gradwatch serves on {settings.address} (database {engine.url.render_as_string()})", flush=True)
-    gc.freeze()  # what is loaded once need not be looked through at every collection
+    gc.freeze()  # what is loaded at the start need not be traversed at every collection
     gc.set_threshold(20_000, 20, 20)
     server.run(sockets=[sock])
     engine.dispose()

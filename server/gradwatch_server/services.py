@@ -1,8 +1,11 @@
-"""The parts of one server process, made together and stopped together."""
+"""The services of one server process: made, started and stopped together."""
 
+import asyncio
 import math
 import os
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,28 +15,32 @@ import sqlalchemy as sa
 from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.alerting.stall_check import Stalls
 from gradwatch_server.alerting.unmuted import Untold
+from gradwatch_server.errors import Refused
 from gradwatch_server.ingest.admission import ByteBudget
 from gradwatch_server.ingest.diagnosis_pool import LARGE_TIME_SHARE, DiagnosisPool
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.store.change_stream import ChangeStream
-from gradwatch_server.store.deletion import ResolveAlerts
+from gradwatch_server.store.deletion import ResolveAlerts, delete_expired_runs
 from gradwatch_server.store.group_commit import Writer
+from gradwatch_server.store.rollups.downsampling import downsample_expired
 from gradwatch_server.store.tokens import TokenCache
 from gradwatch_server.telemetry.remote_write import Exporter
 from gradwatch_server.telemetry.request_counts import Requests
 from gradwatch_server.telemetry.snapshot import Layouts
 
+_RETENTION_SECONDS = 3_600
+
 
 def _cores() -> int:
-    """Return on how many cores this process may run."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
 class Services:
-    """What the routes use."""
+    """The services that routes and metrics use."""
 
     settings: Settings
     engine: sa.Engine
@@ -54,7 +61,7 @@ class Services:
 
     @classmethod
     def start(cls, settings: Settings, engine: sa.Engine) -> "Services":
-        """Make the parts; the writer runs from here on."""
+        """Make the services; the writer runs from here on."""
         configuration = settings.configuration
         remote, limits = configuration.remote_write, configuration.limits
         pool = DiagnosisPool(LARGE_TIME_SHARE if _cores() > 1 else math.inf)
@@ -75,7 +82,7 @@ class Services:
         )
 
     def reload(self, configuration: Configuration) -> None:
-        """Go on with another configuration, checked already."""
+        """Use another configuration, which has been checked, from now on."""
         self.settings = msgspec.structs.replace(self.settings, configuration=configuration)
         public_url = self.settings.public_url
         limits = configuration.limits
@@ -95,3 +102,38 @@ class Services:
         self.ready = False
         self.byte_budget.close()
         self.change_stream.close()
+
+    async def apply_retention(self) -> None:
+        """Delete expired runs and levels, now and once an hour, for as long as the server runs."""
+        while True:
+            retention = self.settings.configuration.retention
+            with suppress(Refused, sa.exc.SQLAlchemyError):  # queue full, or database out of reach: again in an hour
+                await delete_expired_runs(self.engine, self.writer, retention, self.alert_resolver())
+                await downsample_expired(self.engine, self.writer, retention)
+            await asyncio.sleep(_RETENTION_SECONDS)
+
+
+@asynccontextmanager
+async def run_services(settings: Settings, engine: sa.Engine) -> AsyncIterator[Services]:
+    """Start the services of a server process and yield them; stop them at the end."""
+    services = Services.start(settings, engine)
+    notifying = asyncio.create_task(services.notifier.run())
+    periodic = (services.apply_retention(), services.stalls.run(), services.untold.run())
+    repeating = [asyncio.create_task(work) for work in periodic]
+    exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
+    try:
+        yield services
+    finally:
+        # 1. Periodic work can end anywhere: the next server goes on with it.
+        for task in repeating:
+            task.cancel()
+        # 2. Deliveries that are under way are finished and recorded.
+        services.notifier.stop()
+        await notifying
+        if exporting is not None:
+            exporting.cancel()
+            with suppress(asyncio.CancelledError):
+                await exporting
+        # 3. Batches that have been taken in are stored.
+        await asyncio.to_thread(services.writer.close, services.settings.configuration.limits.drain_seconds)
+        services.diagnosis_pool.close()

@@ -1,8 +1,10 @@
-"""What the server can be told: one configuration file, checked whole, and the command line over it."""
+"""Settings: the configuration file ``gradwatch.toml``, which is checked as a whole, and the command line."""
 
 import math
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -22,27 +24,27 @@ MOST_SAMPLES = 10_000
 MOST_NAME_CHARACTERS = 512
 """Of a name, whatever the limits say: PostgreSQL takes 2,704 bytes into a key, and a character may have four."""
 _LEAST_LIMITS = {"body_seconds": 0.001, "drain_seconds": 0}
-"""Where it is not 1."""
+"""Least values of limits that are not 1."""
 _MOST_LIMITS = {"samples_per_batch": MOST_SAMPLES, "name_characters": MOST_NAME_CHARACTERS}
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much one request and the server may hold; beyond it a request is refused and says which limit."""
+    """How much a request and the server may hold; a request beyond a limit is refused, and the answer names it."""
 
     body_bytes: int = 8 * 1024 * 1024
     """Largest body as it arrives."""
     body_seconds: float = 60.0
-    """Time in which a body has to arrive; beyond it: 408, and what came of it is no longer held."""
+    """Time in which a body has to arrive; beyond it: 408, and its bytes are released."""
     decoded_bytes: int = 16 * 1024 * 1024
     """Largest body after decompression."""
     loose_bytes: int = 4 * 1024 * 1024
-    """Largest part of a batch that is not packed vectors, for it grows many times over in memory; JSON is all that."""
+    """Largest part of a batch that is not packed vectors, which takes many times its size in memory; JSON has none."""
     parameters: int = 100_000
     """Most parameters a run may have."""
     name_characters: int = MOST_NAME_CHARACTERS
-    """Longest project, run, parameter or scalar name; at most 512, for names are in the keys of the database."""
+    """Longest project, run, parameter or scalar name; at most 512, since names are in the keys of the database."""
     attribute_characters: int = 4_096
-    """Longest value of an attribute of a run: they are read with the run at every batch."""
+    """Longest value of an attribute of a run: attributes are read with the run at every batch."""
     samples_per_batch: int = 1_000
     """Most samples in one batch."""
     scalars_per_batch: int = 100_000
@@ -52,15 +54,15 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     scalar_names: int = 256
     """Most different scalar names in one batch, and names of histograms; most attributes of a run."""
     scalar_names_per_run: int = 2_000
-    """Most different scalar names in one run, for each has levels of its own."""
+    """Most different scalar names in one run, since each has roll-up levels of its own."""
     queued_batches: int = 1_000
     """Batches that may wait for the writer; beyond it: 503 with Retry-After."""
     queued_batches_per_run: int = 16
     """Batches of one run that may wait; an agent sends the next after the answer. Beyond it: 429 with Retry-After."""
     held_bytes: int = 64 * 1024 * 1024
-    """Bodies that are being received or wait for the writer, together; beyond it: 503 with Retry-After."""
+    """Bytes of all bodies that are being received or wait for the writer; beyond it: 503 with Retry-After."""
     drain_seconds: float = 10.0
-    """Time in which a server that was told to stop answers what it has taken; it is not ready, but still listens."""
+    """Time in which a server that is stopping answers what it has taken in; it is not ready, but still listens."""
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -76,25 +78,25 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much of each run ``/metrics`` tells; run-level metrics are always told."""
+    """How many parameters ``/metrics`` has series for; the metrics of runs are always there."""
 
     parameters: Literal["conspicuous", "all"] = "conspicuous"
     """Which parameters of each active run get series of their own."""
     conspicuous_parameters: Annotated[int, msgspec.Meta(ge=0)] = 10
-    """How many parameters of each run count as its most conspicuous."""
+    """How many parameters of each run get series, the most conspicuous ones."""
     most_parameters: Annotated[int, msgspec.Meta(ge=0)] = 20_000
-    """Most parameters of all runs together; beyond it they are left out, and ``/metrics`` says how many."""
+    """Most parameters of all runs together; the others are left out, and ``/metrics`` says how many."""
     silent_seconds: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
-    """A run that has not been heard of for so long is left out, though it has not ended; its alerts are counted."""
+    """A run that has not reported for so long is left out, though it has not ended; its alerts are still counted."""
 
 
 class RemoteWrite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where samples are written to, besides the database."""
+    """Prometheus remote write: a time-series store that samples are written to, besides the database."""
 
     url: str
     """Such as ``http://prometheus:9090/api/v1/write``."""
     backlog_seconds: float = 3600.0
-    """How far back the samples of a run are sent that was never written there before."""
+    """Age of the oldest samples that are sent of a run which was never written there before."""
 
     def __post_init__(self) -> None:
         check_url("remote_write.url", self.url)
@@ -114,30 +116,30 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Project(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is different for one project."""
+    """Settings of one project that differ from those of all projects."""
 
     rules: dict[str, dict[str, Any]] = {}
-    """Thresholds by rule, over those of all projects."""
+    """Thresholds by rule, which take precedence over those of all projects."""
 
 
-class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """The content of ``gradwatch.toml``."""
 
     public_url: str | None = None
-    """Where people reach the page, such as ``https://gradwatch.example.org``; absent: where the server listens."""
+    """Address at which people reach the page, such as ``https://gradwatch.example.org``; absent: where it listens."""
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
     remote_write: RemoteWrite | None = None
     delivery: DeliverySettings = DeliverySettings()
     retention: Retention = Retention()
     receivers: list[AnyReceiver] = []
-    """Where transitions of alerts are delivered."""
+    """Receivers of notifications of alerts."""
     routes: list[Route] = []
     """Which alerts go where; without any, every alert goes to every receiver."""
     rules: dict[str, dict[str, Any]] = {}
     """Thresholds by rule; see docs/diagnosis.md."""
     projects: dict[str, Project] = {}
-    """What is different for some projects, by their name."""
+    """Settings of single projects, by name."""
 
     def __post_init__(self) -> None:
         if self.public_url is not None:
@@ -156,7 +158,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """Read the file.
 
         Raises:
-            ConfigurationError: the file cannot be read or something in it is wrong; nothing of it is used then.
+            ConfigurationError: the file cannot be read or something in it is wrong.
         """
         try:
             configuration = msgspec.convert(_with_environment(msgspec.toml.decode(path.read_bytes())), cls)
@@ -166,7 +168,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return configuration
 
     def check_rules(self) -> None:
-        """Look at the thresholds of all projects.
+        """Check the thresholds of all projects.
 
         Raises:
             ValueError: a rule, a key or a value is not known; the text names it.
@@ -178,10 +180,17 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             except ValueError as error:
                 raise ValueError(f"projects.{name}.{error}") from None
 
-    def thresholds(self, project: str) -> Thresholds:
-        """Return the thresholds of the rules for a project, with the file's changes; they have been checked."""
-        own = self.projects.get(project, Project()).rules
-        return Thresholds.from_table({rule: self.rules.get(rule, {}) | own.get(rule, {}) for rule in self.rules | own})
+    @cached_property
+    def thresholds(self) -> Mapping[str, Thresholds]:
+        """Return project -> thresholds of its rules, of any project; the tables have been checked."""
+        usual = Thresholds.from_table(self.rules)
+        changed = {name: _merged(self.rules, project.rules) for name, project in self.projects.items()}
+        own = {name: Thresholds.from_table(table) for name, table in changed.items()}
+        return defaultdict(lambda: usual, own)
+
+
+def _merged(tables: dict[str, dict[str, Any]], changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {rule: tables.get(rule, {}) | changes.get(rule, {}) for rule in tables | changes}
 
 
 def _with_environment(value: Any) -> Any:
@@ -198,21 +207,21 @@ def _with_environment(value: Any) -> Any:
     return os.environ[name]
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything one server process runs with."""
+class Settings(msgspec.Struct, frozen=True, kw_only=True, dict=True):
+    """All settings of one server process."""
 
     database_url: str
     host: str = "127.0.0.1"
     port: int = 8321
     configuration: Configuration = Configuration()
 
-    @property
+    @cached_property
     def public_url(self) -> str:
-        """Where people reach the page; links in alerts, metrics and answers to agents begin with it."""
+        """Return the address at which people reach the page; links in alerts and metrics begin with it."""
         return (self.configuration.public_url or self.address).rstrip("/")
 
-    @property
+    @cached_property
     def address(self) -> str:
-        """Where the server listens."""
+        """Return the address at which the server listens."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"

@@ -48,7 +48,7 @@ def test_a_project_has_its_own(tmp_path: Path) -> None:
     config = tmp_path / "gradwatch.toml"
     config.write_text("[rules.dead]\ncut_samples = 7\n[projects.vision.rules.dead]\nbranch_samples = 9\n")
     configuration = Configuration.load(config)
-    own, others = configuration.thresholds("vision").dead, configuration.thresholds("audio").dead
+    own, others = configuration.thresholds["vision"].dead, configuration.thresholds["audio"].dead
     assert (own.cut_samples, own.branch_samples) == (7, 9)
     assert (others.cut_samples, others.branch_samples) == (7, Thresholds().dead.branch_samples)
     config.write_text("[projects.vision.rules.dead]\ncut_samples = 0\n")

@@ -56,7 +56,7 @@ class Fleet:
         """Let it end within 3 seconds from now on."""
         self._config.write_text(LIMITS.replace("= 30", "= 3"))
         self.server.process.send_signal(signal.SIGHUP)
-        wait_for(self.server.log, "the configuration was read again")
+        wait_for(self.server.log, "configuration reloaded")
 
     def send(self, run: str) -> Future[httpx.Response]:
         self._sent += 1

@@ -109,7 +109,7 @@ def test_sighup_reads_the_configuration_again_whole_or_not_at_all(tmp_path: Path
             _fall_ill(server)
             first.wait(1)
             config.write_text(hook("second", second.url))
-            _reload(server, "the configuration was read again")
+            _reload(server, "configuration reloaded")
             assert "second  webhook  in use  0 due  0 dead" in command("receivers", url=server.url)
             _fall_ill(server)
             second.wait(1)
@@ -127,7 +127,7 @@ def test_sighup_that_comes_while_the_server_starts_does_not_end_it(tmp_path: Pat
     with serving.stdout:
         assert serving.stdout.readline().startswith(b"gradwatch serves on")
         serving.send_signal(signal.SIGHUP)
-        wait_for(tmp_path / "log", "the configuration was read again")
+        wait_for(tmp_path / "log", "configuration reloaded")
     serving.terminate()
     assert serving.wait(30) == 0
 

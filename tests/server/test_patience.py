@@ -114,7 +114,7 @@ def test_limits_that_are_read_again_are_in_force_at_once(tmp_path: Path) -> None
         assert server.store(run, large).status_code == 413
         config.write_text("[limits]\nqueued_batches = 7\n")
         server.process.send_signal(signal.SIGHUP)
-        wait_for(server.log, "the configuration was read again")
+        wait_for(server.log, "configuration reloaded")
         assert server.store(run, large).status_code == 200
         assert server.get("/api/v1/server")["queue_capacity"] == 7
         assert "\ngradwatch_queue_limit_batches 7.0" in server.http.get("/metrics").text

@@ -45,7 +45,7 @@ class Stalls(Clock):
         return [row.id for row in rows if self._is_due(row, self._finding(row, now))]
 
     def _finding(self, row: sa.Row[Any], now: float) -> Finding | None:
-        limits = self._configuration.thresholds(row.project).stalled
+        limits = self._configuration.thresholds[row.project].stalled
         heard_at = max(row.last_seen_at, self._awake_since)
         return stalled.find(heard_at, row.usual_interval_seconds, now, row.last_step or 0, limits)
 

@@ -13,6 +13,7 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
 from gradwatch_server.store import schema
+from gradwatch_server.store.batch_store import stored_attempt
 from gradwatch_server.store.parameters import (
     changed_parameters,
     insert_parameters,
@@ -63,11 +64,6 @@ def register(
     _extend(connection, run, registration, states, thresholds)
     _start_attempt(connection, run, registration, attempts, now)
     return False
-
-
-def stored_attempt(attempts: Mapping[str, int], number: int) -> int:
-    """Return the number by the server's clock for the number that an agent gave its attempt."""
-    return attempts.get(str(number), number)
 
 
 def _insert_run(

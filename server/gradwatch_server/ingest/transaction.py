@@ -18,7 +18,7 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
 from gradwatch_server.ingest.diagnosis_pool import Diagnosed, DiagnosisPool
-from gradwatch_server.ingest.registration import register, stored_attempt
+from gradwatch_server.ingest.registration import register
 from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import batch_store, schema
@@ -96,7 +96,7 @@ class Ingest:
             Refused: 409 where the id is taken by a run with other parameters, 422 where the content is wrong.
         """
         check_registration(registration, self._configuration.limits)
-        thresholds = self._configuration.thresholds(registration.project)
+        thresholds = self._configuration.thresholds[registration.project]
         created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds)
         return Registered(run_id, f"{self._public_url}/runs/{run_id}", created)
 
@@ -116,7 +116,7 @@ class Ingest:
         run = connection.execute(_locked_run, {"of_run": run_id}).one_or_none()
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
-        batch = msgspec.structs.replace(batch, attempt=stored_attempt(run.attempts, batch.attempt))
+        batch = msgspec.structs.replace(batch, attempt=batch_store.stored_attempt(run.attempts, batch.attempt))
         # 2. Claim the batch's id. A batch that is sent again changes nothing.
         if not self._is_new(connection, run, batch, now):
             return Stored(batch.id, 0, duplicate=True)
@@ -170,7 +170,7 @@ class Ingest:
         scalars: Mapping[int, Mapping[str, float]],
     ) -> _Diagnosis:
         """Begin to diagnose the samples that are newer than those that have been diagnosed."""
-        thresholds = self._configuration.thresholds(run.project)
+        thresholds = self._configuration.thresholds[run.project]
         state, batch_losses = self._states.current(connection, run, thresholds), _losses(batch)
         losses = state.losses | batch_losses
         samples = _new_samples(batch, run.diagnosed_step, scalars, sorted(losses.items()))
@@ -209,7 +209,7 @@ class Ingest:
     ) -> None:
         """Apply the rule ``nonfinite`` to samples that came after later ones: all other rules need the history."""
         late = [sample for sample in batch.samples if sample.step <= _diagnosed_step(run)]
-        limits, parameters = self._configuration.thresholds(run.project).nonfinite, diagnosis.state.parameters
+        limits, parameters = self._configuration.thresholds[run.project].nonfinite, diagnosis.state.parameters
         for sample in sorted(late, key=lambda sample: sample.step):
             if alerts.began(nonfinite.RULE) is not None:
                 return

@@ -25,6 +25,11 @@ _ATTEMPTS_KEPT = 100
 """Attempts whose first steps are kept apart; all older ones count as one."""
 
 
+def stored_attempt(attempts: Mapping[str, int], number: int) -> int:
+    """Return the number by the server's clock for the number that an agent gave its attempt."""
+    return attempts.get(str(number), number)
+
+
 def insert_batch(
     connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, scalars: Mapping[int, Mapping[str, float]]
 ) -> dict[str, Any]:

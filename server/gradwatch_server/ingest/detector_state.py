@@ -181,9 +181,9 @@ def _first_and_last(connection: sa.Connection, run: sa.Row[Any]) -> Iterator[Sam
     if run.diagnosed_step is None:
         return
     table = schema.samples
-    known = sa.select(table).where(table.c.run == run.id, table.c.level == 0, table.c.step <= run.diagnosed_step)
-    first = connection.execute(known.order_by(table.c.step).limit(REPLAYED_FIRST_SAMPLES)).mappings().all()
-    last = connection.execute(known.order_by(table.c.step.desc()).limit(REPLAYED_LAST_SAMPLES)).mappings().all()
+    diagnosed = sa.select(table).where(table.c.run == run.id, table.c.level == 0, table.c.step <= run.diagnosed_step)
+    first = connection.execute(diagnosed.order_by(table.c.step).limit(REPLAYED_FIRST_SAMPLES)).mappings().all()
+    last = connection.execute(diagnosed.order_by(table.c.step.desc()).limit(REPLAYED_LAST_SAMPLES)).mappings().all()
     rows = {row["step"]: row for row in (*first, *reversed(last))}
     yield from (_sample(row, []) for row in rows.values())
 

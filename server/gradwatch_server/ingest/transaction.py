@@ -361,9 +361,9 @@ def _name_module(connection: sa.Connection, run_id: str, state: DetectorState, a
         return
     table = schema.events
     since = first_step - state.history.every_steps
-    known = table.c.run == run_id, table.c.kind == nonfinite.EVENT, table.c.step >= since
+    mine = table.c.run == run_id, table.c.kind == nonfinite.EVENT, table.c.step >= since
     order = table.c.step, table.c.id
-    event = connection.execute(sa.select(table).where(*known).order_by(*order).limit(1)).one_or_none()
+    event = connection.execute(sa.select(table).where(*mine).order_by(*order).limit(1)).one_or_none()
     if event is not None:
         names = state.parameters.names
         alerts.refine(nonfinite.RULE, lambda found: nonfinite.refine(found, names, event.parameter, event.message))

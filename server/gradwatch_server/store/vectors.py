@@ -57,9 +57,9 @@ def stacked(vectors: Rows, width: int) -> NDArray[Any]:
     """Return vectors as the rows of a matrix of this width, each as ``padded`` returns it."""
     if isinstance(vectors, np.ndarray) and vectors.shape[1] == width:
         return vectors
-    known = [vector for vector in vectors if vector is not None and len(vector) == width]
-    if known and len(known) == len(vectors):
-        return np.concatenate(known).reshape(len(known), width)
+    whole = [vector for vector in vectors if vector is not None and len(vector) == width]
+    if whole and len(whole) == len(vectors):
+        return np.concatenate(whole).reshape(len(whole), width)
     rows = np.full((len(vectors), width), MISSING, np.float32)
     for row, vector in zip(rows, vectors, strict=True):
         if vector is not None:
@@ -67,21 +67,21 @@ def stacked(vectors: Rows, width: int) -> NDArray[Any]:
     return rows
 
 
-def stacked_counts(vectors: Rows, known: Sequence[int], width: int, only: int | None) -> NDArray[Any]:
+def stacked_counts(vectors: Rows, lengths: Sequence[int], width: int, only: int | None) -> NDArray[Any]:
     """Return counts that ``compact_counts`` has made as the rows of a matrix of this width.
 
     Args:
         vectors: as they are stored.
-        known: how many parameters the run had when each of them was stored.
+        lengths: how many parameters the run had when each of them was stored.
         width: of the matrix.
         only: position of the one parameter that is read; None: all are.
     """
     if only is not None:
         vectors = [one if one is None or len(one) == 1 else one[only:][:1] for one in vectors]
-    if isinstance(vectors, np.ndarray) and vectors.shape[1] == 1 and min(known) == width:
+    if isinstance(vectors, np.ndarray) and vectors.shape[1] == 1 and min(lengths) == width:
         return np.repeat(vectors.astype(np.int64), width, axis=1)
     rows = np.zeros((len(vectors), width), np.int64)
-    for row, vector, count in zip(rows, vectors, known, strict=True):
+    for row, vector, count in zip(rows, vectors, lengths, strict=True):
         row[:count] = vector
     return rows
 

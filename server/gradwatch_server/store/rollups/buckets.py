@@ -107,8 +107,8 @@ class Buckets:
         nothing = finite == 0
         mean = self.mean[starts]
         if mean.shape[1]:
-            known = np.where(measured, self.mean, 0)
-            mean = np.where(nothing, last, _averaged(known, self.finite, starts, np.maximum(finite, 1)))
+            finite_means = np.where(measured, self.mean, 0)
+            mean = np.where(nothing, last, _averaged(finite_means, self.finite, starts, np.maximum(finite, 1)))
         return Buckets(
             self.first_steps[starts],
             self.last_steps[ends],

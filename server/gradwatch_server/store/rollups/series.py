@@ -209,11 +209,11 @@ class SampleSeries(_LevelRows):
     def _unpack_planes(self, steps: NDArray[np.int64], found: VectorColumns) -> list[NDArray[Any]]:
         """Return low, high, mean, last and both counts of one statistic, each of shape (steps, parameters)."""
         columns = dict(zip(self._planes, found.columns, strict=True))
-        known = [0 if vector is None else len(vector) for vector in columns["last"]]
+        lengths = [0 if vector is None else len(vector) for vector in columns["last"]]
         planes: dict[str, NDArray[Any]] = {}
         for name, vectors in columns.items():
             width, counts = self._stored_width, name in COUNT_PLANES
-            rows = stacked_counts(vectors, known, width, self._only) if counts else stacked(vectors, width)
+            rows = stacked_counts(vectors, lengths, width, self._only) if counts else stacked(vectors, width)
             planes[name] = self._chosen(rows)
         if len(found.steps) != len(steps):
             at = np.searchsorted(steps, found.steps)

@@ -23,7 +23,7 @@ import uvicorn
 from gradwatch.settings import secret
 from gradwatch_server.app import create_app
 from gradwatch_server.errors import ConfigurationError, GradwatchError
-from gradwatch_server.notify.address_guard import EVERYWHERE, is_loopback
+from gradwatch_server.notify.address_guard import ALL_NETWORKS, is_loopback
 from gradwatch_server.notify.receivers import Webhook
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Configuration, Settings
@@ -66,7 +66,9 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     if arguments.webhook is not None:
         signed_with = arguments.webhook_secret or secret(os.environ, "GRADWATCH_WEBHOOK_SECRET")
         try:
-            receiver = Webhook(name="webhook", url=arguments.webhook, secret=signed_with, allow_networks=[*EVERYWHERE])
+            receiver = Webhook(
+                name="webhook", url=arguments.webhook, secret=signed_with, allow_networks=[*ALL_NETWORKS]
+            )
             configuration = msgspec.structs.replace(configuration, receivers=[*configuration.receivers, receiver])
         except ValueError as error:
             raise ConfigurationError(f"--webhook: {error}") from None

@@ -16,7 +16,7 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.ingest.admission import Room, Share
 from gradwatch_server.ingest.diagnosis_pool import LARGE_SHARE, Examiner
 from gradwatch_server.ingest.transaction import Ingest
-from gradwatch_server.notify.dispatcher import Notifier
+from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.store.change_stream import Feed
 from gradwatch_server.store.group_commit import Writer

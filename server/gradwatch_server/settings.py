@@ -10,8 +10,8 @@ import msgspec
 
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
-from gradwatch_server.notify.address_guard import check_address
-from gradwatch_server.notify.outbox import Delivery
+from gradwatch_server.notify.address_guard import check_url
+from gradwatch_server.notify.outbox import DeliverySettings
 from gradwatch_server.notify.receivers import AnyReceiver
 from gradwatch_server.store.retention import Retention
 
@@ -97,7 +97,7 @@ class RemoteWrite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How far back the samples of a run are sent that was never written there before."""
 
     def __post_init__(self) -> None:
-        check_address("remote_write.url", self.url)
+        check_url("remote_write.url", self.url)
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,7 +128,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
     remote_write: RemoteWrite | None = None
-    delivery: Delivery = Delivery()
+    delivery: DeliverySettings = DeliverySettings()
     retention: Retention = Retention()
     receivers: list[AnyReceiver] = []
     """Where transitions of alerts are delivered."""
@@ -141,7 +141,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def __post_init__(self) -> None:
         if self.public_url is not None:
-            check_address("public_url", self.public_url)
+            check_url("public_url", self.public_url)
         names = [receiver.name for receiver in self.receivers]
         for name in names:
             if names.count(name) > 1:

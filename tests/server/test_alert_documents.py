@@ -11,7 +11,7 @@ import pytest
 
 from gradwatch import wire
 from gradwatch_server.cli.receivers import _test_payload
-from gradwatch_server.notify.outbox import Delivery
+from gradwatch_server.notify.outbox import DeliverySettings
 from gradwatch_server.notify.receivers import AnyReceiver
 from gradwatch_server.settings import Configuration, Limits, Metrics, RemoteWrite, Route
 from gradwatch_server.store.retention import Retention
@@ -69,7 +69,7 @@ def test_every_setting_is_documented_and_nothing_else() -> None:
         "`[metrics]`": Metrics,
         "`[remote_write]`": RemoteWrite,
         "`[retention]`": Retention,
-        "`[delivery]`": Delivery,
+        "`[delivery]`": DeliverySettings,
         "`[[routes]]`": Route,
     }
     for receiver in get_args(AnyReceiver):

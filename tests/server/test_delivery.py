@@ -12,8 +12,8 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.notify import outbox
-from gradwatch_server.notify.circuit_breaker import Circuit
-from gradwatch_server.notify.delivery_result import Answer, retry_after
+from gradwatch_server.notify.http_client import DeliveryResult, retry_after
+from gradwatch_server.notify.notifier import CircuitBreaker
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import open_engine, writing
 from tests.postgres import migrated_database
@@ -332,25 +332,25 @@ def test_what_nobody_takes_is_given_up_after_an_hour_and_what_another_server_may
     engine = open_engine(url)
     with writing(engine) as connection:
         outbox.disable(connection, "disabled", "it answered 410 Gone", 0.0)
-        assert outbox.bury(connection, ["known", "disabled"], 3_599.0) == 1
-        assert outbox.bury(connection, ["known", "disabled"], 3_600.0) == 1
+        assert outbox.give_up(connection, ["known", "disabled"], 3_599.0) == 1
+        assert outbox.give_up(connection, ["known", "disabled"], 3_600.0) == 1
         rows = connection.execute(sa.select(*schema.deliveries.c["receiver", "state"])).all()
     engine.dispose()
     assert {row.receiver: row.state for row in rows} == {"known": "due", "unknown": "dead", "disabled": "dead"}
 
 
-def test_a_circuit_opens_probes_and_closes() -> None:
-    circuit, failed = Circuit(opens_after=2, open_seconds=10), Answer(500)
-    circuit.note(failed, 0)
-    assert circuit.room(0, 32) == 32
-    circuit.note(failed, 0)
-    assert (circuit.room(9, 32), circuit.room(10, 32)) == (0, 1)
-    circuit.note(failed, 10)
-    assert (circuit.room(29, 32), circuit.room(30, 32)) == (0, 1)
-    circuit.note(Answer(204), 30)
-    assert circuit.room(30, 32) == 32
-    circuit.note(Answer(429, retry_after_seconds=7), 40)
-    assert (circuit.room(46, 32), circuit.room(47, 32)) == (0, 32)
+def test_a_circuit_breaker_opens_probes_and_closes() -> None:
+    breaker, failed = CircuitBreaker(opens_after=2, open_seconds=10), DeliveryResult(500)
+    breaker.record(failed, 0)
+    assert breaker.allowed(0, 32) == 32
+    breaker.record(failed, 0)
+    assert (breaker.allowed(9, 32), breaker.allowed(10, 32)) == (0, 1)
+    breaker.record(failed, 10)
+    assert (breaker.allowed(29, 32), breaker.allowed(30, 32)) == (0, 1)
+    breaker.record(DeliveryResult(204), 30)
+    assert breaker.allowed(30, 32) == 32
+    breaker.record(DeliveryResult(429, retry_after_seconds=7), 40)
+    assert (breaker.allowed(46, 32), breaker.allowed(47, 32)) == (0, 32)
     for _ in range(9):
-        circuit.note(Answer(422), 50)
-    assert circuit.room(50, 32) == 32
+        breaker.record(DeliveryResult(422), 50)
+    assert breaker.allowed(50, 32) == 32

@@ -25,10 +25,10 @@ from standardwebhooks import Webhook
 from gradwatch import wire
 from gradwatch_server.cli.receivers import _test_payload
 from gradwatch_server.errors import ConfigurationError
-from gradwatch_server.notify.address_guard import Guard
-from gradwatch_server.notify.delivery_result import Answer
-from gradwatch_server.notify.receivers import Email, Message
-from gradwatch_server.notify.receivers.mail import _MailWay
+from gradwatch_server.notify.address_guard import AddressGuard
+from gradwatch_server.notify.http_client import DeliveryResult
+from gradwatch_server.notify.receivers import Email, Notification
+from gradwatch_server.notify.receivers.mail import SmtpTransport
 from gradwatch_server.settings import Configuration
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, free_port, run_apart, sample, wait_for
 
@@ -255,15 +255,14 @@ def test_mail_goes_to_the_first_address_of_its_host_that_answers() -> None:
     async def addresses(host: str, port: int) -> list[str]:
         return ["127.0.0.2", "127.0.0.1"]
 
-    async def send(port: int) -> Answer:
+    async def send(port: int) -> DeliveryResult:
         to = Email(name="team", host="mail", port=port, security="none", sender="a@example.com", to=["b@example.com"])
         now = time.time()
-        way = _MailWay(to, Guard(["127.0.0.0/8"], addresses), 5.0, 1)
-        async with way:
-            return await way.send(Message("msg_1", _test_payload(now), now), now)
+        async with SmtpTransport(to, AddressGuard(["127.0.0.0/8"], addresses), 5.0, 1) as transport:
+            return await transport.send(Notification("msg_1", _test_payload(now), now), now)
 
     with mail_server() as (mails, port):
-        assert run_apart(send(port)) == Answer(250)
+        assert run_apart(send(port)) == DeliveryResult(250)
         assert [mail["To"] for mail in mails.taken] == ["b@example.com"]
 
 

@@ -154,10 +154,10 @@ def test_what_a_receiver_refused_of_a_deleted_run_can_be_sent_again_for_a_week(o
         assert delete_some(connection, "r", _resolver(HOOK)) == "nothing"
         now = time.time()
         connection.execute(sa.update(schema.deliveries).values(state="dead", due_at=now))
-        outbox.forget(connection, now + 7 * 86_400 - 1)
+        outbox.delete_orphaned_alerts(connection, now + 7 * 86_400 - 1)
         assert outbox.replay(connection, schema.deliveries.c.state == "dead", now) == 2
         connection.execute(sa.update(schema.deliveries).values(state="dead", due_at=now))
-        outbox.forget(connection, now + 7 * 86_400)
+        outbox.delete_orphaned_alerts(connection, now + 7 * 86_400)
         assert connection.execute(sa.select(schema.deliveries)).all() == []
     engine.dispose()
 

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 
 from gradwatch_server.cli.client import AskError, ask, parser, told
-from gradwatch_server.notify.delivery_result import Answer
-from gradwatch_server.notify.receivers import Message, Receiver
+from gradwatch_server.notify.http_client import DeliveryResult
+from gradwatch_server.notify.receivers import Notification, Receiver
 from gradwatch_server.settings import Configuration
 
 
@@ -54,17 +54,17 @@ def _test(given: argparse.Namespace) -> int:
     if given.name not in known:
         listed = ", ".join(known) or "none"
         raise AskError(f"{given.config} has no receiver {given.name!r}; it has: {listed}")
-    answer = asyncio.run(_send(known[given.name], configuration.delivery.timeout_seconds))
-    print(f"{given.name}: {answer.verdict}" + (f", status {answer.status}" if answer.status is not None else ""))
-    for line in filter(None, (answer.error, answer.text)):
+    result = asyncio.run(_send(known[given.name], configuration.delivery.timeout_seconds))
+    print(f"{given.name}: {result.verdict}" + (f", status {result.status}" if result.status is not None else ""))
+    for line in filter(None, (result.error, result.text)):
         print(line)
-    return 0 if answer.verdict == "delivered" else 1
+    return 0 if result.verdict == "delivered" else 1
 
 
-async def _send(receiver: Receiver, timeout_seconds: float) -> Answer:
+async def _send(receiver: Receiver, timeout_seconds: float) -> DeliveryResult:
     now = time.time()
-    async with receiver.way(timeout_seconds, 1) as way:
-        return await way.send(Message(f"msg_{secrets.token_hex(12)}", _test_payload(now), now), now)
+    async with receiver.transport(timeout_seconds, 1) as transport:
+        return await transport.send(Notification(f"msg_{secrets.token_hex(12)}", _test_payload(now), now), now)
 
 
 def _test_payload(now: float) -> str:

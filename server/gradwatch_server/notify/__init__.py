@@ -1,1 +1,1 @@
-"""Notifications: the outbox, its delivery workers, the HTTP client with its address guard, the receivers."""
+"""Notifications: the outbox, the workers that deliver it, the HTTP client with its address guard, the receivers."""

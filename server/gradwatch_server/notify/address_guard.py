@@ -1,8 +1,8 @@
-"""Which addresses the server may connect to on a receiver's behalf, decided on the address itself, when connecting.
+"""Address guard: decides which IP addresses the server may connect to on behalf of a receiver (SSRF protection).
 
-A check of the host name alone is worth nothing: a name may resolve to a public address when it is checked and to
-169.254.169.254 when it is used (DNS rebinding). So the name is resolved once, every address is checked, and the
-connection goes to a checked address.
+Checking the host name is not enough: it may resolve to a public address when it is checked and to 169.254.169.254 when
+it is used (DNS rebinding). So the guard resolves the name once and checks every address, and the connection goes to one
+of the checked addresses.
 """
 
 import asyncio
@@ -17,43 +17,46 @@ from urllib.parse import urlsplit
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-EVERYWHERE = ("0.0.0.0/0", "::/0")
-"""What an operator who names an address on the command line allows for it."""
+ALL_NETWORKS = ("0.0.0.0/0", "::/0")
+"""Networks allowed for a receiver whose URL the operator gave on the command line."""
 _TRANSLATED = tuple(map(ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96")))
-"""NAT64 and stateless translation: the last 32 bits are an IPv4 address."""
+"""Networks of NAT64 and stateless translation: the last 32 bits of an address are an IPv4 address."""
 _IPV4_COMPATIBLE = ip_network("::/96")
 _SITE_LOCAL = ip_network("fec0::/10")
 _SPECIAL = tuple(map(ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20", "5f00::/16")))
-"""In IANA's registries of special addresses, and global to some versions of Python."""
-_AT_ONCE = 2
+"""Networks in IANA's registries of special addresses that some versions of Python take for global."""
+_MOST_THREADS = 2
 
 
 class Resolver(Protocol):
-    """Finds the addresses of a host."""
+    """Resolves a host name."""
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
-        """Return its addresses; raises OSError where it has none."""
+        """Return the IP addresses of a host; raises OSError if it has none."""
 
 
 class AddressRefused(OSError):
-    """The receiver's address is in a range that is not allowed."""
+    """The receiver's host has an address that is not public and not in ``allow_networks``."""
 
 
 class SystemResolver:
-    """Asks the system, in threads of its own: a name server that does not answer holds up nobody else's names."""
+    """Resolves with the system's resolver, in threads of its own.
+
+    A name server that does not respond blocks these threads only, and so only this receiver's names.
+    """
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="gradwatch-names")
+        self._threads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="gradwatch-names")
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
-        """Return its addresses; raises OSError where it has none."""
+        """Return the IP addresses of a host; raises OSError if it has none."""
         ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         found = await asyncio.get_running_loop().run_in_executor(self._threads, ask)
         return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def parse_networks(given: Iterable[str]) -> tuple[Network, ...]:
-    """Return the networks.
+    """Parse networks in CIDR notation.
 
     Raises:
         ValueError: one of them is not a network; the text names it.
@@ -61,8 +64,8 @@ def parse_networks(given: Iterable[str]) -> tuple[Network, ...]:
     return tuple(ip_network(network) for network in given)
 
 
-def refusal(address: Address, allowed: Sequence[Network]) -> str | None:
-    """Return why an address is refused; none: it is public, or the configuration allows its network."""
+def refusal_reason(address: Address, allowed: Sequence[Network]) -> str | None:
+    """Return the kind of a refused address, such as "loopback"; None if it is public or in an allowed network."""
     if _within(address, allowed):
         return None
     kinds = (_kind(each) for each in (address, *_embedded(address)) if not _within(each, allowed))
@@ -74,7 +77,7 @@ def _within(address: Address, networks: Iterable[Network]) -> bool:
 
 
 def _embedded(address: Address) -> tuple[IPv4Address, ...]:
-    """Return the IPv4 addresses that an IPv6 address stands for: mapped, compatible, translated, 6to4 and Teredo."""
+    """Return the IPv4 addresses inside an IPv6 address: mapped, compatible, translated, 6to4 and Teredo."""
     if isinstance(address, IPv4Address):
         return ()
     low = IPv4Address(int(address) & 0xFFFFFFFF)
@@ -104,48 +107,48 @@ def _kind(address: Address) -> str | None:
     return None if public else "private or reserved"
 
 
-def check_address(setting: str, address: str) -> None:
-    """Check that an address is one that can be asked: http or https, a host, a port that exists.
+def check_url(setting: str, url: str) -> None:
+    """Check that a URL has the scheme http or https, a host, and a port between 1 and 65535 if any.
 
     Raises:
-        ValueError: it is not; the text names the setting and shows no password.
+        ValueError: the URL is not valid; the text names the setting and shows no password.
     """
     try:
-        parts = urlsplit(address)
-        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        fine = fine and not any(character.isspace() or ord(character) < 32 for character in address)
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        valid = valid and not any(character.isspace() or ord(character) < 32 for character in url)
     except ValueError:  # a bracket that is not closed, a port beyond 65535
-        fine = False
-    if not fine:
-        shown = address.rpartition("@")[2] if "@" in address else address
+        valid = False
+    if not valid:
+        shown = url.rpartition("@")[2] if "@" in url else url
         raise ValueError(f"{setting} {shown!r} is not an http or https address with a host: http://host:port/path")
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host, as an address has it, can only be the machine itself."""
+    """Return whether the host of a URL can only be this machine: ``localhost`` or a loopback address."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-class Guard:
-    """Resolves a host and lets only allowed addresses pass."""
+class AddressGuard:
+    """Resolves the host of a receiver and refuses it unless all of its addresses are allowed."""
 
     def __init__(self, allow_networks: Iterable[str], resolver: Resolver | None = None) -> None:
         self._allowed = parse_networks(allow_networks)
         self._resolver = resolver or SystemResolver()
 
     async def resolve(self, host: str, port: int) -> list[str]:
-        """Return the addresses of a host, all of them allowed.
+        """Return the IP addresses of a host, all of them allowed.
 
         Raises:
-            AddressRefused: one of them is not.
-            OSError: the name is not known.
+            AddressRefused: one of its addresses is not allowed.
+            OSError: the name cannot be resolved.
         """
         found = [ip_address(address) for address in await self._resolver(host, port)]
         for address in found:
-            kind = refusal(address, self._allowed)
+            kind = refusal_reason(address, self._allowed)
             if kind is not None:
                 raise AddressRefused(
                     f"{host} has the {kind} address {address}: if this is meant, add its network to the receiver's "

@@ -1,23 +1,70 @@
-"""One POST to an address that somebody configured: guarded, bounded, without redirects, proxies or cookies."""
+"""HTTP client for notifications: one POST to a configured URL, and the result of a delivery attempt.
+
+The URL comes from a configuration file and may lead anywhere, so the client connects only to addresses that the address
+guard allows, limits the time and the bytes of the response, and follows no redirects, proxies or cookies.
+"""
 
 import asyncio
 import ssl
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from email.utils import parsedate_to_datetime
+from typing import Literal, Self
 
 import httpcore
 
-from gradwatch_server.notify.address_guard import Guard
-from gradwatch_server.notify.delivery_result import Answer, retry_after
+from gradwatch_server.notify.address_guard import AddressGuard
 
+Verdict = Literal["delivered", "failed", "refused", "gone"]
+
+_TEMPORARY = (408, 425, 429)
 _MOST_READ_BYTES = 16 * 1024
 _MOST_TEXT_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
-class Letter:
-    """What is posted."""
+class DeliveryResult:
+    """The response of a receiver to one delivery attempt, or the reason why there is none."""
+
+    status: int | None
+    """HTTP status, or the nearest one where the protocol is not HTTP; None: the receiver did not respond."""
+    error: str = ""
+    retry_after_seconds: float | None = None
+    text: str = ""
+    """The first characters of the response body."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Decide what follows from the response.
+
+        ``failed`` is tried again (a redirect too: none is followed), ``refused`` is never tried again, and ``gone``
+        disables the receiver.
+        """
+        if self.status is None:
+            return "failed"
+        if 200 <= self.status < 300:
+            return "delivered"
+        if self.status == 410:
+            return "gone"
+        return "refused" if 400 <= self.status < 500 and self.status not in _TEMPORARY else "failed"
+
+
+def retry_after(value: str | None) -> float | None:
+    """Return the seconds that a Retry-After header asks for, in either of its forms; none where it says nothing."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class HttpRequest:
+    """A POST request."""
 
     url: str
     body: bytes
@@ -25,9 +72,9 @@ class Letter:
 
 
 class _GuardedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to checked addresses only."""
+    """Opens TCP connections only to addresses that the guard allows."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: AddressGuard) -> None:
         self._guard = guard
         self._network = httpcore.AnyIOBackend()
 
@@ -39,7 +86,7 @@ class _GuardedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Resolve, check and connect: to the first of the checked addresses that takes the connection."""
+        """Resolve the host, check its addresses, and connect to the first one that accepts the connection."""
         addresses = await self._guard.resolve(host, port)
         for address in addresses[:-1]:
             try:
@@ -49,14 +96,14 @@ class _GuardedBackend(httpcore.AsyncNetworkBackend):
         return await self._network.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Sleep; httpcore asks every backend for this."""
         await self._network.sleep(seconds)
 
 
-class Postman:
-    """Posts to one receiver, on connections of its own."""
+class HttpClient:
+    """Posts to one receiver over a connection pool of its own; an asynchronous context manager."""
 
-    def __init__(self, guard: Guard, timeout_seconds: float, at_once: int) -> None:
+    def __init__(self, guard: AddressGuard, timeout_seconds: float, at_once: int) -> None:
         self._timeout_seconds = timeout_seconds
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl.create_default_context(),
@@ -66,34 +113,39 @@ class Postman:
         )
 
     async def __aenter__(self) -> Self:
-        """Open the connections when they are needed."""
+        """Return the client; it connects when it posts."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close them."""
+        """Close the connections."""
         await self._pool.aclose()
 
-    async def post(self, letter: Letter) -> Answer:
-        """Post once; of the answer no more than its first bytes are read, and its address is never in an error."""
-        headers: list[tuple[bytes | str, bytes | str]] = [("user-agent", "gradwatch"), *letter.headers.items()]
+    async def post(self, request: HttpRequest) -> DeliveryResult:
+        """Post once, and read only the first bytes of the response; no error text contains the URL."""
+        headers: list[tuple[bytes | str, bytes | str]] = [("user-agent", "gradwatch"), *request.headers.items()]
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                async with self._pool.stream("POST", letter.url, headers=headers, content=letter.body) as response:
+                async with self._pool.stream("POST", request.url, headers=headers, content=request.body) as response:
                     return await _read(response)
         except TimeoutError:
-            return Answer(None, f"no answer within {self._timeout_seconds:g} s (delivery.timeout_seconds)")
+            return timed_out(self._timeout_seconds)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-            return Answer(None, f"{type(error).__name__}: {error}"[:_MOST_TEXT_CHARACTERS])
+            return DeliveryResult(None, f"{type(error).__name__}: {error}"[:_MOST_TEXT_CHARACTERS])
 
 
-async def _read(response: httpcore.Response) -> Answer:
+def timed_out(timeout_seconds: float) -> DeliveryResult:
+    """Return the result of an attempt that took longer than ``delivery.timeout_seconds``, whatever the protocol."""
+    return DeliveryResult(None, f"no answer within {timeout_seconds:g} s (delivery.timeout_seconds)")
+
+
+async def _read(response: httpcore.Response) -> DeliveryResult:
     read = bytearray()
     async for chunk in response.aiter_stream():
         read += chunk
         if len(read) >= _MOST_READ_BYTES:
             break
     fields = {name.lower(): value.decode("latin-1") for name, value in response.headers}
-    return Answer(
+    return DeliveryResult(
         response.status,
         "" if 200 <= response.status < 300 else f"HTTP {response.status}",
         retry_after(fields.get(b"retry-after")),

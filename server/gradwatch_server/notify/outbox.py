@@ -1,4 +1,7 @@
-"""Deliveries as rows: claimed with a lease, recorded with every attempt, in order for each alert and receiver."""
+"""Outbox: the deliveries in the database, which servers claim with a lease and whose every attempt they record.
+
+Deliveries of the same alert to the same receiver are made in order.
+"""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,34 +11,34 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from gradwatch_server.notify.delivery_result import Answer
+from gradwatch_server.notify.http_client import DeliveryResult
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
 
 _LONGEST_WAIT_SECONDS = 86_400.0
-_UNKNOWN_SECONDS = 3_600.0
-"""How long what nobody takes stays due: another server, or this one's next configuration, may know the receiver."""
+_UNKNOWN_RECEIVER_SECONDS = 3_600.0
+"""How long a delivery to an unknown receiver stays due: another server, or a reload, may know the receiver."""
+_REPLAYABLE_SECONDS = 7 * 86_400.0
+"""How long the dead deliveries of a deleted run can be sent again."""
 
-_DEAD_SECONDS = 7 * 86_400.0
 
-
-class Delivery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How transitions of alerts are delivered."""
+class DeliverySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of ``[delivery]``: how transitions of alerts are delivered to receivers."""
 
     retry_seconds: Sequence[float] = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-    """Waiting time before each further attempt (the first is made at once); after the last the delivery is dead."""
+    """Waiting time before each further attempt (the first is made at once); after the last attempt it is dead."""
     jitter_ratio: float = 0.1
     """Each waiting time is lengthened by a random share of itself, at most this one."""
     timeout_seconds: float = 10.0
-    """Longest time that one attempt may take, from name resolution to the answer."""
+    """Longest time that one attempt may take, from name resolution to the response."""
     lease_seconds: float = 60.0
-    """After this time another server takes over the deliveries that a dead one had claimed."""
+    """Time after which another server takes over the deliveries that a dead server had claimed."""
     at_once: int = 32
-    """Most deliveries that are under way to one receiver; to one by mail or Apprise 2."""
+    """Most deliveries under way to one receiver at the same time; by mail or Apprise at most 2."""
     circuit_failures: int = 5
-    """Failures in a row after which a receiver is left alone for a while."""
+    """Failures in a row after which the circuit breaker of a receiver opens: nothing is sent for a while."""
     circuit_seconds: float = 15.0
-    """The first such while; it doubles with each failed probe, up to 5 minutes."""
+    """How long it stays open at first; the time doubles with each failed probe, up to 5 minutes."""
 
     def __post_init__(self) -> None:
         for name in ("timeout_seconds", "lease_seconds", "at_once", "circuit_failures", "circuit_seconds"):
@@ -51,8 +54,8 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 @dataclass(frozen=True)
-class Due:
-    """A delivery that this server holds the lease of."""
+class ClaimedDelivery:
+    """A due delivery whose lease this server holds."""
 
     id: str
     alert: str
@@ -60,27 +63,51 @@ class Due:
     created_at: float
     payload: str
     leased_until: float
-    """Names this claim: another one has another time."""
+    """End of the lease, Unix seconds. It identifies the claim: another claim has another time."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try of a delivery and what came of it."""
+    """One attempt of a delivery, and its result."""
 
-    due: Due
-    answer: Answer
+    delivery: ClaimedDelivery
+    result: DeliveryResult
     at: float
+    """Unix seconds."""
     seconds: float
+    """How long it took."""
 
 
-def claim(connection: sa.Connection, receiver: str, now: float, most: int, lease_seconds: float) -> list[Due]:
-    """Take up to ``most`` due deliveries; a dead server's claims come back when their lease ends.
+def claim(
+    connection: sa.Connection, receiver: str, now: float, most: int, lease_seconds: float
+) -> list[ClaimedDelivery]:
+    """Claim up to ``most`` due deliveries of a receiver; the claims of a dead server end with their leases.
 
-    A delivery waits until those before it of the same alert and receiver are delivered or dead: a resolved alert never
-    overtakes its firing.
+    A delivery waits until the earlier ones of the same alert and receiver are delivered or dead, so that ``resolved``
+    never overtakes ``firing``.
     """
+    table = schema.deliveries
+    disabled = sa.exists().where(schema.disabled_receivers.c.name == receiver)
+    rows = connection.execute(
+        sa.select(*table.c["id", "alert", "receiver", "created_at"], schema.transitions.c.payload)
+        .join(schema.transitions, schema.transitions.c.id == table.c.transition)
+        .where(table.c.receiver == receiver, table.c.state == "due", table.c.due_at <= now)
+        .where(table.c.leased_until <= now, ~_has_earlier_due(), ~disabled)
+        .order_by(table.c.due_at)
+        .limit(most)
+        .with_for_update(skip_locked=True, of=table)
+    ).all()
+    until = now + lease_seconds
+    if rows:
+        claimed = sa.update(table).where(table.c.id.in_([row.id for row in rows]))
+        connection.execute(claimed.values(leased_until=until))
+    return [ClaimedDelivery(row.id, row.alert, row.receiver, row.created_at, row.payload, until) for row in rows]
+
+
+def _has_earlier_due() -> sa.Exists:
+    """Match the deliveries for which an earlier one of the same alert and receiver is still due."""
     table, earlier = schema.deliveries, schema.deliveries.alias("earlier")
-    blocked = (
+    return (
         sa.select(earlier.c.id)
         .where(
             earlier.c.alert == table.c.alert,
@@ -90,31 +117,16 @@ def claim(connection: sa.Connection, receiver: str, now: float, most: int, lease
         )
         .exists()
     )
-    off = sa.exists().where(schema.disabled_receivers.c.name == receiver)
-    rows = connection.execute(
-        sa.select(*table.c["id", "alert", "receiver", "created_at"], schema.transitions.c.payload)
-        .join(schema.transitions, schema.transitions.c.id == table.c.transition)
-        .where(table.c.receiver == receiver, table.c.state == "due", table.c.due_at <= now)
-        .where(table.c.leased_until <= now, ~blocked, ~off)
-        .order_by(table.c.due_at)
-        .limit(most)
-        .with_for_update(skip_locked=True, of=table)
-    ).all()
-    until = now + lease_seconds
-    if rows:
-        claimed = sa.update(table).where(table.c.id.in_([row.id for row in rows]))
-        connection.execute(claimed.values(leased_until=until))
-    return [Due(row.id, row.alert, row.receiver, row.created_at, row.payload, until) for row in rows]
 
 
-def record(connection: sa.Connection, made: Sequence[Attempt], pace: Delivery) -> list[str]:
-    """Write down what came of attempts and when the next ones are due; return the deliveries' states.
+def record(connection: sa.Connection, attempts: Sequence[Attempt], settings: DeliverySettings) -> list[str]:
+    """Record attempts and when the next ones are due; return the state of each attempt's delivery.
 
-    Another server may have taken over meanwhile, or somebody may have had an earlier delivery sent again, after which
-    this one is to be sent once more: then the attempt is kept, and what follows is left to the new claim.
+    If another server has claimed a delivery meanwhile, or a replay has made it due once more, then only the attempt is
+    recorded, and the new claim decides what follows.
     """
     table = schema.deliveries
-    ids = [attempt.due.id for attempt in made]
+    ids = [attempt.delivery.id for attempt in attempts]
     rows = connection.execute(
         sa.select(*table.c["id", "state", "attempts", "attempts_before"])
         .add_columns(*table.c["due_at", "leased_until", "error", "delivered_at"])
@@ -122,90 +134,103 @@ def record(connection: sa.Connection, made: Sequence[Attempt], pace: Delivery) -
         .order_by(table.c.id)
         .with_for_update()
     ).mappings()
-    known = {row["id"]: dict(row) for row in rows}
-    tries = []
-    for attempt in made:
-        if attempt.due.id in known:
-            known[attempt.due.id] |= _outcome(known[attempt.due.id], attempt, pace)
-            tries.append(_try(known[attempt.due.id]["attempts"], attempt))
-    if tries:
-        connection.execute(sa.insert(schema.attempts), tries)
-        changed = sa.update(table).where(table.c.id == sa.bindparam("of"))
-        connection.execute(changed, [row | {"of": row["id"]} for row in known.values()])
-    for attempt in made:
-        if attempt.answer.verdict == "gone":
-            disable(connection, attempt.due.receiver, "it answered 410 Gone", attempt.at + attempt.seconds)
-    return [known[each]["state"] if each in known else "deleted" for each in ids]
+    deliveries = {row["id"]: dict(row) for row in rows}
+    attempt_rows = []
+    for attempt in attempts:
+        if (delivery := deliveries.get(attempt.delivery.id)) is not None:
+            delivery |= _changes(delivery, attempt, settings)
+            attempt_rows.append(_attempt_row(delivery["attempts"], attempt))
+    if attempt_rows:
+        connection.execute(sa.insert(schema.attempts), attempt_rows)
+        update = sa.update(table).where(table.c.id == sa.bindparam("of"))
+        connection.execute(update, [row | {"of": row["id"]} for row in deliveries.values()])
+    for attempt in attempts:
+        if attempt.result.verdict == "gone":
+            disable(connection, attempt.delivery.receiver, "it answered 410 Gone", attempt.at + attempt.seconds)
+    return [deliveries[each]["state"] if each in deliveries else "deleted" for each in ids]
 
 
-def _outcome(before: Mapping[str, Any], attempt: Attempt, pace: Delivery) -> dict[str, Any]:
-    """Return what changes of a delivery."""
+def _changes(before: Mapping[str, Any], attempt: Attempt, settings: DeliverySettings) -> dict[str, Any]:
+    """Return the columns of a delivery that an attempt changes."""
     number, ended = before["attempts"] + 1, attempt.at + attempt.seconds
-    if before["leased_until"] != attempt.due.leased_until:
+    if before["leased_until"] != attempt.delivery.leased_until:
         return {"attempts": number}
-    state, due_at = _next(number - before["attempts_before"], attempt.answer, ended, pace)
+    state, due_at = _next(number - before["attempts_before"], attempt.result, ended, settings)
     return {
         "state": state,
         "attempts": number,
         "due_at": due_at,
         "leased_until": 0.0,
-        "error": attempt.answer.error,
+        "error": attempt.result.error,
         "delivered_at": ended if state == "delivered" else None,
     }
 
 
-def _try(number: int, attempt: Attempt) -> dict[str, Any]:
-    answer = attempt.answer
-    made = {"delivery": attempt.due.id, "number": number, "at": attempt.at, "seconds": attempt.seconds}
-    return made | {"status": answer.status, "error": answer.error}
+def _attempt_row(number: int, attempt: Attempt) -> dict[str, Any]:
+    result = attempt.result
+    row = {"delivery": attempt.delivery.id, "number": number, "at": attempt.at, "seconds": attempt.seconds}
+    return row | {"status": result.status, "error": result.error}
 
 
-def _next(number: int, answer: Answer, now: float, pace: Delivery) -> tuple[str, float]:
-    """Return the state after an attempt, counted from the first one or since it was sent again, and when it is due."""
-    if answer.verdict == "delivered":
+def _next(number: int, result: DeliveryResult, now: float, settings: DeliverySettings) -> tuple[str, float]:
+    """Return the state of a delivery after an attempt and the time at which it is due.
+
+    Args:
+        number: how many attempts were made since the delivery was written, or since it was replayed.
+    """
+    if result.verdict == "delivered":
         return "delivered", now
-    if answer.verdict != "failed" or number > len(pace.retry_seconds):
+    if result.verdict != "failed" or number > len(settings.retry_seconds):
         return "dead", now
-    jitter = random.uniform(1.0, 1.0 + pace.jitter_ratio)  # noqa: S311  # spreads retries, hides nothing
-    wait = max(pace.retry_seconds[number - 1] * jitter, answer.retry_after_seconds or 0.0)
-    return "due", now + min(wait, max(_LONGEST_WAIT_SECONDS, *pace.retry_seconds) * (1.0 + pace.jitter_ratio))
+    jitter = random.uniform(1.0, 1.0 + settings.jitter_ratio)  # noqa: S311  # spreads retries, hides nothing
+    wait = max(settings.retry_seconds[number - 1] * jitter, result.retry_after_seconds or 0.0)
+    longest = max(_LONGEST_WAIT_SECONDS, *settings.retry_seconds) * (1.0 + settings.jitter_ratio)
+    return "due", now + min(wait, longest)
 
 
 def disable(connection: sa.Connection, receiver: str, reason: str, now: float) -> None:
-    """Send nothing more to a receiver until somebody enables it again."""
+    """Disable a receiver: nothing is sent to it until somebody enables it again."""
     statement = upsert(connection.dialect.name, schema.disabled_receivers).values(name=receiver, at=now, reason=reason)
     connection.execute(statement.on_conflict_do_nothing())
 
 
 def enable(connection: sa.Connection, receiver: str) -> bool:
-    """Send to a disabled receiver again; return False where it was not disabled."""
+    """Enable a disabled receiver again; return False if it was not disabled."""
     table = schema.disabled_receivers
     return connection.execute(sa.delete(table).where(table.c.name == receiver)).rowcount > 0
 
 
-def bury(connection: sa.Connection, receivers: Sequence[str], now: float) -> int:
-    """Give up what is due to receivers that are disabled, or that nobody knows for an hour; return how many."""
-    table, disabled = schema.deliveries, schema.disabled_receivers
-    off = table.c.receiver.in_(sa.select(disabled.c.name))
-    unknown = table.c.receiver.not_in(receivers) & (table.c.due_at <= now - _UNKNOWN_SECONDS)
-    error = sa.case((off, "the receiver is disabled"), else_="the receiver is not configured")
-    statement = sa.update(table).where(table.c.state == "due", off | unknown)
+def give_up(connection: sa.Connection, receivers: Sequence[str], now: float) -> int:
+    """Mark as dead what is due to disabled receivers, or due for an hour to unknown ones; return how many.
+
+    Args:
+        receivers: the names of the configured receivers.
+    """
+    table = schema.deliveries
+    disabled = table.c.receiver.in_(sa.select(schema.disabled_receivers.c.name))
+    unknown = table.c.receiver.not_in(receivers) & (table.c.due_at <= now - _UNKNOWN_RECEIVER_SECONDS)
+    error = sa.case((disabled, "the receiver is disabled"), else_="the receiver is not configured")
+    statement = sa.update(table).where(table.c.state == "due", disabled | unknown)
     return connection.execute(statement.values(state="dead", error=error)).rowcount
 
 
-def forget(connection: sa.Connection, now: float) -> None:
-    """Remove the alerts of deleted runs of which nothing is due any more; what is dead can be sent again for a week."""
+def delete_orphaned_alerts(connection: sa.Connection, now: float) -> None:
+    """Delete the alerts of deleted runs that have no due delivery, and no dead one of the last week to replay."""
     alerts, table = schema.alerts, schema.deliveries
-    kept = (table.c.state == "due") | ((table.c.state == "dead") & (table.c.due_at > now - _DEAD_SECONDS))
+    kept = (table.c.state == "due") | ((table.c.state == "dead") & (table.c.due_at > now - _REPLAYABLE_SECONDS))
     needed = sa.exists().where(table.c.alert == alerts.c.id, kept)
     connection.execute(sa.delete(alerts).where(alerts.c.run.is_(None), ~needed))
 
 
 def replay(connection: sa.Connection, chosen: sa.ColumnElement[bool], now: float) -> int:
-    """Make deliveries due again, with the id they had and all attempts before them; return how many.
+    """Make deliveries due again, with their ids and recorded attempts; return how many.
 
-    Those after them of the same alert and receiver are due again as well, delivered or not: the receiver's last word is
-    how the alert stands. One that is under way is sent once more, for it may arrive before what is sent again.
+    The later deliveries of the same alert and receiver become due again as well, even those delivered already, so that
+    the receiver ends with the latest state of the alert. A later one that is under way is sent once more, because its
+    attempt may arrive before the replayed ones.
+
+    Args:
+        chosen: a condition on ``deliveries``.
     """
     table = schema.deliveries
     first = (
@@ -221,11 +246,11 @@ def replay(connection: sa.Connection, chosen: sa.ColumnElement[bool], now: float
         .order_by(table.c.id)
         .with_for_update(of=table)
     ).all()
-    again = [row.id for row in rows if row.state != "due"]
-    fresh = {"state": "due", "due_at": now, "leased_until": 0.0, "delivered_at": None}
-    fresh |= {"attempts_before": table.c.attempts}
+    replayed = [row.id for row in rows if row.state != "due"]
+    values = {"state": "due", "due_at": now, "leased_until": 0.0, "delivered_at": None}
+    values |= {"attempts_before": table.c.attempts}
     update = sa.update(table).where(table.c.id == sa.bindparam("of"))
-    if again:
-        connection.execute(update.values(fresh), [{"of": each} for each in again])
+    if replayed:
+        connection.execute(update.values(values), [{"of": each} for each in replayed])
         connection.execute(update.values(leased_until=0.0), [{"of": row.id} for row in rows])
-    return len(again)
+    return len(replayed)

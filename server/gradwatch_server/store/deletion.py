@@ -1,7 +1,8 @@
 """Deletes a run in bounded transactions, so that others write in between, then resolves its alerts.
 
 A server that ends before that leaves the rest to the next one. Notifications that are not delivered by then outlive
-the run, as alerts without one, until they are delivered or have long been dead; ``outbox.forget`` removes them.
+the run, as alerts without one, until they are delivered or have long been dead, when ``outbox.delete_orphaned_alerts``
+removes them.
 """
 
 import time

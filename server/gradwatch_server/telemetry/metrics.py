@@ -17,7 +17,7 @@ from gradwatch_server.alerting.lifecycle import SEVERITIES
 from gradwatch_server.diagnosis import RULES
 from gradwatch_server.ingest.admission import Room
 from gradwatch_server.ingest.transaction import Ingest
-from gradwatch_server.notify.dispatcher import Notifier
+from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Settings
 from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer

@@ -1,8 +1,8 @@
-"""Where transitions of alerts go: one module a kind, each turning a transition into what that kind reads."""
+"""Receivers of notifications: one module per type, which turns a notification into the format of that type."""
 
 from gradwatch_server.notify.receivers.alertmanager import Alertmanager, AlertmanagerWebhook
 from gradwatch_server.notify.receivers.apprise import AppriseService
-from gradwatch_server.notify.receivers.base import Message, Receiver, Way, WebReceiver
+from gradwatch_server.notify.receivers.base import Notification, Receiver, Transport, WebReceiver
 from gradwatch_server.notify.receivers.chat import Slack, Teams
 from gradwatch_server.notify.receivers.mail import Email
 from gradwatch_server.notify.receivers.pagerduty import PagerDuty
@@ -16,12 +16,12 @@ __all__ = [
     "AnyReceiver",
     "AppriseService",
     "Email",
-    "Message",
+    "Notification",
     "PagerDuty",
     "Receiver",
     "Slack",
     "Teams",
-    "Way",
+    "Transport",
     "WebReceiver",
     "Webhook",
 ]

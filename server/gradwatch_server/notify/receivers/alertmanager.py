@@ -1,10 +1,10 @@
-"""Prometheus Alertmanager, and webhooks that read what Alertmanager sends."""
+"""Receivers for Prometheus Alertmanager, and for webhooks that read Alertmanager's own webhook format."""
 
 from datetime import UTC, datetime
 from typing import Any
 
-from gradwatch_server.notify.http_client import Letter
-from gradwatch_server.notify.receivers.base import Message, WebReceiver
+from gradwatch_server.notify.http_client import HttpRequest
+from gradwatch_server.notify.receivers.base import Notification, WebReceiver, worst_parameters
 
 _NEVER = "0001-01-01T00:00:00Z"
 
@@ -12,34 +12,34 @@ _NEVER = "0001-01-01T00:00:00Z"
 class Alertmanager(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="alertmanager"):
     """Posts to Alertmanager's API (``/api/v2/alerts`` below ``url``).
 
-    Alertmanager keeps alerts in memory and forgets them: what fires is sent again, and what was resolved for 5 minutes.
+    Alertmanager keeps alerts in memory only, so the notifier repeats firing alerts, and resolved ones for 5 minutes.
     """
 
     resend_seconds: float = 60.0
-    """How often; Alertmanager takes an alert for resolved that it has not heard of for four times as long."""
+    """How often alerts are sent again; Alertmanager takes an alert for resolved after four times as long without it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.resend_seconds <= 0:
             raise ValueError(f"receiver {self.name!r}: resend_seconds is {self.resend_seconds}: more than 0 is needed")
 
-    def letter(self, message: Message, now: float) -> Letter:
-        """Return the alert as Alertmanager's API takes it."""
-        return self.digest([message], now)
+    def request(self, notification: Notification, now: float) -> HttpRequest:
+        """Return the request that posts one alert."""
+        return self.batch_request([notification], now)
 
-    def digest(self, messages: list[Message], now: float) -> Letter:
-        """Return several alerts as one request."""
+    def batch_request(self, notifications: list[Notification], now: float) -> HttpRequest:
+        """Return the request that posts several alerts."""
         url = self.url.rstrip("/") + "/api/v2/alerts"
-        return self.json_letter([self._posted(message, now) for message in messages], url)
+        return self.json_request([self._alert(notification, now) for notification in notifications], url)
 
-    def _posted(self, message: Message, now: float) -> dict[str, Any]:
-        data = message.data
+    def _alert(self, notification: Notification, now: float) -> dict[str, Any]:
+        data = notification.data
         firing = data["state"] == "firing"
-        ends_at = now + 4 * self.resend_seconds if firing else message.created_at
+        ends_at = now + 4 * self.resend_seconds if firing else notification.created_at
         return {
             "labels": labels(data),
             "annotations": annotations(data),
-            "startsAt": _time(min(data["fired_at"] or message.created_at, message.created_at)),
+            "startsAt": _time(min(data["fired_at"] or notification.created_at, notification.created_at)),
             "endsAt": _time(ends_at),
             "generatorURL": data["url"],
         }
@@ -48,25 +48,25 @@ class Alertmanager(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields
 class AlertmanagerWebhook(
     WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="alertmanager-webhook"
 ):
-    """Posts what Alertmanager (version 4) posts to its webhooks, so that receivers written for it work unchanged."""
+    """Posts Alertmanager's webhook format, version 4, so that receivers written for Alertmanager work unchanged."""
 
-    def letter(self, message: Message, now: float) -> Letter:
-        """Return Alertmanager's document with one alert in it."""
-        data = message.data
+    def request(self, notification: Notification, now: float) -> HttpRequest:
+        """Return the request that posts Alertmanager's document with one alert."""
+        data = notification.data
         firing = data["state"] == "firing"
         named, noted = labels(data), annotations(data)
         alert = {
             "status": data["state"],
             "labels": named,
             "annotations": noted,
-            "startsAt": _time(data["fired_at"] or message.created_at),
-            "endsAt": _NEVER if firing else _time(data["resolved_at"] or message.created_at),
+            "startsAt": _time(data["fired_at"] or notification.created_at),
+            "endsAt": _NEVER if firing else _time(data["resolved_at"] or notification.created_at),
             "generatorURL": data["url"],
             "fingerprint": data["fingerprint"],
         }
         group = {"alertname": named["alertname"], "run": named["run"]}
         key = ", ".join(f'{name}="{value}"' for name, value in group.items())
-        return self.json_letter(
+        return self.json_request(
             {
                 "version": "4",
                 "groupKey": f"{{}}:{{{key}}}",
@@ -83,7 +83,7 @@ class AlertmanagerWebhook(
 
 
 def labels(data: dict[str, Any]) -> dict[str, str]:
-    """Return what identifies an alert: the same while it lives, whatever becomes worse."""
+    """Return the labels that identify an alert; they stay the same while it fires, even if its severity changes."""
     run = data["run"]
     return {
         "alertname": "gradwatch_" + data["rule"],
@@ -95,15 +95,15 @@ def labels(data: dict[str, Any]) -> dict[str, str]:
 
 
 def annotations(data: dict[str, Any]) -> dict[str, str]:
-    """Return what is said of an alert."""
-    worst = ", ".join(blame["name"] for blame in data["parameters"][:5])
-    left_out = data["parameters_left_out"] + max(0, len(data["parameters"]) - 5)
+    """Return the annotations that describe an alert."""
+    worst, left_out = worst_parameters(data)
+    names = ", ".join(parameter["name"] for parameter in worst)
     return {
         "summary": data["summary"],
         "description": f"{data['cause']} {data['remedy']}",
         "severity": data["severity"],
         "step": str(data["step"]),
-        "parameters": worst + (f" and {left_out} more" if left_out else ""),
+        "parameters": names + (f" and {left_out} more" if left_out else ""),
     }
 
 

@@ -1,4 +1,4 @@
-"""What every receiver has, and the shape of a way to it."""
+"""Base of every receiver: its settings, the notification it is sent, and the transport that sends it."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
@@ -6,52 +6,53 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from gradwatch_server.notify.address_guard import Guard, parse_networks
-from gradwatch_server.notify.delivery_result import Answer
-from gradwatch_server.notify.http_client import Letter, Postman
+from gradwatch_server.notify.address_guard import AddressGuard, parse_networks
+from gradwatch_server.notify.http_client import DeliveryResult, HttpClient, HttpRequest
+
+_MOST_PARAMETERS = 5
 
 
 @dataclass(frozen=True)
-class Message:
-    """One transition on its way to one receiver."""
+class Notification:
+    """One transition of an alert, to be sent to one receiver."""
 
     id: str
-    """The same in every attempt."""
+    """The id of the delivery; every attempt has the same."""
     payload: str
-    """The JSON of docs/alert.schema.json."""
+    """A JSON document of docs/alert.schema.json."""
     created_at: float
     """When the transition was written, by the server's clock, Unix seconds."""
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the payload says of the alert."""
+        """Return the payload's object ``data``, which describes the alert."""
         data: dict[str, Any] = msgspec.json.decode(self.payload)["data"]
         return data
 
 
-class Way(Protocol):
-    """An open way to a receiver; an asynchronous context manager."""
+class Transport(Protocol):
+    """Sends notifications to one receiver; an asynchronous context manager that owns the connections."""
 
     async def __aenter__(self) -> Self:
-        """Open it."""
+        """Return the transport."""
 
     async def __aexit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the connections."""
 
-    async def send(self, message: Message, now: float) -> Answer:
-        """Try once; never raises for what the receiver or the network does."""
+    async def send(self, notification: Notification, now: float) -> DeliveryResult:
+        """Attempt to send once; never raises for an error of the receiver or the network."""
 
 
 class Receiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """Where transitions of alerts are delivered."""
+    """Settings of a receiver that every type has."""
 
     most_at_once: ClassVar[int] = 1_000
-    """Deliveries that its way can carry at once; ``delivery.at_once`` may allow fewer."""
+    """Most deliveries that its transport can send at the same time; ``delivery.at_once`` may allow fewer."""
 
     name: str
-    """How routes, the API and the log call it."""
+    """Name of the receiver in routes, in the API and in the log."""
     allow_networks: list[str] = []
-    """Private networks that this receiver may be in, such as ``10.0.0.0/8``; public addresses need none."""
+    """Private networks in which this receiver may be, such as ``10.0.0.0/8``; public addresses are always allowed."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -61,8 +62,13 @@ class Receiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         except ValueError as error:
             raise ValueError(f"receiver {self.name!r}: allow_networks: {error}") from None
 
-    def way(self, timeout_seconds: float, at_once: int) -> Way:
-        """Return the way to it."""
+    def transport(self, timeout_seconds: float, at_once: int) -> Transport:
+        """Return a new transport.
+
+        Args:
+            timeout_seconds: longest time that one attempt may take.
+            at_once: most attempts at the same time.
+        """
         raise NotImplementedError
 
 
@@ -70,7 +76,7 @@ class WebReceiver(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """A receiver that takes an HTTP POST."""
 
     url: str
-    """Its http or https address; it is never logged or shown."""
+    """Its http or https URL, which is never logged or shown."""
     headers: dict[str, str] = {}
     """Further request headers, such as ``Authorization``."""
 
@@ -90,31 +96,55 @@ class WebReceiver(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if parts.username or parts.password:
             raise ValueError(f"receiver {self.name!r}: url {shown} has a password in it: put it into headers instead")
 
-    def letter(self, message: Message, now: float) -> Letter:
-        """Return what is posted for a transition."""
+    def request(self, notification: Notification, now: float) -> HttpRequest:
+        """Return the request that sends a notification; ``now``: the time of the attempt, Unix seconds."""
         raise NotImplementedError
 
-    def way(self, timeout_seconds: float, at_once: int) -> Way:
-        """Return the way to it."""
-        return _WebWay(self, Postman(Guard(self.allow_networks), timeout_seconds, at_once))
+    def transport(self, timeout_seconds: float, at_once: int) -> Transport:
+        """Return a new transport over HTTP."""
+        return _HttpTransport(self, HttpClient(AddressGuard(self.allow_networks), timeout_seconds, at_once))
 
-    def json_letter(self, content: object, url: str | None = None) -> Letter:
-        """Return a letter with a JSON body."""
+    def json_request(self, content: object, url: str | None = None) -> HttpRequest:
+        """Return a request with a JSON body, to the receiver's URL unless another one is given."""
         fields = {"content-type": "application/json", **self.headers}
-        return Letter(url or self.url, msgspec.json.encode(content), fields)
+        return HttpRequest(url or self.url, msgspec.json.encode(content), fields)
 
 
-class _WebWay:
-    def __init__(self, receiver: WebReceiver, postman: Postman) -> None:
+class _HttpTransport:
+    def __init__(self, receiver: WebReceiver, client: HttpClient) -> None:
         self._receiver = receiver
-        self._postman = postman
+        self._client = client
 
     async def __aenter__(self) -> Self:
-        await self._postman.__aenter__()
+        await self._client.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._postman.__aexit__()
+        await self._client.__aexit__()
 
-    async def send(self, message: Message, now: float) -> Answer:
-        return await self._postman.post(self._receiver.letter(message, now))
+    async def send(self, notification: Notification, now: float) -> DeliveryResult:
+        return await self._client.post(self._receiver.request(notification, now))
+
+
+def title(data: dict[str, Any]) -> str:
+    """Return one line that says which alert fires or is resolved, such as "CRITICAL: nonfinite in vision / resnet"."""
+    run = data["run"]
+    state = "RESOLVED" if data["state"] == "resolved" else data["severity"].upper()
+    return f"{state}: {data['rule']} in {run['project']} / {run['name']}"
+
+
+def worst_parameters(data: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """Return the alert's first five parameters, the worst ones, and the number of further parameters."""
+    worst = data["parameters"][:_MOST_PARAMETERS]
+    return worst, data["parameters_left_out"] + len(data["parameters"]) - len(worst)
+
+
+def parameter_lines(data: dict[str, Any]) -> list[str]:
+    """Return one line for each of the worst parameters, with its value, and one that counts the others."""
+    worst, left_out = worst_parameters(data)
+    lines = [f"{parameter['name']}: {_rounded(parameter['value'])}" for parameter in worst]
+    return [*lines, f"and {left_out} more"] if left_out else lines
+
+
+def _rounded(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""E-mail by SMTP."""
+"""Receiver for e-mail, sent by SMTP."""
 
 import asyncio
 import logging
@@ -14,33 +14,32 @@ from email.message import EmailMessage
 from email.utils import format_datetime
 from typing import Any, ClassVar, Literal, Self
 
-from gradwatch_server.notify.address_guard import Guard
-from gradwatch_server.notify.delivery_result import Answer
-from gradwatch_server.notify.receivers.base import Message, Receiver, Way
-from gradwatch_server.notify.receivers.chat import blamed, headline
+from gradwatch_server.notify.address_guard import AddressGuard
+from gradwatch_server.notify.http_client import DeliveryResult, timed_out
+from gradwatch_server.notify.receivers.base import Notification, Receiver, Transport, parameter_lines, title
 
 log = logging.getLogger(__name__)
 
 
 class Email(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="email"):
-    """Sends a plain text through an SMTP server."""
+    """Sends a plain-text mail through an SMTP server."""
 
     most_at_once: ClassVar[int] = 2
 
     host: str
-    """The SMTP server."""
+    """Host name of the SMTP server."""
     port: int = 587
-    """Its port."""
+    """Port of the SMTP server."""
     security: Literal["starttls", "tls", "none"] = "starttls"
-    """How the connection is encrypted; both forms of TLS check the certificate."""
+    """How the connection is encrypted; ``starttls`` and ``tls`` check the certificate of the server."""
     sender: str
     """The From address."""
     to: list[str]
     """The To addresses."""
     username: str | None = None
-    """Absent: no login."""
+    """User name of the login; without it there is no login."""
     password: str | None = None
-    """Goes with username."""
+    """Password of the login."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,34 +48,34 @@ class Email(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
         if (self.username is None) != (self.password is None):
             raise ValueError(f"receiver {self.name!r}: username and password go together: give both or neither")
 
-    def way(self, timeout_seconds: float, at_once: int) -> Way:
-        """Return the way to it."""
-        return _MailWay(self, Guard(self.allow_networks), timeout_seconds, at_once)
+    def transport(self, timeout_seconds: float, at_once: int) -> Transport:
+        """Return a new transport over SMTP."""
+        return SmtpTransport(self, AddressGuard(self.allow_networks), timeout_seconds, at_once)
 
-    def mail(self, message: Message, now: float) -> EmailMessage:
-        """Return the mail of a transition; the mails of one alert are one thread."""
-        data = message.data
+    def mail(self, notification: Notification, now: float) -> EmailMessage:
+        """Return the mail for a notification; the mails of one alert form one thread."""
+        data = notification.data
         mail = EmailMessage()
-        mail["From"], mail["To"], mail["Subject"] = self.sender, ", ".join(self.to), _line(headline(data))
+        mail["From"], mail["To"], mail["Subject"] = self.sender, ", ".join(self.to), _one_line(title(data))
         mail["Date"] = format_datetime(datetime.fromtimestamp(now, UTC))
-        mail["Message-ID"] = f"<{message.id}@gradwatch>"
+        mail["Message-ID"] = f"<{notification.id}@gradwatch>"
         mail["References"] = f"<{data['id']}@gradwatch>"
         mail["Auto-Submitted"] = "auto-generated"
         mail.set_content("\n\n".join(_paragraphs(data)) + "\n")
         return mail
 
 
-def _line(text: str) -> str:
+def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
 def _paragraphs(data: dict[str, Any]) -> list[str]:
-    said = [data["summary"], "\n".join(blamed(data))]
+    paragraphs = [data["summary"], "\n".join(parameter_lines(data))]
     if data["state"] == "firing":
-        said += ["Cause: " + data["cause"], "Remedy: " + data["remedy"]]
+        paragraphs += ["Cause: " + data["cause"], "Remedy: " + data["remedy"]]
     else:
-        said.append(data["resolution"] or "")
-    return [paragraph for paragraph in [*said, data["url"]] if paragraph]
+        paragraphs.append(data["resolution"] or "")
+    return [paragraph for paragraph in [*paragraphs, data["url"]] if paragraph]
 
 
 class _Dialogue:
@@ -139,43 +138,47 @@ class _Smtp(smtplib.SMTP):
         return socket.create_connection((self._addresses[-1], port), timeout)
 
 
-class _MailWay:
-    def __init__(self, receiver: Email, guard: Guard, timeout_seconds: float, at_once: int) -> None:
+class SmtpTransport:
+    """Sends mails in threads, each over a connection of its own to an address that the guard allows."""
+
+    def __init__(self, receiver: Email, guard: AddressGuard, timeout_seconds: float, at_once: int) -> None:
         self._receiver = receiver
         self._guard = guard
         self._timeout_seconds = timeout_seconds
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="gradwatch-mail")
 
     async def __aenter__(self) -> Self:
+        """Return the transport."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Take nothing more; what hangs is not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def send(self, message: Message, now: float) -> Answer:
+    async def send(self, notification: Notification, now: float) -> DeliveryResult:
+        """Send the mail once."""
         dialogue = _Dialogue()
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 addresses = await self._guard.resolve(self._receiver.host, self._receiver.port)
                 loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._threads, self._send, dialogue, addresses, message, now)
+                await loop.run_in_executor(self._threads, self._send, dialogue, addresses, notification, now)
         except smtplib.SMTPResponseException as error:
             said = error.smtp_error if isinstance(error.smtp_error, str) else error.smtp_error.decode(errors="replace")
             permanent = error.smtp_code >= 500 and not isinstance(error, smtplib.SMTPAuthenticationError)
-            return Answer(422 if permanent else None, f"SMTP {error.smtp_code} {said}"[:500])
+            return DeliveryResult(422 if permanent else None, f"SMTP {error.smtp_code} {said}"[:500])
         except smtplib.SMTPRecipientsRefused as error:
             permanent = all(code >= 500 for code, _ in error.recipients.values())
-            return Answer(422 if permanent else None, f"SMTP: all recipients refused: {len(error.recipients)}")
+            return DeliveryResult(422 if permanent else None, f"SMTP: all recipients refused: {len(error.recipients)}")
         except TimeoutError:
-            return Answer(None, f"no answer within {self._timeout_seconds:g} s (delivery.timeout_seconds)")
+            return timed_out(self._timeout_seconds)
         except (OSError, smtplib.SMTPException) as error:
-            return Answer(None, f"{type(error).__name__}: {error}"[:500])
+            return DeliveryResult(None, f"{type(error).__name__}: {error}"[:500])
         finally:
             dialogue.end()
-        return Answer(250)
+        return DeliveryResult(250)
 
-    def _send(self, dialogue: _Dialogue, addresses: Sequence[str], message: Message, now: float) -> None:
+    def _send(self, dialogue: _Dialogue, addresses: Sequence[str], notification: Notification, now: float) -> None:
         to = self._receiver
         context = None if to.security == "none" else ssl.create_default_context()
         over_tls = context if to.security == "tls" else None
@@ -184,6 +187,6 @@ class _MailWay:
                 smtp.starttls(context=context)
             if to.username is not None and to.password is not None:
                 smtp.login(to.username, to.password)
-            refused = smtp.send_message(to.mail(message, now))
+            refused = smtp.send_message(to.mail(notification, now))
         if refused:  # others have it: sent again, they would have it twice
             log.warning("receiver %s: the mail server takes nothing for %s", to.name, ", ".join(refused))

@@ -1,21 +1,21 @@
-"""A webhook, signed by Standard Webhooks 1.0.0."""
+"""Receiver for webhooks, signed according to Standard Webhooks 1.0.0."""
 
 import base64
 import binascii
 import hashlib
 import hmac
 
-from gradwatch_server.notify.http_client import Letter
-from gradwatch_server.notify.receivers.base import Message, WebReceiver
+from gradwatch_server.notify.http_client import HttpRequest
+from gradwatch_server.notify.receivers.base import Notification, WebReceiver
 
 
 class Webhook(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="webhook"):
-    """Posts the payload of docs/alerts.md, signed by Standard Webhooks 1.0.0."""
+    """Posts the payload of docs/alerts.md, signed according to Standard Webhooks 1.0.0."""
 
     secret: str | None = None
-    """``whsec_`` and 24 to 64 random bytes in base64; absent: the webhook is not signed."""
+    """``whsec_`` and 24 to 64 random bytes in base64; without it the webhook is not signed."""
     previous_secret: str | None = None
-    """The secret before this one: while it is rotated, both sign."""
+    """The previous secret: while the secret is rotated, both sign."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -25,20 +25,20 @@ class Webhook(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.previous_secret is not None and self.secret is None:
             raise ValueError(f"receiver {self.name!r}: previous_secret without secret: give the new one as secret")
 
-    def letter(self, message: Message, now: float) -> Letter:
-        """Return the signed body: its id is the same in every attempt, the timestamp is the attempt's."""
-        body, timestamp = message.payload.encode(), str(int(now))
+    def request(self, notification: Notification, now: float) -> HttpRequest:
+        """Return the signed request; every attempt has the same id, and the time of the attempt as its timestamp."""
+        body, timestamp = notification.payload.encode(), str(int(now))
         fields = {
             "content-type": "application/json",
             **self.headers,
-            "webhook-id": message.id,
+            "webhook-id": notification.id,
             "webhook-timestamp": timestamp,
         }
         secrets = [secret for secret in (self.secret, self.previous_secret) if secret is not None]
         if secrets:
-            signed = f"{message.id}.{timestamp}.".encode() + body
+            signed = f"{notification.id}.{timestamp}.".encode() + body
             fields["webhook-signature"] = " ".join(_signature(secret, signed) for secret in secrets)
-        return Letter(self.url, body, fields)
+        return HttpRequest(self.url, body, fields)
 
 
 def _signature(secret: str, signed: bytes) -> str:

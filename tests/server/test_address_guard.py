@@ -5,8 +5,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from gradwatch_server.notify.address_guard import AddressRefused, Guard, parse_networks, refusal
-from gradwatch_server.notify.http_client import Letter, Postman
+from gradwatch_server.notify.address_guard import AddressGuard, AddressRefused, parse_networks, refusal_reason
+from gradwatch_server.notify.http_client import HttpClient, HttpRequest
 from tests.processes import WebhookReceiver, run_apart
 
 REFUSED = [
@@ -81,14 +81,14 @@ PUBLIC = [
 
 @pytest.mark.parametrize(("address", "kind"), REFUSED)
 def test_what_is_not_public_is_refused(address: str, kind: str) -> None:
-    found = refusal(ip_address(address), ())
+    found = refusal_reason(ip_address(address), ())
     assert found is not None
     assert found.startswith(kind)
 
 
 @pytest.mark.parametrize("address", PUBLIC)
 def test_what_is_public_passes(address: str) -> None:
-    assert refusal(ip_address(address), ()) is None
+    assert refusal_reason(ip_address(address), ()) is None
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_what_is_public_passes(address: str) -> None:
     ],
 )
 def test_an_allowed_network_passes_and_no_other(address: str, network: str, passes: bool) -> None:
-    assert (refusal(ip_address(address), parse_networks([network])) is None) is passes
+    assert (refusal_reason(ip_address(address), parse_networks([network])) is None) is passes
 
 
 class Names:
@@ -123,7 +123,7 @@ class Names:
 
 
 def test_one_refused_address_among_public_ones_refuses_the_host() -> None:
-    guard = Guard([], Names(["8.8.8.8", "10.0.0.1"]))
+    guard = AddressGuard([], Names(["8.8.8.8", "10.0.0.1"]))
     with pytest.raises(AddressRefused, match=r"has the private or reserved address 10\.0\.0\.1: .* allow_networks"):
         run_apart(guard.resolve("example.com", 443))
 
@@ -135,12 +135,12 @@ def test_a_name_is_resolved_once_for_each_connection_and_goes_to_what_was_checke
         port = receiver.url.rpartition(":")[2]
 
         async def post_twice() -> tuple[int | None, str]:
-            guard = Guard(["127.0.0.0/8"], names)
-            async with Postman(guard, 5, 1) as postman:
-                first = await postman.post(Letter(f"http://rebound.example:{port}", b"{}", {}))
+            guard = AddressGuard(["127.0.0.0/8"], names)
+            async with HttpClient(guard, 5, 1) as client:
+                first = await client.post(HttpRequest(f"http://rebound.example:{port}", b"{}", {}))
             assert names.asked == 1
-            async with Postman(guard, 5, 1) as postman:
-                second = await postman.post(Letter(f"http://rebound.example:{port}", b"{}", {}))
+            async with HttpClient(guard, 5, 1) as client:
+                second = await client.post(HttpRequest(f"http://rebound.example:{port}", b"{}", {}))
             return first.status, second.error
 
         status, error = run_apart(post_twice())
@@ -155,9 +155,9 @@ def test_every_spelling_of_loopback_is_refused_on_the_wire(host: str) -> None:
     with WebhookReceiver() as receiver:
 
         async def post() -> str:
-            async with Postman(Guard([]), 5, 1) as postman:
+            async with HttpClient(AddressGuard([]), 5, 1) as client:
                 port = receiver.url.split(":")[2].partition("/")[0]
-                return (await postman.post(Letter(f"http://{host}:{port}/hook?token=abc", b"{}", {}))).error
+                return (await client.post(HttpRequest(f"http://{host}:{port}/hook?token=abc", b"{}", {}))).error
 
         error = run_apart(post())
         assert "AddressRefused" in error or "gaierror" in error

@@ -1,4 +1,4 @@
-"""One POST to an address that somebody configured: bounded in time and size, and nothing of the address is told."""
+"""The HTTP client of notifications: bounded in time and size, and no error tells anything of the URL."""
 
 import socket
 import threading
@@ -8,9 +8,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from gradwatch_server.notify.address_guard import Guard
-from gradwatch_server.notify.delivery_result import Answer
-from gradwatch_server.notify.http_client import Letter, Postman
+from gradwatch_server.notify.address_guard import AddressGuard
+from gradwatch_server.notify.http_client import DeliveryResult, HttpClient, HttpRequest
 from tests.processes import WebhookReceiver, run_apart
 
 LOOPBACK = ["127.0.0.0/8"]
@@ -34,10 +33,10 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[int]:
         listening.shutdown(socket.SHUT_RDWR)
 
 
-def post(port: int, timeout_seconds: float) -> Answer:
-    async def once() -> Answer:
-        async with Postman(Guard(LOOPBACK), timeout_seconds, 1) as postman:
-            return await postman.post(Letter(f"http://127.0.0.1:{port}/hook?key=hidden", b"{}", {}))
+def post(port: int, timeout_seconds: float) -> DeliveryResult:
+    async def once() -> DeliveryResult:
+        async with HttpClient(AddressGuard(LOOPBACK), timeout_seconds, 1) as client:
+            return await client.post(HttpRequest(f"http://127.0.0.1:{port}/hook?key=hidden", b"{}", {}))
 
     return run_apart(once())
 
@@ -61,15 +60,15 @@ def garbage(connection: socket.socket) -> None:
 
 def test_of_an_endless_answer_only_the_beginning_is_read() -> None:
     with answering(endless) as port:
-        answer = post(port, 30)
-    assert (answer.verdict, len(answer.text)) == ("delivered", 500)
+        result = post(port, 30)
+    assert (result.verdict, len(result.text)) == ("delivered", 500)
 
 
 def test_an_answer_that_drips_is_not_waited_for() -> None:
     started = time.monotonic()
     with answering(dripping) as port:
-        answer = post(port, 0.5)
-    assert answer == Answer(None, "no answer within 0.5 s (delivery.timeout_seconds)")
+        result = post(port, 0.5)
+    assert result == DeliveryResult(None, "no answer within 0.5 s (delivery.timeout_seconds)")
     assert time.monotonic() - started < 10
 
 
@@ -79,9 +78,9 @@ def test_garbage_and_silence_are_failures_that_tell_nothing_of_the_address() -> 
     with answering(lambda connection: None) as port:
         silent = post(port, 5)
     gone = post(port, 5)
-    for answer in (nonsense, silent, gone):
-        assert (answer.verdict, answer.status) == ("failed", None)
-        assert "hidden" not in answer.error
+    for result in (nonsense, silent, gone):
+        assert (result.verdict, result.status) == ("failed", None)
+        assert "hidden" not in result.error
 
 
 def test_proxies_from_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,6 @@
 import json
 import threading
 import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.notify import outbox
-from gradwatch_server.notify.http_client import DeliveryResult, retry_after
+from gradwatch_server.notify.http_client import DeliveryResult
 from gradwatch_server.notify.notifier import CircuitBreaker
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import open_engine, writing
@@ -298,14 +296,6 @@ def _until_disabled(server: GradwatchServer, name: str) -> None:
     while not any(each["name"] == name and each["disabled"] for each in server.get("/api/v1/receivers")):
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
-
-
-def test_retry_after_is_read_in_both_forms() -> None:
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
-    assert retry_after("120") == 120
-    assert 40 < (retry_after(later) or 0) <= 100
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert [retry_after(value) for value in (None, "", "soon", "-5", "1.5")] == [None] * 5
 
 
 def test_a_redirection_is_a_failure_and_is_not_followed(tmp_path: Path) -> None:

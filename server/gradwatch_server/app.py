@@ -56,15 +56,15 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         app.state.services = services
         notifying = asyncio.create_task(services.notifier.run())
         pruning = asyncio.create_task(_prune(services))
-        watching = asyncio.create_task(services.stalls.run())
-        telling = asyncio.create_task(services.untold.run())
+        checking_stalls = asyncio.create_task(services.stall_check.run())
+        checking_mutes = asyncio.create_task(services.unmute_check.run())
         exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
         try:
             yield
         finally:
             pruning.cancel()
-            watching.cancel()
-            telling.cancel()
+            checking_stalls.cancel()
+            checking_mutes.cancel()
             services.notifier.stop()
             await notifying
             if exporting is not None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 import sqlalchemy as sa
 
-from gradwatch_server.alerting.stall_check import Stalls
-from gradwatch_server.alerting.unmuted import Untold
+from gradwatch_server.alerting.periodic_checks import StallCheck, UnmuteCheck
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest.admission import Room, Share
 from gradwatch_server.ingest.diagnosis_pool import LARGE_SHARE, Examiner
@@ -42,8 +41,8 @@ class Services:
     ingest: Ingest
     room: Room
     notifier: Notifier
-    stalls: Stalls
-    untold: Untold
+    stall_check: StallCheck
+    unmute_check: UnmuteCheck
     feed: Feed
     tokens: TokenBook
     exporter: Exporter | None = None
@@ -67,8 +66,8 @@ class Services:
             ingest=Ingest(configuration, settings.public_url, examiner),
             room=Room(limits.held_bytes),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
-            stalls=Stalls(engine, writer, configuration, settings.public_url, time.time()),
-            untold=Untold(engine, writer, configuration, settings.public_url),
+            stall_check=StallCheck(engine, writer, configuration, settings.public_url, time.time()),
+            unmute_check=UnmuteCheck(engine, writer, configuration, settings.public_url),
             feed=Feed(engine),
             exporter=None if remote is None else Exporter(engine, writer, remote),
             tokens=TokenBook(engine),
@@ -82,8 +81,8 @@ class Services:
         self.room.most = limits.held_bytes
         self.writer.configure(limits.queued_batches, limits.queued_batches_per_run)
         self.ingest.configure(configuration, public_url)
-        self.stalls.configure(configuration, public_url)
-        self.untold.configure(configuration, public_url)
+        self.stall_check.configure(configuration, public_url)
+        self.unmute_check.configure(configuration, public_url)
         self.notifier.configure(configuration.receivers, configuration.delivery)
 
     @contextmanager

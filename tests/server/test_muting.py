@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.alerting import silences
-from gradwatch_server.alerting.silences import Silence, muted
+from gradwatch_server.alerting.silences import Silence, mute_reason
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import schema
@@ -53,11 +53,11 @@ def _silence(**changes: Any) -> Silence:
     ],
 )
 def test_what_is_muted(silences: list[Silence], firing: list[str], rule: str, why: str | None) -> None:
-    assert muted(silences, firing, "vision", "r1", rule) == why
+    assert mute_reason(silences, firing, "vision", "r1", rule) == why
 
 
 def test_an_acknowledged_alert_is_not_told() -> None:
-    assert muted([], [], "vision", "r1", "dead", "kim") == "acknowledged by kim"
+    assert mute_reason([], [], "vision", "r1", "dead", "kim") == "acknowledged by kim"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server.alerting.stall_check import Stalls
+from gradwatch_server.alerting.periodic_checks import StallCheck
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import schema
@@ -93,7 +93,7 @@ def test_a_restarted_server_does_not_count_its_own_absence(tmp_path: Path) -> No
         assert server.get(f"/api/v1/runs/{run}")["state"] == "running"
 
 
-class Watched:
+class WatchedRun:
     """A database with one run that has reported, and a clock that is moved by hand."""
 
     def __init__(self, url: str) -> None:
@@ -108,11 +108,11 @@ class Watched:
         batch = wire.Batch(id="b", samples=[sample(1, 1.0), sample(2, 1.0)])
         self.writer.submit(lambda connection: ingest.store(connection, self.run, batch)).result()
         self.heard_at = time.time()
-        self.stalls = Stalls(self.engine, self.writer, configuration, "http://here", self.heard_at)
+        self.stall_check = StallCheck(self.engine, self.writer, configuration, "http://here", self.heard_at)
 
     def look(self, seconds: float) -> bool:
         """Look so long after the last sample; return whether the alert fires."""
-        run_apart(self.stalls.look(self.heard_at + seconds))
+        run_apart(self.stall_check.check(self.heard_at + seconds))
         with self.engine.connect() as connection:
             return connection.execute(sa.select(schema.alerts.c.state)).scalar_one_or_none() == "firing"
 
@@ -122,17 +122,17 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    made = Watched(f"sqlite:///{tmp_path / 'gradwatch.db'}")
+def watched(tmp_path: Path) -> Iterator[WatchedRun]:
+    made = WatchedRun(f"sqlite:///{tmp_path / 'gradwatch.db'}")
     yield made
     made.close()
 
 
-def test_silence_that_the_server_has_watched_counts(watched: Watched) -> None:
+def test_silence_that_the_server_has_watched_counts(watched: WatchedRun) -> None:
     assert [watched.look(seconds) for seconds in range(5, 130, 5)] == [False] * 24 + [True]
     assert watched.look(500.0), "it goes on firing, though the server slept meanwhile"
 
 
-def test_silence_while_the_server_slept_does_not_count(watched: Watched) -> None:
+def test_silence_while_the_server_slept_does_not_count(watched: WatchedRun) -> None:
     assert not watched.look(5.0)
     assert [watched.look(1000.0 + seconds) for seconds in range(0, 130, 5)] == [False] * 25 + [True]

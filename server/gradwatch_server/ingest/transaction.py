@@ -10,7 +10,7 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server.alerting import run_alerts
+from gradwatch_server.alerting.run_alerts import RunAlerts
 from gradwatch_server.diagnosis import Layout, Memory, Reading
 from gradwatch_server.diagnosis.clip_advice import advise
 from gradwatch_server.diagnosis.rules import exploding, nonfinite
@@ -330,19 +330,19 @@ class Ingest:
         now: float,
     ) -> dict[str, Any]:
         watched, told, readings, examined = look
-        book = run_alerts.Book(connection, run, self._configuration, self._public_url)
+        alerts = RunAlerts(connection, run, self._configuration, self._public_url)
         step = readings[-1].step if readings else run.diagnosed_step
-        self._look_at_late(connection, run, watched, batch, scalars, book)
+        self._look_at_late(connection, run, watched, batch, scalars, alerts)
         watched.memory, found = examined()
         for reading, findings in zip(readings, found, strict=True):
-            book.enter(findings, reading.step, reading.at)
-            book.enter_silence(None, reading.step, now)
-        self._name_module(connection, run.id, watched, book)
-        self._name_threshold(connection, run.id, book)
+            alerts.advance(findings, reading.step, reading.at)
+            alerts.advance_stalled(None, reading.step, now)
+        self._name_module(connection, run.id, watched, alerts)
+        self._name_threshold(connection, run.id, alerts)
         if run.finished_at is not None and batch.end is None:
             at = max([run.finished_at, *(sample.at for sample in batch.samples)])
-            book.close(step or 0, at, f"{RUN_ENDED}: {run.status}")
-        book.save()
+            alerts.resolve_all(step or 0, at, f"{RUN_ENDED}: {run.status}")
+        alerts.save()
         watched.unsaved += len(readings)
         watched.mark = detector_state.new_mark(run.memory_mark)
         known = -1 if run.diagnosed_step is None else run.diagnosed_step
@@ -362,26 +362,26 @@ class Ingest:
         watched: Watched,
         batch: wire.Batch,
         scalars: Mapping[int, Mapping[str, float]],
-        book: run_alerts.Book,
+        alerts: RunAlerts,
     ) -> None:
         """Look for what is not finite in samples that came after later ones: no other rule does without history."""
         known = -1 if run.diagnosed_step is None else run.diagnosed_step
         late = [sample for sample in batch.samples if sample.step <= known]
         limits = self._configuration.thresholds(run.project).nonfinite
         for sample in sorted(late, key=lambda sample: sample.step):
-            if book.began(nonfinite.RULE) is not None:
+            if alerts.first_step(nonfinite.RULE) is not None:
                 return
             reading = Reading(
                 step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars[sample.step]
             )
             found = nonfinite.find(watched.layout, Memory(), reading, reading.profile(watched.layout), limits)
             if found is not None and not _was_told(connection, run.id, nonfinite.RULE, sample.step):
-                book.enter_late(found, sample.step, sample.at)
+                alerts.add_late(found, sample.step, sample.at)
 
     @staticmethod
-    def _name_module(connection: sa.Connection, run_id: str, watched: Watched, book: run_alerts.Book) -> None:
+    def _name_module(connection: sa.Connection, run_id: str, watched: Watched, alerts: RunAlerts) -> None:
         """Have the alert for non-finite numbers name the module that the agent found, whichever of them came first."""
-        first_step = book.began(nonfinite.RULE)
+        first_step = alerts.first_step(nonfinite.RULE)
         if first_step is None:
             return
         table = schema.events
@@ -391,17 +391,17 @@ class Ingest:
         event = connection.execute(sa.select(table).where(*known).order_by(*order).limit(1)).one_or_none()
         if event is not None:
             names = watched.layout.names
-            book.refine(nonfinite.RULE, lambda found: nonfinite.refine(found, names, event.parameter, event.message))
+            alerts.refine(nonfinite.RULE, lambda found: nonfinite.refine(found, names, event.parameter, event.message))
 
     @staticmethod
-    def _name_threshold(connection: sa.Connection, run_id: str, book: run_alerts.Book) -> None:
+    def _name_threshold(connection: sa.Connection, run_id: str, alerts: RunAlerts) -> None:
         """Have the remedy of an explosion name the threshold that the steps before it recommend."""
-        first_step = book.began(exploding.RULE)
-        if first_step is None or not book.tells(exploding.RULE):
+        first_step = alerts.first_step(exploding.RULE)
+        if first_step is None or not alerts.notifies(exploding.RULE):
             return
         recommended = advise(*queries.read_histograms(connection, run_id, None, first_step - 1, _ADVISED)).recommended
         if recommended is not None:
-            book.refine(exploding.RULE, lambda found: exploding.name_threshold(found, recommended))
+            alerts.refine(exploding.RULE, lambda found: exploding.name_threshold(found, recommended))
 
     def _watch(self, connection: sa.Connection, run: sa.Row[Any]) -> Watched:
         """Return what is remembered of a run, up to the sample that its row names."""
@@ -416,9 +416,9 @@ class Ingest:
         return watched
 
     def _finish(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
-        book = run_alerts.Book(connection, run, self._configuration, self._public_url)
-        book.close(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
-        book.save()
+        alerts = RunAlerts(connection, run, self._configuration, self._public_url)
+        alerts.resolve_all(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
+        alerts.save()
         return {"finished_at": end.at, "status": end.status, "exit_code": end.exit_code}
 
 

@@ -240,7 +240,7 @@ class SlowMails(Mails):
         return await super().handle_RCPT(server, session, envelope, address, options)
 
 
-def test_a_mail_server_that_is_too_slow_gets_no_mail_after_its_time(tmp_path: Path) -> None:
+def test_a_mail_server_that_is_too_slow_gets_no_mail(tmp_path: Path) -> None:
     """It answers each of two recipients within the time of an attempt, and both of them not."""
     with mail_server(mails=SlowMails(0.7)) as (mails, port):
         text = "[delivery]\ntimeout_seconds = 1.0\nretry_seconds = [0.1]\n" + mail_receiver("team", port, "none")
@@ -284,7 +284,7 @@ def test_mail_goes_to_the_first_address_of_its_host_that_answers() -> None:
         assert [mail["To"] for mail in mails.taken] == ["b@example.com"]
 
 
-def test_mail_to_an_address_that_is_not_allowed_and_without_the_encryption_asked_for_is_not_sent() -> None:
+def test_mail_is_not_sent_to_a_refused_address_or_without_the_required_encryption() -> None:
     with mail_server() as (mails, port):
         assert "AddressRefused" in send_mail(port, allow_networks=()).error
         assert "STARTTLS" in send_mail(port, security="starttls").error
@@ -319,7 +319,7 @@ def stalling_mail_server() -> Iterator[tuple[Callable[[], bytes], int]]:
         read()
 
 
-def test_of_a_mail_that_is_cut_off_nothing_is_sent_any_more() -> None:
+def test_nothing_more_of_a_mail_is_sent_after_its_time_limit() -> None:
     """The text is larger than what the system takes at once, so that most of it waits here when the time is over."""
     payload = json.loads(_test_payload(time.time()))
     payload["data"]["cause"] = "A long story. " * 1_000_000
@@ -432,7 +432,7 @@ def test_what_is_wrong_with_a_receiver_is_said_before_it_is_used(tmp_path: Path,
     assert "hidden" not in str(refused.value)
 
 
-def test_an_alertmanager_is_told_again_of_what_fires_and_for_5_minutes_of_what_is_over(tmp_path: Path) -> None:
+def test_an_alertmanager_is_reminded_of_firing_alerts_and_for_5_minutes_of_resolved_ones(tmp_path: Path) -> None:
     with WebhookReceiver(statuses=[200]) as heard:
         address = heard.url.removesuffix("/hook")
         text = (
@@ -452,7 +452,7 @@ def test_an_alertmanager_is_told_again_of_what_fires_and_for_5_minutes_of_what_i
             until(lambda: _quiet(heard))
 
 
-def test_an_alertmanager_is_reminded_while_it_has_not_yet_been_told_that_an_alert_is_worse(tmp_path: Path) -> None:
+def test_an_alertmanager_is_reminded_of_a_warning_while_its_critical_notification_fails(tmp_path: Path) -> None:
     with WebhookReceiver(statuses=[200]) as heard:
         address = heard.url.removesuffix("/hook")
         text = (
@@ -471,7 +471,7 @@ def test_an_alertmanager_is_reminded_while_it_has_not_yet_been_told_that_an_aler
             assert len({entry["endsAt"] for entry in said}) == 3, "it is not over"
 
 
-def test_an_alertmanager_is_not_told_that_an_alert_is_over_which_fires_again(tmp_path: Path) -> None:
+def test_an_alertmanager_is_not_reminded_of_a_resolved_alert_that_fires_again(tmp_path: Path) -> None:
     with WebhookReceiver(statuses=[200]) as heard:
         address = heard.url.removesuffix("/hook")
         text = (

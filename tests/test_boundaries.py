@@ -11,7 +11,10 @@ from packaging.requirements import Requirement
 from tests.layers import crowded, python_arrows, script_arrows, upward
 from tests.processes import environment
 
-SERVER_ONLY = ("fastapi", "starlette", "pydantic", "uvicorn", "sqlalchemy", "alembic", "httpx", "prometheus_client")
+SERVER_ONLY = (
+    *("fastapi", "starlette", "pydantic", "uvicorn", "sqlalchemy", "alembic", "httpx", "prometheus_client"),
+    "aiosmtplib",
+)
 
 
 AGENT = Path(__file__).parents[1] / "agent" / "gradwatch"

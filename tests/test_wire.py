@@ -2,6 +2,8 @@
 
 import struct
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import numpy as np
 import pytest
@@ -95,3 +97,13 @@ def test_a_packed_vector_is_whole_float32s() -> None:
 def test_no_bytes_crash_the_decoder(body: bytes, content_type: str) -> None:
     with suppress(wire.WireError):
         wire.decode(body, wire.Batch, content_type)
+
+
+def test_retry_after_is_read_in_both_forms() -> None:
+    now = datetime(2026, 9, 21, 12, tzinfo=UTC)
+    later = format_datetime(now + timedelta(seconds=100), usegmt=True)
+    assert wire.retry_after_seconds("120", now.timestamp()) == 120
+    assert wire.retry_after_seconds(later, now.timestamp()) == 100
+    assert wire.retry_after_seconds("Wed, 21 Oct 2015 07:28:00 GMT", now.timestamp()) == 0
+    for value in (None, "", "soon", "-5", "1.5"):
+        assert wire.retry_after_seconds(value, now.timestamp()) is None

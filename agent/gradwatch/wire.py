@@ -6,6 +6,7 @@ packed little-endian bytes in MessagePack and a list in JSON, where a non-finite
 gradient in this round: neither 0 nor NaN, from agent to page.
 """
 
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import msgspec
@@ -270,3 +271,23 @@ def decode(body: bytes, document: type[Document], content_type: str = MESSAGEPAC
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(str(error)) from None
     return decoded
+
+
+def retry_after_seconds(header: str | None, now: float) -> float | None:
+    """Return the pause in seconds that the HTTP header Retry-After asks for (RFC 9110, section 10.2.3).
+
+    Args:
+        header: a whole number of seconds, or a date; None: the response has no such header.
+        now: Unix seconds, from which the pause until a date is counted; it is 0 for a date in the past.
+
+    Returns:
+        The pause; None if there is no header or it has neither form.
+    """
+    if header is None:
+        return None
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - now)
+    except ValueError:
+        return None

@@ -12,9 +12,8 @@ from functools import partial
 import msgspec
 import sqlalchemy as sa
 
+from gradwatch_server.alerting.periodic_checks import StallCheck, UnmuteCheck
 from gradwatch_server.alerting.run_alerts import resolve_deleted
-from gradwatch_server.alerting.stall_check import Stalls
-from gradwatch_server.alerting.unmuted import Untold
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest.admission import ByteBudget
 from gradwatch_server.ingest.diagnosis_pool import LARGE_TIME_SHARE, DiagnosisPool
@@ -49,8 +48,8 @@ class Services:
     ingest: Ingest
     byte_budget: ByteBudget
     notifier: Notifier
-    stalls: Stalls
-    untold: Untold
+    stall_check: StallCheck
+    unmute_check: UnmuteCheck
     change_stream: ChangeStream
     tokens: TokenCache
     exporter: Exporter | None = None
@@ -74,8 +73,8 @@ class Services:
             ingest=Ingest(configuration, settings.public_url, pool),
             byte_budget=ByteBudget(limits.held_bytes),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
-            stalls=Stalls(engine, writer, configuration, settings.public_url, time.time()),
-            untold=Untold(engine, writer, configuration, settings.public_url),
+            stall_check=StallCheck(engine, writer, configuration, settings.public_url, time.time()),
+            unmute_check=UnmuteCheck(engine, writer, configuration, settings.public_url),
             change_stream=ChangeStream(engine),
             exporter=None if remote is None else Exporter(engine, writer, remote),
             tokens=TokenCache(engine),
@@ -89,8 +88,8 @@ class Services:
         self.byte_budget.limit_bytes = limits.held_bytes
         self.writer.configure(limits.queued_batches, limits.queued_batches_per_run)
         self.ingest.configure(configuration, public_url)
-        self.stalls.configure(configuration, public_url)
-        self.untold.configure(configuration, public_url)
+        self.stall_check.configure(configuration, public_url)
+        self.unmute_check.configure(configuration, public_url)
         self.notifier.configure(configuration.receivers, configuration.delivery)
 
     def alert_resolver(self) -> ResolveAlerts:
@@ -118,7 +117,7 @@ async def run_services(settings: Settings, engine: sa.Engine) -> AsyncIterator[S
     """Start the services of a server process and yield them; stop them at the end."""
     services = Services.start(settings, engine)
     notifying = asyncio.create_task(services.notifier.run())
-    periodic = (services.apply_retention(), services.stalls.run(), services.untold.run())
+    periodic = (services.apply_retention(), services.stall_check.run(), services.unmute_check.run())
     repeating = [asyncio.create_task(work) for work in periodic]
     exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
     try:

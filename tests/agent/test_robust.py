@@ -465,7 +465,7 @@ def test_retry_after_as_seconds_date_and_nonsense() -> None:
     assert interpret_response(429, {"Retry-After": "3"}, b"").retry_after_seconds == 3.0
     assert interpret_response(429, {"Retry-After": "soon"}, b"").retry_after_seconds is None
     assert interpret_response(503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, b"").retry_after_seconds == 0.0
-    assert interpret_response(503, {"Retry-After": "1e9"}, b"").retry_after_seconds == 3600.0
+    assert interpret_response(503, {"Retry-After": "1000000000"}, b"").retry_after_seconds == 3600.0
 
 
 def test_it_disarms_after_three_errors_and_says_why(

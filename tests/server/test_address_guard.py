@@ -1,4 +1,4 @@
-"""Where deliveries may connect to: decided on the address, when connecting."""
+"""Address guard: which addresses receivers may have, decided on the IP address when connecting."""
 
 from collections.abc import Sequence
 from ipaddress import ip_address
@@ -80,14 +80,14 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize(("address", "kind"), REFUSED)
-def test_what_is_not_public_is_refused(address: str, kind: str) -> None:
+def test_addresses_that_are_not_public_are_refused(address: str, kind: str) -> None:
     found = refusal_reason(ip_address(address), ())
     assert found is not None
     assert found.startswith(kind)
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_what_is_public_passes(address: str) -> None:
+def test_public_addresses_are_allowed(address: str) -> None:
     assert refusal_reason(ip_address(address), ()) is None
 
 
@@ -105,7 +105,7 @@ def test_what_is_public_passes(address: str) -> None:
         ("2001:0:a01:203:0:0:80ff:fffe", "10.0.0.0/8", False),
     ],
 )
-def test_an_allowed_network_passes_and_no_other(address: str, network: str, passes: bool) -> None:
+def test_only_allowed_networks_are_excepted(address: str, network: str, passes: bool) -> None:
     assert (refusal_reason(ip_address(address), parse_networks([network])) is None) is passes
 
 
@@ -128,7 +128,7 @@ def test_one_refused_address_among_public_ones_refuses_the_host() -> None:
         run_apart(guard.resolve("example.com", 443))
 
 
-def test_a_name_is_resolved_once_for_each_connection_and_goes_to_what_was_checked() -> None:
+def test_a_name_is_resolved_once_per_connection_which_goes_to_the_checked_address() -> None:
     """DNS rebinding: the second answer would be the metadata service; nobody asks for it."""
     with WebhookReceiver() as receiver:
         names = Names(["127.0.0.1"], ["169.254.169.254"])

@@ -31,7 +31,7 @@ def test_the_example_and_the_test_alert_fit_the_schema() -> None:
     fits(_test_payload(1_790_000_000.0))
 
 
-def test_what_is_really_delivered_fits_the_schema(tmp_path: Path) -> None:
+def test_delivered_payloads_fit_the_schema(tmp_path: Path) -> None:
     with (
         WebhookReceiver() as receiver,
         GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,

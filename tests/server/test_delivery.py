@@ -3,8 +3,6 @@
 import json
 import threading
 import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.notify import outbox
-from gradwatch_server.notify.http_client import DeliveryResult, retry_after
+from gradwatch_server.notify.http_client import DeliveryResult
 from gradwatch_server.notify.notifier import CircuitBreaker
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import open_engine, writing
@@ -165,7 +163,7 @@ def _firing_before_resolved(hook: Hook, alerts: int) -> None:
     assert list(states.values()) == [["firing", "resolved"]] * alerts
 
 
-def test_what_is_sent_again_is_tried_as_often_as_at_first(tmp_path: Path) -> None:
+def test_a_replayed_delivery_is_tried_as_often_as_a_new_one(tmp_path: Path) -> None:
     with WebhookReceiver(statuses=[500]) as failing:
         config = tmp_path / "gradwatch.toml"
         config.write_text(configuration("retry_seconds = [0.1]\ncircuit_failures = 100", failing=failing.url))
@@ -178,7 +176,7 @@ def test_what_is_sent_again_is_tried_as_often_as_at_first(tmp_path: Path) -> Non
                 assert server.http.post(f"/api/v1/deliveries/{dead['id']}/replay").json() == {"deliveries": 1}
 
 
-def test_busy_is_asked_again_when_it_says_and_gone_is_left_alone(tmp_path: Path) -> None:
+def test_a_redirect_is_retried_a_400_is_dead_and_a_410_disables_the_receiver(tmp_path: Path) -> None:
     with (
         WebhookReceiver(statuses=[410]) as gone,
         WebhookReceiver(statuses=[400]) as wrong,
@@ -223,8 +221,8 @@ def _bring_back(server: GradwatchServer, gone: WebhookReceiver) -> None:
     assert shown["payload"]["type"] == "alert.firing"
 
 
-def test_what_is_sent_again_is_followed_by_what_came_after_it(tmp_path: Path, own_database_url: str) -> None:
-    """The receiver is 410 for the firing, is told of the end, and then the firing is replayed: the end comes last."""
+def test_a_replay_sends_the_later_deliveries_of_the_alert_again(tmp_path: Path, own_database_url: str) -> None:
+    """The receiver responds 410 to firing and takes resolved; when firing is replayed, resolved comes last again."""
     with WebhookReceiver(statuses=[410, 204]) as gone:
         config = tmp_path / "gradwatch.toml"
         config.write_text(configuration("", gone=gone.url))
@@ -247,9 +245,7 @@ def test_what_is_sent_again_is_followed_by_what_came_after_it(tmp_path: Path, ow
         assert types == ["alert.firing", "alert.resolved"] * 3
 
 
-def test_what_is_under_way_when_an_earlier_one_is_sent_again_is_sent_after_it(
-    tmp_path: Path, own_database_url: str
-) -> None:
+def test_a_delivery_under_way_during_a_replay_is_sent_once_more(tmp_path: Path, own_database_url: str) -> None:
     hook, arrived, released = Hook(), threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -300,15 +296,7 @@ def _until_disabled(server: GradwatchServer, name: str) -> None:
         threading.Event().wait(0.02)
 
 
-def test_retry_after_is_read_in_both_forms() -> None:
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
-    assert retry_after("120") == 120
-    assert 40 < (retry_after(later) or 0) <= 100
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert [retry_after(value) for value in (None, "", "soon", "-5", "1.5")] == [None] * 5
-
-
-def test_a_redirection_is_a_failure_and_is_not_followed(tmp_path: Path) -> None:
+def test_a_redirect_is_a_failure_and_is_not_followed(tmp_path: Path) -> None:
     """Whoever controls a receiver must not send the server anywhere else."""
     with WebhookReceiver() as inside, WebhookReceiver(statuses=[302, 307, 308, 301, 303]) as moved:
         moved.headers = {"location": inside.url}
@@ -324,7 +312,7 @@ def test_a_redirection_is_a_failure_and_is_not_followed(tmp_path: Path) -> None:
             assert inside.requests == []
 
 
-def test_what_nobody_takes_is_given_up_after_an_hour_and_what_another_server_may_take_is_not(tmp_path: Path) -> None:
+def test_deliveries_to_unknown_receivers_are_given_up_after_an_hour(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'gradwatch.db'}"
     with GradwatchServer(tmp_path / "gradwatch.db") as server:
         run = server.register(["a"])

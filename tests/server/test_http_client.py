@@ -58,13 +58,13 @@ def garbage(connection: socket.socket) -> None:
     connection.sendall(b"\x00\xff" * 100 + b"\r\n\r\n")
 
 
-def test_of_an_endless_answer_only_the_beginning_is_read() -> None:
+def test_only_the_beginning_of_an_endless_response_is_read() -> None:
     with answering(endless) as port:
         result = post(port, 30)
     assert (result.verdict, len(result.text)) == ("delivered", 500)
 
 
-def test_an_answer_that_drips_is_not_waited_for() -> None:
+def test_a_response_that_drips_is_cut_off_at_the_time_limit() -> None:
     started = time.monotonic()
     with answering(dripping) as port:
         result = post(port, 0.5)
@@ -72,7 +72,7 @@ def test_an_answer_that_drips_is_not_waited_for() -> None:
     assert time.monotonic() - started < 10
 
 
-def test_garbage_and_silence_are_failures_that_tell_nothing_of_the_address() -> None:
+def test_errors_after_garbage_and_silence_do_not_show_the_url() -> None:
     with answering(garbage) as port:
         nonsense = post(port, 5)
     with answering(lambda connection: None) as port:

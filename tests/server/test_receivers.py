@@ -5,16 +5,19 @@ import email
 import email.policy
 import json
 import shutil
+import socket
 import sqlite3
 import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from email.message import EmailMessage
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -237,7 +240,7 @@ class SlowMails(Mails):
         return await super().handle_RCPT(server, session, envelope, address, options)
 
 
-def test_a_mail_server_that_is_too_slow_gets_no_mail_after_its_time(tmp_path: Path) -> None:
+def test_a_mail_server_that_is_too_slow_gets_no_mail(tmp_path: Path) -> None:
     """It answers each of two recipients within the time of an attempt, and both of them not."""
     with mail_server(mails=SlowMails(0.7)) as (mails, port):
         text = "[delivery]\ntimeout_seconds = 1.0\nretry_seconds = [0.1]\n" + mail_receiver("team", port, "none")
@@ -251,19 +254,82 @@ def test_a_mail_server_that_is_too_slow_gets_no_mail_after_its_time(tmp_path: Pa
             assert mails.taken == []
 
 
-def test_mail_goes_to_the_first_address_of_its_host_that_answers() -> None:
+def send_mail(
+    port: int,
+    payload: str | None = None,
+    timeout_seconds: float = 5.0,
+    security: Literal["starttls", "none"] = "none",
+    allow_networks: Sequence[str] = ("127.0.0.0/8",),
+    afterwards: Callable[[], None] = lambda: None,
+) -> DeliveryResult:
+    """Send one mail to a host with two addresses, of which nobody listens at the first; do more in the same loop."""
+
     async def addresses(host: str, port: int) -> list[str]:
         return ["127.0.0.2", "127.0.0.1"]
 
-    async def send(port: int) -> DeliveryResult:
-        to = Email(name="team", host="mail", port=port, security="none", sender="a@example.com", to=["b@example.com"])
+    async def send() -> DeliveryResult:
+        to = Email(name="team", host="mail", port=port, security=security, sender="a@example.com", to=["b@example.com"])
         now = time.time()
-        async with SmtpTransport(to, AddressGuard(["127.0.0.0/8"], addresses), 5.0, 1) as transport:
-            return await transport.send(Notification("msg_1", _test_payload(now), now), now)
+        async with SmtpTransport(to, AddressGuard(allow_networks, addresses), timeout_seconds) as transport:
+            result = await transport.send(Notification("msg_1", payload or _test_payload(now), now), now)
+        await asyncio.to_thread(afterwards)
+        return result
 
+    return run_apart(send())
+
+
+def test_mail_goes_to_the_first_address_of_its_host_that_answers() -> None:
     with mail_server() as (mails, port):
-        assert run_apart(send(port)) == DeliveryResult(250)
+        assert send_mail(port) == DeliveryResult(250)
         assert [mail["To"] for mail in mails.taken] == ["b@example.com"]
+
+
+def test_mail_is_not_sent_to_a_refused_address_or_without_the_required_encryption() -> None:
+    with mail_server() as (mails, port):
+        assert "AddressRefused" in send_mail(port, allow_networks=()).error
+        assert "STARTTLS" in send_mail(port, security="starttls").error
+        assert mails.taken == []
+
+
+@contextmanager
+def stalling_mail_server() -> Iterator[tuple[Callable[[], bytes], int]]:
+    """Listen for one mail, of whose text nothing is read at first; yield what reads it to its end."""
+
+    def serve() -> bytes:
+        connection, _ = listening.accept()
+        connection.settimeout(PATIENCE_SECONDS)
+        with connection, connection.makefile("rb") as lines, suppress(ConnectionError):
+            connection.sendall(b"220 ready\r\n")
+            while (line := lines.readline()) != b"DATA\r\n":
+                connection.sendall(b"250 OK\r\n")
+                assert line, "closed before the text"
+            connection.sendall(b"354 go on\r\n")
+            assert resume.wait(PATIENCE_SECONDS)
+            received.extend(iter(lines.readline, b""))
+        return b"".join(received)
+
+    def read() -> bytes:
+        resume.set()
+        return serving.result()
+
+    resume, received = threading.Event(), list[bytes]()
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as thread:
+        serving = thread.submit(serve)
+        yield read, listening.getsockname()[1]
+        read()
+
+
+def test_nothing_more_of_a_mail_is_sent_after_its_time_limit() -> None:
+    """The text is larger than what the system takes at once, so that most of it waits here when the time is over."""
+    payload = json.loads(_test_payload(time.time()))
+    payload["data"]["cause"] = "A long story. " * 1_000_000
+    received = []
+    with stalling_mail_server() as (read, port):
+        result = send_mail(
+            port, json.dumps(payload), timeout_seconds=3.0, afterwards=lambda: received.append(len(read()))
+        )
+    assert result == DeliveryResult(None, "no answer within 3 s (delivery.timeout_seconds)")
+    assert received[0] < len(payload["data"]["cause"])
 
 
 def test_mail_is_encrypted_and_the_certificate_is_checked(tmp_path: Path, authority: trustme.CA) -> None:
@@ -273,16 +339,18 @@ def test_mail_is_encrypted_and_the_certificate_is_checked(tmp_path: Path, author
         mail_server(tls_context=certified(authority, "localhost"), **asked) as (upgraded, first),
         mail_server(certified(authority, "localhost")) as (encrypted, second),
         mail_server(certified(authority, "elsewhere.example")) as (wrong, third),
+        mail_server(tls_context=certified(authority, "elsewhere.example")) as (wrong_too, fourth),
     ):
         text = "[delivery]\nretry_seconds = []\n"
         text += mail_receiver("upgraded", first, "starttls", login) + mail_receiver("encrypted", second, "tls")
-        text += mail_receiver("wrong", third, "tls")
+        text += mail_receiver("wrong", third, "tls") + mail_receiver("wrong-too", fourth, "starttls")
         with configured(tmp_path, text) as server:
             fall_ill(server)
             until(lambda: upgraded.taken and encrypted.taken)
-            (lost,) = until(lambda: server.get("/api/v1/deliveries", receiver="wrong", state="dead"))
-            assert "certificate is not valid for 'localhost'" in lost["error"]
-            assert wrong.taken == []
+            for name in ("wrong", "wrong-too"):
+                (lost,) = until(partial(server.get, "/api/v1/deliveries", receiver=name, state="dead"))
+                assert "certificate is not valid for 'localhost'" in lost["error"]
+            assert wrong.taken == wrong_too.taken == []
             assert "hidden" not in server.log.read_text()
 
 
@@ -364,7 +432,7 @@ def test_what_is_wrong_with_a_receiver_is_said_before_it_is_used(tmp_path: Path,
     assert "hidden" not in str(refused.value)
 
 
-def test_an_alertmanager_is_told_again_of_what_fires_and_for_5_minutes_of_what_is_over(tmp_path: Path) -> None:
+def test_an_alertmanager_is_reminded_of_firing_alerts_and_for_5_minutes_of_resolved_ones(tmp_path: Path) -> None:
     with WebhookReceiver(statuses=[200]) as heard:
         address = heard.url.removesuffix("/hook")
         text = (
@@ -384,7 +452,7 @@ def test_an_alertmanager_is_told_again_of_what_fires_and_for_5_minutes_of_what_i
             until(lambda: _quiet(heard))
 
 
-def test_an_alertmanager_is_reminded_while_it_has_not_yet_been_told_that_an_alert_is_worse(tmp_path: Path) -> None:
+def test_an_alertmanager_is_reminded_of_a_warning_while_its_critical_notification_fails(tmp_path: Path) -> None:
     with WebhookReceiver(statuses=[200]) as heard:
         address = heard.url.removesuffix("/hook")
         text = (
@@ -403,7 +471,7 @@ def test_an_alertmanager_is_reminded_while_it_has_not_yet_been_told_that_an_aler
             assert len({entry["endsAt"] for entry in said}) == 3, "it is not over"
 
 
-def test_an_alertmanager_is_not_told_that_an_alert_is_over_which_fires_again(tmp_path: Path) -> None:
+def test_an_alertmanager_is_not_reminded_of_a_resolved_alert_that_fires_again(tmp_path: Path) -> None:
     with WebhookReceiver(statuses=[200]) as heard:
         address = heard.url.removesuffix("/hook")
         text = (

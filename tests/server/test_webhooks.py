@@ -26,11 +26,11 @@ def test_a_firing_and_a_resolved_alert_arrive_signed_and_in_order(tmp_path: Path
         (headers, body) = receiver.wait(1)[0]
         firing = Webhook(SECRET).verify(body, headers)
         assert firing["type"] == "alert.firing"
-        told = firing["data"]
-        assert (told["rule"], told["severity"], told["step"]) == ("nonfinite", "critical", 2)
-        assert told["run"] == {"id": run, "name": "resnet", "project": "vision"}
-        assert told["parameters"][0] == {"name": "first.weight", "value": "NaN", "limit": "Infinity"}
-        assert told["url"].startswith(f"{server.url}/runs/{run}")
+        data = firing["data"]
+        assert (data["rule"], data["severity"], data["step"]) == ("nonfinite", "critical", 2)
+        assert data["run"] == {"id": run, "name": "resnet", "project": "vision"}
+        assert data["parameters"][0] == {"name": "first.weight", "value": "NaN", "limit": "Infinity"}
+        assert data["url"].startswith(f"{server.url}/runs/{run}")
         (alert,) = server.get("/api/v1/alerts", run=run)
         assert (alert["state"], alert["first_step"], alert["fired_step"]) == ("firing", 2, 2)
         assert server.get(f"/api/v1/runs/{run}")["firing"] == 1

@@ -1,6 +1,5 @@
 """The sender: a thread that posts the spooled documents to the server in order, with retries and back-off."""
 
-import email.utils
 import json
 import random
 import threading
@@ -20,6 +19,8 @@ CLOSING_PAUSE_SECONDS: Final = 0.2
 """Shortest pause between attempts while the agent is being closed."""
 FIRST_PAUSE_SECONDS: Final = 0.25
 LONGEST_PAUSE_SECONDS: Final = 30.0
+LONGEST_RETRY_AFTER_SECONDS: Final = 3600.0
+"""Longest pause that the server can ask for by Retry-After."""
 UNAUTHORIZED_PAUSE_SECONDS: Final = 60.0
 """Pause between attempts while the server refuses the token."""
 MOST_PIECES: Final = 64
@@ -122,7 +123,8 @@ def interpret_response(status: int, headers: Mapping[str, str], body: bytes) -> 
         return DeliveryResult("unauthorized", reason)
     if status in (400, 413, 415, 422):
         return DeliveryResult("rejected", reason, divisible=status in (413, 422))
-    return DeliveryResult("retry", reason, _retry_after_seconds(headers.get("Retry-After"), time.time()))
+    asked = wire.retry_after_seconds(headers.get("Retry-After"), time.time())
+    return DeliveryResult("retry", reason, None if asked is None else min(asked, LONGEST_RETRY_AFTER_SECONDS))
 
 
 class Sender:
@@ -375,17 +377,3 @@ def _problem(body: bytes) -> str:
     """Return the detail or title of a problem document (RFC 9457), else the beginning of the body."""
     content = _json_object(body) or {}
     return str(content.get("detail") or content.get("title") or body[:200].decode("utf-8", "replace"))
-
-
-def _retry_after_seconds(header: str | None, now: float) -> float | None:
-    """Return the pause that ``Retry-After`` asks for, in seconds or as a date; at most an hour."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - now
-        except ValueError:
-            return None
-    return min(max(seconds, 0.0), 3600.0)

@@ -1,9 +1,9 @@
-"""The life of an alert, pure: pending, firing, resolved.
+"""Life cycle of an alert: pending, firing, resolved. A pure state machine.
 
-One alert a run and rule. A finding that holds for ``hold_samples`` samples in a row fires; a firing alert that does not
-hold for ``clear_samples`` samples in a row resolves; a pending one that stops holding is forgotten without a word.
-One that flaps is damped: each time it fires again within 10 minutes of having resolved, it takes twice as many clear
-samples to resolve, up to 16 times as many.
+A run has at most one open alert per rule. It is pending at first, and fires when the rule has held for ``hold_samples``
+samples in a row; a pending alert whose rule stops holding is dropped. A firing alert resolves when the rule has not
+held for ``clear_samples`` samples in a row. Flapping is damped: each time an alert fires again within 10 minutes after
+it resolved, it needs twice as many clear samples to resolve, up to 16 times as many.
 """
 
 from dataclasses import dataclass, replace
@@ -24,14 +24,16 @@ class Alert:
 
     state: State
     finding: Finding
-    """The first finding that held: what is wrong, where and what to do; later ones add parameters, a worse one its
-    evidence."""
+    """The first finding: what is wrong, where, and what to do. Later findings add parameters to it, and a more severe
+    one replaces its evidence and texts."""
     first_step: int
     first_at: float
     held: int = 1
+    """Number of samples at which the rule held."""
     clear: int = 0
+    """Number of samples in a row at which the rule has not held since it last did."""
     flaps: int = 0
-    """How often it came back soon after it had resolved."""
+    """How many times the alert came back within 10 minutes after it had resolved."""
     fired_step: int | None = None
     fired_at: float | None = None
     resolved_step: int | None = None
@@ -41,7 +43,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class Transition:
-    """One change that people are told about: fired, escalated or resolved."""
+    """A change of an alert that receivers are notified of: it fires, becomes critical, or resolves."""
 
     state: Literal["firing", "resolved"]
     severity: str
@@ -52,39 +54,39 @@ class Transition:
 def advance(
     alert: Alert | None, finding: Finding | None, step: int, at: float
 ) -> tuple[Alert | None, Transition | None]:
-    """Take one sample's finding of a rule into account.
+    """Advance an alert by one sample.
 
     Args:
-        alert: the alert as it stands, or its last one, resolved; none where the rule never held.
-        finding: what the rule found at this sample; none: it does not hold.
+        alert: the open alert of the rule, or the last resolved one; None if the rule never held.
+        finding: the finding of the rule at this sample; None if the rule does not hold.
         step: the sample's step.
         at: the sample's time, Unix seconds.
 
     Returns:
-        The alert as it stands now (none: forgotten) and the transition to tell, if there is one.
+        The alert after the sample, None if it is dropped, and its transition if it has one.
     """
     flaps = 0
     if alert is not None and alert.state == "resolved":
         flaps = alert.flaps + 1 if at - (alert.resolved_at or 0.0) <= FLAP_SECONDS else 0
         alert = None
     if finding is None:
-        return _without(alert, step, at)
+        return _advance_without_finding(alert, step, at)
     if alert is None:
         started = Alert(state="pending", finding=finding, first_step=finding.first_step, first_at=at, flaps=flaps)
         return _fire_when_held(started, step, at)
     if alert.state == "pending":
-        seen = replace(_together(alert.finding, finding), severity=finding.severity)
+        seen = replace(_merge(alert.finding, finding), severity=finding.severity)
         return _fire_when_held(replace(alert, finding=seen, held=alert.held + 1), step, at)
-    kept = _together(alert.finding, finding)
+    kept = _merge(alert.finding, finding)
     held = replace(alert, finding=kept, held=alert.held + 1, clear=0)
     return held, Transition("firing", kept.severity, step, at) if kept.severity != alert.finding.severity else None
 
 
-def _together(first: Finding, now: Finding) -> Finding:
-    """Return what was found first, with the parameters that have come since; a worse finding brings its own words."""
+def _merge(first: Finding, now: Finding) -> Finding:
+    """Return the first finding with the parameters of the new one, and with its texts if the new one is more severe."""
     worse = SEVERITIES.index(now.severity) > SEVERITIES.index(first.severity)
-    known = {blame.name for blame in first.parameters}
-    blamed = first.parameters + [blame for blame in now.parameters if blame.name not in known]
+    listed = {blame.name for blame in first.parameters}
+    blamed = first.parameters + [blame for blame in now.parameters if blame.name not in listed]
     most = max(len(found.parameters) + found.left_out for found in (first, now))
     return replace(
         now if worse else first,
@@ -103,7 +105,7 @@ def _fire_when_held(alert: Alert, step: int, at: float) -> tuple[Alert, Transiti
     return fired, Transition("firing", alert.finding.severity, step, at)
 
 
-def _without(alert: Alert | None, step: int, at: float) -> tuple[Alert | None, Transition | None]:
+def _advance_without_finding(alert: Alert | None, step: int, at: float) -> tuple[Alert | None, Transition | None]:
     if alert is None or alert.state == "pending":
         return None, None
     if alert.clear + 1 < alert.finding.clear_samples * 2 ** min(alert.flaps, _MOST_DOUBLINGS):
@@ -112,6 +114,6 @@ def _without(alert: Alert | None, step: int, at: float) -> tuple[Alert | None, T
 
 
 def resolve(alert: Alert, step: int, at: float, reason: str) -> tuple[Alert, Transition]:
-    """End a firing alert, because its condition is gone or its run is over."""
+    """Resolve a firing alert; ``reason``: why, such as "the run has ended: completed"."""
     resolved = replace(alert, state="resolved", resolved_step=step, resolved_at=at, resolution=reason)
     return resolved, Transition("resolved", alert.finding.severity, step, at)

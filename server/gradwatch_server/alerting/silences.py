@@ -1,4 +1,7 @@
-"""Silences: alerts that nobody wants to be told of for a while, by project, run and rule; each has an author."""
+"""Silences and inhibition: decide which alerts are muted, so that no receiver is notified of them.
+
+A silence mutes alerts for a while by project, run and rule. A rule that fires can inhibit others of the same run.
+"""
 
 import secrets
 from collections.abc import Sequence
@@ -11,12 +14,12 @@ import sqlalchemy as sa
 from gradwatch_server.errors import Refused
 from gradwatch_server.store import schema
 
-INHIBITS = {"exploding": "nonfinite", "vanishing": "nonfinite"}
-"""A rule on the left is not told of while the rule on the right fires for the same run: it says the same, less well."""
+INHIBITED_BY = {"exploding": "nonfinite", "vanishing": "nonfinite"}
+"""Inhibited rule -> the rule whose firing alert mutes it in the same run, because that alert says the same better."""
 
 
 class Silence(msgspec.Struct, frozen=True, kw_only=True):
-    """What is not told; patterns may have ``*`` and ``?``."""
+    """Mutes the alerts that match its three patterns, which may have ``*``, ``?`` and ``[...]``."""
 
     id: str
     project: str
@@ -27,24 +30,24 @@ class Silence(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     ends_at: float
 
-    def covers(self, project: str, run: str, rule: str) -> bool:
-        """Return whether an alert is silenced."""
+    def matches(self, project: str, run: str, rule: str) -> bool:
+        """Return whether the silence mutes the alert of a rule and a run."""
         asked = ((project, self.project), (run, self.run), (rule, self.rule))
         return all(fnmatchcase(value, pattern) for value, pattern in asked)
 
 
 def load(connection: sa.Connection, now: float) -> list[Silence]:
-    """Return the silences that hold now, the one that ends first first."""
+    """Return the silences that are active at ``now``, ordered by their ends."""
     table = schema.silences
     rows = connection.execute(sa.select(table).where(table.c.ends_at > now).order_by(table.c.ends_at, table.c.id))
     return [Silence(**row) for row in rows.mappings()]
 
 
 def add(connection: sa.Connection, now: float, **fields: Any) -> Silence:
-    """Write a silence.
+    """Add a silence.
 
     Raises:
-        Refused: 409 where it has ended already.
+        Refused: 409 if its end is not after ``now``.
     """
     silence = Silence(id=secrets.token_hex(6), created_at=now, **fields)
     if silence.ends_at <= now:
@@ -54,10 +57,10 @@ def add(connection: sa.Connection, now: float, **fields: Any) -> Silence:
 
 
 def end(connection: sa.Connection, silence_id: str, now: float) -> None:
-    """End a silence now.
+    """End a silence at ``now``.
 
     Raises:
-        Refused: 404 where none that holds has this id.
+        Refused: 404 if no active silence has this id.
     """
     table = schema.silences
     statement = sa.update(table).where(table.c.id == silence_id, table.c.ends_at > now).values(ends_at=now)
@@ -65,7 +68,7 @@ def end(connection: sa.Connection, silence_id: str, now: float) -> None:
         raise Refused(404, "Unknown silence", f"no silence {silence_id!r} holds now: GET /api/v1/silences lists them")
 
 
-def muted(
+def mute_reason(
     silences: Sequence[Silence],
     firing: Sequence[str],
     project: str,
@@ -73,13 +76,13 @@ def muted(
     rule: str,
     acknowledged_by: str | None = None,
 ) -> str | None:
-    """Return why an alert is not told; none: it is."""
+    """Return why an alert is muted, None if it is not; ``firing``: the rules that fire for the run."""
     if acknowledged_by is not None:
         return f"acknowledged by {acknowledged_by}"
-    inhibiting = INHIBITS.get(rule)
+    inhibiting = INHIBITED_BY.get(rule)
     if inhibiting in firing:
         return f"inhibited by {inhibiting}"
     for silence in silences:
-        if silence.covers(project, run, rule):
+        if silence.matches(project, run, rule):
             return f"silence {silence.id} by {silence.author}"
     return None

@@ -10,7 +10,7 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server.alerting import run_alerts
+from gradwatch_server.alerting.run_alerts import RunAlerts
 from gradwatch_server.diagnosis import History, Sample
 from gradwatch_server.diagnosis.clip_advice import advise
 from gradwatch_server.diagnosis.rules import exploding, nonfinite
@@ -183,18 +183,18 @@ class Ingest:
     ) -> dict[str, Any]:
         """Advance the run's alerts by the findings; return what changes in the run's row."""
         state, samples = diagnosis.state, diagnosis.samples
-        alerts = run_alerts.Book(connection, run, self._configuration, self._public_url)
+        alerts = RunAlerts(connection, run, self._configuration, self._public_url)
         step = samples[-1].step if samples else run.diagnosed_step
         self._check_late_samples(connection, run, batch, diagnosis, alerts)
         state.history, found = diagnosis.wait()
         for sample, findings in zip(samples, found, strict=True):
-            alerts.enter(findings, sample.step, sample.at)
-            alerts.enter_silence(None, sample.step, now)
+            alerts.advance(findings, sample.step, sample.at)
+            alerts.advance_stalled(None, sample.step, now)
         _name_module(connection, run.id, state, alerts)
         _name_threshold(connection, run.id, alerts)
         if run.finished_at is not None and batch.end is None:
             at = max([run.finished_at, *(sample.at for sample in batch.samples)])
-            alerts.close(step or 0, at, f"{RUN_ENDED}: {run.status}")
+            alerts.resolve_all(step or 0, at, f"{RUN_ENDED}: {run.status}")
         alerts.save()
         self._keep_state(connection, run, batch, diagnosis, step)
         return {"diagnosed_step": step, "memory_mark": state.mark}
@@ -205,19 +205,19 @@ class Ingest:
         run: sa.Row[Any],
         batch: wire.Batch,
         diagnosis: _Diagnosis,
-        alerts: run_alerts.Book,
+        alerts: RunAlerts,
     ) -> None:
         """Apply the rule ``nonfinite`` to samples that came after later ones: all other rules need the history."""
         late = [sample for sample in batch.samples if sample.step <= _diagnosed_step(run)]
         limits, parameters = self._configuration.thresholds[run.project].nonfinite, diagnosis.state.parameters
         for sample in sorted(late, key=lambda sample: sample.step):
-            if alerts.began(nonfinite.RULE) is not None:
+            if alerts.first_step(nonfinite.RULE) is not None:
                 return
             scalars = diagnosis.scalars[sample.step]
             seen = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
             found = nonfinite.find(parameters, History(), seen, seen.profile(parameters), limits)
             if found is not None and not _had_alert(connection, run.id, nonfinite.RULE, sample.step):
-                alerts.enter_late(found, sample.step, sample.at)
+                alerts.add_late(found, sample.step, sample.at)
 
     def _keep_state(
         self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, diagnosis: _Diagnosis, step: int | None
@@ -236,8 +236,8 @@ class Ingest:
 
     def _end_run(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
         """Resolve the alerts of a run that has ended; return what changes in the run's row."""
-        alerts = run_alerts.Book(connection, run, self._configuration, self._public_url)
-        alerts.close(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
+        alerts = RunAlerts(connection, run, self._configuration, self._public_url)
+        alerts.resolve_all(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
         alerts.save()
         return {"finished_at": end.at, "status": end.status, "exit_code": end.exit_code}
 
@@ -351,12 +351,12 @@ def _had_alert(connection: sa.Connection, run_id: str, rule: str, step: int) -> 
     return connection.execute(sa.select(table.c.id).where(*mine, *then).limit(1)).first() is not None
 
 
-def _name_module(connection: sa.Connection, run_id: str, state: DetectorState, alerts: run_alerts.Book) -> None:
+def _name_module(connection: sa.Connection, run_id: str, state: DetectorState, alerts: RunAlerts) -> None:
     """Have the alert for non-finite numbers name the module that the agent's event names.
 
     Alert and event may come in either order.
     """
-    first_step = alerts.began(nonfinite.RULE)
+    first_step = alerts.first_step(nonfinite.RULE)
     if first_step is None:
         return
     table = schema.events
@@ -369,10 +369,10 @@ def _name_module(connection: sa.Connection, run_id: str, state: DetectorState, a
         alerts.refine(nonfinite.RULE, lambda found: nonfinite.refine(found, names, event.parameter, event.message))
 
 
-def _name_threshold(connection: sa.Connection, run_id: str, alerts: run_alerts.Book) -> None:
+def _name_threshold(connection: sa.Connection, run_id: str, alerts: RunAlerts) -> None:
     """Have the remedy of an explosion name the clipping threshold that the steps before it recommend."""
-    first_step = alerts.began(exploding.RULE)
-    if first_step is None or not alerts.tells(exploding.RULE):
+    first_step = alerts.first_step(exploding.RULE)
+    if first_step is None or not alerts.notifies(exploding.RULE):
         return
     histograms = queries.read_histograms(connection, run_id, None, first_step - 1, _ADVICE_SAMPLES)
     recommended = advise(*histograms).recommended

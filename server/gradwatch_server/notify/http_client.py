@@ -9,11 +9,11 @@ import ssl
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Literal, Self
 
 import httpcore
 
+from gradwatch.wire import retry_after_seconds
 from gradwatch_server.notify.address_guard import AddressGuard
 
 Verdict = Literal["delivered", "failed", "refused", "gone"]
@@ -48,18 +48,6 @@ class DeliveryResult:
         if self.status == 410:
             return "gone"
         return "refused" if 400 <= self.status < 500 and self.status not in _TEMPORARY else "failed"
-
-
-def retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for, in either of its forms; none where it says nothing."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -148,6 +136,6 @@ async def _read(response: httpcore.Response) -> DeliveryResult:
     return DeliveryResult(
         response.status,
         "" if 200 <= response.status < 300 else f"HTTP {response.status}",
-        retry_after(fields.get(b"retry-after")),
+        retry_after_seconds(fields.get(b"retry-after"), time.time()),
         bytes(read).decode(errors="replace")[:_MOST_TEXT_CHARACTERS],
     )

@@ -2,21 +2,22 @@
 
 import asyncio
 import logging
-import smtplib
 import socket
 import ssl
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import format_datetime
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
+
+import aiosmtplib
 
 from gradwatch_server.notify.address_guard import AddressGuard
 from gradwatch_server.notify.http_client import DeliveryResult, timed_out
 from gradwatch_server.notify.receivers.base import Notification, Receiver, Transport, parameter_lines, title
+
+_MOST_ERROR_CHARACTERS = 500
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Email(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
 
     def transport(self, timeout_seconds: float, at_once: int) -> Transport:
         """Return a new transport over SMTP."""
-        return SmtpTransport(self, AddressGuard(self.allow_networks), timeout_seconds, at_once)
+        return SmtpTransport(self, AddressGuard(self.allow_networks), timeout_seconds)
 
     def mail(self, notification: Notification, now: float) -> EmailMessage:
         """Return the mail for a notification; the mails of one alert form one thread."""
@@ -78,115 +79,100 @@ def _paragraphs(data: dict[str, Any]) -> list[str]:
     return [paragraph for paragraph in [*paragraphs, data["url"]] if paragraph]
 
 
-class _Dialogue:
-    """One connection to a mail server, which the event loop can end while a thread speaks over it.
-
-    A thread cannot be cancelled: one that went on after its time would have the mail sent that is then tried again.
-    """
-
-    def __init__(self) -> None:
-        self._line: socket.socket | None = None
-        self._ended = False
-        self._lock = threading.Lock()
-
-    def opened(self, connection: socket.socket) -> None:
-        """Take note of the connection; raises TimeoutError where the dialogue has been ended before it was there."""
-        with self._lock:
-            if self._ended:
-                connection.close()
-                raise TimeoutError
-            self._line = connection.dup()  # TLS takes the connection itself over
-
-    def end(self) -> None:
-        """Cut the connection: whoever still reads or writes gets an error, a mail that is not whole is not taken."""
-        with self._lock:
-            self._ended = True
-            if self._line is not None:
-                with suppress(OSError):  # it is closed already
-                    self._line.shutdown(socket.SHUT_RDWR)
-                self._line.close()
-                self._line = None
-
-
-class _Smtp(smtplib.SMTP):
-    """Speaks over a connection to a checked address, while certificates are checked for the host's name."""
-
-    def __init__(
-        self,
-        to: Email,
-        addresses: Sequence[str],
-        timeout_seconds: float,
-        dialogue: _Dialogue,
-        tls: ssl.SSLContext | None,
-    ) -> None:
-        self._addresses = addresses
-        self._dialogue = dialogue
-        self._tls = tls
-        super().__init__(to.host, to.port, timeout=timeout_seconds)
-
-    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
-        connection = self._connect(port, timeout / len(self._addresses))
-        connection.settimeout(timeout)
-        self._dialogue.opened(connection)
-        return connection if self._tls is None else self._tls.wrap_socket(connection, server_hostname=host)
-
-    def _connect(self, port: int, timeout: float) -> socket.socket:
-        """Connect to the first of the checked addresses that takes the connection."""
-        for address in self._addresses[:-1]:
-            with suppress(OSError):
-                return socket.create_connection((address, port), timeout)
-        return socket.create_connection((self._addresses[-1], port), timeout)
-
-
 class SmtpTransport:
-    """Sends mails in threads, each over a connection of its own to an address that the guard allows."""
+    """Sends each mail over a connection of its own, to an address that the guard allows."""
 
-    def __init__(self, receiver: Email, guard: AddressGuard, timeout_seconds: float, at_once: int) -> None:
+    def __init__(self, receiver: Email, guard: AddressGuard, timeout_seconds: float) -> None:
         self._receiver = receiver
         self._guard = guard
         self._timeout_seconds = timeout_seconds
-        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="gradwatch-mail")
+        self._tls = ssl.create_default_context()
 
     async def __aenter__(self) -> Self:
-        """Return the transport."""
+        """Return the transport; it connects when it sends."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Take nothing more; what hangs is not waited for."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Do nothing: no connection outlives its mail."""
 
     async def send(self, notification: Notification, now: float) -> DeliveryResult:
-        """Send the mail once."""
-        dialogue = _Dialogue()
+        """Send the mail once; a reply of 5xx is final, except to a login."""
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                addresses = await self._guard.resolve(self._receiver.host, self._receiver.port)
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._threads, self._send, dialogue, addresses, notification, now)
-        except smtplib.SMTPResponseException as error:
-            said = error.smtp_error if isinstance(error.smtp_error, str) else error.smtp_error.decode(errors="replace")
-            permanent = error.smtp_code >= 500 and not isinstance(error, smtplib.SMTPAuthenticationError)
-            return DeliveryResult(422 if permanent else None, f"SMTP {error.smtp_code} {said}"[:500])
-        except smtplib.SMTPRecipientsRefused as error:
-            permanent = all(code >= 500 for code, _ in error.recipients.values())
-            return DeliveryResult(422 if permanent else None, f"SMTP: all recipients refused: {len(error.recipients)}")
+                refused = await self._send(self._receiver.mail(notification, now))
+        except aiosmtplib.SMTPResponseException as error:
+            final = error.code >= 500 and not isinstance(error, aiosmtplib.SMTPAuthenticationError)
+            text = f"SMTP {error.code} {error.message}"
+            return DeliveryResult(422 if final else None, text[:_MOST_ERROR_CHARACTERS])
+        except aiosmtplib.SMTPRecipientsRefused as error:
+            final = all(each.code >= 500 for each in error.recipients)
+            return DeliveryResult(422 if final else None, f"SMTP: all recipients refused: {len(error.recipients)}")
+        except aiosmtplib.SMTPException as error:
+            return _failed(error.__cause__ or error)  # the cause says more: which certificate is wrong, and why
         except TimeoutError:
             return timed_out(self._timeout_seconds)
-        except (OSError, smtplib.SMTPException) as error:
-            return DeliveryResult(None, f"{type(error).__name__}: {error}"[:500])
-        finally:
-            dialogue.end()
+        except OSError as error:
+            return _failed(error)
+        if refused:  # the other recipients have the mail: sent again, they would have it twice
+            name = self._receiver.name
+            log.warning("receiver %s: the mail server takes nothing for %s", name, ", ".join(refused))
         return DeliveryResult(250)
 
-    def _send(self, dialogue: _Dialogue, addresses: Sequence[str], notification: Notification, now: float) -> None:
+    async def _send(self, mail: EmailMessage) -> list[str]:
+        """Send a mail over a new connection; return the recipients that the server refused."""
         to = self._receiver
-        context = None if to.security == "none" else ssl.create_default_context()
-        over_tls = context if to.security == "tls" else None
-        with _Smtp(to, addresses, self._timeout_seconds, dialogue, over_tls) as smtp:
-            if to.security == "starttls":
-                smtp.starttls(context=context)
-            if to.username is not None and to.password is not None:
-                smtp.login(to.username, to.password)
-            refused = smtp.send_message(to.mail(notification, now))
-        if refused:  # others have it: sent again, they would have it twice
-            log.warning("receiver %s: the mail server takes nothing for %s", to.name, ", ".join(refused))
+        # 1. Connect to a checked address. The host's name goes along for the certificate to be checked against it.
+        addresses = await self._guard.resolve(to.host, to.port)
+        own_name = await asyncio.to_thread(socket.getfqdn)
+        sock = await _connect(addresses, to.port, self._timeout_seconds / len(addresses))
+        smtp = aiosmtplib.SMTP(
+            sock=sock,
+            hostname=to.host,
+            local_hostname=_ehlo_name(own_name, sock),
+            username=to.username,
+            password=to.password,
+            tls_context=self._tls,
+            use_tls=to.security == "tls",
+            start_tls=to.security == "starttls",
+            timeout=None,  # the whole attempt has one limit
+        )
+        try:
+            await smtp.connect()
+            # 2. Once this returns, the server has the mail. What goes wrong afterwards is not an error.
+            refused, _ = await smtp.send_message(mail)
+            with suppress(aiosmtplib.SMTPException):
+                await smtp.quit()
+        finally:
+            # 3. Where the attempt is cut off, drop what is still buffered: a mail that is tried again must not arrive.
+            if smtp.transport is not None:
+                cast("asyncio.WriteTransport", smtp.transport).abort()
+        return list(refused)
+
+
+async def _connect(addresses: Sequence[str], port: int, timeout_seconds: float) -> socket.socket:
+    """Connect to the first of the addresses that accepts the connection; each has ``timeout_seconds``."""
+    for address in addresses[:-1]:
+        with suppress(OSError):
+            return await _connect_to(address, port, timeout_seconds)
+    return await _connect_to(addresses[-1], port, timeout_seconds)
+
+
+async def _connect_to(address: str, port: int, timeout_seconds: float) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with ExitStack() as cleanup:
+        sock = cleanup.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        sock.setblocking(False)
+        async with asyncio.timeout(timeout_seconds):
+            await asyncio.get_running_loop().sock_connect(sock, (address, port))
+        cleanup.pop_all()
+        return sock
+
+
+def _ehlo_name(own_name: str, sock: socket.socket) -> str:
+    """Return this machine's name for EHLO: its domain name, or else an address literal (RFC 5321, section 4.1.3)."""
+    address = str(sock.getsockname()[0])
+    return own_name if "." in own_name else f"[{'IPv6:' if ':' in address else ''}{address}]"
+
+
+def _failed(error: BaseException) -> DeliveryResult:
+    return DeliveryResult(None, f"{type(error).__name__}: {error}"[:_MOST_ERROR_CHARACTERS])

@@ -1,4 +1,4 @@
-"""Silences, inhibition, acknowledgement, damping: what is told, and what is kept but not told."""
+"""Muting: silences, inhibition and acknowledgement; damping of alerts that flap."""
 
 import json
 import sqlite3
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.alerting import silences
-from gradwatch_server.alerting.silences import Silence, muted
+from gradwatch_server.alerting.silences import Silence, mute_reason
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import schema
@@ -26,7 +26,7 @@ def ill(step: int) -> wire.Batch:
     return wire.Batch(id=f"ill{step}", samples=[sample(step, NAN)])
 
 
-def told(receiver: WebhookReceiver, count: int) -> list[tuple[str, str]]:
+def notified(receiver: WebhookReceiver, count: int) -> list[tuple[str, str]]:
     data = [json.loads(body)["data"] for _, body in receiver.wait(count)]
     return [(entry["run"]["name"], entry["state"]) for entry in data]
 
@@ -52,12 +52,14 @@ def _silence(**changes: Any) -> Silence:
         ([_silence(run="r1", project="vis?on")], [], "exploding", "silence s by kim"),
     ],
 )
-def test_what_is_muted(silences: list[Silence], firing: list[str], rule: str, why: str | None) -> None:
-    assert muted(silences, firing, "vision", "r1", rule) == why
+def test_mute_reasons_of_silences_and_inhibition(
+    silences: list[Silence], firing: list[str], rule: str, why: str | None
+) -> None:
+    assert mute_reason(silences, firing, "vision", "r1", rule) == why
 
 
-def test_an_acknowledged_alert_is_not_told() -> None:
-    assert muted([], [], "vision", "r1", "dead", "kim") == "acknowledged by kim"
+def test_an_acknowledged_alert_is_muted() -> None:
+    assert mute_reason([], [], "vision", "r1", "dead", "kim") == "acknowledged by kim"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_an_acknowledged_alert_is_not_told() -> None:
         ("ends_at", "soon"),
     ],
 )
-def test_a_silence_that_cannot_be_kept_is_refused(shared_server: GradwatchServer, field: str, value: Any) -> None:
+def test_an_invalid_silence_is_refused(shared_server: GradwatchServer, field: str, value: Any) -> None:
     silence = {"author": "kim", "ends_at": time.time() + 3600, field: value}
     answer = shared_server.http.post("/api/v1/silences", json=silence)
     assert answer.status_code == 422
@@ -80,13 +82,15 @@ def test_a_silence_that_cannot_be_kept_is_refused(shared_server: GradwatchServer
 
 
 @pytest.mark.parametrize("path", ["alerts?run=%00", "alerts?before=%00", "alerts/%00", "deliveries/%00"])
-def test_an_id_that_no_database_holds_is_not_known(shared_server: GradwatchServer, path: str) -> None:
+def test_an_id_with_a_nul_character_is_unknown(shared_server: GradwatchServer, path: str) -> None:
     answer = shared_server.http.get(f"/api/v1/{path}")
     assert answer.status_code in (200, 404, 422)
     assert answer.status_code != 200 or answer.json() == []
 
 
-def test_a_silenced_alert_is_kept_and_told_when_the_silence_is_removed(tmp_path: Path, own_database_url: str) -> None:
+def test_a_silenced_alert_is_kept_and_notified_when_the_silence_is_removed(
+    tmp_path: Path, own_database_url: str
+) -> None:
     with (
         WebhookReceiver() as receiver,
         GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url, url=own_database_url) as server,
@@ -99,19 +103,19 @@ def test_a_silenced_alert_is_kept_and_told_when_the_silence_is_removed(tmp_path:
         loud = server.register(["a"], project="audio", name="loud")
         for run in (quiet, loud):
             server.store(run, ill(1))
-        assert told(receiver, 1) == [("loud", "firing")]
+        assert notified(receiver, 1) == [("loud", "firing")]
         (alert,) = server.get("/api/v1/alerts", run=quiet)
         assert (alert["state"], alert["muted"]) == ("firing", f"silence {added.json()['id']} by kim")
         assert server.http.delete(f"/api/v1/silences/{added.json()['id']}").status_code == 204
         assert server.http.delete(f"/api/v1/silences/{added.json()['id']}").status_code == 404
-        assert told(receiver, 2)[1] == ("quiet", "firing")
+        assert notified(receiver, 2)[1] == ("quiet", "firing")
         assert server.get("/api/v1/alerts", run=quiet)[0]["muted"] is None
         server.store(quiet, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
-        assert told(receiver, 3)[2] == ("quiet", "resolved")
+        assert notified(receiver, 3)[2] == ("quiet", "resolved")
 
 
-def test_when_a_silence_ends_what_still_fires_is_told_by_the_clock(tmp_path: Path) -> None:
-    """No sample arrives after the silence has ended; what has resolved meanwhile is not told."""
+def test_a_firing_alert_is_notified_without_a_sample_when_its_silence_ends(tmp_path: Path) -> None:
+    """No sample arrives after the silence has ended; an alert that has resolved meanwhile is not notified."""
     with (
         WebhookReceiver() as receiver,
         GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
@@ -125,12 +129,12 @@ def test_when_a_silence_ends_what_still_fires_is_told_by_the_clock(tmp_path: Pat
         ends_at = time.time()
         with closing(sqlite3.connect(server.database, timeout=PATIENCE_SECONDS)) as connection, connection:
             connection.execute("UPDATE silences SET ends_at = ?", (ends_at,))
-        assert told(receiver, 1) == [("sick", "firing")]
+        assert notified(receiver, 1) == [("sick", "firing")]
         (delivery,) = server.get("/api/v1/deliveries")
         assert delivery["created_at"] >= ends_at
 
 
-def test_exploding_is_not_told_while_nonfinite_fires_and_is_told_when_that_is_over(tmp_path: Path) -> None:
+def test_exploding_is_muted_while_nonfinite_fires_and_notified_afterwards(tmp_path: Path) -> None:
     """An explosion that overflows for one sample; after it the numbers are finite again, and the loss still bad."""
     calm = [sample(step, *[1.0] * 4, loss=1.0) for step in range(1, 31)]
     grown = [sample(step, *[1e4] * 4, loss=50.0) for step in (31, 32)]
@@ -160,7 +164,7 @@ def test_exploding_is_not_told_while_nonfinite_fires_and_is_told_when_that_is_ov
         )
 
 
-def test_who_was_not_told_that_it_fired_is_not_told_that_it_is_over(tmp_path: Path) -> None:
+def test_only_receivers_that_were_notified_of_firing_are_notified_of_resolved(tmp_path: Path) -> None:
     with (
         WebhookReceiver() as receiver,
         GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
@@ -170,7 +174,7 @@ def test_who_was_not_told_that_it_fired_is_not_told_that_it_is_over(tmp_path: Pa
         for run in (quiet, loud):
             server.store(run, ill(1))
             server.store(run, wire.Batch(id="end", end=wire.End(at=1_790_000_100.0)))
-        assert told(receiver, 2) == [("loud", "firing"), ("loud", "resolved")]
+        assert notified(receiver, 2) == [("loud", "firing"), ("loud", "resolved")]
         assert len(server.get("/api/v1/deliveries")) == 2
         assert server.get("/api/v1/alerts", run=quiet)[0]["state"] == "resolved"
 
@@ -185,7 +189,7 @@ def severities(receiver: WebhookReceiver, count: int) -> list[tuple[str, str]]:
     return [(entry["state"], entry["severity"]) for entry in data]
 
 
-def test_becoming_worse_is_told_unless_somebody_takes_care(tmp_path: Path) -> None:
+def test_becoming_critical_is_notified_unless_the_alert_is_acknowledged(tmp_path: Path) -> None:
     with (
         WebhookReceiver() as receiver,
         GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
@@ -210,7 +214,7 @@ def test_becoming_worse_is_told_unless_somebody_takes_care(tmp_path: Path) -> No
         assert len(server.get("/api/v1/deliveries")) == 5
 
 
-def test_why_an_alert_was_not_told_is_known_after_its_end(server: GradwatchServer) -> None:
+def test_the_mute_reason_is_kept_after_an_alert_resolved(server: GradwatchServer) -> None:
     run = server.register([f"layer{number}.weight" for number in range(4)])
     calm = [sample(step, *[1.0] * 4, loss=1.0) for step in range(1, 31)]
     grown = [sample(step, *[1e4] * 4, loss=50.0) for step in (31, 32)]
@@ -220,8 +224,8 @@ def test_why_an_alert_was_not_told_is_known_after_its_end(server: GradwatchServe
     assert muted_by == {"nonfinite": ("resolved", None), "exploding": ("resolved", "inhibited by nonfinite")}
 
 
-def test_what_becomes_worse_just_as_its_silence_ends_is_told_once(own_database_url: str) -> None:
-    """No server runs, and so no clock that could tell of the end of the silence before the sample does."""
+def test_becoming_critical_just_as_the_silence_ends_is_notified_once(own_database_url: str) -> None:
+    """No server runs, so no periodic check can notify of the end of the silence before the sample does."""
     engine, ingest = open_engine(own_database_url), Ingest(Configuration(), "http://localhost")
     migrate(engine)
     everything = {"project": "*", "run": "*", "rule": "*", "author": "kim", "comment": ""}
@@ -232,14 +236,14 @@ def test_what_becomes_worse_just_as_its_silence_ends_is_told_once(own_database_u
         silences.end(connection, added.id, time.time())
         ingest.store(connection, "r", ill(2))
         ingest.store(connection, "r", wire.Batch(id="well", samples=[sample(3, 1.0)]))
-        told = connection.execute(sa.select(*schema.transitions.c["state", "severity", "step"])).all()
+        transitions = connection.execute(sa.select(*schema.transitions.c["state", "severity", "step"])).all()
         muted = connection.execute(sa.select(schema.alerts.c.muted)).scalars().all()
     engine.dispose()
-    assert told == [("firing", "critical", 2)]
+    assert transitions == [("firing", "critical", 2)]
     assert muted == [None]
 
 
-def test_what_was_not_told_while_acknowledged_is_told_when_nobody_takes_care_after_all(tmp_path: Path) -> None:
+def test_what_was_muted_by_an_acknowledgement_is_notified_when_it_is_withdrawn(tmp_path: Path) -> None:
     with (
         WebhookReceiver() as receiver,
         GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
@@ -257,7 +261,7 @@ def test_what_was_not_told_while_acknowledged_is_told_when_nobody_takes_care_aft
         assert severities(receiver, 2)[1] == ("firing", "critical")
 
 
-def test_somebody_takes_care(server: GradwatchServer) -> None:
+def test_an_acknowledgement_stays_until_the_alert_resolves(server: GradwatchServer) -> None:
     run = server.register(["a"])
     server.store(run, ill(1))
     (alert,) = server.get("/api/v1/alerts", run=run)

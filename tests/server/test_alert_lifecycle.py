@@ -1,4 +1,4 @@
-"""The life of an alert, as tables of ticks with a hand-moved step."""
+"""Life cycle of an alert: tables of findings by sample, with the states and transitions that follow."""
 
 from dataclasses import replace
 
@@ -21,22 +21,22 @@ FINDING = Finding(
 WORSE = replace(FINDING, severity="critical")
 
 
-def _live(ticks: str) -> tuple[list[str], list[str]]:
+def _advance_all(ticks: str) -> tuple[list[str], list[str]]:
     """Return the states and transitions of an alert over samples: '.' clear, 'w' warning, 'c' critical."""
     alert: Alert | None = None
     states: list[str] = []
-    told: list[str] = []
+    transitions: list[str] = []
     for step, tick in enumerate(ticks, 1):
         finding = {".": None, "w": FINDING, "c": WORSE}[tick]
         alert, transition = advance(alert, finding, step, float(step))
         states.append(alert.state if alert else "-")
         if transition:
-            told.append(f"{step} {transition.state} {transition.severity}")
-    return states, told
+            transitions.append(f"{step} {transition.state} {transition.severity}")
+    return states, transitions
 
 
 @pytest.mark.parametrize(
-    ("ticks", "last_state", "told"),
+    ("ticks", "last_state", "expected"),
     [
         ("ww", "pending", []),
         ("www", "firing", ["3 firing warning"]),
@@ -50,13 +50,13 @@ def _live(ticks: str) -> tuple[list[str], list[str]]:
         ("wwwcw..", "resolved", ["3 firing warning", "4 firing critical", "7 resolved critical"]),
     ],
 )
-def test_an_alert_lives_by_its_ticks(ticks: str, last_state: str, told: list[str]) -> None:
-    states, transitions = _live(ticks)
+def test_states_and_transitions_over_samples(ticks: str, last_state: str, expected: list[str]) -> None:
+    states, transitions = _advance_all(ticks)
     assert states[-1] == last_state
-    assert transitions == told
+    assert transitions == expected
 
 
-def test_what_holds_at_once_fires_at_once() -> None:
+def test_with_hold_samples_1_the_first_finding_fires() -> None:
     alert, transition = advance(None, replace(FINDING, hold_samples=1), 7, 7.0)
     assert alert is not None
     assert (alert.state, alert.fired_step) == ("firing", 7)
@@ -80,14 +80,14 @@ def _blaming(*names: str, left_out: int = 0, severity: str = "warning", summary:
 
 def test_the_first_evidence_stays_and_later_parameters_are_added() -> None:
     alert, _ = advance(None, _blaming("c", "b", left_out=3), 7, 7.0)
-    alert, told = advance(alert, replace(_blaming("a", "b", summary="later"), first_step=9), 9, 9.0)
+    alert, transition = advance(alert, replace(_blaming("a", "b", summary="later"), first_step=9), 9, 9.0)
     assert alert is not None
-    assert told is None
+    assert transition is None
     assert [blame.name for blame in alert.finding.parameters] == ["c", "b", "a"]
     assert (alert.finding.left_out, alert.finding.summary, alert.first_step) == (2, "first", 1)
-    alert, told = advance(alert, _blaming("d", severity="critical", summary="worse"), 10, 10.0)
+    alert, transition = advance(alert, _blaming("d", severity="critical", summary="worse"), 10, 10.0)
     assert alert is not None
-    assert told is not None
+    assert transition is not None
     assert [blame.name for blame in alert.finding.parameters] == ["c", "b", "a", "d"]
     assert (alert.finding.summary, alert.finding.first_step, alert.finding.left_out) == ("worse", 1, 1)
 

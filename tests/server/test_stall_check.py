@@ -1,4 +1,4 @@
-"""Runs that stop reporting: told by the server's clock, its own downtime apart; over when they are heard of again."""
+"""The stall check: fires for runs that stop reporting, does not count the server's own downtime, and resolves."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server.alerting.stall_check import Stalls
+from gradwatch_server.alerting.periodic_checks import StallCheck
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import schema
@@ -33,11 +33,11 @@ def reports(first: int) -> wire.Batch:
     return wire.Batch(id=f"b{first}", samples=[sample(first, 1.0, 1.0), sample(first + 1, 1.0, 1.0)])
 
 
-def told(receiver: WebhookReceiver, count: int) -> list[dict[str, Any]]:
+def notified(receiver: WebhookReceiver, count: int) -> list[dict[str, Any]]:
     return [json.loads(body)["data"] for _, body in receiver.wait(count)]
 
 
-def test_a_run_that_falls_silent_is_told_and_resolves_when_it_is_back(tmp_path: Path) -> None:
+def test_a_run_that_stops_reporting_fires_and_resolves_when_it_reports_again(tmp_path: Path) -> None:
     config = tmp_path / "gradwatch.toml"
     config.write_text("")
     options = ("--config", str(config))
@@ -51,7 +51,7 @@ def test_a_run_that_falls_silent_is_told_and_resolves_when_it_is_back(tmp_path: 
         server.store(silent, reports(1))
         config.write_text(QUICK)
         server.process.send_signal(signal.SIGHUP)
-        (fired,) = told(receiver, 1)
+        (fired,) = notified(receiver, 1)
         assert (fired["run"]["id"], fired["rule"], fired["severity"]) == (silent, "stalled", "warning")
         assert (fired["first_step"], fired["parameters"]) == (2, [])
         assert fired["evidence"]["silence_seconds"] > fired["evidence"]["limit_seconds"] == 1.0
@@ -59,7 +59,7 @@ def test_a_run_that_falls_silent_is_told_and_resolves_when_it_is_back(tmp_path: 
         assert server.get(f"/api/v1/runs/{done}")["state"] == "finished"
         assert f'gradwatch_run_stalled{{name="silent",project="silent",run="{silent}"}} 1.0' in _metrics(server)
         server.store(silent, reports(3))
-        resolved = told(receiver, 2)[1]
+        resolved = notified(receiver, 2)[1]
         assert (resolved["id"], resolved["state"], resolved["resolved_step"]) == (fired["id"], "resolved", 3)
         assert resolved["resolved_at"] >= fired["fired_at"]
         assert {alert["run"] for alert in server.get("/api/v1/alerts")} == {silent}
@@ -69,7 +69,7 @@ def _metrics(server: GradwatchServer) -> str:
     return server.http.get("/metrics").text
 
 
-def test_a_restarted_server_does_not_count_its_own_absence(tmp_path: Path) -> None:
+def test_a_restarted_server_does_not_count_the_time_it_was_down(tmp_path: Path) -> None:
     config = tmp_path / "gradwatch.toml"
     config.write_text("")
     with (
@@ -82,19 +82,19 @@ def test_a_restarted_server_does_not_count_its_own_absence(tmp_path: Path) -> No
         config.write_text(QUICK)
         down_until = time.time()
         server.start()
-        (fired,) = told(receiver, 1)
+        (fired,) = notified(receiver, 1)
         assert fired["fired_at"] - down_until >= 1.0
         server.stop()
         config.write_text("")
         server.start()
         assert server.get(f"/api/v1/runs/{run}")["state"] == "stalled"
         server.store(run, reports(3))
-        assert told(receiver, 2)[1]["state"] == "resolved"
+        assert notified(receiver, 2)[1]["state"] == "resolved"
         assert server.get(f"/api/v1/runs/{run}")["state"] == "running"
 
 
-class Watched:
-    """A database with one run that has reported, and a clock that is moved by hand."""
+class WatchedRun:
+    """A database with one run that has reported, and a stall check whose clock the test moves."""
 
     def __init__(self, url: str) -> None:
         self.engine = open_engine(url)
@@ -108,11 +108,11 @@ class Watched:
         batch = wire.Batch(id="b", samples=[sample(1, 1.0), sample(2, 1.0)])
         self.writer.submit(lambda connection: ingest.store(connection, self.run, batch)).result()
         self.heard_at = time.time()
-        self.stalls = Stalls(self.engine, self.writer, configuration, "http://here", self.heard_at)
+        self.stall_check = StallCheck(self.engine, self.writer, configuration, "http://here", self.heard_at)
 
-    def look(self, seconds: float) -> bool:
-        """Look so long after the last sample; return whether the alert fires."""
-        run_apart(self.stalls.look(self.heard_at + seconds))
+    def check(self, seconds: float) -> bool:
+        """Check so many seconds after the last sample; return whether the alert fires."""
+        run_apart(self.stall_check.check(self.heard_at + seconds))
         with self.engine.connect() as connection:
             return connection.execute(sa.select(schema.alerts.c.state)).scalar_one_or_none() == "firing"
 
@@ -122,17 +122,17 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    made = Watched(f"sqlite:///{tmp_path / 'gradwatch.db'}")
+def watched(tmp_path: Path) -> Iterator[WatchedRun]:
+    made = WatchedRun(f"sqlite:///{tmp_path / 'gradwatch.db'}")
     yield made
     made.close()
 
 
-def test_silence_that_the_server_has_watched_counts(watched: Watched) -> None:
-    assert [watched.look(seconds) for seconds in range(5, 130, 5)] == [False] * 24 + [True]
-    assert watched.look(500.0), "it goes on firing, though the server slept meanwhile"
+def test_time_without_reports_counts_while_the_server_runs(watched: WatchedRun) -> None:
+    assert [watched.check(seconds) for seconds in range(5, 130, 5)] == [False] * 24 + [True]
+    assert watched.check(500.0), "it goes on firing, though the server slept meanwhile"
 
 
-def test_silence_while_the_server_slept_does_not_count(watched: Watched) -> None:
-    assert not watched.look(5.0)
-    assert [watched.look(1000.0 + seconds) for seconds in range(0, 130, 5)] == [False] * 25 + [True]
+def test_time_without_reports_does_not_count_while_the_server_slept(watched: WatchedRun) -> None:
+    assert not watched.check(5.0)
+    assert [watched.check(1000.0 + seconds) for seconds in range(0, 130, 5)] == [False] * 25 + [True]

@@ -8,8 +8,7 @@ from dashboards.panels import NONE_IS_GOOD, Sql, lines, listing, number, prom
 _RUNS = """\
 SELECT r.project, r.name, r.id AS run,
   CASE WHEN r.finished_at IS NOT NULL THEN coalesce(r.status, 'finished')
-       WHEN extract(epoch FROM now()) - r.last_seen_at > greatest(120, 20 * coalesce(r.usual_interval_seconds, 0))
-       THEN 'stalled' ELSE 'running' END AS state,
+       WHEN bool_or(a.rule = 'stalled') THEN 'stalled' ELSE 'running' END AS state,
   count(a.id) FILTER (WHERE a.severity = 'critical') AS critical,
   count(a.id) FILTER (WHERE a.severity = 'warning') AS warnings,
   string_agg(a.rule, ', ' ORDER BY a.severity, a.rule) AS rules,

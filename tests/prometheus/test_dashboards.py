@@ -21,6 +21,7 @@ from gradwatch_server.store.database import migrate, open_engine, writing
 from tests.postgres import postgres_database
 from tests.processes import ROOT, GradwatchServer, WebhookReceiver, sample
 from tests.prometheus.programs import Prometheus, scraping, until
+from tests.prometheus.scraped import scrape
 
 Board = dict[str, Any]
 BOARDS: dict[str, Board] = {name: json.loads(text) for name, text in written().items()}
@@ -211,6 +212,43 @@ def test_a_query_of_something_unknown_returns_none(seen: _Seen) -> None:
 def test_rows_sort_by_depth(seen: _Seen) -> None:
     layers = [row[0] for row in seen.rows(STATEMENTS["gradwatch-run.json Depth profile"])]
     assert layers == ["000 · stem.weight", "001 · body.weight", "002 · head.weight"]
+
+
+PROJECTS = "'vision', 'patient', 'off'"
+STALL_LIMITS = """
+[rules.stalled]
+intervals = 1.0
+least_seconds = 0.5
+[projects.patient.rules.stalled]
+least_seconds = 7200.0
+[projects.off.rules.stalled]
+enabled = false
+"""
+
+
+def test_the_fleet_calls_a_run_stalled_when_the_rule_does(postgres: str, tmp_path: Path) -> None:
+    (tmp_path / "gradwatch.toml").write_text(STALL_LIMITS)
+    with postgres_database(postgres) as url:
+        engine = open_engine(url)
+        migrate(engine)
+        options = ["--database-url", url, "--config", str(tmp_path / "gradwatch.toml")]
+        with GradwatchServer(tmp_path / "gradwatch.db", *options) as server:
+            for project in ("vision", "patient", "off"):
+                server.register(["w"], id=project, project=project, name=project)
+                server.store(project, wire.Batch(id="b", samples=[sample(1, 0.1), sample(2, 0.1)])).raise_for_status()
+            # An hour of silence is less than one project allows; the rule is switched off for the other.
+            with writing(engine) as connection:
+                silent = "UPDATE runs SET last_seen_at = last_seen_at - 3600 WHERE project <> 'vision'"
+                connection.exec_driver_sql(silent)
+            until(lambda: server.get("/api/v1/runs", state="stalled"), "stalled run")
+            states = {run["id"]: run["state"] for run in server.get("/api/v1/runs")}
+            stalled = re.findall(r'gradwatch_run_stalled\{.*run="(\w+)"\} 1.0', scrape(server.http))
+        seen = _Seen("vision", engine, Prometheus(tmp_path))
+        rows = seen.rows(STATEMENTS["gradwatch-fleet.json Runs, worst first"].replace("${project:sqlstring}", PROJECTS))
+        engine.dispose()
+    assert states == {"vision": "stalled", "patient": "running", "off": "running"}
+    assert {row.run: row.state for row in rows} == states
+    assert stalled == ["vision"]
 
 
 def test_long_ranges_are_read_from_the_rollups_and_nothing_is_lost(postgres: str, tmp_path: Path) -> None:

@@ -1,37 +1,58 @@
-"""docs/diagnosis.md names every rule and every key, with the default that the code has."""
+"""docs/diagnosis.md and the page's chart limits derive from the rules, and every key of a rule is documented."""
 
-import re
-from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from gradwatch_server.diagnosis import Thresholds
-from gradwatch_server.diagnosis.thresholds import Rule
+from gradwatch_server.diagnosis import RULES, Observation
+from gradwatch_server.diagnosis.rule import ChartLimit, Limits, Rule
+from tests.diagnosis.rule_documents import CHART_LIMITS, PAGE, chart_limits, documented_keys, replace_description
 
-TEXT = (Path(__file__).parents[2] / "docs" / "diagnosis.md").read_text()
-OWN = [
-    (rule.name, field.name, field.default)
-    for rule in msgspec.structs.fields(Thresholds)
-    for field in msgspec.structs.fields(rule.type)
-    if field.name not in {common.name for common in msgspec.structs.fields(Rule)}
-]
+TEXT = PAGE.read_text()
 
 
-def section(rule: str) -> str:
-    """Return what the document says of a rule."""
-    found = re.search(rf"^### {rule}\b.*?(?=^##)", TEXT, re.MULTILINE | re.DOTALL)
-    assert found is not None, rule
-    return found.group()
+class UndocumentedLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Limits with a key that has no docstring."""
+
+    hold_samples: int = 7
+    documented: float = 0.5
+    """A key with a docstring."""
+    undocumented: float = 1.0
 
 
-@pytest.mark.parametrize(("rule", "key", "default"), OWN)
-def test_every_key_is_documented_with_its_default(rule: str, key: str, default: float) -> None:
-    text = section(rule)
-    assert f"`{key}`" in text
-    spelled = {f"{default}", f"{default:g}", f"{default:,}"}
-    assert any(re.search(rf"(?<![\d.]){re.escape(form)}(?![\d.]*\d)", text) for form in spelled)
+OTHER: Rule[Observation, Any] = Rule(
+    name="other",
+    subject=Observation,
+    limits=UndocumentedLimits,
+    find=lambda _observation, _limits: None,
+    chart_limits=(ChartLimit("size", "ratio"),),
+)
 
 
-def test_a_missing_key_would_be_found() -> None:
-    assert "`no_such_key`" not in section("dead")
+def undocumented(limits: type[Limits]) -> set[str]:
+    """Return the keys of a rule's own that have no documentation."""
+    common = {field.name for field in msgspec.structs.fields(Limits)}
+    return {field.name for field in msgspec.structs.fields(limits)} - common - set(documented_keys(limits))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_every_key_is_documented(rule: Rule[Any, Any]) -> None:
+    assert undocumented(rule.limits) == set()
+
+
+def test_a_key_without_documentation_is_found() -> None:
+    assert undocumented(UndocumentedLimits) == {"undocumented"}
+
+
+def test_the_page_is_in_step_with_the_rules() -> None:
+    assert replace_description(TEXT, RULES) == TEXT, "run: python -m tests.diagnosis.rule_documents"
+    assert chart_limits(RULES) == CHART_LIMITS.read_text(), "run: python -m tests.diagnosis.rule_documents"
+
+
+def test_another_rule_would_be_missed() -> None:
+    page = replace_description(TEXT, [*RULES, OTHER])
+    assert "### other\n\nLimits with a key" in page
+    assert "| `documented` | 0.5 | A key with a docstring. |" in page
+    assert page != TEXT
+    assert '"evidence": "size"' in chart_limits([OTHER])

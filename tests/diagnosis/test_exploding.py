@@ -110,7 +110,7 @@ def test_an_explosion_is_not_its_own_yardstick() -> None:
     for _ in range(200):
         found = watch.tick(1e4, loss=1e5)
     assert "exploding" in found
-    assert watch.memory.usual_log_gradient == pytest.approx(math.log10(0.1 * (2 * LAYERS) ** 0.5), abs=1e-6)
+    assert watch.history.usual_log_gradient == pytest.approx(math.log10(0.1 * (2 * LAYERS) ** 0.5), abs=1e-6)
 
 
 def _backward(decades_a_layer: float) -> list[float]:

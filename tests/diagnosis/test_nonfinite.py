@@ -25,18 +25,18 @@ def test_the_last_bad_layer_is_where_it_began() -> None:
 )
 def test_the_module_that_the_agent_names_comes_first(module: str, first: str) -> None:
     finding = Watch().tick(math.nan, loss=math.nan)["nonfinite"]
-    named = refine(finding, Watch().layout.names, module, "its inputs were finite.")
+    named = refine(finding, Watch().run_parameters.names, module, "its inputs were finite.")
     assert named.parameters[0].name == first
     where = f"module {module}" if module else "the loss"
     assert named.cause == f"The first result that was not finite came out of {where}: its inputs were finite."
     assert len(named.parameters) == len(finding.parameters) == 2 * LAYERS
-    assert refine(named, Watch().layout.names, module, "its inputs were finite.") == named
+    assert refine(named, Watch().run_parameters.names, module, "its inputs were finite.") == named
 
 
 def test_a_module_whose_parameters_were_left_out_is_named_too() -> None:
     watch = Watch(network(15))
     finding = watch.tick(math.nan, loss=math.nan)["nonfinite"]
-    named = refine(finding, watch.layout.names, "1", "")
+    named = refine(finding, watch.run_parameters.names, "1", "")
     assert [blame.name for blame in named.parameters[:3]] == ["1.bias", "1.weight", "14.bias"]
     assert (len(named.parameters), named.left_out) == (20, 10)
 

@@ -5,7 +5,6 @@ import pytest
 
 from gradwatch_server.diagnosis import History, RunParameters, Sample, Thresholds, diagnose
 from gradwatch_server.diagnosis.rules import stalled
-from gradwatch_server.diagnosis.thresholds import Stalled
 from tests.diagnosis.ticks import LAYERS, network
 
 
@@ -22,10 +21,10 @@ from tests.diagnosis.ticks import LAYERS, network
 )
 @pytest.mark.parametrize("silent", [0.0, 0.3])
 def test_throttled(share: float, rate: float, samples: int, expected: bool, silent: float) -> None:
-    layout, memory, rules = RunParameters.of(network()), History(), set[str]()
+    parameters, history, rules = RunParameters.of(network()), History(), set[str]()
     size = 2 * LAYERS
     for step in range(samples):
-        reading = Sample(
+        sample = Sample(
             step=step,
             at=0.0,
             statistics={
@@ -36,7 +35,7 @@ def test_throttled(share: float, rate: float, samples: int, expected: bool, sile
             },
             scalars={"loss": 2.3 * rate**step},
         )
-        memory, findings = diagnose(layout, memory, reading, Thresholds())
+        history, findings = diagnose(parameters, history, sample, Thresholds())
         rules = {finding.rule for finding in findings}
     assert ("throttled" in rules) is expected
 
@@ -46,6 +45,7 @@ def test_throttled(share: float, rate: float, samples: int, expected: bool, sile
     [(None, 2399.0, False), (None, 2401.0, True), (1.0, 121.0, True), (60.0, 1199.0, False), (60.0, 1201.0, True)],
 )
 def test_stalled_knows_the_usual_interval(usual: float | None, silence: float, expected: bool) -> None:
-    finding = stalled.find(1000.0, usual, 1000.0 + silence, 42, Stalled())
+    seen = stalled.Silence(last_seen_at=1000.0, now=1000.0 + silence, usual_interval_seconds=usual, last_step=42)
+    finding = stalled.RULE.judge(seen, Thresholds()[stalled.RULE])
     assert (finding is not None) is expected
     assert finding is None or finding.first_step == 42

@@ -52,7 +52,7 @@ def watched(case: Case, seed: int) -> list[tuple[int, Finding]]:
         agent.close(timeout_seconds=30)
     assert holds(case, result)
     assert recorder.registration is not None
-    layout, memory = RunParameters.of(recorder.registration.parameters), History()
+    parameters, history = RunParameters.of(recorder.registration.parameters), History()
     alerts: dict[str, Alert | None] = {}
     fired = []
     losses = {step: loss for batch in recorder.batches for step, loss in _losses(batch)}
@@ -60,8 +60,8 @@ def watched(case: Case, seed: int) -> list[tuple[int, Finding]]:
         for sample in batch.samples:
             scalars = {name: wire.deserialise(value) for name, value in sample.scalars.items()}
             scalars["loss"] = losses[sample.step]
-            reading = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
-            memory, findings = diagnose(layout, memory, reading, Thresholds())
+            measured = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
+            history, findings = diagnose(parameters, history, measured, Thresholds())
             found = {finding.rule: finding for finding in findings}
             for rule in found.keys() | alerts.keys():
                 alerts[rule], transition = advance(alerts.get(rule), found.get(rule), sample.step, sample.at)

@@ -30,8 +30,8 @@ class Watch:
     every: int = 1
 
     def __post_init__(self) -> None:
-        self.layout = RunParameters.of(self.parameters)
-        self.memory = History()
+        self.run_parameters = RunParameters.of(self.parameters)
+        self.history = History()
         self.step = 0
 
     def tick(
@@ -55,8 +55,8 @@ class Watch:
             statistics["zero_unit_share"] = np.array(zero_unit_share, np.float32)
         if loss is not None:
             scalars["loss"] = loss
-        reading = Sample(step=self.step, at=0.0, statistics=statistics, scalars=scalars, losses=losses)
-        self.memory, findings = diagnose(self.layout, self.memory, reading, self.thresholds)
+        sample = Sample(step=self.step, at=0.0, statistics=statistics, scalars=scalars, losses=losses)
+        self.history, findings = diagnose(self.run_parameters, self.history, sample, self.thresholds)
         return {finding.rule: finding for finding in findings}
 
     def learn(self, samples: int, gradient: float = 0.1, loss: float = 2.3, rate: float = 0.97) -> None:

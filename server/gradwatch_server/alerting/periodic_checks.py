@@ -100,9 +100,13 @@ class StallCheck(PeriodicCheck):
             alerts.save()
 
     def _find(self, row: sa.Row[Any], now: float) -> Finding | None:
-        limits = self._configuration.thresholds[row.project].stalled
-        last_seen_at = max(row.last_seen_at, self._awake_since)
-        return stalled.find(last_seen_at, row.usual_interval_seconds, now, row.last_step or 0, limits)
+        silence = stalled.Silence(
+            last_seen_at=max(row.last_seen_at, self._awake_since),
+            now=now,
+            usual_interval_seconds=row.usual_interval_seconds,
+            last_step=row.last_step or 0,
+        )
+        return stalled.RULE.judge(silence, self._configuration.thresholds[row.project][stalled.RULE])
 
     @staticmethod
     def _is_due(row: sa.Row[Any], finding: Finding | None) -> bool:
@@ -145,7 +149,7 @@ def _lock_run(connection: sa.Connection, run_id: str) -> sa.Row[Any] | None:
 def _open_runs() -> sa.Select[Any]:
     """Select the runs that have not finished, each with its open alert for stalling, if any."""
     runs, alerts = schema.runs, schema.alerts
-    its_alert = (alerts.c.run == runs.c.id) & (alerts.c.rule == stalled.RULE) & (alerts.c.state != "resolved")
+    its_alert = (alerts.c.run == runs.c.id) & (alerts.c.rule == stalled.RULE.name) & (alerts.c.state != "resolved")
     columns = runs.c["id", "project", "last_seen_at", "usual_interval_seconds", "last_step"]
     return (
         sa.select(*columns, alerts.c.state.label("alert_state"), alerts.c.fired_at)

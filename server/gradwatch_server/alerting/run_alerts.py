@@ -61,7 +61,7 @@ class RunAlerts:
     def advance(self, findings: Sequence[Finding], step: int, at: float) -> None:
         """Advance all alerts by one sample, except the one for stalling; ``findings``: those of the sample."""
         found = {finding.rule: finding for finding in findings}
-        rules = (found.keys() | self._open.keys()) - {stalled.RULE}
+        rules = (found.keys() | self._open.keys()) - {stalled.RULE.name}
         # Rules that others inhibit come last, so that the inhibiting alert fires first.
         for rule in sorted(rules, key=lambda rule: (rule in silences.INHIBITED_BY, rule)):
             self._advance_rule(rule, found.get(rule), step, at)
@@ -69,8 +69,8 @@ class RunAlerts:
 
     def advance_stalled(self, finding: Finding | None, step: int, at: float) -> None:
         """Advance the alert for stalling, whose findings depend on the server's clock; None: the run reports."""
-        if finding is not None or stalled.RULE in self._open:
-            self._advance_rule(stalled.RULE, finding, step, at)
+        if finding is not None or stalled.RULE.name in self._open:
+            self._advance_rule(stalled.RULE.name, finding, step, at)
 
     def add_late(self, finding: Finding, step: int, at: float) -> None:
         """Start an alert for a sample that arrived after later ones; an open alert of the rule stays as it is."""

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
+from gradwatch_server.diagnosis import RULES
 from gradwatch_server.errors import Refused
 from gradwatch_server.store import schema
 
-INHIBITED_BY = {"exploding": "nonfinite", "vanishing": "nonfinite"}
+INHIBITED_BY = {rule.name: rule.inhibited_by for rule in RULES if rule.inhibited_by is not None}
 """Inhibited rule -> the rule whose firing alert mutes it in the same run, because that alert says the same better."""
 
 

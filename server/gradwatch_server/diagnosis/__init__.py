@@ -1,56 +1,55 @@
-"""What is wrong with a run, pure: arrays and the step come in, findings go out.
+"""Diagnoses a run from its samples: vanishing, exploding, non-finite and dead gradients, and clipping that decides all.
 
-Every signal is free of scale: a ratio, a growth, a slope over depth. An absolute gradient norm means nothing across
-widths, learning rates and loss scales. docs/diagnosis.md says what each threshold means and why it has its default.
+It is pure: the run's parameters, its history and a sample go in, the new history and the findings come out. No limit is
+an absolute gradient norm, which means nothing across widths, learning rates and loss scales; each is a ratio, a growth
+or a slope over depth. docs/diagnosis.md explains the rules and their limits.
 """
 
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import Blame, Finding
-from gradwatch_server.diagnosis.history import History, quiet_times
-from gradwatch_server.diagnosis.rules import dead, exploding, nonfinite, throttled, vanishing
+from gradwatch_server.diagnosis.history import History
+from gradwatch_server.diagnosis.rule import Observation
+from gradwatch_server.diagnosis.rules import RULES, SAMPLE_RULES, exploding
 from gradwatch_server.diagnosis.sample import RunParameters, Sample
 from gradwatch_server.diagnosis.thresholds import Thresholds
 
 __all__ = [
     "RULES",
+    "SAMPLE_RULES",
     "Blame",
     "Finding",
     "History",
+    "Observation",
     "RunParameters",
     "Sample",
     "Thresholds",
     "diagnose",
 ]
 
-RULES = ("nonfinite", "exploding", "vanishing", "dead", "throttled")
-"""The rules that blame parameters."""
-
 
 def diagnose(
-    layout: RunParameters, memory: History, reading: Sample, thresholds: Thresholds
+    parameters: RunParameters, history: History, sample: Sample, thresholds: Thresholds
 ) -> tuple[History, list[Finding]]:
-    """Look at one sample of a run.
+    """Diagnose one sample of a run.
 
     Args:
-        layout: the run's parameters.
-        memory: what is remembered of the run's earlier samples.
-        reading: the sample; steps ascend within an attempt.
+        parameters: the run's parameters.
+        history: the history of the run's earlier samples.
+        sample: the sample; steps ascend within an attempt.
         thresholds: the limits in force.
 
     Returns:
-        The memory with this sample in it, and one finding for each rule that holds now.
+        The history with this sample in it, and one finding for each rule that holds at the sample.
     """
     with np.errstate(all="ignore"):
-        profile = reading.profile(layout, memory.first_weights)
-        quiet = quiet_times(memory, layout, reading, profile)
-        explosion = exploding.sign(layout, memory, reading, profile, thresholds.exploding)
-        rules = (
-            nonfinite.find(layout, memory, reading, profile, thresholds.nonfinite),
-            exploding.find(layout, memory, reading, profile, thresholds.exploding, explosion),
-            vanishing.find(layout, memory, reading, profile, thresholds.vanishing),
-            dead.find(layout, memory, reading, profile, thresholds.dead, quiet),
-            throttled.find(layout, memory, reading, profile, thresholds.throttled),
-        )
-        findings = [finding for finding in rules if finding is not None]
-        return memory.after(layout, reading, profile, findings, quiet, suspect=explosion is not None), findings
+        observation = Observation.of(parameters, history, sample)
+        found = ((rule, rule.find(observation, thresholds[rule])) for rule in SAMPLE_RULES)
+        symptoms = {rule: symptom for rule, symptom in found if symptom is not None}
+        reports = (rule.report(symptom, thresholds[rule], history.since) for rule, symptom in symptoms.items())
+        findings = [finding for finding in reports if finding is not None]
+        rules = [finding.rule for finding in findings]
+        # A sign of an explosion counts for the history even where the rule is not enabled.
+        suspect = exploding.RULE in symptoms
+        after = history.after(sample, observation.profile, observation.quiet_times, rules, suspect=suspect)
+        return after, findings

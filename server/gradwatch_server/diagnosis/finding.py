@@ -1,9 +1,8 @@
-"""What a rule says of one sample."""
+"""What a rule of the diagnosis finds in a sample: its symptom, and the finding that alerts are made of."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-from gradwatch_server.diagnosis.sample import Floats, Indices
 
 MOST_BLAMED = 20
 
@@ -16,9 +15,37 @@ class Blame(NamedTuple):
     limit: float
 
 
+class Blamed(NamedTuple):
+    """The parameters that are to blame."""
+
+    parameters: Sequence[Blame] = ()
+    """Worst first, at most 20."""
+    left_out: int = 0
+    """How many more there are."""
+
+
+NOBODY = Blamed()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symptom:
+    """What a rule sees in one sample, before the limits that all rules have in common apply."""
+
+    summary: str
+    cause: str
+    remedy: str
+    first_step: int
+    """The step at which it began, as far as this sample tells."""
+    blamed: Blamed = NOBODY
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    critical: bool = False
+    hold_samples: int | None = None
+    """Samples in a row that it has to hold before it fires; None: as many as the rule's limits say."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A rule that holds at a sample: what, where, since when, why, and what to do."""
+    """A rule that holds at a sample: what is wrong, where, since when, why, and what to do about it."""
 
     rule: str
     severity: str
@@ -37,9 +64,3 @@ class Finding:
     """Samples in a row that it has to hold before it fires."""
     clear_samples: int
     """Samples in a row without it that resolve it."""
-
-
-def blame(names: list[str], chosen: Indices, values: Floats, limit: float) -> tuple[list[Blame], int]:
-    """Return the first 20 of the chosen parameters, which stand worst first, and how many are left out."""
-    listed = [Blame(names[index], float(values[index]), limit) for index in chosen[:MOST_BLAMED]]
-    return listed, max(0, len(chosen) - MOST_BLAMED)

@@ -1,4 +1,4 @@
-"""What is remembered of a run's earlier samples: bounded, and the same whether it was kept or replayed."""
+"""The history of a run that the rules compare a sample with: bounded, and equal whether it was kept or replayed."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,19 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch_server.diagnosis.finding import Finding
-from gradwatch_server.diagnosis.sample import Flags, Floats, Profile, RunParameters, Sample, any_of, grown, median
+from gradwatch_server.diagnosis.sample import (
+    Flags,
+    Floats,
+    Profile,
+    RunParameters,
+    Sample,
+    any_in_set,
+    extended,
+    median,
+)
 
 VERSION: Final = 3
-"""Version of ``to_bytes``; another one is refused, and the memory is to be replayed."""
+"""Version of ``History.to_bytes``. The history of a run that was stored in another version has to be replayed."""
 
 HISTORY_SAMPLES = 64
 FIRST_SAMPLES = 8
@@ -23,60 +31,76 @@ LATELY_STEPS = 64
 GROWTH_SAMPLES = 16
 _SPREAD_OF_MAD = 1.4826
 """Standard deviations in a median absolute deviation of normal noise."""
+_MOST_QUIET_STEPS = 3
+"""Most steps between two samples for which a parameter counts as quiet."""
+CLIPPED_SHARE = 0.95
+"""Share of clipped units of a matrix from which the threshold, not the gradient, sets the length of its step."""
+IDLE_SHARE = 0.95
+"""Share of a parameter's units without a gradient from which it counts as idle."""
 
 Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Losses:
-    """How the loss has gone, and so whether the run learns."""
+class LossHistory:
+    """The course of the loss, which tells whether the run learns."""
 
     first: tuple[float, ...] = ()
     recent: tuple[float, ...] = ()
-    """The last few, Inf where one was not finite."""
+    """The last few losses, infinity for one that was not finite."""
     lowest: float = math.inf
-    """Least median of a few in a row."""
+    """Smallest median of a few losses in a row."""
     lately: tuple[float, ...] = ()
-    """The last medians of a few in a row, one a step."""
+    """The last medians of a few losses in a row, one for each step."""
 
     @cached_property
     def reference(self) -> float:
-        """Where the loss began; the first value alone where later ones are higher: a divergence lifts its median."""
+        """The loss at the beginning; NaN without any.
+
+        It is the median of the first losses, but at most the very first: a divergence lifts the median.
+        """
         return min(self.first[0], median(self.first)) if self.first else math.nan
 
     @cached_property
     def now(self) -> float:
-        """Median of the last few."""
+        """Median of the last few losses; NaN without any."""
         return median(self.recent) if self.recent else math.nan
 
     @property
     def scale(self) -> float:
-        """What a change of the loss is measured by."""
+        """The unit in which a change of the loss is measured: its size at the beginning."""
         return max(abs(self.reference), 1e-12)
 
     def progress(self, loss: float | None = None) -> float:
-        """Return how far the loss has come down, as a share of where it began: 1 is all the way to zero.
+        """Return how far the loss has come down, as a share of the loss at the beginning.
 
-        Negative where it rose; NaN where no loss is known.
+        The share is 1 for a loss of zero, negative for a loss that rose, and NaN where no loss is known.
+
+        Args:
+            loss: the loss now; by default the median of the last few.
         """
         loss = self.now if loss is None else loss
         return (self.reference - loss) / self.scale if self.first else math.nan
 
     def relapse(self, loss: float | None = None) -> float:
-        """Return the share of the progress made so far that is lost again; 0 where there was next to none."""
+        """Return the share of the progress so far that is lost again; 0 if there was next to no progress.
+
+        Args:
+            loss: the loss now; by default the median of the last few.
+        """
         loss = self.now if loss is None else loss
         made = self.reference - self.lowest
         if not self.first or not made > 0.1 * self.scale:
             return 0.0
         return (loss - self.lowest) / made
 
-    def after(self, loss: float) -> "Losses":
-        """Return the losses with one more."""
+    def after(self, loss: float) -> "LossHistory":
+        """Return the history with one more loss."""
         if math.isnan(loss):
             return self
         recent = (*self.recent, loss)[-RECENT_SAMPLES:]
         now = median(recent)
-        return Losses(
+        return LossHistory(
             first=(*self.first, loss) if len(self.first) < FIRST_SAMPLES and math.isfinite(loss) else self.first,
             recent=recent,
             lowest=min(self.lowest, now) if len(recent) >= 3 else self.lowest,
@@ -84,9 +108,9 @@ class Losses:
         )
 
     def risen(self, share: float, steps: int) -> bool:
-        """Return whether each of the last ``steps`` medians lies above where the loss began by this share of it.
+        """Return whether the last ``steps`` medians all exceed the loss at the beginning by more than ``share`` of it.
 
-        False for a loss that began at or below zero somewhere: it does not measure how bad the run is.
+        A loss that was zero or negative at the beginning never counts as risen: it does not measure how bad a run is.
         """
         if len(self.lately) < steps or not self.first or min(self.first) <= 0.0:
             return False
@@ -95,42 +119,52 @@ class Losses:
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """A run's own history."""
+    """What the rules know of a run's earlier samples; arrays have the shape (parameters,).
+
+    Loss and size of the gradient
+        losses, log_gradients, first_log_gradients: the first samples and the last ones.
+    Weights
+        first_weights, weights, growths: at the first sample, at the last one, and their growth in between.
+    Parameters without a gradient
+        quiet, longest_quiet, ever, idle: counted for each parameter.
+    Clipping
+        clipped_samples, unclipped_samples: how long it has decided everything, or nothing.
+    """
 
     samples: int = 0
-    losses: Losses = Losses()
+    losses: LossHistory = LossHistory()
     log_gradients: tuple[float, ...] = ()
-    """log10 of the global gradient norm of up to 64 samples at which nothing exploded: an explosion does not become its
-    own yardstick."""
+    """log10 of the global gradient norm of the last 64 samples without a sign of an explosion: an explosion must not
+    become usual."""
     first_log_gradients: tuple[float, ...] = ()
     growths: tuple[tuple[int, float], ...] = ()
-    """Step, and log10 of the typical growth of the weight matrices since the first sample, of the last few samples."""
+    """(step, log10 of the typical growth of the weight matrices since the first sample) of the last few samples."""
     best_leverage: float = 0.0
     """The largest leverage that any weight matrix has had."""
     best_typical_leverage: float = 0.0
     """The largest leverage that half of the weight matrices have had."""
     suspect_since: int | None = None
-    """Step of the first sign of an explosion that has not been taken back since."""
+    """Step since which every sample shows a sign of an explosion."""
     first_weights: Floats | None = None
-    """Weight norms at the first sample, shape (parameters,)."""
+    """Weight norms at the first sample."""
     log_usual: Floats | None = None
-    """Smoothed log10 of each gradient, shape (parameters,); NaN where there was none yet."""
+    """Smoothed log10 of each gradient; NaN for a parameter that never had a gradient."""
     quiet: Counts | None = None
-    """For each parameter, samples in a row without any gradient while others had one, shape (parameters,)."""
+    """Samples in a row without any gradient while other parameters had one."""
     longest_quiet: Counts | None = None
-    """The longest such time that has ended, shape (parameters,)."""
+    """The longest such time that has ended."""
     ever: Flags | None = None
-    """True where there was a gradient other than zero at some sample, shape (parameters,)."""
+    """True where there was a gradient other than zero at some sample."""
     idle: Counts | None = None
-    """For each parameter, samples in a row at which nearly all of its units had a zero gradient."""
+    """Samples in a row at which nearly all units of a parameter had a zero gradient."""
     weights: Floats | None = None
     """Weight norms at the last sample."""
     clipped_samples: int = 0
     """Samples in a row at which nearly everything was clipped."""
     unclipped_samples: int = 0
-    """Samples in a row at which clipping was on and did nothing."""
+    """Samples in a row at which clipping was on and clipped nothing."""
     since: tuple[tuple[str, int], ...] = ()
-    """The step at which each rule that holds began to hold."""
+    """(rule, step at which it began to hold) of each rule that holds."""
 
     def began(self, rule: str, step: int) -> int:
         """Return the step at which a rule began to hold that holds at ``step``."""
@@ -138,12 +172,12 @@ class History:
 
     @property
     def every_steps(self) -> int:
-        """Steps between the last two samples; 1 where there were none."""
+        """Steps between the last two samples; 1 before there were two."""
         return self.growths[-1][0] - self.growths[-2][0] if len(self.growths) > 1 else 1
 
     @cached_property
     def usual_log_gradient(self) -> float:
-        """The larger of what is usual now and what was usual at the start; NaN without history."""
+        """The usual log10 of the global gradient norm: the larger of now and at the start; NaN without history."""
         if not self.log_gradients:
             return math.nan
         return max(median(self.log_gradients), median(self.first_log_gradients))
@@ -157,165 +191,160 @@ class History:
         return _SPREAD_OF_MAD * median(np.abs(history - median(history)))
 
     def counts(self, name: str, size: int) -> Counts:
-        """Return one of the counters, grown to ``size``: a run may append parameters."""
-        return grown(getattr(self, name), size, 0)
+        """Return a counter of each parameter, 0 for those that the run has appended."""
+        return extended(getattr(self, name), size, 0)
 
     def after(
-        self,
-        layout: RunParameters,
-        reading: Sample,
-        profile: Profile,
-        findings: Sequence[Finding],
-        quiet: "QuietTimes",
-        *,
-        suspect: bool,
+        self, sample: Sample, profile: Profile, quiet: "QuietTimes", rules: Sequence[str], *, suspect: bool
     ) -> "History":
-        """Return the memory with one more sample in it.
+        """Return the history with one more sample in it.
 
         Args:
-            layout: the run's parameters.
-            reading: the sample.
-            profile: what the rules share of it.
-            findings: what they found.
-            quiet: what ``quiet_times`` says of it.
-            suspect: whether there is a sign of an explosion at this sample.
+            sample: the sample.
+            profile: its profile.
+            quiet: the quiet times, this sample included.
+            rules: the names of the rules that hold at the sample.
+            suspect: whether the sample shows a sign of an explosion.
         """
         calm = not suspect and profile.global_gradient > 0.0 and not profile.overflowed
         log_gradient = (math.log10(profile.global_gradient),) if calm else ()
-        losses = self.losses
-        for loss in reading.every_loss():
-            losses = losses.after(loss if math.isfinite(loss) else math.inf)
-        first = grown(self.first_weights, len(layout.names), np.nan)
-        unknown = np.isnan(first)
+        first = extended(self.first_weights, len(profile.weight), np.nan)
+        new = np.isnan(first)
         typical = profile.typical_leverage
         return replace(
             self,
-            **self._quiet_after(layout, reading, profile, quiet),
+            **self._counts_after(sample, profile, quiet),
             samples=self.samples + 1,
-            losses=losses,
+            losses=self._losses_after(sample),
             log_gradients=(self.log_gradients + log_gradient)[-HISTORY_SAMPLES:],
             first_log_gradients=(self.first_log_gradients + log_gradient)[:FIRST_SAMPLES],
-            growths=(*self.growths, (reading.step, profile.typical_growth))[-GROWTH_SAMPLES:],
+            growths=(*self.growths, (sample.step, profile.typical_growth))[-GROWTH_SAMPLES:],
             best_leverage=max(self.best_leverage, float(np.fmax.reduce(profile.leverages, initial=0.0))),
             best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),
-            suspect_since=(reading.step if self.suspect_since is None else self.suspect_since) if suspect else None,
-            first_weights=np.where(unknown, profile.weight, first) if unknown.any() else first,
+            suspect_since=(sample.step if self.suspect_since is None else self.suspect_since) if suspect else None,
+            first_weights=np.where(new, profile.weight, first) if new.any() else first,
             weights=profile.weight,
             log_usual=_smoothed(self.log_usual, profile),
-            since=tuple((finding.rule, self.began(finding.rule, reading.step)) for finding in findings),
+            since=tuple((rule, self.began(rule, sample.step)) for rule in rules),
         )
 
-    def _quiet_after(
-        self, layout: RunParameters, reading: Sample, profile: Profile, times: "QuietTimes"
-    ) -> dict[str, Any]:
-        size = len(layout.names)
-        quiet, longest, idle = times
-        ever = grown(self.ever, size, False)
-        decided = idle_clip = False
-        if "clipped_unit_share" in reading.statistics:
-            shares = reading.clipped_share(size)
-            all_shares, matrices = shares[shares >= 0.0], shares[profile.matrices]
-            matrices = matrices[matrices >= 0.0]
-            if matrices.size > 1 and matrices[-1] == 0.0:
-                matrices = matrices[:-1]  # the classifier, which adaptive clipping leaves alone
-            decided = bool(matrices.size) and median(matrices) >= CLIPPED_SHARE
-            idle_clip = bool(all_shares.size) and float(all_shares.max()) == 0.0
+    def _losses_after(self, sample: Sample) -> LossHistory:
+        losses = self.losses
+        for loss in sample.every_loss():
+            losses = losses.after(loss if math.isfinite(loss) else math.inf)
+        return losses
+
+    def _counts_after(self, sample: Sample, profile: Profile, quiet: "QuietTimes") -> dict[str, Any]:
+        """Return the fields that count samples in a row."""
+        everything_clipped, nothing_clipped = _clipping(sample, profile)
         return {
-            "quiet": quiet,
-            "longest_quiet": longest,
-            "ever": ever | profile.stirred,
-            "idle": idle,
-            "clipped_samples": self.clipped_samples + 1 if decided else 0,
-            "unclipped_samples": self.unclipped_samples + 1 if idle_clip else 0,
+            "quiet": quiet.quiet,
+            "longest_quiet": quiet.longest,
+            "ever": extended(self.ever, len(profile.gradient), False) | profile.nonzero,
+            "idle": quiet.idle,
+            "clipped_samples": self.clipped_samples + 1 if everything_clipped else 0,
+            "unclipped_samples": self.unclipped_samples + 1 if nothing_clipped else 0,
         }
 
     def resumed(self) -> "History":
-        """Return what a new attempt starts with: the run's history, and what has lasted; nothing that names a step.
+        """Return the history with which a new attempt starts: without what refers to steps, which it may repeat.
 
-        Its weights come from a checkpoint: they did not change since the last sample, they are others.
+        The weights of the last sample are dropped, too: those of the new attempt come from a checkpoint.
         """
         losses = replace(self.losses, lately=())
         return replace(self, losses=losses, growths=(), suspect_since=None, weights=None, since=())
 
     def to_bytes(self) -> bytes:
-        """Return the memory as bytes that ``from_bytes`` reads."""
+        """Return the history as bytes that ``from_bytes`` reads."""
         content = {entry.name: _packed(getattr(self, entry.name)) for entry in fields(self)}
         return msgspec.msgpack.encode({"version": VERSION, **content})
 
     @classmethod
     def from_bytes(cls, body: bytes) -> Self:
-        """Return the memory that ``to_bytes`` wrote.
+        """Return the history that ``to_bytes`` wrote.
 
         Raises:
-            ValueError: it was written by another version; replay the stored samples instead.
+            ValueError: another version wrote it; replay the stored samples instead.
         """
         content = msgspec.msgpack.decode(body)
         version = content.pop("version", None)
         if version != VERSION:
-            raise ValueError(f"memory of version {version}, not {VERSION}: replay the run's samples")
+            raise ValueError(f"history of version {version}, not {VERSION}: replay the run's samples")
         losses = content.pop("losses")
         unpacked = {name: _unpacked(value) for name, value in content.items()}
-        return cls(losses=Losses(tuple(losses[0]), tuple(losses[1]), losses[2], tuple(losses[3])), **unpacked)
+        return cls(losses=LossHistory(tuple(losses[0]), tuple(losses[1]), losses[2], tuple(losses[3])), **unpacked)
 
 
 class QuietTimes(NamedTuple):
-    """For how many samples each parameter has been without a gradient, all of shape (parameters,)."""
+    """For how many samples each parameter has been without a gradient; all have the shape (parameters,)."""
 
     quiet: Counts
     longest: Counts
     """The longest such time that has ended."""
     idle: Counts
-    """For how long nearly all of its units have been."""
+    """For how many samples nearly all units of the parameter have been without a gradient."""
 
 
-def quiet_times(memory: History, layout: RunParameters, reading: Sample, profile: Profile) -> QuietTimes:
-    """Return the times of each parameter, this sample included.
+def quiet_times(parameters: RunParameters, history: History, sample: Sample, profile: Profile) -> QuietTimes:
+    """Return for how long each parameter has been without a gradient, this sample included.
 
-    A sample at which nothing had a gradient does not count. Nor is a parameter quiet that has no gradient at this
-    sample but whose weight changed since the last: its module steps, only not at the sampled steps. Likewise one that
-    never had a gradient at a sample and whose weight grew between samples that lie apart; where there was one before,
-    momentum runs out, and weight decay shrinks. A weight that has not changed at all
-    between samples that lie apart has been quiet for all steps between them, and counts up to three times.
+    - A sample at which no parameter has a gradient does not count.
+    - A parameter whose weight has changed since the last sample is not quiet: its module steps, but not at the sampled
+      steps. This holds where the gradient is missing; between samples that lie apart also for a parameter that never
+      had a gradient at a sample and whose weight grew. (After the last gradient momentum runs out, and weight decay
+      shrinks: that is no training.)
+    - A parameter whose weight has not changed at all between samples that lie apart was quiet at the steps between
+      them, too: it counts up to three times.
     """
-    size = len(layout.names)
-    quiet, longest = memory.counts("quiet", size), memory.counts("longest_quiet", size)
-    idle = memory.counts("idle", size)
-    alive = profile.stirred
-    if not alive.any():
+    size = len(parameters.names)
+    quiet, longest = history.counts("quiet", size), history.counts("longest_quiet", size)
+    idle = history.counts("idle", size)
+    if not profile.nonzero.any():
         return QuietTimes(quiet, longest, idle)
-    before = grown(memory.weights, size, np.nan)
-    gap = reading.step - memory.growths[-1][0] if memory.growths else 1
-    loud = alive
-    if not alive.all():
-        change, little = profile.weight - before, 1e-6 * before
-        moved = np.where(profile.present, change, np.abs(change)) > little
-        elsewhere = ~profile.present if gap == 1 else ~profile.present | ~grown(memory.ever, size, False)
-        loud = alive | any_of(layout.owners, moved & elsewhere)
-        still = np.abs(change) <= little
-        steps = np.where(still, min(max(gap, 1), _MOST_STEPS), 1)
+    if not profile.nonzero.all():
+        loud, steps = _changes(parameters, history, sample, profile)
         longest = np.where(loud, np.maximum(longest, quiet), longest)
-        quiet = np.where(loud | ~layout.trainable, 0, quiet + steps)  # a frozen one sets no rhythm for later
+        # A frozen parameter is not quiet: its time would set a rhythm for later.
+        quiet = np.where(loud | ~parameters.trainable, 0, quiet + steps)
     elif quiet.any():
         longest, quiet = np.maximum(longest, quiet), np.zeros_like(quiet)
-    silent = reading.vector("zero_unit_share", size) >= IDLE_SHARE
+    silent = sample.vector("zero_unit_share", size) >= IDLE_SHARE
     if silent.any() or idle.any():
-        idle = np.where(alive, np.where(silent, idle + 1, 0), idle)
+        idle = np.where(profile.nonzero, np.where(silent, idle + 1, 0), idle)
     return QuietTimes(quiet, longest, idle)
 
 
-_MOST_STEPS = 3
-"""How many of the steps between two samples count, at most."""
-CLIPPED_SHARE = 0.95
-"""Share of a matrix's units that are clipped from which the threshold, not the gradient, decides its step."""
-IDLE_SHARE = 0.95
-"""Share of a parameter's units without a gradient from which it counts as idle."""
+def _changes(parameters: RunParameters, history: History, sample: Sample, profile: Profile) -> tuple[Flags, Counts]:
+    """Return which parameters are not quiet, and by how many samples the quiet time of the others grows."""
+    size = len(parameters.names)
+    before = extended(history.weights, size, np.nan)
+    gap = sample.step - history.growths[-1][0] if history.growths else 1
+    change, little = profile.weight - before, 1e-6 * before
+    moved = np.where(profile.present, change, np.abs(change)) > little
+    elsewhere = ~profile.present if gap == 1 else ~profile.present | ~extended(history.ever, size, False)
+    loud = profile.nonzero | any_in_set(parameters.modules, moved & elsewhere)
+    still = np.abs(change) <= little
+    return loud, np.where(still, min(max(gap, 1), _MOST_QUIET_STEPS), 1)
+
+
+def _clipping(sample: Sample, profile: Profile) -> tuple[bool, bool]:
+    """Return whether adaptive clipping clipped nearly everything, and whether it was on and clipped nothing."""
+    if "clipped_unit_share" not in sample.statistics:
+        return False, False
+    shares = sample.clipped_share(len(profile.gradient))
+    all_shares, matrices = shares[shares >= 0.0], shares[profile.matrices]
+    matrices = matrices[matrices >= 0.0]
+    if matrices.size > 1 and matrices[-1] == 0.0:
+        matrices = matrices[:-1]  # the classifier, which adaptive clipping leaves alone
+    everything = bool(matrices.size) and median(matrices) >= CLIPPED_SHARE
+    return everything, bool(all_shares.size) and float(all_shares.max()) == 0.0
 
 
 def _smoothed(usual: Floats | None, profile: Profile) -> Floats:
-    """Return the smoothed log gradient of each parameter with this sample in it: a tenth of the way."""
+    """Return the smoothed log10 of each gradient after a sample, which counts for a tenth."""
     known, everything = profile.alive, profile.all_alive
     now: Floats = np.log10(profile.gradient if everything else np.where(known, profile.gradient, 1.0))
-    before = grown(usual, len(now), np.nan)
+    before = extended(usual, len(now), np.nan)
     fresh = 0.9 * before + 0.1 * now
     fresh = np.where(np.isnan(before), now, fresh)
     return fresh if everything else np.where(known, fresh, before)
@@ -325,7 +354,7 @@ _KINDS: Final[dict[str, type[Any]]] = {"f": np.float64, "i": np.int64, "b": np.b
 
 
 def _packed(value: Any) -> Any:
-    if isinstance(value, Losses):
+    if isinstance(value, LossHistory):
         return [value.first, value.recent, value.lowest, value.lately]
     if isinstance(value, np.ndarray):
         narrow = _narrowed(value)

@@ -1,4 +1,4 @@
-"""One sample as the rules see it, over the run's parameters as arrays."""
+"""One sample of a run, and the run's parameters, as arrays over the parameters for the rules of the diagnosis."""
 
 import math
 import pickle
@@ -18,13 +18,15 @@ Flags = NDArray[np.bool_]
 Indices = NDArray[np.intp]
 
 TINY = 1e-45
-"""The smallest positive float32: stands for zero on a logarithmic scale."""
-_SETTLED = 5
-_LOOKUPS = ("Embedding", "EmbeddingBag")
+"""The smallest positive float32. It stands for zero on a logarithmic scale."""
+_UNDERFLOW_DECADES = 2.5
+"""A gradient that has faded so far before it reaches zero has underflowed."""
+_SETTLED_LOSSES = 5
+_EMBEDDINGS = ("Embedding", "EmbeddingBag")
 
 
 def median(values: Sequence[float] | Floats) -> float:
-    """Return the median, bit for bit that of ``np.median``, in a fifth of its time on a few hundred numbers."""
+    """Return the same as ``np.median`` to the last bit, five times as fast on a few hundred numbers."""
     ordered = np.array(values)
     ordered.sort()
     middle = len(ordered) // 2
@@ -33,17 +35,17 @@ def median(values: Sequence[float] | Floats) -> float:
     return (float(ordered[middle - 1]) + float(ordered[middle])) / 2
 
 
-def grown(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[Any]:
-    """Return a remembered vector, lengthened by ``value`` to ``size``: a run may append parameters."""
+def extended(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[Any]:
+    """Return a stored vector, filled up to ``size`` with ``value``: a run may append parameters."""
     if vector is not None and len(vector) == size:
         return vector
-    known = np.zeros(0, type(value)) if vector is None else vector
-    return np.concatenate([known, np.full(size - len(known), value, known.dtype)])
+    existing = np.zeros(0, type(value)) if vector is None else vector
+    return np.concatenate([existing, np.full(size - len(existing), value, existing.dtype)])
 
 
 @dataclass(frozen=True, eq=False)
 class RunParameters:
-    """The parameters of a run, in the order of its vectors; all arrays of shape (parameters,)."""
+    """The parameters of a run, in the order of its vectors; all arrays have the shape (parameters,)."""
 
     names: list[str]
     depth: NDArray[np.int64]
@@ -52,74 +54,74 @@ class RunParameters:
     elements: Floats
     units: Floats
     matrix: Flags
-    """Weights with two or more dimensions above 1: where signals are multiplied from layer to layer."""
-    lookup: Flags
-    """Embeddings: each row is used by few inputs, so that most rows have no gradient at any step."""
+    """True for weights with two or more dimensions above 1: they multiply the signal from layer to layer."""
+    embedding: Flags
+    """True for embeddings: few inputs use a row, so that most rows have no gradient at any step."""
     trainable: Flags
-    owners: NDArray[np.int64]
+    modules: NDArray[np.int64]
     """Number of the module that owns each parameter: equal for a weight and its bias."""
     peers: Sequence[NDArray[np.int64]]
-    """Numbers of sets of parameters that differ in one index of their names only, for each index that there is:
-    ``experts.3.0.weight`` and ``experts.7.0.weight`` are peers by the first one; -1 where there is no such index."""
-    choice: NDArray[np.int64]
-    """Number of the set of experts that a parameter belongs to, by its name; -1: none."""
+    """Numbers of sets of parameters whose names differ in one index only, an array for each index that names have.
+    ``experts.3.0.weight`` and ``experts.7.0.weight`` are peers by the first one; -1 where a name has no such index."""
+    experts: NDArray[np.int64]
+    """Number of the set of experts that a parameter belongs to by its name; -1 where it belongs to none."""
 
     @classmethod
     def of(cls, parameters: Sequence[Parameter]) -> Self:
-        """Return the layout of a registered run."""
-        depth = np.array(
-            [index if entry.depth is None else entry.depth for index, entry in enumerate(parameters)], np.int64
-        )
-        modules: dict[str, int] = {}
-        owners = [modules.setdefault(_owner(entry.name), len(modules)) for entry in parameters]
+        """Return the parameters of a registered run."""
+        depth = [index if entry.depth is None else entry.depth for index, entry in enumerate(parameters)]
         return cls(
             names=[entry.name for entry in parameters],
-            depth=depth,
-            order=np.argsort(depth, kind="stable"),
+            depth=np.array(depth, np.int64),
+            order=np.argsort(np.array(depth, np.int64), kind="stable"),
             elements=np.array([float(math.prod(entry.shape)) for entry in parameters]),
             units=np.array([float(entry.units) for entry in parameters]),
             matrix=np.array([sum(size > 1 for size in entry.shape) >= 2 for entry in parameters], np.bool_),
-            lookup=np.array([entry.kind in _LOOKUPS for entry in parameters], np.bool_),
+            embedding=np.array([entry.kind in _EMBEDDINGS for entry in parameters], np.bool_),
             trainable=np.array([entry.trainable for entry in parameters], np.bool_),
-            owners=np.array(owners, np.int64),
+            modules=_set_numbers([_module_of(entry.name) for entry in parameters]),
             peers=_peers(parameters),
-            choice=_numbered([_choice(entry.name) for entry in parameters]),
+            experts=_set_numbers([_expert_set_of(entry.name) for entry in parameters]),
         )
 
     @cached_property
     def pickled(self) -> bytes:
-        """The layout for another process."""
+        """The parameters for another process."""
         return pickle.dumps(self, 5)
 
     @cached_property
     def matrices(self) -> Indices:
-        """Indices of trainable weight matrices, embeddings apart, from input to output."""
-        return self.order[(self.trainable & (self.elements > 0) & self.matrix & ~self.lookup)[self.order]]
+        """Indices of trainable weight matrices without embeddings, from input to output."""
+        return self.by_depth(self.trainable & (self.elements > 0) & self.matrix & ~self.embedding)
 
     @cached_property
     def vectors(self) -> Indices:
         """Indices of trainable biases and gains, from input to output."""
-        return self.order[(self.trainable & (self.elements > 0) & ~self.matrix)[self.order]]
+        return self.by_depth(self.trainable & (self.elements > 0) & ~self.matrix)
 
     @cached_property
     def root_elements(self) -> Floats:
-        """Square root of the elements, at least 1."""
+        """Square root of the number of elements, at least 1."""
         return np.sqrt(np.maximum(self.elements, 1.0))
 
     @cached_property
     def least_weight(self) -> Floats:
-        """A tenth of the norm of an orthonormal matrix with these units."""
+        """A tenth of the norm of an orthonormal matrix with as many units."""
         return 0.1 * np.sqrt(self.units)
 
+    def by_depth(self, flags: Flags) -> Indices:
+        """Return the indices of the flagged parameters, from input to output."""
+        return self.order[flags[self.order]]
 
-def _owner(name: str) -> str:
-    """Return the module of a parameter; layers and directions of one recurrent module are modules of their own."""
+
+def _module_of(name: str) -> str:
+    """Return the module of a parameter; each layer and direction of a recurrent module counts as a module."""
     path, _, own = name.rpartition(".")
     return f"{path}.{own.partition('_l')[2]}"
 
 
-def _numbered(keys: Sequence[object]) -> NDArray[np.int64]:
-    """Return the number of each key's set, -1 where it is none."""
+def _set_numbers(keys: Sequence[object]) -> NDArray[np.int64]:
+    """Return a number for each key, equal for equal keys; -1 for None."""
     numbers: dict[object, int] = {}
     return np.array([-1 if key is None else numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
@@ -128,7 +130,7 @@ def _peers(parameters: Sequence[Parameter]) -> list[NDArray[np.int64]]:
     names = [entry.name.split(".") for entry in parameters]
     indices = [[place for place, part in enumerate(parts) if part.isdecimal()] for parts in names]
     return [
-        _numbered(
+        _set_numbers(
             [
                 (*parts[: found[rank]], *parts[found[rank] + 1 :], tuple(entry.shape)) if rank < len(found) else None
                 for parts, found, entry in zip(names, indices, parameters, strict=True)
@@ -138,7 +140,7 @@ def _peers(parameters: Sequence[Parameter]) -> list[NDArray[np.int64]]:
     ]
 
 
-def _choice(name: str) -> str | None:
+def _expert_set_of(name: str) -> str | None:
     """Return the path of the set of experts, such as ``blocks.2.experts`` for ``blocks.2.experts.3.weight``."""
     parts = name.split(".")
     for place, part in enumerate(parts):
@@ -147,16 +149,19 @@ def _choice(name: str) -> str | None:
     return None
 
 
-def any_of(sets: NDArray[np.int64], flags: Flags) -> Flags:
-    """Return for each parameter whether the flag is up for any in its set; False where it is in none."""
-    return largest_of(sets, flags.astype(np.int64)) > 0
+def any_in_set(sets: NDArray[np.int64], flags: Flags) -> Flags:
+    """Return for each parameter whether a flag of its set is True; False where it is in no set."""
+    flagged = np.zeros(int(sets.max(initial=-1)) + 2, np.bool_)
+    flagged[sets[flags]] = True
+    flagged[-1] = False  # -1 addresses the last place, which belongs to those in no set
+    return flagged[sets]
 
 
-def largest_of(sets: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each parameter the largest count in its set; 0 where it is in none."""
+def largest_in_set(sets: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each parameter the largest count in its set; 0 where it is in no set."""
     largest = np.zeros(int(sets.max(initial=-1)) + 2, np.int64)
-    np.maximum.at(largest, sets, counts)  # the last place, which -1 means, is for those in no set
-    largest[-1] = 0
+    np.maximum.at(largest, sets, counts)
+    largest[-1] = 0  # likewise
     return largest[sets]
 
 
@@ -168,48 +173,62 @@ def rank_correlation(values: Floats) -> float:
     return float(np.corrcoef(np.arange(len(values)), ranks)[0, 1])
 
 
+def log10(values: Floats) -> Floats:
+    """Return log10 of norms, that of ``TINY`` for smaller ones."""
+    logs: Floats = np.log10(np.maximum(values, TINY))
+    return logs
+
+
+def attenuation(logs: Floats) -> float:
+    """Return by how many decades the first third of logarithms lies below the last third, by their medians."""
+    third = max(1, len(logs) // 3)
+    return median(logs[-third:]) - median(logs[:third])
+
+
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What the rules share of one sample, computed once; all of shape (parameters,)."""
+    """Numbers of one sample that several rules and ``/metrics`` use; all arrays have the shape (parameters,)."""
 
     gradient: Floats
     weight: Floats
     present: Flags
     """True where there was a gradient."""
     finite: Flags
-    """True where the gradient was there and finite."""
+    """True where there was a gradient and it was finite."""
+    nonfinite: Flags
+    """True where there was a gradient with a NaN or an infinity in it; its norm may be finite."""
     ratio: Floats
     """``gradient / (weight + UNIT_EPS)``; NaN where the gradient is missing or not finite."""
     rms: Floats
-    """``gradient / sqrt(elements)``; likewise."""
+    """Root mean square of the gradient, ``gradient / sqrt(elements)``; NaN likewise."""
     leverage: Floats
-    """``gradient * weight / |loss|``: by how many times its relative change a parameter changes the loss, relatively.
+    """``gradient * weight / |loss|``: the relative change of the loss for a relative change of the parameter.
 
-    Free of every scale (of the loss, of the weights); NaN where no loss is known. The weight counts as at least a
-    tenth of an orthonormal matrix's norm, so that matrices that start at zero are not taken for useless.
+    It is free of every scale (of the loss, of the weights). NaN where no loss is known. The weight counts as at least a
+    tenth of an orthonormal matrix's norm, so that matrices that start at zero do not look useless.
     """
     matrices: Indices
-    """Indices of weight matrices, embeddings apart, with a finite gradient, from input to output."""
+    """Indices of weight matrices with a finite gradient, without embeddings, from input to output."""
     vectors: Indices
     """Indices of biases and gains with a finite gradient, from input to output."""
     loss: float
-    """NaN where it is not known or not finite."""
+    """NaN where the loss is not known or not finite."""
     global_gradient: float
     """L2 norm over all finite gradients, before any clipping."""
     first_weight: Floats | None
-    """Weight norms at the first sample, NaN where a parameter was not there; none: this is the first."""
-
-    @property
-    def global_weight(self) -> float:
-        """L2 norm over the weights of the parameters with a finite gradient."""
-        weights = self.weight[self.finite]
-        return float(np.sqrt(np.square(weights[np.isfinite(weights)]).sum()))
+    """Weight norms at the first sample, NaN for a parameter that came later; None at the first sample."""
 
     @cached_property
-    def stirred(self) -> Flags:
+    def zero(self) -> Flags:
+        """True where there was a gradient of exactly zero."""
+        zero: Flags = self.present & (self.gradient == 0.0)
+        return zero
+
+    @cached_property
+    def nonzero(self) -> Flags:
         """True where there was a gradient other than zero, finite or not."""
-        stirred: Flags = self.present & (self.gradient != 0.0)
-        return stirred
+        nonzero: Flags = self.present & (self.gradient != 0.0)
+        return nonzero
 
     @cached_property
     def alive(self) -> Flags:
@@ -218,19 +237,19 @@ class Profile:
 
     @cached_property
     def all_alive(self) -> bool:
-        """Whether every parameter had one, as at nearly every sample of most runs."""
+        """Whether every parameter is alive, as at nearly every sample of most runs."""
         return bool(self.alive.all())
 
     @cached_property
     def overflowed(self) -> bool:
-        """Whether some gradient is there and not finite."""
+        """Whether the norm of some gradient is not finite."""
         return not np.array_equal(self.finite, self.present)
 
     @cached_property
     def growth(self) -> Floats:
-        """Log10 of the growth of each of the weight matrices since the first sample, from input to output.
+        """Log10 of the growth of each weight matrix since the first sample, from input to output.
 
-        A matrix counts as at least a hundredth when it began: the growth of one that began at zero says nothing.
+        The growth is 0 for a matrix that began below a hundredth: a matrix that began at zero grows without limit.
         """
         members = self.matrices
         if not members.size or self.first_weight is None:
@@ -243,27 +262,59 @@ class Profile:
 
     @cached_property
     def typical_growth(self) -> float:
-        """The median of ``growth``; 0 where there is none."""
+        """Median of ``growth``; 0 without matrices or at the first sample."""
         return median(self.growth) if self.matrices.size and self.first_weight is not None else 0.0
+
+    @property
+    def growth_times(self) -> Floats:
+        """How many times over each weight matrix has grown, shape (parameters,); 1 for other parameters."""
+        times = np.ones(len(self.weight))
+        times[self.matrices] = 10.0**self.growth
+        return times
 
     @cached_property
     def leverages(self) -> Floats:
-        """Leverage of each of the weight matrices, from input to output."""
+        """Leverage of each weight matrix, from input to output."""
         return self.leverage[self.matrices]
 
     @cached_property
     def typical_leverage(self) -> float:
-        """The median of ``leverages``; NaN where there is none."""
+        """Median of ``leverages``; NaN without matrices."""
         return median(self.leverages) if self.matrices.size else math.nan
 
     def typical(self, values: Floats) -> float:
-        """Return the median of ``values`` over the weight matrices; NaN where there is none."""
+        """Return the median of ``values`` over the weight matrices; NaN without matrices."""
         return median(values[self.matrices]) if self.matrices.size else math.nan
+
+    def decades_per_layer(self, members: Indices) -> float:
+        """Return the slope of log10 of the gradient's RMS over ``members``; NaN for fewer than two.
+
+        The slope is positive where the gradient fades on its way from the output to the input. The chain rule's factor
+        of one layer is ``10 ** -slope``.
+
+        Args:
+            members: indices of parameters from input to output.
+        """
+        if len(members) < 2:
+            return math.nan
+        places = np.arange(len(members)) - (len(members) - 1) / 2
+        return float(places @ log10(self.rms[members]) / (places @ places))
+
+    def underflows(self, members: Indices) -> bool:
+        """Return whether the gradient fades over ``members`` so far that a zero nearer to the input is an underflow.
+
+        Args:
+            members: indices of parameters with a gradient other than zero, from input to output.
+        """
+        if len(members) < 3:
+            return False
+        logs = log10(self.rms[members])
+        return median(logs[-(len(logs) // 3) :]) - float(logs[0]) > _UNDERFLOW_DECADES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One sample."""
+    """Everything measured at one step."""
 
     step: int
     at: float
@@ -272,20 +323,20 @@ class Sample:
     scalars: Mapping[str, float] = field(default_factory=dict)
     """Scalars of the run at this step, the loss among them."""
     losses: Sequence[tuple[int, float]] = ()
-    """Step and loss of every step since the last sample, this one included, where the agent told them."""
+    """(step, loss) of every step since the last sample, this one included, as far as the agent reported them."""
 
     def every_loss(self) -> list[float]:
-        """Return the losses since the last sample, at least this step's, where any is known."""
-        told = [loss for _, loss in self.losses]
-        return told or ([self.scalars["loss"]] if "loss" in self.scalars else [])
+        """Return the losses since the last sample: of every step if known, else of this step, else none."""
+        losses = [loss for _, loss in self.losses]
+        return losses or ([self.scalars["loss"]] if "loss" in self.scalars else [])
 
     def settled_loss(self, loss: float) -> float:
-        """Return the median of the last five losses where every step's are known, else ``loss``: no single spike."""
-        told = [told if math.isfinite(told) else math.inf for _, told in self.losses[-_SETTLED:]]
-        return median(told) if len(told) == _SETTLED else loss
+        """Return the median of the losses of the last five steps, which no single spike moves; ``loss`` if unknown."""
+        last = [loss if math.isfinite(loss) else math.inf for _, loss in self.losses[-_SETTLED_LOSSES:]]
+        return median(last) if len(last) == _SETTLED_LOSSES else loss
 
     def vector(self, name: Statistic, size: int) -> Floats:
-        """Return a statistic, shape (size,), float64; all missing where it was not measured."""
+        """Return a statistic as float64, shape (size,), with MISSING where it was not measured."""
         found = self.statistics.get(name)
         if found is not None and len(found) == size:
             return found.astype(np.float64)
@@ -295,46 +346,43 @@ class Sample:
         return vector
 
     def clipped_share(self, size: int) -> Floats:
-        """Return the share of clipped units among those that have a gradient, shape (size,); MISSING if not measured.
+        """Return the share of clipped units among those with a gradient, shape (size,); MISSING if not measured.
 
-        A unit without a gradient, such as a ReLU that no input of the batch activates, is never scaled down.
+        Clipping never scales a unit without a gradient, such as a ReLU that no input of the batch activates.
         """
         clipped, silent = self.vector("clipped_unit_share", size), self.vector("zero_unit_share", size)
         living = 1.0 - np.clip(silent, 0.0, 1.0)
         return np.where(clipped > 0.0, np.minimum(clipped / np.maximum(living, 1e-6), 1.0), clipped)
 
-    def profile(self, layout: RunParameters, first_weights: Floats | None = None) -> Profile:
-        """Return what the rules share; ``first_weights`` are the weight norms at the run's first sample."""
-        size = len(layout.names)
+    def profile(self, parameters: RunParameters, first_weights: Floats | None = None) -> Profile:
+        """Return the numbers that the rules share; ``first_weights`` are the weight norms at the run's first sample."""
+        size = len(parameters.names)
         gradient, weight = self.vector("grad_norm", size), self.vector("weight_norm", size)
         present = gradient != MISSING
         finite = present & np.isfinite(gradient)
         loss = self.scalars.get("loss", math.nan)
         loss = loss if math.isfinite(loss) else math.nan
         everything = bool(finite.all())
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            known = gradient if everything else np.where(finite, gradient, np.nan)
-            ratio = known / (np.maximum(weight, 0.0) + UNIT_EPS)
-            rms = known / layout.root_elements
-            leverage = (
-                np.full(size, np.nan)
-                if math.isnan(loss)
-                else known * np.maximum(weight, layout.least_weight) / max(abs(loss), 1e-30)
-            )
+        known = gradient if everything else np.where(finite, gradient, np.nan)
         usable = finite & np.isfinite(weight)
-        norms = gradient if everything else gradient[finite]
         whole = bool(usable.all())
-        return Profile(
-            gradient=gradient,
-            weight=weight,
-            present=present,
-            finite=finite,
-            ratio=ratio,
-            rms=rms,
-            leverage=leverage,
-            matrices=layout.matrices if whole else layout.matrices[usable[layout.matrices]],
-            vectors=layout.vectors if whole else layout.vectors[usable[layout.vectors]],
-            loss=loss,
-            global_gradient=math.sqrt(np.square(norms).sum()),
-            first_weight=None if first_weights is None else grown(first_weights, size, np.nan),
-        )
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            return Profile(
+                gradient=gradient,
+                weight=weight,
+                present=present,
+                finite=finite,
+                nonfinite=present & (~finite | (self.vector("nonfinite_count", size) > 0.0)),
+                ratio=known / (np.maximum(weight, 0.0) + UNIT_EPS),
+                rms=known / parameters.root_elements,
+                leverage=_leverage(known, np.maximum(weight, parameters.least_weight), loss),
+                matrices=parameters.matrices if whole else parameters.matrices[usable[parameters.matrices]],
+                vectors=parameters.vectors if whole else parameters.vectors[usable[parameters.vectors]],
+                loss=loss,
+                global_gradient=math.sqrt(np.square(gradient if everything else gradient[finite]).sum()),
+                first_weight=None if first_weights is None else extended(first_weights, size, np.nan),
+            )
+
+
+def _leverage(gradient: Floats, weight: Floats, loss: float) -> Floats:
+    return np.full(len(gradient), np.nan) if math.isnan(loss) else gradient * weight / max(abs(loss), 1e-30)

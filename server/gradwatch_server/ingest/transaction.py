@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.alerting.run_alerts import RunAlerts
-from gradwatch_server.diagnosis import History, Sample
+from gradwatch_server.diagnosis import History, Observation, Sample
 from gradwatch_server.diagnosis.clip_advice import advise
 from gradwatch_server.diagnosis.rules import exploding, nonfinite
 from gradwatch_server.errors import Refused
@@ -209,14 +209,14 @@ class Ingest:
     ) -> None:
         """Apply the rule ``nonfinite`` to samples that came after later ones: all other rules need the history."""
         late = [sample for sample in batch.samples if sample.step <= _diagnosed_step(run)]
-        limits, parameters = self._configuration.thresholds[run.project].nonfinite, diagnosis.state.parameters
+        limits, parameters = self._configuration.thresholds[run.project][nonfinite.RULE], diagnosis.state.parameters
         for sample in sorted(late, key=lambda sample: sample.step):
-            if alerts.first_step(nonfinite.RULE) is not None:
+            if alerts.first_step(nonfinite.RULE.name) is not None:
                 return
             scalars = diagnosis.scalars[sample.step]
             seen = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
-            found = nonfinite.find(parameters, History(), seen, seen.profile(parameters), limits)
-            if found is not None and not _had_alert(connection, run.id, nonfinite.RULE, sample.step):
+            found = nonfinite.RULE.judge(Observation.of(parameters, History(), seen), limits)
+            if found is not None and not _had_alert(connection, run.id, nonfinite.RULE.name, sample.step):
                 alerts.add_late(found, sample.step, sample.at)
 
     def _keep_state(
@@ -356,7 +356,7 @@ def _name_module(connection: sa.Connection, run_id: str, state: DetectorState, a
 
     Alert and event may come in either order.
     """
-    first_step = alerts.first_step(nonfinite.RULE)
+    first_step = alerts.first_step(nonfinite.RULE.name)
     if first_step is None:
         return
     table = schema.events
@@ -366,15 +366,15 @@ def _name_module(connection: sa.Connection, run_id: str, state: DetectorState, a
     event = connection.execute(sa.select(table).where(*mine).order_by(*order).limit(1)).one_or_none()
     if event is not None:
         names = state.parameters.names
-        alerts.refine(nonfinite.RULE, lambda found: nonfinite.refine(found, names, event.parameter, event.message))
+        alerts.refine(nonfinite.RULE.name, lambda found: nonfinite.refine(found, names, event.parameter, event.message))
 
 
 def _name_threshold(connection: sa.Connection, run_id: str, alerts: RunAlerts) -> None:
     """Have the remedy of an explosion name the clipping threshold that the steps before it recommend."""
-    first_step = alerts.first_step(exploding.RULE)
-    if first_step is None or not alerts.notifies(exploding.RULE):
+    first_step = alerts.first_step(exploding.RULE.name)
+    if first_step is None or not alerts.notifies(exploding.RULE.name):
         return
     histograms = queries.read_histograms(connection, run_id, None, first_step - 1, _ADVICE_SAMPLES)
     recommended = advise(*histograms).recommended
     if recommended is not None:
-        alerts.refine(exploding.RULE, lambda found: exploding.name_threshold(found, recommended))
+        alerts.refine(exploding.RULE.name, lambda found: exploding.name_threshold(found, recommended))

@@ -88,7 +88,7 @@ def _firing(
     """
     table = schema.alerts
     until_end = sa.and_(
-        table.c.state == "resolved", table.c.resolution.startswith(RUN_ENDED), table.c.rule != stalled.RULE
+        table.c.state == "resolved", table.c.resolution.startswith(RUN_ENDED), table.c.rule != stalled.RULE.name
     )
     query = sa.select(*table.c["run", "severity", "rule", "state"]).where(
         sa.or_(table.c.state == "firing", until_end), table.c.fired_step.is_not(None)
@@ -105,7 +105,7 @@ def _state(row: sa.Row[Any], firing: list[tuple[str, str, bool]]) -> RunState:
     """Return the state of a run, which is stalled as long as the alert of that rule fires."""
     if row.finished_at is not None:
         return "finished"
-    return "stalled" if any(rule == stalled.RULE and now for _, rule, now in firing) else "running"
+    return "stalled" if any(rule == stalled.RULE.name and now for _, rule, now in firing) else "running"
 
 
 def _run_document(row: sa.Row[Any], firing: list[tuple[str, str, bool]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from gradwatch import wire
 from gradwatch_server.alerting.lifecycle import SEVERITIES
-from gradwatch_server.diagnosis import RULES
+from gradwatch_server.diagnosis import SAMPLE_RULES
 from gradwatch_server.ingest.admission import ByteBudget
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
@@ -231,8 +231,8 @@ def _health(active: Sequence[dict[str, Any]], unhealthy: Unhealthy) -> Iterable[
         "gradwatch_run_firing_alerts", "Alerts of the run that fire.", labels=(*_RUN_LABELS, "severity")
     )
     for run in active:
-        for rule in RULES:
-            parameters.add_metric([*_labels(run), rule], blamed.get((run["id"], rule), 0))
+        for rule in SAMPLE_RULES:
+            parameters.add_metric([*_labels(run), rule.name], blamed.get((run["id"], rule.name), 0))
         for severity in SEVERITIES:
             alerts.add_metric([*_labels(run), severity], firing.get((run["id"], severity), 0))
     return parameters, alerts

@@ -1,125 +1,148 @@
-"""Parameters that get no gradient while others learn."""
+"""Rule "dead": parameters that get no gradient while others do."""
+
+from dataclasses import dataclass
 
 import numpy as np
 
-from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.history import IDLE_SHARE, Counts, History, QuietTimes
-from gradwatch_server.diagnosis.sample import (
-    TINY,
-    Flags,
-    Indices,
-    Profile,
-    RunParameters,
-    Sample,
-    any_of,
-    largest_of,
-    median,
-)
-from gradwatch_server.diagnosis.thresholds import Dead
+from gradwatch_server.diagnosis.finding import Symptom
+from gradwatch_server.diagnosis.history import IDLE_SHARE
+from gradwatch_server.diagnosis.rule import AtLeastOne, Limits, Observation, Rule, Samples
+from gradwatch_server.diagnosis.sample import Flags, Floats, Indices, any_in_set, largest_in_set
 
-_FADED_DECADES = 2.5
-"""A gradient that has faded this far before it reaches zero has underflowed: that is vanishing, not death."""
 _FEWEST_UNITS = 16.0
-"""Below, nearly all units of a layer may be silent by chance."""
-_GRAVE_SHARE = 1 / 3
+"""In a layer with fewer units, nearly all of them may be silent by chance."""
+_CRITICAL_SHARE = 1 / 3
 """Share of the weight matrices from which it is critical."""
 
 
-def find(
-    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Dead, times: QuietTimes
-) -> Finding | None:
-    """Look for gradients that have been exactly zero, or missing, for many samples in a row while others were not."""
-    alive = profile.alive
-    if not limits.enabled or not alive.any():
+class DeadLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Parameters that get no gradient while others do."""
+
+    cut_samples: Samples = 4
+    """Samples in a row with a gradient of exactly zero, here and everywhere nearer to the input."""
+    branch_samples: Samples = 12
+    """The same beside the main path, or with a missing gradient: another optimizer or another task may step the
+    parameter at every few steps."""
+    patience: AtLeastOne = 4.0
+    """A parameter may be quiet for this many times the longest quiet time that has ended: experts and rare heads set
+    their own rhythm."""
+    idle_samples: Samples = 5
+    """Samples in a row at which 95% or more of a hidden layer's units have a gradient of exactly zero."""
+    hold_samples: Samples = 1
+
+
+@dataclass(frozen=True)
+class _Dead:
+    """The parameters that are dead or idle; all arrays have the shape (parameters,)."""
+
+    cut: Flags
+    """No gradient reaches this parameter or anything nearer to the input."""
+    dead: Flags
+    """The cut ones, and those beside the main path."""
+    steady: Flags
+    """The dead ones that were never quiet before. Others may be out of use, which is not critical."""
+    idle: Flags
+    samples: Floats
+    """For how many samples."""
+    limit: float
+
+
+def _find(observation: Observation, limits: DeadLimits) -> Symptom | None:
+    found = _search(observation, limits)
+    if found is None:
         return None
-    quiet, longest, idle = times
-    some_idle = bool(idle.max() >= limits.idle_samples)
-    if profile.all_alive and not some_idle:
-        return None
-    candidates = layout.trainable & (layout.elements > 0) & ~alive
-    if candidates.any():
-        candidates &= ~_follows(layout, alive) & ~any_of(layout.choice, alive)
-    elif not some_idle:
-        return None
-    rhythm = np.max([longest, *(largest_of(sets, longest) for sets in layout.peers)], axis=0)
-    patience = limits.patience * rhythm
-    cut = candidates & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present
-    if cut.any():
-        cut &= _cut_off(layout, profile, alive)
-    branch = candidates & (quiet >= np.maximum(limits.branch_samples, patience))
-    idling = _idling(layout, profile, idle, limits)
-    dead = cut | branch
-    chosen = dead | idling
-    if not chosen.any():
-        return None
-    values = np.maximum(quiet, idle).astype(np.float64)
-    worst = _origin_first(layout, chosen, dead)
-    parameters, left_out = blame(layout.names, worst, values, float(quiet[chosen].min() or limits.idle_samples))
-    missing = bool((dead & ~profile.present).any())
-    matrices = layout.matrix & layout.trainable
-    steady = dead & (rhythm == 0)  # what comes and goes may be out of use, which is no catastrophe
-    grave = (missing or bool(cut.any())) and float((steady & matrices).sum()) >= _GRAVE_SHARE * float(matrices.sum())
-    return Finding(
-        rule="dead",
-        severity=limits.severity(critical=grave),
-        first_step=memory.began("dead", reading.step),
-        parameters=parameters,
-        left_out=left_out,
+    parameters, matrices = observation.parameters, observation.parameters.matrix & observation.parameters.trainable
+    chosen, worst = found.dead | found.idle, _blame_order(observation, found)
+    first = parameters.names[worst[0]]
+    missing = bool((found.dead & ~observation.profile.present).any())
+    dead, idle = int(found.dead.sum()), int((found.idle & ~found.dead).sum())
+    most = float((found.steady & matrices).sum()) >= _CRITICAL_SHARE * float(matrices.sum())
+    return Symptom(
+        summary=_summary(dead, idle, first, missing=missing),
+        cause=_cause(first, missing=missing),
+        remedy=_remedy(first, missing=missing),
+        first_step=observation.sample.step,
+        blamed=observation.blame(worst, found.samples, found.limit),
         evidence={
-            "dead_parameters": float(dead.sum()),
-            "idle_parameters": float((idling & ~dead).sum()),
-            "samples": float(values[chosen].max()),
+            "dead_parameters": float(dead),
+            "idle_parameters": float(idle),
+            "samples": float(found.samples[chosen].max()),
         },
-        summary=_summary(int(dead.sum()), int((idling & ~dead).sum()), parameters[0].name, missing=missing),
-        cause=_cause(parameters[0].name, missing=missing),
-        remedy=_remedy(parameters[0].name, missing=missing),
-        hold_samples=limits.hold_samples,
-        clear_samples=limits.clear_samples,
+        critical=most and (missing or bool(found.cut.any())),
     )
 
 
-def _follows(layout: RunParameters, alive: Flags) -> Flags:
-    """Return which quiet parameters belong to a module that is alive otherwise.
+def _search(observation: Observation, limits: DeadLimits) -> _Dead | None:
+    parameters, profile = observation.parameters, observation.profile
+    quiet, longest, idle = observation.quiet_times
+    # 1. Rule out most samples at little cost. Where nothing is alive, nothing says that the others should be.
+    idling = idle >= limits.idle_samples
+    if not profile.alive.any() or (profile.all_alive and not idling.any()):
+        return None
+    candidates = _candidates(observation)
+    if not candidates.any() and not idling.any():
+        return None
+    # 2. Find what has been quiet for longer than the limits, and than its own rhythm and that of its peers.
+    rhythm = np.max([longest, *(largest_in_set(sets, longest) for sets in parameters.peers)], axis=0)
+    patience = limits.patience * rhythm
+    cut = candidates & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present
+    if cut.any():
+        cut &= _cut_off(observation)
+    dead = cut | (candidates & (quiet >= np.maximum(limits.branch_samples, patience)))
+    # 3. Find hidden layers with hardly a unit left.
+    idling &= _may_idle(observation)
+    chosen = dead | idling
+    if not chosen.any():
+        return None
+    samples = np.maximum(quiet, idle).astype(np.float64)
+    limit = float(quiet[chosen].min() or limits.idle_samples)
+    return _Dead(cut, dead, dead & (rhythm == 0), idling, samples, limit)
 
-    A weight whose bias has a gradient only has an input of zero: what is dead lies before it. A bias whose weight has
-    a gradient has none by nature: before a norm, or the key of an attention.
+
+def _candidates(observation: Observation) -> Flags:
+    """Return which quiet parameters may be dead.
+
+    A parameter of a module that is alive is not dead: a weight whose bias has a gradient only has an input of zero, so
+    that something before it is dead; a bias whose weight has a gradient has none by nature, before a norm or as the key
+    of an attention. Experts are dead only all together.
     """
-    modules = np.zeros(int(layout.owners.max(initial=0)) + 1, np.bool_)
-    modules[layout.owners[alive]] = True
-    return modules[layout.owners]
+    parameters, alive = observation.parameters, observation.profile.alive
+    candidates = parameters.trainable & (parameters.elements > 0) & ~alive
+    if not candidates.any():
+        return candidates
+    return candidates & ~any_in_set(parameters.modules, alive) & ~any_in_set(parameters.experts, alive)
 
 
-def _cut_off(layout: RunParameters, profile: Profile, alive: Flags) -> Flags:
-    """Return which parameters lie before every matrix that is alive, unless the gradient faded on its way there."""
-    matrices = layout.order[(layout.matrix & layout.trainable & ~layout.lookup)[layout.order]]
-    living = alive[matrices]
-    if not living.any():
-        return np.ones(len(layout.names), np.bool_)
-    first = int(np.argmax(living))
-    logs = np.log10(np.maximum(profile.rms[matrices[living]], TINY))
-    faded = len(logs) >= 3 and median(logs[-max(1, len(logs) // 3) :]) - logs[0] > _FADED_DECADES
-    before: Flags = layout.depth < layout.depth[matrices[first]]
-    return before if not faded else np.zeros(len(layout.names), np.bool_)
+def _cut_off(observation: Observation) -> Flags:
+    """Return which parameters lie before every matrix that is alive; none if the gradient fades to zero on its way."""
+    parameters, profile = observation.parameters, observation.profile
+    living = parameters.matrices[profile.alive[parameters.matrices]]
+    if not living.size:
+        return np.ones(len(parameters.names), np.bool_)
+    if profile.underflows(living):
+        return np.zeros(len(parameters.names), np.bool_)
+    before: Flags = parameters.depth < parameters.depth[living[0]]
+    return before
 
 
-def _idling(layout: RunParameters, profile: Profile, idle: Counts, limits: Dead) -> Flags:
-    """Return which hidden weight matrices have hardly a unit with a gradient.
+def _may_idle(observation: Observation) -> Flags:
+    """Return the hidden weight matrices, without embeddings.
 
-    Not the last one, whose rows may be chosen by the loss (sampled softmax, actions of a policy), nor embeddings.
+    The last matrix is not among them: the loss may choose its rows, as with a sampled softmax or the actions of a
+    policy.
     """
-    idling = (idle >= limits.idle_samples) & profile.finite & layout.matrix & ~layout.lookup & layout.trainable
-    idling &= layout.units >= _FEWEST_UNITS
-    matrices = layout.order[(layout.matrix & layout.trainable & ~layout.lookup)[layout.order]]
-    if matrices.size:
-        idling[matrices[-1]] = False
-    return idling
+    parameters = observation.parameters
+    hidden = observation.profile.finite & parameters.matrix & ~parameters.embedding & parameters.trainable
+    hidden &= parameters.units >= _FEWEST_UNITS
+    if parameters.matrices.size:
+        hidden[parameters.matrices[-1]] = False
+    return hidden
 
 
-def _origin_first(layout: RunParameters, chosen: Flags, dead: Flags) -> Indices:
-    """Return the chosen ones from output to input, the dead before the idle: what lies behind follows from it."""
-    order = layout.order[::-1]
-    listed = order[chosen[order]]
-    return listed[np.argsort(~dead[listed], kind="stable")]
+def _blame_order(observation: Observation, found: _Dead) -> Indices:
+    """Return the dead before the idle, each from output to input: what lies nearer to the input follows from it."""
+    listed = observation.parameters.by_depth(found.dead | found.idle)[::-1]
+    return listed[np.argsort(~found.dead[listed], kind="stable")]
 
 
 def _summary(dead: int, idle: int, first: str, *, missing: bool) -> str:
@@ -148,3 +171,28 @@ def _remedy(first: str, *, missing: bool) -> str:
         f"Set the bias of {module} to 0 and lower the learning rate tenfold; torch.nn.LeakyReLU(0.01) or GELU "
         "instead of ReLU cannot die; start gates above 0."
     )
+
+
+RULE = Rule(
+    name="dead",
+    subject=Observation,
+    limits=DeadLimits,
+    find=_find,
+    notes="""\
+It is critical where a third of the weight matrices is dead.
+
+Where samples lie apart, a weight that has not changed at all since the last one counts up to three times: it was quiet
+at the steps between as well. One that has grown was trained between them. Experts (by their name, or because they take
+turns with parameters whose names differ in one index only) go by the rhythm of their peers; experts by name are dead
+only all together.
+
+The rule leaves out:
+- frozen parameters. The agent reads `requires_grad` with each sample, so that a parameter that is frozen midway is left
+  alone from then on; its frozen time does not count once it is unfrozen;
+- samples at which no parameter has a gradient;
+- biases whose weight is alive (before a norm, attention keys);
+- weights that change between samples;
+- embeddings, and the rows of the last matrix;
+- gradients that faded by 2.5 decades before they reached zero.
+""",
+)

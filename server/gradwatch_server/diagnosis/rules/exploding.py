@@ -1,25 +1,36 @@
-"""Gradients or weights that grow out of proportion while the run does not learn."""
+"""Rule "exploding": gradients or weights grow out of proportion while the run does not learn."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
-from gradwatch_server.diagnosis.finding import Finding, blame
-from gradwatch_server.diagnosis.history import History
+from gradwatch_server.diagnosis.finding import Blamed, Finding, Symptom
+from gradwatch_server.diagnosis.rule import (
+    AboveOne,
+    ChartLimit,
+    Decades,
+    Limits,
+    Observation,
+    Positive,
+    Rule,
+    Samples,
+    Share,
+)
 from gradwatch_server.diagnosis.sample import (
-    TINY,
     Floats,
-    Indices,
     Profile,
-    RunParameters,
     Sample,
+    attenuation,
+    extended,
+    log10,
     median,
     rank_correlation,
 )
-from gradwatch_server.diagnosis.thresholds import Exploding
 
-RULE = "exploding"
 _CLIP = "gradwatch.attach(..., clip=0.01)"
 _LEARNING = 0.2
 """Share of the first loss by which it has to have come down for the run to count as learning."""
@@ -30,339 +41,335 @@ _MARGIN = 0.5
 _ROSE = 2.0
 """Growth of the loss over its beginning, as a share, just before it overflows: an explosion, not a faulty operation."""
 _BURST = 3
-"""Losses in a row that are no single outlier."""
+"""So many losses in a row are no single outlier."""
 _FEWEST = 3
-"""Of fewer matrices, half says nothing."""
-_GRAVE = 20.0
+"""Half of fewer matrices says nothing."""
+_OBVIOUS = 20.0
 """Times both limits, in geometric mean: sixty times further than the noisiest healthy run."""
 
 
-@dataclass(frozen=True)
-class Sign:
-    """What is out of proportion at one sample."""
+class ExplodingLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Gradients or weights that grow out of proportion while the run does not learn."""
 
-    summary: str
-    cause: str
-    worst: Indices
-    """Parameters to blame, worst first."""
-    values: Floats
-    """What they are blamed for, shape (parameters,)."""
-    limit: float
-    evidence: dict[str, float]
-    grave: bool = False
-    """So large that it needs no second sample."""
-    mild: bool = False
-    """So small that it has to last."""
-    fading: bool = False
-    """Perhaps on its way back: it has to last for long."""
+    growth_decades: Decades = 2.0
+    """A surge of 100 times while the loss is 1.5 times where it began (or, after progress, half as much again above).
+    Batch noise and recovering spikes reach 1.75 in the zoo. A falling loss silences it: leaving a saddle multiplies
+    gradients, too."""
+    mild_growth_decades: Decades = 1.0
+    """A surge of ten times, if it lasts for `mild_hold_samples`."""
+    mild_hold_samples: Samples = 8
+    """Samples in a row that a mild surge has to last; spikes do not."""
+    growth_deviations: Positive = 5.0
+    """A surge also has to exceed this many robust standard deviations of the run's own noise: batches of one vary by a
+    decade."""
+    growth_decades_alone: Decades = 2.5
+    """A surge has to be this large where no loss is known."""
+    leverage: Positive = 5.0
+    """Half of the weight matrices exceed this leverage and the ratio below before half of the loss is gone: the
+    initialisation is too large. A loss near zero raises the leverage alone."""
+    ratio: Positive = 5.0
+    """The ratio that goes with it. A summed loss raises the ratio alone."""
+    amplification_decades: Decades = 1.0
+    """The gradient grows tenfold from the last third of the layers to the first, the leverage is above its limit, and
+    nothing is learned."""
+    swelling_decades: Decades = 4.0
+    """The gradient of biases and gains, which is what flows back, grows ten-thousandfold towards the input. Where the
+    signal grows on its way forward, too, the gradients of the matrices, which are the product of both, look even, and a
+    loss that falls from an absurd height looks like learning."""
+    swelling_order: Share = 0.9
+    """Least rank correlation of that growth with depth: it has to be steady."""
+    weight_growth: AboveOne = 4.0
+    """Half of the matrices grew fourfold within `weight_growth_steps`, and nothing is learned. This is the only sign
+    under Adam, whose gradients do not say how large its steps are."""
+    weight_growth_steps: Samples = 20
+    """Steps within which that growth counts."""
+    runaway_growth: AboveOne = 10.0
+    """Half of the matrices grew tenfold since the first sample, however long it took."""
+    loss_rise: Positive = 2.0
+    """The loss of every step has been at three times its beginning (risen by 2.0 of it) for `loss_rise_steps`. This
+    needs no sample at the right moment. Of the healthy runs only adversarial ones come near three times, and their
+    losses pass through zero."""
+    loss_rise_steps: Annotated[int, msgspec.Meta(ge=5, le=64)] = 20
+    """Steps for which the loss has to stay there."""
+    risen_growth: AboveOne = 2.0
+    """With the risen loss, half of the matrices have doubled since the first sample."""
+    loss_surge_decades: Decades = 3.0
+    """Between two samples the loss was a thousand times its beginning for three steps in a row: an explosion that was
+    over before the next sample. Healthy runs reach 28 times, once (lbfgs)."""
+    clear_samples: Samples = 10
 
 
-def sign(layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
+def _find(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
     """Look for a sign of an explosion; any of them suffices. Norms are before any clipping."""
-    if reading.scalars.get("clip_norm", 0.0) == math.inf:
-        return _clipped_away(layout, profile)
-    if profile.matrices.size:
-        for look in (_burst, _surging, _blowing_up, _out_of_proportion, _amplifying, _swelling, _diverged):
-            found = look(memory, reading, profile, limits)
+    if observation.sample.scalars.get("clip_norm", 0.0) == math.inf:
+        return _overflow_before_clipping(observation)
+    if observation.profile.matrices.size:
+        for check in _CHECKS:
+            found = check(observation, limits)
             if found is not None:
                 return found
-    return _not_recovered(layout, memory, reading, profile)
+    return _not_recovered(observation, limits)
 
 
-def find(
-    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Exploding, found: Sign | None
-) -> Finding | None:
-    """Say what ``sign`` found; an explosion that has ended in NaN or Inf fires at once."""
-    if not limits.enabled or found is None:
-        return None
-    overflowed = profile.overflowed or not math.isfinite(reading.scalars.get("loss", 0.0))
-    parameters, left_out = blame(layout.names, found.worst, found.values, found.limit)
-    return Finding(
-        rule=RULE,
-        severity=limits.severity(critical=overflowed or memory.losses.progress(profile.loss) < 0.5),
-        first_step=memory.began(RULE, reading.step),
-        parameters=parameters,
-        left_out=left_out,
-        evidence={
-            "global_grad_norm": profile.global_gradient,
-            "usual_grad_norm": 10**memory.usual_log_gradient if memory.log_gradients else math.nan,
-            "first_loss": memory.losses.reference,
-            "loss": reading.scalars.get("loss", math.nan),
-            **found.evidence,
-        },
-        summary=found.summary,
-        cause=found.cause,
-        remedy=_remedy(reading),
-        hold_samples=_hold(found, limits, overflowed=overflowed),
-        clear_samples=limits.clear_samples,
+def _symptom(
+    observation: Observation,
+    *,
+    summary: str,
+    cause: str,
+    blamed: Blamed,
+    evidence: Mapping[str, float],
+    hold_samples: int | None = None,
+) -> Symptom:
+    """Return the symptom of an explosion; one that has ended in NaN or infinity fires at once."""
+    history, sample, profile = observation.history, observation.sample, observation.profile
+    overflowed = profile.overflowed or not math.isfinite(sample.scalars.get("loss", 0.0))
+    usual = {
+        "global_grad_norm": profile.global_gradient,
+        "usual_grad_norm": 10**history.usual_log_gradient if history.log_gradients else math.nan,
+        "first_loss": history.losses.reference,
+        "loss": sample.scalars.get("loss", math.nan),
+    }
+    return Symptom(
+        summary=summary,
+        cause=cause,
+        remedy=_remedy(sample),
+        first_step=sample.step,
+        blamed=blamed,
+        evidence={**usual, **evidence},
+        critical=overflowed or history.losses.progress(profile.loss) < 0.5,
+        hold_samples=1 if overflowed else hold_samples,
     )
 
 
-def _hold(found: Sign, limits: Exploding, *, overflowed: bool) -> int:
-    if overflowed or found.grave:
-        return 1
-    if found.fading:
-        return 3 * limits.mild_hold_samples
-    return limits.mild_hold_samples if found.mild else limits.hold_samples
+def _is_learning(observation: Observation) -> bool:
+    """Return whether the loss, now and lately, lies clearly below its beginning; False where no loss is known."""
+    losses, loss = observation.history.losses, observation.profile.loss
+    return min(losses.progress(loss), losses.progress()) > _LEARNING and losses.relapse() < _UNLEARNED
 
 
-def _learning(memory: History, profile: Profile) -> bool:
-    """Return whether the loss, now and lately, lies clearly below where it began; False where none is known."""
-    losses = memory.losses
-    return min(losses.progress(profile.loss), losses.progress()) > _LEARNING and losses.relapse() < _UNLEARNED
-
-
-def _surging(memory: History, reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
-    """The gradient is far above what is usual in this run, and the loss above where it began."""
-    if not memory.log_gradients or not profile.global_gradient > 0.0:
+def _loss_burst(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
+    """Look for several losses in a row, between two samples, that lie many decades above the beginning."""
+    losses, profile = observation.history.losses, observation.profile
+    if not losses.first or min(losses.first) <= 0.0:
         return None
-    losses, loss = memory.losses, reading.settled_loss(profile.loss)
-    if math.isnan(profile.loss):
-        needed = limits.growth_decades_alone
-    elif losses.progress(loss) < -_MARGIN or losses.relapse(loss) > 1.0 + _MARGIN:
-        needed = limits.mild_growth_decades
-    else:
+    highest = losses.reference * 10**limits.loss_surge_decades
+    beyond = [loss > highest for _, loss in observation.sample.losses]
+    if not any(all(beyond[first : first + _BURST]) for first in range(len(beyond) - _BURST + 1)):
         return None
-    decades = math.log10(profile.global_gradient) - memory.usual_log_gradient
-    if decades < needed or decades < limits.growth_deviations * memory.spread_log_gradient:
+    largest = max(loss for _, loss in observation.sample.losses)
+    return _symptom(
+        observation,
+        summary=f"Between two samples the loss rose to {largest:.3g}, from {losses.reference:.3g} at the start",
+        cause="The updates overshoot: the learning rate, or the inputs, are too large for this network.",
+        blamed=observation.blame_larger_half(profile.ratio, limits.ratio),
+        evidence={"largest_loss": largest},
+        hold_samples=1,
+    )
+
+
+def _gradient_surge(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
+    """Look for a gradient far above what is usual in this run, with a loss above its beginning."""
+    history, profile = observation.history, observation.profile
+    needed = _needed_surge(observation, limits)
+    if needed is None or not history.log_gradients or not profile.global_gradient > 0.0:
         return None
-    surge = _surge(memory, profile)
-    return Sign(
+    decades = math.log10(profile.global_gradient) - history.usual_log_gradient
+    if decades < needed or decades < limits.growth_deviations * history.spread_log_gradient:
+        return None
+    surge = _surge(history.log_usual, profile)
+    loss = f", and the loss is {profile.loss:.3g}, from {history.losses.reference:.3g} at the start"
+    return _symptom(
+        observation,
         summary=f"The gradient is {10**decades:.3g} times what is usual in this run"
-        + (
-            ""
-            if math.isnan(profile.loss)
-            else f", and the loss is {profile.loss:.3g}, from {losses.reference:.3g} at the start"
-        ),
+        + ("" if math.isnan(profile.loss) else loss),
         cause="The updates overshoot: the learning rate is too high for this network at this point, or a batch is far "
         "out of range.",
-        worst=_largest(surge, profile),
-        values=10.0**surge,
-        limit=10**needed,
+        blamed=observation.blame_larger_half(10.0**surge, 10**needed),
         evidence={"growth_decades": decades},
-        mild=decades < limits.growth_decades,
+        hold_samples=limits.mild_hold_samples if decades < limits.growth_decades else None,
     )
 
 
-def _blowing_up(memory: History, reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
-    """The weights grow many times over within a few samples, and nothing is learned."""
-    if _learning(memory, profile):
+def _needed_surge(observation: Observation, limits: ExplodingLimits) -> float | None:
+    """Return by how many decades the gradient has to surge to count; None while the loss is not above its beginning."""
+    losses, loss = observation.history.losses, observation.profile.loss
+    if math.isnan(loss):
+        return limits.growth_decades_alone
+    settled = observation.sample.settled_loss(loss)
+    if losses.progress(settled) < -_MARGIN or losses.relapse(settled) > 1.0 + _MARGIN:
+        return limits.mild_growth_decades
+    return None
+
+
+def _weight_growth(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
+    """Look for weights that grow many times over within a few samples while nothing is learned."""
+    if _is_learning(observation):
         return None
-    grown = profile.typical_growth
-    earlier = [value for step, value in memory.growths if reading.step - step <= limits.weight_growth_steps]
-    recent = max(grown - min(earlier, default=grown), grown - math.log10(limits.runaway_growth / limits.weight_growth))
-    if recent < math.log10(limits.weight_growth):
+    grown, least = observation.profile.typical_growth, math.log10(limits.weight_growth)
+    oldest = observation.sample.step - limits.weight_growth_steps
+    earlier = min((growth for step, growth in observation.history.growths if step >= oldest), default=grown)
+    recent = max(grown - earlier, grown - math.log10(limits.runaway_growth / limits.weight_growth))
+    if recent < least:
         return None
-    values = np.ones(len(profile.weight))
-    values[profile.matrices] = 10.0**profile.growth
-    return Sign(
+    return _symptom(
+        observation,
         summary=f"Half of the weight matrices have grown {10**recent:.3g} times over in a few samples, "
         "and the loss has not come down",
         cause="Each update is about as large as the weights themselves: the learning rate is too high, or a weight "
         "decay has the wrong sign.",
-        worst=_largest(values, profile),
-        values=values,
-        limit=limits.weight_growth,
+        blamed=observation.blame_larger_half(observation.profile.growth_times, limits.weight_growth),
         evidence={"weight_growth": 10**recent},
     )
 
 
-def _out_of_proportion(memory: History, _reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
-    """Before anything is learned, gradients are large both against the weights and in what they do to the loss.
-
-    The ratio alone is large where the loss is a sum; the leverage alone where the loss is nearly zero.
-    """
+def _out_of_proportion(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
+    """Look for gradients that are large against the weights and in their effect on the loss, which is still high."""
+    losses, profile = observation.history.losses, observation.profile
     leverage = profile.typical_leverage
-    if (
-        len(profile.matrices) < _FEWEST
-        or math.isnan(leverage)
-        or leverage < limits.leverage
-        or memory.losses.progress(profile.loss) > 0.5
-        or memory.losses.progress() > 0.5
-    ):
+    if len(profile.matrices) < _FEWEST or not leverage >= limits.leverage:
+        return None
+    if losses.progress(profile.loss) > 0.5 or losses.progress() > 0.5:
         return None
     ratio = profile.typical(profile.ratio)
     if ratio < limits.ratio:
         return None
-    return Sign(
+    return _symptom(
+        observation,
         summary=f"Half of the weight matrices have gradients over {ratio:.3g} times their weights, and nothing is "
         "learned yet",
         cause="Signals grow from layer to layer: the initial weights, or the inputs, are too large.",
-        worst=_largest(profile.ratio, profile),
-        values=profile.ratio,
-        limit=limits.ratio,
+        blamed=observation.blame_larger_half(profile.ratio, limits.ratio),
         evidence={"median_ratio": ratio, "median_leverage": leverage},
-        grave=ratio / limits.ratio * leverage / limits.leverage > _GRAVE**2,
+        hold_samples=1 if ratio / limits.ratio * leverage / limits.leverage > _OBVIOUS**2 else None,
     )
 
 
-def _amplifying(memory: History, _reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
-    """The gradient grows from the last layers to the first, and nothing is learned."""
-    members = profile.matrices
+def _amplification(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
+    """Look for a gradient that grows from the last layers to the first while nothing is learned."""
+    profile, members = observation.profile, observation.profile.matrices
     third = len(members) // 3
-    if third < 2 or _learning(memory, profile) or not profile.typical_leverage > limits.leverage:
+    if third < 2 or _is_learning(observation) or not profile.typical_leverage > limits.leverage:
         return None
-    decades = math.inf
-    for measure in (profile.rms, profile.ratio):
-        logs = np.log10(np.maximum(measure[members], TINY))
-        decades = min(decades, median(logs[:third]) - median(logs[-third:]))
+    decades = min(-attenuation(log10(measure[members])) for measure in (profile.rms, profile.ratio))
     if decades < limits.amplification_decades:
         return None
-    return Sign(
+    limit = 10**limits.amplification_decades * median(profile.ratio[members[-third:]])
+    return _symptom(
+        observation,
         summary=f"The gradient grows by a factor of 10^{decades:.1f} from the last layers to the first",
         cause=f"Each layer amplifies the gradient about {10 ** (decades / max(1, len(members) - third)):.2g} times: "
         "the initial weights are too large.",
-        worst=_largest(profile.ratio, profile),
-        values=profile.ratio,
-        limit=10**limits.amplification_decades * median(profile.ratio[members[-third:]]),
+        blamed=observation.blame_larger_half(profile.ratio, limit),
         evidence={"amplification_decades": decades, "median_leverage": profile.typical_leverage},
     )
 
 
-def _swelling(_memory: History, _reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
-    """The gradient of biases and gains grows steadily, by decades, from the output to the input.
-
-    It is what flows back, free of the size of the signals that flow forward: where both grow from layer to layer, the
-    gradients of the weight matrices, which are their product, look even. A loss that falls from an absurd height says
-    nothing here.
-    """
+def _swelling(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
+    """Look for a gradient of biases and gains that grows steadily, by decades, from the output to the input."""
+    profile = observation.profile
     members = profile.vectors if profile.all_alive else profile.vectors[profile.gradient[profile.vectors] > 0.0]
-    third = len(members) // 3
-    if third < 2:
+    if len(members) < 6:
         return None
-    logs = np.log10(profile.rms[members])
-    decades = median(logs[:third]) - median(logs[-third:])
+    logs = log10(profile.rms[members])
+    decades = -attenuation(logs)
     if decades < limits.swelling_decades or -rank_correlation(logs) < limits.swelling_order:
         return None
-    return Sign(
+    return _symptom(
+        observation,
         summary=f"What flows back grows by a factor of 10^{decades:.1f} from the last layers to the first",
         cause="Each layer makes both the signal and its gradient larger: residual streams without a norm or a scale, "
         "or initial weights that are too large.",
-        worst=_largest(profile.ratio, profile),
-        values=profile.ratio,
-        limit=limits.ratio,
+        blamed=observation.blame_larger_half(profile.ratio, limits.ratio),
         evidence={"swelling_decades": decades},
     )
 
 
-def _diverged(memory: History, _reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
-    """The loss of every step has been far above its beginning for long, and the weights have grown.
+def _loss_rise(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
+    """Look for a loss that has been far above its beginning at every step for long, with weights that have grown.
 
-    Where samples lie apart the explosion itself may be over before any of them.
+    Where samples lie apart, the explosion itself may be over before any of them.
     """
-    if not memory.losses.risen(limits.loss_rise, limits.loss_rise_steps):
+    losses, grown = observation.history.losses, observation.profile.typical_growth
+    if not losses.risen(limits.loss_rise, limits.loss_rise_steps) or grown < math.log10(limits.risen_growth):
         return None
-    grown = profile.typical_growth
-    if grown < math.log10(limits.risen_growth):
-        return None
-    values = np.ones(len(profile.weight))
-    values[profile.matrices] = 10.0**profile.growth
-    return Sign(
+    return _symptom(
+        observation,
         summary=f"The loss has been more than {1 + limits.loss_rise:.3g} times where it began for "
         f"{limits.loss_rise_steps} steps, and the weights have grown {10**grown:.3g} times over",
         cause="The updates overshoot: the learning rate is too high for this network.",
-        worst=_largest(values, profile),
-        values=values,
-        limit=limits.risen_growth,
-        evidence={"weight_growth": 10**grown, "usual_loss": memory.losses.now},
-        grave=True,
+        blamed=observation.blame_larger_half(observation.profile.growth_times, limits.risen_growth),
+        evidence={"weight_growth": 10**grown, "usual_loss": losses.now},
+        hold_samples=1,
     )
 
 
-def _burst(memory: History, reading: Sample, profile: Profile, limits: Exploding) -> Sign | None:
-    """Between two samples the loss was, for several steps in a row, many decades above its beginning."""
-    if not memory.losses.first or min(memory.losses.first) <= 0.0:
-        return None
-    highest = memory.losses.reference * 10**limits.loss_surge_decades
-    beyond = [loss > highest for _, loss in reading.losses]
-    if not any(all(beyond[first : first + _BURST]) for first in range(len(beyond) - _BURST + 1)):
-        return None
-    largest = max(loss for _, loss in reading.losses)
-    return Sign(
-        summary=f"Between two samples the loss rose to {largest:.3g}, from {memory.losses.reference:.3g} at the start",
-        cause="The updates overshoot: the learning rate, or the inputs, are too large for this network.",
-        worst=_largest(profile.ratio, profile),
-        values=profile.ratio,
-        limit=limits.ratio,
-        evidence={"largest_loss": largest},
-        grave=True,
-    )
+_CHECKS = (_loss_burst, _gradient_surge, _weight_growth, _out_of_proportion, _amplification, _swelling, _loss_rise)
+"""They need weight matrices. The first one that finds something decides."""
 
 
-def _clipped_away(layout: RunParameters, profile: Profile) -> Sign:
-    """The norm that clipping saw is infinite: what it left behind is nothing."""
-    matrices = layout.order[(layout.matrix & layout.trainable & profile.present)[layout.order]]
-    return Sign(
+def _overflow_before_clipping(observation: Observation) -> Symptom:
+    """Return the explosion that ``clip_grad_norm_`` hides: it saw an infinite norm, and scaled the gradient to zero."""
+    matrices = observation.matrices_with_gradient
+    return _symptom(
+        observation,
         summary="The gradient's norm overflowed before clipping, which then scaled the gradient to zero",
         cause="Signals grow from layer to layer until they overflow: the initial weights, the inputs or the learning "
         "rate are far too large.",
-        worst=matrices,
-        values=np.full(len(layout.names), math.inf),
-        limit=math.inf,
+        blamed=observation.blame(matrices, np.full(len(observation.parameters.names), math.inf), math.inf),
         evidence={"clip_norm": math.inf},
-        grave=True,
+        hold_samples=1,
     )
 
 
-def _not_recovered(layout: RunParameters, memory: History, reading: Sample, profile: Profile) -> Sign | None:
-    """There was a sign, and the loss has been as bad as at the beginning, or not finite, ever since."""
-    overflowed = profile.overflowed
-    since = memory.suspect_since if memory.suspect_since is not None else _rose_before(memory, reading)
-    if since is None:
+def _not_recovered(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
+    """Look for a loss that has been as bad as at the beginning, or not finite, ever since a sign of an explosion."""
+    history, profile = observation.history, observation.profile
+    since = history.suspect_since if history.suspect_since is not None else _rise_before_overflow(observation)
+    loss = observation.sample.scalars.get("loss")
+    if since is None or not (profile.overflowed or (loss is not None and _is_lost(observation, loss))):
         return None
-    loss = reading.scalars.get("loss")
-    lost = overflowed
-    if loss is not None:
-        losses = memory.losses
-        lost |= not math.isfinite(loss) or losses.progress(loss) < -_MARGIN or losses.relapse(loss) > _UNLEARNED
-    if not lost:
-        return None
-    values = np.nan_to_num(profile.ratio, nan=math.inf if overflowed else 0.0)
-    matrices = layout.order[(layout.matrix & layout.trainable & profile.present)[layout.order]]
-    return Sign(
+    values = np.nan_to_num(profile.ratio, nan=math.inf if profile.overflowed else 0.0)
+    matrices = observation.matrices_with_gradient
+    recovering = not profile.overflowed and history.losses.progress(loss) > -_MARGIN
+    return _symptom(
+        observation,
         summary=f"The run has not recovered from the explosion of step {since}",
         cause="The weights are far from where they learned: the learning rate was too high, or a batch out of range.",
-        worst=matrices[np.argsort(-values[matrices], kind="stable")],
-        values=values,
-        limit=1.0,
+        blamed=observation.blame(matrices[np.argsort(-values[matrices], kind="stable")], values, 1.0),
         evidence={"explosion_step": float(since)},
-        mild=True,
-        fading=not overflowed and memory.losses.progress(loss) > -_MARGIN,
+        hold_samples=(3 if recovering else 1) * limits.mild_hold_samples,
     )
 
 
-def _rose_before(memory: History, reading: Sample) -> int | None:
-    """Return the step from which the loss rose far above its beginning before it was no longer finite, if it did.
+def _is_lost(observation: Observation, loss: float) -> bool:
+    """Return whether a loss is not finite, or as bad as at the beginning."""
+    losses = observation.history.losses
+    return not math.isfinite(loss) or losses.progress(loss) < -_MARGIN or losses.relapse(loss) > _UNLEARNED
 
-    Where samples are sparse, an explosion is over before one of them sees it; the losses between them tell.
+
+def _rise_before_overflow(observation: Observation) -> int | None:
+    """Return the step from which the loss rose far above its beginning before it overflowed; None if it did not.
+
+    Where samples are sparse, an explosion is over before one of them shows it; the losses between them tell.
     """
-    finite = True
     rose = None
-    for step, loss in reading.losses:
-        finite &= math.isfinite(loss)
-        if finite and rose is None and memory.losses.progress(loss) < -_ROSE:
+    for step, loss in observation.sample.losses:
+        if not math.isfinite(loss):
+            return rose
+        if rose is None and observation.history.losses.progress(loss) < -_ROSE:
             rose = step
-    return None if finite else rose
+    return None
 
 
-def _surge(memory: History, profile: Profile) -> Floats:
+def _surge(log_usual: Floats | None, profile: Profile) -> Floats:
     """Return by how many decades each gradient exceeds its own usual size; 0 where nothing is known."""
-    if memory.log_usual is None:
-        return np.zeros(len(profile.gradient))
-    usual = np.full(len(profile.gradient), np.nan)
-    usual[: len(memory.log_usual)] = memory.log_usual
-    surge: Floats = np.nan_to_num(np.log10(np.maximum(profile.gradient, TINY)) - usual, nan=0.0, posinf=40.0)
+    usual = extended(log_usual, len(profile.gradient), np.nan)
+    surge: Floats = np.nan_to_num(log10(profile.gradient) - usual, nan=0.0, posinf=40.0)
     return surge
 
 
-def _largest(values: Floats, profile: Profile) -> Indices:
-    """Return the weight matrices with the larger half of the values, largest first."""
-    order = profile.matrices[np.argsort(-np.nan_to_num(values[profile.matrices]), kind="stable")]
-    return order[: max(1, (len(order) + 1) // 2)]
-
-
-def _remedy(reading: Sample) -> str:
-    rate = reading.scalars.get("learning_rate")
+def _remedy(sample: Sample) -> str:
+    rate = sample.scalars.get("learning_rate")
     lower = f"Lower the learning rate from {rate:.3g} to {rate / 10:.3g}" if rate else "Lower the learning rate tenfold"
     return (
         f"{lower} or warm it up, initialise with torch.nn.init.kaiming_normal_ or add normalisation, and clip "
@@ -374,3 +381,20 @@ def name_threshold(finding: Finding, threshold: float) -> Finding:
     """Return the finding with the threshold for adaptive clipping that this run's own ratios recommend."""
     advised = f"gradwatch.attach(..., clip={threshold:g}), which leaves this run's usual steps alone"
     return replace(finding, remedy=finding.remedy.replace(_CLIP, advised))
+
+
+RULE = Rule(
+    name="exploding",
+    subject=Observation,
+    limits=ExplodingLimits,
+    find=_find,
+    inhibited_by="nonfinite",
+    chart_limits=(ChartLimit("median_ratio", "ratio"), ChartLimit("amplification_decades", "ratio")),
+    notes="""\
+The rule fires at once where the numbers overflow after one of these signs (or where the losses between two samples
+rose to three times the beginning before they overflowed), where `leverage` and `ratio` are both exceeded twentyfold,
+and where `clip_grad_norm_` saw an infinite norm. After a sign it goes on holding while the loss is as bad as at the
+beginning: a spike that recovers resolves by itself, a divergence does not. Norms are before clipping:
+`clip_grad_norm_` hides nothing.
+""",
+)

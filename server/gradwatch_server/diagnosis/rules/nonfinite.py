@@ -1,4 +1,4 @@
-"""NaN and Inf: at once, whatever the history."""
+"""Rule "nonfinite": NaN or infinite gradients, weights or loss, whatever the history."""
 
 import math
 from collections.abc import Sequence
@@ -6,12 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from gradwatch_server.diagnosis.finding import MOST_BLAMED, Blame, Finding, blame
-from gradwatch_server.diagnosis.history import History
-from gradwatch_server.diagnosis.sample import Flags, Indices, Profile, RunParameters, Sample
-from gradwatch_server.diagnosis.thresholds import Nonfinite
+from gradwatch_server.diagnosis.finding import MOST_BLAMED, Blame, Finding, Symptom
+from gradwatch_server.diagnosis.rule import Limits, Observation, Rule, Samples
+from gradwatch_server.diagnosis.sample import Flags, Floats, Indices, Sample
 
-RULE = "nonfinite"
 EVENT = "nonfinite_module"
 """Kind of the event by which an agent names the first module whose output or gradient was not finite.
 
@@ -19,73 +17,63 @@ EVENT = "nonfinite_module"
 """
 
 
-def find(
-    layout: RunParameters, memory: History, reading: Sample, profile: Profile, limits: Nonfinite
-) -> Finding | None:
+class NonfiniteLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """NaN or infinite gradients, weights or loss."""
+
+    hold_samples: Samples = 1
+
+
+def _find(observation: Observation, _limits: NonfiniteLimits) -> Symptom | None:
     """Look for gradients, weights or a loss that are not finite.
 
-    A gradient goes bad where the backward pass meets the fault and stays bad from there towards the input: of the bad
-    parameters the one nearest to the output is where it began. Where everything is bad at once the pattern cannot
-    tell: see ``refine``. Where the loss alone is bad, what made it is blamed: the last weight matrix.
+    A gradient goes bad where the backward pass meets the fault, and stays bad from there towards the input: the bad
+    parameter nearest to the output is where it began. Where everything is bad at once the pattern cannot tell: see
+    ``refine``. Where the loss alone is bad, the last weight matrix is blamed, which made it.
     """
-    size = len(layout.names)
-    counts = reading.vector("nonfinite_count", size)
-    bad = profile.present & (~profile.finite | (counts > 0))
-    bad_weight = ~np.isfinite(profile.weight)
-    loss = reading.scalars.get("loss", 0.0)
-    if not limits.enabled or not (bad.any() or bad_weight.any() or not math.isfinite(loss)):
+    history, sample, profile = observation.history, observation.sample, observation.profile
+    bad_weight, loss = ~np.isfinite(profile.weight), sample.scalars.get("loss", 0.0)
+    if not (profile.nonfinite.any() or bad_weight.any() or not math.isfinite(loss)):
         return None
-    gradients = int(profile.present.sum())
-    chosen = _origin_first(layout, bad | bad_weight, bad)
-    if not chosen.size:
-        chosen = layout.order[(layout.matrix & layout.trainable)[layout.order]][-1:]
-    values = np.where(np.isfinite(profile.gradient), np.where(counts > 0, counts, profile.weight), profile.gradient)
-    parameters, left_out = blame(layout.names, chosen, values, math.inf)
-    exploded = {} if memory.suspect_since is None else {"explosion_step": float(memory.suspect_since)}
-    return Finding(
-        rule=RULE,
-        severity=limits.severity(critical=bool(bad.any() or bad_weight.any())),
-        first_step=memory.began(RULE, _first_step(reading)),
-        parameters=parameters,
-        left_out=left_out,
+    bad, bad_weights, gradients = (int(flags.sum()) for flags in (profile.nonfinite, bad_weight, profile.present))
+    exploded = {} if history.suspect_since is None else {"explosion_step": float(history.suspect_since)}
+    blamed = observation.blame(_suspects(observation, bad_weight), _bad_values(observation), math.inf)
+    return Symptom(
+        summary=_summary(bad, gradients, bad_weights, loss),
+        cause=_cause(
+            everything=bad == gradients,
+            loss=loss,
+            where=blamed.parameters[0].name if blamed.parameters else "the loss",
+            suspect_since=history.suspect_since,
+        ),
+        remedy="Look at the first bad step for log(0), sqrt(0), 0/0, overflow in half precision or NaN in the data, "
+        "guard it (torch.clamp(x, min=1e-6)), and resume from a checkpoint before it.",
+        first_step=_first_step(sample),
+        blamed=blamed,
         evidence={
-            "nonfinite_gradients": float(bad.sum()),
-            "nonfinite_weights": float(bad_weight.sum()),
+            "nonfinite_gradients": float(bad),
+            "nonfinite_weights": float(bad_weights),
             "gradients": float(gradients),
             "loss": loss,
             **exploded,
         },
-        summary=_summary(int(bad.sum()), gradients, int(bad_weight.sum()), loss),
-        cause=_cause(
-            everything=int(bad.sum()) == gradients,
-            loss=loss,
-            where=parameters[0].name if parameters else "the loss",
-            suspect_since=memory.suspect_since,
-        ),
-        remedy="Look at the first bad step for log(0), sqrt(0), 0/0, overflow in half precision or NaN in the data, "
-        "guard it (torch.clamp(x, min=1e-6)), and resume from a checkpoint before it.",
-        hold_samples=limits.hold_samples,
-        clear_samples=limits.clear_samples,
+        critical=bool(bad or bad_weights),
     )
 
 
 def refine(finding: Finding, names: Sequence[str], module: str | None, message: str) -> Finding:
-    """Return the finding with the module that the agent named: its parameters are blamed first, it is the cause.
+    """Return the finding with the module that the agent named: it is the cause, and its parameters are blamed first.
 
-    A module without parameters stands for the nearest one around it that has some; the loss itself, and a model as a
-    whole, move nobody.
+    A module without parameters stands for the nearest one around it that has some. The order does not change where the
+    agent named the loss itself or the whole model.
     """
     where = f"module {module}" if module else "the loss"
     sentence = f"The first result that was not finite came out of {where}" + (f": {message}" if message else "")
     sentence = sentence.rstrip(".") + "."
     if sentence in finding.cause:
         return finding
-    around, inside = module or "", list[str]()
-    while around and not inside:
-        inside = [name for name in reversed(names) if name.startswith(around + ".")]
-        around = around.rpartition(".")[0]
-    known = {blamed.name: blamed for blamed in finding.parameters}
-    first = [known.get(name, Blame(name, math.nan, math.inf)) for name in inside]
+    inside = _parameters_of(module or "", names)
+    existing = {blamed.name: blamed for blamed in finding.parameters}
+    first = [existing.get(name, Blame(name, math.nan, math.inf)) for name in inside]
     rest = [blamed for blamed in finding.parameters if blamed.name not in inside]
     listed = [*first, *rest][:MOST_BLAMED]
     most = max(len(finding.parameters) + finding.left_out, len(first) + len(rest))
@@ -97,16 +85,35 @@ def refine(finding: Finding, names: Sequence[str], module: str | None, message: 
     )
 
 
-def _first_step(reading: Sample) -> int:
-    """Return the first step whose loss was not finite, or the sample's."""
-    return min((step for step, loss in reading.losses if not math.isfinite(loss)), default=reading.step)
+def _parameters_of(module: str, names: Sequence[str]) -> list[str]:
+    """Return the parameters of a module, or of the nearest one around it that has some, from output to input."""
+    while module:
+        inside = [name for name in reversed(names) if name.startswith(module + ".")]
+        if inside:
+            return inside
+        module = module.rpartition(".")[0]
+    return []
 
 
-def _origin_first(layout: RunParameters, chosen: Flags, bad: Flags) -> Indices:
-    """Return the chosen ones: bad gradients from output to input, then bad weights."""
-    order = layout.order[::-1]
-    listed = order[chosen[order]]
+def _suspects(observation: Observation, bad_weight: Flags) -> Indices:
+    """Return bad gradients from output to input, then bad weights; the last weight matrix if only the loss is bad."""
+    parameters, bad = observation.parameters, observation.profile.nonfinite
+    listed = parameters.by_depth(bad | bad_weight)[::-1]
+    if not listed.size:
+        return parameters.by_depth(parameters.matrix & parameters.trainable)[-1:]
     return listed[np.argsort(~bad[listed], kind="stable")]
+
+
+def _bad_values(observation: Observation) -> Floats:
+    """Return what each parameter is blamed for: its gradient, its number of bad elements, or its weight."""
+    profile = observation.profile
+    counts = observation.sample.vector("nonfinite_count", len(profile.gradient))
+    return np.where(np.isfinite(profile.gradient), np.where(counts > 0, counts, profile.weight), profile.gradient)
+
+
+def _first_step(sample: Sample) -> int:
+    """Return the first step since the last sample whose loss was not finite; the sample's step if there is none."""
+    return min((step for step, loss in sample.losses if not math.isfinite(loss)), default=sample.step)
 
 
 def _summary(bad: int, gradients: int, bad_weights: int, loss: float) -> str:
@@ -127,3 +134,18 @@ def _cause(*, everything: bool, loss: float, where: str, suspect_since: int | No
     if everything:
         return "Every gradient is bad, the loss is not: the fault lies in the loss's slope or in the last layers."
     return f"The backward pass went bad at or just after {where}; gradients nearer to the output are finite."
+
+
+RULE = Rule(
+    name="nonfinite",
+    subject=Observation,
+    limits=NonfiniteLimits,
+    find=_find,
+    notes="""\
+NaN or infinity in a gradient or a weight is critical; in the loss alone it is a warning. `first_step` is the first step
+with a bad loss, which is known of every step. A bad gradient goes on towards the input, so the bad parameter nearest to
+the output is blamed, and stays blamed when everything is bad one step later. Where everything is bad at once, the event
+`nonfinite_module` of the agent decides, whether it comes before the alert fires, with it or after it: the parameters of
+the module that it names come first. Without the event the last layer is blamed.
+""",
+)

@@ -1,5 +1,7 @@
 // The order and the states of alerts, and the limits of their rules on charts.
 
+import { CHART_LIMITS } from "./chart-limits.js";
+
 /** @typedef {import("./api.js").Alert} Alert */
 /** @typedef {{rule: string, limit: number}} Limit */
 
@@ -29,14 +31,11 @@ export const stateText = (alert) => (endedWithRun(alert) ? "held until the run e
  * Return the statistic that a rule judged and its limit there; null if no statistic is drawn in the limit's unit.
  * A rule has several conditions; the evidence shows which one held.
  * @param {Alert} alert @param {number} limit @param {number} elements of the parameter
- * @returns {{statistic: import("./statistics.js").Statistic, limit: number} | null}
+ * @returns {{statistic: string, limit: number} | null}
  */
 function limitedStatistic({ rule, evidence }, limit, elements) {
-  if (rule === "throttled") return { statistic: "clipped_unit_share", limit };
-  if ("median_ratio" in evidence || "amplification_decades" in evidence) return { statistic: "ratio", limit };
-  // The limit is of the gradient's root mean square; the norm is that times the root of the number of elements.
-  if ("attenuation_decades" in evidence) return { statistic: "grad_norm", limit: limit * Math.sqrt(elements) };
-  return null;
+  const judged = CHART_LIMITS[rule]?.find((each) => each.evidence in evidence);
+  return judged ? { statistic: judged.statistic, limit: judged.of_rms ? limit * Math.sqrt(elements) : limit } : null;
 }
 
 /**

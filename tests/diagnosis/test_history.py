@@ -1,4 +1,4 @@
-"""The memory: bounded, the same kept, stored or replayed; and the rules' cost and limits."""
+"""The history: bounded, the same kept, stored or replayed; and the rules' cost and limits."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.diagnosis.ticks import LAYERS, Watch, network
 VALUES = st.sampled_from([MISSING, 0.0, 1e-30, 1e-9, 0.1, 1.0, 1e6, 1e30, math.inf, math.nan])
 
 
-def _reading(step: int, gradients: list[float], weights: list[float], loss: float | None) -> Sample:
+def _sample(step: int, gradients: list[float], weights: list[float], loss: float | None) -> Sample:
     scalars = {} if loss is None else {"loss": loss}
     statistics: Any = {"grad_norm": np.array(gradients, np.float32), "weight_norm": np.array(weights, np.float32)}
     return Sample(step=step, at=0.0, statistics=statistics, scalars=scalars)
@@ -36,15 +36,15 @@ def _reading(step: int, gradients: list[float], weights: list[float], loss: floa
         max_size=12,
     )
 )
-def test_whatever_comes_the_rules_answer_and_memory_survives_storage(
+def test_whatever_comes_the_rules_answer_and_history_survives_storage(
     samples: list[tuple[list[float], list[float], float | None]],
 ) -> None:
-    layout = RunParameters.of(network(6))
+    parameters = RunParameters.of(network(6))
     kept = stored = History()
     for step, (gradients, weights, loss) in enumerate(samples):
-        reading = _reading(step, gradients, weights, loss)
-        kept, findings = diagnose(layout, kept, reading, Thresholds())
-        stored, again = diagnose(layout, History.from_bytes(stored.to_bytes()), reading, Thresholds())
+        sample = _sample(step, gradients, weights, loss)
+        kept, findings = diagnose(parameters, kept, sample, Thresholds())
+        stored, again = diagnose(parameters, History.from_bytes(stored.to_bytes()), sample, Thresholds())
         assert msgspec.msgpack.encode(findings) == msgspec.msgpack.encode(again)
         assert kept.to_bytes() == stored.to_bytes()
         for finding in findings:
@@ -53,17 +53,17 @@ def test_whatever_comes_the_rules_answer_and_memory_survives_storage(
             json.dumps([finding.evidence, finding.first_step, finding.left_out])
 
 
-def test_memory_is_bounded_and_earlier_memories_stay_as_they_were() -> None:
+def test_history_is_bounded_and_earlier_histories_stay_as_they_were() -> None:
     watch = Watch()
     watch.learn(20)
-    before = watch.memory.to_bytes()
-    kept = watch.memory
+    before = watch.history.to_bytes()
+    kept = watch.history
     watch.learn(500, loss=1.2, rate=0.999)
     assert kept.to_bytes() == before
-    assert len(watch.memory.to_bytes()) < 20_000
+    assert len(watch.history.to_bytes()) < 20_000
 
 
-def test_a_memory_of_another_version_is_refused() -> None:
+def test_a_history_of_another_version_is_refused() -> None:
     with pytest.raises(ValueError, match="version 99, not 3: replay"):
         History.from_bytes(msgspec.msgpack.encode({"version": 99}))
 
@@ -72,7 +72,7 @@ def test_a_run_may_append_parameters() -> None:
     watch = Watch()
     watch.learn(5)
     longer = Watch(network(LAYERS + 2))
-    longer.memory, longer.step = watch.memory, watch.step
+    longer.history, longer.step = watch.history, watch.step
     longer.learn(5, loss=1.9)
 
 
@@ -84,13 +84,13 @@ def test_more_than_twenty_are_counted() -> None:
 @pytest.mark.parametrize(("size", "most_seconds"), [(300, 0.004), (2_000, 0.02)])
 def test_a_sample_costs_little(size: int, most_seconds: float) -> None:
     """A quarter of the bound on a free machine; the best of many, since others use it too."""
-    parameters = [Parameter(f"{index}.weight", [64, 64], units=64) for index in range(size)]
-    layout, memory, best = RunParameters.of(parameters), History(), math.inf
+    parameters = RunParameters.of([Parameter(f"{index}.weight", [64, 64], units=64) for index in range(size)])
+    history, best = History(), math.inf
     gradients = np.random.default_rng(0).lognormal(-2, 1, (1_000, size)).astype(np.float32)
     for step, row in enumerate(gradients):
-        reading = _reading(step, list(row), [3.0] * size, 2.3 * 0.99**step)
+        sample = _sample(step, list(row), [3.0] * size, 2.3 * 0.99**step)
         started = time.perf_counter()
-        memory, _ = diagnose(layout, memory, reading, Thresholds())
+        history, _ = diagnose(parameters, history, sample, Thresholds())
         best = min(best, time.perf_counter() - started)
         if step >= 40 and best < most_seconds:
             break

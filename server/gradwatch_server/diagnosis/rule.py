@@ -113,10 +113,7 @@ class Rule(Generic[SubjectT, LimitsT]):
     def report(self, symptom: Symptom, limits: LimitsT, since: Sequence[tuple[str, int]] = ()) -> Finding | None:
         """Return the finding of a symptom, None if the rule is not enabled.
 
-        Args:
-            symptom: the symptom that ``find`` returned.
-            limits: the limits in force.
-            since: (rule, step at which it began to hold) of each rule that held at the sample before.
+        ``since`` holds (rule, step at which it began to hold) of each rule that held at the sample before.
         """
         if not limits.enabled:
             return None

@@ -51,25 +51,24 @@ def _find(observation: Observation, limits: DeadLimits) -> Symptom | None:
     found = _search(observation, limits)
     if found is None:
         return None
-    parameters, matrices = observation.parameters, observation.parameters.matrix & observation.parameters.trainable
-    chosen, worst = found.dead | found.idle, _blame_order(observation, found)
-    first = parameters.names[worst[0]]
-    missing = bool((found.dead & ~observation.profile.present).any())
-    dead, idle = int(found.dead.sum()), int((found.idle & ~found.dead).sum())
-    most = float((found.steady & matrices).sum()) >= _CRITICAL_SHARE * float(matrices.sum())
+    worst = _blame_order(observation, found)
+    first, missing = observation.parameters.names[worst[0]], bool((found.dead & ~observation.profile.present).any())
+    dead, idle = float(found.dead.sum()), float((found.idle & ~found.dead).sum())
     return Symptom(
-        summary=_summary(dead, idle, first, missing=missing),
+        summary=_summary(int(dead), int(idle), first, missing=missing),
         cause=_cause(first, missing=missing),
         remedy=_remedy(first, missing=missing),
         first_step=observation.sample.step,
         blamed=observation.blame(worst, found.samples, found.limit),
-        evidence={
-            "dead_parameters": float(dead),
-            "idle_parameters": float(idle),
-            "samples": float(found.samples[chosen].max()),
-        },
-        critical=most and (missing or bool(found.cut.any())),
+        evidence={"dead_parameters": dead, "idle_parameters": idle, "samples": float(found.samples[worst].max())},
+        critical=(missing or bool(found.cut.any())) and _is_most(observation, found.steady),
     )
+
+
+def _is_most(observation: Observation, steady: Flags) -> bool:
+    """Return whether enough of the weight matrices are dead for a critical alert."""
+    matrices = observation.parameters.matrix & observation.parameters.trainable
+    return float((steady & matrices).sum()) >= _CRITICAL_SHARE * float(matrices.sum())
 
 
 def _search(observation: Observation, limits: DeadLimits) -> _Dead | None:

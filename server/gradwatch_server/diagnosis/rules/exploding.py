@@ -176,7 +176,6 @@ def _gradient_surge(observation: Observation, limits: ExplodingLimits) -> Sympto
     decades = math.log10(profile.global_gradient) - history.usual_log_gradient
     if decades < needed or decades < limits.growth_deviations * history.spread_log_gradient:
         return None
-    surge = _surge(history.log_usual, profile)
     loss = f", and the loss is {profile.loss:.3g}, from {history.losses.reference:.3g} at the start"
     return _symptom(
         observation,
@@ -184,7 +183,7 @@ def _gradient_surge(observation: Observation, limits: ExplodingLimits) -> Sympto
         + ("" if math.isnan(profile.loss) else loss),
         cause="The updates overshoot: the learning rate is too high for this network at this point, or a batch is far "
         "out of range.",
-        blamed=observation.blame_larger_half(10.0**surge, 10**needed),
+        blamed=observation.blame_larger_half(10.0 ** _surge(history.log_usual, profile), 10**needed),
         evidence={"growth_decades": decades},
         hold_samples=limits.mild_hold_samples if decades < limits.growth_decades else None,
     )

@@ -66,9 +66,7 @@ def refine(finding: Finding, names: Sequence[str], module: str | None, message: 
     A module without parameters stands for the nearest one around it that has some. The order does not change where the
     agent named the loss itself or the whole model.
     """
-    where = f"module {module}" if module else "the loss"
-    sentence = f"The first result that was not finite came out of {where}" + (f": {message}" if message else "")
-    sentence = sentence.rstrip(".") + "."
+    sentence = _origin(module, message)
     if sentence in finding.cause:
         return finding
     inside = _parameters_of(module or "", names)
@@ -83,6 +81,12 @@ def refine(finding: Finding, names: Sequence[str], module: str | None, message: 
         left_out=most - len(listed),
         cause=f"{finding.cause} {sentence}" if "explosion_step" in finding.evidence else sentence,
     )
+
+
+def _origin(module: str | None, message: str) -> str:
+    where = f"module {module}" if module else "the loss"
+    sentence = f"The first result that was not finite came out of {where}" + (f": {message}" if message else "")
+    return sentence.rstrip(".") + "."
 
 
 def _parameters_of(module: str, names: Sequence[str]) -> list[str]:

@@ -93,7 +93,7 @@ class _Secured:
                 headers.setdefault("Cache-Control", "no-cache" if static else "no-store")
                 route = getattr(scope.get("route"), "path", "other")
                 services = cast("Services", scope["app"].state.services)
-                services.requests.add(scope["method"], route, message["status"], started)
+                services.request_counts.add(scope["method"], route, message["status"], started)
             await send(message)
 
         follow = self._app

@@ -25,9 +25,9 @@ from gradwatch_server.store.deletion import ResolveAlerts, delete_expired_runs
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.rollups.downsampling import downsample_expired
 from gradwatch_server.store.tokens import TokenCache
-from gradwatch_server.telemetry.remote_write import Exporter
-from gradwatch_server.telemetry.request_counts import Requests
-from gradwatch_server.telemetry.snapshot import Layouts
+from gradwatch_server.telemetry.remote_write import RemoteWriter
+from gradwatch_server.telemetry.request_counts import RequestCounts
+from gradwatch_server.telemetry.snapshot import ParameterCache
 
 _RETENTION_SECONDS = 3_600
 
@@ -52,9 +52,9 @@ class Services:
     unmute_check: UnmuteCheck
     change_stream: ChangeStream
     tokens: TokenCache
-    exporter: Exporter | None = None
-    layouts: Layouts = field(default_factory=Layouts)
-    requests: Requests = field(default_factory=Requests)
+    remote_writer: RemoteWriter | None = None
+    parameter_cache: ParameterCache = field(default_factory=ParameterCache)
+    request_counts: RequestCounts = field(default_factory=RequestCounts)
     ready: bool = True
     """False from the first signal to stop: readiness ends first."""
 
@@ -76,7 +76,7 @@ class Services:
             stall_check=StallCheck(engine, writer, configuration, settings.public_url, time.time()),
             unmute_check=UnmuteCheck(engine, writer, configuration, settings.public_url),
             change_stream=ChangeStream(engine),
-            exporter=None if remote is None else Exporter(engine, writer, remote),
+            remote_writer=None if remote is None else RemoteWriter(engine, writer, remote),
             tokens=TokenCache(engine),
         )
 
@@ -119,7 +119,7 @@ async def run_services(settings: Settings, engine: sa.Engine) -> AsyncIterator[S
     notifying = asyncio.create_task(services.notifier.run())
     periodic = (services.apply_retention(), services.stall_check.run(), services.unmute_check.run())
     repeating = [asyncio.create_task(work) for work in periodic]
-    exporting = None if services.exporter is None else asyncio.create_task(services.exporter.run())
+    exporting = None if services.remote_writer is None else asyncio.create_task(services.remote_writer.run())
     try:
         yield services
     finally:

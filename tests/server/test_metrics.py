@@ -264,6 +264,20 @@ def _depth(server: GradwatchServer, run_id: str) -> dict[str, str]:
     return {each["parameter"]: each["depth"] for each in labels}
 
 
+def test_attenuation_is_that_of_the_alert(shared_server: GradwatchServer) -> None:
+    layers = [wire.Parameter(f"layers.{place}.weight", [64, 64], units=64, kind="Linear") for place in range(8)]
+    embedding = wire.Parameter("embedding.weight", [1_000, 64], units=1_000, kind="Embedding")
+    registration = wire.Registration(parameters=[embedding, *layers], name="fading")
+    run_id = shared_server.post("/api/v1/runs", registration).json()["id"]
+    gradients = [0.1 * 10 ** (0.9 * place + 0.1 * (place % 3) - 7) for place in range(8)]
+    samples = [sample(step, 1.0, *gradients, loss=2.0) for step in range(1, 6)]
+    assert shared_server.store(run_id, wire.Batch(id="1", samples=samples)).status_code == 200
+    (alert,) = shared_server.get("/api/v1/alerts", run=run_id, rule="vanishing")
+    labels = f'{{name="fading",project="default",run="{run_id}"}}'
+    told = series(scrape(shared_server.http), run_id)
+    assert told[f"gradwatch_run_attenuation_decades_per_layer{labels}"] == alert["evidence"]["decades_per_layer"]
+
+
 def test_attenuation_leaves_embeddings_out_as_the_rules_do(shared_server: GradwatchServer) -> None:
     layers = [wire.Parameter(f"layers.{place}.weight", [64, 64], units=64, kind="Linear") for place in range(3)]
     embedding = wire.Parameter("embedding.weight", [1_000, 64], units=1_000, kind="Embedding")

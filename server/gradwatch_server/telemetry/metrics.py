@@ -1,4 +1,7 @@
-"""Prometheus collectors over the database and the server's own counts: a finished run is gone at the next scrape."""
+"""Prometheus collectors behind ``/metrics``: active runs and alerts from the database, and the counts of this process.
+
+The metrics are made at each scrape, so that a finished run is gone at the next one.
+"""
 
 import time
 from collections import defaultdict
@@ -22,27 +25,27 @@ from gradwatch_server.settings import Settings
 from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.runs import load_active
-from gradwatch_server.telemetry.remote_write import Exporter
-from gradwatch_server.telemetry.request_counts import Requests
-from gradwatch_server.telemetry.snapshot import Layouts, Snapshot, load_snapshots
+from gradwatch_server.telemetry.remote_write import RemoteWriter
+from gradwatch_server.telemetry.request_counts import RequestCounts
+from gradwatch_server.telemetry.snapshot import ParameterCache, Snapshot, load_snapshots
 
 _RUN_LABELS = ("run", "project", "name")
 _RUN_GAUGES = {
     "gradwatch_run_step": "Latest step of the run.",
-    "gradwatch_run_stalled": "1 while the run has not been heard of for much longer than usual.",
-    "gradwatch_run_last_seen_timestamp_seconds": "When the run was last heard of.",
-    "gradwatch_run_last_sample_timestamp_seconds": "When the latest sample was measured.",
+    "gradwatch_run_stalled": "1 while the rule stalled fires for the run.",
+    "gradwatch_run_last_seen_timestamp_seconds": "Time at which the run was last heard of.",
+    "gradwatch_run_last_sample_timestamp_seconds": "Time at which the latest sample was measured.",
     "gradwatch_run_loss": "Loss of the latest step.",
     "gradwatch_run_learning_rate": "Learning rate at the latest sample.",
     "gradwatch_run_step_duration_seconds": "Time that a step takes.",
     "gradwatch_run_agent_overhead_ratio": "Share of the step's time that the agent takes.",
     "gradwatch_run_global_grad_norm": "L2 norm of the whole gradient before clipping.",
     "gradwatch_run_clipped_global_grad_norm": "L2 norm of the whole gradient after clipping.",
-    "gradwatch_run_global_grad_norm_limit": "Limit that training sets to the L2 norm of the whole gradient.",
+    "gradwatch_run_global_grad_norm_limit": "Limit to which the training clips the L2 norm of the whole gradient.",
     "gradwatch_run_grad_weight_min_ratio": "Smallest gradient to weight ratio over the parameters.",
     "gradwatch_run_grad_weight_median_ratio": "Median gradient to weight ratio over the parameters.",
     "gradwatch_run_grad_weight_max_ratio": "Largest gradient to weight ratio over the parameters.",
-    "gradwatch_run_attenuation_decades_per_layer": "Decades that the gradient loses a layer, from output to input.",
+    "gradwatch_run_attenuation_decades_per_layer": "Decades that the gradient loses per layer, from output to input.",
     "gradwatch_run_clipped_parameters_ratio": "Share of the parameters whose gradient was clipped.",
     "gradwatch_run_parameters": "Parameters of the run.",
     "gradwatch_run_parameters_left_out": "Parameters of the run without series of their own.",
@@ -52,8 +55,8 @@ _RUN_GAUGES = {
 _RUN_COUNTERS = {
     "gradwatch_run_samples": "Samples stored.",
     "gradwatch_run_skipped_steps": "Steps that the gradient scaler skipped.",
-    "gradwatch_run_agent_dropped_samples": "Samples that the agent had to give up in this attempt.",
-    "gradwatch_run_agent_dropped_bytes": "Bytes that the agent had to give up in this attempt.",
+    "gradwatch_run_agent_dropped_samples": "Samples that the agent dropped in this attempt.",
+    "gradwatch_run_agent_dropped_bytes": "Bytes that the agent dropped in this attempt.",
     "gradwatch_run_agent_errors": "Errors that the agent swallowed in this attempt.",
 }
 _SCALARS = {
@@ -80,46 +83,46 @@ class Sources(Protocol):
     ingest: Ingest
     byte_budget: ByteBudget
     notifier: Notifier
-    exporter: Exporter | None
-    layouts: Layouts
-    requests: Requests
+    remote_writer: RemoteWriter | None
+    parameter_cache: ParameterCache
+    request_counts: RequestCounts
 
 
 class RunCollector(Collector):
-    """Active runs from their latest samples, and the alerts."""
+    """Collects the metrics of active runs from their latest samples, and those of the alerts."""
 
     def __init__(self, services: Sources) -> None:
         self._engine = services.engine
         self._settings = services.settings.configuration.metrics
         self._public_url = services.settings.public_url
-        self._layouts = services.layouts
+        self._parameter_cache = services.parameter_cache
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: the families are known at scrape time."""
+        """Return nothing: the metric families are not known before the scrape."""
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """Read the latest samples and the alerts."""
+        """Yield the metric families, read from the database."""
         with self._engine.connect() as connection:
             active = load_active(connection, time.time() - self._settings.silent_seconds)
-            snapshots = load_snapshots(connection, [run["id"] for run in active], self._layouts)
+            snapshots = load_snapshots(connection, [run["id"] for run in active], self._parameter_cache)
             unhealthy = _unhealthy(connection, [run["id"] for run in active])
             alerts = _alerts(connection)
-        told = self._told(snapshots)
-        yield self._pages(active)
-        yield from _families(active, snapshots, told)
-        yield from _parameters(active, snapshots, told)
-        yield from _health(active, unhealthy)
+        listed = self._listed(snapshots)
+        yield self._run_info(active)
+        yield from _run_families(active, snapshots, listed)
+        yield from _parameter_families(active, snapshots, listed)
+        yield from _health_families(active, unhealthy)
         yield alerts
 
-    def _pages(self, active: Sequence[dict[str, Any]]) -> Metric:
-        text = "Where the run's page is; always 1."
+    def _run_info(self, active: Sequence[dict[str, Any]]) -> Metric:
+        text = "The URL of the run's page; always 1."
         family = GaugeMetricFamily("gradwatch_run_info", text, labels=(*_RUN_LABELS, "url"))
         for run in active:
             family.add_metric([*_labels(run), f"{self._public_url}/runs/{run['id']}"], 1)
         return family
 
-    def _told(self, snapshots: Mapping[str, Snapshot]) -> dict[str, list[int]]:
+    def _listed(self, snapshots: Mapping[str, Snapshot]) -> dict[str, list[int]]:
         """Return the positions of the parameters of each run that get series of their own."""
         settings = self._settings
         share = settings.most_parameters // max(1, len(snapshots))
@@ -131,23 +134,23 @@ def _labels(run: Mapping[str, Any]) -> list[str]:
     return [run["id"], run["project"], run["name"]]
 
 
-def _families(
-    active: Sequence[dict[str, Any]], snapshots: Mapping[str, Snapshot], told: Mapping[str, list[int]]
+def _run_families(
+    active: Sequence[dict[str, Any]], snapshots: Mapping[str, Snapshot], listed: Mapping[str, list[int]]
 ) -> Iterable[Metric]:
     families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
     families |= {name: GaugeMetricFamily(name, text, labels=_RUN_LABELS) for name, text in _RUN_GAUGES.items()}
     families |= {name: CounterMetricFamily(name, text, labels=_RUN_LABELS) for name, text in _RUN_COUNTERS.items()}
     for run in active:
-        values = _of_run(run)
+        values = _run_values(run)
         snapshot = snapshots.get(run["id"])
         if snapshot is not None:
-            values |= _of_snapshot(run["scalars"], snapshot, len(told[run["id"]]))
+            values |= _snapshot_values(run["scalars"], snapshot, len(listed[run["id"]]))
         for name, value in values.items():
             families[name].add_metric(_labels(run), value)
     return families.values()
 
 
-def _of_run(run: Mapping[str, Any]) -> dict[str, float]:
+def _run_values(run: Mapping[str, Any]) -> dict[str, float]:
     values = {
         name: wire.deserialise(run["scalars"][scalar]) for scalar, name in _SCALARS.items() if scalar in run["scalars"]
     }
@@ -164,12 +167,12 @@ def _of_run(run: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _of_snapshot(scalars: Mapping[str, wire.Number], snapshot: Snapshot, told: int) -> dict[str, float]:
+def _snapshot_values(scalars: Mapping[str, wire.Number], snapshot: Snapshot, listed: int) -> dict[str, float]:
     profile, ratios = snapshot.profile, snapshot.finite_ratios
     norm = wire.deserialise(scalars.get("global_grad_norm", float(np.linalg.norm(profile.gradient[profile.present]))))
-    size = len(snapshot.layout.names)
+    size = len(snapshot.parameters.names)
     return {
-        "gradwatch_run_last_sample_timestamp_seconds": snapshot.reading.at,
+        "gradwatch_run_last_sample_timestamp_seconds": snapshot.sample.at,
         "gradwatch_run_global_grad_norm": norm,
         "gradwatch_run_clipped_global_grad_norm": wire.deserialise(scalars.get("clipped_global_grad_norm", norm)),
         "gradwatch_run_grad_weight_min_ratio": float(ratios.min()) if ratios.size else np.nan,
@@ -178,24 +181,24 @@ def _of_snapshot(scalars: Mapping[str, wire.Number], snapshot: Snapshot, told: i
         "gradwatch_run_attenuation_decades_per_layer": snapshot.decades_per_layer,
         "gradwatch_run_clipped_parameters_ratio": snapshot.clipped_share,
         "gradwatch_run_parameters": size,
-        "gradwatch_run_parameters_left_out": size - told,
+        "gradwatch_run_parameters_left_out": size - listed,
         "gradwatch_run_nonfinite_parameters": snapshot.nonfinite,
         "gradwatch_run_zero_parameters": snapshot.zero,
     }
 
 
-def _parameters(
-    active: Sequence[dict[str, Any]], snapshots: Mapping[str, Snapshot], told: Mapping[str, list[int]]
+def _parameter_families(
+    active: Sequence[dict[str, Any]], snapshots: Mapping[str, Snapshot], listed: Mapping[str, list[int]]
 ) -> Iterable[Metric]:
     labels = (*_RUN_LABELS, "parameter", "depth")
     families = [GaugeMetricFamily(name, text, labels=labels) for name, text in _PARAMETER_GAUGES.items()]
     for run in active:
-        for position in told.get(run["id"], []):
+        for position in listed.get(run["id"], []):
             snapshot = snapshots[run["id"]]
-            layout, profile = snapshot.layout, snapshot.profile
+            parameters, profile = snapshot.parameters, snapshot.profile
             if not profile.present[position]:
                 continue
-            of_parameter = [*_labels(run), layout.names[position], f"{layout.depth[position]:03d}"]
+            of_parameter = [*_labels(run), parameters.names[position], f"{parameters.depth[position]:03d}"]
             measured = (profile.gradient, profile.weight, profile.ratio)
             for family, values in zip(families, measured, strict=True):
                 family.add_metric(of_parameter, float(values[position]))
@@ -220,7 +223,7 @@ def _unhealthy(connection: sa.Connection, run_ids: Sequence[str]) -> Unhealthy:
     return blamed, firing
 
 
-def _health(active: Sequence[dict[str, Any]], unhealthy: Unhealthy) -> Iterable[Metric]:
+def _health_families(active: Sequence[dict[str, Any]], unhealthy: Unhealthy) -> Iterable[Metric]:
     blamed, firing = unhealthy
     parameters = GaugeMetricFamily(
         "gradwatch_run_unhealthy_parameters",
@@ -250,83 +253,87 @@ def _alerts(connection: sa.Connection) -> Metric:
 
 
 class ServerCollector(Collector):
-    """What the server itself does."""
+    """Collects the metrics of the server itself."""
 
     def __init__(self, services: Sources) -> None:
         self._services = services
 
     def describe(self) -> Iterable[Metric]:
-        """Return nothing: the families are known at scrape time."""
+        """Return nothing: the metric families are not known before the scrape."""
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """Read the counts of this process, and the deliveries of all."""
+        """Yield the counts of this process, and the deliveries of all servers from the database."""
         services = self._services
-        ingest, writer = services.ingest, services.writer
-        build = GaugeMetricFamily("gradwatch_build_info", "The version that runs; always 1.", labels=("version",))
-        build.add_metric([metadata.version("gradwatch")], 1)
-        yield build
+        yield _build_info()
         yield _requests(services)
-        counts = (
-            ("gradwatch_ingest_batches", "Batches stored.", ingest.batches),
-            ("gradwatch_ingest_duplicate_batches", "Batches that were stored before.", ingest.duplicates),
-            ("gradwatch_ingest_samples", "Samples stored.", ingest.samples),
-            ("gradwatch_ingest_values", "Values of statistics stored.", ingest.values),
-            (
-                "gradwatch_queue_refusals",
-                "Batches that were sent away for want of room.",
-                writer.refused + services.byte_budget.refused,
-            ),
-        )
-        for name, text, count in counts:
-            yield CounterMetricFamily(name, text, value=count)
-        yield SummaryMetricFamily(
-            "gradwatch_commit_duration_seconds",
-            "Time in transactions, with their sync to disk.",
-            count_value=writer.commits,
-            sum_value=writer.commit_seconds,
-        )
-        yield GaugeMetricFamily(
-            "gradwatch_queued_batches", "Batches taken in and not stored yet.", value=writer.waiting
-        )
-        yield GaugeMetricFamily(
-            "gradwatch_queue_limit_batches", "Batches that may be under way.", value=writer.capacity
-        )
-        yield from _written(services)
+        yield from _ingest(services)
+        yield from _queue(services)
+        yield from _remote_write(services)
         yield _attempts(services)
+        receivers = [receiver.name for receiver in services.settings.configuration.receivers]
         with services.engine.connect() as connection:
-            yield from _deliveries(
-                connection, [receiver.name for receiver in services.settings.configuration.receivers]
-            )
+            yield from _deliveries(connection, receivers)
+
+
+def _build_info() -> Metric:
+    build = GaugeMetricFamily("gradwatch_build_info", "The version of the server; always 1.", labels=("version",))
+    build.add_metric([metadata.version("gradwatch")], 1)
+    return build
+
+
+def _ingest(services: Sources) -> Iterable[Metric]:
+    ingest = services.ingest
+    for name, text, count in (
+        ("gradwatch_ingest_batches", "Batches stored.", ingest.batches),
+        ("gradwatch_ingest_duplicate_batches", "Batches that were stored before.", ingest.duplicates),
+        ("gradwatch_ingest_samples", "Samples stored.", ingest.samples),
+        ("gradwatch_ingest_values", "Values of statistics stored.", ingest.values),
+    ):
+        yield CounterMetricFamily(name, text, value=count)
+
+
+def _queue(services: Sources) -> Iterable[Metric]:
+    writer = services.writer
+    refused = writer.refused + services.byte_budget.refused
+    yield CounterMetricFamily("gradwatch_queue_refusals", "Batches refused because a queue was full.", value=refused)
+    yield SummaryMetricFamily(
+        "gradwatch_commit_duration_seconds",
+        "Duration of transactions, with their sync to disk.",
+        count_value=writer.commits,
+        sum_value=writer.commit_seconds,
+    )
+    yield GaugeMetricFamily("gradwatch_queued_batches", "Batches received and not stored yet.", value=writer.waiting)
+    yield GaugeMetricFamily("gradwatch_queue_limit_batches", "Batches that the queue holds.", value=writer.capacity)
 
 
 def _requests(services: Sources) -> Metric:
     family = SummaryMetricFamily(
         "gradwatch_http_request_duration_seconds",
-        "Time until an answer began, by route.",
+        "Time until a response began, by route.",
         labels=("method", "route", "status"),
     )
-    for kind, tally in list(services.requests.tallies.items()):
+    for kind, tally in list(services.request_counts.tallies.items()):
         family.add_metric([kind.method, kind.route, str(kind.status)], tally.count, tally.seconds)
     return family
 
 
-def _written(services: Sources) -> Iterable[Metric]:
-    if services.exporter is None:
+def _remote_write(services: Sources) -> Iterable[Metric]:
+    if services.remote_writer is None:
         return
-    counts = services.exporter.counts
+    counts = services.remote_writer.counts
     for name, text, count in (
-        ("sent_samples", "Samples that the time-series store took.", counts.sent),
+        ("sent_samples", "Samples that the time-series store accepted.", counts.sent),
         ("set_aside_samples", "Samples that the time-series store refused.", counts.set_aside),
         ("retries", "Requests that were sent again.", counts.retries),
-        ("errors", "Rounds that ended in an error that nobody foresaw.", counts.errors),
+        ("errors", "Rounds that ended in an unexpected error.", counts.errors),
     ):
         yield CounterMetricFamily(f"gradwatch_remote_write_{name}", text, value=count)
 
 
 def _attempts(services: Sources) -> Metric:
     family = CounterMetricFamily(
-        "gradwatch_delivery_attempts", "Attempts to deliver by receiver and result.", labels=("receiver", "result")
+        "gradwatch_delivery_attempts", "Delivery attempts by receiver and result.", labels=("receiver", "result")
     )
     for (receiver, result), count in list(services.notifier.results.items()):
         family.add_metric([receiver, result], count)
@@ -346,5 +353,5 @@ def _deliveries(connection: sa.Connection, receivers: Sequence[str]) -> Iterable
         by_state.add_metric([receiver, state], count)
     oldest = connection.execute(sa.select(sa.func.min(table.c.created_at)).where(table.c.state == "due")).scalar_one()
     lag = 0.0 if oldest is None else max(0.0, time.time() - oldest)
-    text = "Age of the oldest delivery that is not made yet; 0 where none waits."
+    text = "Age of the oldest delivery that is still due; 0 if none is."
     return by_state, GaugeMetricFamily("gradwatch_delivery_lag_seconds", text, value=lag)

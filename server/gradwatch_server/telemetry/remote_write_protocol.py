@@ -1,4 +1,7 @@
-"""Prometheus remote write 1.0, encoded by hand: protobuf in snappy's block format, literals only."""
+"""Encodes requests of Prometheus remote write 1.0: protobuf messages in snappy's block format.
+
+Both formats are simple where only this is needed, so that no package for them is.
+"""
 
 import math
 import struct
@@ -11,12 +14,12 @@ HEADERS: Mapping[str, str] = {
     "x-prometheus-remote-write-version": "0.1.0",
 }
 _NAN = struct.pack("<Q", 0x7FF8000000000001)
-"""The one NaN that is sent: another bit pattern, 0x7ff0000000000002, means that a series has ended."""
+"""The NaN that stands for every NaN: the bit pattern 0x7ff0000000000002 would mean that a series has ended."""
 _LONGEST_LITERAL = 65536
 
 
 class Series(NamedTuple):
-    """Points of one series; times ascend."""
+    """The points of one series, in the order of their times."""
 
     labels: tuple[tuple[str, str], ...]
     """Sorted by name, ``__name__`` among them."""
@@ -54,7 +57,7 @@ def _varint(value: int) -> bytes:
 
 
 def _compress(content: bytes) -> bytes:
-    """Return snappy's block format without any copies: larger than it could be, and valid."""
+    """Return snappy's block format with literals only: valid, though not smaller than the content."""
     blocks = [_varint(len(content))]
     for start in range(0, len(content), _LONGEST_LITERAL):
         literal = content[start : start + _LONGEST_LITERAL]

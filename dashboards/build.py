@@ -1,4 +1,4 @@
-"""Writes the dashboards: ``python -m dashboards.build``."""
+"""Writes the dashboards as JSON files for Grafana: ``python -m dashboards.build``."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from dashboards import alerts, fleet, run, server
 FOLDER = Path(__file__).parent / "grafana"
 
 
-def written() -> dict[str, str]:
-    """Return the text of each dashboard's file by its name."""
+def render() -> dict[str, str]:
+    """Return the JSON text of each dashboard by its file's name."""
     boards = (fleet.build(), run.build(), alerts.build(), server.build())
     encoder = JSONEncoder(sort_keys=True, indent=2, ensure_ascii=False)
     texts = {}
@@ -24,7 +24,7 @@ def written() -> dict[str, str]:
 
 
 def _strip(document: dict[str, Any]) -> None:
-    """Take out what the SDK writes by itself and Grafana's types do not know."""
+    """Remove what the SDK writes of its own accord and Grafana's types do not know."""
     for variable in document["templating"].get("list", []):
         for key in ("auto", "auto_count", "auto_min"):  # they belong to variables of another type
             variable.pop(key, None)
@@ -34,5 +34,5 @@ def _strip(document: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    for name, text in written().items():
+    for name, text in render().items():
         (FOLDER / name).write_text(text)

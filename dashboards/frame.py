@@ -1,4 +1,7 @@
-"""What every dashboard shares: variables, links, refresh."""
+"""Makes a dashboard of its panels, and gives it what all have in common: links, variables, refresh."""
+
+from collections.abc import Iterable
+from typing import Any
 
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.models import dashboard as models
@@ -20,7 +23,7 @@ _RUNS = (
 
 
 def frame(uid: str, description: str) -> dashboard.Dashboard:
-    """Return an empty dashboard with links to the others."""
+    """Return a dashboard without panels, with links to the other dashboards."""
     board = dashboard.Dashboard(TITLES[uid]).uid(uid).description(description).tags(["gradwatch"])
     board = board.refresh("30s").time("now-1h", "now").timezone("browser").readonly()
     for other, title in TITLES.items():
@@ -30,13 +33,20 @@ def frame(uid: str, description: str) -> dashboard.Dashboard:
     return board
 
 
+def fill(board: dashboard.Dashboard, panels: Iterable[Any]) -> dashboard.Dashboard:
+    """Return the dashboard with these panels."""
+    for panel in panels:
+        board = board.with_panel(panel)
+    return board
+
+
 def project_variable() -> dashboard.QueryVariable:
-    """Return the choice of projects."""
+    """Return the variable by which a reader chooses projects."""
     return _variable("project", "Project", _PROJECTS).multi(True).include_all(True)
 
 
 def run_variable() -> dashboard.QueryVariable:
-    """Return the choice of one run of the chosen projects, the one seen last first."""
+    """Return the variable by which a reader chooses a run of the chosen projects; the run seen last comes first."""
     return _variable("run", "Run", _RUNS)
 
 
@@ -46,5 +56,5 @@ def _variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
 
 
 def link_to_run() -> dashboard.DashboardLink:
-    """Return the link from a row of a table to its run."""
+    """Return the link from a row of a table to the dashboard of its run."""
     return dashboard.DashboardLink("Open the run").type(models.DashboardLinkType.LINK).url(RUN_LINK)

@@ -1,4 +1,4 @@
-"""The kinds of panels that the dashboards are put together from: one look, one colour scale."""
+"""The kinds of panels that the dashboards consist of, with one look and one colour scale."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +12,7 @@ from grafana_foundation_sdk.models import dashboard as models
 PROMETHEUS = common_models.DataSourceRef(type_val="prometheus", uid="gradwatch-prometheus")
 POSTGRES = common_models.DataSourceRef(type_val="grafana-postgresql-datasource", uid="gradwatch-postgres")
 
+Panel = Builder[models.Panel]
 Steps = Sequence[tuple[float | None, str]]
 NEUTRAL: Steps = ((None, "blue"),)
 NONE_IS_GOOD: Steps = ((None, "green"), (1, "red"))
@@ -20,17 +21,17 @@ RATIO: Steps = ((None, "dark-blue"), (1e-6, "blue"), (1e-4, "green"), (1e-1, "or
 
 
 class Sql(Builder[Dataquery], Dataquery):
-    """A PostgreSQL query, for which the SDK has no type."""
+    """A query of PostgreSQL. The SDK has no type for it."""
 
     def __init__(self, statement: str, ref_id: str = "A", form: str = "table") -> None:
         self._statement, self._ref_id, self._form = statement, ref_id, form
 
     def build(self) -> Dataquery:
-        """Return itself: a builder and what it builds."""
+        """Return the query, which is its own builder."""
         return self
 
     def to_json(self) -> dict[str, object]:
-        """Return what Grafana stores."""
+        """Return the query as Grafana stores it."""
         return {
             "refId": self._ref_id,
             "datasource": POSTGRES,
@@ -48,18 +49,18 @@ def prom(expression: str, legend: str = "", ref_id: str = "A", *, instant: bool 
 
 
 def thresholds(steps: Steps) -> dashboard.ThresholdsConfig:
-    """Return absolute thresholds with their colours."""
+    """Return the absolute thresholds of a panel with their colours."""
     listed = [models.Threshold(value=value, color=color) for value, color in steps]
     return dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(listed)
 
 
 def by_threshold() -> dashboard.FieldColor:
-    """Colour by the thresholds."""
+    """Return the setting that colours values by the thresholds."""
     return dashboard.FieldColor().mode(models.FieldColorModeId.THRESHOLDS)
 
 
 def number(title: str, description: str, unit: str, query: Any, steps: Steps = NEUTRAL) -> stat.Panel:
-    """Return one large number."""
+    """Return a panel with one large number."""
     panel = stat.Panel().title(title).description(description).unit(unit).with_target(query)
     panel = panel.thresholds(thresholds(steps)).color_scheme(by_threshold()).no_value("0")
     return panel.height(4).span(4)
@@ -68,7 +69,7 @@ def number(title: str, description: str, unit: str, query: Any, steps: Steps = N
 def lines(
     title: str, description: str, unit: str, *queries: Any, logarithmic: bool = False, steps: Steps = NEUTRAL
 ) -> timeseries.Panel:
-    """Return lines over time."""
+    """Return a panel with lines over time."""
     panel = timeseries.Panel().title(title).description(description).unit(unit).thresholds(thresholds(steps))
     panel = panel.scale_distribution(_scale(logarithmic=logarithmic)).legend(_legend()).height(8).span(12)
     for query in queries:
@@ -77,7 +78,7 @@ def lines(
 
 
 def over_steps(title: str, description: str, unit: str, query: Any, *, logarithmic: bool = False) -> trend.Panel:
-    """Return lines over steps: the first column is the step."""
+    """Return a panel with lines over steps; the first column of the query is the step."""
     panel = trend.Panel().title(title).description(description).unit(unit).x_field("step").with_target(query)
     panel = panel.thresholds(thresholds(NEUTRAL)).scale_distribution(_scale(logarithmic=logarithmic))
     return panel.legend(_legend()).height(8).span(12)
@@ -91,14 +92,14 @@ def listing(title: str, description: str, unit: str, query: Any, steps: Steps = 
 
 
 def bars(title: str, description: str, unit: str, query: Any, steps: Steps = NEUTRAL) -> barchart.Panel:
-    """Return a bar for each row, on a logarithmic scale: the first column names it."""
+    """Return a panel with a bar for each row, on a logarithmic scale; the first column of the query names the bar."""
     panel = barchart.Panel().title(title).description(description).unit(unit).with_target(query)
     panel = panel.orientation(common_models.VizOrientation.HORIZONTAL).color_scheme(by_threshold())
     return panel.thresholds(thresholds(steps)).scale_distribution(_scale(logarithmic=True)).height(14).span(12)
 
 
 def matrix(title: str, description: str, unit: str, query: Any, fields: tuple[str, str, str], steps: Steps) -> Any:
-    """Return a coloured map; ``fields`` name the columns of the query for its rows, columns and values."""
+    """Return a coloured map; ``fields`` are the columns of the query for its rows, its columns and its values."""
     row, column, value = fields
     turned = models.DataTransformerConfig(
         id_val="groupingToMatrix",

@@ -1,9 +1,9 @@
-"""One run: its layers over time and over steps."""
+"""The dashboard of one run: its layers over time and over steps."""
 
 from grafana_foundation_sdk.builders.dashboard import AnnotationQuery, Dashboard
 
-from dashboards.frame import frame, project_variable, run_variable
-from dashboards.panels import NONE_IS_GOOD, POSTGRES, RATIO, Sql, bars, lines, matrix, number, over_steps, prom
+from dashboards.frame import fill, frame, project_variable, run_variable
+from dashboards.panels import NONE_IS_GOOD, POSTGRES, RATIO, Panel, Sql, bars, lines, matrix, number, over_steps, prom
 from gradwatch.statistics import UNIT_EPS
 
 _LAYER = "lpad(p.depth::text, 3, '0') || ' · ' || p.name"
@@ -95,7 +95,11 @@ def build() -> Dashboard:
     """Return the dashboard."""
     board = frame("gradwatch-run", "One run: ratio by layer, depth profile, map, loss, clipping and alerts.")
     board = board.with_variable(project_variable()).with_variable(run_variable()).annotation(_alert_annotations())
-    panels = (
+    return fill(board, (*_numbers(), *_ratios(), *_scalars(), *_clipping_and_health()))
+
+
+def _numbers() -> tuple[Panel, ...]:
+    return (
         number("Step", "Latest step.", "none", prom(_of_run("gradwatch_run_step"), instant=True)),
         number("Loss", "Loss of the latest step.", "none", prom(_of_run("gradwatch_run_loss"), instant=True)),
         number("Alerts that fire", "Alerts of the run that fire.", "short",
@@ -106,6 +110,11 @@ def build() -> Dashboard:
                prom(_of_run("gradwatch_run_agent_overhead_ratio"), instant=True), ((None, "green"), (0.05, "red"))),
         number("Parameters left out", "Parameters without series of their own in Prometheus.", "short",
                prom(_of_run("gradwatch_run_parameters_left_out"), instant=True)),
+    )  # fmt: skip
+
+
+def _ratios() -> tuple[Panel, ...]:
+    return (
         lines("Ratio by layer", "Gradient norm to weight norm of the most conspicuous parameters, by depth.", "none",
               prom(_of_run("gradwatch_parameter_grad_weight_ratio", "depth, parameter"), "{{depth}} · {{parameter}}"),
               logarithmic=True, steps=RATIO),
@@ -118,9 +127,19 @@ def build() -> Dashboard:
                Sql(_MAP), ("layer", "step", "ratio"), RATIO),
         bars("Depth profile", "Ratio of each layer at the latest sample, input first: a slope is a fading gradient.",
              "sci", Sql(_PROFILE), RATIO),
+    )  # fmt: skip
+
+
+def _scalars() -> tuple[Panel, ...]:
+    return (
         over_steps("Loss by step", "Smallest and largest loss of each span of steps.", "none", _scalar("loss")),
         over_steps("Global gradient norm by step", "Norm of the whole gradient before clipping: the smallest and the "
                    "largest of each span of steps.", "none", _scalar("global_grad_norm"), logarithmic=True),
+    )  # fmt: skip
+
+
+def _clipping_and_health() -> tuple[Panel, ...]:
+    return (
         lines("Global gradient norm", "Norm of the whole gradient before and after clipping, and the limit that the "
               "training sets to it.", "none",
               prom(_of_run("gradwatch_run_global_grad_norm"), "before clipping", "A"),
@@ -131,6 +150,3 @@ def build() -> Dashboard:
         lines("Unhealthy parameters", "Parameters that open alerts blame, by rule.", "short",
               prom(_of_run("gradwatch_run_unhealthy_parameters", "rule"), "{{rule}}"), steps=NONE_IS_GOOD),
     )  # fmt: skip
-    for panel in panels:
-        board = board.with_panel(panel)
-    return board

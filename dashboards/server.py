@@ -1,9 +1,9 @@
-"""The server itself: requests, queue, commits, storage."""
+"""The dashboard of the servers: requests, queue, commits, storage."""
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.frame import frame
-from dashboards.panels import NONE_IS_GOOD, Sql, lines, listing, number, prom
+from dashboards.frame import fill, frame
+from dashboards.panels import NONE_IS_GOOD, Panel, Sql, lines, listing, number, prom
 
 _REQUESTS = "gradwatch_http_request_duration_seconds"
 _COMMITS = "gradwatch_commit_duration_seconds"
@@ -21,7 +21,11 @@ def _mean(summary: str, by: str) -> str:
 def build() -> Dashboard:
     """Return the dashboard."""
     board = frame("gradwatch-server", "What the servers do: requests, batches, queue, commits, storage.")
-    panels = (
+    return fill(board, (*_numbers(), *_work(), *_resources()))
+
+
+def _numbers() -> tuple[Panel, ...]:
+    return (
         number("Servers", "Servers that answer.", "short", prom('sum(up{job="gradwatch"})', instant=True),
                ((None, "red"), (1, "green"))),
         number("Queue", "How full the fullest queue is.", "percentunit",
@@ -31,6 +35,11 @@ def build() -> Dashboard:
                prom("sum(increase(gradwatch_queue_refusals_total[1h]))", instant=True), NONE_IS_GOOD),
         number("Samples given up", "By agents of active runs, in this attempt.", "short",
                prom("sum(max by (run) (gradwatch_run_agent_dropped_samples_total))", instant=True), NONE_IS_GOOD),
+    )  # fmt: skip
+
+
+def _work() -> tuple[Panel, ...]:
+    return (
         lines("Requests", "By route and status.", "reqps",
               prom(f"sum by (route, status) (rate({_REQUESTS}_count{_RATE}))", "{{route}} {{status}}")),
         lines("Time to answer", "Mean by route.", "s", prom(_mean(_REQUESTS, "route"), "{{route}}")),
@@ -44,12 +53,14 @@ def build() -> Dashboard:
               prom(_mean(_COMMITS, "instance"), "{{instance}}")),
         lines("Waiting batches", "Batches taken in and not stored yet.", "short",
               prom("gradwatch_queued_batches", "{{instance}}")),
+    )  # fmt: skip
+
+
+def _resources() -> tuple[Panel, ...]:
+    return (
         lines("Memory", "Resident memory of each server.", "bytes",
               prom('process_resident_memory_bytes{job="gradwatch"}', "{{instance}}")),
         lines("Processor", "Processors that each server keeps busy.", "none",
               prom(f'rate(process_cpu_seconds_total{{job="gradwatch"}}{_RATE})', "{{instance}}")),
         listing("Tables", "Size on disk with indexes.", "bytes", Sql(_TABLES)),
     )  # fmt: skip
-    for panel in panels:
-        board = board.with_panel(panel)
-    return board

@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import sqlalchemy as sa
-from dashboards.build import FOLDER, written
+from dashboards.build import FOLDER, render
 from dashboards.frame import TITLES
 
 from gradwatch import wire
@@ -24,7 +24,7 @@ from tests.prometheus.programs import Prometheus, scraping, until
 from tests.prometheus.scraped import scrape
 
 Board = dict[str, Any]
-BOARDS: dict[str, Board] = {name: json.loads(text) for name, text in written().items()}
+BOARDS: dict[str, Board] = {name: json.loads(text) for name, text in render().items()}
 PANELS = [(name, panel) for name, board in BOARDS.items() for panel in board["panels"]]
 TARGETS = [(f"{name} {panel['title']}", target) for name, panel in PANELS for target in panel["targets"]]
 EXPRESSIONS = {f"{title} {target['refId']}": target["expr"] for title, target in TARGETS if "expr" in target}
@@ -42,7 +42,7 @@ STATEMENTS |= {
 
 
 def _in_step(folder: Path) -> bool:
-    return {file.name: file.read_text() for file in folder.glob("*.json")} == written()
+    return {file.name: file.read_text() for file in folder.glob("*.json")} == render()
 
 
 def test_the_files_are_in_step_with_the_code() -> None:
@@ -50,7 +50,7 @@ def test_the_files_are_in_step_with_the_code() -> None:
 
 
 def test_a_file_out_of_step_is_found(tmp_path: Path) -> None:
-    for name, text in written().items():
+    for name, text in render().items():
         (tmp_path / name).write_text(text.replace("now-1h", "now-2h"))
     assert not _in_step(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Which threshold adaptive clipping should have, from what each would have clipped. Pure."""
+"""Recommends a threshold for adaptive clipping from the units that each candidate would have clipped. It is pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,35 +12,37 @@ from gradwatch.wire import HISTOGRAM_EDGES
 Floats = NDArray[np.float64]
 
 THRESHOLDS: Final = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
-"""The candidates: the grid of Brock et al. (2021), one step further at either end."""
+"""The candidates: the grid of Brock et al. (2021), with one more at either end."""
 USUAL_SHARE: Final = 0.05
-"""Share of units that a threshold may clip at a usual step: outliers are cut, learning is not throttled."""
+"""Share of units that a threshold may clip at a usual step: it then clips outliers and does not throttle learning."""
 FEWEST_SAMPLES: Final = 5
 
 _ABOVE: Final = [int(np.searchsorted(HISTOGRAM_EDGES, threshold * (1 + 1e-9))) for threshold in THRESHOLDS]
-"""First bin above each candidate."""
+"""Index of the first bin of the histogram above each candidate."""
 
 
 @dataclass(frozen=True, eq=False)
 class Advice:
-    """What each of ``THRESHOLDS`` would have clipped."""
+    """The units that each of ``THRESHOLDS`` would have clipped, and the recommended threshold."""
 
     shares: Floats
     """Share of units over all samples, shape (thresholds,)."""
     thirds: Floats
-    """The same by thirds of the depth, shape (3, thresholds)."""
+    """Share of units for each third of the depth, shape (3, thresholds)."""
     rates: Floats
     """Share of units at each sample, shape (samples, thresholds)."""
     recommended: float | None
+    """None where no candidate can be recommended."""
     reason: str
+    """A sentence that explains the recommendation."""
 
 
 def advise(steps: Sequence[int], histograms: Floats) -> Advice:
-    """Return what each threshold would have clipped, and which one to take.
+    """Return the units that each threshold would have clipped, and the threshold to take.
 
     Args:
-        steps: of the samples.
-        histograms: counts of units by ratio, shape (samples, 3, bins).
+        steps: the steps of the samples.
+        histograms: counts of units by their ratio, shape (samples, 3 thirds of the depth, bins).
     """
     above = np.stack([histograms[:, :, first:].sum(axis=2) for first in _ABOVE], axis=2)
     units = histograms.sum(axis=2)
@@ -56,7 +58,7 @@ def advise(steps: Sequence[int], histograms: Floats) -> Advice:
 
 
 def threshold_in_force(attributes: Mapping[str, str]) -> float | None:
-    """Return the threshold that a run's agent clips at, as it was registered; None where it does not clip."""
+    """Return the threshold with which a run's agent was registered; None where it does not clip."""
     try:
         return float(attributes["agc_clip"])
     except (KeyError, ValueError):

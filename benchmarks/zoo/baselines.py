@@ -1,4 +1,4 @@
-"""What others alert on, measured on the same runs from the gradients themselves, as such tools see them.
+"""The alerts of other tools on the same runs, computed from the gradients themselves, as such tools see them.
 
 A baseline alerts where its condition holds for three samples in a row, as ours have to. It is counted generously: any
 alert of it on a sick run, after the onset, is a hit, whatever the rule.

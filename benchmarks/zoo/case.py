@@ -1,4 +1,4 @@
-"""What a case of the zoo is: a training, its label, and the outcome that proves the label."""
+"""A case of the zoo: a training, its label, and the outcome that proves the label."""
 
 import fnmatch
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Trainings in which parameters get nothing while others learn."""
+"""Trainings in which some parameters get no gradient while others learn."""
 
 import torch
 from torch import Tensor, nn

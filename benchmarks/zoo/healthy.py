@@ -1,4 +1,4 @@
-"""Healthy trainings, each with something in it at which a naive rule cries wolf."""
+"""Healthy trainings, each with something that a naive rule takes for a fault."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Takes what an agent sends where a server would, and keeps it: the rules can then be run over it again and again."""
+"""Receives what an agent sends, in place of a server, and keeps it, so that the rules can run on it repeatedly."""
 
 import json
 import threading

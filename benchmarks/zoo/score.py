@@ -1,4 +1,4 @@
-"""What the zoo says of the diagnosis: recall by rule, false alarms, delay, blame; the same for the baselines."""
+"""Scores the diagnosis, and the baselines, on the zoo: recall by rule, false alarms, delay and blame."""
 
 import statistics
 from collections.abc import Sequence

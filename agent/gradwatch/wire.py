@@ -6,10 +6,13 @@ packed little-endian bytes in MessagePack and a list in JSON, where a non-finite
 gradient in this round: neither 0 nor NaN, from agent to page.
 """
 
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+import re
+from types import GenericAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, get_type_hints
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from gradwatch import statistics
@@ -25,6 +28,33 @@ MESSAGEPACK_TYPE: Final = "application/vnd.msgpack"
 
 LARGEST_STEP: Final = 2**53
 """Largest step and count: JSON's readers keep no larger integer exactly."""
+LARGEST_TIME: Final = 1e11
+"""Latest time in Unix seconds."""
+MOST_NAME_CHARACTERS: Final = 512
+"""Of a name: PostgreSQL takes 2,704 bytes into a key, and a character may have four."""
+MOST_SAMPLES: Final = 10_000
+"""In one batch."""
+MOST_BINS: Final = 1_000
+"""In one histogram."""
+
+_RUN_ID: Final = r"^[A-Za-z0-9][A-Za-z0-9_-]{2,63}$(?!\n)"  # Python's $ also matches before a newline at the end
+_WITHOUT_NUL: Final = r"^[^\u0000]*$"
+PATTERNS: Final = {
+    _RUN_ID: "the id of a run: 3 to 64 letters, digits, '-' and '_'",
+    _WITHOUT_NUL: "text without NUL, which no database keeps",
+}
+"""Pattern -> the texts that match it, in words."""
+
+Count = Annotated[int, Meta(ge=0, le=LARGEST_STEP)]
+Rank = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Depth = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+ExitCode = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Time = Annotated[float, Meta(ge=0, le=LARGEST_TIME)]
+"""Unix seconds."""
+Text = Annotated[str, Meta(pattern=_WITHOUT_NUL)]
+Name = Annotated[Text, Meta(max_length=MOST_NAME_CHARACTERS)]
+FilledName = Annotated[Name, Meta(min_length=1)]
+RunId = Annotated[str, Meta(pattern=_RUN_ID)]
 
 STATISTICS: Final = tuple(statistics.STATISTICS)
 """Names of the statistics of a sample: a row of the table of statistics adds one."""
@@ -51,14 +81,14 @@ Number = float | Literal["NaN", "Infinity", "-Infinity"]
 class Parameter(msgspec.Struct, frozen=True):
     """One ``nn.Parameter`` of a run; tied parameters count once."""
 
-    name: str
-    shape: list[int]
-    dtype: str = "float32"
-    depth: int | None = None
+    name: Name
+    shape: Annotated[list[Count], Meta(max_length=64)]
+    dtype: Name = "float32"
+    depth: Depth | None = None
     """Order from input to output, 0 first; absent: the order of the list."""
-    units: int = 1
+    units: Count = 1
     trainable: bool = True
-    kind: str = ""
+    kind: Name = ""
     """Type of the module that owns it (``Linear``, ``BatchNorm2d``), empty where unknown."""
 
 
@@ -68,79 +98,78 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     Of those that are known it may change the depth and whether they are trained, no more.
     """
 
-    version: int = VERSION
-    project: str = "default"
-    name: str = ""
-    parameters: list[Parameter]
-    id: str | None = None
+    version: Literal[1] = VERSION
+    project: FilledName = "default"
+    name: Name = ""
+    parameters: Annotated[list[Parameter], Meta(extra_json_schema={"uniqueItems": True})]
+    id: RunId | None = None
     """Random id chosen by the agent; absent: the server chooses."""
-    started_at: float | None = None
-    """Unix seconds; absent: now."""
-    attempt: int = 0
+    started_at: Time | None = None
+    """Absent: now."""
+    attempt: Count = 0
     """Start of this attempt in Unix milliseconds: a resumed run registers again with a larger one."""
-    attributes: dict[str, str] = {}
+    attributes: dict[Name, Text] = {}
     """What helps to read the numbers: host, versions, optimizer, ``agc_eps``."""
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """Everything measured at one step."""
 
-    step: int
-    at: float
-    """Unix seconds."""
+    step: Count
+    at: Time
     statistics: dict[Statistic, Vector] = {}
-    scalars: dict[str, Number] = {}
+    scalars: dict[Name, Number] = {}
     """Numbers of the whole run that are known only at a sample, such as ``global_grad_norm``."""
-    histograms: dict[str, list[float]] = {}
+    histograms: dict[Name, Annotated[list[float], Meta(max_length=MOST_BINS)]] = {}
     """Counts over fixed bins: ``HISTOGRAMS`` over ``HISTOGRAM_EDGES``."""
 
 
 class Trail(msgspec.Struct, frozen=True, kw_only=True):
     """One scalar of every step, sampled or not: the loss, the norm that clipping returned."""
 
-    steps: list[int]
+    steps: list[Count]
     values: list[Number]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to the run or to its agent, such as a disarmed agent or the first non-finite module."""
 
-    step: int
-    at: float
-    kind: str
-    message: str = ""
-    parameter: str | None = None
+    step: Count
+    at: Time
+    kind: Name
+    message: Text = ""
+    parameter: Name | None = None
     """The parameter or module it is about."""
 
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True):
     """What the agent had to give up so far, counted over the attempt."""
 
-    samples: int = 0
-    bytes: int = 0
-    errors: int = 0
-    values: int = 0
+    samples: Count = 0
+    bytes: Count = 0
+    errors: Count = 0
+    values: Count = 0
     """Numbers that belong to no sample: losses and what was logged."""
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True):
     """The attempt is over."""
 
-    at: float
-    status: str = "completed"
+    at: Time
+    status: Name = "completed"
     """``completed``, ``failed`` or ``killed``."""
-    exit_code: int | None = None
+    exit_code: ExitCode | None = None
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """What an agent sends at once. Sending it again changes nothing: (run, rank, id) is remembered."""
 
-    version: int = VERSION
-    id: str
-    rank: int = 0
-    attempt: int = 0
-    samples: list[Sample] = []
-    trail: dict[str, Trail] = {}
+    version: Literal[1] = VERSION
+    id: FilledName
+    rank: Rank = 0
+    attempt: Count = 0
+    samples: Annotated[list[Sample], Meta(max_length=MOST_SAMPLES)] = []
+    trail: dict[Name, Trail] = {}
     events: list[Event] = []
     dropped: Dropped = Dropped()
     end: End | None = None
@@ -154,8 +183,13 @@ class WireError(ValueError):
     """A document that is not in this format; the text says where and why."""
 
 
+class BoundsError(WireError):
+    """A document whose types are right, but a value is beyond a bound of its field; the text is msgspec's."""
+
+
 Document = TypeVar("Document", Registration, Batch)
 
+_BEYOND_BOUNDS = re.compile(r"Expected `\w+` (?:>=|<=|of length|matching regex) ")
 _PACKED = np.dtype("<f4")
 _BEYOND_FLOAT32 = 2.0**128 - 2.0**103
 """The least number that rounds to an infinite float32; its largest, written in the fewest digits, is below."""
@@ -257,6 +291,7 @@ def decode(body: bytes, document: type[Document], content_type: str = MESSAGEPAC
     """Return the document that ``body`` holds.
 
     Raises:
+        BoundsError: a value is beyond a bound of its field; the text names the place.
         WireError: the body is not of this format or of another version; the text names the place.
     """
     codec: Any = msgspec.json if content_type == JSON_TYPE else msgspec.msgpack
@@ -268,5 +303,46 @@ def decode(body: bytes, document: type[Document], content_type: str = MESSAGEPAC
             )
         decoded: Document = codec.decode(body, type=document, dec_hook=_decode)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(str(error)) from None
+        kind = BoundsError if _BEYOND_BOUNDS.match(str(error)) else WireError
+        raise kind(str(error)) from None
     return decoded
+
+
+def _without_bounds(kind: type[msgspec.Struct], **parts: object) -> Any:
+    """Return a subclass of a document's type whose fields have no bounds; ``parts`` are the types of some fields."""
+    hints = get_type_hints(kind) | parts  # these leave out what Annotated adds
+    defined = list[tuple[str, Any, Any]]()
+    for field in msgspec.structs.fields(kind):
+        made_anew = field.default_factory is not msgspec.NODEFAULT
+        default = msgspec.field(default_factory=field.default_factory) if made_anew else field.default
+        defined.append((field.name, hints[field.name], default))
+    return msgspec.defstruct(kind.__name__, defined, bases=(kind,), frozen=True, kw_only=True)
+
+
+_to_batch = msgspec.msgpack.Decoder(
+    _without_bounds(
+        Batch,
+        samples=GenericAlias(list, _without_bounds(Sample)),
+        trail=GenericAlias(dict, (str, _without_bounds(Trail))),
+        events=GenericAlias(list, _without_bounds(Event)),
+        dropped=_without_bounds(Dropped),
+        end=_without_bounds(End) | None,
+    ),
+    dec_hook=_decode,
+)
+
+
+def read_back(body: bytes) -> Batch:
+    """Return a batch that ``encode`` made, whatever bounds it breaks.
+
+    An agent decodes what its spool holds to divide it or to thin it out. A value beyond its bound has to be encoded
+    again, so that the server refuses the smallest part that holds it, and not the whole batch.
+
+    Raises:
+        WireError: the body is no batch.
+    """
+    try:
+        batch: Batch = _to_batch.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(str(error)) from None
+    return batch

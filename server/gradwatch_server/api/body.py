@@ -14,7 +14,8 @@ from fastapi import Request
 from gradwatch import wire
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest.admission import Reservation
-from gradwatch_server.settings import MOST_SAMPLES, Limits
+from gradwatch_server.ingest.validation import beyond_bounds
+from gradwatch_server.settings import Limits
 
 Document = TypeVar("Document", wire.Registration, wire.Batch)
 
@@ -129,7 +130,7 @@ class _Vectors(msgspec.Struct):
 class _Outline(msgspec.Struct):
     """Where in a batch the packed vectors are; everything else is skipped."""
 
-    samples: Annotated[list[_Vectors], msgspec.Meta(max_length=MOST_SAMPLES)] = []
+    samples: Annotated[list[_Vectors], msgspec.Meta(max_length=wire.MOST_SAMPLES)] = []
 
 
 _outline = msgspec.msgpack.Decoder(_Outline)
@@ -137,35 +138,47 @@ _PACKED = (0xC4, 0xC5, 0xC6)
 """First byte of MessagePack's binary data."""
 
 
+_UNDECODABLE = (wire.WireError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_INTEGER_EXPECTED = re.compile("Expected `int.*`, got `float`")
+
+
 def _decode(body: bytes, document: type[Document], content_type: str, most: int) -> Document:
     try:
         packed = _packed_bytes(body) if content_type == wire.MESSAGEPACK_TYPE else 0
         _check_loose(len(body) - packed, most)
         return _decode_numbers(body, document, content_type)
-    except (wire.WireError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except wire.BoundsError as fault:
+        raise _beyond_bounds(fault, body, content_type) from None
+    except _UNDECODABLE as error:
         raise Refused(400, "Malformed document", str(error)) from None
 
 
-_WHOLE_WANTED = re.compile("Expected `int.*`, got `float`")
-
-
 def _decode_numbers(body: bytes, document: type[Document], content_type: str) -> Document:
-    """Return the document; in JSON, 2.0 is the whole number 2, as JSON Schema has it."""
+    """Return the document; in JSON, 2.0 is the integer 2, as JSON Schema has it."""
     try:
         return wire.decode(body, document, content_type)
     except wire.WireError as error:
-        if content_type != wire.JSON_TYPE or not _WHOLE_WANTED.search(str(error)):
+        if content_type != wire.JSON_TYPE or not _INTEGER_EXPECTED.search(str(error)):
             raise
-    return wire.decode(msgspec.json.encode(_whole(msgspec.json.decode(body))), document, content_type)
+    return wire.decode(msgspec.json.encode(_with_integers(msgspec.json.decode(body))), document, content_type)
 
 
-def _whole(value: Any) -> Any:
-    """Return a document in which every number that is whole is an int."""
+def _beyond_bounds(fault: wire.BoundsError, body: bytes, content_type: str) -> Refused:
+    """Return the refusal of a value beyond its bounds, or of what is malformed behind that value."""
+    try:
+        content = msgspec.json.decode(body) if content_type == wire.JSON_TYPE else msgspec.msgpack.decode(body)
+    except _UNDECODABLE as error:
+        return Refused(400, "Malformed document", str(error))
+    return beyond_bounds(fault, content)
+
+
+def _with_integers(value: Any) -> Any:
+    """Return a document in which every float without a fraction is an int."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, dict):
-        return {key: _whole(item) for key, item in value.items()}
-    return [_whole(item) for item in value] if isinstance(value, list) else value
+        return {key: _with_integers(item) for key, item in value.items()}
+    return [_with_integers(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_loose(size: int, most: int) -> None:

@@ -9,59 +9,9 @@ from fastapi import FastAPI
 from gradwatch import wire
 from gradwatch_server.api.documents import Problem
 from gradwatch_server.api.problem import problems
+from gradwatch_server.ingest.validation import MOST_ENTRIES
 from gradwatch_server.settings import Limits
 
-_WHOLE = {"minimum": 0, "maximum": 2**53}
-_TIME = {"minimum": 0, "maximum": 1e11}
-_TEXT = {"maxLength": Limits().name_characters, "pattern": "^[^\\u0000]*$"}
-_NAMES = {"propertyNames": _TEXT, "maxProperties": Limits().scalar_names}
-_VALUE = {"type": "string", "maxLength": Limits().attribute_characters, "pattern": _TEXT["pattern"]}
-_EXIT_CODE = {"minimum": -(2**31), "maximum": 2**31 - 1}
-_BOUNDS: dict[str, dict[str, dict[str, Any]]] = {
-    "Registration": {
-        "version": {"const": wire.VERSION},
-        "id": {"pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{2,63}$"},
-        "project": {**_TEXT, "minLength": 1},
-        "name": _TEXT,
-        "started_at": _TIME,
-        "attempt": _WHOLE,
-        "attributes": {**_NAMES, "additionalProperties": _VALUE},
-        "parameters": {"maxItems": Limits().parameters, "uniqueItems": True},
-    },
-    "Parameter": {
-        "name": _TEXT,
-        "shape": {"items": {"type": "integer", **_WHOLE}, "maxItems": 64},
-        "dtype": _TEXT,
-        "depth": {"minimum": 0, "maximum": 2**31 - 1},
-        "units": _WHOLE,
-        "kind": _TEXT,
-    },
-    "Batch": {
-        "version": {"const": wire.VERSION},
-        "id": {**_TEXT, "minLength": 1},
-        "rank": {"minimum": 0, "maximum": 2**31 - 1},
-        "attempt": _WHOLE,
-        "samples": {"maxItems": Limits().samples_per_batch},
-        "trail": _NAMES,
-        "events": {"maxItems": Limits().events_per_batch},
-    },
-    "Sample": {
-        "step": _WHOLE,
-        "at": _TIME,
-        "statistics": {"propertyNames": {"enum": list(wire.STATISTICS)}},
-        "scalars": {**_NAMES, "maxProperties": Limits().scalar_names // 2},
-        "histograms": {
-            **_NAMES,
-            "maxProperties": Limits().scalar_names // 2,
-            "additionalProperties": {"type": "array", "items": {"type": "number"}, "maxItems": 1_000},
-        },
-    },
-    "Trail": {"steps": {"items": {"type": "integer", **_WHOLE}}},
-    "Event": {"step": _WHOLE, "at": _TIME, "kind": _TEXT, "message": {"pattern": _TEXT["pattern"]}, "parameter": _TEXT},
-    "Dropped": {"samples": _WHOLE, "bytes": _WHOLE, "errors": _WHOLE},
-    "End": {"at": _TIME, "status": _TEXT, "exit_code": _EXIT_CODE},
-}
-"""What ``ingest/validation.py`` checks, as far as a schema can say it, with the default limits."""
 _SCHEMES = {
     "token": {"type": "http", "scheme": "bearer"},
     "password": {"type": "http", "scheme": "basic", "description": "any user name, the token as the password"},
@@ -84,9 +34,7 @@ def _complete(described: dict[str, Any]) -> None:
     _, components = msgspec.json.schema_components(
         [wire.Registration, wire.Batch], schema_hook=_vector_schema, ref_template="#/components/schemas/{name}"
     )
-    for name, bounds in _BOUNDS.items():
-        for field, bound in bounds.items():
-            _bind(components[name]["properties"][field], bound)
+    _add_limits(components, Limits())
     schemas = described["components"]["schemas"]
     described["components"] |= {"schemas": components | schemas, "securitySchemes": _SCHEMES}
     described["security"] = [{name: []} for name in _SCHEMES] + [{}]
@@ -104,13 +52,16 @@ def _complete(described: dict[str, Any]) -> None:
                 )
 
 
-def _bind(schema: dict[str, Any], bound: dict[str, Any]) -> None:
-    """Add a bound to a field's schema, or to that of its value where the field may be null."""
-    options = [option for option in schema.get("anyOf", ()) if option != {"type": "null"}]
-    (options[0] if options else schema).update(bound)
+def _add_limits(components: dict[str, Any], limits: Limits) -> None:
+    """Add the bounds that are settings to those of the wire's types."""
+    for (document, field), limit in MOST_ENTRIES.items():
+        schema = components[document.__name__]["properties"][field]
+        schema["maxItems" if schema["type"] == "array" else "maxProperties"] = getattr(limits, limit)
+    attributes = components[wire.Registration.__name__]["properties"]["attributes"]
+    attributes["additionalProperties"]["maxLength"] = limits.attribute_characters
 
 
 def _vector_schema(_kind: type) -> dict[str, Any]:
-    measured = {"type": "number", "minimum": 0, "maximum": float(np.finfo(np.float32).max)}
-    element = {"anyOf": [measured, {"const": -1}, {"type": "null"}, {"enum": ["NaN", "Infinity"]}]}
+    measured = {"type": "number", "format": "float", "minimum": 0, "maximum": float(np.finfo(np.float32).max)}
+    element = {"anyOf": [measured, {"const": int(wire.MISSING)}, {"type": "null"}, {"enum": ["NaN", "Infinity"]}]}
     return {"type": "array", "items": element, "description": "one value for each parameter; null: missing"}

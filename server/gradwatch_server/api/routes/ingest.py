@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request, Response
 from gradwatch import wire
 from gradwatch_server.api import authorisation, body, documents
 from gradwatch_server.api.problem import problems
-from gradwatch_server.ingest.validation import LARGEST_TIME
 from gradwatch_server.services import Services
 
 _RIGHT_SECONDS = 5.0
@@ -78,7 +77,7 @@ def _ahead_seconds(request: Request) -> float:
         clock = float(request.headers.get(wire.CLOCK_HEADER, "nan"))
     except ValueError:
         return 0.0
-    if not 0 <= clock <= LARGEST_TIME:
+    if not 0 <= clock <= wire.LARGEST_TIME:
         return 0.0
     ahead = clock - time.time()
     return ahead if abs(ahead) > _RIGHT_SECONDS else 0.0

@@ -14,7 +14,6 @@ from gradwatch_server.api.transactions import Reads
 from gradwatch_server.diagnosis.clip_advice import THRESHOLDS, advise, threshold_in_force
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
-from gradwatch_server.settings import MOST_NAME_CHARACTERS
 from gradwatch_server.store.deletion import delete_run
 from gradwatch_server.store.parameters import load_depth_order, load_parameters
 from gradwatch_server.store.rollups import queries
@@ -24,8 +23,8 @@ from gradwatch_server.store.vectors import padded
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 
 RunId = Annotated[str, Path(alias="id", max_length=64)]
-Step = Annotated[int | None, Query(ge=0, le=2**53)]
-Text = Annotated[str | None, Query(max_length=MOST_NAME_CHARACTERS)]
+Step = Annotated[int | None, Query(ge=0, le=wire.LARGEST_STEP)]
+Text = Annotated[str | None, Query(max_length=wire.MOST_NAME_CHARACTERS)]
 
 
 @router.get("/runs", response_model=list[documents.Run], responses=problems(422))
@@ -54,7 +53,7 @@ def show_series(
     engine: Reads,
     run_id: RunId,
     statistic: Annotated[
-        str, Query(max_length=MOST_NAME_CHARACTERS, description="of a parameter, or the name of a scalar")
+        str, Query(max_length=wire.MOST_NAME_CHARACTERS, description="of a parameter, or the name of a scalar")
     ],
     parameter: Text = None,
     from_step: Step = None,

@@ -1,7 +1,10 @@
 """The bounds in the OpenAPI document are the ones that the server enforces."""
 
 import gzip
+import re
+from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import jsonschema
@@ -124,3 +127,59 @@ def test_settings_narrow_the_bounds_of_a_batch(limits: Limits, batch: Any, reaso
     with pytest.raises(Refused) as refusal:
         check_batch(document, limits)
     assert (refusal.value.status, reason in refusal.value.detail) == (422, True), refusal.value.detail
+
+
+def _requests(server: GradwatchServer, described: Any) -> Iterator[tuple[str, httpx.Request]]:
+    """Yield what is bounded, and a request whose parameter or JSON document is just beyond that bound."""
+    edges = Edges(described["components"]["schemas"])
+    for template, operations in described["paths"].items():
+        for method, operation in operations.items():
+            for parameter in operation.get("parameters", []):
+                for edge in edges.of(parameter["schema"], f"{method} {template} {parameter['name']}"):
+                    in_path = {parameter["name"]: edge.beyond} if parameter["in"] == "path" else {}
+                    query = {} if in_path else {parameter["name"]: edge.beyond}
+                    yield edge.place, server.http.build_request(method, _filled(template, in_path), params=query)
+            body = operation.get("requestBody", {}).get("content", {})
+            if body and wire.MESSAGEPACK_TYPE not in body:  # those are Registration and Batch
+                for edge in edges.of(body[wire.JSON_TYPE]["schema"], f"{method} {template} "):
+                    yield edge.place, server.http.build_request(method, _filled(template, {}), json=edge.beyond)
+
+
+def _filled(template: str, names: dict[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda name: quote(names.get(name[1], "abc"), safe=""), template)
+
+
+def test_a_request_beyond_a_bound_is_refused(shared_server: GradwatchServer, described: Any) -> None:
+    taken, bounds = {}, 0
+    for place, request in _requests(shared_server, described):
+        answer = shared_server.http.send(request)
+        bounds += 1
+        if answer.status_code != 422:
+            taken[place] = f"{answer.status_code} {answer.text:.300}"
+    assert bounds > 50
+    assert taken == {}
+
+
+def test_every_kind_of_bound_has_an_edge() -> None:
+    text = {"type": "string", "minLength": 1, "maxLength": 3, "pattern": "^[a-z]+$"}
+    number = {"anyOf": [{"type": "number", "format": "float", "minimum": 0, "maximum": 5}, {"type": "null"}]}
+    things = {"type": "array", "items": {"$ref": "#/Thing"}, "maxItems": 2, "uniqueItems": True}
+    table = {"type": "object", "propertyNames": text, "additionalProperties": {"type": "integer", "minimum": 1}}
+    schemas = {"Thing": {"type": "object", "properties": {"a": number}}}
+    whole = {"type": "object", "properties": {"things": things, "table": table | {"maxProperties": 1}}}
+    edges = list(Edges(schemas).of(whole))
+    assert {edge.place.partition(",")[0] for edge in edges} == {
+        "things[].a minimum",
+        "things[].a maximum",
+        "things maxItems",
+        "things uniqueItems",
+        "table{} minimum",
+        "table name minLength",
+        "table name maxLength",
+        "table name pattern",
+        "table maxProperties",
+    }
+    validator = jsonschema.Draft202012Validator(whole | schemas)
+    for edge in edges:
+        assert not validator.is_valid(edge.beyond), edge
+        assert edge.within is None or validator.is_valid(edge.within), edge

@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import msgspec
 import sqlalchemy as sa
+from starlette.requests import Request
 
 from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.alerting.stall_check import Stalls
@@ -80,6 +82,11 @@ class Services:
             exporter=None if remote is None else Exporter(engine, writer, remote),
             tokens=TokenCache(engine),
         )
+
+    @classmethod
+    def of(cls, request: Request) -> "Services":
+        """Return the services of the application that a request came to."""
+        return cast("Services", request.app.state.services)
 
     def reload(self, configuration: Configuration) -> None:
         """Use another configuration, which has been checked, from now on."""

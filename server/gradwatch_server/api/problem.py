@@ -20,11 +20,8 @@ PROBLEM_TYPE = "application/problem+json"
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI entries of these refusals."""
-    described = {"model": Problem}
-    return {
-        status: described | {"description": HTTPStatus(status).phrase, "content": {PROBLEM_TYPE: {}}}
-        for status in statuses
-    }
+    content = {PROBLEM_TYPE: {"schema": {"$ref": f"#/components/schemas/{Problem.__name__}"}}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
 def answer(status: int, title: str, detail: str, retry_after_seconds: int | None = None) -> Response:

@@ -7,12 +7,13 @@ from fastapi import APIRouter, Path
 from pydantic import BaseModel, Field
 
 from gradwatch_server.api import documents
+from gradwatch_server.api.authorisation import AuthorisedRoute, of_alert, requires
+from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.api.problem import problems
-from gradwatch_server.api.transactions import Reads
 from gradwatch_server.errors import Refused
 from gradwatch_server.store import schema
 
-router = APIRouter(prefix="/api/v1", tags=["alerts"])
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["alerts"])
 
 AlertId = Annotated[str, Path(alias="id", max_length=64)]
 
@@ -31,8 +32,13 @@ class AlertDelivery(BaseModel):
     attempts: list[documents.Attempt]
 
 
-@router.get("/alerts/{id}/deliveries", response_model=list[AlertDelivery], responses=problems(404, 422))
-def list_alert_deliveries(engine: Reads, alert_id: AlertId) -> Any:
+@router.get(
+    "/alerts/{id}/deliveries",
+    dependencies=[requires("read", of_alert)],
+    response_model=list[AlertDelivery],
+    responses=problems(404),
+)
+def list_alert_deliveries(engine: Engine, alert_id: AlertId) -> Any:
     """List an alert's deliveries in the order of its transitions, with their attempts."""
     alerts, deliveries, attempts = schema.alerts, schema.deliveries, schema.attempts
     with engine.connect() as connection:

@@ -9,14 +9,21 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch_server.alerting import silences
 from gradwatch_server.api import documents
-from gradwatch_server.api.authorisation import check_named_project
+from gradwatch_server.api.authorisation import (
+    AuthorisedRoute,
+    check_named_project,
+    in_document,
+    in_query,
+    of_alert,
+    requires,
+)
+from gradwatch_server.api.dependencies import Engine, commit
 from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
-from gradwatch_server.api.transactions import Reads, written
 from gradwatch_server.errors import Refused
 from gradwatch_server.store import schema
 
-router = APIRouter(prefix="/api/v1", tags=["alerts"])
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["alerts"])
 
 AlertId = Annotated[str, Path(alias="id", max_length=64)]
 Text = Annotated[str | None, Query(max_length=512)]
@@ -24,11 +31,11 @@ _shown = schema.alerts.c.run.is_not(None)
 """Others wait for their last delivery: their run was deleted."""
 
 
-@router.get("/alerts", response_model=list[documents.Alert], responses=problems(422))
+@router.get("/alerts", dependencies=[requires("read", in_query)], response_model=list[documents.Alert])
 def list_alerts(
     request: Request,
     response: Response,
-    engine: Reads,
+    engine: Engine,
     run: Text = None,
     project: Text = None,
     rule: Text = None,
@@ -48,14 +55,24 @@ def list_alerts(
         return read_page(connection, query, (table.c.first_at, table.c.id), before, limit, (request, response))
 
 
-@router.get("/alerts/{id}", response_model=documents.Alert, responses=problems(404, 422))
-def show_alert(engine: Reads, alert_id: AlertId) -> Any:
+@router.get(
+    "/alerts/{id}",
+    dependencies=[requires("read", of_alert)],
+    response_model=documents.Alert,
+    responses=problems(404),
+)
+def show_alert(engine: Engine, alert_id: AlertId) -> Any:
     """Show one alert."""
     with engine.connect() as connection:
         return _load(connection, alert_id)
 
 
-@router.post("/alerts/{id}/acknowledge", response_model=documents.Alert, responses=problems(404, 409, 422, 503))
+@router.post(
+    "/alerts/{id}/acknowledge",
+    dependencies=[requires("admin", of_alert)],
+    response_model=documents.Alert,
+    responses=problems(404, 409, 503),
+)
 async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement: documents.Acknowledgement) -> Any:
     """Say who takes care of a firing alert: from now on only its end is told, not that it has become worse."""
 
@@ -67,10 +84,15 @@ async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement
         connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(taken))
         return alert | taken
 
-    return await written(request, work)
+    return await commit(request, work)
 
 
-@router.delete("/alerts/{id}/acknowledge", response_model=documents.Alert, responses=problems(404, 409, 422, 503))
+@router.delete(
+    "/alerts/{id}/acknowledge",
+    dependencies=[requires("admin", of_alert)],
+    response_model=documents.Alert,
+    responses=problems(404, 409, 503),
+)
 async def withdraw_acknowledgement(request: Request, alert_id: AlertId) -> Any:
     """Say that nobody takes care of an alert after all; what was not told meanwhile is told now."""
 
@@ -82,7 +104,7 @@ async def withdraw_acknowledgement(request: Request, alert_id: AlertId) -> Any:
         connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(nobody))
         return alert | nobody
 
-    return await written(request, work)
+    return await commit(request, work)
 
 
 def _load(connection: sa.Connection, alert_id: str) -> dict[str, Any]:
@@ -93,22 +115,28 @@ def _load(connection: sa.Connection, alert_id: str) -> dict[str, Any]:
     return dict(row)
 
 
-@router.get("/silences", response_model=list[documents.Silence], responses=problems())
-def list_silences(engine: Reads) -> Any:
+@router.get("/silences", dependencies=[requires("read")], response_model=list[documents.Silence])
+def list_silences(engine: Engine) -> Any:
     """List the silences that hold now, the one that ends first first."""
     with engine.connect() as connection:
         return [msgspec.structs.asdict(silence) for silence in silences.load(connection, time.time())]
 
 
-@router.post("/silences", response_model=documents.Silence, status_code=201, responses=problems(409, 422, 503))
+@router.post(
+    "/silences",
+    dependencies=[requires("admin", in_document)],
+    response_model=documents.Silence,
+    status_code=201,
+    responses=problems(409, 503),
+)
 async def add_silence(request: Request, silence: documents.NewSilence) -> Any:
     """Have alerts not told for a while; they are kept and shown all the same."""
     check_named_project(request, silence.project)
-    added = await written(request, lambda connection: silences.add(connection, time.time(), **silence.model_dump()))
+    added = await commit(request, lambda connection: silences.add(connection, time.time(), **silence.model_dump()))
     return msgspec.structs.asdict(added)
 
 
-@router.delete("/silences/{id}", status_code=204, responses=problems(404, 422, 503))
+@router.delete("/silences/{id}", dependencies=[requires("admin")], status_code=204, responses=problems(404, 503))
 async def end_silence(request: Request, silence_id: Annotated[str, Path(alias="id", max_length=64)]) -> None:
     """End a silence now; what still fires is told within about a second."""
-    await written(request, lambda connection: silences.end(connection, silence_id, time.time()))
+    await commit(request, lambda connection: silences.end(connection, silence_id, time.time()))

@@ -4,19 +4,20 @@ import asyncio
 import secrets
 import time
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from gradwatch import wire
-from gradwatch_server.api import authorisation, body, documents
+from gradwatch_server.api import body, documents
+from gradwatch_server.api.authorisation import AuthorisedRoute, check_named_project, in_document, of_run, requires
 from gradwatch_server.api.problem import problems
 from gradwatch_server.services import Services
 
 _RIGHT_SECONDS = 5.0
 
-router = APIRouter(prefix="/api/v1", tags=["ingest"])
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["ingest"])
 
 
 def _takes(document: type) -> dict[str, Any]:
@@ -26,26 +27,23 @@ def _takes(document: type) -> dict[str, Any]:
     }
 
 
-def _services(request: Request) -> Services:
-    return cast("Services", request.app.state.services)
-
-
 @router.post(
     "/runs",
+    dependencies=[requires("ingest", in_document)],
     status_code=201,
     response_model=documents.Registered,
     responses={
         200: {"model": documents.Registered, "description": "Known already"},
-        **problems(400, 401, 403, 408, 409, 413, 415, 422, 429, 503, 507),
+        **problems(408, 409, 413, 415, 429, 503, 507),
     },
     openapi_extra=_takes(wire.Registration),
 )
 async def register_run(request: Request) -> Response:
     """Make a run known; with the id of a known run, start its next attempt or add parameters to it."""
-    services = _services(request)
+    services = Services.of(request)
     with services.byte_budget.reserve() as reservation:
         registration = await body.read(request, wire.Registration, services.settings.configuration.limits, reservation)
-        authorisation.check_named_project(request, registration.project)
+        check_named_project(request, registration.project)
         run_id = secrets.token_hex(8) if registration.id is None else registration.id
         ahead = _ahead_seconds(request)
         work = partial(services.ingest.register, run_id=run_id, registration=registration, ahead_seconds=ahead)
@@ -55,13 +53,14 @@ async def register_run(request: Request) -> Response:
 
 @router.post(
     "/runs/{run_id}/samples",
+    dependencies=[requires("ingest", of_run)],
     response_model=documents.Stored,
-    responses=problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 507),
+    responses=problems(404, 408, 413, 415, 429, 503, 507),
     openapi_extra=_takes(wire.Batch),
 )
 async def store_batch(request: Request, run_id: str) -> Response:
     """Store a batch; answers 2xx only when it is committed and synced to disk. Sending it again changes nothing."""
-    services = _services(request)
+    services = Services.of(request)
     with services.byte_budget.reserve() as reservation:
         batch = await body.read(request, wire.Batch, services.settings.configuration.limits, reservation)
         work = partial(services.ingest.begin, run_id=run_id, batch=batch)

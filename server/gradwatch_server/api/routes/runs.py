@@ -1,6 +1,6 @@
 """What is known of runs: lists, series, maps."""
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -8,9 +8,10 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch import wire
 from gradwatch_server.api import documents
+from gradwatch_server.api.authorisation import AuthorisedRoute, in_query, of_run, requires
+from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.api.number_json import json_response, serialise
 from gradwatch_server.api.problem import problems
-from gradwatch_server.api.transactions import Reads
 from gradwatch_server.diagnosis.clip_advice import THRESHOLDS, advise, threshold_in_force
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
@@ -20,22 +21,27 @@ from gradwatch_server.store.rollups import queries
 from gradwatch_server.store.runs import RunState, check_run, load_events, load_run, load_runs, unknown_run
 from gradwatch_server.store.vectors import padded
 
-router = APIRouter(prefix="/api/v1", tags=["runs"])
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["runs"])
 
 RunId = Annotated[str, Path(alias="id", max_length=64)]
 Step = Annotated[int | None, Query(ge=0, le=wire.LARGEST_STEP)]
 Text = Annotated[str | None, Query(max_length=wire.MOST_NAME_CHARACTERS)]
 
 
-@router.get("/runs", response_model=list[documents.Run], responses=problems(422))
-def list_runs(engine: Reads, project: Text = None, state: RunState | None = None) -> Any:
+@router.get("/runs", dependencies=[requires("read", in_query)], response_model=list[documents.Run])
+def list_runs(engine: Engine, project: Text = None, state: RunState | None = None) -> Any:
     """List runs, the one seen last first."""
     with engine.connect() as connection:
         return load_runs(connection, project, state)
 
 
-@router.get("/runs/{id}", response_model=documents.RunDetail, responses=problems(404, 422))
-def show_run(engine: Reads, run_id: RunId) -> Any:
+@router.get(
+    "/runs/{id}",
+    dependencies=[requires("read", of_run)],
+    response_model=documents.RunDetail,
+    responses=problems(404),
+)
+def show_run(engine: Engine, run_id: RunId) -> Any:
     """Show one run with its parameters in the order of depth, and what its agent told of itself."""
     with engine.connect() as connection:
         run = load_run(connection, run_id)
@@ -46,11 +52,12 @@ def show_run(engine: Reads, run_id: RunId) -> Any:
 
 @router.get(
     "/runs/{id}/series",
+    dependencies=[requires("read", of_run)],
     response_class=Response,
-    responses={200: {"model": documents.Series}, **problems(404, 422)},
+    responses={200: {"model": documents.Series}, **problems(404)},
 )
 def show_series(
-    engine: Reads,
+    engine: Engine,
     run_id: RunId,
     statistic: Annotated[
         str, Query(max_length=wire.MOST_NAME_CHARACTERS, description="of a parameter, or the name of a scalar")
@@ -103,11 +110,12 @@ def show_series(
 
 @router.get(
     "/runs/{id}/map",
+    dependencies=[requires("read", of_run)],
     response_class=Response,
-    responses={200: {"model": documents.Map}, **problems(404, 422)},
+    responses={200: {"model": documents.Map}, **problems(404)},
 )
 def show_map(
-    engine: Reads,
+    engine: Engine,
     run_id: RunId,
     statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
     from_step: Step = None,
@@ -134,11 +142,12 @@ def show_map(
 
 @router.get(
     "/runs/{id}/profile",
+    dependencies=[requires("read", of_run)],
     response_class=Response,
-    responses={200: {"model": documents.Profile}, **problems(401, 403, 404, 422)},
+    responses={200: {"model": documents.Profile}, **problems(404)},
 )
 def show_profile(
-    engine: Reads,
+    engine: Engine,
     run_id: RunId,
     statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
     from_step: Step = None,
@@ -167,10 +176,11 @@ def show_profile(
 
 @router.get(
     "/runs/{id}/latest",
+    dependencies=[requires("read", of_run)],
     response_class=Response,
-    responses={200: {"model": documents.Latest}, **problems(401, 403, 404, 422)},
+    responses={200: {"model": documents.Latest}, **problems(404)},
 )
-def show_latest(engine: Reads, run_id: RunId) -> Response:
+def show_latest(engine: Engine, run_id: RunId) -> Response:
     """Everything measured at the newest sample, in the order of the run's parameters."""
     with engine.connect() as connection:
         newest = queries.read_latest(connection, run_id)
@@ -193,9 +203,14 @@ def show_latest(engine: Reads, run_id: RunId) -> Response:
     return json_response(content)
 
 
-@router.get("/runs/{id}/clip-advice", response_model=documents.ClipAdvice, responses=problems(401, 403, 404, 422))
+@router.get(
+    "/runs/{id}/clip-advice",
+    dependencies=[requires("read", of_run)],
+    response_model=documents.ClipAdvice,
+    responses=problems(404),
+)
 def show_clip_advice(
-    engine: Reads,
+    engine: Engine,
     run_id: RunId,
     from_step: Step = None,
     to_step: Step = None,
@@ -223,10 +238,10 @@ def show_clip_advice(
     }
 
 
-@router.delete("/runs/{id}", status_code=204, responses=problems(401, 403, 404, 422, 503))
+@router.delete("/runs/{id}", dependencies=[requires("admin", of_run)], status_code=204, responses=problems(404, 503))
 async def remove_run(request: Request, run_id: RunId) -> Response:
     """Remove a run with everything that is known of it; who was told of its alerts is told that they are over."""
-    services = cast("Services", request.app.state.services)
+    services = Services.of(request)
     if not await delete_run(services.writer, run_id, services.alert_resolver()):
         raise unknown_run(run_id)
     services.notifier.wake()

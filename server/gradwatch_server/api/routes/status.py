@@ -2,19 +2,20 @@
 
 import time
 from importlib import metadata
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from gradwatch_server.api.transactions import Reads
+from gradwatch_server.api.authorisation import AuthorisedRoute, requires
+from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.notify.receivers import AnyReceiver as Receiver
 from gradwatch_server.services import Services
 from gradwatch_server.store import schema
 
-router = APIRouter(prefix="/api/v1", tags=["health"])
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["health"])
 
 _RECENT_SECONDS = 86_400.0
 
@@ -55,10 +56,10 @@ class Overview(BaseModel):
     receivers: list[ReceiverHealth]
 
 
-@router.get("/server", response_model=Overview)
-def show_server(request: Request, engine: Reads) -> Any:
+@router.get("/server", dependencies=[requires("read")], response_model=Overview)
+def show_server(request: Request, engine: Engine) -> Any:
     """Show how the server and its receivers are."""
-    services = cast("Services", request.app.state.services)
+    services = Services.of(request)
     runs, writer, ingest = schema.runs, services.writer, services.ingest
     with engine.connect() as connection:
         count, samples, parameters = connection.execute(

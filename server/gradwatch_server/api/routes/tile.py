@@ -7,24 +7,26 @@ import numpy as np
 from fastapi import APIRouter, Query, Response
 from numpy.typing import NDArray
 
+from gradwatch_server.api.authorisation import AuthorisedRoute, of_run, requires
+from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.routes.runs import RunId, Step
-from gradwatch_server.api.transactions import Reads
 from gradwatch_server.store.parameters import load_depth_order
 from gradwatch_server.store.rollups import queries
 
-router = APIRouter(prefix="/api/v1", tags=["runs"])
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["runs"])
 
 TILE_TYPE = "application/octet-stream"
 
 
 @router.get(
     "/runs/{id}/tile",
+    dependencies=[requires("read", of_run)],
     response_class=Response,
-    responses={200: {"content": {TILE_TYPE: {}}}, **problems(404, 422)},
+    responses={200: {"content": {TILE_TYPE: {}}}, **problems(404)},
 )
 def show_tile(
-    engine: Reads,
+    engine: Engine,
     run_id: RunId,
     statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
     from_step: Step = None,

@@ -107,5 +107,5 @@ class _Secured:
         try:
             check_origin(Request(scope))
         except Refused as refusal:
-            follow = problem.refuse(refusal)
+            follow = problem.refusal_response(refusal)
         await follow(scope, receive, answer)

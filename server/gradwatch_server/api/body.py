@@ -12,7 +12,7 @@ import zstandard
 from fastapi import Request
 
 from gradwatch import wire
-from gradwatch_server.errors import Refused
+from gradwatch_server.errors import Refused, RetryAfter
 from gradwatch_server.ingest.admission import Reservation
 from gradwatch_server.ingest.validation import beyond_bounds
 from gradwatch_server.settings import Limits
@@ -52,7 +52,7 @@ async def read(request: Request, document: type[Document], limits: Limits, reser
             body = await _bounded(request, limits.body_bytes, reservation)
     except TimeoutError:
         detail = f"the body did not arrive within limits.body_seconds ({limits.body_seconds:g} s): send it again"
-        raise Refused(408, "Body too slow", detail, retry_after_seconds=1) from None
+        raise Refused(408, "Body too slow", detail, retry_after=RetryAfter.SOON) from None
     if encoding != "identity":
         async with reservation.budget.decompressing:
             body = await asyncio.to_thread(_UNPACKERS[encoding], body, limits.decoded_bytes)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import OPEN, AuthorisedRoute
 from gradwatch_server.api.problem import problems
-from gradwatch_server.errors import Refused
+from gradwatch_server.errors import Refused, RetryAfter, stopping
 from gradwatch_server.services import Services
 
 router = APIRouter(route_class=AuthorisedRoute, tags=["health"])
@@ -25,11 +25,11 @@ def readyz(request: Request) -> Any:
     """Answer 200 while the server takes requests: not stopping, database within reach."""
     services = Services.of(request)
     if not services.ready:
-        raise Refused(503, "Stopping", "the server is stopping", retry_after_seconds=2)
+        raise stopping()
     try:
         with services.engine.connect() as connection:
             connection.execute(sa.text("SELECT 1"))
     except sa.exc.SQLAlchemyError as error:
         reason = error.orig if isinstance(error, sa.exc.OperationalError) else type(error).__name__
-        raise Refused(503, "Database out of reach", str(reason).strip(), retry_after_seconds=5) from None
+        raise Refused(503, "Database out of reach", str(reason).strip(), retry_after=RetryAfter.DATABASE) from None
     return {"status": "ready"}

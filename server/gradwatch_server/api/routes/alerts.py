@@ -1,4 +1,4 @@
-"""Alerts: what is or was wrong, where, since when, why and what to do."""
+"""Routes of alerts and silences: list and acknowledge alerts; list, add and end silences."""
 
 import time
 from typing import Annotated, Any, Literal
@@ -27,8 +27,8 @@ router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["alerts"
 
 AlertId = Annotated[str, Path(alias="id", max_length=64)]
 Text = Annotated[str | None, Query(max_length=512)]
-_shown = schema.alerts.c.run.is_not(None)
-"""Others wait for their last delivery: their run was deleted."""
+_has_run = schema.alerts.c.run.is_not(None)
+"""The alerts of a deleted run are kept until their last delivery, but not listed."""
 
 
 @router.get("/alerts", dependencies=[requires("read", in_query)], response_model=list[documents.Alert])
@@ -43,9 +43,9 @@ def list_alerts(
     limit: Limit = 1_000,
     before: Before = None,
 ) -> Any:
-    """List alerts, the newest first: by the time of the sample at which they began."""
+    """List alerts, the newest first, by the time of the sample at which they began."""
     table = schema.alerts
-    query = sa.select(table).where(_shown)
+    query = sa.select(table).where(_has_run)
     for column, wanted in ((table.c.run, run), (table.c.rule, rule), (table.c.state, state)):
         if wanted is not None:
             query = query.where(column == wanted)
@@ -74,15 +74,15 @@ def show_alert(engine: Engine, alert_id: AlertId) -> Any:
     responses=problems(404, 409, 503),
 )
 async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement: documents.Acknowledgement) -> Any:
-    """Say who takes care of a firing alert: from now on only its end is told, not that it has become worse."""
+    """Acknowledge a firing alert: receivers are notified when it resolves, but no longer when it becomes worse."""
 
     def work(connection: sa.Connection) -> Any:
         alert = _load(connection, alert_id)
         if alert["state"] != "firing":
             raise Refused(409, "Alert does not fire", f"alert {alert_id!r} is {alert['state']}, not firing")
-        taken = {"acknowledged_at": time.time(), "acknowledged_by": acknowledgement.author}
-        connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(taken))
-        return alert | taken
+        acknowledged = {"acknowledged_at": time.time(), "acknowledged_by": acknowledgement.author}
+        connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(acknowledged))
+        return alert | acknowledged
 
     return await commit(request, work)
 
@@ -94,21 +94,21 @@ async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement
     responses=problems(404, 409, 503),
 )
 async def withdraw_acknowledgement(request: Request, alert_id: AlertId) -> Any:
-    """Say that nobody takes care of an alert after all; what was not told meanwhile is told now."""
+    """Withdraw an acknowledgement; receivers are notified now of what it held back."""
 
     def work(connection: sa.Connection) -> Any:
         alert = _load(connection, alert_id)
         if alert["acknowledged_by"] is None:
             raise Refused(409, "Not acknowledged", f"nobody has acknowledged alert {alert_id!r}")
-        nobody = {"acknowledged_at": None, "acknowledged_by": None}
-        connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(nobody))
-        return alert | nobody
+        withdrawn = {"acknowledged_at": None, "acknowledged_by": None}
+        connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(withdrawn))
+        return alert | withdrawn
 
     return await commit(request, work)
 
 
 def _load(connection: sa.Connection, alert_id: str) -> dict[str, Any]:
-    query = sa.select(schema.alerts).where(schema.alerts.c.id == alert_id, _shown)
+    query = sa.select(schema.alerts).where(schema.alerts.c.id == alert_id, _has_run)
     row = connection.execute(query).mappings().one_or_none()
     if row is None:
         raise Refused(404, "Unknown alert", f"alert {alert_id!r} is not known here: GET /api/v1/alerts lists them")
@@ -117,7 +117,7 @@ def _load(connection: sa.Connection, alert_id: str) -> dict[str, Any]:
 
 @router.get("/silences", dependencies=[requires("read")], response_model=list[documents.Silence])
 def list_silences(engine: Engine) -> Any:
-    """List the silences that hold now, the one that ends first first."""
+    """List the silences in force, in the order in which they end."""
     with engine.connect() as connection:
         return [msgspec.structs.asdict(silence) for silence in silences.load(connection, time.time())]
 
@@ -130,7 +130,7 @@ def list_silences(engine: Engine) -> Any:
     responses=problems(409, 503),
 )
 async def add_silence(request: Request, silence: documents.NewSilence) -> Any:
-    """Have alerts not told for a while; they are kept and shown all the same."""
+    """Mute alerts for a while; they are still stored and shown."""
     check_named_project(request, silence.project)
     added = await commit(request, lambda connection: silences.add(connection, time.time(), **silence.model_dump()))
     return msgspec.structs.asdict(added)
@@ -138,5 +138,5 @@ async def add_silence(request: Request, silence: documents.NewSilence) -> Any:
 
 @router.delete("/silences/{id}", dependencies=[requires("admin")], status_code=204, responses=problems(404, 503))
 async def end_silence(request: Request, silence_id: Annotated[str, Path(alias="id", max_length=64)]) -> None:
-    """End a silence now; what still fires is told within about a second."""
+    """End a silence now; receivers are notified within about a second of the alerts that still fire."""
     await commit(request, lambda connection: silences.end(connection, silence_id, time.time()))

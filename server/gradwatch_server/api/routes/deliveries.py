@@ -1,4 +1,4 @@
-"""Deliveries: what was sent where, every attempt, dead letters, and sending again."""
+"""Routes of deliveries and receivers: list them, show what was sent, replay dead letters, enable a receiver."""
 
 import time
 from typing import Annotated, Any, Literal
@@ -72,7 +72,7 @@ def show_delivery(engine: Engine, delivery_id: Id) -> Any:
     responses=problems(404, 503),
 )
 async def replay_delivery(request: Request, delivery_id: Id) -> Any:
-    """Send a delivery again, with the id it had, and then those that followed it; what is due is not changed."""
+    """Send a delivery again under its old id, and then the ones that followed it; deliveries that are due stay so."""
 
     def work(connection: sa.Connection) -> int:
         if connection.execute(sa.select(_table.c.id).where(_table.c.id == delivery_id)).one_or_none() is None:
@@ -89,7 +89,7 @@ async def replay_delivery(request: Request, delivery_id: Id) -> Any:
     responses=problems(503),
 )
 async def replay_dead(request: Request, name: Name) -> Any:
-    """Send every dead delivery of a receiver again, each with those that followed it of the same alert."""
+    """Send every dead delivery of a receiver again, each with the ones of the same alert that followed it."""
     chosen = (_table.c.receiver == name) & (_table.c.state == "dead")
     return await _replayed(
         request, await commit(request, lambda connection: outbox.replay(connection, chosen, time.time()))
@@ -123,7 +123,7 @@ def list_receivers(request: Request, engine: Engine) -> Any:
     responses=problems(404, 503),
 )
 async def enable_receiver(request: Request, name: Name) -> None:
-    """Send to a receiver again that was disabled because it answered 410."""
+    """Enable a receiver that was disabled because it responded 410."""
     if not await commit(request, lambda connection: outbox.enable(connection, name)):
         raise Refused(404, "Not disabled", f"receiver {name!r} is not disabled: GET /api/v1/receivers says which are")
 

@@ -1,4 +1,4 @@
-"""Whether the server lives and is ready."""
+"""Routes for probes: whether the process lives, and whether the server is ready for requests."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ router = APIRouter(route_class=AuthorisedRoute, tags=["health"])
 
 
 @router.get("/healthz", dependencies=[OPEN], response_model=documents.Health)
-async def healthz() -> Any:  # not in a thread: all of them may wait for the database
-    """Answer while the process lives."""
+async def healthz() -> Any:  # async: all threads may be waiting for the database
+    """Respond 200 while the process lives."""
     return {"status": "ok"}
 
 
 @router.get("/readyz", dependencies=[OPEN], response_model=documents.Health, responses=problems(503))
 def readyz(request: Request) -> Any:
-    """Answer 200 while the server takes requests: not stopping, database within reach."""
+    """Respond 200 while the server accepts requests: it is not stopping, and its database responds."""
     services = Services.of(request)
     if not services.ready:
         raise stopping()

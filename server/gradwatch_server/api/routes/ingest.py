@@ -1,4 +1,4 @@
-"""What agents call: register a run, store a batch."""
+"""Routes for agents: register a run, store a batch."""
 
 import asyncio
 import secrets
@@ -15,12 +15,12 @@ from gradwatch_server.api.authorisation import AuthorisedRoute, check_named_proj
 from gradwatch_server.api.problem import problems
 from gradwatch_server.services import Services
 
-_RIGHT_SECONDS = 5.0
+_CLOCK_TOLERANCE_SECONDS = 5.0
 
 router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["ingest"])
 
 
-def _takes(document: type) -> dict[str, Any]:
+def _request_body(document: type) -> dict[str, Any]:
     schema = {"$ref": f"#/components/schemas/{document.__name__}"}
     return {
         "requestBody": {"required": True, "content": {wire.JSON_TYPE: {"schema": schema}, wire.MESSAGEPACK_TYPE: {}}}
@@ -33,13 +33,13 @@ def _takes(document: type) -> dict[str, Any]:
     status_code=201,
     response_model=documents.Registered,
     responses={
-        200: {"model": documents.Registered, "description": "Known already"},
+        200: {"model": documents.Registered, "description": "The run existed already"},
         **problems(408, 409, 413, 415, 429, 503, 507),
     },
-    openapi_extra=_takes(wire.Registration),
+    openapi_extra=_request_body(wire.Registration),
 )
 async def register_run(request: Request) -> Response:
-    """Make a run known; with the id of a known run, start its next attempt or add parameters to it."""
+    """Register a run; with the id of an existing run, start its next attempt or add parameters to it."""
     services = Services.of(request)
     with services.byte_budget.reserve() as reservation:
         registration = await body.read(request, wire.Registration, services.settings.configuration.limits, reservation)
@@ -56,10 +56,10 @@ async def register_run(request: Request) -> Response:
     dependencies=[requires("ingest", of_run)],
     response_model=documents.Stored,
     responses=problems(404, 408, 413, 415, 429, 503, 507),
-    openapi_extra=_takes(wire.Batch),
+    openapi_extra=_request_body(wire.Batch),
 )
 async def store_batch(request: Request, run_id: str) -> Response:
-    """Store a batch; answers 2xx only when it is committed and synced to disk. Sending it again changes nothing."""
+    """Store a batch. The response is 2xx only once it is committed and synced; sending it again changes nothing."""
     services = Services.of(request)
     with services.byte_budget.reserve() as reservation:
         batch = await body.read(request, wire.Batch, services.settings.configuration.limits, reservation)
@@ -71,7 +71,7 @@ async def store_batch(request: Request, run_id: str) -> Response:
 
 
 def _ahead_seconds(request: Request) -> float:
-    """Return how far the sender's clock is ahead of this one; 0 where it tells no time, or is right within seconds."""
+    """Return by how many seconds the sender's clock is ahead; 0 if it sent none, or is right within a few seconds."""
     try:
         clock = float(request.headers.get(wire.CLOCK_HEADER, "nan"))
     except ValueError:
@@ -79,8 +79,8 @@ def _ahead_seconds(request: Request) -> float:
     if not 0 <= clock <= wire.LARGEST_TIME:
         return 0.0
     ahead = clock - time.time()
-    return ahead if abs(ahead) > _RIGHT_SECONDS else 0.0
+    return ahead if abs(ahead) > _CLOCK_TOLERANCE_SECONDS else 0.0
 
 
-def _json(answer: msgspec.Struct, status: int) -> Response:
-    return Response(msgspec.json.encode(answer), status, media_type=wire.JSON_TYPE)
+def _json(document: msgspec.Struct, status: int) -> Response:
+    return Response(msgspec.json.encode(document), status, media_type=wire.JSON_TYPE)

@@ -1,4 +1,4 @@
-"""Prometheus metrics, made at scrape time."""
+"""Route of the metrics that Prometheus scrapes."""
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -18,7 +18,7 @@ router = APIRouter(route_class=AuthorisedRoute, tags=["metrics"])
     responses={200: {"content": {"text/plain": {}}}},
 )
 def show_metrics(request: Request) -> Response:
-    """Expose what Prometheus scrapes: active runs from their latest samples, alerts, deliveries, the server itself."""
+    """Show metrics made at scrape time: of active runs' latest samples, of alerts, of deliveries and of the server."""
     services = Services.of(request)
     registry = CollectorRegistry()
     registry.register(RunCollector(services))

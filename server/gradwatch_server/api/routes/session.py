@@ -1,4 +1,4 @@
-"""The page's login: a token that is asked for once and then lives in a cookie which no script can read."""
+"""Routes of the page's login, which keeps a token in a cookie that no script can read."""
 
 import time
 from typing import Any
@@ -21,7 +21,7 @@ from gradwatch_server.store.tokens import Scope
 
 router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["session"])
 
-_KEPT_SECONDS = 30 * 86_400
+_COOKIE_SECONDS = 30 * 86_400
 
 
 class Login(BaseModel):
@@ -31,16 +31,16 @@ class Login(BaseModel):
 
 
 class Session(BaseModel):
-    """What the page may do."""
+    """What the token of a request allows."""
 
-    login: bool = Field(description="whether this server asks for a token")
+    login: bool = Field(description="whether this server requires a token")
     scope: Scope | None = Field(description="null: log in first")
     project: str | None = Field(description="the one project that the token is for; null: every project")
 
 
 @router.get("/session", dependencies=[OPEN], response_model=Session)
 async def show_session(request: Request) -> Any:
-    """Tell what this request's token allows, and whether one is needed."""
+    """Show what this request's token allows, and whether one is required."""
     await refresh_tokens(request)
     try:
         return _session(request, presented_token(request))
@@ -50,14 +50,14 @@ async def show_session(request: Request) -> Any:
 
 @router.post("/session", dependencies=[OPEN], response_model=Session, responses=problems(401))
 async def log_in(request: Request, response: Response, login: Login) -> Any:
-    """Keep a read or admin token in a cookie: HttpOnly, SameSite=Strict, Secure over https."""
+    """Set a read or admin token as a cookie: HttpOnly, SameSite=Strict, Secure over https."""
     await refresh_tokens(request)
     session = _session(request, login.token.strip())
     if session["login"]:
         response.set_cookie(
             cookie_name(request),
             login.token.strip(),
-            max_age=_KEPT_SECONDS,
+            max_age=_COOKIE_SECONDS,
             httponly=True,
             samesite="strict",
             secure=is_encrypted(request),
@@ -67,7 +67,7 @@ async def log_in(request: Request, response: Response, login: Login) -> Any:
 
 @router.delete("/session", dependencies=[OPEN], status_code=204)
 async def log_out(request: Request, response: Response) -> None:
-    """Forget the cookie; the token itself stays valid until it is revoked."""
+    """Delete the cookie; the token itself stays valid until it is revoked."""
     response.delete_cookie(cookie_name(request), httponly=True, samesite="strict", secure=is_encrypted(request))
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events: which runs have changed, within a second of the commit."""
+"""Route of server-sent events, which tell which runs have changed within a second of the commit."""
 
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -36,7 +36,7 @@ async def _events(request: Request, project: str | None) -> AsyncIterator[bytes]
     yield b"retry: 1000\n\n"
     async for changes in services.change_stream.listen():
         try:
-            await _ACCESS(request)  # a token may end while its stream is open
+            await _ACCESS(request)  # a token may expire while its stream is open
         except Refused:
             return
         seen = [change for change in changes if project in (None, change["project"])]

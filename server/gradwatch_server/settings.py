@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 
 from gradwatch import wire
+from gradwatch.settings import secret
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.notify.address_guard import check_url
@@ -200,6 +201,14 @@ def _with_environment(value: Any) -> Any:
     if name not in os.environ:
         raise ValueError(f"{value!r}: the environment variable {name!r} is not set: set it before the server starts")
     return os.environ[name]
+
+
+DATABASE_URL_HELP = "sqlite:///FILE or postgresql://... (default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)"
+
+
+def resolve_database_url(given: str | None) -> str:
+    """Return the address of the database: as given on the command line, else by the environment, else the default."""
+    return given or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, dict=True):

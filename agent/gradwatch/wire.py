@@ -1,9 +1,12 @@
-"""The wire format: what an agent sends and a server accepts, defined once and imported by both sides.
+"""The wire format: the documents that an agent sends and a server accepts, with their bounds, for both sides.
 
 MessagePack and JSON carry the same documents. A statistic's vector (one float32 for each parameter of the run) is
 packed little-endian bytes in MessagePack and a list in JSON, where a non-finite number is the text "NaN", "Infinity" or
 "-Infinity" and a missing one is null. Statistics are never negative, so ``MISSING`` (-1) marks a parameter that had no
-gradient in this round: neither 0 nor NaN, from agent to page.
+gradient in this step: neither 0 nor NaN, from agent to page.
+
+The types carry the bounds of their values. Decoding checks them and the OpenAPI document tells them; encoding does not
+check anything, so that it costs a training nothing.
 """
 
 import re
@@ -19,15 +22,15 @@ from gradwatch import statistics
 from gradwatch.statistics import MISSING as MISSING
 
 VERSION: Final = 1
-"""Version of the documents below; a server refuses any other by name."""
+"""Version of the documents below; a server refuses any other version."""
 
 JSON_TYPE: Final = "application/json"
 CLOCK_HEADER: Final = "Gradwatch-Clock"
-"""Of a request: Unix seconds by the sender's clock, so that a run's attempts are ordered by one clock, the server's."""
+"""Request header with the sender's time in Unix seconds: the server orders the attempts of a run by its own clock."""
 MESSAGEPACK_TYPE: Final = "application/vnd.msgpack"
 
 LARGEST_STEP: Final = 2**53
-"""Largest step and count: JSON's readers keep no larger integer exactly."""
+"""Largest step and count: readers of JSON keep no larger integer exactly."""
 LARGEST_TIME: Final = 1e11
 """Latest time in Unix seconds."""
 MOST_NAME_CHARACTERS: Final = 512
@@ -89,13 +92,13 @@ class Parameter(msgspec.Struct, frozen=True):
     units: Count = 1
     trainable: bool = True
     kind: Name = ""
-    """Type of the module that owns it (``Linear``, ``BatchNorm2d``), empty where unknown."""
+    """Type of the module that owns it, such as ``Linear`` or ``BatchNorm2d``; empty if unknown."""
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True):
-    """A run makes itself known. Sent again with the same id, it may append parameters.
+    """Registers a run. Sent again with the same id, it may append parameters.
 
-    Of those that are known it may change the depth and whether they are trained, no more.
+    Of the parameters that exist it may change only the depth and whether they are trained.
     """
 
     version: Literal[1] = VERSION
@@ -107,9 +110,9 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     started_at: Time | None = None
     """Absent: now."""
     attempt: Count = 0
-    """Start of this attempt in Unix milliseconds: a resumed run registers again with a larger one."""
+    """Start of this attempt in Unix milliseconds: a run that is resumed registers again with a larger number."""
     attributes: dict[Name, Text] = {}
-    """What helps to read the numbers: host, versions, optimizer, ``agc_eps``."""
+    """Facts that help to read the numbers: host, versions, optimizer, ``agc_eps``."""
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,13 +122,13 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     at: Time
     statistics: dict[Statistic, Vector] = {}
     scalars: dict[Name, Number] = {}
-    """Numbers of the whole run that are known only at a sample, such as ``global_grad_norm``."""
+    """Numbers of the whole run that are measured only with a sample, such as ``global_grad_norm``."""
     histograms: dict[Name, Annotated[list[float], Meta(max_length=MOST_BINS)]] = {}
     """Counts over fixed bins: ``HISTOGRAMS`` over ``HISTOGRAM_EDGES``."""
 
 
 class Trail(msgspec.Struct, frozen=True, kw_only=True):
-    """One scalar of every step, sampled or not: the loss, the norm that clipping returned."""
+    """One scalar at every step, sampled or not, such as the loss or the norm that clipping returned."""
 
     steps: list[Count]
     values: list[Number]
@@ -143,13 +146,13 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True):
-    """What the agent had to give up so far, counted over the attempt."""
+    """How much the agent has dropped in this attempt so far."""
 
     samples: Count = 0
     bytes: Count = 0
     errors: Count = 0
     values: Count = 0
-    """Numbers that belong to no sample: losses and what was logged."""
+    """Numbers that belong to no sample: losses and logged numbers."""
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,7 +165,7 @@ class End(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """What an agent sends at once. Sending it again changes nothing: (run, rank, id) is remembered."""
+    """Samples and all else that an agent sends at once. The server stores each (run, rank, id) only once."""
 
     version: Literal[1] = VERSION
     id: FilledName
@@ -180,11 +183,11 @@ class _Versioned(msgspec.Struct):
 
 
 class WireError(ValueError):
-    """A document that is not in this format; the text says where and why."""
+    """A document is not in this format; the text says where and why."""
 
 
 class BoundsError(WireError):
-    """A document whose types are right, but a value is beyond a bound of its field; the text is msgspec's."""
+    """A value of a document has the right type, but is beyond a bound of its field; the text is msgspec's."""
 
 
 Document = TypeVar("Document", Registration, Batch)
@@ -192,7 +195,7 @@ Document = TypeVar("Document", Registration, Batch)
 _BEYOND_BOUNDS = re.compile(r"Expected `\w+` (?:>=|<=|of length|matching regex) ")
 _PACKED = np.dtype("<f4")
 _BEYOND_FLOAT32 = 2.0**128 - 2.0**103
-"""The least number that rounds to an infinite float32; its largest, written in the fewest digits, is below."""
+"""The least number that rounds to an infinite float32."""
 _INFINITE = (float("inf"), float("-inf"))
 _FLOATS: Final[dict[object, float]] = {
     None: MISSING,
@@ -212,7 +215,7 @@ def serialise(value: float) -> Number:
 
 
 def deserialise(number: Number) -> float:
-    """Return the float that ``serialise`` made this number of."""
+    """Return the float from which ``serialise`` made this number."""
     return _FLOATS[number] if isinstance(number, str) else float(number)
 
 

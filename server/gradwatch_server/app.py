@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gradwatch_server.api import openapi, problem
 from gradwatch_server.api.authorisation import check_origin
 from gradwatch_server.api.routes import (
-    alert_deliveries,
     alerts,
     deliveries,
     health,
@@ -36,7 +35,6 @@ ROUTED = (
     runs,
     tile,
     alerts,
-    alert_deliveries,
     deliveries,
     stream,
     status,
@@ -75,12 +73,12 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
     for part in ROUTED:
         app.include_router(part.router)
     app.mount("/page", page.PageFiles(), name="page")
-    app.add_middleware(_Secured)
+    app.add_middleware(_RequestMiddleware)
     openapi.install(app)
     return app
 
 
-class _Secured:
+class _RequestMiddleware:
     """Refuses requests of another site's page, gives every response its headers, and counts it."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -93,7 +91,7 @@ class _Secured:
             return
         started = time.perf_counter()
 
-        async def answer(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(_SECURITY_HEADERS)
@@ -103,9 +101,9 @@ class _Secured:
                 services.requests.add(scope["method"], route, message["status"], started)
             await send(message)
 
-        follow = self._app
+        application = self._app
         try:
             check_origin(Request(scope))
         except Refused as refusal:
-            follow = problem.refusal_response(refusal)
-        await follow(scope, receive, answer)
+            application = problem.refusal_response(refusal)
+        await application(scope, receive, send_with_headers)

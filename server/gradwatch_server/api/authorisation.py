@@ -144,7 +144,7 @@ def declared_access(dependencies: Sequence[params.Depends]) -> Access | None:
 
 
 class AuthorisedRoute(APIRoute):
-    """A route that declares its access, checks it before its body is read, and tells it in the OpenAPI document."""
+    """A route that declares its access, checks it before its body is read, and describes it in OpenAPI."""
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         access = declared_access(options.get("dependencies") or [])
@@ -219,10 +219,10 @@ def is_encrypted(request: Request) -> bool:
 
 
 def check_origin(request: Request) -> None:
-    """Refuse to change anything for another site's page: a browser tells where the page that asks comes from.
+    """Refuse a request by which another site's page would change something: a browser names the origin of a page.
 
-    A cookie goes with a request that the page of this server did not make only where a browser ignores SameSite; such
-    a request has to name its origin. Where no token is required, any site could reach a server on the same machine.
+    Only a browser that ignores SameSite sends our cookie with a request of another page; a request with the cookie has
+    to come from this origin. If no token is required, any site could reach a server on the same machine.
 
     Raises:
         Refused: 403.
@@ -243,10 +243,10 @@ def check_origin(request: Request) -> None:
 
 
 def _check_host(request: Request, settings: Settings) -> None:
-    """Refuse a host that is not this server's: where no token is required, nothing else keeps a site's page out.
+    """Refuse a host name that is not this server's: if no token is required, nothing else keeps other sites' pages out.
 
-    Its owner has the name lead to 127.0.0.1 once the page is loaded (DNS rebinding): a browser takes the server's
-    responses for that site's own. No such site is named localhost, or by an address.
+    The owner of a site can let its name point to 127.0.0.1 once its page is loaded (DNS rebinding), and a browser takes
+    our responses for that site's own. Such a site is never named localhost, nor by an address.
     """
     given = request.headers.get("host", "")
     host, ours = _hostname(f"//{given}"), (_hostname(settings.address), _hostname(settings.public_url))

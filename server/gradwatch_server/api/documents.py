@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from gradwatch_server.store.tokens import Scope
+
 Number = float | Literal["NaN", "Infinity", "-Infinity"]
 Measured = Number | None
 """None: the parameter had no gradient in this step."""
@@ -261,6 +263,20 @@ class Delivery(BaseModel):
     error: str = Field(description="why the last attempt failed")
 
 
+class AlertDelivery(BaseModel):
+    """Delivery of one transition to one receiver."""
+
+    id: str
+    receiver: str
+    transition: str = Field(description="the state that the receiver is notified of: firing or resolved")
+    step: int
+    state: str = Field(description="due, delivered or dead")
+    created_at: float
+    due_at: float
+    delivered_at: float | None
+    attempts: list[Attempt]
+
+
 class DeliveryDetail(Delivery):
     """One delivery with its payload and every attempt."""
 
@@ -282,6 +298,56 @@ class Receiver(BaseModel):
     disabled: str | None = Field(description="why nothing is sent to it; null: it is in use")
     due: int
     dead: int
+
+
+class ReceiverHealth(BaseModel):
+    """A receiver with the counts of its deliveries and its last error."""
+
+    name: str
+    host: str = Field(description="of its address, the rest of which may hold a secret")
+    signed: bool
+    configured: bool = Field(description="false: it has deliveries, but is no longer in the configuration")
+    due: int
+    delivered: int
+    dead: int
+    last_delivered_at: float | None
+    last_error: str | None = Field(description="of the last failed attempt within a day")
+    last_error_at: float | None
+    disabled: str | None = Field(description="why nothing is sent to it; null: it is in use")
+
+
+class Overview(BaseModel):
+    """The state of the server in numbers."""
+
+    version: str
+    ready: bool
+    database: str
+    runs: int
+    parameters: int
+    samples: int = Field(description="samples stored, over all runs")
+    stored_batches: int = Field(description="since the server started, like all that follows")
+    duplicate_batches: int
+    stored_values: int
+    queued_batches: int
+    queue_capacity: int
+    commits: int
+    mean_commit_seconds: float | None
+    dropped: dict[str, int] = Field(description="what agents had to drop, over all runs")
+    receivers: list[ReceiverHealth]
+
+
+class Login(BaseModel):
+    """A token, as ``gradwatch token create`` printed it."""
+
+    token: str = Field(min_length=1, max_length=200)
+
+
+class Session(BaseModel):
+    """What the token of a request allows."""
+
+    login: bool = Field(description="whether this server requires a token")
+    scope: Scope | None = Field(description="null: log in first")
+    project: str | None = Field(description="the one project that the token is for; null: every project")
 
 
 class Health(BaseModel):

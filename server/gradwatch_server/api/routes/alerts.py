@@ -64,7 +64,7 @@ def list_alerts(
 def show_alert(engine: Engine, alert_id: AlertId) -> Any:
     """Show one alert."""
     with engine.connect() as connection:
-        return _load(connection, alert_id)
+        return _load_alert(connection, alert_id)
 
 
 @router.post(
@@ -77,7 +77,7 @@ async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement
     """Acknowledge a firing alert: receivers are notified when it resolves, but no longer when it becomes worse."""
 
     def work(connection: sa.Connection) -> Any:
-        alert = _load(connection, alert_id)
+        alert = _load_alert(connection, alert_id)
         if alert["state"] != "firing":
             raise Refused(409, "Alert does not fire", f"alert {alert_id!r} is {alert['state']}, not firing")
         acknowledged = {"acknowledged_at": time.time(), "acknowledged_by": acknowledgement.author}
@@ -97,7 +97,7 @@ async def withdraw_acknowledgement(request: Request, alert_id: AlertId) -> Any:
     """Withdraw an acknowledgement; receivers are notified now of what it held back."""
 
     def work(connection: sa.Connection) -> Any:
-        alert = _load(connection, alert_id)
+        alert = _load_alert(connection, alert_id)
         if alert["acknowledged_by"] is None:
             raise Refused(409, "Not acknowledged", f"nobody has acknowledged alert {alert_id!r}")
         withdrawn = {"acknowledged_at": None, "acknowledged_by": None}
@@ -107,12 +107,47 @@ async def withdraw_acknowledgement(request: Request, alert_id: AlertId) -> Any:
     return await commit(request, work)
 
 
-def _load(connection: sa.Connection, alert_id: str) -> dict[str, Any]:
+def _load_alert(connection: sa.Connection, alert_id: str) -> dict[str, Any]:
     query = sa.select(schema.alerts).where(schema.alerts.c.id == alert_id, _has_run)
     row = connection.execute(query).mappings().one_or_none()
     if row is None:
-        raise Refused(404, "Unknown alert", f"alert {alert_id!r} is not known here: GET /api/v1/alerts lists them")
+        raise _unknown(alert_id)
     return dict(row)
+
+
+def _unknown(alert_id: str) -> Refused:
+    return Refused(404, "Unknown alert", f"alert {alert_id!r} is not known here: GET /api/v1/alerts lists them")
+
+
+@router.get(
+    "/alerts/{id}/deliveries",
+    dependencies=[requires("read", of_alert)],
+    response_model=list[documents.AlertDelivery],
+    responses=problems(404),
+)
+def list_alert_deliveries(engine: Engine, alert_id: AlertId) -> Any:
+    """List an alert's deliveries in the order of its transitions, with their attempts."""
+    attempts = schema.attempts
+    with engine.connect() as connection:
+        if connection.execute(sa.select(schema.alerts.c.id).where(schema.alerts.c.id == alert_id)).first() is None:
+            raise _unknown(alert_id)
+        listed = _load_deliveries(connection, alert_id)
+        of_these = sa.select(attempts).where(attempts.c.delivery.in_(list(listed)))
+        for attempt in connection.execute(of_these.order_by(attempts.c.delivery, attempts.c.number)).mappings():
+            listed[attempt["delivery"]]["attempts"].append(dict(attempt))
+    return list(listed.values())
+
+
+def _load_deliveries(connection: sa.Connection, alert_id: str) -> dict[str, dict[str, Any]]:
+    """Return the deliveries of an alert by their ids, without attempts, in the order of its transitions."""
+    deliveries, transitions = schema.deliveries, schema.transitions
+    rows = connection.execute(
+        sa.select(deliveries, transitions.c.state.label("transition_state"), transitions.c.step)
+        .join(transitions, transitions.c.id == deliveries.c.transition)
+        .where(deliveries.c.alert == alert_id)
+        .order_by(deliveries.c.number, deliveries.c.receiver)
+    ).mappings()
+    return {row["id"]: dict(row) | {"transition": row["transition_state"], "attempts": []} for row in rows}
 
 
 @router.get("/silences", dependencies=[requires("read")], response_model=list[documents.Silence])

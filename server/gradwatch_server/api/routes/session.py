@@ -4,8 +4,8 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
 
+from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import (
     OPEN,
     AuthorisedRoute,
@@ -17,28 +17,13 @@ from gradwatch_server.api.authorisation import (
 from gradwatch_server.api.problem import problems
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
-from gradwatch_server.store.tokens import Scope
 
 router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["session"])
 
 _COOKIE_SECONDS = 30 * 86_400
 
 
-class Login(BaseModel):
-    """A token, as ``gradwatch token create`` printed it."""
-
-    token: str = Field(min_length=1, max_length=200)
-
-
-class Session(BaseModel):
-    """What the token of a request allows."""
-
-    login: bool = Field(description="whether this server requires a token")
-    scope: Scope | None = Field(description="null: log in first")
-    project: str | None = Field(description="the one project that the token is for; null: every project")
-
-
-@router.get("/session", dependencies=[OPEN], response_model=Session)
+@router.get("/session", dependencies=[OPEN], response_model=documents.Session)
 async def show_session(request: Request) -> Any:
     """Show what this request's token allows, and whether one is required."""
     await refresh_tokens(request)
@@ -48,8 +33,8 @@ async def show_session(request: Request) -> Any:
         return {"login": True, "scope": None, "project": None}
 
 
-@router.post("/session", dependencies=[OPEN], response_model=Session, responses=problems(401))
-async def log_in(request: Request, response: Response, login: Login) -> Any:
+@router.post("/session", dependencies=[OPEN], response_model=documents.Session, responses=problems(401))
+async def log_in(request: Request, response: Response, login: documents.Login) -> Any:
     """Set a read or admin token as a cookie: HttpOnly, SameSite=Strict, Secure over https."""
     await refresh_tokens(request)
     session = _session(request, login.token.strip())

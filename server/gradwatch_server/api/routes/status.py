@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
 
+from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import AuthorisedRoute, requires
 from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.notify.receivers import AnyReceiver as Receiver
@@ -22,43 +22,7 @@ router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["health"
 _RECENT_SECONDS = 86_400.0
 
 
-class ReceiverHealth(BaseModel):
-    """A receiver with the counts of its deliveries and its last error."""
-
-    name: str
-    host: str = Field(description="of its address, the rest of which may hold a secret")
-    signed: bool
-    configured: bool = Field(description="false: it has deliveries, but is no longer in the configuration")
-    due: int
-    delivered: int
-    dead: int
-    last_delivered_at: float | None
-    last_error: str | None = Field(description="of the last failed attempt within a day")
-    last_error_at: float | None
-    disabled: str | None = Field(description="why nothing is sent to it; null: it is in use")
-
-
-class Overview(BaseModel):
-    """The state of the server in numbers."""
-
-    version: str
-    ready: bool
-    database: str
-    runs: int
-    parameters: int
-    samples: int = Field(description="samples stored, over all runs")
-    stored_batches: int = Field(description="since the server started, like all that follows")
-    duplicate_batches: int
-    stored_values: int
-    queued_batches: int
-    queue_capacity: int
-    commits: int
-    mean_commit_seconds: float | None
-    dropped: dict[str, int] = Field(description="what agents had to drop, over all runs")
-    receivers: list[ReceiverHealth]
-
-
-@router.get("/server", dependencies=[requires("read")], response_model=Overview)
+@router.get("/server", dependencies=[requires("read")], response_model=documents.Overview)
 def show_server(request: Request, engine: Engine) -> Any:
     """Show the state of the server and of its receivers."""
     services = Services.of(request)

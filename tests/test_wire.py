@@ -1,10 +1,12 @@
 """The wire format: its bytes are pinned, and every number survives."""
 
+import re
 import struct
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -91,6 +93,41 @@ def test_a_packed_vector_is_whole_float32s() -> None:
     body = wire.encode(GOLDEN).replace(b"\xc4\x10" + struct.pack("<f", 1.0), b"\xc4\x0f" + struct.pack("<f", 1.0)[1:])
     with pytest.raises(wire.WireError, match="15 bytes are not a multiple of 4"):
         wire.decode(body, wire.Batch)
+
+
+BEYOND_BOUNDS = wire.Batch(
+    id="",
+    rank=-1,
+    samples=[wire.Sample(step=2**53 + 1, at=float("nan"), scalars={"x" * 600: 1.0})],
+    trail={"loss\0": wire.Trail(steps=[-5], values=[1.0])},
+    events=[wire.Event(step=-1, at=-1.0, kind="a\0")],
+    dropped=wire.Dropped(values=-1),
+    end=wire.End(at=1e12, exit_code=2**40),
+)
+
+
+def test_an_agent_reads_back_what_is_beyond_its_bounds() -> None:
+    body = wire.encode(BEYOND_BOUNDS)
+    with pytest.raises(wire.BoundsError, match="of length >= 1"):
+        wire.decode(body, wire.Batch)
+    batch = wire.read_back(body)
+    assert isinstance(batch, wire.Batch)
+    assert isinstance(batch.samples[0], wire.Sample)
+    assert wire.encode(batch) == body
+    assert wire.encode(wire.read_back(GOLDEN_BYTES)) == GOLDEN_BYTES
+    for damaged in (b"", b"\xc1", body[:-1], wire.encode_json(GOLDEN)):
+        with pytest.raises(wire.WireError):
+            wire.read_back(damaged)
+
+
+def _has_bounds(inspected: msgspec.inspect.Type) -> bool:
+    text = repr(inspected)
+    return any(re.search(rf"\b{name}=(?!None)", text) for name in ("ge", "le", "min_length", "max_length", "pattern"))
+
+
+def test_no_field_that_an_agent_reads_back_has_a_bound() -> None:
+    assert _has_bounds(msgspec.inspect.type_info(wire.Batch))
+    assert not _has_bounds(msgspec.inspect.type_info(type(wire.read_back(GOLDEN_BYTES))))
 
 
 @given(st.binary(max_size=300), st.sampled_from([wire.JSON_TYPE, wire.MESSAGEPACK_TYPE]))

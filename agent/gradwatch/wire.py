@@ -1,31 +1,64 @@
-"""The wire format: what an agent sends and a server accepts, defined once and imported by both sides.
+"""The wire format: the documents that an agent sends and a server accepts, with their bounds, for both sides.
 
 MessagePack and JSON carry the same documents. A statistic's vector (one float32 for each parameter of the run) is
 packed little-endian bytes in MessagePack and a list in JSON, where a non-finite number is the text "NaN", "Infinity" or
 "-Infinity" and a missing one is null. Statistics are never negative, so ``MISSING`` (-1) marks a parameter that had no
-gradient in this round: neither 0 nor NaN, from agent to page.
+gradient in this step: neither 0 nor NaN, from agent to page.
+
+The types carry the bounds of their values. Decoding checks them and the OpenAPI document tells them; encoding does not
+check anything, so that it costs a training nothing.
 """
 
+import re
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from types import GenericAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, get_type_hints
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from gradwatch import statistics
 from gradwatch.statistics import MISSING as MISSING
 
 VERSION: Final = 1
-"""Version of the documents below; a server refuses any other by name."""
+"""Version of the documents below; a server refuses any other version."""
 
 JSON_TYPE: Final = "application/json"
 CLOCK_HEADER: Final = "Gradwatch-Clock"
-"""Of a request: Unix seconds by the sender's clock, so that a run's attempts are ordered by one clock, the server's."""
+"""Request header with the sender's time in Unix seconds: the server orders the attempts of a run by its own clock."""
 MESSAGEPACK_TYPE: Final = "application/vnd.msgpack"
 
 LARGEST_STEP: Final = 2**53
-"""Largest step and count: JSON's readers keep no larger integer exactly."""
+"""Largest step and count: readers of JSON keep no larger integer exactly."""
+LARGEST_TIME: Final = 1e11
+"""Latest time in Unix seconds."""
+MOST_NAME_CHARACTERS: Final = 512
+"""Of a name: PostgreSQL takes 2,704 bytes into a key, and a character may have four."""
+MOST_SAMPLES: Final = 10_000
+"""In one batch."""
+MOST_BINS: Final = 1_000
+"""In one histogram."""
+
+_RUN_ID: Final = r"^[A-Za-z0-9][A-Za-z0-9_-]{2,63}$(?!\n)"  # Python's $ also matches before a newline at the end
+_WITHOUT_NUL: Final = r"^[^\u0000]*$"
+PATTERNS: Final = {
+    _RUN_ID: "the id of a run: 3 to 64 letters, digits, '-' and '_'",
+    _WITHOUT_NUL: "text without NUL, which no database keeps",
+}
+"""Pattern -> the texts that match it, in words."""
+
+Count = Annotated[int, Meta(ge=0, le=LARGEST_STEP)]
+Rank = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Depth = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+ExitCode = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Time = Annotated[float, Meta(ge=0, le=LARGEST_TIME)]
+"""Unix seconds."""
+Text = Annotated[str, Meta(pattern=_WITHOUT_NUL)]
+Name = Annotated[Text, Meta(max_length=MOST_NAME_CHARACTERS)]
+FilledName = Annotated[Name, Meta(min_length=1)]
+RunId = Annotated[str, Meta(pattern=_RUN_ID)]
 
 STATISTICS: Final = tuple(statistics.STATISTICS)
 """Names of the statistics of a sample: a row of the table of statistics adds one."""
@@ -52,96 +85,95 @@ Number = float | Literal["NaN", "Infinity", "-Infinity"]
 class Parameter(msgspec.Struct, frozen=True):
     """One ``nn.Parameter`` of a run; tied parameters count once."""
 
-    name: str
-    shape: list[int]
-    dtype: str = "float32"
-    depth: int | None = None
+    name: Name
+    shape: Annotated[list[Count], Meta(max_length=64)]
+    dtype: Name = "float32"
+    depth: Depth | None = None
     """Order from input to output, 0 first; absent: the order of the list."""
-    units: int = 1
+    units: Count = 1
     trainable: bool = True
-    kind: str = ""
-    """Type of the module that owns it (``Linear``, ``BatchNorm2d``), empty where unknown."""
+    kind: Name = ""
+    """Type of the module that owns it, such as ``Linear`` or ``BatchNorm2d``; empty if unknown."""
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True):
-    """A run makes itself known. Sent again with the same id, it may append parameters.
+    """Registers a run. Sent again with the same id, it may append parameters.
 
-    Of those that are known it may change the depth and whether they are trained, no more.
+    Of the parameters that exist it may change only the depth and whether they are trained.
     """
 
-    version: int = VERSION
-    project: str = "default"
-    name: str = ""
-    parameters: list[Parameter]
-    id: str | None = None
+    version: Literal[1] = VERSION
+    project: FilledName = "default"
+    name: Name = ""
+    parameters: Annotated[list[Parameter], Meta(extra_json_schema={"uniqueItems": True})]
+    id: RunId | None = None
     """Random id chosen by the agent; absent: the server chooses."""
-    started_at: float | None = None
-    """Unix seconds; absent: now."""
-    attempt: int = 0
-    """Start of this attempt in Unix milliseconds: a resumed run registers again with a larger one."""
-    attributes: dict[str, str] = {}
-    """What helps to read the numbers: host, versions, optimizer, ``agc_eps``."""
+    started_at: Time | None = None
+    """Absent: now."""
+    attempt: Count = 0
+    """Start of this attempt in Unix milliseconds: a run that is resumed registers again with a larger number."""
+    attributes: dict[Name, Text] = {}
+    """Facts that help to read the numbers: host, versions, optimizer, ``agc_eps``."""
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """Everything measured at one step."""
 
-    step: int
-    at: float
-    """Unix seconds."""
+    step: Count
+    at: Time
     statistics: dict[Statistic, Vector] = {}
-    scalars: dict[str, Number] = {}
-    """Numbers of the whole run that are known only at a sample, such as ``global_grad_norm``."""
-    histograms: dict[str, list[float]] = {}
+    scalars: dict[Name, Number] = {}
+    """Numbers of the whole run that are measured only with a sample, such as ``global_grad_norm``."""
+    histograms: dict[Name, Annotated[list[float], Meta(max_length=MOST_BINS)]] = {}
     """Counts over fixed bins: ``HISTOGRAMS`` over ``HISTOGRAM_EDGES``."""
 
 
 class Trail(msgspec.Struct, frozen=True, kw_only=True):
-    """One scalar of every step, sampled or not: the loss, the norm that clipping returned."""
+    """One scalar at every step, sampled or not, such as the loss or the norm that clipping returned."""
 
-    steps: list[int]
+    steps: list[Count]
     values: list[Number]
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened to the run or to its agent, such as a disarmed agent or the first non-finite module."""
 
-    step: int
-    at: float
-    kind: str
-    message: str = ""
-    parameter: str | None = None
+    step: Count
+    at: Time
+    kind: Name
+    message: Text = ""
+    parameter: Name | None = None
     """The parameter or module it is about."""
 
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True):
-    """What the agent had to give up so far, counted over the attempt."""
+    """How much the agent has dropped in this attempt so far."""
 
-    samples: int = 0
-    bytes: int = 0
-    errors: int = 0
-    values: int = 0
-    """Numbers that belong to no sample: losses and what was logged."""
+    samples: Count = 0
+    bytes: Count = 0
+    errors: Count = 0
+    values: Count = 0
+    """Numbers that belong to no sample: losses and logged numbers."""
 
 
 class End(msgspec.Struct, frozen=True, kw_only=True):
     """The attempt is over."""
 
-    at: float
-    status: str = "completed"
+    at: Time
+    status: Name = "completed"
     """``completed``, ``failed`` or ``killed``."""
-    exit_code: int | None = None
+    exit_code: ExitCode | None = None
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """What an agent sends at once. Sending it again changes nothing: (run, rank, id) is remembered."""
+    """Samples and all else that an agent sends at once. The server stores each (run, rank, id) only once."""
 
-    version: int = VERSION
-    id: str
-    rank: int = 0
-    attempt: int = 0
-    samples: list[Sample] = []
-    trail: dict[str, Trail] = {}
+    version: Literal[1] = VERSION
+    id: FilledName
+    rank: Rank = 0
+    attempt: Count = 0
+    samples: Annotated[list[Sample], Meta(max_length=MOST_SAMPLES)] = []
+    trail: dict[Name, Trail] = {}
     events: list[Event] = []
     dropped: Dropped = Dropped()
     end: End | None = None
@@ -152,14 +184,19 @@ class _Versioned(msgspec.Struct):
 
 
 class WireError(ValueError):
-    """A document that is not in this format; the text says where and why."""
+    """A document is not in this format; the text says where and why."""
+
+
+class BoundsError(WireError):
+    """A value of a document has the right type, but is beyond a bound of its field; the text is msgspec's."""
 
 
 Document = TypeVar("Document", Registration, Batch)
 
+_BEYOND_BOUNDS = re.compile(r"Expected `\w+` (?:>=|<=|of length|matching regex) ")
 _PACKED = np.dtype("<f4")
 _BEYOND_FLOAT32 = 2.0**128 - 2.0**103
-"""The least number that rounds to an infinite float32; its largest, written in the fewest digits, is below."""
+"""The least number that rounds to an infinite float32."""
 _INFINITE = (float("inf"), float("-inf"))
 _FLOATS: Final[dict[object, float]] = {
     None: MISSING,
@@ -179,7 +216,7 @@ def serialise(value: float) -> Number:
 
 
 def deserialise(number: Number) -> float:
-    """Return the float that ``serialise`` made this number of."""
+    """Return the float from which ``serialise`` made this number."""
     return _FLOATS[number] if isinstance(number, str) else float(number)
 
 
@@ -258,6 +295,7 @@ def decode(body: bytes, document: type[Document], content_type: str = MESSAGEPAC
     """Return the document that ``body`` holds.
 
     Raises:
+        BoundsError: a value is beyond a bound of its field; the text names the place.
         WireError: the body is not of this format or of another version; the text names the place.
     """
     codec: Any = msgspec.json if content_type == JSON_TYPE else msgspec.msgpack
@@ -269,7 +307,8 @@ def decode(body: bytes, document: type[Document], content_type: str = MESSAGEPAC
             )
         decoded: Document = codec.decode(body, type=document, dec_hook=_decode)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise WireError(str(error)) from None
+        kind = BoundsError if _BEYOND_BOUNDS.match(str(error)) else WireError
+        raise kind(str(error)) from None
     return decoded
 
 
@@ -291,3 +330,43 @@ def retry_after_seconds(header: str | None, now: float) -> float | None:
         return max(0.0, parsedate_to_datetime(header).timestamp() - now)
     except ValueError:
         return None
+
+
+def _without_bounds(kind: type[msgspec.Struct], **parts: object) -> Any:
+    """Return a subclass of a document's type whose fields have no bounds; ``parts`` are the types of some fields."""
+    hints = get_type_hints(kind) | parts  # these leave out what Annotated adds
+    defined = list[tuple[str, Any, Any]]()
+    for field in msgspec.structs.fields(kind):
+        made_anew = field.default_factory is not msgspec.NODEFAULT
+        default = msgspec.field(default_factory=field.default_factory) if made_anew else field.default
+        defined.append((field.name, hints[field.name], default))
+    return msgspec.defstruct(kind.__name__, defined, bases=(kind,), frozen=True, kw_only=True)
+
+
+_to_batch = msgspec.msgpack.Decoder(
+    _without_bounds(
+        Batch,
+        samples=GenericAlias(list, _without_bounds(Sample)),
+        trail=GenericAlias(dict, (str, _without_bounds(Trail))),
+        events=GenericAlias(list, _without_bounds(Event)),
+        dropped=_without_bounds(Dropped),
+        end=_without_bounds(End) | None,
+    ),
+    dec_hook=_decode,
+)
+
+
+def read_back(body: bytes) -> Batch:
+    """Return a batch that ``encode`` made, whatever bounds it breaks.
+
+    An agent decodes what its spool holds to divide it or to thin it out. A value beyond its bound has to be encoded
+    again, so that the server refuses the smallest part that holds it, and not the whole batch.
+
+    Raises:
+        WireError: the body is no batch.
+    """
+    try:
+        batch: Batch = _to_batch.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(str(error)) from None
+    return batch

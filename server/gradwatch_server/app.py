@@ -4,24 +4,21 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
-from pathlib import Path
-from typing import cast
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gradwatch_server.api import authorisation, openapi, problem
+from gradwatch_server.api import openapi, problem
+from gradwatch_server.api.authorisation import check_origin
 from gradwatch_server.api.routes import (
-    alert_deliveries,
     alerts,
     deliveries,
     health,
     ingest,
     metrics,
+    page,
     runs,
     session,
     status,
@@ -32,7 +29,21 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services, run_services
 from gradwatch_server.settings import Settings
 
-PAGE = Path(__file__).parent / "page"
+ROUTED = (
+    session,
+    ingest,
+    runs,
+    tile,
+    alerts,
+    deliveries,
+    stream,
+    status,
+    metrics,
+    health,
+    page,
+    openapi,
+)
+"""Modules with routes."""
 _SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     "X-Content-Type-Options": "nosniff",
@@ -54,25 +65,21 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         version=metadata.version("gradwatch"),
         description="Health of gradients in PyTorch training: samples in, series, maps, alerts and metrics out.",
         lifespan=lifespan,
+        openapi_url=None,  # the module openapi has a route for it
         docs_url=None,
         redoc_url=None,
     )
     problem.install(app)
-    parts = (session, ingest, runs, tile, alerts, alert_deliveries, deliveries, stream, status, metrics, health)
-    for part in parts:
+    for part in ROUTED:
         app.include_router(part.router)
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
-
-    for address in authorisation.VIEWS:
-        app.add_api_route(address, _page, include_in_schema=False)
-
-    app.add_middleware(_Secured)
-    openapi.complete(app)
+    app.mount("/page", page.PageFiles(), name="page")
+    app.add_middleware(_RequestMiddleware)
+    openapi.install(app)
     return app
 
 
-class _Secured:
-    """Asks who calls before a body is read, gives every answer its headers, and counts it."""
+class _RequestMiddleware:
+    """Refuses requests of another site's page, gives every response its headers, and counts it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -82,29 +89,21 @@ class _Secured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, path = time.perf_counter(), scope["path"]
+        started = time.perf_counter()
 
-        async def answer(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(_SECURITY_HEADERS)
-                static = path.startswith("/page/") or authorisation.is_view(scope["method"], path)
-                # The page's files are asked for again after an upgrade, what they show is kept nowhere.
-                headers.setdefault("Cache-Control", "no-cache" if static else "no-store")
+                headers.setdefault("Cache-Control", "no-store")
                 route = getattr(scope.get("route"), "path", "other")
-                services = cast("Services", scope["app"].state.services)
+                services = Services.of(Request(scope))
                 services.request_counts.add(scope["method"], route, message["status"], started)
             await send(message)
 
-        follow = self._app
+        application = self._app
         try:
-            await authorisation.check(Request(scope))
+            check_origin(Request(scope))
         except Refused as refusal:
-            follow = problem.refuse(refusal)
-        except (sa.exc.OperationalError, sa.exc.TimeoutError) as error:
-            follow = problem.out_of_reach(error)
-        await follow(scope, receive, answer)
-
-
-def _page(run_id: str = "") -> FileResponse:  # noqa: ARG001  # the page reads its own address
-    return FileResponse(PAGE / "index.html")
+            application = problem.refusal_response(refusal)
+        await application(scope, receive, send_with_headers)

@@ -1,4 +1,6 @@
-"""What can go wrong on the server, one class for each thing a caller can do about it."""
+"""The server's errors: one class for each thing that a caller can do about it."""
+
+from enum import IntEnum
 
 
 class GradwatchError(Exception):
@@ -13,17 +15,28 @@ class DatabaseError(GradwatchError):
     """The database cannot be used as it is: the text says which command mends it."""
 
 
+class RetryAfter(IntEnum):
+    """Seconds until a refused request may be sent again, as the header Retry-After says, by the reason."""
+
+    SOON = 1
+    """Other requests are in the way, or the connection was slow."""
+    STOPPING = 2
+    """The server is restarted, or another one takes over."""
+    DATABASE = 5
+    DISK_FULL = 30
+
+
 class Refused(GradwatchError):
     """A request that changes nothing; becomes an RFC 9457 problem document."""
 
-    def __init__(self, status: int, title: str, detail: str, *, retry_after_seconds: int | None = None) -> None:
+    def __init__(self, status: int, title: str, detail: str, *, retry_after: RetryAfter | None = None) -> None:
         super().__init__(detail)
         self.status = status
         self.title = title
         self.detail = detail
-        self.retry_after_seconds = retry_after_seconds
+        self.retry_after = retry_after
 
 
 def stopping() -> Refused:
     """Return the refusal of a server that is shutting down: 503."""
-    return Refused(503, "Stopping", "the server is stopping: send it again", retry_after_seconds=2)
+    return Refused(503, "Stopping", "the server is stopping: send it again", retry_after=RetryAfter.STOPPING)

@@ -26,7 +26,7 @@ from gradwatch_server.errors import ConfigurationError, GradwatchError
 from gradwatch_server.notify.address_guard import ALL_NETWORKS, is_loopback
 from gradwatch_server.notify.receivers import Webhook
 from gradwatch_server.services import Services
-from gradwatch_server.settings import Configuration, Settings
+from gradwatch_server.settings import DATABASE_URL_HELP, Configuration, Settings, resolve_database_url
 from gradwatch_server.store.database import open_engine, prepare
 from gradwatch_server.store.tokens import count_tokens
 
@@ -40,10 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gradwatch serve", description="Run the server.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=8321, help="port to listen on; 0: any free one (default: 8321)")
-    parser.add_argument(
-        "--database-url",
-        help="sqlite:///FILE or postgresql://... (default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)",
-    )
+    parser.add_argument("--database-url", metavar="URL", help=DATABASE_URL_HELP)
     parser.add_argument("--webhook", metavar="URL", help="deliver every alert to this address")
     parser.add_argument("--webhook-secret", metavar="whsec_...", help="sign what is delivered there")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration, see docs/configuration.md")
@@ -80,7 +77,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
             configuration = msgspec.structs.replace(configuration, public_url=public_url)
         except ValueError as error:
             raise ConfigurationError(f"GRADWATCH_PUBLIC_URL: {error}") from None
-    database_url = arguments.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
+    database_url = resolve_database_url(arguments.database_url)
     return Settings(database_url=database_url, host=arguments.host, port=arguments.port, configuration=configuration)
 
 

@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import msgspec
 import sqlalchemy as sa
+from starlette.requests import Request
 
 from gradwatch_server.alerting.periodic_checks import StallCheck, UnmuteCheck
 from gradwatch_server.alerting.run_alerts import resolve_deleted
@@ -79,6 +81,11 @@ class Services:
             remote_writer=None if remote is None else RemoteWriter(engine, writer, remote),
             tokens=TokenCache(engine),
         )
+
+    @classmethod
+    def of(cls, request: Request) -> "Services":
+        """Return the services of the application that a request came to."""
+        return cast("Services", request.app.state.services)
 
     def reload(self, configuration: Configuration) -> None:
         """Use another configuration, which has been checked, from now on."""

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 
+from gradwatch import wire
+from gradwatch.settings import secret
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.notify.address_guard import check_url
@@ -17,15 +19,9 @@ from gradwatch_server.notify.outbox import DeliverySettings
 from gradwatch_server.notify.receivers import AnyReceiver
 from gradwatch_server.store.retention import Retention
 
-MOST_SAMPLES = 10_000
-"""In one batch, whatever the limits say."""
-
-
-MOST_NAME_CHARACTERS = 512
-"""Of a name, whatever the limits say: PostgreSQL takes 2,704 bytes into a key, and a character may have four."""
 _LEAST_LIMITS = {"body_seconds": 0.001, "drain_seconds": 0}
 """Least values of limits that are not 1."""
-_MOST_LIMITS = {"samples_per_batch": MOST_SAMPLES, "name_characters": MOST_NAME_CHARACTERS}
+_MOST_LIMITS = {"samples_per_batch": wire.MOST_SAMPLES, "name_characters": wire.MOST_NAME_CHARACTERS}
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,7 +37,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Largest part of a batch that is not packed vectors, which takes many times its size in memory; JSON has none."""
     parameters: int = 100_000
     """Most parameters a run may have."""
-    name_characters: int = MOST_NAME_CHARACTERS
+    name_characters: int = wire.MOST_NAME_CHARACTERS
     """Longest project, run, parameter or scalar name; at most 512, since names are in the keys of the database."""
     attribute_characters: int = 4_096
     """Longest value of an attribute of a run: attributes are read with the run at every batch."""
@@ -205,6 +201,14 @@ def _with_environment(value: Any) -> Any:
     if name not in os.environ:
         raise ValueError(f"{value!r}: the environment variable {name!r} is not set: set it before the server starts")
     return os.environ[name]
+
+
+DATABASE_URL_HELP = "sqlite:///FILE or postgresql://... (default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)"
+
+
+def resolve_database_url(given: str | None) -> str:
+    """Return the address of the database: as given on the command line, else by the environment, else the default."""
+    return given or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, dict=True):

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -153,7 +154,10 @@ class Limited:
         self.posts += 1
         if self.posts == self.away_at:
             return DeliveryResult("retry", "away")
-        batch = wire.decode(body, wire.Batch)
+        try:
+            batch = wire.decode(body, wire.Batch)
+        except wire.BoundsError as error:
+            return DeliveryResult("rejected", f"422 {error}", divisible=True)
         steps = [sample.step for sample in batch.samples]
         if len(steps) > self.most_samples or self.bad & set(steps):
             return DeliveryResult("rejected", "422", divisible=True)
@@ -208,6 +212,14 @@ def test_only_what_is_refused_is_lost_and_counted() -> None:
     assert limited.steps == [step for step in range(200) if step != 77]
     assert limited.losses == list(range(200))
     assert (dropped.samples, dropped.values, len(said)) == (1, 0, 1)
+
+
+def test_a_value_beyond_its_bounds_costs_only_its_own_sample() -> None:
+    limited, dropped, batch = Limited(), Dropped(), grown(20)
+    batch.samples[7] = msgspec.structs.replace(batch.samples[7], scalars={"x" * 600: 1.0})
+    assert Sender(Queue(batch), limited, dropped, lambda _text: None).deliver()
+    assert limited.steps == [step for step in range(20) if step != 7]
+    assert (dropped.samples, dropped.values) == (1, 0)
 
 
 def test_pieces_that_are_interrupted_are_neither_lost_nor_counted_twice() -> None:
@@ -270,5 +282,5 @@ def test_a_run_that_cannot_be_registered_is_said_to_be(real: GradwatchServer, ow
         agent.close(timeout_seconds=0.1)
     assert len(told) == 1
     assert "refuses to register" in told[0]
-    assert "limits.name_characters" in told[0]
+    assert "project has 600 characters" in told[0]
     assert monitor_of(agent).dropped.samples == 0

@@ -360,7 +360,7 @@ def _dropped_with(piece: Entry) -> Dropped:
 
 def _batch(entry: Entry) -> wire.Batch | None:
     try:
-        return wire.decode(entry.body, wire.Batch) if entry.kind == "batch" else None
+        return wire.read_back(entry.body) if entry.kind == "batch" else None
     except wire.WireError:
         return None
 

@@ -209,7 +209,7 @@ class Spool:
     def _drop_every_second_sample(self, number: int) -> None:
         """Drop every second sample of one batch; of batches with a single sample, every second batch loses it."""
         (body,) = self._connection.execute("SELECT body FROM entry WHERE number = ?", (number,)).fetchone()
-        batch = wire.decode(body, wire.Batch)
+        batch = wire.read_back(body)
         kept = [sample for place, sample in enumerate(batch.samples) if (place + number) % 2]
         smaller = wire.encode(msgspec.structs.replace(batch, samples=kept))
         self._dropped.samples += len(batch.samples) - len(kept)
@@ -225,7 +225,7 @@ class Spool:
             if self._bytes <= self._limit_bytes:
                 return
             self._connection.execute("DELETE FROM entry WHERE number = ?", (number,))
-            values = count_values(wire.decode(body, wire.Batch))
+            values = count_values(wire.read_back(body))
             self._dropped.add(Dropped(samples=samples, bytes=len(body), values=values))
             self._bytes -= len(body)
             self._pending -= 1

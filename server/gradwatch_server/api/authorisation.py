@@ -1,14 +1,21 @@
-"""Who may call what: the origin and the token of a request are checked before its body is read."""
+"""Authorisation of HTTP requests by token: each route declares the scope and the project that it requires.
+
+A route has one ``Access`` among its dependencies: ``requires("read", of_run)`` or ``OPEN``. ``AuthorisedRoute`` refuses
+to make a route without one, checks it before a body is read, and describes it in the OpenAPI document. What does not
+depend on the route, the origin of a request, is checked before any route is looked for.
+"""
 
 import asyncio
 import base64
 import binascii
 import time
-from typing import cast
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
-from fastapi import Request
+from fastapi import Depends, Request, Response, params
+from fastapi.routing import APIRoute
 
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify.address_guard import is_loopback
@@ -17,43 +24,171 @@ from gradwatch_server.settings import Settings
 from gradwatch_server.store import schema
 from gradwatch_server.store.tokens import Grant, Scope
 
-VIEWS = ("/", "/runs/{run_id}", "/alerts", "/server")
-"""Addresses of the page. It holds no data: what it shows, it asks the API for, with the token of its login."""
-
-_OPEN = ("/healthz", "/readyz", "/page/", "/api/v1/session")
-_INGEST = "/api/v1/runs"
-_SAFE = ("GET", "HEAD", "OPTIONS")
-
-
-def needed_scope(method: str, path: str) -> Scope:
-    """Return the scope that a request takes."""
-    if method in ("GET", "HEAD"):
-        return "read"
-    return "ingest" if method == "POST" and (path == _INGEST or path.endswith("/samples")) else "admin"
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+SECURITY_SCHEMES = {
+    "token": {"type": "http", "scheme": "bearer"},
+    "password": {"type": "http", "scheme": "basic", "description": "any user name, the token as the password"},
+}
+"""Ways to show a token, by their names in the OpenAPI document."""
 
 
-def shown(request: Request) -> str | None:
-    """Return the token of a request: of its Authorization header, or else of the page's cookie."""
-    authorization = request.headers.get("authorization")
-    return request.cookies.get(cookie(request)) if authorization is None else _presented(authorization)
+class ProjectRule(Protocol):
+    """Says whether a token that is for one project allows a request."""
+
+    def __call__(self, request: Request, services: Services, project: str, /) -> None:
+        """Return where it does.
+
+        Raises:
+            Refused: 403, the request is about another project or about all of them.
+        """
 
 
-def cookie(request: Request) -> str:
-    """Return the name of the page's cookie, with the port at which people reach the server.
+def of_every_project(_request: Request, _services: Services, project: str) -> None:
+    """Refuse a token for one project: the route is about the server or about every project."""
+    detail = f"the token is for project {project!r}, this takes one for every project"
+    raise Refused(403, "Every project", detail)
 
-    A browser keeps one jar for all ports of a host: two servers would log each other out.
+
+def of_any_project(_request: Request, _services: Services, _project: str) -> None:
+    """Accept a token for any one project: the response holds no project's data."""
+
+
+def in_document(_request: Request, _services: Services, _project: str) -> None:
+    """Accept a token for any one project: the route calls ``check_named_project`` once it has read its document."""
+
+
+def in_query(request: Request, _services: Services, project: str) -> None:
+    """Accept a request whose parameter ``project`` is the token's project."""
+    if request.query_params.get("project") != project:
+        raise Refused(403, "Every project", f"the token is for one project: add project={project}")
+
+
+class StoredProject:
+    """Accepts a request whose path holds the id of something of the token's project, or an unknown id.
+
+    Args:
+        query: the project of what has the id that is bound to ``id``.
     """
-    services = cast("Services", request.app.state.services)
-    address = services.settings.configuration.public_url or f"//{request.headers.get('host', '')}"
-    try:
-        port = urlsplit(address).port
-    except ValueError:
-        port = None
-    return "gradwatch_token" if port is None else f"gradwatch_token_{port}"
+
+    def __init__(self, query: sa.Select[Any]) -> None:
+        self._query = query
+
+    def __call__(self, request: Request, services: Services, project: str) -> None:
+        """Look the project up in the database."""
+        (identity,) = request.path_params.values()
+        with services.engine.connect() as connection:
+            found = connection.execute(self._query, {"id": identity}).scalar()
+        if found not in (None, project):
+            detail = f"the token is for project {project!r}, this is of another"
+            raise Refused(403, "Another project", detail)
 
 
-def _presented(authorization: str) -> str | None:
-    """Return the token of an Authorization header: a bearer's, or a password as `curl -u` and Prometheus send it."""
+_run_project = sa.select(schema.runs.c.project)
+_alert_project = _run_project.join(schema.alerts, schema.alerts.c.run == schema.runs.c.id)
+_delivery_project = _alert_project.join(schema.deliveries, schema.deliveries.c.alert == schema.alerts.c.id)
+of_run = StoredProject(_run_project.where(schema.runs.c.id == sa.bindparam("id")))
+of_alert = StoredProject(_alert_project.where(schema.alerts.c.id == sa.bindparam("id")))
+of_delivery = StoredProject(_delivery_project.where(schema.deliveries.c.id == sa.bindparam("id")))
+
+
+class Access:
+    """What a route requires of its caller; a dependency of that route.
+
+    Args:
+        scope: of the token; None: the route is open to everybody.
+        project_rule: what a token that is for one project allows.
+    """
+
+    def __init__(self, scope: Scope | None, project_rule: ProjectRule = of_every_project) -> None:
+        self.scope = scope
+        self._project_rule = project_rule
+
+    @property
+    def security(self) -> list[dict[str, list[Scope]]]:
+        """What OpenAPI calls security; where no token was ever made, none is required."""
+        if self.scope is None:
+            return []
+        return [{name: [self.scope]} for name in SECURITY_SCHEMES] + [{}]
+
+    async def __call__(self, request: Request) -> None:
+        """Let a request pass and keep what its token grants in ``request.state.grant``, or refuse it.
+
+        Raises:
+            Refused: 401 without a valid token, 403 where it does not allow this, 421 for a host that is not this
+                server's while no token is required.
+        """
+        if self.scope is None:
+            return
+        services = Services.of(request)
+        await refresh_tokens(request)
+        if not services.tokens.required:
+            _check_host(request, services.settings)
+        grant = services.tokens.check(presented_token(request), self.scope, time.time())
+        request.state.grant = grant
+        if grant.project is not None:
+            await asyncio.to_thread(self._project_rule, request, services, grant.project)
+
+
+def requires(scope: Scope, project_rule: ProjectRule = of_every_project) -> params.Depends:
+    """Return the dependency of a route that requires a token of this scope."""
+    return cast("params.Depends", Depends(Access(scope, project_rule)))
+
+
+OPEN: params.Depends = Depends(Access(None))
+"""The dependency of a route that everybody may call."""
+
+
+def declared_access(dependencies: Sequence[params.Depends]) -> Access | None:
+    """Return the access that a route with these dependencies declares."""
+    return next((found for entry in dependencies if isinstance(found := entry.dependency, Access)), None)
+
+
+class AuthorisedRoute(APIRoute):
+    """A route that declares its access, checks it before its body is read, and describes it in OpenAPI."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        access = declared_access(options.get("dependencies") or [])
+        if access is None:
+            raise TypeError(f"route {path} declares no authorisation: add requires(...) or OPEN to its dependencies")
+        self.access = access
+        options["openapi_extra"] = {"security": access.security} | (options.get("openapi_extra") or {})
+        super().__init__(path, endpoint, **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return FastAPI's handler, which calls dependencies first, but only after it has read a declared body."""
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+
+        async def check_access_first(request: Request) -> Response:
+            await self.access(request)
+            return await handle(request)
+
+        return check_access_first
+
+
+def check_named_project(request: Request, project: str) -> None:
+    """Refuse a document that names a project which the token is not for."""
+    grant: Grant = request.state.grant
+    if grant.project not in (None, project):
+        raise Refused(403, "Another project", f"the token is for project {grant.project!r}, not for {project!r}")
+
+
+async def refresh_tokens(request: Request) -> None:
+    """Read the tokens of the database again if they were read too long ago."""
+    tokens = Services.of(request).tokens
+    if not tokens.fresh:
+        await asyncio.to_thread(tokens.refresh)
+
+
+def presented_token(request: Request) -> str | None:
+    """Return the token of a request: of its Authorization header, or else of the page's cookie.
+
+    The header has it as a bearer token, or as the password that `curl -u` and Prometheus send.
+    """
+    authorization = request.headers.get("authorization")
+    if authorization is None:
+        return request.cookies.get(cookie_name(request))
     kind, _, value = authorization.partition(" ")
     if kind.lower() == "bearer":
         return value.strip()
@@ -65,62 +200,41 @@ def _presented(authorization: str) -> str | None:
     return None
 
 
-def encrypted(request: Request) -> bool:
+def cookie_name(request: Request) -> str:
+    """Return the name of the page's cookie, with the port at which people reach the server.
+
+    A browser keeps one jar for all ports of a host: two servers would log each other out.
+    """
+    address = Services.of(request).settings.configuration.public_url or f"//{request.headers.get('host', '')}"
+    try:
+        port = urlsplit(address).port
+    except ValueError:
+        port = None
+    return "gradwatch_token" if port is None else f"gradwatch_token_{port}"
+
+
+def is_encrypted(request: Request) -> bool:
     """Return whether people reach this server over https."""
-    services = cast("Services", request.app.state.services)
-    return request.url.scheme == "https" or services.settings.public_url.startswith("https:")
+    return request.url.scheme == "https" or Services.of(request).settings.public_url.startswith("https:")
 
 
-async def refresh(request: Request) -> None:
-    """Have the tokens of the database at hand."""
-    tokens = cast("Services", request.app.state.services).tokens
-    if not tokens.fresh:
-        await asyncio.to_thread(tokens.refresh)
+def check_origin(request: Request) -> None:
+    """Refuse a request by which another site's page would change something: a browser names the origin of a page.
 
-
-async def check(request: Request) -> None:
-    """Let a request pass, or refuse it.
+    Only a browser that ignores SameSite sends our cookie with a request of another page; a request with the cookie has
+    to come from this origin. If no token is required, any site could reach a server on the same machine.
 
     Raises:
-        Refused: 401 without a valid token, 403 where it does not allow this or another site's page asks for it, 421
-            for a host that is not this server's while no token is asked for.
+        Refused: 403.
     """
-    path: str = request.scope["path"]  # the Host header moves request.url.path in older versions of Starlette
-    _check_origin(request)
-    if path.startswith(_OPEN) or is_view(request.method, path):
-        return
-    await refresh(request)
-    services = cast("Services", request.app.state.services)
-    if not services.tokens.required:
-        _check_host(request, services.settings)
-    grant = services.tokens.check(shown(request), needed_scope(request.method, path), time.time())
-    request.state.grant = grant
-    if grant.project is not None and path.startswith(("/api/", "/metrics")):
-        await asyncio.to_thread(_check_project, services, grant, request)
-
-
-def is_view(method: str, path: str) -> bool:
-    """Return whether a request asks for a view of the page."""
-    if method not in ("GET", "HEAD"):
-        return False
-    return path in VIEWS or (path.startswith("/runs/") and path.count("/") == 2)
-
-
-def _check_origin(request: Request) -> None:
-    """Refuse to change anything for another site's page: a browser tells where the page that asks comes from.
-
-    A cookie goes with a request that the page of this server did not make only where a browser ignores SameSite; such
-    a request has to name its origin. Where no token is asked for, any site could reach a server on the same machine.
-    """
-    if request.method in _SAFE:
+    if request.method in _SAFE_METHODS:
         return
     origin = request.headers.get("origin")
     if origin is None:
-        by_cookie = "authorization" not in request.headers and cookie(request) in request.cookies
+        by_cookie = "authorization" not in request.headers and cookie_name(request) in request.cookies
         allowed = not by_cookie or request.headers.get("sec-fetch-site") == "same-origin"
     else:
-        services = cast("Services", request.app.state.services)
-        here = (request.headers.get("host", ""), urlsplit(services.settings.public_url).netloc)
+        here = (request.headers.get("host", ""), urlsplit(Services.of(request).settings.public_url).netloc)
         scheme, _, rest = origin.partition("://")
         allowed = scheme in ("http", "https") and rest in here
     if not allowed:
@@ -129,10 +243,10 @@ def _check_origin(request: Request) -> None:
 
 
 def _check_host(request: Request, settings: Settings) -> None:
-    """Refuse a host that is not this server's: where no token is asked for, nothing else keeps a site's page out.
+    """Refuse a host name that is not this server's: if no token is required, nothing else keeps other sites' pages out.
 
-    Its owner has the name lead to 127.0.0.1 once the page is loaded (DNS rebinding): a browser takes the server's
-    answers for that site's own. No such site is named localhost, or by an address.
+    The owner of a site can let its name point to 127.0.0.1 once its page is loaded (DNS rebinding), and a browser takes
+    our responses for that site's own. Such a site is never named localhost, nor by an address.
     """
     given = request.headers.get("host", "")
     host, ours = _hostname(f"//{given}"), (_hostname(settings.address), _hostname(settings.public_url))
@@ -147,43 +261,3 @@ def _hostname(address: str) -> str | None:
         return urlsplit(address).hostname
     except ValueError:  # a bracket that is not closed
         return None
-
-
-def _check_project(services: Services, grant: Grant, request: Request) -> None:
-    """Refuse what is of another project, or of all of them."""
-    path, here = request.scope["path"].strip("/").split("/")[2:], request.query_params.get("project")
-    match path:
-        case ["runs" | "silences"] if request.method == "POST":
-            return  # the document names the project: its route calls check_named_project
-        case ["runs" | "alerts" | "stream"]:
-            if here == grant.project:
-                return
-            raise Refused(403, "Every project", f"the token is for one project: add project={grant.project}")
-        case ["runs" | "alerts" | "deliveries" as kind, identity, *_]:
-            with services.engine.connect() as connection:
-                project = connection.execute(_projects[kind], {"id": identity}).scalar()
-            if project in (None, grant.project):
-                return
-            raise Refused(403, "Another project", f"the token is for project {grant.project!r}, this is of another")
-        case _:
-            raise Refused(
-                403, "Every project", f"the token is for project {grant.project!r}, this takes one for every project"
-            )
-
-
-def check_named_project(request: Request, project: str) -> None:
-    """Refuse a document that names a project which the token is not for."""
-    grant = cast("Grant", request.state.grant)
-    if grant.project not in (None, project):
-        raise Refused(403, "Another project", f"the token is for project {grant.project!r}, not for {project!r}")
-
-
-_run_project = sa.select(schema.runs.c.project)
-_alert_project = _run_project.join(schema.alerts, schema.alerts.c.run == schema.runs.c.id)
-_projects = {
-    "runs": _run_project.where(schema.runs.c.id == sa.bindparam("id")),
-    "alerts": _alert_project.where(schema.alerts.c.id == sa.bindparam("id")),
-    "deliveries": _alert_project.join(schema.deliveries, schema.deliveries.c.alert == schema.alerts.c.id).where(
-        schema.deliveries.c.id == sa.bindparam("id")
-    ),
-}

@@ -1,21 +1,24 @@
-"""What the API answers with. Non-finite numbers are spelled "NaN", "Infinity" and "-Infinity"."""
+"""Documents of the HTTP interface, from which OpenAPI has its schemas.
+
+A number that is not finite is the text "NaN", "Infinity" or "-Infinity", since JSON has no number for it.
+"""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from gradwatch_server.store.tokens import Scope
+
 Number = float | Literal["NaN", "Infinity", "-Infinity"]
 Measured = Number | None
-"""None: the parameter had no gradient in this round."""
+"""None: the parameter had no gradient in this step."""
 _WITHOUT_NUL = r"^[^\x00]*$"
-"""PostgreSQL keeps every character but this."""
-
-
+"""PostgreSQL stores no NUL in a text."""
 AnyDocument = dict[str, Any]
 
 
 class Problem(BaseModel):
-    """An RFC 9457 problem document: what is wrong and the way out."""
+    """An RFC 9457 problem document: what is wrong and what to do about it."""
 
     type: str = "about:blank"
     title: str
@@ -24,11 +27,11 @@ class Problem(BaseModel):
 
 
 class Registered(BaseModel):
-    """A run is known to the server."""
+    """A run is registered."""
 
     id: str
     url: str = Field(description="the run's page")
-    created: bool = Field(description="false: it was known already")
+    created: bool = Field(description="false: the run existed already")
 
 
 class Stored(BaseModel):
@@ -36,7 +39,7 @@ class Stored(BaseModel):
 
     id: str
     samples: int = Field(description="samples that this request stored")
-    duplicate: bool = Field(description="true: the batch was stored before; nothing changed")
+    duplicate: bool = Field(description="true: the batch was stored before, and nothing changed")
 
 
 class Run(BaseModel):
@@ -54,10 +57,12 @@ class Run(BaseModel):
     last_seen_at: float = Field(description="Unix seconds")
     finished_at: float | None = Field(description="Unix seconds")
     firing: int = Field(description="number of alerts that fire")
-    worst_rule: str | None = Field(description="rule of the most severe alert that fires, or fired until the run ended")
+    worst_rule: str | None = Field(
+        description="rule of the most severe alert that fires, or that fired when the run ended"
+    )
     worst_severity: str | None
     scalars: dict[str, Number] = Field(description="the latest value of each scalar")
-    dropped: dict[str, int] = Field(description="what the agent had to give up: samples, bytes, errors, values")
+    dropped: dict[str, int] = Field(description="what the agent had to drop: samples, bytes, errors, values")
 
 
 class KnownParameter(BaseModel):
@@ -73,7 +78,7 @@ class KnownParameter(BaseModel):
 
 
 class LastEvent(BaseModel):
-    """The last event of one kind that an agent has told."""
+    """The last event of one kind that an agent has reported."""
 
     kind: str = Field(description="such as disarmed, not_measured, not_stepped, skipped_step, nonfinite_module")
     count: int = Field(description="events of this kind")
@@ -102,12 +107,12 @@ class Series(BaseModel):
     min: list[Measured] = Field(description="smallest finite value of each bucket")
     max: list[Measured] = Field(description="largest finite value of each bucket")
     mean: list[Measured] = Field(description="mean of the finite values of each bucket")
-    last: list[Measured] = Field(description="newest value of each bucket, as it was measured")
+    last: list[Measured] = Field(description="newest value of each bucket, finite or not")
     nonfinite: list[int] = Field(description="values of each bucket that are NaN or infinite")
 
 
 class Profile(BaseModel):
-    """One statistic of all parameters in the order of depth, gathered over a range of samples."""
+    """One statistic of all parameters in the order of depth, summarised over a range of samples."""
 
     run: str
     statistic: str
@@ -133,7 +138,7 @@ class Latest(BaseModel):
 
 
 class Thirds(BaseModel):
-    """The same by thirds of the depth, from the input."""
+    """Share of units that each threshold would have clipped, by thirds of the depth from the input."""
 
     first: list[float]
     middle: list[float]
@@ -146,13 +151,13 @@ class ClipAdvice(BaseModel):
     run: str
     from_step: int | None
     to_step: int | None
-    samples: int = Field(description="samples that were looked at, spread over the range")
+    samples: int = Field(description="samples from which this is computed, spread over the range")
     thresholds: list[float]
     shares: list[float] = Field(description="share of units over all samples that each threshold would have clipped")
     thirds: Thirds
     steps: list[int]
     rates: list[list[float]] = Field(description="share of units at each step, one for each threshold")
-    clip: float | None = Field(description="threshold in force; null: nothing is clipped adaptively")
+    clip: float | None = Field(description="threshold in force; null: adaptive clipping is off")
     recommended: float | None
     reason: str
 
@@ -195,9 +200,10 @@ class Alert(BaseModel):
     resolved_at: float | None
     resolution: str | None = Field(description="why it ended")
     muted: str | None = Field(
-        description="why it, or its escalation, was not told: a silence, another rule, an acknowledgement; null: told"
+        description="why receivers were not notified, or not of the escalation: a silence, another rule, an "
+        "acknowledgement; null: they were"
     )
-    flaps: int = Field(description="times it came back within 10 minutes of having resolved")
+    flaps: int = Field(description="times that it fired again within 10 minutes of resolving")
     acknowledged_at: float | None = Field(description="Unix seconds")
     acknowledged_by: str | None
     parameters: list[Blame] = Field(description="worst first")
@@ -209,13 +215,13 @@ class Alert(BaseModel):
 
 
 class Acknowledgement(BaseModel):
-    """Somebody takes care of an alert."""
+    """Who acknowledges an alert."""
 
     author: str = Field(min_length=1, max_length=200, pattern=_WITHOUT_NUL)
 
 
 class NewSilence(BaseModel):
-    """What is not told for a while; patterns may have ``*`` and ``?``."""
+    """A silence to add: alerts that match all its patterns, with ``*`` and ``?``, are muted for a while."""
 
     project: str = Field("*", max_length=512, pattern=_WITHOUT_NUL)
     run: str = Field("*", max_length=512, pattern=_WITHOUT_NUL)
@@ -226,24 +232,24 @@ class NewSilence(BaseModel):
 
 
 class Silence(NewSilence):
-    """A silence that holds."""
+    """A silence in force."""
 
     id: str
     created_at: float = Field(description="Unix seconds")
 
 
 class Attempt(BaseModel):
-    """One try of a delivery."""
+    """One attempt of a delivery."""
 
     number: int
     at: float = Field(description="Unix seconds")
     seconds: float
-    status: int | None = Field(description="HTTP status; null: no answer")
+    status: int | None = Field(description="HTTP status; null: no response")
     error: str
 
 
 class Delivery(BaseModel):
-    """One transition to one receiver."""
+    """Delivery of one transition to one receiver."""
 
     id: str = Field(description="the webhook-id")
     alert: str
@@ -254,33 +260,97 @@ class Delivery(BaseModel):
     created_at: float = Field(description="Unix seconds")
     due_at: float = Field(description="Unix seconds: when the next attempt is made")
     delivered_at: float | None = Field(description="Unix seconds")
-    error: str = Field(description="what the last attempt failed on")
+    error: str = Field(description="why the last attempt failed")
+
+
+class AlertDelivery(BaseModel):
+    """Delivery of one transition to one receiver."""
+
+    id: str
+    receiver: str
+    transition: str = Field(description="the state that the receiver is notified of: firing or resolved")
+    step: int
+    state: str = Field(description="due, delivered or dead")
+    created_at: float
+    due_at: float
+    delivered_at: float | None
+    attempts: list[Attempt]
 
 
 class DeliveryDetail(Delivery):
-    """One delivery with what was sent and every attempt."""
+    """One delivery with its payload and every attempt."""
 
     payload: AnyDocument
     log: list[Attempt]
 
 
 class Replayed(BaseModel):
-    """Deliveries that are due again."""
+    """How many deliveries are due again."""
 
     deliveries: int
 
 
 class Receiver(BaseModel):
-    """Where transitions go; its address and its secrets are not shown."""
+    """A configured receiver, without its address and its secrets."""
 
     name: str
     type: str
-    disabled: str | None = Field(description="why nothing is sent there; null: it is in use")
+    disabled: str | None = Field(description="why nothing is sent to it; null: it is in use")
     due: int
     dead: int
 
 
+class ReceiverHealth(BaseModel):
+    """A receiver with the counts of its deliveries and its last error."""
+
+    name: str
+    host: str = Field(description="of its address, the rest of which may hold a secret")
+    signed: bool
+    configured: bool = Field(description="false: it has deliveries, but is no longer in the configuration")
+    due: int
+    delivered: int
+    dead: int
+    last_delivered_at: float | None
+    last_error: str | None = Field(description="of the last failed attempt within a day")
+    last_error_at: float | None
+    disabled: str | None = Field(description="why nothing is sent to it; null: it is in use")
+
+
+class Overview(BaseModel):
+    """The state of the server in numbers."""
+
+    version: str
+    ready: bool
+    database: str
+    runs: int
+    parameters: int
+    samples: int = Field(description="samples stored, over all runs")
+    stored_batches: int = Field(description="since the server started, like all that follows")
+    duplicate_batches: int
+    stored_values: int
+    queued_batches: int
+    queue_capacity: int
+    commits: int
+    mean_commit_seconds: float | None
+    dropped: dict[str, int] = Field(description="what agents had to drop, over all runs")
+    receivers: list[ReceiverHealth]
+
+
+class Login(BaseModel):
+    """A token, as ``gradwatch token create`` printed it."""
+
+    token: str = Field(min_length=1, max_length=200)
+
+
+class Session(BaseModel):
+    """What the token of a request allows."""
+
+    login: bool = Field(description="whether this server requires a token")
+    scope: Scope | None = Field(description="null: log in first")
+    project: str | None = Field(description="the one project that the token is for; null: every project")
+
+
 class Health(BaseModel):
-    """Whether the server lives, or is ready to take requests."""
+    """Whether the process lives, or the server is ready for requests."""
 
     status: str

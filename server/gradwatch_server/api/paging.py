@@ -1,4 +1,4 @@
-"""Long lists, a page at a time: the newest first, and a link to what follows."""
+"""Pages of long lists, the newest entries first, each with a link to the next page."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -6,12 +6,12 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import Query, Request, Response
 
-Limit = Annotated[int, Query(ge=1, le=10_000, description="most entries in one answer, the newest first")]
+Limit = Annotated[int, Query(ge=1, le=10_000, description="most entries in one response, the newest first")]
 Before = Annotated[
     str | None,
     Query(
         pattern=r"^[0-9]{1,12}(\.[0-9]{1,20})?(e-[0-9]{2,3})?,[!-~]{1,300}$",
-        description="what is older than an entry, by its time and id: the Link header has the next page's",
+        description="only entries that are older than this one, given by its time and id, as in the Link header",
     ),
 ]
 
@@ -24,24 +24,28 @@ def read_page(
     limit: int,
     exchange: tuple[Request, Response],
 ) -> Sequence[sa.RowMapping]:
-    """Return a page of a query; where there is more, the answer gets a ``Link`` header of relation ``next``.
+    """Return a page of a query; if there is another one, the response gets a ``Link`` header of relation ``next``.
 
     Args:
         connection: to read with.
-        query: what is listed, not ordered yet.
-        order: when an entry was made, and its id.
-        before: time and id of the last entry of the page before, which may be gone by now; none: the first page.
+        query: unordered; all entries of the list.
+        order: the columns of an entry's time and of its id.
+        before: time and id of the last entry of the page before, which may be deleted by now; None: the first page.
         limit: most entries.
-        exchange: the request and its answer.
+        exchange: the request and its response.
     """
     (made_at, entry_id), (request, response) = order, exchange
     if before is not None:
-        time, _, last_id = before.partition(",")
-        last = float(time)
-        query = query.where(sa.or_(made_at < last, sa.and_(made_at == last, entry_id < last_id)))
+        query = query.where(_is_older(order, before))
     rows = connection.execute(query.order_by(made_at.desc(), entry_id.desc()).limit(limit + 1)).mappings().all()
     if len(rows) > limit:
-        last_row = rows[limit - 1]
-        following = request.url.include_query_params(before=f"{last_row[made_at.name]!r},{last_row[entry_id.name]}")
+        last = rows[limit - 1]
+        following = request.url.include_query_params(before=f"{last[made_at.name]!r},{last[entry_id.name]}")
         response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
     return rows[:limit]
+
+
+def _is_older(order: tuple[sa.Column[float], sa.Column[str]], before: str) -> sa.ColumnElement[bool]:
+    """Return the condition of entries that come after an entry in the list, which is ordered by time, then id."""
+    (made_at, entry_id), (time, _, last_id) = order, before.partition(",")
+    return sa.or_(made_at < float(time), sa.and_(made_at == float(time), entry_id < last_id))

@@ -1,4 +1,4 @@
-"""Refusals as problem+json."""
+"""Problem documents (RFC 9457): the response to every request that is refused or fails."""
 
 import re
 import sqlite3
@@ -13,45 +13,49 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gradwatch_server.api.documents import Problem
-from gradwatch_server.errors import Refused
+from gradwatch_server.errors import Refused, RetryAfter
 
 PROBLEM_TYPE = "application/problem+json"
+_MOST_CHARACTERS = 500
+"""Of a database's message in a problem document."""
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the OpenAPI entries of these refusals."""
-    described = {"model": Problem}
-    return {
-        status: described | {"description": HTTPStatus(status).phrase, "content": {PROBLEM_TYPE: {}}}
-        for status in statuses
-    }
+    """Return the responses of an OpenAPI operation that are problem documents, by their status."""
+    content = {PROBLEM_TYPE: {"schema": {"$ref": f"#/components/schemas/{Problem.__name__}"}}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
 
 
-def answer(status: int, title: str, detail: str, retry_after_seconds: int | None = None) -> Response:
+def problem_response(status: int, title: str, detail: str, retry_after: RetryAfter | None = None) -> Response:
     """Return a problem document."""
-    body = {"type": "about:blank", "title": title, "status": status, "detail": detail}
-    headers = {} if retry_after_seconds is None else {"Retry-After": str(retry_after_seconds)}
-    return Response(msgspec.json.encode(body), status, headers, PROBLEM_TYPE)
+    document = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    headers = {} if retry_after is None else {"Retry-After": str(int(retry_after))}
+    return Response(msgspec.json.encode(document), status, headers, PROBLEM_TYPE)
 
 
-def refuse(error: Refused) -> Response:
-    """Return the problem document of a refusal; it never asks for ``Basic``: a browser would open a window for that."""
-    made = answer(error.status, error.title, error.detail, error.retry_after_seconds)
-    if error.status == 401:
-        made.headers["WWW-Authenticate"] = 'Bearer realm="gradwatch"'
-    if error.status == 408:
-        made.headers["Connection"] = "close"  # the rest of the body would be taken for a request
-    return made
+def refusal_response(refusal: Refused) -> Response:
+    """Return the problem document of a refusal.
+
+    A 401 does not offer the scheme ``Basic``: a browser would open a window for a password.
+    """
+    response = problem_response(refusal.status, refusal.title, refusal.detail, refusal.retry_after)
+    if refusal.status == 401:
+        response.headers["WWW-Authenticate"] = 'Bearer realm="gradwatch"'
+    if refusal.status == 408:
+        response.headers["Connection"] = "close"  # the rest of the body would be taken for a request
+    return response
 
 
-def out_of_reach(error: sa.exc.OperationalError | sa.exc.TimeoutError) -> Response:
-    """Return the problem document of a database that does not answer, is full, or has no connection left."""
+def _database_response(error: sa.exc.OperationalError | sa.exc.TimeoutError) -> Response:
+    """Return the problem document of a database that does not respond, is full, or has no connection left."""
     if not isinstance(error, sa.exc.OperationalError):
-        return answer(503, "Database busy", f"nothing was stored: {error}"[:500], retry_after_seconds=5)
+        detail = f"nothing was stored: {error}"
+        return problem_response(503, "Database busy", detail[:_MOST_CHARACTERS], RetryAfter.DATABASE)
     if _is_full(error):
         detail = f"nothing was stored: {error.orig}; make room on the database's disk, then send it again"
-        return answer(507, "Disk full", detail[:500], retry_after_seconds=30)
-    return answer(503, "Database out of reach", f"nothing was stored: {error.orig}"[:500], retry_after_seconds=5)
+        return problem_response(507, "Disk full", detail[:_MOST_CHARACTERS], RetryAfter.DISK_FULL)
+    detail = f"nothing was stored: {error.orig}"
+    return problem_response(503, "Database out of reach", detail[:_MOST_CHARACTERS], RetryAfter.DATABASE)
 
 
 def _is_full(error: sa.exc.OperationalError) -> bool:
@@ -60,7 +64,7 @@ def _is_full(error: sa.exc.OperationalError) -> bool:
     return full or getattr(error.orig, "sqlstate", None) == "53100"
 
 
-def _methods_of(app: FastAPI, path: str) -> list[str]:
+def _allowed_methods(app: FastAPI, path: str) -> list[str]:
     """Return the methods that a path of the API takes, whichever routes they are on."""
     for template, operations in app.openapi()["paths"].items():
         if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
@@ -69,38 +73,40 @@ def _methods_of(app: FastAPI, path: str) -> list[str]:
 
 
 def install(app: FastAPI) -> None:
-    """Make every refusal of the app a problem document."""
+    """Make the response to every exception of the app's routes a problem document."""
 
     @app.exception_handler(Refused)
     async def refused(_request: Request, error: Refused) -> Response:
-        return refuse(error)
+        return refusal_response(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> Response:
+    async def invalid_request(_request: Request, error: RequestValidationError) -> Response:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        return answer(422, "Invalid request", faults)
+        return problem_response(422, "Invalid request", faults)
 
     @app.exception_handler(ClientDisconnect)
-    async def left(_request: Request, _error: ClientDisconnect) -> Response:
-        return answer(400, "Body cut off", "the client hung up before it had sent the body")  # nobody reads it
+    async def client_left(_request: Request, _error: ClientDisconnect) -> Response:
+        detail = "the client hung up before it had sent the body"  # nobody reads it
+        return problem_response(400, "Body cut off", detail)
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        made = answer(error.status_code, HTTPStatus(error.status_code).phrase, str(error.detail))
-        made.headers.update(error.headers or {})
-        if error.status_code == 405 and (methods := _methods_of(app, request.url.path)):
-            made.headers["Allow"] = ", ".join(methods)
-        return made
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        response = problem_response(error.status_code, HTTPStatus(error.status_code).phrase, str(error.detail))
+        response.headers.update(error.headers or {})
+        if error.status_code == 405 and (methods := _allowed_methods(app, request.url.path)):
+            response.headers["Allow"] = ", ".join(methods)
+        return response
 
     @app.exception_handler(sa.exc.OperationalError)
     @app.exception_handler(sa.exc.TimeoutError)
-    async def unreached(_request: Request, error: sa.exc.OperationalError | sa.exc.TimeoutError) -> Response:
-        return out_of_reach(error)
+    async def database_failed(_request: Request, error: sa.exc.OperationalError | sa.exc.TimeoutError) -> Response:
+        return _database_response(error)
 
     @app.exception_handler(sa.exc.DataError)
-    async def unkept(_request: Request, error: sa.exc.DataError) -> Response:
-        return answer(422, "Invalid value", f"the database cannot hold this: {error.orig}"[:500])
+    async def invalid_value(_request: Request, error: sa.exc.DataError) -> Response:
+        detail = f"the database cannot hold this: {error.orig}"
+        return problem_response(422, "Invalid value", detail[:_MOST_CHARACTERS])
 
     @app.exception_handler(Exception)
-    async def broken(_request: Request, error: Exception) -> Response:
-        return answer(500, "Internal error", f"{type(error).__name__}: the server's log says more")
+    async def failed(_request: Request, error: Exception) -> Response:
+        return problem_response(500, "Internal error", f"{type(error).__name__}: the server's log says more")

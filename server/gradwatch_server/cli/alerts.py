@@ -1,4 +1,4 @@
-"""``gradwatch alerts``: list alerts, or say who takes care of one."""
+"""``gradwatch alerts``: list alerts, acknowledge one, or withdraw an acknowledgement."""
 
 import argparse
 import getpass
@@ -6,42 +6,55 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from gradwatch_server.cli.client import ask, parser, told
+from gradwatch_server.cli.client import send_request
+from gradwatch_server.cli.command import run_command, server_parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """List alerts, or say who takes care of one."""
-    options = parser("alerts", "List alerts, the newest 1,000, or acknowledge one.")
-    options.add_argument("--project")
-    options.add_argument("--run", help="a run's id")
-    options.add_argument("--state", choices=("pending", "firing", "resolved"), help="(default: all)")
-    options.add_argument("--ack", metavar="ID", help="acknowledge this alert: only its end is told from now on")
-    options.add_argument("--unack", metavar="ID", help="withdraw the acknowledgement of this alert")
-    options.add_argument("--author", default=getpass.getuser(), help="who acknowledges it (default: %(default)s)")
-    given = options.parse_args(arguments)
-    return told(lambda: _alerts(given), "alerts")
+    """Run ``gradwatch alerts``; return the exit code."""
+    parser = server_parser("alerts", "List the newest 1,000 alerts, acknowledge one, or withdraw an acknowledgement.")
+    parser.add_argument("--project", help="list the alerts of this project only")
+    parser.add_argument("--run", metavar="ID", help="list the alerts of this run only")
+    parser.add_argument("--state", choices=("pending", "firing", "resolved"), help="list the alerts in this state only")
+    parser.add_argument("--ack", metavar="ID", help="acknowledge this alert: receivers are notified only of its end")
+    parser.add_argument("--unack", metavar="ID", help="withdraw the acknowledgement of this alert")
+    parser.add_argument("--author", default=getpass.getuser(), help="who acknowledges it (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    work = _acknowledge if options.ack else _withdraw if options.unack else _list_alerts
+    return run_command("alerts", lambda: work(options))
 
 
-def _alerts(given: argparse.Namespace) -> int:
-    if given.ack:
-        alert = ask(given, "POST", f"/alerts/{given.ack}/acknowledge", json={"author": given.author})
-        print(f"{alert['rule']} of run {alert['run']} is acknowledged by {alert['acknowledged_by']}")
-        return 0
-    if given.unack:
-        alert = ask(given, "DELETE", f"/alerts/{given.unack}/acknowledge")
-        print(f"{alert['rule']} of run {alert['run']} is no longer acknowledged")
-        return 0
-    asked = {name: getattr(given, name) for name in ("project", "run", "state") if getattr(given, name)}
-    listed = ask(given, "GET", "/alerts", params=asked)
-    for alert in listed:
-        taken = alert["acknowledged_by"] and f"acknowledged by {alert['acknowledged_by']} {_at(alert)}"
-        notes = [taken or alert["muted"] or ""]
-        shown = f"{alert['id']}  {alert['state']:<8}  {alert['severity']:<8}  {alert['rule']:<10}  {alert['run']}"
-        print("  ".join(filter(None, [shown, f"step {alert['first_step']}", alert["summary"], *notes])))
-    if not listed:
+def _acknowledge(options: argparse.Namespace) -> int:
+    alert = send_request(options, "POST", f"/alerts/{options.ack}/acknowledge", json={"author": options.author})
+    print(f"{alert['rule']} of run {alert['run']} is acknowledged by {alert['acknowledged_by']}")
+    return 0
+
+
+def _withdraw(options: argparse.Namespace) -> int:
+    alert = send_request(options, "DELETE", f"/alerts/{options.unack}/acknowledge")
+    print(f"{alert['rule']} of run {alert['run']} is no longer acknowledged")
+    return 0
+
+
+def _list_alerts(options: argparse.Namespace) -> int:
+    filters = {name: getattr(options, name) for name in ("project", "run", "state") if getattr(options, name)}
+    alerts = send_request(options, "GET", "/alerts", params=filters)
+    for alert in alerts:
+        print(_line(alert))
+    if not alerts:
         print("no alerts")
     return 0
 
 
-def _at(alert: dict[str, Any]) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(alert["acknowledged_at"]))
+def _line(alert: dict[str, Any]) -> str:
+    columns = [f"{alert['id']}  {alert['state']:<8}  {alert['severity']:<8}  {alert['rule']:<10}  {alert['run']}"]
+    columns += [f"step {alert['first_step']}", alert["summary"], _note(alert)]
+    return "  ".join(filter(None, columns))
+
+
+def _note(alert: dict[str, Any]) -> str:
+    """Return who has acknowledged an alert and when, or else why it is muted."""
+    if not alert["acknowledged_by"]:
+        return alert["muted"] or ""
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(alert["acknowledged_at"]))
+    return f"acknowledged by {alert['acknowledged_by']} {at}"

@@ -1,4 +1,4 @@
-"""``gradwatch export``: the samples of a run as a table, one row for each step and parameter, as CSV or Parquet."""
+"""``gradwatch export``: write the samples of a run as CSV or Parquet, one row for each step and parameter."""
 
 import argparse
 import csv
@@ -13,11 +13,10 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from gradwatch.settings import secret
 from gradwatch.wire import MISSING, STATISTICS
+from gradwatch_server.cli.command import database_parser, open_database, run_command
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.store import schema
-from gradwatch_server.store.database import database_errors, open_engine, prepare
 from gradwatch_server.store.parameters import load_parameters
 from gradwatch_server.store.rollups.levels import pruned_to
 from gradwatch_server.store.vectors import padded
@@ -31,37 +30,37 @@ class ExportError(GradwatchError):
 
 
 class Table(Protocol):
-    """A file that takes rows."""
+    """A file of rows."""
 
     def write(self, columns: dict[str, Column]) -> None:
-        """Add rows, given by columns."""
+        """Append rows, which are given as columns of one length."""
 
     def close(self) -> None:
-        """End the file."""
+        """Write what a file of this kind has at its end."""
 
 
 class CsvTable:
-    """Comma-separated values; NaN and Infinity by name, a missing value as an empty field."""
+    """Comma-separated values: NaN and Infinity by name, a missing value as an empty field."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
         self._writer = csv.writer(file, lineterminator="\n")
-        self._begun = False
+        self._has_header = False
 
     def write(self, columns: dict[str, Column]) -> None:
-        """Add rows, under a line of names."""
-        if not self._begun:
+        """Append rows, the first ones below a line of column names."""
+        if not self._has_header:
             self._writer.writerow(columns)
-            self._begun = True
-        self._writer.writerows(zip(*map(_spelled, columns.values()), strict=True))
+            self._has_header = True
+        self._writer.writerows(zip(*map(_to_csv, columns.values()), strict=True))
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Flush the file."""
         self._file.flush()
 
 
 class ParquetTable:
-    """Parquet; NaN and Infinity as they are, a missing value as null."""
+    """Parquet: NaN and Infinity as floats, a missing value as null."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -76,7 +75,7 @@ class ParquetTable:
         self._writer: Any = None
 
     def write(self, columns: dict[str, Column]) -> None:
-        """Add a group of rows."""
+        """Append a group of rows."""
         arrays = {name: self._array(column) for name, column in columns.items()}
         table = self._pa.table(arrays)
         if self._writer is None:
@@ -89,13 +88,13 @@ class ParquetTable:
         return self._pa.array(column)
 
     def close(self) -> None:
-        """Write the file's end."""
+        """Write the footer."""
         if self._writer is not None:
             self._writer.close()
 
 
-def _spelled(column: Column) -> list[Any]:
-    """Return a column as CSV has it; a float32 in the fewest digits that bring it back."""
+def _to_csv(column: Column) -> list[Any]:
+    """Return the fields of a column; a float32 in the fewest digits that are read back as the same number."""
     if not isinstance(column, np.ndarray):
         return column
     names = {"nan": "NaN", "inf": "Infinity", "-1.0": ""}
@@ -123,13 +122,13 @@ def export(connection: sa.Connection, run_id: str, table: Table) -> int:
 
 
 def _chunks(connection: sa.Connection, run_id: str, statistics: Sequence[str]) -> Iterator[Sequence[sa.Row[Any]]]:
-    """Return the samples in the order of their steps, a few at a time."""
+    """Yield the samples in the order of their steps, at most ``_CHUNK_SAMPLES`` at a time."""
     table = schema.samples
     wanted = sa.select(*table.c["step", "attempt", "at"], *(table.c[name] for name in statistics))
     after = -1
     while True:
-        mine = wanted.where(table.c.run == run_id, table.c.level == 0, table.c.step > after)
-        rows = connection.execute(mine.order_by(table.c.step).limit(_CHUNK_SAMPLES)).all()
+        following = wanted.where(table.c.run == run_id, table.c.level == 0, table.c.step > after)
+        rows = connection.execute(following.order_by(table.c.step).limit(_CHUNK_SAMPLES)).all()
         if not rows:
             return
         after = rows[-1].step
@@ -138,61 +137,58 @@ def _chunks(connection: sa.Connection, run_id: str, statistics: Sequence[str]) -
 
 def _columns(rows: Sequence[sa.Row[Any]], names: Sequence[str], statistics: Sequence[str]) -> dict[str, Column]:
     width = len(names)
-    whole: dict[str, Column] = {
+    columns: dict[str, Column] = {
         "step": np.repeat([row.step for row in rows], width).tolist(),
         "attempt": np.repeat([row.attempt for row in rows], width).tolist(),
         "at": np.repeat([row.at for row in rows], width).tolist(),
         "parameter": list(names) * len(rows),
     }
     for place, name in enumerate(statistics, 3):
-        whole[name] = np.concatenate([padded(row[place], width) for row in rows])
-    return whole
+        columns[name] = np.concatenate([padded(row[place], width) for row in rows])
+    return columns
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Export a run; return the exit code."""
-    parser = argparse.ArgumentParser(prog="gradwatch export", description="Write the samples of a run as a table.")
+    """Run ``gradwatch export``; return the exit code."""
+    parser = database_parser("export", "Write the samples of a run as a table.")
     parser.add_argument("run", metavar="RUN", help="id of the run")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="FILE.csv or FILE.parquet (default: CSV to standard output)"
     )
-    parser.add_argument("--database-url", help="(default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)")
-    given = parser.parse_args(arguments)
-    url = given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
-    try:
-        engine = open_engine(url, create=False)
-        prepare(engine)
-        with database_errors(engine), engine.connect() as connection:
-            with _made(given.output) as path, ExitStack() as stack:
-                table = _open(path, stack)
-                stack.callback(table.close)
-                count = export(connection, given.run, table)
-            gone = _gone(connection, given.run)
-    except BrokenPipeError:
-        raise
-    except (GradwatchError, OSError) as error:
-        print(f"gradwatch export: {error}", file=sys.stderr)
-        return 1
-    engine.dispose()
-    print(f"gradwatch export: {count} samples of run {given.run}{gone}", file=sys.stderr)
+    options = parser.parse_args(arguments)
+    return run_command("export", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    with open_database(options) as engine, engine.connect() as connection:
+        with _replacing(options.output) as path, ExitStack() as stack:
+            table = _open(path, stack)
+            stack.callback(table.close)
+            count = export(connection, options.run, table)
+        pruned = _pruned(connection, options.run)
+    print(f"gradwatch export: {count} samples of run {options.run}{pruned}", file=sys.stderr)
     return 0
 
 
-def _gone(connection: sa.Connection, run_id: str) -> str:
-    """Return what is to be said where samples have been pruned."""
+def _pruned(connection: sa.Connection, run_id: str) -> str:
+    """Return the words about samples that retention has deleted, if there were any."""
     wanted = sa.select(schema.runs.c.coverage).where(schema.runs.c.id == run_id)
     to = pruned_to(connection.execute(wanted).scalar_one().get("pruned", []), 0)
     return "" if to < 0 else f"; others up to step {to} have been pruned ([retention] level_days)"
 
 
 @contextmanager
-def _made(output: Path | None) -> Iterator[Path | None]:
-    """Have a file written beside its place, which it takes when it is whole: what was there before stays until then."""
+def _replacing(output: Path | None) -> Iterator[Path | None]:
+    """Yield the path of a temporary file, which replaces the output file once it is complete; None for standard output.
+
+    Raises:
+        ExportError: the output file has another suffix than .csv or .parquet.
+    """
     if output is None:
         yield None
         return
     if output.suffix not in (".csv", ".parquet"):
-        raise ExportError(f"--output {output}: the name ends in .csv or .parquet")
+        raise ExportError(f"--output {output}: name a file that ends in .csv or .parquet")
     path = output.with_name(f".{os.getpid()}-{output.name}")
     try:
         yield path

@@ -1,26 +1,22 @@
-"""``gradwatch migrate``: bring the schema of a database to this version."""
+"""``gradwatch migrate``: migrate the schema of a database to this version."""
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
 
-from gradwatch.settings import secret
-from gradwatch_server.errors import DatabaseError
+from gradwatch_server.cli.command import database_parser, run_command
+from gradwatch_server.settings import resolve_database_url
 from gradwatch_server.store.database import migrate, open_engine
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Migrate the database; return the exit code."""
-    parser = argparse.ArgumentParser(prog="gradwatch migrate", description="Bring a database to this version.")
-    parser.add_argument("--database-url", help="(default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)")
-    given = parser.parse_args(arguments).database_url
-    try:
-        engine = open_engine(given or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db")
-        migrate(engine)
-    except (DatabaseError, ValueError) as error:
-        print(f"gradwatch migrate: {error}", file=sys.stderr)
-        return 1
+    """Run ``gradwatch migrate``; return the exit code."""
+    parser = database_parser("migrate", "Migrate the schema of a database to this version.")
+    options = parser.parse_args(arguments)
+    return run_command("migrate", lambda: _migrate(resolve_database_url(options.database_url)))
+
+
+def _migrate(url: str) -> int:
+    engine = open_engine(url)
+    migrate(engine)
     print(f"gradwatch migrate: {engine.url.render_as_string()} has the schema of this version")
     engine.dispose()
     return 0

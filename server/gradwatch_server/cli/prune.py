@@ -1,44 +1,33 @@
-"""``gradwatch prune``: deletes expired runs, and the expired levels of others, once."""
+"""``gradwatch prune``: delete expired runs, and the expired levels of other runs, once."""
 
 import argparse
 import asyncio
-import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import sqlalchemy as sa
 
-from gradwatch.settings import secret
 from gradwatch_server.alerting.run_alerts import resolve_deleted
-from gradwatch_server.errors import GradwatchError
+from gradwatch_server.cli.command import database_parser, open_database, run_command
 from gradwatch_server.settings import Configuration, Settings
-from gradwatch_server.store.database import database_errors, open_engine, prepare
 from gradwatch_server.store.deletion import delete_expired_runs
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.rollups.downsampling import Downsampled, downsample_expired
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Delete what has expired; return the exit code."""
-    parser = argparse.ArgumentParser(prog="gradwatch prune", description="Remove what is over its time.")
-    parser.add_argument("--database-url", help="(default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="[retention] says how long")
-    given = parser.parse_args(arguments)
-    try:
-        configuration = Configuration.load(given.config)
-        engine = open_engine(
-            given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db",
-            create=False,
-        )
-        prepare(engine)
-        with database_errors(engine):
-            runs, levels = asyncio.run(_prune(engine, configuration))
-    except (GradwatchError, ValueError) as error:
-        print(f"gradwatch prune: {error}", file=sys.stderr)
-        return 1
-    engine.dispose()
+    """Run ``gradwatch prune``; return the exit code."""
+    parser = database_parser("prune", "Delete expired runs, and the expired levels of the other runs.")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="[retention] says what has expired")
+    options = parser.parse_args(arguments)
+    return run_command("prune", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    configuration = Configuration.load(options.config)
+    with open_database(options) as engine:
+        runs, levels = asyncio.run(_prune(engine, configuration))
     print("; ".join([f"removed {_many(runs, 'run')}", *_summary(levels)]))
     return 0
 

@@ -1,4 +1,4 @@
-"""``gradwatch receivers``: list the server's receivers, test one, or bring one back."""
+"""``gradwatch receivers``: list the server's receivers, test one, enable one, or replay its dead deliveries."""
 
 import argparse
 import asyncio
@@ -10,52 +10,62 @@ from typing import Any
 
 import msgspec
 
-from gradwatch_server.cli.client import AskError, ask, parser, told
+from gradwatch_server.cli.client import send_request
+from gradwatch_server.cli.command import run_command, server_parser
+from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.notify.http_client import DeliveryResult
 from gradwatch_server.notify.receivers import Notification, Receiver
 from gradwatch_server.settings import Configuration
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Test a receiver of a configuration file; list the server's, enable one, send its dead deliveries again."""
-    options = parser("receivers", "List the server's receivers, test one, or bring one back.")
-    options.add_argument("action", nargs="?", choices=("list", "test", "enable", "replay"), default="list")
-    options.add_argument("name", nargs="?", help="a receiver")
-    options.add_argument("--config", type=Path, default=Path("gradwatch.toml"), help="file that `test` reads")
-    given = options.parse_args(arguments)
-    if given.action != "list" and given.name is None:
-        options.error(f"{given.action} needs the NAME of a receiver")
+    """Run ``gradwatch receivers``; return the exit code."""
+    parser = server_parser("receivers", "List, test or enable the receivers of alerts, or replay dead deliveries.")
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=("list", "test", "enable", "replay"),
+        default="list",
+        help="list the server's receivers (default), send a test alert to one of the configuration file, enable one "
+        "that the server has disabled, or send its dead deliveries again",
+    )
+    parser.add_argument("name", nargs="?", help="of the receiver, for all but list")
+    config = Path("gradwatch.toml")
+    parser.add_argument("--config", type=Path, default=config, metavar="FILE", help="for test (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.action != "list" and options.name is None:
+        parser.error(f"{options.action} needs the NAME of a receiver")
     actions = {"list": _list_receivers, "test": _test, "enable": _enable, "replay": _replay}
-    return told(lambda: actions[given.action](given), "receivers")
+    return run_command("receivers", lambda: actions[options.action](options))
 
 
-def _list_receivers(given: argparse.Namespace) -> int:
-    for each in ask(given, "GET", "/receivers"):
-        state = f"disabled: {each['disabled']}" if each["disabled"] else "in use"
-        print(f"{each['name']}  {each['type']}  {state}  {each['due']} due  {each['dead']} dead")
+def _list_receivers(options: argparse.Namespace) -> int:
+    for receiver in send_request(options, "GET", "/receivers"):
+        state = f"disabled: {receiver['disabled']}" if receiver["disabled"] else "in use"
+        print(f"{receiver['name']}  {receiver['type']}  {state}  {receiver['due']} due  {receiver['dead']} dead")
     return 0
 
 
-def _enable(given: argparse.Namespace) -> int:
-    ask(given, "POST", f"/receivers/{given.name}/enable")
-    print(f"{given.name} is in use again; send what was given up with: gradwatch receivers replay {given.name}")
+def _enable(options: argparse.Namespace) -> int:
+    send_request(options, "POST", f"/receivers/{options.name}/enable")
+    print(f"{options.name} is in use again; send its dead deliveries with: gradwatch receivers replay {options.name}")
     return 0
 
 
-def _replay(given: argparse.Namespace) -> int:
-    print(f"due again: {ask(given, 'POST', f'/receivers/{given.name}/replay')['deliveries']}")
+def _replay(options: argparse.Namespace) -> int:
+    print(f"due again: {send_request(options, 'POST', f'/receivers/{options.name}/replay')['deliveries']}")
     return 0
 
 
-def _test(given: argparse.Namespace) -> int:
-    """Send a test alert without a server, once, and print what the receiver says."""
-    configuration = Configuration.load(given.config)
-    known = {receiver.name: receiver for receiver in configuration.receivers}
-    if given.name not in known:
-        listed = ", ".join(known) or "none"
-        raise AskError(f"{given.config} has no receiver {given.name!r}; it has: {listed}")
-    result = asyncio.run(_send(known[given.name], configuration.delivery.timeout_seconds))
-    print(f"{given.name}: {result.verdict}" + (f", status {result.status}" if result.status is not None else ""))
+def _test(options: argparse.Namespace) -> int:
+    """Send a test alert once, without a server, and print what the receiver responds."""
+    configuration = Configuration.load(options.config)
+    configured = {receiver.name: receiver for receiver in configuration.receivers}
+    if options.name not in configured:
+        listed = ", ".join(configured) or "none"
+        raise ConfigurationError(f"{options.config} has no receiver {options.name!r}; it has: {listed}")
+    result = asyncio.run(_send(configured[options.name], configuration.delivery.timeout_seconds))
+    print(f"{options.name}: {result.verdict}" + (f", status {result.status}" if result.status is not None else ""))
     for line in filter(None, (result.error, result.text)):
         print(line)
     return 0 if result.verdict == "delivered" else 1

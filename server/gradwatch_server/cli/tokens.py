@@ -1,66 +1,64 @@
-"""``gradwatch token``: makes, lists and revokes the tokens of a server's database."""
+"""``gradwatch token``: create, list and revoke the tokens of a server's database."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from gradwatch.settings import secret
-from gradwatch_server.errors import DatabaseError
+from gradwatch_server.cli.command import database_parser, open_database, run_command
 from gradwatch_server.store import schema
-from gradwatch_server.store.database import database_errors, open_engine, prepare, writing
+from gradwatch_server.store.database import writing
 from gradwatch_server.store.tokens import create, revoke
 
 
 def _days(text: str) -> float:
     days = float(text)
     if not 0 <= days < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of days between 0 and 1,000,000")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days between 0 and 1,000,000")
     return days
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gradwatch token", description="Make, list and revoke tokens.")
-    parser.add_argument("--database-url", help="(default: $GRADWATCH_DATABASE_URL or sqlite:///gradwatch.db)")
+    parser = database_parser("token", "Create, list and revoke tokens.")
     commands = parser.add_subparsers(dest="command", required=True)
-    made = commands.add_parser("create", help="make a token and print it, once")
-    made.add_argument("--scope", choices=["ingest", "read", "admin"], required=True)
-    made.add_argument("--project", help="allow this project alone (default: every project)")
-    made.add_argument("--days", type=_days, help="how long it is valid (default: until it is revoked)")
+    creating = commands.add_parser("create", help="create a token and print it; it cannot be shown again")
+    creating.add_argument("--scope", choices=["ingest", "read", "admin"], required=True, help="what it allows")
+    creating.add_argument("--project", help="allow this project only (default: every project)")
+    creating.add_argument("--days", type=_days, help="days until it expires (default: it does not expire)")
     commands.add_parser("list", help="list the tokens")
-    commands.add_parser("revoke", help="end a token").add_argument("id")
+    commands.add_parser("revoke", help="revoke a token").add_argument("id", help="as `gradwatch token list` shows it")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run ``gradwatch token``; return the exit code."""
-    given = _parser().parse_args(arguments)
-    try:
-        engine = open_engine(
-            given.database_url or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db",
-            create=given.command == "create",
-        )
-        prepare(engine)
-        with database_errors(engine), writing(engine) as connection:
-            return _run(connection, given, engine.url.render_as_string())
-    except (DatabaseError, ValueError) as error:
-        print(f"gradwatch token: {error}", file=sys.stderr)
-        return 1
+    options = _parser().parse_args(arguments)
+    return run_command("token", lambda: _run(options))
 
 
-def _run(connection: sa.Connection, given: argparse.Namespace, database: str) -> int:
-    if given.command == "create":
-        token_id, token = create(connection, given.scope, given.project, given.days)
-        print(f"made token {token_id} in {database}; it is shown this once:", file=sys.stderr)
-        print(token)
-        return 0
-    if given.command == "revoke":
-        found = revoke(connection, given.id)
-        print(f"revoked {given.id}" if found else f"no valid token has id {given.id!r}: gradwatch token list")
-        return 0 if found else 1
+def _run(options: argparse.Namespace) -> int:
+    work = {"create": _create, "list": _list_tokens, "revoke": _revoke}[options.command]
+    with open_database(options, create=options.command == "create") as engine, writing(engine) as connection:
+        return work(connection, options)
+
+
+def _create(connection: sa.Connection, options: argparse.Namespace) -> int:
+    token_id, token = create(connection, options.scope, options.project, options.days)
+    database = connection.engine.url.render_as_string()
+    print(f"created token {token_id} in {database}; it cannot be shown again:", file=sys.stderr)
+    print(token)
+    return 0
+
+
+def _revoke(connection: sa.Connection, options: argparse.Namespace) -> int:
+    revoked = revoke(connection, options.id)
+    print(f"revoked {options.id}" if revoked else f"no valid token has id {options.id!r}: gradwatch token list")
+    return 0 if revoked else 1
+
+
+def _list_tokens(connection: sa.Connection, _options: argparse.Namespace) -> int:
     for row in connection.execute(sa.select(schema.tokens).order_by(schema.tokens.c.created_at)):
         state = "revoked" if row.revoked_at else "expired" if (row.expires_at or 2e11) < time.time() else "valid"
         print(f"{row.id}  {row.scope:<7} {state:<8} {row.project or 'every project'}")

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gradwatch_server.errors import Refused, stopping
+from gradwatch_server.errors import Refused, RetryAfter, stopping
 
 
 class ByteBudget:
@@ -62,7 +62,7 @@ class ByteBudget:
             self.refused += 1
             limit = f"{self.limit_bytes} at most (limits.held_bytes)"
             detail = f"the server holds {self.held_bytes} bytes of bodies, {limit}"
-            raise Refused(503, "No room", f"{detail}: send it again later", retry_after_seconds=1)
+            raise Refused(503, "No room", f"{detail}: send it again later", retry_after=RetryAfter.SOON)
         self.held_bytes += count
 
 

@@ -1,18 +1,34 @@
-"""What a document may hold, beyond its types: checked before anything is stored."""
+"""Checks of what agents send, beyond the bounds of the wire's types: settings, consistency, words for a refusal.
+
+The types in ``gradwatch.wire`` carry the bounds of single values, and decoding checks them. This module checks what a
+type cannot say: limits that are settings, whether the parts of a document fit each other, and NaN where it is no value.
+"""
 
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from gradwatch import wire
 from gradwatch_server.errors import Refused
 from gradwatch_server.settings import Limits
 
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{2,63}")
-LARGEST_STEP = 2**53
-LARGEST_TIME = 1e11
+MOST_ENTRIES: Final[Mapping[tuple[type[msgspec.Struct], str], str]] = {
+    (wire.Registration, "parameters"): "parameters",
+    (wire.Registration, "attributes"): "scalar_names",
+    (wire.Batch, "samples"): "samples_per_batch",
+    (wire.Batch, "events"): "events_per_batch",
+    (wire.Batch, "trail"): "scalar_names",
+    (wire.Sample, "scalars"): "scalar_names",
+    (wire.Sample, "histograms"): "scalar_names",
+}
+"""(document, field) -> the setting in ``[limits]`` that bounds how many entries the field has."""
+
+_FAULT = re.compile(r"Expected (?P<expected>.+?)(?: - at `(?P<of>key` in `)?\$\.?(?P<place>[^`]*)`)?")
+_STEP_OF_PATH = re.compile(r"\.?(\w+)|\[(\d+|\.\.\.)\]")
 
 
 def invalid(detail: str) -> Refused:
@@ -20,94 +36,87 @@ def invalid(detail: str) -> Refused:
     return Refused(422, "Invalid content", detail)
 
 
+def beyond_bounds(fault: wire.BoundsError, content: Any) -> Refused:
+    """Return the refusal of a document with a value beyond a bound of its type.
+
+    Args:
+        fault: what decoding found.
+        content: the same document as decoded without types, in which the value is looked up.
+    """
+    found = _FAULT.fullmatch(str(fault))
+    if found is None:
+        return invalid(str(fault))
+    expected, place = found["expected"], found["place"]
+    for pattern, words in wire.PATTERNS.items():
+        expected = expected.replace(f"`str` matching regex {pattern!r}", words)
+    if found["of"]:
+        return invalid(f"a name in {place} is not allowed: expected {expected}")
+    return invalid(f"{place} {_described(content, place, expected)}: expected {expected}")
+
+
+def _described(content: Any, place: str, expected: str) -> str:
+    """Return the value at a place such as ``samples[0].step``, or how long it is, in words."""
+    value = content
+    try:
+        for name, index in _STEP_OF_PATH.findall(place):
+            value = value[name or int(index)]
+    except (LookupError, TypeError, ValueError):  # msgspec does not tell the key of a dict, or a key stands twice
+        return "is not allowed"
+    if "of length" not in expected:
+        return f"{value!r:.80}"
+    return f"has {len(value)} {'characters' if isinstance(value, str) else 'entries'}" if value else "is empty"
+
+
 def check_registration(registration: wire.Registration, limits: Limits) -> None:
-    """Refuse a registration that breaks a limit or contradicts itself.
+    """Refuse a registration that breaks a setting in ``[limits]`` or names a parameter twice.
 
     Raises:
         Refused: 422, with the field and its value; 409 where two parameters have one name, which no schema can say.
     """
-    if registration.id is not None and not _RUN_ID.fullmatch(registration.id):
-        raise invalid(f"id {registration.id!r:.80} is not a run id: 3 to 64 letters, digits, '-' and '_'")
-    if not registration.project:
-        raise invalid("project is empty: name one, or leave it out for 'default'")
     _check_names("project", [registration.project], limits)
     _check_names("name", [registration.name], limits)
-    _check_time("started_at", registration.started_at)
-    _check_whole("attempt", registration.attempt)
+    _check_counts(registration, limits)
     listed = registration.parameters
-    if len(listed) > limits.parameters:
-        raise invalid(f"{len(listed)} parameters are more than limits.parameters allows ({limits.parameters})")
-    _check_names("parameter", (parameter.name for parameter in listed), limits)
+    for parameter in listed:
+        _check_names("parameter", [parameter.name, parameter.dtype, parameter.kind], limits)
     if len({parameter.name for parameter in listed}) != len(listed):
         repeated = _first_repeated(parameter.name for parameter in listed)
         raise Refused(409, "Repeated name", f"parameter {repeated!r} stands twice in the list")
-    for parameter in listed:
-        if parameter.units < 0 or any(extent < 0 for extent in parameter.shape) or (parameter.depth or 0) < 0:
-            raise invalid(f"parameter {parameter.name!r}: shape, units and depth are not negative")
-        if max([parameter.units, parameter.depth or 0, *parameter.shape]) > LARGEST_STEP:
-            raise invalid(f"parameter {parameter.name!r}: shape, units or depth is larger than 2**53")
-        if parameter.depth is not None and parameter.depth >= 2**31:
-            raise invalid(f"parameter {parameter.name!r}: depth {parameter.depth} is larger than 2**31")
-        if len(parameter.shape) > 64:
-            raise invalid(f"parameter {parameter.name!r}: {len(parameter.shape)} dimensions are more than 64")
-        _check_names("dtype", [parameter.dtype], limits)
-        _check_names("kind", [parameter.kind], limits)
     _check_names("attribute", registration.attributes, limits)
-    if len(registration.attributes) > limits.scalar_names:
-        raise invalid(f"{len(registration.attributes)} attributes are more than {limits.scalar_names}")
     for name, value in registration.attributes.items():
         if len(value) > limits.attribute_characters:
             most = f"limits.attribute_characters ({limits.attribute_characters})"
             raise invalid(f"attributes.{name} has {len(value)} characters, more than {most}: {value[:40]!r}...")
-    _check_text(registration.attributes.values())
 
 
 def check_batch(batch: wire.Batch, limits: Limits) -> None:
-    """Refuse a batch that breaks a limit, whatever its run.
+    """Refuse a batch that breaks a setting in ``[limits]`` or whose parts contradict each other, whatever its run.
 
     Raises:
         Refused: 422, with the field and its value.
     """
-    if not batch.id:
-        raise invalid("id is empty: give each batch its own")
     _check_names("id", [batch.id], limits)
-    if not 0 <= batch.rank < 2**31:
-        raise invalid(f"rank {batch.rank} is not between 0 and 2**31")
-    _check_whole("attempt", batch.attempt)
-    if len(batch.samples) > limits.samples_per_batch:
-        raise invalid(
-            f"{len(batch.samples)} samples are more than limits.samples_per_batch ({limits.samples_per_batch})"
-        )
+    _check_counts(batch, limits)
     for index, sample in enumerate(batch.samples):
-        _check_sample(f"samples[{index}]", sample, limits)
+        _check_sample(f"samples[{index}]", sample)
     _check_trail(batch.trail, limits)
     _check_distinct("scalars", [batch.trail, *(sample.scalars for sample in batch.samples)], limits)
     _check_distinct("histograms", [sample.histograms for sample in batch.samples], limits)
-    if len(batch.events) > limits.events_per_batch:
-        raise invalid(f"{len(batch.events)} events are more than limits.events_per_batch ({limits.events_per_batch})")
-    for index, event in enumerate(batch.events):
-        _check_whole(f"events[{index}].step", event.step)
-        _check_time(f"events[{index}].at", event.at)
+    for event in batch.events:
         _check_names("event", [event.kind, event.parameter or ""], limits)
-        _check_text([event.message])
-    for name in ("samples", "bytes", "errors", "values"):
-        _check_whole(f"dropped.{name}", getattr(batch.dropped, name))
     if batch.end is not None:
-        _check_time("end.at", batch.end.at)
         _check_names("end.status", [batch.end.status], limits)
-        if not -(2**31) <= (batch.end.exit_code or 0) < 2**31:
-            raise invalid(f"end.exit_code {batch.end.exit_code} is not a 32-bit number")
 
 
 def check_fit(
-    batch: wire.Batch, parameter_count: int, known_scalars: Iterable[str], limits: Limits, *, older: bool = False
+    batch: wire.Batch, parameter_count: int, existing_scalars: Iterable[str], limits: Limits, *, older: bool = False
 ) -> None:
     """Refuse a batch that does not fit its run, or brings it more different scalar names than it may have.
 
     Args:
         batch: what ``check_batch`` has let through.
         parameter_count: of the run.
-        known_scalars: names that the run has.
+        existing_scalars: scalar names that the run has.
         limits: in force.
         older: whether it is of an attempt before the latest, from before the run gained its last parameters maybe.
 
@@ -121,15 +130,20 @@ def check_fit(
                     f"samples[{index}].statistics.{name} has {vector.size} values, the run has {parameter_count} "
                     "parameters: register the run again if it has gained some"
                 )
-    names = {*known_scalars, *batch.trail, *(name for sample in batch.samples for name in sample.scalars)}
+    names = {*existing_scalars, *batch.trail, *(name for sample in batch.samples for name in sample.scalars)}
     most = limits.scalar_names_per_run
     if len(names) > most:
         raise invalid(f"{len(names)} scalar names are more than limits.scalar_names_per_run allows a run ({most})")
 
 
-def _check_sample(place: str, sample: wire.Sample, limits: Limits) -> None:
-    _check_whole(f"{place}.step", sample.step)
-    _check_time(f"{place}.at", sample.at)
+def _check_counts(document: wire.Registration | wire.Batch, limits: Limits) -> None:
+    for (kind, field), limit in MOST_ENTRIES.items():
+        if kind is type(document) and len(getattr(document, field)) > getattr(limits, limit):
+            entries = f"{field} has {len(getattr(document, field))} entries"
+            raise invalid(f"{entries}, more than limits.{limit} allows ({getattr(limits, limit)})")
+
+
+def _check_sample(place: str, sample: wire.Sample) -> None:
     vectors = sample.statistics.values()
     negative = len(vectors) > 0 and bool((np.concatenate(list(vectors)) < 0).any())  # as a rule none, or the missing
     for name, vector in sample.statistics.items() if negative else ():
@@ -137,31 +151,28 @@ def _check_sample(place: str, sample: wire.Sample, limits: Limits) -> None:
         if below.size and (below != wire.MISSING).any():
             found = below[below != wire.MISSING][0]
             raise invalid(f"{place}.statistics.{name} holds {found}: a norm, share or count is never negative")
-    _check_names("scalar", sample.scalars, limits)
-    _check_names("histogram", sample.histograms, limits)
     for histogram, counts in sample.histograms.items():
-        if len(counts) > 1_000 or not np.isfinite(counts).all():
-            raise invalid(f"{place}.histograms.{histogram} has over 1,000 bins or a count that is not finite")
+        if not all(map(math.isfinite, counts)):
+            raise invalid(f"{place}.histograms.{histogram} holds a count that is not finite")
 
 
 def _check_trail(trail: Mapping[str, wire.Trail], limits: Limits) -> None:
-    _check_names("scalar", trail, limits)
     for name, scalar in trail.items():
         if len(scalar.steps) != len(scalar.values):
             raise invalid(
                 f"trail.{name} has {len(scalar.steps)} steps and {len(scalar.values)} values: as many of each"
             )
-        if scalar.steps and not 0 <= min(scalar.steps) <= max(scalar.steps) <= LARGEST_STEP:
-            raise invalid(f"trail.{name}.steps are not all between 0 and 2**53")
     total = sum(len(scalar.steps) for scalar in trail.values())
     if total > limits.scalars_per_batch:
         raise invalid(f"{total} values of scalars are more than limits.scalars_per_batch ({limits.scalars_per_batch})")
 
 
 def _check_distinct(what: str, named: Iterable[Iterable[str]], limits: Limits) -> None:
-    count = len({name for names in named for name in names})
-    if count > limits.scalar_names:
-        raise invalid(f"{count} names of {what} in one batch are more than limits.scalar_names ({limits.scalar_names})")
+    distinct = {name for names in named for name in names}
+    _check_names(what, distinct, limits)
+    if len(distinct) > limits.scalar_names:
+        most = f"limits.scalar_names ({limits.scalar_names})"
+        raise invalid(f"{len(distinct)} names of {what} in one batch are more than {most}")
 
 
 def _check_names(what: str, names: Iterable[str], limits: Limits) -> None:
@@ -171,23 +182,6 @@ def _check_names(what: str, names: Iterable[str], limits: Limits) -> None:
                 f"{what} {name[:40]!r}... has {len(name)} characters, more than limits.name_characters "
                 f"({limits.name_characters})"
             )
-        _check_text([name])
-
-
-def _check_text(texts: Iterable[str]) -> None:
-    for text in texts:
-        if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
-            raise invalid(f"{text[:40]!r} holds a character that no database keeps (NUL or half a surrogate pair)")
-
-
-def _check_whole(place: str, value: int) -> None:
-    if not 0 <= value <= LARGEST_STEP:
-        raise invalid(f"{place} {value} is not between 0 and 2**53")
-
-
-def _check_time(place: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and 0 <= value <= LARGEST_TIME):
-        raise invalid(f"{place} {value} is not a time in Unix seconds")
 
 
 def _first_repeated(names: Iterable[str]) -> str:

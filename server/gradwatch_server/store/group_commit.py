@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
-from gradwatch_server.errors import Refused, stopping
+from gradwatch_server.errors import Refused, RetryAfter, stopping
 from gradwatch_server.store.database import writing
 
 Result = TypeVar("Result")
@@ -99,11 +99,11 @@ class Writer:
         if run_id and self._of_run[run_id] >= self._capacity_per_run:
             self.refused += 1
             detail = f"{self._capacity_per_run} batches of run {run_id!r} wait already (limits.queued_batches_per_run)"
-            raise Refused(429, "Too many batches", f"{detail}: wait for their answers", retry_after_seconds=1)
+            raise Refused(429, "Too many batches", f"{detail}: wait for their answers", retry_after=RetryAfter.SOON)
         if self.waiting >= self.capacity:
             self.refused += 1
             detail = f"{self.capacity} batches wait already (limits.queued_batches): send it again later"
-            raise Refused(503, "Queue full", detail, retry_after_seconds=1)
+            raise Refused(503, "Queue full", detail, retry_after=RetryAfter.SOON)
 
     def close(self, timeout_seconds: float) -> None:
         """Finish the work that waits, then stop; work that a stuck database keeps from being done is not answered."""

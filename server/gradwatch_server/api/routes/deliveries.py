@@ -1,22 +1,23 @@
-"""Deliveries: what was sent where, every attempt, dead letters, and sending again."""
+"""Routes of deliveries and receivers: list them, show what was sent, replay dead letters, enable a receiver."""
 
 import time
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import msgspec
 import sqlalchemy as sa
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch_server.api import documents
+from gradwatch_server.api.authorisation import AuthorisedRoute, of_delivery, requires
+from gradwatch_server.api.dependencies import Engine, commit
 from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
-from gradwatch_server.api.transactions import Reads, written
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify import outbox
 from gradwatch_server.services import Services
 from gradwatch_server.store import schema
 
-router = APIRouter(prefix="/api/v1", tags=["deliveries"])
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["deliveries"])
 
 Id = Annotated[str, Path(alias="id", max_length=64)]
 Name = Annotated[str, Path(max_length=512)]
@@ -24,11 +25,11 @@ Text = Annotated[str | None, Query(max_length=512)]
 _table = schema.deliveries
 
 
-@router.get("/deliveries", response_model=list[documents.Delivery], responses=problems(422))
+@router.get("/deliveries", dependencies=[requires("read")], response_model=list[documents.Delivery])
 def list_deliveries(
     request: Request,
     response: Response,
-    engine: Reads,
+    engine: Engine,
     alert: Text = None,
     receiver: Text = None,
     state: Literal["due", "delivered", "dead"] | None = None,
@@ -44,8 +45,13 @@ def list_deliveries(
         return read_page(connection, query, (_table.c.created_at, _table.c.id), before, limit, (request, response))
 
 
-@router.get("/deliveries/{id}", response_model=documents.DeliveryDetail, responses=problems(404, 422))
-def show_delivery(engine: Reads, delivery_id: Id) -> Any:
+@router.get(
+    "/deliveries/{id}",
+    dependencies=[requires("read", of_delivery)],
+    response_model=documents.DeliveryDetail,
+    responses=problems(404),
+)
+def show_delivery(engine: Engine, delivery_id: Id) -> Any:
     """Show one delivery with what was sent and every attempt."""
     query = sa.select(_table, schema.transitions.c.payload).join(
         schema.transitions, schema.transitions.c.id == _table.c.transition
@@ -59,29 +65,39 @@ def show_delivery(engine: Reads, delivery_id: Id) -> Any:
     return dict(row) | {"payload": msgspec.json.decode(row["payload"]), "log": attempts}
 
 
-@router.post("/deliveries/{id}/replay", response_model=documents.Replayed, responses=problems(404, 422, 503))
+@router.post(
+    "/deliveries/{id}/replay",
+    dependencies=[requires("admin", of_delivery)],
+    response_model=documents.Replayed,
+    responses=problems(404, 503),
+)
 async def replay_delivery(request: Request, delivery_id: Id) -> Any:
-    """Send a delivery again, with the id it had, and then those that followed it; what is due is not changed."""
+    """Send a delivery again under its old id, and then the ones that followed it; deliveries that are due stay so."""
 
     def work(connection: sa.Connection) -> int:
         if connection.execute(sa.select(_table.c.id).where(_table.c.id == delivery_id)).one_or_none() is None:
             raise _unknown(delivery_id)
         return outbox.replay(connection, _table.c.id == delivery_id, time.time())
 
-    return await _replayed(request, await written(request, work))
+    return await _replayed(request, await commit(request, work))
 
 
-@router.post("/receivers/{name}/replay", response_model=documents.Replayed, responses=problems(422, 503))
+@router.post(
+    "/receivers/{name}/replay",
+    dependencies=[requires("admin")],
+    response_model=documents.Replayed,
+    responses=problems(503),
+)
 async def replay_dead(request: Request, name: Name) -> Any:
-    """Send every dead delivery of a receiver again, each with those that followed it of the same alert."""
+    """Send every dead delivery of a receiver again, each with the ones of the same alert that followed it."""
     chosen = (_table.c.receiver == name) & (_table.c.state == "dead")
     return await _replayed(
-        request, await written(request, lambda connection: outbox.replay(connection, chosen, time.time()))
+        request, await commit(request, lambda connection: outbox.replay(connection, chosen, time.time()))
     )
 
 
-@router.get("/receivers", response_model=list[documents.Receiver], responses=problems())
-def list_receivers(request: Request, engine: Reads) -> Any:
+@router.get("/receivers", dependencies=[requires("read")], response_model=list[documents.Receiver])
+def list_receivers(request: Request, engine: Engine) -> Any:
     """List the configured receivers, without their addresses and secrets."""
     with engine.connect() as connection:
         disabled = {row.name: row.reason for row in connection.execute(sa.select(schema.disabled_receivers))}
@@ -96,24 +112,25 @@ def list_receivers(request: Request, engine: Reads) -> Any:
             "due": waiting.get((receiver.name, "due"), 0),
             "dead": waiting.get((receiver.name, "dead"), 0),
         }
-        for receiver in _services(request).settings.configuration.receivers
+        for receiver in Services.of(request).settings.configuration.receivers
     ]
 
 
-@router.post("/receivers/{name}/enable", status_code=204, responses=problems(404, 422, 503))
+@router.post(
+    "/receivers/{name}/enable",
+    dependencies=[requires("admin")],
+    status_code=204,
+    responses=problems(404, 503),
+)
 async def enable_receiver(request: Request, name: Name) -> None:
-    """Send to a receiver again that was disabled because it answered 410."""
-    if not await written(request, lambda connection: outbox.enable(connection, name)):
+    """Enable a receiver that was disabled because it responded 410."""
+    if not await commit(request, lambda connection: outbox.enable(connection, name)):
         raise Refused(404, "Not disabled", f"receiver {name!r} is not disabled: GET /api/v1/receivers says which are")
 
 
 async def _replayed(request: Request, count: int) -> dict[str, int]:
-    _services(request).notifier.wake()
+    Services.of(request).notifier.wake()
     return {"deliveries": count}
-
-
-def _services(request: Request) -> Services:
-    return cast("Services", request.app.state.services)
 
 
 def _unknown(delivery_id: str) -> Refused:

@@ -1,21 +1,25 @@
-"""Prometheus metrics, made at scrape time."""
-
-from typing import cast
+"""Route of the metrics that Prometheus scrapes."""
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
+from gradwatch_server.api.authorisation import AuthorisedRoute, requires
 from gradwatch_server.services import Services
 from gradwatch_server.telemetry.metrics import RunCollector, ServerCollector
 
-router = APIRouter(tags=["metrics"])
+router = APIRouter(route_class=AuthorisedRoute, tags=["metrics"])
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get(
+    "/metrics",
+    dependencies=[requires("read")],
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}},
+)
 def show_metrics(request: Request) -> Response:
-    """Expose what Prometheus scrapes: active runs from their latest samples, alerts, deliveries, the server itself."""
-    services = cast("Services", request.app.state.services)
+    """Show metrics made at scrape time: of active runs' latest samples, of alerts, of deliveries and of the server."""
+    services = Services.of(request)
     registry = CollectorRegistry()
     registry.register(RunCollector(services))
     registry.register(ServerCollector(services))

@@ -1,43 +1,53 @@
-"""What is known of runs: lists, series, maps."""
+"""Routes of runs: list, show and delete them; read series, maps and profiles of what was measured."""
 
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+import sqlalchemy as sa
 from fastapi import APIRouter, Path, Query, Request, Response
+from numpy.typing import NDArray
 
 from gradwatch import wire
 from gradwatch_server.api import documents
+from gradwatch_server.api.authorisation import AuthorisedRoute, in_query, of_run, requires
+from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.api.number_json import json_response, serialise
 from gradwatch_server.api.problem import problems
-from gradwatch_server.api.transactions import Reads
 from gradwatch_server.diagnosis.clip_advice import THRESHOLDS, advise, threshold_in_force
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
-from gradwatch_server.settings import MOST_NAME_CHARACTERS
 from gradwatch_server.store.deletion import delete_run
 from gradwatch_server.store.parameters import load_depth_order, load_parameters
 from gradwatch_server.store.rollups import queries
 from gradwatch_server.store.runs import RunState, check_run, load_events, load_run, load_runs, unknown_run
 from gradwatch_server.store.vectors import padded
 
-router = APIRouter(prefix="/api/v1", tags=["runs"])
+ToJson = Callable[[NDArray[np.floating[Any]]], NDArray[np.floating[Any]] | list[Any]]
+
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["runs"])
 
 RunId = Annotated[str, Path(alias="id", max_length=64)]
-Step = Annotated[int | None, Query(ge=0, le=2**53)]
-Text = Annotated[str | None, Query(max_length=MOST_NAME_CHARACTERS)]
+Step = Annotated[int | None, Query(ge=0, le=wire.LARGEST_STEP)]
+Text = Annotated[str | None, Query(max_length=wire.MOST_NAME_CHARACTERS)]
 
 
-@router.get("/runs", response_model=list[documents.Run], responses=problems(422))
-def list_runs(engine: Reads, project: Text = None, state: RunState | None = None) -> Any:
-    """List runs, the one seen last first."""
+@router.get("/runs", dependencies=[requires("read", in_query)], response_model=list[documents.Run])
+def list_runs(engine: Engine, project: Text = None, state: RunState | None = None) -> Any:
+    """List runs, the most recently active first."""
     with engine.connect() as connection:
         return load_runs(connection, project, state)
 
 
-@router.get("/runs/{id}", response_model=documents.RunDetail, responses=problems(404, 422))
-def show_run(engine: Reads, run_id: RunId) -> Any:
-    """Show one run with its parameters in the order of depth, and what its agent told of itself."""
+@router.get(
+    "/runs/{id}",
+    dependencies=[requires("read", of_run)],
+    response_model=documents.RunDetail,
+    responses=problems(404),
+)
+def show_run(engine: Engine, run_id: RunId) -> Any:
+    """Show one run with its parameters in the order of depth and the last events of its agent."""
     with engine.connect() as connection:
         run = load_run(connection, run_id)
         listed = sorted(load_parameters(connection, run_id), key=lambda parameter: parameter.depth or 0)
@@ -47,75 +57,101 @@ def show_run(engine: Reads, run_id: RunId) -> Any:
 
 @router.get(
     "/runs/{id}/series",
+    dependencies=[requires("read", of_run)],
     response_class=Response,
-    responses={200: {"model": documents.Series}, **problems(404, 422)},
+    responses={200: {"model": documents.Series}, **problems(404)},
 )
 def show_series(
-    engine: Reads,
+    engine: Engine,
     run_id: RunId,
     statistic: Annotated[
-        str, Query(max_length=MOST_NAME_CHARACTERS, description="of a parameter, or the name of a scalar")
+        str, Query(max_length=wire.MOST_NAME_CHARACTERS, description="of a parameter, or the name of a scalar")
     ],
     parameter: Text = None,
     from_step: Step = None,
     to_step: Step = None,
     points: Annotated[int, Query(ge=1, le=10_000)] = 1_000,
 ) -> Response:
-    """One statistic of one parameter, or one scalar of the run (``loss``), as min, max, mean and last of buckets.
+    """Show a statistic of one parameter, or a scalar of the run (``loss``), as min, max, mean and last of buckets.
 
-    A scalar may be named like a statistic, as trainers log a ``grad_norm``: it is read without ``parameter``.
+    Without ``parameter``, a name that both a scalar and a statistic have is the scalar's: trainers log ``grad_norm``.
     """
     with engine.connect() as connection:
-        of_parameters = statistic in queries.STATISTIC_NAMES
-        if of_parameters and parameter is None:
-            of_parameters = not queries.has_scalar(connection, run_id, statistic)
-        if of_parameters:
-            order, names = load_depth_order(connection, run_id)
-            if parameter is None:
-                raise Refused(
-                    404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME"
-                )
-            if parameter not in names:
-                check_run(connection, run_id)
-                raise Refused(404, "Unknown parameter", f"run {run_id!r} has no parameter {parameter!r}")
-            column = [order[names.index(parameter)]]
+        if _is_statistic(connection, run_id, statistic, parameter):
+            column = [_column(connection, run_id, statistic, parameter)]
             buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, column, points)
+            to_json: ToJson = serialise
         else:
-            if parameter is not None:
-                check_run(connection, run_id)
-                known = ", ".join(queries.STATISTIC_NAMES)
-                raise Refused(404, "Unknown statistic", f"{statistic!r} is not a statistic of parameters: {known}")
             buckets = queries.read_scalar(connection, run_id, statistic, from_step, to_step, points)
-    to_json = serialise if of_parameters else wire.serialise_numbers
+            to_json = wire.serialise_numbers
     content = {
         "run": run_id,
         "statistic": statistic,
         "parameter": parameter,
         "steps": buckets.first_steps,
         "last_steps": buckets.last_steps,
-        "min": to_json(buckets.low[:, 0]),
-        "max": to_json(buckets.high[:, 0]),
-        "mean": to_json(buckets.mean[:, 0]),
-        "last": to_json(buckets.last[:, 0]),
-        "nonfinite": np.ascontiguousarray(buckets.nonfinite[:, 0]),
+        **_summary(buckets, (slice(None), 0), to_json),
     }
     return json_response(content)
 
 
+def _is_statistic(connection: sa.Connection, run_id: str, name: str, parameter: str | None) -> bool:
+    """Return whether a name is of a statistic of parameters, rather than of a scalar of the run."""
+    if name in queries.STATISTIC_NAMES:
+        return parameter is not None or not queries.has_scalar(connection, run_id, name)
+    if parameter is not None:
+        check_run(connection, run_id)
+        known = ", ".join(queries.STATISTIC_NAMES)
+        raise Refused(404, "Unknown statistic", f"{name!r} is not a statistic of parameters: {known}")
+    return False
+
+
+def _column(connection: sa.Connection, run_id: str, statistic: str, parameter: str | None) -> int:
+    """Return the index of a parameter into the run's vectors."""
+    order, names = load_depth_order(connection, run_id)
+    if parameter is None:
+        raise Refused(404, "Parameter missing", f"statistic {statistic!r} is of a parameter: add parameter=NAME")
+    if parameter not in names:
+        check_run(connection, run_id)
+        raise Refused(404, "Unknown parameter", f"run {run_id!r} has no parameter {parameter!r}")
+    return order[names.index(parameter)]
+
+
+def _summary(
+    buckets: queries.Buckets, selected: Any, to_json: ToJson = serialise, *, means: bool = True
+) -> dict[str, Any]:
+    """Return the planes of some buckets and parameters as JSON carries them.
+
+    Args:
+        buckets: their planes have shape (buckets, parameters).
+        selected: index into a plane.
+        to_json: how a plane of floats becomes JSON.
+        means: whether the buckets have means.
+    """
+    return {
+        "min": to_json(buckets.low[selected]),
+        "max": to_json(buckets.high[selected]),
+        **({"mean": to_json(buckets.mean[selected])} if means else {}),
+        "last": to_json(buckets.last[selected]),
+        "nonfinite": np.ascontiguousarray(buckets.nonfinite[selected]),
+    }
+
+
 @router.get(
     "/runs/{id}/map",
+    dependencies=[requires("read", of_run)],
     response_class=Response,
-    responses={200: {"model": documents.Map}, **problems(404, 422)},
+    responses={200: {"model": documents.Map}, **problems(404)},
 )
 def show_map(
-    engine: Reads,
+    engine: Engine,
     run_id: RunId,
     statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
     from_step: Step = None,
     to_step: Step = None,
     points: Annotated[int, Query(ge=1, le=10_000)] = 500,
 ) -> Response:
-    """One statistic of all parameters over the steps: the layer x step map."""
+    """Show the layer x step map: one statistic of all parameters over the steps."""
     with engine.connect() as connection:
         order, names = load_depth_order(connection, run_id)
         buckets = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, points, means=False)
@@ -125,27 +161,25 @@ def show_map(
         "parameters": names,
         "steps": buckets.first_steps,
         "last_steps": buckets.last_steps,
-        "min": serialise(buckets.low),
-        "max": serialise(buckets.high),
-        "last": serialise(buckets.last),
-        "nonfinite": np.ascontiguousarray(buckets.nonfinite),
+        **_summary(buckets, ..., means=False),
     }
     return json_response(content)
 
 
 @router.get(
     "/runs/{id}/profile",
+    dependencies=[requires("read", of_run)],
     response_class=Response,
-    responses={200: {"model": documents.Profile}, **problems(401, 403, 404, 422)},
+    responses={200: {"model": documents.Profile}, **problems(404)},
 )
 def show_profile(
-    engine: Reads,
+    engine: Engine,
     run_id: RunId,
     statistic: Annotated[Literal[queries.STATISTIC_NAMES], Query()] = "ratio",  # type: ignore[valid-type]
     from_step: Step = None,
     to_step: Step = None,
 ) -> Response:
-    """One statistic of all parameters in the order of depth, gathered over a range; of one step: both ends the same."""
+    """Show one statistic of all parameters in the order of depth, over a range of steps or at one step."""
     with engine.connect() as connection:
         order, names = load_depth_order(connection, run_id)
         found = queries.read_statistic(connection, run_id, statistic, from_step, to_step, order, 1)
@@ -157,22 +191,19 @@ def show_profile(
         "parameters": names,
         "first_step": int(found.first_steps[0]),
         "last_step": int(found.last_steps[0]),
-        "min": serialise(found.low[0]),
-        "max": serialise(found.high[0]),
-        "mean": serialise(found.mean[0]),
-        "last": serialise(found.last[0]),
-        "nonfinite": np.ascontiguousarray(found.nonfinite[0]),
+        **_summary(found, 0),
     }
     return json_response(content)
 
 
 @router.get(
     "/runs/{id}/latest",
+    dependencies=[requires("read", of_run)],
     response_class=Response,
-    responses={200: {"model": documents.Latest}, **problems(401, 403, 404, 422)},
+    responses={200: {"model": documents.Latest}, **problems(404)},
 )
-def show_latest(engine: Reads, run_id: RunId) -> Response:
-    """Everything measured at the newest sample, in the order of the run's parameters."""
+def show_latest(engine: Engine, run_id: RunId) -> Response:
+    """Show everything measured at the newest sample, in the order of the run's parameters."""
     with engine.connect() as connection:
         newest = queries.read_latest(connection, run_id)
         if newest is None:
@@ -194,15 +225,20 @@ def show_latest(engine: Reads, run_id: RunId) -> Response:
     return json_response(content)
 
 
-@router.get("/runs/{id}/clip-advice", response_model=documents.ClipAdvice, responses=problems(401, 403, 404, 422))
+@router.get(
+    "/runs/{id}/clip-advice",
+    dependencies=[requires("read", of_run)],
+    response_model=documents.ClipAdvice,
+    responses=problems(404),
+)
 def show_clip_advice(
-    engine: Reads,
+    engine: Engine,
     run_id: RunId,
     from_step: Step = None,
     to_step: Step = None,
     points: Annotated[int, Query(ge=1, le=10_000)] = 500,
 ) -> Any:
-    """What adaptive clipping would have done at several thresholds, and which one is recommended."""
+    """Show what adaptive clipping would have done at several thresholds, and which one is recommended."""
     with engine.connect() as connection:
         run = load_run(connection, run_id)
         steps, histograms = queries.read_histograms(connection, run_id, from_step, to_step, points)
@@ -224,10 +260,10 @@ def show_clip_advice(
     }
 
 
-@router.delete("/runs/{id}", status_code=204, responses=problems(401, 403, 404, 422, 503))
+@router.delete("/runs/{id}", dependencies=[requires("admin", of_run)], status_code=204, responses=problems(404, 503))
 async def remove_run(request: Request, run_id: RunId) -> Response:
-    """Remove a run with everything that is known of it; who was told of its alerts is told that they are over."""
-    services = cast("Services", request.app.state.services)
+    """Delete a run and everything stored about it; receivers are notified that its firing alerts are resolved."""
+    services = Services.of(request)
     if not await delete_run(services.writer, run_id, services.alert_resolver()):
         raise unknown_run(run_id)
     services.notifier.wake()

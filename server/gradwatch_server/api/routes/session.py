@@ -1,72 +1,62 @@
-"""The page's login: a token that is asked for once and then lives in a cookie which no script can read."""
+"""Routes of the page's login, which keeps a token in a cookie that no script can read."""
 
 import time
-from typing import Any, cast
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
 
-from gradwatch_server.api import authorisation
+from gradwatch_server.api import documents
+from gradwatch_server.api.authorisation import (
+    OPEN,
+    AuthorisedRoute,
+    cookie_name,
+    is_encrypted,
+    presented_token,
+    refresh_tokens,
+)
 from gradwatch_server.api.problem import problems
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
-from gradwatch_server.store.tokens import Scope
 
-router = APIRouter(prefix="/api/v1", tags=["session"])
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["session"])
 
-_KEPT_SECONDS = 30 * 86_400
-
-
-class Login(BaseModel):
-    """A token, as ``gradwatch token create`` printed it."""
-
-    token: str = Field(min_length=1, max_length=200)
+_COOKIE_SECONDS = 30 * 86_400
 
 
-class Session(BaseModel):
-    """What the page may do."""
-
-    login: bool = Field(description="whether this server asks for a token")
-    scope: Scope | None = Field(description="null: log in first")
-    project: str | None = Field(description="the one project that the token is for; null: every project")
-
-
-@router.get("/session", response_model=Session)
+@router.get("/session", dependencies=[OPEN], response_model=documents.Session)
 async def show_session(request: Request) -> Any:
-    """Tell what this request's token allows, and whether one is needed."""
-    await authorisation.refresh(request)
+    """Show what this request's token allows, and whether one is required."""
+    await refresh_tokens(request)
     try:
-        return _session(request, authorisation.shown(request))
+        return _session(request, presented_token(request))
     except Refused:
         return {"login": True, "scope": None, "project": None}
 
 
-@router.post("/session", response_model=Session, responses=problems(401, 403, 422))
-async def log_in(request: Request, response: Response, login: Login) -> Any:
-    """Keep a read or admin token in a cookie: HttpOnly, SameSite=Strict, Secure over https."""
-    await authorisation.refresh(request)
+@router.post("/session", dependencies=[OPEN], response_model=documents.Session, responses=problems(401))
+async def log_in(request: Request, response: Response, login: documents.Login) -> Any:
+    """Set a read or admin token as a cookie: HttpOnly, SameSite=Strict, Secure over https."""
+    await refresh_tokens(request)
     session = _session(request, login.token.strip())
     if session["login"]:
         response.set_cookie(
-            authorisation.cookie(request),
+            cookie_name(request),
             login.token.strip(),
-            max_age=_KEPT_SECONDS,
+            max_age=_COOKIE_SECONDS,
             httponly=True,
             samesite="strict",
-            secure=authorisation.encrypted(request),
+            secure=is_encrypted(request),
         )
     return session
 
 
-@router.delete("/session", status_code=204, responses=problems(403))
+@router.delete("/session", dependencies=[OPEN], status_code=204)
 async def log_out(request: Request, response: Response) -> None:
-    """Forget the cookie; the token itself stays valid until it is revoked."""
-    response.delete_cookie(
-        authorisation.cookie(request), httponly=True, samesite="strict", secure=authorisation.encrypted(request)
-    )
+    """Delete the cookie; the token itself stays valid until it is revoked."""
+    response.delete_cookie(cookie_name(request), httponly=True, samesite="strict", secure=is_encrypted(request))
 
 
 def _session(request: Request, token: str | None) -> dict[str, Any]:
-    tokens = cast("Services", request.app.state.services).tokens
+    tokens = Services.of(request).tokens
     grant = tokens.check(token, "read", time.time())
     return {"login": tokens.required, "scope": grant.scope, "project": grant.project}

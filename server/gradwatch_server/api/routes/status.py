@@ -1,119 +1,99 @@
-"""How the server and its receivers are."""
+"""Route of the state of the server and of its receivers."""
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
 
-from gradwatch_server.api.transactions import Reads
+from gradwatch_server.api import documents
+from gradwatch_server.api.authorisation import AuthorisedRoute, requires
+from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.notify.receivers import AnyReceiver as Receiver
 from gradwatch_server.services import Services
 from gradwatch_server.store import schema
 
-router = APIRouter(prefix="/api/v1", tags=["health"])
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["health"])
 
 _RECENT_SECONDS = 86_400.0
 
 
-class ReceiverHealth(BaseModel):
-    """A receiver and what became of its deliveries."""
-
-    name: str
-    host: str = Field(description="of its address; the rest may hold a secret")
-    signed: bool
-    configured: bool = Field(description="false: deliveries name it, the configuration no longer does")
-    due: int
-    delivered: int
-    dead: int
-    last_delivered_at: float | None
-    last_error: str | None = Field(description="of the last failed attempt within a day")
-    last_error_at: float | None
-    disabled: str | None = Field(description="why nothing is sent there; null: it is in use")
-
-
-class Overview(BaseModel):
-    """The server in numbers."""
-
-    version: str
-    ready: bool
-    database: str
-    runs: int
-    parameters: int
-    samples: int = Field(description="samples taken in, over all runs")
-    stored_batches: int = Field(description="since the server started, as all that follows")
-    duplicate_batches: int
-    stored_values: int
-    queued_batches: int
-    queue_capacity: int
-    commits: int
-    mean_commit_seconds: float | None
-    dropped: dict[str, int] = Field(description="what agents had to give up, over all runs")
-    receivers: list[ReceiverHealth]
-
-
-@router.get("/server", response_model=Overview)
-def show_server(request: Request, engine: Reads) -> Any:
-    """Show how the server and its receivers are."""
-    services = cast("Services", request.app.state.services)
-    runs, writer, ingest = schema.runs, services.writer, services.ingest
+@router.get("/server", dependencies=[requires("read")], response_model=documents.Overview)
+def show_server(request: Request, engine: Engine) -> Any:
+    """Show the state of the server and of its receivers."""
+    services = Services.of(request)
     with engine.connect() as connection:
-        count, samples, parameters = connection.execute(
-            sa.select(sa.func.count(), sa.func.sum(runs.c.sample_count), sa.func.sum(runs.c.parameter_count))
-        ).one()
-        dropped: dict[str, int] = {}
-        for lost in connection.execute(sa.select(runs.c.dropped)).scalars():
-            for name, number in lost.items():
-                dropped[name] = dropped.get(name, 0) + number
-        receivers = _receivers(connection, services.settings.configuration.receivers)
+        runs = _count_runs(connection)
+        receivers = _load_receivers(connection, services.settings.configuration.receivers)
+    return (
+        runs
+        | _count_ingest(services)
+        | {
+            "version": metadata.version("gradwatch"),
+            "ready": services.ready,
+            "database": services.engine.dialect.name,
+            "receivers": receivers,
+        }
+    )
+
+
+def _count_runs(connection: sa.Connection) -> dict[str, Any]:
+    """Return what is stored of all runs, and what their agents had to drop."""
+    runs = schema.runs
+    count, samples, parameters = connection.execute(
+        sa.select(sa.func.count(), sa.func.sum(runs.c.sample_count), sa.func.sum(runs.c.parameter_count))
+    ).one()
+    dropped = Counter[str]()
+    for counts in connection.execute(sa.select(runs.c.dropped)).scalars():
+        dropped.update(counts)
+    return {"runs": count, "parameters": parameters or 0, "samples": samples or 0, "dropped": dropped}
+
+
+def _count_ingest(services: Services) -> dict[str, Any]:
+    """Return what was stored since the server started, and what waits."""
+    writer, ingest = services.writer, services.ingest
     return {
-        "version": metadata.version("gradwatch"),
-        "ready": services.ready,
-        "database": services.engine.dialect.name,
-        "runs": count,
-        "parameters": parameters or 0,
-        "samples": samples or 0,
         "stored_batches": ingest.batches,
         "duplicate_batches": ingest.duplicates,
         "stored_values": ingest.values,
         "queued_batches": writer.waiting,
-        "queue_capacity": services.writer.capacity,
+        "queue_capacity": writer.capacity,
         "commits": writer.commits,
         "mean_commit_seconds": writer.commit_seconds / writer.commits if writer.commits else None,
-        "dropped": dropped,
-        "receivers": receivers,
     }
 
 
-def _receivers(connection: sa.Connection, configured: list[Receiver]) -> list[dict[str, Any]]:
-    table, attempts = schema.deliveries, schema.attempts
-    known = {receiver.name: receiver for receiver in configured}
-    health = {name: _unused(name, receiver) for name, receiver in known.items()}
-    counted = connection.execute(
-        sa.select(table.c.receiver, table.c.state, sa.func.count(), sa.func.max(table.c.delivered_at)).group_by(
-            table.c.receiver, table.c.state
-        )
-    )
-    for name, state, number, delivered_at in counted:
-        of = health.setdefault(name, _unused(name, None))
-        of[state] = number
-        of["last_delivered_at"] = delivered_at or of["last_delivered_at"]
-    failed = connection.execute(
-        sa.select(table.c.receiver, attempts.c.error, attempts.c.at)
-        .join(table, table.c.id == attempts.c.delivery)
-        .where(attempts.c.error != "", attempts.c.at > time.time() - _RECENT_SECONDS)
-        .order_by(attempts.c.at.desc())
-        .limit(1_000)
-    )
-    for name, error, at in failed:
-        if health[name]["last_error"] is None:
+def _load_receivers(connection: sa.Connection, configured: Sequence[Receiver]) -> list[dict[str, Any]]:
+    """Return the health of the configured receivers, and of others to which deliveries go."""
+    by_name = {receiver.name: receiver for receiver in configured}
+    health = {name: _unused(name, receiver) for name, receiver in by_name.items()}
+    for name, state, count, delivered_at in connection.execute(_deliveries_by_state):
+        entry = health.setdefault(name, _unused(name, None))
+        entry[state] = count
+        entry["last_delivered_at"] = delivered_at or entry["last_delivered_at"]
+    for name, error, at in connection.execute(_recent_errors, {"since": time.time() - _RECENT_SECONDS}):
+        if health[name]["last_error"] is None:  # the newest comes first
             health[name] |= {"last_error": error, "last_error_at": at}
     for row in connection.execute(sa.select(schema.disabled_receivers)):
-        health.setdefault(row.name, _unused(row.name, known.get(row.name)))["disabled"] = row.reason
+        health.setdefault(row.name, _unused(row.name, by_name.get(row.name)))["disabled"] = row.reason
     return list(health.values())
+
+
+_deliveries, _attempts = schema.deliveries, schema.attempts
+_deliveries_by_state = sa.select(
+    _deliveries.c.receiver, _deliveries.c.state, sa.func.count(), sa.func.max(_deliveries.c.delivered_at)
+).group_by(_deliveries.c.receiver, _deliveries.c.state)
+_recent_errors = (
+    sa.select(_deliveries.c.receiver, _attempts.c.error, _attempts.c.at)
+    .join(_deliveries, _deliveries.c.id == _attempts.c.delivery)
+    .where(_attempts.c.error != "", _attempts.c.at > sa.bindparam("since"))
+    .order_by(_attempts.c.at.desc())
+    .limit(1_000)
+)
 
 
 def _unused(name: str, receiver: Receiver | None) -> dict[str, Any]:

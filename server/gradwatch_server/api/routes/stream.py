@@ -1,22 +1,30 @@
-"""Server-sent events: which runs have changed, within a second of the commit."""
+"""Route of server-sent events, which tell which runs have changed within a second of the commit."""
 
 from collections.abc import AsyncIterator
-from typing import Annotated, cast
+from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
-from gradwatch_server.api import authorisation
+from gradwatch_server.api.authorisation import Access, AuthorisedRoute, in_query
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
 
-router = APIRouter(prefix="/api/v1", tags=["stream"])
+router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["stream"])
 
 STREAM_TYPE = "text/event-stream"
 
 
-@router.get("/stream", response_class=StreamingResponse, responses={200: {"content": {STREAM_TYPE: {}}}})
+_ACCESS = Access("read", in_query)
+
+
+@router.get(
+    "/stream",
+    dependencies=[Depends(_ACCESS)],
+    response_class=StreamingResponse,
+    responses={200: {"content": {STREAM_TYPE: {}}}},
+)
 async def stream(request: Request, project: Annotated[str | None, Query(max_length=512)] = None) -> StreamingResponse:
     """Stream ``runs`` events: a list of ``{id, project, last_step, sample_count}`` of runs that have changed."""
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -24,11 +32,11 @@ async def stream(request: Request, project: Annotated[str | None, Query(max_leng
 
 
 async def _events(request: Request, project: str | None) -> AsyncIterator[bytes]:
-    services = cast("Services", request.app.state.services)
+    services = Services.of(request)
     yield b"retry: 1000\n\n"
     async for changes in services.change_stream.listen():
         try:
-            await authorisation.check(request)  # a token may end while its stream is open
+            await _ACCESS(request)  # a token may expire while its stream is open
         except Refused:
             return
         seen = [change for change in changes if project in (None, change["project"])]

@@ -22,7 +22,7 @@ Rules = Sequence[Rule[Any, Any]]
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "diagnosis.md"
-CHART_LIMITS = ROOT / "server" / "gradwatch_server" / "page" / "js" / "data" / "chart-limits.js"
+CHART_LIMITS = ROOT / "server" / "gradwatch_server" / "page" / "js" / "data" / "generated" / "chart-limits.js"
 
 _COMMAND = "python -m tests.diagnosis.rule_documents"
 _BEGIN, _END = f"<!-- Generated: {_COMMAND} -->\n", "<!-- End of what is generated -->\n"

@@ -13,7 +13,7 @@ from typing import Any
 from tests.processes import ROOT, GradwatchServer
 
 PAGE = ROOT / "server" / "gradwatch_server" / "page"
-TYPES = PAGE / "js" / "data" / "openapi.d.ts"
+TYPES = PAGE / "js" / "data" / "generated" / "openapi.d.ts"
 _GENERATOR = ROOT / "node_modules" / ".bin" / "openapi-typescript"
 _HEADER = "// Generated from the server's OpenAPI document: python -m tests.page.api_types\n"
 _TEXTS = {"title", "description", "summary", "operationId"}

@@ -164,7 +164,7 @@ class RemoteWriter:
 
 def _unwritten_runs(store: str, start: float) -> sa.Select[Any]:
     """Select the runs with samples that the store may lack, each with the last written step of its attempt."""
-    runs, samples, written = schema.runs, schema.samples, schema.written
+    runs, samples, written = schema.runs, schema.samples, schema.remote_write_positions
     mine = runs.outerjoin(written, sa.and_(written.c.run == runs.c.id, written.c.store == store))
     position = sa.case((written.c.attempt == runs.c.attempt, written.c.step))
     stored = (samples.c.run == runs.c.id, samples.c.level == 0, samples.c.attempt == runs.c.attempt)
@@ -183,7 +183,7 @@ def _next_samples(run: sa.Row[Any], written: int | None, start: float) -> sa.Sel
 
 def _save(connection: sa.Connection, run_id: str, store: str, attempt: int, step: int) -> None:
     """Save the last written step of a run, unless the run has been deleted."""
-    table, runs = schema.written, schema.runs
+    table, runs = schema.remote_write_positions, schema.runs
     row = sa.select(runs.c.id, sa.literal(store), sa.literal(attempt), sa.literal(step)).where(runs.c.id == run_id)
     statement = upsert(connection.dialect.name, table).from_select(["run", "store", "attempt", "step"], row)
     connection.execute(

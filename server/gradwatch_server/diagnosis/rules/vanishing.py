@@ -31,16 +31,16 @@ class VanishingLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Fewer layers have no profile."""
     attenuation_decades: Decades = 4.0
     """The first third of the layers receives a ten-thousandth of the gradient of the last third. Networks that learn in
-    spite of fading reach 2.8."""
+    spite of decay reach 2.8."""
     stuck_decades: Decades = 3.0
-    """Less suffices where nothing is learned and the fading is as steady as `stuck_order`; it has to last twice as
+    """Less suffices where nothing is learned and the decay is as steady as `stuck_order`; it has to last twice as
     long."""
     stuck_order: Share = 0.9
     """Least rank correlation of gradient and depth that goes with `stuck_decades`."""
     critical_decades: Decades = 6.0
     """From here on it is critical even where the loss falls; below, a run that has halved its loss gets a warning."""
     order: Share = 0.7
-    """Least rank correlation of gradient and depth: fading is steady; tiny branches (LayerScale, ReZero) are not."""
+    """Least rank correlation of gradient and depth: decay is steady; tiny branches (LayerScale, ReZero) are not."""
     leverage: Positive = 1e-4
     """No weight matrix exceeds this leverage and the ratio below: nothing that the optimizer could do to the weights
     moves the loss. History tells a converged run apart: its gradients were larger once, and its loss has stayed
@@ -55,7 +55,7 @@ class VanishingLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 @dataclass(frozen=True)
-class _Fading:
+class _Decay:
     """The attenuation of the gradient over parameters in depth order."""
 
     decades: float
@@ -72,15 +72,15 @@ class _Fading:
 def _find(observation: Observation, limits: VanishingLimits) -> Symptom | None:
     """Look for gradients that fade with depth, and for gradients that are negligible everywhere."""
     profile, stuck = observation.profile, _is_stuck(observation)
-    fading = max(
+    decay = max(
         (
-            _fade(profile, _without_dead(observation, members), limits, stuck=stuck)
+            _find_decay(profile, _without_dead(observation, members), limits, stuck=stuck)
             for members in (profile.matrices, profile.vectors)
         ),
         key=lambda found: found.decades,
     )
-    if fading.decades > 0.0 and not (fading.abrupt and _is_learning(observation)):
-        return _faded(observation, limits, fading)
+    if decay.decades > 0.0 and not (decay.abrupt and _is_learning(observation)):
+        return _faded(observation, limits, decay)
     return _starved(observation, limits) or _collapsed(observation, limits)
 
 
@@ -117,12 +117,12 @@ def _without_dead(observation: Observation, members: Indices) -> Indices:
     return members if _is_stuck(observation) and not fed_by_zero and at_the_input else living
 
 
-def _fade(profile: Profile, members: Indices, limits: VanishingLimits, *, stuck: bool) -> _Fading:
+def _find_decay(profile: Profile, members: Indices, limits: VanishingLimits, *, stuck: bool) -> _Decay:
     """Measure how the gradient fades over these parameters.
 
     Ratio and RMS must both fade: weights that start at zero mislead the ratio alone, layers of other widths the RMS.
     """
-    none = _Fading(0.0, 0.0, members[:0])
+    none = _Decay(0.0, 0.0, members[:0])
     if len(members) < limits.layers:
         return none
     # 1. Most samples end here.
@@ -142,7 +142,7 @@ def _fade(profile: Profile, members: Indices, limits: VanishingLimits, *, stuck:
     # 3. Describe it.
     steps = np.diff(np.convolve(logs, np.full(3, 1 / 3), "valid") if len(logs) > 9 else logs)
     last = median(logs[-max(1, len(logs) // 3) :])
-    return _Fading(
+    return _Decay(
         decades,
         profile.decades_per_layer(members),
         starved=members[logs < last - min(decades, limits.attenuation_decades)],
@@ -151,25 +151,25 @@ def _fade(profile: Profile, members: Indices, limits: VanishingLimits, *, stuck:
     )
 
 
-def _faded(observation: Observation, limits: VanishingLimits, fading: _Fading) -> Symptom:
+def _faded(observation: Observation, limits: VanishingLimits, decay: _Decay) -> Symptom:
     profile = observation.profile
-    worst = fading.starved[np.argsort(profile.rms[fading.starved], kind="stable")]
+    worst = decay.starved[np.argsort(profile.rms[decay.starved], kind="stable")]
     output = float(np.nanmax(profile.rms[profile.matrices])) if profile.matrices.size else 0.0
     return Symptom(
-        summary=f"The gradient fades by a factor of 10^{fading.decades:.1f} from the last layers to the first",
-        cause=f"Each layer passes on only about {10**-fading.slope:.2g} of the gradient that it receives: saturating "
+        summary=f"The gradient fades by a factor of 10^{decay.decades:.1f} from the last layers to the first",
+        cause=f"Each layer passes on only about {10**-decay.slope:.2g} of the gradient that it receives: saturating "
         "activations, or weights that are initialised too small.",
         remedy="Use ReLU or GELU with He initialisation (torch.nn.init.kaiming_normal_), or add residual connections "
         "or normalisation between the layers.",
         first_step=observation.sample.step,
         blamed=observation.blame(worst, profile.rms, output * 10**-limits.attenuation_decades),
         evidence={
-            "attenuation_decades": fading.decades,
-            "decades_per_layer": fading.slope,
+            "attenuation_decades": decay.decades,
+            "decades_per_layer": decay.slope,
             "starved_parameters": float(len(worst)),
         },
-        critical=fading.decades >= limits.critical_decades or not _is_learning(observation),
-        hold_samples=limits.hold_samples * (_PATIENCE if fading.abrupt else 2 if fading.mild else 1),
+        critical=decay.decades >= limits.critical_decades or not _is_learning(observation),
+        hold_samples=limits.hold_samples * (_PATIENCE if decay.abrupt else 2 if decay.mild else 1),
     )
 
 

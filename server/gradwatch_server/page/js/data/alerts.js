@@ -1,6 +1,6 @@
 // The order and the states of alerts, and the limits of their rules on charts.
 
-import { CHART_LIMITS } from "./chart-limits.js";
+import { CHART_LIMITS } from "./generated/chart-limits.js";
 
 /** @typedef {import("./api.js").Alert} Alert */
 /** @typedef {{rule: string, limit: number}} Limit */

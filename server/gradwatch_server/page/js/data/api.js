@@ -1,8 +1,8 @@
 // Requests to the server's HTTP API. Their types are generated from its OpenAPI document.
 
 /**
- * @typedef {import("./openapi.js").paths} Paths
- * @typedef {import("./openapi.js").components["schemas"]} Schemas
+ * @typedef {import("./generated/openapi.js").paths} Paths
+ * @typedef {import("./generated/openapi.js").components["schemas"]} Schemas
  * @typedef {Schemas["Run"]} Run
  * @typedef {Schemas["RunDetail"]} RunDetail
  * @typedef {Schemas["KnownParameter"]} Parameter

@@ -71,7 +71,7 @@ NORM: Final = Reduction(
 )
 """Root of the sum of squares; ranks add the squares."""
 
-COUNT: Final = Reduction(
+SUM: Final = Reduction(
     of_units=lambda values, starts: np.add.reduceat(values, np.asarray(starts)),
     to_part=lambda values, _units: values,
     join=np.add,
@@ -79,7 +79,7 @@ COUNT: Final = Reduction(
 )
 """Sum; ranks add their sums."""
 
-SHARE: Final = Reduction(
+MEAN: Final = Reduction(
     of_units=lambda values, starts: np.add.reduceat(values, np.asarray(starts)) / _counts(values, starts),
     to_part=lambda values, units: values * units,
     join=np.add,
@@ -88,7 +88,7 @@ SHARE: Final = Reduction(
 )
 """Mean over the units; ranks add their sums and their numbers of units."""
 
-LARGEST: Final = Reduction(
+MAX: Final = Reduction(
     of_units=lambda values, starts: np.maximum.reduceat(values, np.asarray(starts)),
     to_part=lambda values, _units: values,
     join=np.maximum,
@@ -176,7 +176,7 @@ _TABLE: Final = (
         cost="none",
         source="gradient",
         of_unit=lambda units: units.gradient / np.maximum(units.weight, units.eps),
-        reduction=LARGEST,
+        reduction=MAX,
         before_clipping=True,
     ),
     StatisticSpec(
@@ -190,7 +190,7 @@ _TABLE: Final = (
         cost="none",
         source="gradient",
         of_unit=lambda units: units.gradient == 0,
-        reduction=SHARE,
+        reduction=MEAN,
     ),
     StatisticSpec(
         name="nonfinite_count",
@@ -200,7 +200,7 @@ _TABLE: Final = (
         cost="only where there are any",
         source="gradient",
         of_unit=lambda units: ~np.isfinite(units.gradient),
-        reduction=COUNT,
+        reduction=SUM,
     ),
     StatisticSpec(
         name="clipped_unit_share",
@@ -210,7 +210,7 @@ _TABLE: Final = (
         cost="none",
         source="agc",
         of_unit=lambda units: units.agc_factor < 1.0,
-        reduction=SHARE,
+        reduction=MEAN,
     ),
     StatisticSpec(
         name="update_norm",

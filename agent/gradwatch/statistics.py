@@ -42,7 +42,7 @@ class Units:
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """How the values of units become one value of their parameter, and the parts on several ranks one value."""
+    """Reduces the values of units to one value of their parameter, and joins the parts of several ranks."""
 
     of_units: Callable[[Floats, Starts], Floats]
     """(values of units, starts) -> values of parameters; ``starts`` is not empty."""

@@ -16,8 +16,9 @@ Floats = NDArray[np.float64]
 Starts = Sequence[int]
 """Where the units of each parameter begin among all units, ascending, shape (parameters,); each has at least one."""
 
-UNIT_EPS: Final = 1e-3
-"""Floor of a unit's weight norm in its ratio (Brock et al., 2021): a unit that starts at zero has a ratio, too."""
+RATIO_EPS: Final = 1e-3
+"""eps of ``||g|| / (||w|| + eps)`` of a parameter and of ``||g_i|| / max(||w_i||, eps)`` of a unit, by which AGC clips
+unless told otherwise (Brock et al., 2021): weights that start at zero have a ratio, too."""
 
 MISSING: Final = -1.0
 """The value of a statistic that was not measured, because the parameter had no gradient; all others are 0 or more."""
@@ -36,7 +37,7 @@ class Units:
     """Factor by which AGC multiplied the gradient, see ``agc_factors``."""
     change: Floats = field(default_factory=lambda: np.zeros(0))
     """Norm of the weight after the step minus the weight before it."""
-    eps: float = UNIT_EPS
+    eps: float = RATIO_EPS
     """Floor of a unit's weight norm in a ratio."""
 
 
@@ -246,7 +247,7 @@ STATISTICS: Final = {row.name: row for row in _TABLE if not row.internal}
 JOINED: Final = tuple(row for row in _TABLE if row.joins_ranks)
 """The rows that several ranks join."""
 LABELS: Final = {"ratio": "Gradient / weight ratio"} | {name: row.label for name, row in STATISTICS.items()}
-"""Titles on the page; ``ratio`` is ``grad_norm / (weight_norm + 1e-3)``, which the server computes."""
+"""Titles on the page; ``ratio`` is ``grad_norm / (weight_norm + RATIO_EPS)``, which the server computes."""
 
 
 def measured_from(*sources: Source) -> tuple[StatisticSpec, ...]:

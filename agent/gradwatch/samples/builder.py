@@ -25,7 +25,7 @@ from gradwatch.statistics import (
     JOINED,
     MEASURED,
     MISSING,
-    UNIT_EPS,
+    RATIO_EPS,
     Source,
     Units,
     agc_factors,
@@ -58,7 +58,7 @@ class SampleBuilder:
         self._rank = rank
         self._ownership = ownership([], rank)
         self._agc = agc
-        self._eps = UNIT_EPS if agc is None else agc.eps
+        self._eps = RATIO_EPS if agc is None else agc.eps
         self._tensor_wise = agc is not None and agc.granularity == "tensor"
         self._third = np.zeros(0, np.intp)
         """Third of the depth in which each parameter lies, 0 to 2."""

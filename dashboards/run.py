@@ -4,10 +4,10 @@ from grafana_foundation_sdk.builders.dashboard import AnnotationQuery, Dashboard
 
 from dashboards.frame import fill, frame, project_variable, run_variable
 from dashboards.panels import NONE_IS_GOOD, POSTGRES, RATIO, Panel, Sql, bars, lines, matrix, number, over_steps, prom
-from gradwatch.statistics import UNIT_EPS
+from gradwatch.statistics import RATIO_EPS
 
 _LAYER = "lpad(p.depth::text, 3, '0') || ' · ' || p.name"
-_RATIO = f"v.gradient / (v.weight + {UNIT_EPS})"
+_RATIO = f"v.gradient / (v.weight + {RATIO_EPS})"
 _UNNESTED = """\
 CROSS JOIN LATERAL unnest(s.grad_norm, s.weight_norm) WITH ORDINALITY AS v(gradient, weight, place)
 JOIN parameters p ON p.run = s.run AND p.position = v.place - 1"""

@@ -22,7 +22,9 @@ from gradwatch.statistics import (
     measured_from,
 )
 
-AGENT_DOCUMENTATION = Path(__file__).parents[1] / "docs" / "agent.md"
+ROOT = Path(__file__).parents[1]
+AGENT_DOCUMENTATION = ROOT / "docs" / "agent.md"
+PAGE = ROOT / "server" / "gradwatch_server" / "page" / "js"
 
 
 def documented_rows(text: str) -> list[str]:
@@ -57,6 +59,24 @@ def test_the_wire_has_the_names_of_the_table() -> None:
 def test_every_statistic_has_a_label_of_its_own() -> None:
     assert list(LABELS) == ["ratio", *STATISTICS]
     assert len(set(LABELS.values())) == len(LABELS)
+
+
+def shown_labels(source: str) -> dict[str, str]:
+    """Return the labels of statistics that the page's sources spell out, by name."""
+    return {name: label for name in LABELS for label in re.findall(rf'\b{name}"?[:,] "([A-Z][^"]+)"', source)}
+
+
+def page_source() -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(PAGE.rglob("*.js")))
+
+
+def test_the_page_shows_every_statistic_under_its_label() -> None:
+    assert shown_labels(page_source()) == LABELS
+
+
+def test_this_test_of_the_page_can_fail() -> None:
+    assert shown_labels(page_source().replace("Update norm", "Update")) != LABELS
+    assert shown_labels("") != LABELS
 
 
 numbers = st.floats(1e-6, 1e6) | st.just(0.0)

@@ -8,34 +8,33 @@ from typing import NamedTuple, Protocol, cast
 
 
 class Command(Protocol):
-    """What the module of a sub-command offers."""
+    """A module that runs one sub-command."""
 
     def main(self, arguments: Sequence[str]) -> int:
         """Run the sub-command on its own arguments and return the exit code."""
 
 
 class Entry(NamedTuple):
-    """A line of the table."""
+    """One sub-command."""
 
     module: str
     extra: str
     """The optional dependencies that it needs: ``pip install gradwatch[extra]``."""
     purpose: str
+    """Its line in ``gradwatch --help``."""
 
 
 COMMANDS = {
     "serve": Entry("gradwatch_server.serve", "server", "run the server"),
-    "migrate": Entry("gradwatch_server.cli.migrate", "server", "bring the schema of a database to this version"),
-    "token": Entry("gradwatch_server.cli.tokens", "server", "make, list and revoke tokens"),
-    "prune": Entry("gradwatch_server.cli.prune", "server", "remove what is over its time"),
+    "migrate": Entry("gradwatch_server.cli.migrate", "server", "upgrade the schema of a database to this version"),
+    "token": Entry("gradwatch_server.cli.tokens", "server", "create, list and revoke tokens"),
+    "prune": Entry("gradwatch_server.cli.prune", "server", "delete expired samples and runs"),
     "export": Entry("gradwatch_server.cli.export", "server", "write the samples of a run as CSV or Parquet"),
-    "run": Entry(
-        "gradwatch.launch.command", "agent", "run a training command with the agent attached, its code untouched"
-    ),
-    "flush": Entry("gradwatch.delivery.flush", "agent", "deliver what is left in the spool of this machine"),
+    "run": Entry("gradwatch.launch.command", "agent", "run a training command with the agent attached"),
+    "flush": Entry("gradwatch.delivery.flush", "agent", "deliver what agents on this machine left in the spool"),
     "alerts": Entry("gradwatch_server.cli.alerts", "server", "list alerts, or acknowledge one"),
-    "silence": Entry("gradwatch_server.cli.silences", "server", "have alerts not told for a while"),
-    "receivers": Entry("gradwatch_server.cli.receivers", "server", "list, test, enable receivers of alerts"),
+    "silence": Entry("gradwatch_server.cli.silences", "server", "mute alerts for a while"),
+    "receivers": Entry("gradwatch_server.cli.receivers", "server", "list, test and enable receivers of alerts"),
     "demo": Entry(
         "gradwatch.demo", "demo", "train four small networks, three of them sick, and watch the alerts arrive"
     ),
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = command.main(given[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # of a reader that has seen enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the end does not try again
+    except BrokenPipeError:  # the reader of our output, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter flushes it again at its end
         return 1
     return status

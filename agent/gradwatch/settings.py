@@ -1,4 +1,4 @@
-"""Where the agent reports to: explicit arguments first, then the environment, then the defaults."""
+"""Settings of the agent: the arguments of ``attach`` first, then the environment, then the defaults."""
 
 import math
 import operator
@@ -14,37 +14,42 @@ from urllib.parse import urlsplit
 
 DEFAULT_URL: Final = "http://127.0.0.1:8321"
 LONGEST_NAME: Final = 512
-"""In characters, as a server takes it by default."""
+"""Longest name of a project, run or scalar in characters, as a server takes it by default."""
 RUN_ID: Final = re.compile(r"run-[0-9a-f]{16}")
 """The form of a run's id. ``run=`` in this form resumes that run as a new attempt; anything else is a name."""
-
 
 _T = TypeVar("_T")
 
 
 class SettingsError(ValueError):
-    """An argument or an environment variable that cannot be used; the text names it, its value and the way out."""
+    """An argument or environment variable that cannot be used; the text names it, its value and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What ``attach`` was told, checked once."""
+    """Settings of one agent, checked when they are made."""
 
     url: str = DEFAULT_URL
     token: str | None = field(default=None, repr=False)
     project: str = "default"
     run: str | None = None
     every_steps: int | None = None
-    """Steps between samples; None: governed by ``overhead_budget_ratio``."""
+    """Steps between samples; None: as ``overhead_budget_ratio`` allows."""
     overhead_budget_ratio: float = 0.01
     """Largest share of the step time that the agent may take."""
     step: int | None = None
-    """Optimizer steps made so far; None: what the optimizers say."""
+    """Optimizer steps made so far; None: the optimizers are asked."""
     spool_directory: Path
+    """Folder in which unsent measurements wait."""
     step_log: Path | None = None
-    """File that takes what the agent hears of the training, to be replayed; None: nothing is written."""
+    """File that takes the events of the training, so that they can be replayed; None: nothing is written."""
 
     def __post_init__(self) -> None:
+        self._check_texts()
+        self._check_url()
+        self._check_numbers()
+
+    def _check_texts(self) -> None:
         for name, text in (("url", self.url), ("project", self.project), ("run", self.run), ("token", self.token)):
             if text is not None and not isinstance(text, str):
                 raise SettingsError(f"{name}={'...' if name == 'token' else repr(text)[:80]} must be a text")
@@ -53,12 +58,16 @@ class Settings:
                 raise SettingsError(f"{name}={text[:40]!r}... must have at most {LONGEST_NAME} characters, and no NUL")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
             raise SettingsError("the token holds a character that no HTTP header may: see token=, GRADWATCH_TOKEN")
+
+    def _check_url(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise SettingsError(f"url {self.url!r} must start with http:// or https://")
         if not _names_a_host(self.url):
             raise SettingsError(
                 f"url {self.url!r} must name a host, and a port from 1 to 65535 or none: http://127.0.0.1:8321"
             )
+
+    def _check_numbers(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
             raise SettingsError(f"every={self.every_steps} must be at least 1 step, or None to let the budget decide")
         if not isinstance(self.overhead_budget_ratio, int | float):
@@ -115,13 +124,13 @@ def secret(environment: Mapping[str, str], name: str) -> str | None:
 
 
 def spool_directory(environment: Mapping[str, str]) -> Path:
-    """Return where unsent measurements wait: ``GRADWATCH_SPOOL_DIR``, else the user's cache directory.
+    """Return the folder of the spool: ``GRADWATCH_SPOOL_DIR``, else a folder in the user's cache directory.
 
-    A user without a home (a container that runs under any uid) has a folder among the temporary ones.
+    For a user without a home (a container that runs under any uid) it is a temporary folder.
     """
     if environment.get("GRADWATCH_SPOOL_DIR"):
-        named = os.path.expanduser(environment["GRADWATCH_SPOOL_DIR"])  # noqa: PTH111 -- it does not raise
-        return Path(named).absolute()  # programs change their folder
+        named = os.path.expanduser(environment["GRADWATCH_SPOOL_DIR"])  # noqa: PTH111 -- Path.expanduser raises without a home
+        return Path(named).absolute()  # the program may change its working directory later
     cache = environment.get("XDG_CACHE_HOME")
     try:
         return (Path(cache) if cache else Path("~/.cache").expanduser()) / "gradwatch"
@@ -133,25 +142,25 @@ def _names_a_host(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of what is no port, or no IPv6 address
+    except ValueError:  # an invalid port or IPv6 address
         return False
 
 
 def _stripped(text: _T, also: str = "") -> _T:
-    """Return a text without what files and shells leave around it, nor ``also`` at its end."""
+    """Return a text without white space around it and without the characters ``also`` at its end."""
     return cast("_T", text.strip().rstrip(also)) if isinstance(text, str) else text
 
 
 def can_be_stored(text: str) -> bool:
-    """Return whether a database keeps a text."""
+    """Return whether a database can store a text: it has no NUL and no lone surrogate."""
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _whole(name: str, steps: Any) -> int:
-    """Return a number of steps: one out of a checkpoint may be numpy's or a tensor, of a floating type, too.
+    """Return a number of steps as an int; one from a checkpoint may be numpy's, a tensor or a float.
 
     Raises:
-        SettingsError: it is no whole number.
+        SettingsError: it is not a whole number.
     """
     try:
         return operator.index(steps)

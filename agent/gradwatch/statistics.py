@@ -16,9 +16,9 @@ Floats = NDArray[np.float64]
 Starts = Sequence[int]
 """Where the units of each parameter begin among all units, ascending, shape (parameters,); each has at least one."""
 
-UNIT_EPS: Final = 1e-3
-"""eps of ``ratio = norm(g) / (norm(w) + eps)`` of a parameter, and of ``norm(g_i) / max(norm(w_i), eps)`` of a unit, by
-which AGC clips unless told otherwise (Brock et al., 2021): weights that start at zero have a ratio, too."""
+RATIO_EPS: Final = 1e-3
+"""eps of ``||g|| / (||w|| + eps)`` of a parameter and of ``||g_i|| / max(||w_i||, eps)`` of a unit, by which AGC clips
+unless told otherwise (Brock et al., 2021): weights that start at zero have a ratio, too."""
 
 MISSING: Final = -1.0
 """The value of a statistic that was not measured, because the parameter had no gradient; all others are 0 or more."""
@@ -37,13 +37,13 @@ class Units:
     """Factor by which AGC multiplied the gradient, see ``agc_factors``."""
     change: Floats = field(default_factory=lambda: np.zeros(0))
     """Norm of the weight after the step minus the weight before it."""
-    eps: float = UNIT_EPS
+    eps: float = RATIO_EPS
     """Floor of a unit's weight norm in a ratio."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """How the values of units become one value of their parameter, and the parts on several ranks one value."""
+    """Reduces the values of units to one value of their parameter, and joins the parts of several ranks."""
 
     of_units: Callable[[Floats, Starts], Floats]
     """(values of units, starts) -> values of parameters; ``starts`` is not empty."""
@@ -72,7 +72,7 @@ NORM: Final = Reduction(
 )
 """Root of the sum of squares; ranks add the squares."""
 
-COUNT: Final = Reduction(
+SUM: Final = Reduction(
     of_units=lambda values, starts: np.add.reduceat(values, np.asarray(starts)),
     to_part=lambda values, _units: values,
     join=np.add,
@@ -80,7 +80,7 @@ COUNT: Final = Reduction(
 )
 """Sum; ranks add their sums."""
 
-SHARE: Final = Reduction(
+MEAN: Final = Reduction(
     of_units=lambda values, starts: np.add.reduceat(values, np.asarray(starts)) / _counts(values, starts),
     to_part=lambda values, units: values * units,
     join=np.add,
@@ -89,7 +89,7 @@ SHARE: Final = Reduction(
 )
 """Mean over the units; ranks add their sums and their numbers of units."""
 
-LARGEST: Final = Reduction(
+MAX: Final = Reduction(
     of_units=lambda values, starts: np.maximum.reduceat(values, np.asarray(starts)),
     to_part=lambda values, _units: values,
     join=np.maximum,
@@ -177,7 +177,7 @@ _TABLE: Final = (
         cost="none",
         source="gradient",
         of_unit=lambda units: units.gradient / np.maximum(units.weight, units.eps),
-        reduction=LARGEST,
+        reduction=MAX,
         before_clipping=True,
     ),
     StatisticSpec(
@@ -191,7 +191,7 @@ _TABLE: Final = (
         cost="none",
         source="gradient",
         of_unit=lambda units: units.gradient == 0,
-        reduction=SHARE,
+        reduction=MEAN,
     ),
     StatisticSpec(
         name="nonfinite_count",
@@ -201,7 +201,7 @@ _TABLE: Final = (
         cost="only where there are any",
         source="gradient",
         of_unit=lambda units: ~np.isfinite(units.gradient),
-        reduction=COUNT,
+        reduction=SUM,
     ),
     StatisticSpec(
         name="clipped_unit_share",
@@ -211,7 +211,7 @@ _TABLE: Final = (
         cost="none",
         source="agc",
         of_unit=lambda units: units.agc_factor < 1.0,
-        reduction=SHARE,
+        reduction=MEAN,
     ),
     StatisticSpec(
         name="update_norm",
@@ -247,7 +247,7 @@ STATISTICS: Final = {row.name: row for row in _TABLE if not row.internal}
 JOINED: Final = tuple(row for row in _TABLE if row.joins_ranks)
 """The rows that several ranks join."""
 LABELS: Final = {"ratio": "Gradient / weight ratio"} | {name: row.label for name, row in STATISTICS.items()}
-"""Titles on the page; ``ratio`` is ``grad_norm / (weight_norm + 1e-3)``, which the server computes."""
+"""Titles on the page; ``ratio`` is ``grad_norm / (weight_norm + RATIO_EPS)``, which the server computes."""
 
 
 def measured_from(*sources: Source) -> tuple[StatisticSpec, ...]:

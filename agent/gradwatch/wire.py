@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from gradwatch import statistics
 from gradwatch.statistics import MISSING as MISSING
+from gradwatch.statistics import RATIO_EPS as RATIO_EPS
 
 VERSION: Final = 1
 """Version of the documents below; a server refuses any other version."""

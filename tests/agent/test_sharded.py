@@ -45,7 +45,7 @@ with gradwatch.attach(model, optimizer, url=url, every=1, clip=clip) as agent:
         if kind == "norm":
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         if rank == 1 and step == 1 and kind == "late":
-            agent.watching = False
+            agent._session.monitor.guard.watching = False
         optimizer.step()
     dist.barrier()
 assert not agent._session.monitor.dropped.errors

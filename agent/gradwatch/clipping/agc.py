@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from gradwatch.ranks.sharding import Granularity
-from gradwatch.statistics import UNIT_EPS
+from gradwatch.statistics import RATIO_EPS
 
 _T = TypeVar("_T")
 
@@ -34,7 +34,7 @@ class AGC:
     """
 
     clip: float = 0.01
-    eps: float = UNIT_EPS
+    eps: float = RATIO_EPS
     granularity: Granularity = "unit"
     exclude: "str | Tensor | Iterable[str | Tensor] | None" = None
     experts: "str | Iterable[str]" = ()
@@ -42,7 +42,7 @@ class AGC:
     def __post_init__(self) -> None:
         check_clip(self.clip)
         if not (math.isfinite(self.eps) and self.eps > 0):
-            raise ValueError(f"eps={self.eps}: the floor for a weight's norm is a number above 0, such as {UNIT_EPS}")
+            raise ValueError(f"eps={self.eps}: the floor for a weight's norm is a number above 0, such as {RATIO_EPS}")
         if self.granularity not in ("unit", "tensor"):
             raise ValueError(f"granularity={self.granularity!r}: 'unit' or 'tensor'")
 

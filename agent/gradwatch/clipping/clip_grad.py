@@ -17,7 +17,7 @@ from gradwatch.norms.reducer import NormReducer, Scratch
 from gradwatch.norms.tensor_spec import BufferKey, TensorSpec, UnitAxis, local_part, spec_of
 from gradwatch.norms.triton_reducer import make_reducer
 from gradwatch.ranks.sharding import Granularity, UnitSplit, split_of
-from gradwatch.statistics import UNIT_EPS
+from gradwatch.statistics import RATIO_EPS
 
 _GRADIENT_SETS: Final = 8
 """Sets of parameters with gradients that a module or list is prepared for."""
@@ -27,7 +27,7 @@ _GRADIENT_SETS: Final = 8
 def adaptive_clip_grad_(
     parameters: nn.Module | Tensor | Iterable[Tensor],
     clip: float = 0.01,
-    eps: float = UNIT_EPS,
+    eps: float = RATIO_EPS,
     granularity: Granularity = "unit",
     *,
     exclude: str | Tensor | Iterable[str | Tensor] = (),

@@ -306,7 +306,7 @@ def leftovers(directory: Path) -> Iterator[Leftover]:
 
 @contextmanager
 def _lock_leftover(path: Path) -> Iterator[Leftover | None]:
-    """Open the spool of a dead process; None if a living process owns it, or if it is none."""
+    """Open the spool of a dead process; None if a living process owns it, or if the file is not a spool."""
     lock_file = None
     try:
         lock_file = _lock_file_of(path)

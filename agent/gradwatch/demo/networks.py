@@ -1,4 +1,4 @@
-"""Four real trainings on scikit-learn's handwritten digits: one healthy, three each with one classic fault."""
+"""The four trainings of the demonstration, on scikit-learn's digits: one healthy, three with one classic fault each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 Progress = Callable[[int, float], None]
-"""Called after each step with the number of steps done and the loss."""
+"""Called after each step with the number of steps made and the loss."""
 
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training and what it must lead to."""
+    """One training, and the alert that is expected of it."""
 
     name: str
     expected_rule: str | None
-    """The rule that has to alert; none: no rule may."""
+    """The rule that must alert; None: no rule may."""
     steps: int
     build: Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
     loss: Callable[[nn.Module, Tensor, Tensor, int], Tensor]
@@ -79,7 +79,7 @@ def _perceptron() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def _standardise_midway(model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
-    """From step 120 on, divide each pixel by its deviation: 0 / 0 in the corners, which are always white."""
+    """From step 120 on, divide each pixel by its deviation: this is 0 / 0 in the corners, which are always white."""
     if step >= 120:
         images = (images - images.mean(0)) / images.std(0)
     return _classify(model, images, labels, step)
@@ -94,7 +94,7 @@ CASES = (
 
 
 def train(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Train as anybody would: the agent that watches is attached outside."""
+    """Train in a plain loop: the caller attaches the agent."""
     batches = digits(seed=0)
     for step in range(case.steps):
         images, labels = next(batches)

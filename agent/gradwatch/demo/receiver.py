@@ -1,4 +1,4 @@
-"""A local receiver of webhooks that believes only what is signed."""
+"""A local webhook receiver that accepts only deliveries with a valid signature (Standard Webhooks)."""
 
 import base64
 import hashlib
@@ -13,7 +13,12 @@ Alert = dict[str, Any]
 
 
 class Receiver:
-    """Listens on a free loopback port; calls ``arrived`` once for each delivery with a valid signature."""
+    """Listens on a free loopback port.
+
+    Args:
+        secret: key of the signatures, ``whsec_`` and base64.
+        arrived: called once for each delivery with a valid signature, with the alert.
+    """
 
     def __init__(self, secret: str, arrived: Callable[[Alert], None]) -> None:
         self._key = base64.b64decode(secret.removeprefix("whsec_"))
@@ -32,7 +37,7 @@ class Receiver:
                 self.end_headers()
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-                """Stay quiet."""
+                """Do not print requests."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/"

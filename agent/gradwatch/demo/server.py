@@ -1,4 +1,4 @@
-"""A real server for the demonstration, started again should it die."""
+"""The server of the demonstration: ``gradwatch serve`` as a child process, restarted if it dies."""
 
 import subprocess
 import sys
@@ -15,7 +15,13 @@ _RESTART_SECONDS = 1.0
 
 
 class Server:
-    """``gradwatch serve`` as a child process on an embedded database; a context manager."""
+    """A running ``gradwatch serve`` with an SQLite database; a context manager that stops it.
+
+    Args:
+        folder: folder of the database and the log.
+        webhook: address of the webhook receiver.
+        secret: key of the webhook signatures.
+    """
 
     def __init__(self, folder: Path, webhook: str, secret: str) -> None:
         self._log = folder / "server.log"
@@ -44,7 +50,7 @@ class Server:
         self._watch.join()
 
     def _begin(self) -> tuple[subprocess.Popen[bytes], str]:
-        """Start on the usual port, or on a free one where another server has it; the server itself says which."""
+        """Start the server on the usual port, or on a free one if that is taken; return the process and its address."""
         for port in _PORTS:
             with self._log.open("ab") as log:
                 process = subprocess.Popen([*self._command, "--port", str(port)], stdout=subprocess.PIPE, stderr=log)
@@ -74,7 +80,7 @@ class Server:
             time.sleep(0.05)
 
     def _keep_alive(self) -> None:
-        """Start the server again where it died and nobody else has started one in its place."""
+        """Restart the server if it has died, unless somebody else has started one on its port."""
         while not self._closing.wait(0.2):
             if self._process.poll() is None:
                 continue

@@ -25,8 +25,8 @@ _RED, _YELLOW, _GREEN, _DIM, _BOLD, _PLAIN = "\033[31m", "\033[33m", "\033[32m",
 
 
 @dataclass
-class _Screen:
-    """The terminal: lines that stay and one line of progress that does not."""
+class _Terminal:
+    """The terminal output: permanent lines, and below them one line of progress that is overwritten."""
 
     live: bool = field(default_factory=sys.stdout.isatty)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -35,7 +35,8 @@ class _Screen:
     def colour(self, code: str, text: str) -> str:
         return f"{code}{text}{_PLAIN}" if self.live else text
 
-    def say(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
+        """Print a permanent line above the line of progress."""
         with self._lock:
             erased = "\r\033[K" if self.live and self._progress else ""
             print(f"{erased}{text}", flush=True)
@@ -43,13 +44,14 @@ class _Screen:
                 print(self._progress, end="", flush=True)
 
     def progress(self, text: str) -> None:
+        """Overwrite the line of progress; without a terminal nothing is printed."""
         with self._lock:
             if self.live:
                 self._progress = text
                 print(f"\r\033[K{text}", end="", flush=True)
 
     def settle(self, text: str) -> None:
-        """Put a line that stays in place of the progress."""
+        """Replace the line of progress by a permanent line."""
         with self._lock:
             print(f"\r\033[K{text}" if self.live else text, flush=True)
             self._progress = ""
@@ -57,7 +59,7 @@ class _Screen:
 
 @dataclass
 class _Outcome:
-    """What came of one training."""
+    """The result of one training."""
 
     case: Case
     run_id: str
@@ -65,50 +67,54 @@ class _Outcome:
     rules: list[str] = field(default_factory=list)
 
     @property
-    def right(self) -> bool:
+    def as_expected(self) -> bool:
         expected = self.case.expected_rule
         return not self.rules if expected is None else expected in self.rules
 
 
 def show(folder: Path, *, keep: bool) -> int:
-    """Run it all; return 0 only if every sick run alerted with the right rule and the healthy one did not."""
+    """Run the demonstration; return 0 if each sick run alerted with the expected rule and the healthy one did not."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     os.environ["GRADWATCH_SPOOL_DIR"] = str(folder / "spool")
-    screen = _Screen()
+    terminal = _Terminal()
     secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
     started = time.monotonic()
     with (
-        Receiver(secret, lambda alert: screen.say(_line(screen, alert))) as receiver,
+        Receiver(secret, lambda alert: terminal.print(_line(terminal, alert))) as receiver,
         Server(folder, receiver.url, secret) as server,
     ):
-        screen.say(f"gradwatch server on {server.url}, data in {folder}/, webhooks to {receiver.url}\n")
-        outcomes = [_watch(case, server.url, screen) for case in CASES]
-        _settle_alerts(server.url, outcomes)
-        screen.say()
+        terminal.print(f"gradwatch server on {server.url}, data in {folder}/, webhooks to {receiver.url}\n")
+        outcomes = [_train(case, server.url, terminal) for case in CASES]
+        _wait_for_alerts(server.url, outcomes)
+        terminal.print()
         for outcome in outcomes:
-            _complete(server.url, outcome)
-            screen.say(_summary(screen, outcome))
-        passed = all(outcome.right for outcome in outcomes) and not receiver.refused
+            outcome.overhead_ratio = _overhead_ratio(server.url, outcome.run_id)
+            terminal.print(_summary(terminal, outcome))
         firing = sum(len(outcome.rules) for outcome in outcomes)
-        screen.say(f"\n{len(outcomes)} runs, {firing} alerts, {receiver.deliveries} signed webhooks delivered,")
-        screen.say(f"{time.monotonic() - started:.0f} s in all; the server's log is {folder / 'server.log'}")
+        terminal.print(f"\n{len(outcomes)} runs, {firing} alerts, {receiver.deliveries} signed webhooks delivered,")
+        terminal.print(f"{time.monotonic() - started:.0f} s in all; the server's log is {folder / 'server.log'}")
+        passed = all(outcome.as_expected for outcome in outcomes) and not receiver.refused
         verdict = "as expected" if passed else "NOT as expected"
-        screen.say(screen.colour(_GREEN if passed else _RED, f"The outcome is {verdict}."))
-        screen.say(f"\npage     {server.url}/\nmetrics  {server.url}/metrics")
+        terminal.print(terminal.colour(_GREEN if passed else _RED, f"The outcome is {verdict}."))
+        terminal.print(f"\npage     {server.url}/\nmetrics  {server.url}/metrics")
         if keep:
-            screen.say("\nThe server stays up; Ctrl-C ends it.")
-            try:
-                server.wait()
-            except KeyboardInterrupt:
-                screen.say()
+            _keep_running(server, terminal)
         else:
-            screen.say(screen.colour(_DIM, "(they are gone now: make demo KEEP=1 leaves the server up)"))
+            terminal.print(terminal.colour(_DIM, "(they are gone now: make demo KEEP=1 leaves the server up)"))
     return 0 if passed else 1
 
 
-def _watch(case: Case, url: str, screen: _Screen) -> _Outcome:
-    torch.set_num_threads(1)  # networks as small as these only lose time on several
+def _keep_running(server: Server, terminal: _Terminal) -> None:
+    terminal.print("\nThe server stays up; Ctrl-C ends it.")
+    try:
+        server.wait()
+    except KeyboardInterrupt:
+        terminal.print()
+
+
+def _train(case: Case, url: str, terminal: _Terminal) -> _Outcome:
+    torch.set_num_threads(1)  # several threads only slow down networks as small as these
     torch.manual_seed(0)
     model, optimizer = case.build()
     last = 0.0
@@ -118,30 +124,30 @@ def _watch(case: Case, url: str, screen: _Screen) -> _Outcome:
             nonlocal last
             last = loss
             if step % 5 == 0:
-                screen.progress(f"  {case.name:<24} step {step:>4}/{case.steps}  loss {loss:<12.4g}")
+                terminal.progress(f"  {case.name:<24} step {step:>4}/{case.steps}  loss {loss:<12.4g}")
 
         train(case, model, optimizer, progress)
         agent.close(timeout_seconds=_ALERT_SECONDS, status="completed")
-    screen.settle(f"  {case.name:<24} {case.steps} steps, last loss {last:.4g}")
+    terminal.settle(f"  {case.name:<24} {case.steps} steps, last loss {last:.4g}")
     return _Outcome(case, agent.run_id)
 
 
-def _line(screen: _Screen, alert: Alert) -> str:
+def _line(terminal: _Terminal, alert: Alert) -> str:
     resolved = alert["state"] == "resolved"
     colour = _GREEN if resolved else _RED if alert["severity"] == "critical" else _YELLOW
-    mark = screen.colour(colour, f"{'resolved' if resolved else alert['severity']:>10} {alert['rule']}")
+    mark = terminal.colour(colour, f"{'resolved' if resolved else alert['severity']:>10} {alert['rule']}")
     return f"{mark}  {alert['run']['name']}, step {alert['step']}: {alert['resolution' if resolved else 'summary']}"
 
 
-def _settle_alerts(url: str, outcomes: list[_Outcome]) -> None:
-    """Wait until every expected alert is known and every delivery has been made, but not for ever."""
+def _wait_for_alerts(url: str, outcomes: list[_Outcome]) -> None:
+    """Wait until every expected alert has fired and every webhook is delivered, for a minute at most."""
     deadline = time.monotonic() + _ALERT_SECONDS
     while time.monotonic() < deadline:
         for outcome in outcomes:
             alerts = _get(url, f"/api/v1/alerts?run={outcome.run_id}")
             outcome.rules = sorted({alert["rule"] for alert in alerts if alert["fired_step"] is not None})
         finished = all(_get(url, f"/api/v1/runs/{outcome.run_id}")["state"] == "finished" for outcome in outcomes)
-        if finished and all(outcome.right for outcome in outcomes) and not _undelivered(url):
+        if finished and all(outcome.as_expected for outcome in outcomes) and not _undelivered(url):
             return
         time.sleep(0.2)
 
@@ -150,21 +156,20 @@ def _undelivered(url: str) -> int:
     return sum(receiver["due"] for receiver in _get(url, "/api/v1/server")["receivers"])
 
 
-def _complete(url: str, outcome: _Outcome) -> None:
-    scalars = _get(url, f"/api/v1/runs/{outcome.run_id}")["scalars"]
-    ratio = scalars.get("overhead_ratio")
-    outcome.overhead_ratio = ratio if isinstance(ratio, float) else None
+def _overhead_ratio(url: str, run_id: str) -> float | None:
+    ratio = _get(url, f"/api/v1/runs/{run_id}")["scalars"].get("overhead_ratio")
+    return ratio if isinstance(ratio, float) else None
 
 
-def _summary(screen: _Screen, outcome: _Outcome) -> str:
-    mark = screen.colour(_GREEN, "ok  ") if outcome.right else screen.colour(_RED, "FAIL")
+def _summary(terminal: _Terminal, outcome: _Outcome) -> str:
+    mark = terminal.colour(_GREEN, "ok  ") if outcome.as_expected else terminal.colour(_RED, "FAIL")
     found = ", ".join(outcome.rules) or "no alert"
     overhead = "" if outcome.overhead_ratio is None else f"agent {outcome.overhead_ratio:.1%} of the step (every=1)"
-    return f"{mark} {outcome.case.name:<24} {found:<24} {screen.colour(_DIM, overhead)}"
+    return f"{mark} {outcome.case.name:<24} {found:<24} {terminal.colour(_DIM, overhead)}"
 
 
 def _get(url: str, path: str) -> Any:
-    """Read from the API; a server that is being started again is waited for."""
+    """Return a document of the API; waits for a server that is being restarted."""
     deadline = time.monotonic() + _ALERT_SECONDS
     while True:
         try:

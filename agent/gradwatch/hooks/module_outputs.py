@@ -17,7 +17,7 @@ _MOST_FLAGS: Final = 100_000
 
 @dataclass(frozen=True, slots=True)
 class FiniteFlags:
-    """Whether an output of a module, or the gradient that reached it, was finite; each flag lies on its device."""
+    """Tells whether an output of a module, or the gradient that reached it, was finite; each flag is on its device."""
 
     module: str
     """Qualified name of the module."""
@@ -57,7 +57,7 @@ class OutputHooks:
 
 
 class _ForwardHook:
-    """A forward hook; a class of the module, so that a model that carries it can be pickled."""
+    """A forward hook; a top-level class, so that a model that carries it can be pickled."""
 
     def __init__(self, name: str, flags: list[FiniteFlags]) -> None:
         self._name = name

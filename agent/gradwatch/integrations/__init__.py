@@ -1,1 +1,1 @@
-"""The agent in the training loops of others: each module needs the library it is named after."""
+"""Callbacks for training libraries; each module needs the library that it is named after."""

@@ -1,4 +1,4 @@
-"""The agent with Accelerate.
+"""Attaching the agent in a training loop that uses Hugging Face Accelerate.
 
 from gradwatch.integrations.accelerate import watch
 
@@ -21,13 +21,15 @@ def watch(
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     **options: Any,
 ) -> Agent:
-    """Attach to what ``accelerator.prepare`` returned; ``accelerator.end_training`` is followed by ``agent.close``.
+    """Attach to a model and its optimizer after ``accelerator.prepare``.
+
+    Call ``agent.close()`` after ``accelerator.end_training()``.
 
     Args:
-        accelerator: gives the model inside its wrappers.
-        model: as prepared.
-        optimizer: as prepared, or None: every optimizer that steps the model.
-        options: those of ``gradwatch.attach``; ``step=`` among them where the run is resumed with an optimizer that
-            does not count (SGD): Accelerate does not count steps either.
+        accelerator: unwraps the model.
+        model: the prepared model.
+        optimizer: the prepared optimizer or several; None: every optimizer that steps the model.
+        options: those of ``gradwatch.attach``. A resumed run needs ``step=`` if its optimizer does not count steps
+            (SGD), because Accelerate does not count them either.
     """
     return attach(accelerator.unwrap_model(model), optimizer, **options)

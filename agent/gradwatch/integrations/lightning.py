@@ -1,4 +1,4 @@
-"""The agent as a Lightning callback: ``Trainer(callbacks=[GradwatchCallback()])``."""
+"""The Lightning callback: ``Trainer(callbacks=[GradwatchCallback()])``."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from gradwatch.recording.restored_steps import steps_made
 
 
 class GradwatchCallback(Callback):
-    """Attaches when the training starts, closes when it ends or fails.
+    """Attaches an agent when the training starts, and closes it when the training ends or fails.
 
     Args:
-        options: those of ``gradwatch.attach``.
+        options: those of ``gradwatch.attach``; ``step`` is taken from the trainer.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -20,16 +20,16 @@ class GradwatchCallback(Callback):
         self.agent: Agent | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach; by now the optimizers exist and a checkpoint is restored, the number of its steps too."""
+        """Attach: only now the optimizers exist, and a checkpoint with its number of steps is restored."""
         options = {"step": _steps_made(trainer), **self._options}
         self.agent = attach(pl_module, trainer.optimizers, **options)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish the run."""
+        """Close the agent with the status ``completed``."""
         self._close("completed")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Finish the run as failed."""
+        """Close the agent with the status ``failed``."""
         self._close("failed")
 
     def _close(self, status: str) -> None:
@@ -38,6 +38,7 @@ class GradwatchCallback(Callback):
 
 
 def _steps_made(trainer: Trainer) -> int:
-    """Return the number of steps; Lightning adds those of several optimizers up, each of Adam's kind counts its own."""
+    """Return the number of steps that were made before this training."""
+    # Lightning adds the steps of several optimizers up; Adam and its like each count their own.
     made = steps_made(trainer.optimizers, wait=True) if len(trainer.optimizers) > 1 else 0
     return made or trainer.global_step

@@ -1,4 +1,4 @@
-"""The agent in the Hugging Face Trainer: ``Trainer(..., callbacks=[GradwatchCallback()])``."""
+"""The callback for the Hugging Face Trainer: ``Trainer(..., callbacks=[GradwatchCallback()])``."""
 
 from typing import Any
 
@@ -10,10 +10,11 @@ from gradwatch.agent import Agent, attach
 
 
 class GradwatchCallback(TrainerCallback):
-    """Attaches when training begins, closes when it ends.
+    """Attaches an agent when training begins, and closes it when training ends.
 
     Args:
-        options: those of ``gradwatch.attach``; the run is named after ``run_name`` of the training arguments.
+        options: those of ``gradwatch.attach``; ``run`` is ``run_name`` of the training arguments unless given, and
+            ``step`` is taken from the trainer.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -28,8 +29,8 @@ class GradwatchCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Attach to every optimizer that steps the model; a restored trainer goes on counting where it stands."""
-        if self.agent is not None:  # of an attempt that ended in an exception, as with auto_find_batch_size
+        """Attach to every optimizer that steps the model; the step of a restored trainer is continued."""
+        if self.agent is not None:  # an earlier attempt ended in an exception, as with auto_find_batch_size
             self.agent.close(timeout_seconds=1.0, status="failed")
         if model is not None:
             known = {"run": args.run_name or None, "step": state.global_step}
@@ -38,6 +39,6 @@ class GradwatchCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Finish the run."""
+        """Close the agent with the status ``completed``."""
         if self.agent is not None:
             self.agent.close()

@@ -1,4 +1,4 @@
-"""Attaching to a program that does not call ``attach``: what ``gradwatch run`` sets up in every process with torch.
+"""Auto-attach: attaching to a program that does not call ``attach``, set up by ``gradwatch run`` in every process.
 
 Nothing is hooked before the first backward pass: a hook on forward passes would be traced into compiled models, and
 would keep ``torch.compile`` from compiling them, make it compile again, or warn. At the first backward pass the

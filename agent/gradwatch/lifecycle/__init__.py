@@ -1,1 +1,1 @@
-"""How an agent lives in its process: names, notes to the launcher, shutdown."""
+"""Life cycle of agents in a process: facts about the process, notes to ``gradwatch run``, shutdown."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.norms.tensor_spec import UnitAxis
-from gradwatch.statistics import UNIT_EPS
+from gradwatch.statistics import RATIO_EPS
 
 
 def unit_norms(tensor: Tensor, axis: UnitAxis = "rows", groups: int = 1) -> Tensor:
@@ -18,7 +18,7 @@ def unit_norms(tensor: Tensor, axis: UnitAxis = "rows", groups: int = 1) -> Tens
 
 
 def clip_units(
-    grad: Tensor, weight: Tensor, clip: float, eps: float = UNIT_EPS, axis: UnitAxis = "rows", groups: int = 1
+    grad: Tensor, weight: Tensor, clip: float, eps: float = RATIO_EPS, axis: UnitAxis = "rows", groups: int = 1
 ) -> Tensor:
     """Return the gradient in float64 after AGC of each unit; a unit whose gradient is not finite stays as it is.
 
@@ -32,7 +32,7 @@ def clip_units(
     return clipped
 
 
-def clip_tensor(grad: Tensor, weight: Tensor, clip: float, eps: float = UNIT_EPS) -> Tensor:
+def clip_tensor(grad: Tensor, weight: Tensor, clip: float, eps: float = RATIO_EPS) -> Tensor:
     """Return the gradient in float64 after AGC of the whole tensor; one that is not finite stays as it is.
 
     ``g <- g * min(1, clip / r)`` with ``r = ||g|| / (||w|| + eps)``.

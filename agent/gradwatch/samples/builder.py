@@ -25,7 +25,7 @@ from gradwatch.statistics import (
     JOINED,
     MEASURED,
     MISSING,
-    UNIT_EPS,
+    RATIO_EPS,
     Source,
     Units,
     agc_factors,
@@ -58,7 +58,7 @@ class SampleBuilder:
         self._rank = rank
         self._ownership = ownership([], rank)
         self._agc = agc
-        self._eps = UNIT_EPS if agc is None else agc.eps
+        self._eps = RATIO_EPS if agc is None else agc.eps
         self._tensor_wise = agc is not None and agc.granularity == "tensor"
         self._third = np.zeros(0, np.intp)
         """Third of the depth in which each parameter lies, 0 to 2."""
@@ -79,7 +79,7 @@ class SampleBuilder:
         self._third = 3 * np.asarray(depths, np.intp) // max(count, 1)
 
     def draft(self, record: StepRecord) -> tuple["Draft | None", dict[str, float], list[wire.Event]]:
-        """Return the sample of a step as far as this rank knows it (None: not sampled), its trail and its events."""
+        """Return the sample of a step without the other ranks' parts (None: not sampled), its trail and its events."""
         trail = {name: to_float(value) for name, value in record.logged.items()}
         if record.losses:
             trail.setdefault("loss", sum(map(to_float, record.losses)))
@@ -170,16 +170,16 @@ class SampleBuilder:
         before = [measurement for measurement in record.measurements if measurement.before_clip]
         after = [measurement for measurement in record.measurements if not measurement.before_clip]
         for measurement in [*after, *reversed(before)]:
-            self._enter(measurement, vectors)
+            self._add_measurement(measurement, vectors)
         for index in record.empty:
             vectors.set_zero(index)
         for update in record.updates:
-            _enter_update(update, vectors)
+            _add_update(update, vectors)
         for name, known in self._weights.items():
             vectors[name] = known.copy()
         return Draft(record, vectors, self._histograms(record.measurements, record.excluded))
 
-    def _enter(self, measurement: Measurement, vectors: "_Vectors") -> None:
+    def _add_measurement(self, measurement: Measurement, vectors: "_Vectors") -> None:
         """Write the statistics of one measurement into the vectors of the sample."""
         plan = measurement.norms.plan
         indices = np.array([plan.indices[position] for position in plan.measured], np.intp)
@@ -199,7 +199,7 @@ class SampleBuilder:
             for row in measured_from("gradient"):
                 proper = values[row.name] / scale / factor if row.before_clipping else values[row.name]
                 vectors[row.name][measured] = proper[live]
-            for index, count in measurement.nonfinite.items():  # of its elements, where they were counted
+            for index, count in measurement.nonfinite.items():  # exact counts of elements, where there are any
                 if index not in measurement.void:
                     vectors["nonfinite_count"][index] = count
             if not measurement.before_clip:
@@ -208,9 +208,9 @@ class SampleBuilder:
             if self._agc is not None and measurement.limits is not None:
                 vectors.limits[plan.indices] = measurement.limits
                 proper_units = replace(units, gradient=units.gradient / scale)
-                self._enter_agc(proper_units, measurement.limits[plan.measured], plan.starts, indices, vectors)
+                self._add_agc(proper_units, measurement.limits[plan.measured], plan.starts, indices, vectors)
 
-    def _enter_agc(
+    def _add_agc(
         self, units: Units, limits: _Floats, starts: Sequence[int], indices: _Indices, vectors: "_Vectors"
     ) -> None:
         factors = agc_factors(units, starts, limits, tensor_wise=self._tensor_wise)
@@ -222,7 +222,7 @@ class SampleBuilder:
         vectors["clipped_grad_norm"][indices[scaled]] = after[scaled]
 
     def _histograms(self, measurements: Sequence[Measurement], excluded: Collection[int]) -> dict[str, list[float]]:
-        """Return the histograms of the units' ratios that AGC sees, or would see, by thirds of the depth."""
+        """Return the histograms of unit ratios as AGC sees them, or would see them, for each third of the depth."""
         thirds = np.zeros((3, wire.HISTOGRAM_EDGES.size + 1))
         for measurement in measurements:
             plan = measurement.norms.plan
@@ -352,7 +352,7 @@ def _norm_limit(record: StepRecord, grad_norm: wire.Vector) -> float:
     return min((limit for clip in whole if (limit := to_float(clip.max_norm)) > 0), default=math.inf)
 
 
-def _enter_update(update: WeightUpdate, vectors: _Vectors) -> None:
+def _add_update(update: WeightUpdate, vectors: _Vectors) -> None:
     units = Units(change=update.units.detach().cpu().double().numpy())
     for row in measured_from("update"):
         vectors[row.name][list(update.indices)] = row.measure(units, update.starts)

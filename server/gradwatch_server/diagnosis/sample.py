@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.statistics import UNIT_EPS
+from gradwatch.statistics import RATIO_EPS
 from gradwatch.wire import MISSING, Parameter, Statistic, Vector
 
 Floats = NDArray[np.float64]
@@ -198,7 +198,7 @@ class Profile:
     nonfinite: Flags
     """True where there was a gradient with a NaN or an infinity in it; its norm may be finite."""
     ratio: Floats
-    """``gradient / (weight + UNIT_EPS)``; NaN where the gradient is missing or not finite."""
+    """``gradient / (weight + RATIO_EPS)``; NaN where the gradient is missing or not finite."""
     rms: Floats
     """Root mean square of the gradient, ``gradient / sqrt(elements)``; NaN likewise."""
     leverage: Floats
@@ -257,7 +257,7 @@ class Profile:
         now, first = self.weight[members], self.first_weight[members]
         began = np.maximum(np.where(np.isnan(first), now, first), TINY)
         grew: Floats = np.log10(np.maximum(now, TINY) / began)
-        grew[began < 10 * UNIT_EPS] = 0.0
+        grew[began < 10 * RATIO_EPS] = 0.0
         return grew
 
     @cached_property
@@ -373,7 +373,7 @@ class Sample:
                 present=present,
                 finite=finite,
                 nonfinite=present & (~finite | (self.vector("nonfinite_count", size) > 0.0)),
-                ratio=known / (np.maximum(weight, 0.0) + UNIT_EPS),
+                ratio=known / (np.maximum(weight, 0.0) + RATIO_EPS),
                 rms=known / parameters.root_elements,
                 leverage=_leverage(known, np.maximum(weight, parameters.least_weight), loss),
                 matrices=parameters.matrices if whole else parameters.matrices[usable[parameters.matrices]],

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 from psycopg import abc, adapt, postgres, pq
 
-from gradwatch.statistics import UNIT_EPS
+from gradwatch.statistics import RATIO_EPS
 from gradwatch.wire import MISSING
 
 _ELEMENT = np.dtype([("bytes", ">i4"), ("value", ">f4")])
@@ -36,7 +36,7 @@ class VectorColumns(NamedTuple):
 def ratio(grad_norm: NDArray[np.float32], weight_norm: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return ``grad_norm / (weight_norm + eps)``; missing where either is missing."""
     with np.errstate(invalid="ignore", over="ignore"):
-        divided = weight_norm + np.float32(UNIT_EPS)
+        divided = weight_norm + np.float32(RATIO_EPS)
         np.divide(grad_norm, divided, out=divided)
     missing = grad_norm == MISSING
     missing |= weight_norm == MISSING

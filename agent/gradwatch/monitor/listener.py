@@ -316,7 +316,9 @@ class TrainingListener:
     def _search_origin(self, tensors: Sequence[Tensor]) -> None:
         """Search the graph of a loss that is not finite for the module where that began."""
         scalars = [tensor for tensor in tensors if tensor.numel() == 1]
-        event = self._origin.search_graph(scalars, self._scaling.originals(scalars), self._steps.state.number)
+        event = self._origin.search_graph(
+            scalars, self._scaling.originals(scalars) if self._scaling.has_scaled else [], self._steps.state.number
+        )
         if event is not None:
             self.put(event)
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.norms.grouping import Reduction
-from gradwatch.norms.layout import NormLayout
+from gradwatch.norms.layout import NormLayout, Reduction
 from gradwatch.norms.tensor_spec import BufferKey, TensorSpec
 
 CopyGroup = tuple[Reduction, tuple[int, ...]]

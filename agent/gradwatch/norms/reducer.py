@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradwatch.norms.grouping import Reduction, default_bucket_bytes
-from gradwatch.norms.layout import NormLayout
-from gradwatch.norms.single_tensor import NormFunction, norm_function
-from gradwatch.norms.tensor_spec import BufferKey
+from gradwatch.norms.layout import NormLayout, Reduction, default_bucket_bytes
+from gradwatch.norms.tensor_spec import BufferKey, NormFunction, norm_function
 
 _WIDEST_SERIAL: Final = 1 << 10
 """Elements of a row that one thread of the CPU sums in float32: right to 1e-6 up to here."""

@@ -19,11 +19,9 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gradwatch.norms.grouping import Reduction
-from gradwatch.norms.layout import NormLayout
+from gradwatch.norms.layout import NormLayout, Reduction
 from gradwatch.norms.reducer import LayoutChangedError, NormReducer, Scratch
-from gradwatch.norms.single_tensor import norm_function
-from gradwatch.norms.tensor_spec import WIDEST_ROW, BufferKey, TensorSpec, UnitAxis, spec_of
+from gradwatch.norms.tensor_spec import WIDEST_ROW, BufferKey, TensorSpec, UnitAxis, norm_function, spec_of
 
 _log = logging.getLogger("gradwatch")
 

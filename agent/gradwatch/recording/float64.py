@@ -11,8 +11,7 @@ from torch import Tensor
 
 from gradwatch.norms.buffers import UnitNorms
 from gradwatch.norms.measurement_plan import MeasurementPlan
-from gradwatch.norms.single_tensor import norm_function
-from gradwatch.norms.tensor_spec import TensorSpec, unit_rows
+from gradwatch.norms.tensor_spec import TensorSpec, norm_function, unit_rows
 from gradwatch.steps.records import Measurement
 
 Floats = NDArray[np.float64]

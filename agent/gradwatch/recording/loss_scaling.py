@@ -33,6 +33,8 @@ class LossScaling:
     def __init__(self) -> None:
         self._scaled: deque[_Scaled] = deque(maxlen=_REMEMBERED)
         """Scaled losses that may still be differentiated; of any training."""
+        self.has_scaled = False
+        """Whether any loss was scaled."""
         self.has_scaler = False
         """Whether a loss scaler of this training was seen."""
         self._scaler: weakref.ref[Any] | None = None
@@ -51,6 +53,7 @@ class LossScaling:
 
     def note_scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """Remember what a scaled loss was; one of several numbers only where it is in a graph."""
+        self.has_scaled = True
         node = scaled.grad_fn
         number = -1 if node is None else node._sequence_nr()  # noqa: SLF001
         only = copy_scalar(original) if original.numel() == 1 else None

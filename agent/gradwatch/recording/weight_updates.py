@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.norms.grouping import Reduction
-from gradwatch.norms.layout import NormLayout
+from gradwatch.norms.layout import NormLayout, Reduction
 from gradwatch.norms.measurement_plan import MeasurementPlan
 from gradwatch.norms.reducer import NormReducer, Scratch
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass

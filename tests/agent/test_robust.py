@@ -474,7 +474,7 @@ def test_it_disarms_after_three_errors_and_says_why(
     monkeypatch.setattr(Guard, "raises_own_errors", False)
     model, optimizer = network()
     agent = gradwatch.attach(model, optimizer, url=server.url, every=1)
-    monitor_of(agent).listener._executor = None  # type: ignore[assignment]
+    monitor_of(agent).listener._actions = None  # type: ignore[assignment]
     for _ in range(10):
         optimizer.zero_grad()
         model(torch.ones(4, 5)).sum().backward()

@@ -1,6 +1,6 @@
 """Torch hook events of one training, translated into events of the step core and its actions into operators.
 
-The listener decides nothing about steps: ``gradwatch.steps.core`` does, and ``StepExecutor`` measures and clips. Errors
+The listener decides nothing about steps: ``gradwatch.steps.core`` does, and ``StepActions`` measures and clips. Errors
 of its own never reach the training (see ``gradwatch.monitor.guard``); errors of the clipping always do.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.hooks import torch_hooks
-from gradwatch.monitor.executor import StepExecutor, closure_of, note_found_inf, with_closure
+from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, with_closure
 from gradwatch.monitor.guard import Guard, guarded
 from gradwatch.monitor.parts import AgentThread, Callbacks, Parts, discard
 from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar, is_finite
@@ -58,7 +58,7 @@ class TrainingListener:
         self._notices = parts.notices
         self._origin = parts.origin
         self._versions = GradientVersions(self._parameters)
-        self._executor = StepExecutor(parts.models, parts.optimizers, parts.scaling, parts.recorder)
+        self._actions = StepActions(parts.models, parts.optimizers, parts.scaling, parts.recorder)
         self._elsewhere = threading.local()
         """How often each other thread was found to train something else."""
 
@@ -124,11 +124,11 @@ class TrainingListener:
         if record is not None and record.sampled and self.guard.watching:
             measured = self._measure_step(optimizer, record)
         if self._clips:
-            self._executor.clip(optimizer, outer, measured)
+            self._actions.clip(optimizer, outer, measured)
 
     @guarded
     def _measure_step(self, optimizer: Optimizer, record: StepRecord) -> tuple[Pass, Measurement] | None:
-        measured = self._executor.measure_step(optimizer, record)
+        measured = self._actions.measure_step(optimizer, record)
         if self._clips:
             self.guard.spent_seconds -= self._recorder.pass_seconds  # clipping needs this pass at every step
         return measured
@@ -244,7 +244,7 @@ class TrainingListener:
             background += thread.seconds
         self._steps.step_ended(time.perf_counter(), spent, background, learn=learn)
         if record.sampled:
-            record.excluded = self._executor.excluded
+            record.excluded = self._actions.excluded
         if self._origin.is_active:
             self._origin.finish_step(record)
         self.put(record)
@@ -341,7 +341,7 @@ class TrainingListener:
         measure = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
         action = self._steps.norm_clipped(clip, listed.indices, measure)
         if action is not None:
-            self._executor.measure_before_clip(listed, action)
+            self._actions.measure_before_clip(listed, action)
 
     @guarded
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
@@ -351,7 +351,7 @@ class TrainingListener:
             return
         action = self._steps.value_clipped(listed.index_set, listed.indices)
         if action is not None:
-            self._executor.measure_before_clip(listed, action)
+            self._actions.measure_before_clip(listed, action)
 
     def after_zero_grad(self, owner: Optimizer | nn.Module) -> None:
         """An optimizer or a module has cleared its gradients."""

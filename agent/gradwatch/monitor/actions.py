@@ -16,7 +16,7 @@ from gradwatch.steps.core import Measure
 from gradwatch.steps.records import Measurement, StepRecord, scaled_by
 
 
-class StepExecutor:
+class StepActions:
     """Measures and clips.
 
     Args:

@@ -22,8 +22,8 @@ from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
 from gradwatch.lifecycle.process import attributes, default_run_name, rank
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
+from gradwatch.monitor.context import AgentThread, Callbacks, discard
 from gradwatch.monitor.monitor import Monitor
-from gradwatch.monitor.parts import AgentThread, Callbacks, discard
 from gradwatch.norms.scalars import Scalar
 from gradwatch.ranks.exchange import exchange_for
 from gradwatch.samples.collector import Collector

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from gradwatch.hooks import torch_hooks
 from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, with_closure
+from gradwatch.monitor.context import AgentThread, Callbacks, Parts, discard
 from gradwatch.monitor.guard import Guard, guarded
-from gradwatch.monitor.parts import AgentThread, Callbacks, Parts, discard
 from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar, is_finite
 from gradwatch.ranks.exchange import is_partial
 from gradwatch.recording.gradient_versions import GradientVersions, Version

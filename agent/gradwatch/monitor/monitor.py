@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.hooks import torch_hooks
+from gradwatch.monitor.context import AgentThread, Callbacks, Parts
 from gradwatch.monitor.guard import Guard
 from gradwatch.monitor.listener import TrainingListener
 from gradwatch.monitor.notices import Notices
-from gradwatch.monitor.parts import AgentThread, Callbacks, Parts
 from gradwatch.monitor.watched_models import WatchedModels
 from gradwatch.norms.scalars import copy_and_check, sum_scalars
 from gradwatch.ranks.exchange import RankExchange

@@ -1,4 +1,4 @@
-"""What a listener works with: the parts of its monitor, and the agent around it."""
+"""The context of a listener: the parts of its monitor that it works with, and the agent around it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

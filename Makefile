@@ -1,17 +1,21 @@
-# Two commands: `make demo` shows what gradwatch does, `make test` checks everything. Both install into .venv themselves.
+# `make demo` shows what gradwatch does, `make test` checks everything, `make check` what needs no server, browser or
+# database: run it after each change. All of them install into .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 
-.PHONY: demo test pictures lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts bench-metrics \
-  bench-page bench-paper
+.PHONY: demo test check pictures lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts \
+  bench-metrics bench-page bench-paper
 
 demo: .venv/demo-installed
 	@$(BIN)/gradwatch demo $(if $(KEEP),--keep)
 
 test: .venv/test-installed node_modules/.installed system lint types page
 	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+check: .venv/test-installed node_modules/.installed lint types page
+	$(BIN)/python -m pytest -q --unit -n 2 -r fE $(TESTS)
 
 lint: .venv/test-installed
 	$(BIN)/ruff check .

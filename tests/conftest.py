@@ -1,10 +1,14 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and the option ``--unit``, by which ``make check`` chooses the tests that it runs."""
 
 import contextlib
+import multiprocessing.process
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import sqlalchemy as sa
@@ -22,6 +26,45 @@ settings.register_profile(
 )
 settings.load_profile("calm")
 torch.set_num_threads(1)  # tests run side by side: several threads each would wait for one another
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option ``--unit``."""
+    parser.addoption("--unit", action="store_true", help="skip tests that need a program, a process or a database")
+
+
+_SYSTEM = re.compile(r"^(?:from|import) (?:gradwatch\.integrations|playwright|schemathesis)\b", re.MULTILINE)
+"""Imports a framework for trainings, a browser or a client that draws requests, which takes seconds to load."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``--unit``, leave out the modules, and the folders whose ``conftest.py``, import one of these."""
+    source = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
+    if config.getoption("--unit") and source.suffix == ".py" and source.is_file():
+        return True if _SYSTEM.search(source.read_text()) else None
+    return None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unit_tests_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``--unit``, skip a test as soon as it starts a program or a process, or opens a database of the server.
+
+    What a test does decides, so that no list of tests has to be kept.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--unit"):
+            patch.setattr(subprocess.Popen, "_execute_child", _skipping("starts a program"))
+            patch.setattr(os, "fork", _skipping("forks"))
+            patch.setattr(multiprocessing.process.BaseProcess, "start", _skipping("starts a process"))
+            patch.setattr(sa, "create_engine", _skipping("opens a database"))
+        yield
+
+
+def _skipping(act: str) -> Callable[..., NoReturn]:
+    def skip(*_: object, **__: object) -> NoReturn:
+        pytest.skip(f"no unit test: it {act}")
+
+    return skip
 
 
 def pytest_configure() -> None:

@@ -32,8 +32,8 @@ class Program:
         self._command, self._folder = command, folder
 
     def __enter__(self) -> Self:
-        self._log = (self._folder / "log").open("wb")
-        self.process = subprocess.Popen(self._command, cwd=self._folder, stdout=self._log, stderr=self._log)
+        with (self._folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(self._command, cwd=self._folder, stdout=log, stderr=log)
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_SECONDS, trust_env=False)
         until(self._ready, f"answer of {self._command[0]}, see {self._folder / 'log'}")
         return self
@@ -42,7 +42,6 @@ class Program:
         self.process.kill()
         self.process.wait()
         self.http.close()
-        self._log.close()
 
     def _ready(self) -> bool:
         assert self.process.poll() is None, (self._folder / "log").read_text()

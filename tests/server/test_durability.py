@@ -84,16 +84,16 @@ for line in sys.stdin:
     def start(self) -> None:
         """Start another one in the place of the last."""
         if not hasattr(self, "process"):
-            self._log = self.log.open("ab")
             command = [sys.executable, "-c", self.FORKS]
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env=environment(),
-                cwd=self.database.parent,
-            )
+            with self.log.open("ab") as log:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment(),
+                    cwd=self.database.parent,
+                )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(" ".join(self._command[4:]).encode() + b"\n")
@@ -114,9 +114,7 @@ for line in sys.stdin:
         os.kill(self.child, signal.SIGTERM)
         assert self.process.stdin is not None
         self.process.stdin.close()
-        code = self.ended()
-        self._log.close()
-        return code
+        return self.ended()
 
 
 def test_every_acknowledged_sample_survives_50_times_kill_9_once(tmp_path: Path, database_url: str) -> None:

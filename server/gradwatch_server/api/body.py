@@ -86,19 +86,21 @@ def _content_encoding(request: Request) -> str:
 
 async def _read_bounded(request: Request, most: int, reservation: Reservation) -> bytes:
     """Return the body as it arrives, of at most so many bytes."""
-    too_large = Refused(
-        413, "Body too large", f"the body is larger than limits.body_bytes allows ({most} bytes): send smaller batches"
-    )
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > most:
-        raise too_large
+        raise _too_large(most)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > most:
-            raise too_large
+            raise _too_large(most)
         reservation.grow(len(body))
     return bytes(body)
+
+
+def _too_large(most: int) -> Refused:
+    detail = f"the body is larger than limits.body_bytes allows ({most} bytes): send smaller batches"
+    return Refused(413, "Body too large", detail)
 
 
 def _decompress_gzip(body: bytes, most: int) -> bytes:

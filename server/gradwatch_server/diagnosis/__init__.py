@@ -10,9 +10,8 @@ import numpy as np
 from gradwatch_server.diagnosis.finding import Blame, Finding
 from gradwatch_server.diagnosis.history import History
 from gradwatch_server.diagnosis.rule import Observation
-from gradwatch_server.diagnosis.rules import RULES, SAMPLE_RULES, exploding
+from gradwatch_server.diagnosis.rules import RULES, SAMPLE_RULES, Thresholds, exploding
 from gradwatch_server.diagnosis.sample import RunParameters, Sample
-from gradwatch_server.diagnosis.thresholds import Thresholds
 
 __all__ = [
     "RULES",

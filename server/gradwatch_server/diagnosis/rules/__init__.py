@@ -1,10 +1,17 @@
-"""The rules of the diagnosis. Each module of this folder is one rule and exports it as ``RULE``."""
+"""The rules of the diagnosis, and their limits that are in force for a run.
 
+Each module of this folder is one rule and exports it as ``RULE``. The limits are the defaults of the rules with the
+changes of ``[rules.NAME]``.
+"""
+
+from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, Self, cast
 
-from gradwatch_server.diagnosis.rule import Observation, Rule
+import msgspec
+
+from gradwatch_server.diagnosis.rule import Limits, LimitsT, Observation, Rule
 
 RULES: tuple[Rule[Any, Any], ...] = tuple(
     import_module(f"{__name__}.{name}").RULE for name in sorted(module.name for module in iter_modules(__path__))
@@ -13,3 +20,50 @@ RULES: tuple[Rule[Any, Any], ...] = tuple(
 
 SAMPLE_RULES: tuple[Rule[Observation, Any], ...] = tuple(rule for rule in RULES if rule.subject is Observation)
 """The rules that look at samples and blame parameters."""
+
+_PLACES = {rule.name: place for place, rule in enumerate(RULES)}
+_DEFAULTS = tuple(rule.limits() for rule in RULES)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The limits of all rules: ``thresholds[RULE]`` are those of one rule."""
+
+    limits: tuple[Limits, ...] = _DEFAULTS
+    """In the order of ``RULES``."""
+
+    def __getitem__(self, rule: Rule[Any, LimitsT]) -> LimitsT:
+        return cast("LimitsT", self.limits[_PLACES[rule.name]])
+
+    @classmethod
+    def from_table(cls, table: dict[str, dict[str, Any]]) -> Self:
+        """Return the limits with the changes of a configuration table.
+
+        Raises:
+            ValueError: a rule, a key or a value is not known; the text names it, its value and the way out.
+        """
+        limits = list(_DEFAULTS)
+        for name, changes in table.items():
+            if name not in _PLACES:
+                raise ValueError(f"rules.{name}: there is no such rule; the rules are {', '.join(sorted(_PLACES))}")
+            place = _PLACES[name]
+            _check(name, RULES[place].limits, changes)
+            limits[place] = msgspec.convert(changes, RULES[place].limits)
+        return cls(tuple(limits))
+
+
+def _check(rule: str, limits: type[Limits], changes: object) -> None:
+    if not isinstance(changes, dict):
+        raise ValueError(  # noqa: TRY004  # everything wrong with a configuration is one kind of error
+            f"rules.{rule} = {changes!r}: a table of thresholds, such as [rules.{rule}] enabled = false"
+        )
+    fields = {field.name: field for field in msgspec.structs.fields(limits)}
+    for key, value in changes.items():
+        if key not in fields:
+            raise ValueError(f"rules.{rule}.{key}: there is no such key; the keys are {', '.join(sorted(fields))}")
+        try:
+            msgspec.convert(value, fields[key].type)
+        except msgspec.ValidationError as error:
+            detail = str(error)[:1].lower() + str(error)[1:]
+            default = fields[key].default
+            raise ValueError(f"rules.{rule}.{key} = {value!r}: {detail}; the default is {default!r}") from None

@@ -23,7 +23,7 @@ from starlette.types import Scope as ConnectionScope
 
 from gradwatch_server.api.problem import refusal_response
 from gradwatch_server.errors import Refused
-from gradwatch_server.notify.address_guard import is_loopback
+from gradwatch_server.notify.http_client import is_loopback
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 from gradwatch_server.store import schema

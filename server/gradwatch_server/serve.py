@@ -23,7 +23,7 @@ import uvicorn
 from gradwatch.settings import secret
 from gradwatch_server.app import create_app
 from gradwatch_server.errors import ConfigurationError, GradwatchError
-from gradwatch_server.notify.address_guard import ALL_NETWORKS, is_loopback
+from gradwatch_server.notify.http_client import ALL_NETWORKS, is_loopback
 from gradwatch_server.notify.receivers import Webhook
 from gradwatch_server.services import Services
 from gradwatch_server.settings import DATABASE_URL_HELP, Configuration, Settings, resolve_database_url

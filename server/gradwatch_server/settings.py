@@ -14,7 +14,7 @@ from gradwatch import wire
 from gradwatch.settings import secret
 from gradwatch_server.diagnosis import Thresholds
 from gradwatch_server.errors import ConfigurationError
-from gradwatch_server.notify.address_guard import check_url
+from gradwatch_server.notify.http_client import check_url
 from gradwatch_server.notify.outbox import DeliverySettings
 from gradwatch_server.notify.receivers import AnyReceiver
 from gradwatch_server.store.retention import Retention

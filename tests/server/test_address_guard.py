@@ -5,8 +5,14 @@ from ipaddress import ip_address
 
 import pytest
 
-from gradwatch_server.notify.address_guard import AddressGuard, AddressRefused, parse_networks, refusal_reason
-from gradwatch_server.notify.http_client import HttpClient, HttpRequest
+from gradwatch_server.notify.http_client import (
+    AddressGuard,
+    AddressRefused,
+    HttpClient,
+    HttpRequest,
+    parse_networks,
+    refusal_reason,
+)
 from tests.processes import WebhookReceiver, run_apart
 
 REFUSED = [

@@ -8,8 +8,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from gradwatch_server.notify.address_guard import AddressGuard
-from gradwatch_server.notify.http_client import DeliveryResult, HttpClient, HttpRequest
+from gradwatch_server.notify.http_client import AddressGuard, DeliveryResult, HttpClient, HttpRequest
 from tests.processes import WebhookReceiver, run_apart
 
 LOOPBACK = ["127.0.0.0/8"]

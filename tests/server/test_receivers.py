@@ -28,8 +28,7 @@ from standardwebhooks import Webhook
 from gradwatch import wire
 from gradwatch_server.cli.receivers import _test_payload
 from gradwatch_server.errors import ConfigurationError
-from gradwatch_server.notify.address_guard import AddressGuard
-from gradwatch_server.notify.http_client import DeliveryResult
+from gradwatch_server.notify.http_client import AddressGuard, DeliveryResult
 from gradwatch_server.notify.receivers import Email, Notification
 from gradwatch_server.notify.receivers.mail import SmtpTransport
 from gradwatch_server.settings import Configuration

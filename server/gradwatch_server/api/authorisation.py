@@ -2,7 +2,8 @@
 
 A route has one ``Access`` among its dependencies: ``requires("read", of_run)`` or ``OPEN``. ``AuthorisedRoute`` refuses
 to make a route without one, checks it before a body is read, and describes it in the OpenAPI document. What does not
-depend on the route, the origin of a request, is checked before any route is looked for.
+depend on the route, the origin of a request, is checked before any route is looked for, by the middleware that also
+gives every response its security headers.
 """
 
 import asyncio
@@ -16,15 +17,24 @@ from urllib.parse import urlsplit
 import sqlalchemy as sa
 from fastapi import Depends, Request, Response, params
 from fastapi.routing import APIRoute
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as ConnectionScope
 
+from gradwatch_server.api.problem import refusal_response
 from gradwatch_server.errors import Refused
-from gradwatch_server.notify.address_guard import is_loopback
+from gradwatch_server.notify.http_client import is_loopback
 from gradwatch_server.services import Services
 from gradwatch_server.settings import Settings
 from gradwatch_server.store import schema
 from gradwatch_server.store.tokens import Grant, Scope
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 SECURITY_SCHEMES = {
     "token": {"type": "http", "scheme": "bearer"},
     "password": {"type": "http", "scheme": "basic", "description": "any user name, the token as the password"},
@@ -218,7 +228,38 @@ def is_encrypted(request: Request) -> bool:
     return request.url.scheme == "https" or Services.of(request).settings.public_url.startswith("https:")
 
 
-def check_origin(request: Request) -> None:
+class RequestMiddleware:
+    """Refuses requests of another site's page, gives every response its headers, and counts it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: ConnectionScope, receive: Receive, send: Send) -> None:
+        """Handle one request; what is not HTTP passes."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(_SECURITY_HEADERS)
+                headers.setdefault("Cache-Control", "no-store")
+                route = getattr(scope.get("route"), "path", "other")
+                services = Services.of(Request(scope))
+                services.request_counts.add(scope["method"], route, message["status"], started)
+            await send(message)
+
+        application = self._app
+        try:
+            _check_origin(Request(scope))
+        except Refused as refusal:
+            application = refusal_response(refusal)
+        await application(scope, receive, send_with_headers)
+
+
+def _check_origin(request: Request) -> None:
     """Refuse a request by which another site's page would change something: a browser names the origin of a page.
 
     Only a browser that ignores SameSite sends our cookie with a request of another page; a request with the cookie has

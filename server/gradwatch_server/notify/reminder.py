@@ -9,8 +9,7 @@ import time
 
 import sqlalchemy as sa
 
-from gradwatch_server.notify.address_guard import AddressGuard
-from gradwatch_server.notify.http_client import HttpClient
+from gradwatch_server.notify.http_client import AddressGuard, HttpClient
 from gradwatch_server.notify.outbox import DeliverySettings
 from gradwatch_server.notify.receivers import Alertmanager, Notification
 from gradwatch_server.store import schema

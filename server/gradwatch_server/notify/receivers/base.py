@@ -6,8 +6,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from gradwatch_server.notify.address_guard import AddressGuard, parse_networks
-from gradwatch_server.notify.http_client import DeliveryResult, HttpClient, HttpRequest
+from gradwatch_server.notify.http_client import AddressGuard, DeliveryResult, HttpClient, HttpRequest, parse_networks
 
 _MOST_PARAMETERS = 5
 

@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import aiosmtplib
 
-from gradwatch_server.notify.address_guard import AddressGuard
-from gradwatch_server.notify.http_client import DeliveryResult, timed_out
+from gradwatch_server.notify.http_client import AddressGuard, DeliveryResult, timed_out
 from gradwatch_server.notify.receivers.base import Notification, Receiver, Transport, parameter_lines, title
 
 _MOST_ERROR_CHARACTERS = 500

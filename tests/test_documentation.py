@@ -18,7 +18,7 @@ PACKAGES: Final = {"gradwatch": ROOT / "agent" / "gradwatch", "gradwatch_server"
 FOLDERS: Final = (ROOT, *PACKAGES.values(), PACKAGES["gradwatch_server"] / "page" / "js")
 """Where a path may begin."""
 CODE_FOLDERS: Final = ("agent", "server", "dashboards", "benchmarks", "tests", "docs", "examples")
-USERS_FILES: Final = {"train.py", "gradwatch.toml", "gradwatch.db", "gradwatch.dump"}
+USERS_FILES: Final = {"train.py", "gradwatch.toml", "gradwatch.db", "gradwatch.dump", "gradwatch-demo/"}
 """Files that a user has, and no repository."""
 
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -55,12 +55,12 @@ def _faults_of_code(code: str) -> Iterator[str]:
     yield from (f"name {name}" for name in _DOTTED.findall(code) if name not in USERS_FILES and not _is_defined(name))
     yield from (f"command {name}" for name in _COMMAND.findall(code) if name not in COMMANDS)
     yield from (f"test {name}" for path, name in _TEST.findall(code) if name not in _tests_of(path))
-    yield from (f"variable {name}" for name in _VARIABLE.findall(code) if name not in _sources())
+    yield from (f"variable {name}" for name in _VARIABLE.findall(code) if not _is_read(name))
 
 
 def _paths(code: str) -> list[str]:
-    folder = _FOLDER.match(code)
-    return [folder[0]] if folder else [path for path in _PATH.findall(code) if path not in USERS_FILES]
+    found = [code] if _FOLDER.match(code) else _PATH.findall(code)
+    return [path for path in found if path not in USERS_FILES]
 
 
 def _exists(path: str) -> bool:
@@ -110,6 +110,11 @@ def _tests_of(path: str) -> set[str]:
     """Return the tests of a module, or of all modules."""
     files = _named(Path(path or "test_*.py").name)
     return {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
+
+
+def _is_read(variable: str) -> bool:
+    """Return whether a variable is read; one that ends in ``_FILE`` names a file with the value of another."""
+    return variable in _sources() or variable.removesuffix("_FILE") in _sources()
 
 
 @cache

@@ -49,7 +49,8 @@ def attach(
         clip: None, or how gradients are clipped adaptively before each step, on every rank: ``gradwatch.AGC(...)``, or
             a number for ``AGC(number)``. An error of the clipping is raised, not swallowed.
         step: optimizer steps that the training has made so far: the next one is counted as ``step + 1``. None: 0 for a
-            new run; for a resumed one what a restored optimizer says, now or when it first steps. SGD says nothing.
+            new run; for a resumed run the step count of a restored optimizer, read now or at its first step. SGD keeps
+            no count.
 
     Returns:
         The agent, already watching. Attached again to the same parameters (in a notebook), it replaces the earlier one.
@@ -94,13 +95,13 @@ class Agent:
 
     @property
     def interval_steps(self) -> int:
-        """Return the steps from one sample to the next, as it was last."""
+        """Return the number of steps between the last two samples, or the fixed interval."""
         return self._session.interval_steps
 
     def log(self, **scalars: SupportsFloat) -> None:
         """Add numbers to the next step, one for each name: Python's, numpy's, tensors of one element.
 
-        A tensor is not waited for.
+        The agent does not wait for the device of a tensor.
 
         Raises:
             TypeError: a value is neither a number nor a tensor of one element.
@@ -131,7 +132,7 @@ class Agent:
     def close(
         self, timeout_seconds: float = CLOSING_SECONDS, *, status: str | None = None, exit_code: int | None = None
     ) -> None:
-        """Stop watching, deliver what is there and finish the run; idempotent.
+        """Stop watching, deliver everything measured so far and finish the run; idempotent.
 
         What the server does not take within the timeout stays in the spool, which the next agent on this machine or
         ``gradwatch flush`` delivers.
@@ -178,6 +179,6 @@ def _bounded(value: SupportsFloat) -> float:
 
 
 def _retired(run_id: str, run_url: str) -> Agent:
-    """Return what an agent that was pickled with its model is elsewhere: closed, with nothing to watch."""
+    """Return a closed agent that watches nothing, in place of one that was pickled with its model."""
     settings = resolve(url=run_url.removesuffix(f"/runs/{run_id}"), run=run_id, environment={})
     return Agent(Session([], [], settings, retired=True))

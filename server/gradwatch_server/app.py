@@ -85,7 +85,7 @@ class _RequestMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; what is not HTTP passes."""
+        """Handle one request; pass on anything that is not HTTP."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -91,7 +91,7 @@ class HttpTransport:
             self._headers["Authorization"] = f"Bearer {token}"
 
     def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
-        """Send one document; an error of the network is a result, too."""
+        """Send one document; return an error of the network as a result."""
         timeout = urllib3.Timeout(total=max(timeout_seconds, 0.01))
         headers = self._headers | {wire.CLOCK_HEADER: f"{time.time():.3f}"}
         try:

@@ -207,7 +207,7 @@ class Spool:
         self._write(lambda: None)
 
     def _drop_every_second_sample(self, number: int) -> None:
-        """Drop every second sample of one batch; of batches with a single sample, every second batch loses it."""
+        """Drop every second sample of one batch; of batches with a single sample, drop every second batch's."""
         (body,) = self._connection.execute("SELECT body FROM entry WHERE number = ?", (number,)).fetchone()
         batch = wire.read_back(body)
         kept = [sample for place, sample in enumerate(batch.samples) if (place + number) % 2]

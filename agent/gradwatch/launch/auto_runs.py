@@ -22,7 +22,7 @@ _MOST_RUNS: Final = 100
 
 
 class AutoRuns:
-    """The sessions of this process; a training that begins with optimizers of its own gets a run, as each fold does."""
+    """The sessions of this process; each training with new optimizers gets a run, as does each fold of a validation."""
 
     def __init__(self) -> None:
         self._sessions: list[Session] = []

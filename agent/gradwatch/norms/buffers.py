@@ -32,7 +32,7 @@ class UnitNorms:
 
     Args:
         plan: says which norms there are.
-        buffers: of the sample.
+        buffers: the buffers of the sample.
         grad_at: index of the gradients' first unit norm in each buffer.
         weight_at: index of the weights' first unit norm in each buffer.
     """
@@ -226,5 +226,5 @@ class BufferPool:
 
     @property
     def is_scarce(self) -> bool:
-        """Return whether so many buffers wait to be read, or half of all, that they should be read now."""
+        """Return whether so many buffers are in use that the collector should read them now."""
         return self._made - len(self._free) > min(_SCARCE, self._most // 2)

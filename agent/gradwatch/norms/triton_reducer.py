@@ -1,6 +1,6 @@
 """Launches the Triton kernels for unit norms and clipping: one launch over all tensors, where a CUDA device is there.
 
-The plain operators stay the reference. They take what the kernels leave: sparse tensors, units wider than
+The plain operators stay the reference. They take the tensors that the kernels cannot: sparse tensors, units wider than
 ``WIDEST_ROW``, other dtypes, and gradients that do not lie in memory in the order of their units. Before the kernels
 are used on a device, their results are compared with those of the plain operators on that device; where they differ,
 one warning says so and the plain operators take everything. With ``TRITON_INTERPRET=1`` the kernels run on the CPU,
@@ -206,7 +206,7 @@ def make_reducer(layout: NormLayout, buffers: dict[BufferKey, Tensor], scratch: 
 
 
 def reducer_class(layout: NormLayout) -> type[NormReducer]:
-    """Choose what reduces tensors of a layout: the Triton kernels where they can be used."""
+    """Return the class of reducers for a layout: the Triton kernels' where these can be used."""
     by_kernels = bool(layout.sizes) and all(can_use_triton(key) for key in layout.sizes)
     chosen = TritonNormReducer if by_kernels else NormReducer
     layout.reducer_class = chosen

@@ -1,8 +1,8 @@
 """Sharded training: each rank publishes what it measured, rank 0 collects the parts.
 
-Nothing of this is a collective, and nothing happens on the training thread: the parts go through the key-value store
-that the process group was opened with, and rank 0 takes them from there when they are complete. A rank that is late,
-gone or disarmed costs samples, never time.
+None of this is a collective operation, and none of it runs on the training thread: the parts go through the key-value
+store that the process group was opened with, and rank 0 takes them from there when they are complete. A rank that is
+late, gone or disarmed costs samples, never time.
 """
 
 import itertools

@@ -42,7 +42,7 @@ def split_of(tensor: Tensor, axis: UnitAxis, groups: int, granularity: Granulari
         granularity: ``unit``, or ``tensor`` where the whole tensor is one unit.
 
     Raises:
-        NotImplementedError: it is distributed in a way that norms cannot be joined for.
+        NotImplementedError: the tensor is distributed in a way for which norms cannot be joined.
     """
     placements = getattr(tensor, "placements", None)
     if placements is None:

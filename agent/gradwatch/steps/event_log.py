@@ -1,8 +1,9 @@
 """The event log of a step core: written by a training, replayed without it.
 
-``GRADWATCH_STEP_LOG=FILE python train.py`` writes what the agent hears, one JSON document a line; tensors are named and
-never read. ``python -m gradwatch.steps.event_log FILE`` replays it and prints what the core made of each event. A log
-of some steps is all that is needed to find why a loss, a clipping or an optimizer was counted to the wrong step.
+``GRADWATCH_STEP_LOG=FILE python train.py`` writes the events that the agent receives, one JSON document a line; tensors
+are named and never read. ``python -m gradwatch.steps.event_log FILE`` replays it and prints what the core made of each
+event. A log of some steps is all that is needed to find why a loss, a clipping or an optimizer was counted to the wrong
+step.
 """
 
 import functools
@@ -68,9 +69,9 @@ def write_events(core: StepCore, account: OverheadAccount, write: Callable[[byte
     """Write all events that ``core`` gets from now on.
 
     Args:
-        core: before its first event.
-        account: of its schedule.
-        write: takes one line with its end.
+        core: a step core that has had no event yet.
+        account: the overhead account of the core's schedule.
+        write: writes one line, which ends with a newline.
     """
     left = [MOST_EVENTS]
 
@@ -129,10 +130,10 @@ def replay(lines: Iterable[bytes]) -> Iterator[Replayed]:
     """Replay a log; yield each event with what the core made of it.
 
     Args:
-        lines: of the log.
+        lines: the lines of the log.
 
     Raises:
-        ValueError: a line is none of a log.
+        ValueError: a line is not a line of an event log.
     """
     core: StepCore | None = None
     names: dict[Any, str] = {}

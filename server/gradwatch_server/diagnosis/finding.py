@@ -1,4 +1,4 @@
-"""What a rule of the diagnosis finds in a sample: its symptom, and the finding that alerts are made of."""
+"""The symptom that a rule of the diagnosis sees in a sample, and the finding that alerts are made of."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -53,7 +53,7 @@ class DetectorState:
 
     @property
     def bytes(self) -> int:
-        """Return roughly how much memory it takes."""
+        """Return roughly how much memory the state takes."""
         return 10_000 + 600 * len(self.parameters.names) + 150 * len(self.losses)
 
     def start_attempt(self, attempt: int) -> None:
@@ -158,7 +158,7 @@ def load(
 def _replay_ends(
     connection: sa.Connection, run: sa.Row[Any], parameters: RunParameters, thresholds: Thresholds
 ) -> DetectorState:
-    """Return the state after the first and the last samples of a run: none is saved, or one of another version."""
+    """Replay the first and the last samples of a run, if no state of this version is saved; return the state."""
     state = DetectorState(parameters, History(), run.attempt, loaded=True)
     _replay(state, _first_and_last(connection, run), thresholds)
     return state

@@ -1,7 +1,7 @@
 """The program of a worker process of the diagnosis pool: reads jobs from standard input, writes results to its output.
 
-It ends with its input, which ends however the server stops. Between two jobs it keeps only what it has unpickled of
-earlier ones.
+The process ends when its input ends, which happens however the server stops. Between two jobs it keeps only the objects
+that it has unpickled for earlier ones.
 """
 
 import pickle

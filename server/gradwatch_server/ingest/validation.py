@@ -114,11 +114,11 @@ def check_fit(
     """Refuse a batch that does not fit its run, or brings it more different scalar names than it may have.
 
     Args:
-        batch: what ``check_batch`` has let through.
-        parameter_count: of the run.
+        batch: a batch that has passed ``check_batch``.
+        parameter_count: number of parameters of the run.
         existing_scalars: scalar names that the run has.
-        limits: in force.
-        older: whether it is of an attempt before the latest, from before the run gained its last parameters maybe.
+        limits: the limits in force.
+        older: whether the batch is of an attempt before the latest, so that it may lack the run's last parameters.
 
     Raises:
         Refused: 422, with the field and its value, or the limit.

@@ -98,7 +98,7 @@ def _roll_up_scalars(
 
 
 def _relevant_first_steps(first_steps: Mapping[int, int]) -> dict[int, int]:
-    """Return attempt -> first step of those attempts that no later attempt begins before.
+    """Return attempt -> first step, without attempts before whose first step a later attempt begins.
 
     Of many attempts the oldest count as one, which begins where the first of them does: what they still send is left
     out from there on, rather than mixed.
@@ -176,9 +176,9 @@ def _insert_samples(
 
 @cache
 def _insert_sample_rows(engine: str) -> sa.Insert:
-    """Return the insert by which a step that is sent again replaces what was there, unless a later attempt stored it.
+    """Return the insert of samples: a step that is sent again is replaced, unless a later attempt stored it.
 
-    Made once: building it takes as long as the insert itself.
+    The statement is made once, because building it takes as long as running it.
     """
     table = schema.samples
     insert = upsert(engine, table)

@@ -16,7 +16,7 @@ Days = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long a run is kept after it last reported, and the levels of its samples after they were measured."""
+    """How long a run is kept after its last report, and how long each level is kept after it was measured."""
 
     days: Days | None = None
     """Absent: for ever."""

@@ -1,4 +1,4 @@
-"""The stored rows of a series: statistics of the samples and their roll-ups, scalars of every step and theirs.
+"""The stored rows of a series: statistics of samples, scalars of every step, and the roll-ups of both.
 
 The time of a bucket of samples is 0 until the rows of the level below it are deleted; from then on it is the time of
 its newest sample.
@@ -321,7 +321,7 @@ def _of_level(table: sa.Table, level: sa.ColumnElement[int] = _level) -> list[sa
 
 
 def _within(table: sa.Table, level: sa.ColumnElement[int] = _level) -> list[sa.ColumnElement[bool]]:
-    """Return the conditions that choose those of them that begin in a range."""
+    """Return the conditions that choose the rows of one level that begin in a range."""
     return [*_of_level(table, level), table.c.step.between(sa.bindparam("first"), sa.bindparam("last"))]
 
 

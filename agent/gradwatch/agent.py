@@ -41,7 +41,7 @@ def attach(
         optimizer: one, several, or None: every optimizer that steps the model's parameters.
         url: the server; None: ``GRADWATCH_URL``, else http://127.0.0.1:8321.
         token: bearer token; None: ``GRADWATCH_TOKEN`` or the file ``GRADWATCH_TOKEN_FILE`` names.
-        project: what the run belongs to; None: ``GRADWATCH_PROJECT``, else ``default``.
+        project: the project of the run; None: ``GRADWATCH_PROJECT``, else ``default``.
         run: a name (None: ``GRADWATCH_RUN``, else the script and the time), or the id of an earlier run (``run-`` and
             16 hexadecimal digits), which is then resumed as a new attempt.
         every: steps between samples; None: ``GRADWATCH_EVERY``, else as ``overhead_budget`` allows.
@@ -57,7 +57,7 @@ def attach(
 
     Raises:
         SettingsError: an argument cannot be used.
-        TypeError: ``model`` or ``optimizer`` is not one.
+        TypeError: ``model`` is no module, or ``optimizer`` no optimizer.
         ValueError: ``clip`` cannot be right, names parameters that are not there, or is given with an optimizer that
             holds none of the model's parameters.
     """
@@ -134,14 +134,14 @@ class Agent:
     ) -> None:
         """Stop watching, deliver everything measured so far and finish the run; idempotent.
 
-        What the server does not take within the timeout stays in the spool, which the next agent on this machine or
-        ``gradwatch flush`` delivers.
+        Documents that the server does not take within the timeout stay in the spool, which the next agent on this
+        machine or ``gradwatch flush`` delivers.
 
         Args:
             timeout_seconds: longest time to wait for the server.
             status: ``completed``, ``failed`` or ``killed``; None: ``completed``. At the end of the interpreter it says
                 whether an exception ended it.
-            exit_code: of the process, where known.
+            exit_code: exit code of the process, if known.
 
         Raises:
             ValueError: ``status`` is none of these.

@@ -1,6 +1,6 @@
 """The session of one watched training: its monitor, collector and delivery, from the first parameter to the last batch.
 
-``Agent`` is what a user holds of it; ``gradwatch run`` works with sessions themselves.
+``Agent`` is its public interface; ``gradwatch run`` works with sessions themselves.
 """
 
 import os
@@ -209,7 +209,7 @@ class Session:
         Args:
             deadline: monotonic time by which all must be done.
             status: ``completed``, ``failed`` or ``killed``.
-            exit_code: of the process, where known.
+            exit_code: exit code of the process, if known.
         """
         if self.stop(deadline, status, exit_code):
             self.deliver()

@@ -133,7 +133,7 @@ class Sender:
     Args:
         queue: the documents.
         transport: the connection to the server.
-        dropped: counts what the server rejects.
+        dropped: counts documents that the server rejects.
         warn: called with a warning, once for each kind of trouble.
         timeout_seconds: longest wait for one response.
         chance: source of the jitter, uniform in [0, 1).
@@ -183,7 +183,7 @@ class Sender:
         self._wake.set()
 
     def end(self, deadline: float) -> None:
-        """Tell the thread to deliver what is in the queue and stop at a monotonic time; ``join`` waits for it."""
+        """Tell the thread to deliver the queue and stop at a monotonic time; ``join`` waits for it."""
         self._deadline = deadline
         self._wake.set()
 

@@ -42,7 +42,7 @@ class Patch:
 
     Args:
         owner: the module or class that has the function as an attribute, or the closure cell that holds it.
-        name: of the attribute.
+        name: name of the attribute.
         make: makes the replacement.
         beside_compiler: whether ``aside`` keeps the compiler out; False while torch is still being imported, where
             ``aside`` is the original.

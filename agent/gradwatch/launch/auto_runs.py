@@ -47,7 +47,7 @@ class AutoRuns:
         return bool(self._last_step)
 
     def attach(self, losses: Sequence[Any], new_optimizers: Sequence[Optimizer]) -> bool:
-        """Open a run if new optimizers step parameters that no session watches; finish runs whose optimizers are gone.
+        """Open a run if new optimizers step parameters that no session watches; finish runs without optimizers.
 
         Args:
             losses: arguments of the backward pass; the parameters in their graphs are watched where there is no

@@ -132,7 +132,7 @@ class SampleBuffers:
         """Events that are recorded behind the copies to the host."""
 
     def allocate(self, plan: MeasurementPlan) -> UnitNorms:
-        """Return space for ``plan`` behind what was allocated before for this sample."""
+        """Return space for ``plan`` after the space that was allocated before for this sample."""
         sizes = plan.sizes
         at = tuple(self._used.get(key, 0) for key in sizes)
         norms = self._allocations.get((id(plan), at))
@@ -151,7 +151,7 @@ class SampleBuffers:
         return norms
 
     def send(self) -> None:
-        """Start to copy what was written to the host, without waiting for the copy."""
+        """Start to copy the written norms to the host, without waiting for the copy."""
         for key, tensor in self.device.items():
             if tensor.device.type == "cpu":
                 continue

@@ -126,7 +126,7 @@ def _move_to_direct(
     """Return the positions of further tensors to reduce where they lie, the largest first, within the operator budget.
 
     Args:
-        specs: of all tensors.
+        specs: specifications of all tensors.
         direct: number of tensors that are reduced where they lie in any case.
         by_row: positions of those that may share a bucket; the returned positions are removed.
         bucket_bytes: size of a bucket; None: by device.

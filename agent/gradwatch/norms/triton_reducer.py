@@ -82,9 +82,9 @@ class TritonTable:
     """A table of tensors on the device, by which one launch of a kernel covers the units of all of them.
 
     Args:
-        specs: of the tensors, whose unit norms share one buffer.
-        places: index of the first unit of each tensor in what is read or written for each unit.
-        key: of the buffer.
+        specs: specifications of the tensors, whose unit norms share one buffer.
+        places: index of the first unit of each tensor in the array that has one element for each unit.
+        key: device and dtype of the buffer.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], places: Sequence[int], key: BufferKey) -> None:
@@ -115,7 +115,7 @@ class TritonTable:
         Args:
             kernel: name of the kernel.
             tensors: all tensors of the table, in its order.
-            units: what the kernel reads or writes for each unit: factors or norms.
+            units: the array of factors that the kernel reads, or of norms that it writes.
 
         Returns:
             The indices of the tensors that the plain operators have to take.
@@ -159,7 +159,7 @@ def _lies_as_specified(tensor: Tensor, spec: TensorSpec) -> bool:
 
 
 class TritonNormReducer(NormReducer):
-    """A reducer that launches the kernels, and the plain operators for what they do not take."""
+    """A reducer that launches the kernels, and the plain operators for tensors that the kernels cannot take."""
 
     def __init__(self, layout: NormLayout, buffers: dict[BufferKey, Tensor], scratch: Scratch) -> None:
         supported: dict[BufferKey, list[int]] = {}

@@ -31,8 +31,8 @@ def recompute(measurement: Measurement, grads: Sequence[Tensor], weights: Sequen
 
     Args:
         measurement: takes the counts and the repaired norms.
-        grads: in the plan's order; empty where it has none.
-        weights: in the plan's order.
+        grads: gradients in the plan's order; empty if the plan has none.
+        weights: weights in the plan's order.
     """
     norms: UnitNorms = measurement.norms
     plan = norms.plan

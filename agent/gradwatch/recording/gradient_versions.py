@@ -52,7 +52,7 @@ class GradientVersions:
         """Return the checked parameters whose gradients a pass has changed; None if it was another training's pass.
 
         Args:
-            before: what ``before`` returned.
+            before: the versions that ``before`` returned.
             losses: the tensors that were differentiated.
         """
         watched = self._parameters.watched

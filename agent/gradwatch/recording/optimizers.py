@@ -98,7 +98,7 @@ class WatchedOptimizers:
         parameters: the watched parameters.
         renew: called before the parameters of an optimizer are looked up, and told whether some of them are not known.
         changed: called after the parameters of an optimizer were looked up.
-        clips: whether AGC clips what they step.
+        clips: whether AGC clips their gradients.
         warn: tells the user something once.
     """
 

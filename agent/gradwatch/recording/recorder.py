@@ -48,8 +48,7 @@ class NormRecorder:
             before_clip: whether they are measured before ``clip_grad_norm_`` or ``clip_grad_value_`` changes them.
 
         Returns:
-            None where there is no gradient. Where there is no room, or nothing is measured any more, the step is not
-            sampled.
+            None if there is no gradient. If no buffer is free, or measuring has stopped, the step is not sampled.
         """
         self.pass_seconds = 0.0
         if self.stopped:

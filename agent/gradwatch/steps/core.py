@@ -1,9 +1,9 @@
 """The step core: decides which losses, clippings and measurements belong to which optimizer step.
 
-It is a state machine without torch. Each public method is an event: something that was heard of the training. It
-changes the state and returns the action that must follow, if any. The torch side (``gradwatch.monitor``) translates
-hooks into events and carries the actions out. Losses and norms are opaque: the core keeps them and never reads them, so
-that every quirk of a framework can be told as a table of events with strings for tensors, and replayed.
+It is a state machine without torch. Each public method is an event of the training. It changes the state and returns
+the action that must follow, if any. The torch side (``gradwatch.monitor``) translates hooks into events and carries the
+actions out. Losses and norms are opaque: the core keeps them and never reads them, so that every quirk of a framework
+can be told as a table of events with strings for tensors, and replayed.
 """
 
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -186,7 +186,7 @@ class StepCore:
         Args:
             clip: the call that clips.
             listed: the call's parameters in the order of its list.
-            measure: whether clipping destroys what a later measurement would need, as clipping by NaN or to 0 does.
+            measure: whether clipping destroys the gradients for a later measurement, as clipping by NaN or to 0 does.
 
         Returns:
             The measurement to make before the clipping, None if none is needed.

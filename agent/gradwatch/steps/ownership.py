@@ -52,7 +52,7 @@ class Case:
     owner: Owner
 
 
-def _outer_sees_to_it(beginning: Beginning) -> bool:
+def _is_made_by_outer(beginning: Beginning) -> bool:
     """Return whether the outer optimizer has begun this step, for at least these parameters and the same gradients."""
     step, outer = beginning.open, beginning.outer
     if step is None or outer is None or beginning.waits_for_step or outer == beginning.evaluated:
@@ -64,7 +64,7 @@ CASES: Final = (
     Case(
         "an outer optimizer that shares the work, looks ahead or joins several (ZeRO, Lookahead, chained optimizers); "
         "not one that has evaluated its closure meanwhile (SAM), nor one that made losses or clippings since",
-        _outer_sees_to_it,
+        _is_made_by_outer,
         Owner.OUTER,
     ),
     Case(

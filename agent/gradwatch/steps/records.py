@@ -143,7 +143,7 @@ class StepRecord:
                 measurement.void |= indices
 
     def skip(self) -> None:
-        """Drop what was measured: the Inf that a loss scaler looks for tells nothing about the gradients."""
+        """Drop the measurements of a skipped step: the Inf found by a loss scaler says nothing about the gradients."""
         self.skipped = True
         self.sampled = False
         for measured in (self.measurements, self.updates, self.empty):

@@ -19,7 +19,7 @@ _REMEMBERED: Final = 32
 class OverheadAccount:
     """Keeps account of the agent's cost, and says whether the next step may be sampled.
 
-    Each step pays ``budget_ratio`` of its time into the account and all that the agent does is taken from it. A sample
+    Each step pays ``budget_ratio`` of its time into the account, from which all costs of the agent are taken. A sample
     is due while the account is not overdrawn, so the interval between samples follows from their cost.
 
     Args:

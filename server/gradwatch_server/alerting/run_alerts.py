@@ -1,7 +1,7 @@
 """Alerts of a run: turns findings into alerts, transitions and notifications, saved in the transaction of the samples.
 
-``RunAlerts`` holds the open alerts of one run for one transaction. It advances them sample by sample, mutes what a
-silence, an inhibiting rule or an acknowledgement covers, and routes every other transition to its receivers.
+``RunAlerts`` holds the open alerts of one run for one transaction. It advances them sample by sample, mutes transitions
+that a silence, an inhibiting rule or an acknowledgement covers, and routes all others to their receivers.
 """
 
 import hashlib

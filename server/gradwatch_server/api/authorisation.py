@@ -92,11 +92,11 @@ of_delivery = StoredProject(_delivery_project.where(schema.deliveries.c.id == sa
 
 
 class Access:
-    """What a route requires of its caller; a dependency of that route.
+    """The access that a route requires of its caller; a dependency of that route.
 
     Args:
         scope: the scope that the token needs; None: the route is open to everybody.
-        project_rule: what a token that is for one project allows.
+        project_rule: decides which requests a token for one project allows.
     """
 
     def __init__(self, scope: Scope | None, project_rule: ProjectRule = of_every_project) -> None:

@@ -29,7 +29,7 @@ NOBODY = Blamed()
 
 @dataclass(frozen=True, kw_only=True)
 class Symptom:
-    """What a rule sees in one sample, before the limits that all rules have in common apply."""
+    """The symptom that a rule sees in one sample, before the limits that all rules have in common apply."""
 
     summary: str
     cause: str

@@ -119,7 +119,7 @@ class LossHistory:
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """What the rules know of a run's earlier samples; arrays have the shape (parameters,).
+    """The history of a run's earlier samples for the rules; arrays have the shape (parameters,).
 
     Loss and size of the gradient
         losses, log_gradients, first_log_gradients: the first samples and the last ones.

@@ -36,7 +36,7 @@ _LOSSES_KEPT = 1_024
 
 @dataclass
 class DetectorState:
-    """What the rules know of a run before its next sample."""
+    """State of the detectors of a run before its next sample."""
 
     parameters: RunParameters
     history: History
@@ -57,7 +57,7 @@ class DetectorState:
         return 10_000 + 600 * len(self.parameters.names) + 150 * len(self.losses)
 
     def start_attempt(self, attempt: int) -> None:
-        """Go on with a new attempt, which keeps what was usual in the earlier ones."""
+        """Go on with a new attempt, which keeps the usual values of earlier attempts."""
         if attempt != self.attempt:
             self.attempt, self.history, self.losses = attempt, self.history.resumed(), {}
 

@@ -267,7 +267,7 @@ def _encode_job(
 ) -> bytes:
     """Return a job for a worker process, which costs the server little.
 
-    Vectors go as bytes, and what is the same in every batch of a run is pickled only once.
+    Vectors are sent as bytes, and objects that are the same in every batch of a run are pickled only once.
     """
     plain = [
         (

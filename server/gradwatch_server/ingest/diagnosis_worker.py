@@ -42,7 +42,7 @@ _cached = lru_cache(_CACHED_OBJECTS)(_unpickle)
 
 
 def _unpickle_cached(content: bytes) -> Any:
-    """Return what comes with every job of a run, unpickled once unless it is large."""
+    """Return an object that comes with every job of a run, unpickled once unless it is large."""
     return _cached(content) if len(content) <= _LARGEST_CACHED_BYTES else _unpickle(content)
 
 

@@ -35,9 +35,9 @@ def register(
     Args:
         connection: a transaction that writes.
         run_id: the run.
-        registration: within the limits, and consistent.
+        registration: a registration that has passed ``check_registration``.
         states: the detector states of runs.
-        thresholds: of the run's project.
+        thresholds: thresholds of the run's project.
         ahead_seconds: how far the clock that numbered the attempt is ahead of the server's, by which attempts are
             ordered.
 

@@ -1,7 +1,8 @@
 """Checks of what agents send, beyond the bounds of the wire's types: settings, consistency, words for a refusal.
 
-The types in ``gradwatch.wire`` carry the bounds of single values, and decoding checks them. This module checks what a
-type cannot say: limits that are settings, whether the parts of a document fit each other, and NaN where it is no value.
+The types in ``gradwatch.wire`` carry the bounds of single values, and decoding checks them. This module makes the
+checks that a type cannot express: limits that are settings, whether the parts of a document fit each other, and NaN
+where it is no valid value.
 """
 
 import math
@@ -40,7 +41,7 @@ def beyond_bounds(fault: wire.BoundsError, content: Any) -> Refused:
     """Return the refusal of a document with a value beyond a bound of its type.
 
     Args:
-        fault: what decoding found.
+        fault: the error that decoding raised.
         content: the same document as decoded without types, in which the value is looked up.
     """
     found = _FAULT.fullmatch(str(fault))

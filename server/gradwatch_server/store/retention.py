@@ -1,6 +1,6 @@
 """Retention settings: how long runs are kept, and how long the levels of their samples.
 
-The server deletes what has expired once an hour, ``gradwatch prune`` when it is called.
+The server deletes expired runs and levels once an hour, ``gradwatch prune`` when it is called.
 """
 
 from collections.abc import Sequence

@@ -71,9 +71,9 @@ def stacked_counts(vectors: Rows, lengths: Sequence[int], width: int, only: int 
     """Return counts that ``compact_counts`` has made as the rows of a matrix of this width.
 
     Args:
-        vectors: as they are stored.
+        vectors: the vectors as they are stored.
         lengths: how many parameters the run had when each of them was stored.
-        width: of the matrix.
+        width: width of the matrix.
         only: position of the one parameter that is read; None: all are.
     """
     if only is not None:

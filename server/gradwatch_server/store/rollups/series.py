@@ -44,7 +44,7 @@ def readable_statistics(measured: Sequence[str]) -> list[str]:
 
 
 class _LevelRows:
-    """What the rows of all series have in common: each is of one level and begins at one step."""
+    """Queries that all series have in common: each row is of one level and begins at one step."""
 
     _table: ClassVar[sa.Table]
 
@@ -92,13 +92,13 @@ class SampleSeries(_LevelRows):
         *,
         means: bool = True,
     ) -> None:
-        """Choose what is read.
+        """Choose the statistics and parameters that are read.
 
         Args:
-            connection: reads, or writes.
+            connection: reads or writes the rows.
             run_id: the run.
             names: the statistics.
-            parameter_count: of the run.
+            parameter_count: number of parameters of the run.
             columns: positions of the parameters, in the order in which they are read; None: all.
             means: whether the means are read.
         """

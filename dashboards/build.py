@@ -24,7 +24,7 @@ def render() -> dict[str, str]:
 
 
 def _strip(document: dict[str, Any]) -> None:
-    """Remove what the SDK writes of its own accord and Grafana's types do not know."""
+    """Remove the fields that the SDK adds and that Grafana's types do not have."""
     for variable in document["templating"].get("list", []):
         for key in ("auto", "auto_count", "auto_min"):  # they belong to variables of another type
             variable.pop(key, None)

@@ -1,4 +1,4 @@
-"""Makes a dashboard of its panels, and gives it what all have in common: links, variables, refresh."""
+"""Makes a dashboard of its panels and adds the parts that all have in common: links, variables, refresh."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -62,7 +62,7 @@ FROM alerts WHERE run = ${run:sqlstring} AND fired_at IS NOT NULL AND $__unixEpo
 
 
 def _scalar(name: str) -> Sql:
-    """Return the smallest and largest value of spans of steps: of roll-ups where there are enough, then of samples."""
+    """Return the query of a scalar's range in spans of steps: from roll-ups if there are enough, then from samples."""
     mine = f"{_RUN} AND name = '{name}'"
     return Sql(f"""\
 WITH {_SEEN}, top AS (

@@ -41,7 +41,7 @@ def attach(
         optimizer: one, several, or None: every optimizer that steps the model's parameters.
         url: the server; None: ``GRADWATCH_URL``, else http://127.0.0.1:8321.
         token: bearer token; None: ``GRADWATCH_TOKEN`` or the file ``GRADWATCH_TOKEN_FILE`` names.
-        project: what the run belongs to; None: ``GRADWATCH_PROJECT``, else ``default``.
+        project: the project of the run; None: ``GRADWATCH_PROJECT``, else ``default``.
         run: a name (None: ``GRADWATCH_RUN``, else the script and the time), or the id of an earlier run (``run-`` and
             16 hexadecimal digits), which is then resumed as a new attempt.
         every: steps between samples; None: ``GRADWATCH_EVERY``, else as ``overhead_budget`` allows.
@@ -49,14 +49,15 @@ def attach(
         clip: None, or how gradients are clipped adaptively before each step, on every rank: ``gradwatch.AGC(...)``, or
             a number for ``AGC(number)``. An error of the clipping is raised, not swallowed.
         step: optimizer steps that the training has made so far: the next one is counted as ``step + 1``. None: 0 for a
-            new run; for a resumed one what a restored optimizer says, now or when it first steps. SGD says nothing.
+            new run; for a resumed run the step count of a restored optimizer, read now or at its first step. SGD keeps
+            no count.
 
     Returns:
         The agent, already watching. Attached again to the same parameters (in a notebook), it replaces the earlier one.
 
     Raises:
         SettingsError: an argument cannot be used.
-        TypeError: ``model`` or ``optimizer`` is not one.
+        TypeError: ``model`` is no module, or ``optimizer`` no optimizer.
         ValueError: ``clip`` cannot be right, names parameters that are not there, or is given with an optimizer that
             holds none of the model's parameters.
     """
@@ -94,13 +95,13 @@ class Agent:
 
     @property
     def interval_steps(self) -> int:
-        """Return the steps from one sample to the next, as it was last."""
+        """Return the number of steps between the last two samples, or the fixed interval."""
         return self._session.interval_steps
 
     def log(self, **scalars: SupportsFloat) -> None:
         """Add numbers to the next step, one for each name: Python's, numpy's, tensors of one element.
 
-        A tensor is not waited for.
+        The agent does not wait for the device of a tensor.
 
         Raises:
             TypeError: a value is neither a number nor a tensor of one element.
@@ -131,16 +132,16 @@ class Agent:
     def close(
         self, timeout_seconds: float = CLOSING_SECONDS, *, status: str | None = None, exit_code: int | None = None
     ) -> None:
-        """Stop watching, deliver what is there and finish the run; idempotent.
+        """Stop watching, deliver everything measured so far and finish the run; idempotent.
 
-        What the server does not take within the timeout stays in the spool, which the next agent on this machine or
-        ``gradwatch flush`` delivers.
+        Documents that the server does not take within the timeout stay in the spool, which the next agent on this
+        machine or ``gradwatch flush`` delivers.
 
         Args:
             timeout_seconds: longest time to wait for the server.
             status: ``completed``, ``failed`` or ``killed``; None: ``completed``. At the end of the interpreter it says
                 whether an exception ended it.
-            exit_code: of the process, where known.
+            exit_code: exit code of the process, if known.
 
         Raises:
             ValueError: ``status`` is none of these.
@@ -178,6 +179,6 @@ def _bounded(value: SupportsFloat) -> float:
 
 
 def _retired(run_id: str, run_url: str) -> Agent:
-    """Return what an agent that was pickled with its model is elsewhere: closed, with nothing to watch."""
+    """Return a closed agent that watches nothing, in place of one that was pickled with its model."""
     settings = resolve(url=run_url.removesuffix(f"/runs/{run_id}"), run=run_id, environment={})
     return Agent(Session([], [], settings, retired=True))

@@ -1,6 +1,6 @@
 """The session of one watched training: its monitor, collector and delivery, from the first parameter to the last batch.
 
-``Agent`` is what a user holds of it; ``gradwatch run`` works with sessions themselves.
+``Agent`` is its public interface; ``gradwatch run`` works with sessions themselves.
 """
 
 import os
@@ -45,16 +45,16 @@ class Session:
     """Watches one training, or only clips where another rank reports.
 
     Args:
-        models: what is watched.
-        optimizers: whose steps count; None: every one that steps the models' parameters.
+        models: the watched models.
+        optimizers: the optimizers whose steps count; None: every one that steps the models' parameters.
         settings: where it reports to, and how often.
         automatic: whether ``gradwatch run`` attached it.
         clip: how gradients are clipped adaptively; None: not at all.
-        retired: whether it does nothing: it stands for one of another process.
+        retired: whether the session does nothing, because it stands for one of another process.
 
     Raises:
-        ValueError: gradients were to be clipped that an optimizer given does not step.
-        NotImplementedError: they were to be clipped and cannot be.
+        ValueError: clipping is on, and an optimizer that was given steps no parameter of the models.
+        NotImplementedError: clipping is on, and the gradients cannot be clipped.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Session:
             self._begin(settings, clip, resumed=resumed, watching=watching)
 
     def _write_events(self, path: Path, account: OverheadAccount) -> None:
-        """Write what is heard of the training to a file, to be replayed (see ``gradwatch.steps.event_log``)."""
+        """Write the events of the training to a file for a later replay (see ``gradwatch.steps.event_log``)."""
         try:
             log = path.open("wb", buffering=0)
         except OSError as error:
@@ -182,16 +182,16 @@ class Session:
 
     @property
     def interval_steps(self) -> int:
-        """Return the steps from one sample to the next, as it was last."""
+        """Return the number of steps between the last two samples, or the fixed interval."""
         return self.monitor.steps.schedule.interval_steps
 
     @property
     def models(self) -> list[nn.Module]:
-        """Return the models that are watched and still there."""
+        """Return the watched models that still exist."""
         return self.monitor.models.parameters.models
 
     def watches(self, parameter: Tensor) -> bool:
-        """Return whether a parameter is among those that are watched."""
+        """Return whether a parameter is watched."""
         return self.monitor.watches(parameter)
 
     def log(self, name: str, value: Scalar) -> None:
@@ -204,12 +204,12 @@ class Session:
             self._collector.add_logger(open_logger(logger, **options))
 
     def close(self, deadline: float, status: str, exit_code: int | None = None) -> None:
-        """Stop watching, deliver what is there and finish the run; idempotent.
+        """Stop watching, deliver everything measured so far and finish the run; idempotent.
 
         Args:
             deadline: monotonic time by which all must be done.
             status: ``completed``, ``failed`` or ``killed``.
-            exit_code: of the process, where known.
+            exit_code: exit code of the process, if known.
         """
         if self.stop(deadline, status, exit_code):
             self.deliver()
@@ -222,7 +222,7 @@ class Session:
         return True
 
     def deliver(self) -> None:
-        """Wait until the server has taken what is there, or the deadline of ``stop`` has come."""
+        """Wait until the server has taken everything, or until the deadline that ``stop`` was given."""
         if self._delivery is not None:
             self._delivery.close()
 
@@ -237,7 +237,7 @@ class Session:
         self.deliver()
 
     def _leave(self) -> bool:
-        """Hear nothing more; return whether there is something to end."""
+        """Stop listening; return whether a run has to be finished."""
         global _running
         with self._lock:
             if self._closed:
@@ -253,7 +253,7 @@ class Session:
         return self._collector is not None
 
     def _put_logged(self) -> None:
-        """What is logged after the last step, as the result of a last validation is, belongs to that step."""
+        """Count numbers that were logged after the last step, such as those of a last validation, to that step."""
         state = self.monitor.steps.state
         if state.logged and self._collector is not None:
             last = StepRecord(state.number, time.time(), sampled=False)
@@ -261,7 +261,7 @@ class Session:
             self._collector.put(last)
 
     def _write(self, deadline: float, status: str, exit_code: int | None) -> None:
-        """Write what is there, and how the run ended."""
+        """Write everything measured so far, and how the run ended."""
         assert self._collector is not None
         left_open = self._left_to_launcher and is_launched_command()
         end = None if left_open else wire.End(at=time.time(), status=status, exit_code=exit_code)
@@ -279,13 +279,13 @@ class Session:
             )
 
     def _exiting(self, status: object) -> None:
-        """``sys.exit`` was called: unless there is another step, that is how the run ends."""
+        """Note the exit code of a ``sys.exit``: it is the run's, unless another step follows."""
         if threading.current_thread() is threading.main_thread():
             self._exit = self.step, shutdown.exit_code_of(status)
 
     @property
     def exit_code(self) -> int | None:
-        """Return what ``sys.exit`` was called with since the last step; a text, which Python prints, is 1."""
+        """Return the exit code of a ``sys.exit`` since the last step, None without one."""
         return self._exit[1] if self._exit[0] == self.step else None
 
     def _forked(self) -> None:
@@ -297,4 +297,4 @@ class Session:
 
 
 def _nothing() -> None:
-    """Nobody waits for what is written."""
+    """Do nothing: nobody waits for a write to the spool."""

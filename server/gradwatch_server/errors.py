@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class GradwatchError(Exception):
-    """Root of the server's errors; the text names the thing, its value and the way out."""
+    """Base of the server's errors; the text names the setting or value at fault and says what to do."""
 
 
 class ConfigurationError(GradwatchError):

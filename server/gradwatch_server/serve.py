@@ -84,7 +84,8 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
 class _Server(uvicorn.Server):
     """uvicorn's server with a graceful shutdown and a reload of the configuration.
 
-    After SIGINT or SIGTERM it finishes what it has taken in and exits with 0; at SIGHUP it reads its configuration.
+    After SIGINT or SIGTERM it finishes all work that it has accepted and exits with 0; at SIGHUP it reads its
+    configuration.
     """
 
     def __init__(self, config: uvicorn.Config, read_configuration: Callable[[], Configuration]) -> None:
@@ -129,7 +130,7 @@ class _Server(uvicorn.Server):
         asyncio.get_running_loop().call_soon_threadsafe(self._drain, services, sig, frame)
 
     def _drain(self, services: Services, sig: int, frame: FrameType | None) -> None:
-        """Go on answering until everything that was taken in is on disk; readiness answers that it is not ready."""
+        """Go on answering until all accepted work is on disk; the readiness probe answers "not ready" meanwhile."""
 
         async def drain() -> None:
             with suppress(TimeoutError):

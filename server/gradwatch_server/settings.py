@@ -151,7 +151,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read the file.
+        """Read the configuration file.
 
         Raises:
             ConfigurationError: the file cannot be read or something in it is wrong.
@@ -167,7 +167,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         """Check the thresholds of all projects.
 
         Raises:
-            ValueError: a rule, a key or a value is not known; the text names it.
+            ValueError: a rule, a key or a value is not valid; the text names it.
         """
         Thresholds.from_table(self.rules)
         for name, project in self.projects.items():

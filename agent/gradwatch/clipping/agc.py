@@ -94,8 +94,8 @@ def match_parameters(patterns: Sequence[str | Tensor], names: Sequence[str], par
 
     Args:
         patterns: names, globs, or parameters themselves.
-        names: of the parameters.
-        parameters: in the order of the names.
+        names: names of all parameters.
+        parameters: the parameters in the order of their names.
 
     Raises:
         ValueError: a pattern matches nothing.

@@ -112,7 +112,7 @@ def _first_operators(start: Sequence[Node], budget: NodeBudget) -> Iterator[tupl
 
 
 def _last(first: dict[Node, list[Weight]], budget: NodeBudget) -> dict[Node, list[Weight]]:
-    """Return those of the operators that no other of them follows on any way to the loss."""
+    """Return the operators that no other one of the list follows on its way to the loss."""
     followed = set(walk((below for operator in first for below in inputs(operator)), budget))
     return {node: weights for node, weights in first.items() if node not in followed} or first
 

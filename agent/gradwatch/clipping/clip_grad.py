@@ -86,8 +86,8 @@ def _without_repeats(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
 class _PreparedParameters:
     """A module or list that is clipped step after step: searched for parameters once, checked at each step.
 
-    Tensors are known by their ids and types alone: a weak reference would keep torch from swapping them. Another tensor
-    at the id of one that is gone is clipped right as well, as buffers are made anew where a shape or dtype differs.
+    Tensors are known by their ids and types alone: a weak reference would keep torch from swapping them. A new tensor
+    at the id of a freed one is clipped correctly as well: buffers are made anew where a shape or dtype differs.
 
     Args:
         parameters: the module or list, of which nothing is kept alive.
@@ -124,7 +124,7 @@ class _PreparedParameters:
         """For each parameter whether it has a gradient, one byte each -> gradient set for exactly these."""
 
     def tensors_of(self, parameters: nn.Module | list[Tensor], options: Options) -> list[Tensor] | None:
-        """Return the parameters to clip; None where this was prepared for others, or with other options."""
+        """Return the parameters to clip; None if other parameters or other options were prepared."""
         if options != self._options:
             return None
         if not isinstance(parameters, nn.Module):
@@ -140,7 +140,7 @@ class _PreparedParameters:
         return [by_id[known] for known in self._ids]
 
     def clip(self, parameters: Sequence[Tensor]) -> None:
-        """Clip the gradients that are there."""
+        """Clip the gradients of all parameters that have one."""
         every = [parameter.grad for parameter in parameters]
         present = bytes(grad is not None for grad in every)
         grads = [grad for grad in every if grad is not None]
@@ -168,9 +168,9 @@ class _PreparedParameters:
 
         Args:
             present: for each parameter whether it has a gradient.
-            members: those with a gradient.
+            members: the parameters with a gradient.
             grads: their gradients; of a sharded one this rank's shard.
-            weights: the same of the weights.
+            weights: the weights; of a sharded one this rank's shard.
         """
         indices = [index for index, has_gradient in enumerate(present) if has_gradient]
         axes = [self._axes[index] for index in indices]
@@ -192,7 +192,7 @@ _Structure = tuple[list[int], list[int], list[type]]
 
 
 def _structure(modules: Iterable[nn.Module]) -> _Structure:
-    """Return the number of children of each module, and ids and types of all parameters: what shows a change.
+    """Return the number of children of each module, and the ids and types of all parameters, which show a change.
 
     A search through the modules would cost more.
     """

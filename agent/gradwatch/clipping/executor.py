@@ -113,7 +113,7 @@ class AgcExecutor:
         )
 
     def note_clipped(self, grads: Sequence[Tensor]) -> None:
-        """Note gradients that were clipped for an optimizer which has others step them."""
+        """Note the gradients that were clipped for an optimizer whose step calls other optimizers."""
         self._clipped = [(weak(grad), grad._version) for grad in grads]  # noqa: SLF001
 
     def has_clipped(self, listed: OptimizerParameters) -> bool:
@@ -125,7 +125,7 @@ class AgcExecutor:
         return all(grad is None or versions.get(id(grad)) == grad._version for grad in grads)  # noqa: SLF001
 
     def measure(self, listed: OptimizerParameters, watched: Sequence[ParameterInfo]) -> Pass | None:
-        """Measure the gradients of a step that is not sampled; None where there are none."""
+        """Measure the gradients of a step that is not sampled; return None if there are no gradients."""
         self._buffers.reset()
         return listed.measure(self._buffers, watched)
 
@@ -136,7 +136,7 @@ class AgcExecutor:
 
         Args:
             optimizer: steps the gradients.
-            listed: its parameters.
+            listed: the optimizer's parameters.
             pass_: their gradients, with the norms that were measured.
             watched: all parameters of the run.
 

@@ -9,8 +9,8 @@ and per tensor, where ``r = ||g|| / (||w|| + eps)``::
 
     g <- g * min(1, clip / r)
 
-``gradwatch.norms.reference`` spells both out for one parameter. Here they take few operators for many parameters, which
-run on the gradients' device and never wait for it.
+``gradwatch.norms.reference`` spells both out for one parameter. This module computes both for many parameters in few
+operators, which run on the gradients' device and never wait for it.
 """
 
 import math

@@ -28,14 +28,14 @@ def _warn_once(url: str, warn: Callable[[str], None], text: str) -> None:
 
 
 class Delivery:
-    """Delivers what is appended to its spool, and once the leftover spools on this machine.
+    """Delivers the documents that are appended to its spool, and once the leftover spools on this machine.
 
     Only the rank that reports has a delivery.
 
     Args:
         run_id: id of the run.
         settings: the address of the server and the folder of the spool.
-        dropped: counts what is dropped.
+        dropped: counts dropped samples, bytes and values.
         warn: called with a warning for the user.
         failed: called with an error of the sender's thread.
     """

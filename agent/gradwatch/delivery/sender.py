@@ -91,7 +91,7 @@ class HttpTransport:
             self._headers["Authorization"] = f"Bearer {token}"
 
     def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
-        """Send one document; an error of the network is a result, too."""
+        """Send one document; return an error of the network as a result."""
         timeout = urllib3.Timeout(total=max(timeout_seconds, 0.01))
         headers = self._headers | {wire.CLOCK_HEADER: f"{time.time():.3f}"}
         try:
@@ -133,7 +133,7 @@ class Sender:
     Args:
         queue: the documents.
         transport: the connection to the server.
-        dropped: counts what the server rejects.
+        dropped: counts documents that the server rejects.
         warn: called with a warning, once for each kind of trouble.
         timeout_seconds: longest wait for one response.
         chance: source of the jitter, uniform in [0, 1).
@@ -183,7 +183,7 @@ class Sender:
         self._wake.set()
 
     def end(self, deadline: float) -> None:
-        """Tell the thread to deliver what is in the queue and stop at a monotonic time; ``join`` waits for it."""
+        """Tell the thread to deliver the queue and stop at a monotonic time; ``join`` waits for it."""
         self._deadline = deadline
         self._wake.set()
 

@@ -54,7 +54,7 @@ class Spool:
         directory: folder of the file.
         url: the server that the documents are for.
         run: id of the run.
-        dropped: counts what is dropped to stay under the limit.
+        dropped: counts the samples that are dropped to stay under the limit.
         warn: called once, with the reason, if the disk cannot be used.
         limit_bytes: size over which samples are dropped, every second one of the older half first.
     """
@@ -125,7 +125,7 @@ class Spool:
             self._bytes -= len(entry.body)
 
     def close(self, timeout_seconds: float = -1.0) -> None:
-        """Write what is open and close the file; delete it if no document waits.
+        """Finish all writes and close the file; delete it if no document waits.
 
         Args:
             timeout_seconds: longest wait for a write that is under way, -1 for ever. If it takes longer, the file stays
@@ -207,7 +207,7 @@ class Spool:
         self._write(lambda: None)
 
     def _drop_every_second_sample(self, number: int) -> None:
-        """Drop every second sample of one batch; of batches with a single sample, every second batch loses it."""
+        """Drop every second sample of one batch; of batches with a single sample, drop every second batch's."""
         (body,) = self._connection.execute("SELECT body FROM entry WHERE number = ?", (number,)).fetchone()
         batch = wire.read_back(body)
         kept = [sample for place, sample in enumerate(batch.samples) if (place + number) % 2]

@@ -1,7 +1,7 @@
 """Patching functions: every function that the agent replaces is one ``Patch``, which can be undone.
 
 A patch is applied when the first agent attaches and undone when the last one leaves. If somebody has wrapped the
-patched function meanwhile, it stays inside and only calls through.
+patched function meanwhile, the patch stays in place and only calls the original.
 """
 
 import functools
@@ -41,8 +41,8 @@ class Patch:
     original runs alone.
 
     Args:
-        owner: what has the function as an attribute: a module, a class, or the closure cell that holds it.
-        name: of the attribute.
+        owner: the module or class that has the function as an attribute, or the closure cell that holds it.
+        name: name of the attribute.
         make: makes the replacement.
         beside_compiler: whether ``aside`` keeps the compiler out; False while torch is still being imported, where
             ``aside`` is the original.
@@ -74,14 +74,14 @@ class Patch:
         setattr(self.owner, self.name, self._patched)
 
     def undo(self) -> None:
-        """Put the original back, unless somebody has wrapped the patch: then it only calls through from now on."""
+        """Put the original back; if somebody has wrapped the patch, it stays and only calls the original."""
         self._active.clear()
         if getattr(self.owner, self.name) is self._patched:
             setattr(self.owner, self.name, self._original)
 
 
 def around(call: Function) -> Make:
-    """Return what makes a replacement that calls ``call(original, *args, **kwargs)``."""
+    """Return a function that makes replacements, which call ``call(original, *args, **kwargs)``."""
 
     def make(original: Function, active: list[bool], aside: Function) -> Function:
         def patched(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ def inside_no_grad(function: Any, make: Make) -> Patch:
     replaced in torch's modules would not reach those who imported it before. The decorator's cell reaches all.
 
     Raises:
-        LookupError: the function holds no other one.
+        LookupError: the closure of the function holds no other function.
     """
     for cell in function.__closure__ or ():
         if callable(cell.cell_contents):

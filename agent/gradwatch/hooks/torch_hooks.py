@@ -1,7 +1,7 @@
 """Listening to torch: optimizer steps, backward passes, clipping, loss scaling and ``zero_grad``.
 
 The hooks and patches are in place from the first agent that attaches to the last one that leaves. All are global to the
-process and none touches a model: a watched model can be copied, pickled, compiled and sharded as if it were not.
+process and none touches a model: a watched model can be copied, pickled, compiled and sharded like any other.
 """
 
 import os
@@ -32,7 +32,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Listener(Protocol):
-    """Hears what a training does. Only ``before_step`` may raise, where it clips."""
+    """Receives the events of a training. Only ``before_step`` may raise an error, if clipping fails."""
 
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Optimizer | None
@@ -69,7 +69,7 @@ class Listener(Protocol):
         """``sys.exit`` was called, by any thread; it may be caught."""
 
     def after_fork(self) -> bool:
-        """This is a forked child; return whether to listen on in it."""
+        """Return whether to go on listening in a forked child, in which this is called."""
 
 
 _listeners: tuple[Listener, ...] = ()
@@ -102,12 +102,12 @@ def leave(listener: Listener) -> None:
 
 
 def listeners() -> tuple[Listener, ...]:
-    """Return those who listen now."""
+    """Return the registered listeners."""
     return _listeners
 
 
 def _after_fork() -> None:
-    """A forked child (a DataLoader worker) does not measure: it attaches for itself if it trains."""
+    """Remove listeners in a forked child (a DataLoader worker): if it trains, it attaches an agent of its own."""
     global _listeners
     had = bool(_listeners)
     _listeners = tuple(listener for listener in _listeners if listener.after_fork())
@@ -244,7 +244,7 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
 
 
 def _listed(tensors: Iterable[Any]) -> tuple[Iterable[Any], list[Tensor]]:
-    """Return what can be iterated over more than once, and its tensors."""
+    """Return the argument as something that can be iterated over again, and the tensors in it."""
     if isinstance(tensors, Iterator):
         tensors = tuple(tensors)
     return tensors, [tensor for tensor in tensors if isinstance(tensor, Tensor)]
@@ -303,7 +303,7 @@ def _zero_grad(original: Function, active: list[bool], aside: Function) -> Funct
 
 
 def _note_norm_type(original: Function, active: list[bool], aside: Function) -> Function:
-    """Tell ``_clip_by_norm``, which torch calls inside, which norm it is."""
+    """Return a ``clip_grad_norm_`` that tells ``_clip_by_norm``, which torch calls inside, the norm type."""
 
     def clip_grad_norm_(
         parameters: Any, max_norm: float | Tensor, norm_type: float = 2.0, *args: Any, **kwargs: Any
@@ -341,7 +341,7 @@ def _measure_and_clip_by_norm(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Torch before 2.6 measures and clips in one function: it is heard when it is done."""
+    """Clip, then tell the listeners: torch before 2.6 measures and clips in one function."""
     several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     total_norm = original(several, max_norm, norm_type, *args, **kwargs)
     for listener in _listeners:

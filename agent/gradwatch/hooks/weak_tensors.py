@@ -31,7 +31,7 @@ deaths: Final = _Deaths()
 
 
 class WeakTensor:
-    """A weak reference to a tensor; called, it returns the tensor, or None where that is gone. Made by ``weak``."""
+    """Weak reference to a tensor, made by ``weak``; a call returns the tensor, or None if it no longer exists."""
 
     __slots__ = ("__weakref__", "reference")
 
@@ -40,7 +40,7 @@ class WeakTensor:
         """Returns the tensor as well, in less time."""
 
     def __call__(self) -> Tensor | None:
-        """Return the tensor, or None where it is gone."""
+        """Return the tensor, or None if it no longer exists."""
         return self.reference()
 
 
@@ -77,7 +77,7 @@ swap_patch: Final = Patch(torch.utils, "swap_tensors", around(_swap))
 
 
 def drop_all() -> None:
-    """Refer to no tensor any more: without the patch, a reference would keep torch from swapping."""
+    """Drop all references to tensors: without the patch, a reference would keep torch from swapping."""
     for weak in list(_known.values()):
         weak.reference = _no_tensor
     _known.clear()

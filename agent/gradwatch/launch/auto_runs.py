@@ -22,7 +22,7 @@ _MOST_RUNS: Final = 100
 
 
 class AutoRuns:
-    """The sessions of this process; a training that begins with optimizers of its own gets a run, as each fold does."""
+    """The sessions of this process; each training with new optimizers gets a run, as does each fold of a validation."""
 
     def __init__(self) -> None:
         self._sessions: list[Session] = []
@@ -47,7 +47,7 @@ class AutoRuns:
         return bool(self._last_step)
 
     def attach(self, losses: Sequence[Any], new_optimizers: Sequence[Optimizer]) -> bool:
-        """Open a run if new optimizers step parameters that no session watches; finish runs whose optimizers are gone.
+        """Open a run if new optimizers step parameters that no session watches; finish runs without optimizers.
 
         Args:
             losses: arguments of the backward pass; the parameters in their graphs are watched where there is no

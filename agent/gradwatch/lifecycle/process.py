@@ -19,7 +19,7 @@ def rank() -> int:
 
 
 def default_run_name() -> str:
-    """Return the name of a run that was given none: the script and the local time."""
+    """Return the default name of a run: the script and the local time."""
     return f"{_script_name(sys.argv[0] if sys.argv else '')} {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 

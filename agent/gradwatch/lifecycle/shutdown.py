@@ -28,7 +28,7 @@ class Closable(Protocol):
         """Return the argument of the last ``sys.exit``, or None if the training went on after it."""
 
     def stop(self, deadline: float, status: str, exit_code: int | None = None) -> bool:
-        """Stop measuring and write out what is left; return whether ``deliver`` must be called to finish."""
+        """Stop measuring and write everything to the spool; return whether ``deliver`` must be called to finish."""
 
     def deliver(self) -> None:
         """Wait for the server until the deadline that ``stop`` was given."""

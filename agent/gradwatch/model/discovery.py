@@ -67,7 +67,7 @@ class ParameterInfo:
 
 
 def shorten_name(name: str) -> str:
-    """Return a name that the server accepts: of a longer one a checksum and its end."""
+    """Return a name that the server accepts; one that is too long is replaced by a checksum and its end."""
     if len(name) <= LONGEST_NAME:
         return name
     checksum = f"{zlib.crc32(name.encode('utf-8', 'replace')):08x}~"
@@ -154,7 +154,7 @@ def is_compiled(model: nn.Module) -> bool:
 def unsharded_parameters(models: Iterable[nn.Module]) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """Yield each sharded parameter of FSDP2 with its unsharded parameter, which is in the graph of the loss.
 
-    The third item tells whether the unsharded one has gradients of passes after which they were not reduced.
+    The third item tells whether the unsharded parameter has gradients that were not reduced after their backward pass.
     """
     for module in (module for model in models for module in model.modules()):
         state = getattr(module, "_get_fsdp_state", lambda: None)()

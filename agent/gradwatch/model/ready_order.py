@@ -15,7 +15,7 @@ class ReadyOrder:
     gradients ready at once, in an order that says nothing: for such a model the order of registration is kept.
 
     Args:
-        parameters: with their indices.
+        parameters: the parameters with their indices.
     """
 
     def __init__(self, parameters: Iterable[tuple[int, Tensor]]) -> None:

@@ -36,9 +36,8 @@ class ParameterRegistry:
 
     Args:
         models: the models.
-        expert_indices: gives the indices of the parameters that hold stacked experts, from the names and the parameters
-            of all; where gradients are clipped. None: nothing is clipped, and units of very large tensors are not told
-            apart.
+        expert_indices: returns the indices of the parameters that hold stacked experts, given all names and parameters.
+            None: nothing is clipped, and a tensor with very many units counts as one unit.
     """
 
     def __init__(
@@ -163,7 +162,7 @@ class ParameterRegistry:
         ]
 
     def flip_trainable(self, indices: Iterable[int]) -> None:
-        """Note that ``requires_grad`` of some parameters is not what it was."""
+        """Note that ``requires_grad`` of some parameters has changed."""
         for index in indices:
             self.trainable[index] = not self.trainable[index]
 
@@ -194,7 +193,7 @@ class ParameterRegistry:
         """Set the depths once the order is known; return whether this call set them.
 
         Args:
-            step: number of steps made; after some the order is no longer waited for.
+            step: number of steps made; after some steps the order is no longer awaited.
         """
         if self._order is None or not (self._order.known or step >= _ORDER_STEPS):
             return False

@@ -1,4 +1,4 @@
-"""Carrying out what the step core decides: one pass measures the gradients of a step and clips them."""
+"""Carrying out the actions of the step core: one pass measures the gradients of a step and clips them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +17,13 @@ from gradwatch.steps.records import Measurement, StepRecord, scaled_by
 
 
 class StepActions:
-    """Measures and clips.
+    """Measures and clips the gradients of a training.
 
     Args:
-        models: what is watched, and its clipper.
-        optimizers: whose steps count.
+        models: the watched models and their AGC executor.
+        optimizers: the optimizers whose steps count.
         scaling: knows the loss scaler.
-        recorder: measures.
+        recorder: measures the norms.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class StepActions:
         self._recorder = recorder
 
     def measure_step(self, optimizer: Optimizer, record: StepRecord) -> tuple[Pass, Measurement] | None:
-        """Measure what an optimizer is about to step with."""
+        """Measure the gradients that an optimizer is about to step with."""
         known = self._optimizers.find(optimizer)
         if known is None:
             return None
@@ -48,15 +48,15 @@ class StepActions:
 
     @property
     def excluded(self) -> frozenset[int]:
-        """Return the parameters that AGC leaves alone, or would leave alone: those of the classifier."""
+        """Return the parameters that AGC does not clip; without AGC, those of the classifier."""
         clipper = self._models.clipper
         return self._models.classifier.indices if clipper is None else clipper.excluded(self._models.parameters.watched)
 
     def _note_frozen(self, listed: OptimizerParameters) -> None:
         """Register again where ``requires_grad`` has changed.
 
-        Only parameters of the optimizer that steps are asked, and those that none steps: trainings that take turns
-        freeze the others' for each turn.
+        Only the parameters of the optimizer that steps, and those that no optimizer steps, are checked: trainings that
+        take turns freeze each other's parameters for each turn.
         """
         parameters, trainable = self._models.parameters, self._models.parameters.trainable
         asked = list(zip(listed.indices, listed.parameters, strict=True))
@@ -89,7 +89,7 @@ class StepActions:
         measurement.void, measurement.clips = action.void, action.clips
 
     def clip(self, optimizer: Optimizer, outer: Optimizer | None, measured: tuple[Pass, Measurement] | None) -> None:
-        """Clip what an optimizer is about to step with, by the norms that were measured or by a pass of its own.
+        """Clip the gradients of the optimizer's next step, by the measured norms or by those of an extra pass.
 
         Gradients that were clipped for ``outer``, whose step called this one, and left alone since, are not clipped
         again.
@@ -130,7 +130,7 @@ def with_closure(
 
 
 def note_found_inf(optimizer: Optimizer, record: StepRecord) -> None:
-    """Keep what a fused optimizer looks at to skip its step."""
+    """Keep a copy of ``found_inf``, the flag at which a fused optimizer skips its step."""
     found_inf = getattr(optimizer, "found_inf", None)
     if isinstance(found_inf, Tensor):
         record.found_infs.append(copy_scalar(found_inf))

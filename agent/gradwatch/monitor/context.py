@@ -1,4 +1,4 @@
-"""The context of a listener: the parts of its monitor that it works with, and the agent around it."""
+"""The context of a listener: the parts of its monitor that it uses, and the callbacks of the agent."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class AgentThread(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callbacks:
-    """The agent around a listener."""
+    """Callbacks of the agent that a listener calls."""
 
     exiting: Callable[[object], None]
     """Takes the argument of ``sys.exit``."""
@@ -49,4 +49,4 @@ class Parts:
 
 
 def discard(_message: Message) -> None:
-    """Take what was seen where nothing is reported."""
+    """Discard a message: this agent reports nothing."""

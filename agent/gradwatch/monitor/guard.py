@@ -24,7 +24,7 @@ class Guard:
     Args:
         watching: whether anything is measured.
         dropped: takes the number of errors.
-        disarmed: called with the error that was one too many.
+        disarmed: called with the error after which the agent disarms.
     """
 
     raises_own_errors: ClassVar[bool] = False
@@ -40,7 +40,7 @@ class Guard:
         self._disarmed = disarmed
 
     def failed(self, error: Exception) -> None:
-        """Count an error of the agent's own; after some, stop measuring and say so once."""
+        """Count an error of the agent's own; after several errors, stop measuring and report that once."""
         self._dropped.errors += 1
         _log.debug("gradwatch: an error of the agent", exc_info=error)
         if self._dropped.errors >= DISARMED_AFTER and self.watching:
@@ -49,7 +49,7 @@ class Guard:
 
 
 class Guarded(Protocol):
-    """What has guarded methods."""
+    """An object with guarded methods."""
 
     guard: Guard
 

@@ -31,12 +31,12 @@ _ASKED: Final = 8
 
 
 class TrainingListener:
-    """Hears one training.
+    """Receives the torch hook events of one training.
 
     Args:
-        parts: what it works with.
-        guard: swallows its errors.
-        callbacks: the agent around it.
+        parts: the parts of the monitor.
+        guard: swallows the errors of the listener.
+        callbacks: those of the agent.
         clips: whether gradients are clipped adaptively.
     """
 
@@ -67,7 +67,7 @@ class TrainingListener:
         self._callbacks.exiting(status)
 
     def after_fork(self) -> bool:
-        """Measure nothing in a forked child, whose threads and spool are the parent's; clip on."""
+        """Stop measuring in a forked child, whose threads and spool are the parent's; go on clipping."""
         self.guard.lock = threading.RLock()  # another thread, which is not here, may have held it
         self.guard.watching = False
         self._models.stop_registering()
@@ -135,7 +135,7 @@ class TrainingListener:
 
     @guarded
     def _begin(self, optimizer: Optimizer, outer: Optimizer | None, closure: bool) -> StepRecord | None:
-        """Return the record of the step that begins; None where it is another one's or concerns nothing watched."""
+        """Return the record of the step that begins; None if an outer optimizer owns it or it is unwatched."""
         known = self._optimizers.find(optimizer)
         if known is None:
             self._steps.other_stepped()
@@ -162,7 +162,7 @@ class TrainingListener:
         return began.record
 
     def _prepare(self, optimizer: Optimizer, action: EndStep | CountSteps) -> None:
-        """Do what must come before an event of an optimizer."""
+        """Carry out an action of the step core before the event of an optimizer is repeated."""
         if isinstance(action, EndStep):
             self.end_step(learn=True)
             return
@@ -173,7 +173,7 @@ class TrainingListener:
             self._callbacks.unknown_step(optimizer)
 
     def _reached_threads(self) -> frozenset[int]:
-        """Return the other threads whose losses under way are this training's, where one steps that does not train."""
+        """Return the other threads that differentiate losses of this training; none if the training thread steps."""
         state, here = self._steps.state, threading.get_ident()
         if here == state.thread:
             return frozenset()
@@ -257,7 +257,7 @@ class TrainingListener:
     def before_backward(
         self, tensors: Sequence[Tensor], losses: Sequence[Tensor]
     ) -> tuple[dict[int, Version], Sequence[Tensor]] | None:
-        """Note the versions of some gradients: whose losses these are shows afterwards, or when an optimizer steps."""
+        """Note the versions of some gradients: after the pass they show whether the losses are this training's."""
         if not (self.guard.watching or self._classifier.searches_left):
             return None
         thread, state = threading.get_ident(), self._steps.state
@@ -283,7 +283,7 @@ class TrainingListener:
 
     @guarded
     def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
-        """Gradients of these losses were accumulated; of none, or by a pass that failed, there is nothing to note."""
+        """Tell the step core which gradients a backward pass has changed; none if the pass failed."""
         if not self.guard.watching:
             return
         thread = threading.get_ident()
@@ -301,9 +301,9 @@ class TrainingListener:
     def _trains_here(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether another thread than the one that trained so far trains from now on.
 
-        In no other thread may a gradient be looked at: the one that trains may be replacing it, which ends the process.
-        And while another thread trains another model, gradients may change that it has not made. A thread that trains
-        something else is asked again and again, ever more seldom, as its graph is searched for that.
+        Only the thread that trains may look at gradients: it may be replacing one, and a look from another thread would
+        then crash the process. Besides, the gradients may change while another thread trains another model. Each check
+        searches the graph of the losses, so a thread that trains another model is checked more and more rarely.
         """
         times: int = getattr(self._elsewhere, "times", 0)
         self._elsewhere.times = times + 1
@@ -383,7 +383,7 @@ class TrainingListener:
             self._steps.losses_dropped()
 
     def _forget_thrown_away(self) -> None:
-        """Forget what waits for its step where no gradient is left: nobody says that gradients were set to None."""
+        """Drop what waits for a step if no gradient is left: no hook shows that gradients were set to None."""
         everything = range(len(self._parameters.watched))
         if not (self._parameters.any_has_gradient(everything) or self._parameters.any_has_unreduced_gradient):
             self._steps.losses_dropped()

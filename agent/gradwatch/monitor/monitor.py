@@ -30,11 +30,11 @@ class Monitor:
     """Watches one training, and clips.
 
     Args:
-        models: what is watched.
+        models: the watched models.
         named: the optimizers whose steps count; None: every one that steps the models' parameters.
         schedule: says which steps are sampled.
-        callbacks: the agent around it.
-        step: steps made so far; None: what a restored optimizer says.
+        callbacks: those of the agent.
+        step: steps made so far; None: the step count of a restored optimizer.
         clip: how gradients are clipped adaptively; None: not at all.
         ranks: the ranks of a sharded training; None where this rank measures alone.
         watching: whether anything is measured.
@@ -92,19 +92,19 @@ class Monitor:
         """Find the parameters, and check that they can be watched.
 
         Raises:
-            ValueError: gradients were to be clipped that an optimizer given does not step.
-            NotImplementedError: they were to be clipped and cannot be.
+            ValueError: clipping is on, and an optimizer that was given steps no parameter of the models.
+            NotImplementedError: clipping is on, and the gradients cannot be clipped.
         """
         self.models.discover()
         self._optimizers.check_named()
         self._check_parts()
 
     def report_to(self, put: Callable[[Message], None], threads: Sequence[AgentThread]) -> None:
-        """Hand over what is seen from now on.
+        """Send records, registrations and events to a collector from now on.
 
         Args:
-            put: takes it; never waits.
-            threads: the agent's own, whose processor time counts as the agent's.
+            put: takes each of them; never waits.
+            threads: the agent's own threads, whose processor time counts as the agent's.
         """
         self.listener.put = put
         self.listener.threads = threads
@@ -113,11 +113,11 @@ class Monitor:
         self.listener.put(message)
 
     def listen(self) -> None:
-        """Hear the training from now on."""
+        """Start listening to the training."""
         torch_hooks.listen(self.listener)
 
     def stop(self) -> None:
-        """Hear nothing more; the open step is over. Idempotent."""
+        """Stop listening and end the open step; idempotent."""
         try:
             if self.guard.watching:
                 with self.guard.lock:
@@ -131,11 +131,11 @@ class Monitor:
         self._origin.close()
 
     def watches(self, parameter: Tensor) -> bool:
-        """Return whether a parameter is among those that are watched."""
+        """Return whether a parameter is watched."""
         return self.models.parameters.find(parameter) is not None
 
     def note_trouble(self, unclear: bool) -> None:
-        """Sample every step for a while; where nothing tells the origin of a non-finite number, hooks look for it."""
+        """Sample every step for a while; if nothing shows the origin of a non-finite number, hook the modules."""
         self.steps.schedule.want_burst()
         if unclear:
             self._origin.request_hooks(self.steps.state.number)
@@ -145,7 +145,7 @@ class Monitor:
         self.notices.disarmed(error)
 
     def _renew(self, unknown: bool) -> None:
-        """Look for new parameters where some are not known, before those of an optimizer are looked up."""
+        """Look for new parameters if some are not known, before those of an optimizer are looked up."""
         if unknown:
             self._optimizers.forget_lists()
             if self.models.discover():

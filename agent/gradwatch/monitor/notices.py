@@ -1,4 +1,4 @@
-"""What the user has to know of an agent: a warning in the log of the training, and an event on the page of the run."""
+"""Notices to the user: a warning in the log of the training, and an event on the page of the run."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ _log = logging.getLogger("gradwatch")
 
 
 class Notices:
-    """Tells the user.
+    """Sends notices of one agent to the user.
 
     Args:
         put: takes events for the server.
@@ -36,18 +36,18 @@ class Notices:
         self._put(wire.Event(step=self._step(), at=time.time(), kind=kind, message=message))
 
     def disarmed(self, error: Exception) -> None:
-        """The agent measures nothing more, after errors of its own."""
+        """Tell the user that the agent has stopped measuring after errors of its own."""
         reason = f"{type(error).__name__}: {error}"
         _log.warning("gradwatch stops watching this run after %d errors of its own: %s", DISARMED_AFTER, reason)
         self.report("disarmed", reason)
 
     def parts_only(self, reason: str) -> None:
-        """Nothing is measured, as this rank holds only parts of the parameters."""
+        """Tell the user that nothing is measured, because this rank holds only parts of the parameters."""
         self.warn(f"{reason}. Gradients and weights are not measured")
         self.report("not_measured", reason)
 
     def unstepped(self, passes: int) -> None:
-        """No optimizer steps what is watched."""
+        """Tell the user that no optimizer steps a watched parameter."""
         text = f"after {passes} backward passes no torch.optim.Optimizer has stepped a watched parameter: " + (
             "nothing is clipped or measured" if self._clips else "nothing is measured"
         )
@@ -55,7 +55,7 @@ class Notices:
         self.report("not_stepped", text)
 
     def uncalled_closure(self, optimizer: Optimizer) -> None:
-        """An optimizer has stepped without its closure: nobody has seen what it stepped with. Told once."""
+        """Tell the user, once, that an optimizer did not call its closure, so that its gradients were not measured."""
         if self._uncalled_closure_told:
             return
         self._uncalled_closure_told = True

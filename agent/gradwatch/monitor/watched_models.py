@@ -16,7 +16,7 @@ class WatchedModels:
     """The models of one training, their parameters and their classifier.
 
     Args:
-        models: what is watched.
+        models: the watched models.
         clip: how gradients are clipped adaptively; None: not at all.
         ranks: the ranks of a sharded training; None where this rank measures alone.
         notices: tells the user.
@@ -58,7 +58,7 @@ class WatchedModels:
             self._notices.report("not_measured", self.parts_only)
 
     def stop_registering(self) -> None:
-        """Register nothing more."""
+        """Stop registering parameters."""
         self._registers = False
 
     def register(self) -> None:
@@ -74,10 +74,10 @@ class WatchedModels:
         return new
 
     def check_parts(self, *, watching: bool) -> bool:
-        """Return whether the numbers would be those of this rank's part alone: nothing is to be measured then.
+        """Return whether this rank could measure only its part of the parameters, so that nothing is measured.
 
         Raises:
-            NotImplementedError: they were to be clipped and cannot be.
+            NotImplementedError: clipping is on, and the gradients cannot be clipped.
         """
         if self.parts_only:
             return True

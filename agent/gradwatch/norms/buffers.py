@@ -32,7 +32,7 @@ class UnitNorms:
 
     Args:
         plan: says which norms there are.
-        buffers: of the sample.
+        buffers: the buffers of the sample.
         grad_at: index of the gradients' first unit norm in each buffer.
         weight_at: index of the weights' first unit norm in each buffer.
     """
@@ -132,7 +132,7 @@ class SampleBuffers:
         """Events that are recorded behind the copies to the host."""
 
     def allocate(self, plan: MeasurementPlan) -> UnitNorms:
-        """Return space for ``plan`` behind what was allocated before for this sample."""
+        """Return space for ``plan`` after the space that was allocated before for this sample."""
         sizes = plan.sizes
         at = tuple(self._used.get(key, 0) for key in sizes)
         norms = self._allocations.get((id(plan), at))
@@ -151,7 +151,7 @@ class SampleBuffers:
         return norms
 
     def send(self) -> None:
-        """Start to copy what was written to the host, without waiting for the copy."""
+        """Start to copy the written norms to the host, without waiting for the copy."""
         for key, tensor in self.device.items():
             if tensor.device.type == "cpu":
                 continue
@@ -226,5 +226,5 @@ class BufferPool:
 
     @property
     def is_scarce(self) -> bool:
-        """Return whether so many buffers wait to be read, or half of all, that they should be read now."""
+        """Return whether so many buffers are in use that the collector should read them now."""
         return self._made - len(self._free) > min(_SCARCE, self._most // 2)

@@ -123,11 +123,11 @@ def _copied_bytes(spec: TensorSpec) -> int:
 def _move_to_direct(
     specs: Sequence[TensorSpec], direct: int, by_row: dict[_Row, list[int]], bucket_bytes: int | None
 ) -> list[int]:
-    """Return positions that are reduced where they lie as well, the largest first, while the operator budget lasts.
+    """Return the positions of further tensors to reduce where they lie, the largest first, within the operator budget.
 
     Args:
-        specs: of all tensors.
-        direct: number of tensors that are reduced where they lie already.
+        specs: specifications of all tensors.
+        direct: number of tensors that are reduced where they lie in any case.
         by_row: positions of those that may share a bucket; the returned positions are removed.
         bucket_bytes: size of a bucket; None: by device.
     """
@@ -156,7 +156,7 @@ def _move_to_direct(
 
 
 def _launched(specs: Sequence[TensorSpec], members: Sequence[int], bucket_bytes: int | None) -> int:
-    """Return the number of operators for tensors of one row: two a bucket, and one a tensor that is not copied."""
+    """Return the number of operators for tensors of one row: two for each bucket, one for each tensor outside."""
     return sum(min(len(bucket), 2) for bucket in _fill_buckets(specs, members, bucket_bytes))
 
 

@@ -18,7 +18,7 @@ class MeasurementPlan:
     """The layouts of some gradients and of their weights, and one order in which the units of both are read.
 
     Args:
-        indices: of the parameters, in the registry.
+        indices: indices of the parameters in the registry.
         grads: specifications of their gradients; None where only the weights are measured.
         weights: specifications of the weights, in the same order.
     """

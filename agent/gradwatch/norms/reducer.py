@@ -46,7 +46,7 @@ class NormReducer:
     """Writes the unit norms of tensors to buffers. Views of the buffers are made once; no view of a tensor is kept.
 
     Args:
-        layout: of the tensors.
+        layout: layout of the tensors.
         buffers: takes the norms, each of shape (layout.sizes[key],) or longer.
         scratch: memory for buckets.
         reductions: those that are computed here; None: all of the layout.

@@ -1,6 +1,6 @@
 """Launches the Triton kernels for unit norms and clipping: one launch over all tensors, where a CUDA device is there.
 
-The plain operators stay the reference. They take what the kernels leave: sparse tensors, units wider than
+The plain operators stay the reference. They take the tensors that the kernels cannot: sparse tensors, units wider than
 ``WIDEST_ROW``, other dtypes, and gradients that do not lie in memory in the order of their units. Before the kernels
 are used on a device, their results are compared with those of the plain operators on that device; where they differ,
 one warning says so and the plain operators take everything. With ``TRITON_INTERPRET=1`` the kernels run on the CPU,
@@ -82,9 +82,9 @@ class TritonTable:
     """A table of tensors on the device, by which one launch of a kernel covers the units of all of them.
 
     Args:
-        specs: of the tensors, whose unit norms share one buffer.
-        places: index of the first unit of each tensor in what is read or written for each unit.
-        key: of the buffer.
+        specs: specifications of the tensors, whose unit norms share one buffer.
+        places: index of the first unit of each tensor in the array that has one element for each unit.
+        key: device and dtype of the buffer.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], places: Sequence[int], key: BufferKey) -> None:
@@ -115,7 +115,7 @@ class TritonTable:
         Args:
             kernel: name of the kernel.
             tensors: all tensors of the table, in its order.
-            units: what the kernel reads or writes for each unit: factors or norms.
+            units: the array of factors that the kernel reads, or of norms that it writes.
 
         Returns:
             The indices of the tensors that the plain operators have to take.
@@ -159,7 +159,7 @@ def _lies_as_specified(tensor: Tensor, spec: TensorSpec) -> bool:
 
 
 class TritonNormReducer(NormReducer):
-    """A reducer that launches the kernels, and the plain operators for what they do not take."""
+    """A reducer that launches the kernels, and the plain operators for tensors that the kernels cannot take."""
 
     def __init__(self, layout: NormLayout, buffers: dict[BufferKey, Tensor], scratch: Scratch) -> None:
         supported: dict[BufferKey, list[int]] = {}
@@ -206,7 +206,7 @@ def make_reducer(layout: NormLayout, buffers: dict[BufferKey, Tensor], scratch: 
 
 
 def reducer_class(layout: NormLayout) -> type[NormReducer]:
-    """Choose what reduces tensors of a layout: the Triton kernels where they can be used."""
+    """Return the class of reducers for a layout: the Triton kernels' where these can be used."""
     by_kernels = bool(layout.sizes) and all(can_use_triton(key) for key in layout.sizes)
     chosen = TritonNormReducer if by_kernels else NormReducer
     layout.reducer_class = chosen

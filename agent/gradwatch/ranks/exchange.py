@@ -1,8 +1,8 @@
-"""Sharded training: each rank publishes what it measured, rank 0 collects the parts.
+"""Sharded training: each rank publishes its part of a sample, rank 0 collects the parts.
 
-Nothing of this is a collective, and nothing happens on the training thread: the parts go through the key-value store
-that the process group was opened with, and rank 0 takes them from there when they are complete. A rank that is late,
-gone or disarmed costs samples, never time.
+None of this is a collective operation, and none of it runs on the training thread: the parts go through the key-value
+store that the process group was opened with, and rank 0 takes them from there when they are complete. A rank that is
+late, gone or disarmed costs samples, never time.
 """
 
 import itertools
@@ -34,7 +34,7 @@ class RankExchange:
 
     Args:
         name: the same on every rank for one agent, and another for the next agent.
-        rank: of this process.
+        rank: rank of this process.
         size: number of ranks.
     """
 
@@ -115,7 +115,7 @@ def incomplete_reason(models: Sequence[nn.Module], exchange: RankExchange | None
 
     Args:
         models: the watched models.
-        exchange: with the other ranks, as it was found when the agent was attached.
+        exchange: the exchange with the other ranks, as ``exchange_for`` returned it when the agent was attached.
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return ""

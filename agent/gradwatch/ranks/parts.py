@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class RankPart:
-    """What one rank measured of one step, over all parameters of the run."""
+    """The measurements of one rank at one step, over all parameters of the run."""
 
     units: Floats
     """Number of units, shape (parameters,); ``MISSING`` where this rank has no gradient or does not own the shard."""
@@ -79,7 +79,7 @@ def join_parts(
 
     Args:
         parts: one for each rank.
-        ownership: of any rank; how the units are split is the same on all.
+        ownership: the ownership of any rank; all ranks split the units in the same way.
         eps: floor of a unit's weight norm.
         limits: largest ratio of each parameter under AGC, infinite where it is not clipped.
         tensor_wise: whether AGC takes a whole tensor as the unit.

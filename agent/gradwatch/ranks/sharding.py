@@ -37,12 +37,12 @@ def split_of(tensor: Tensor, axis: UnitAxis, groups: int, granularity: Granulari
 
     Args:
         tensor: a parameter; any other tensor than a DTensor is not split.
-        axis: of its units.
-        groups: of a transposed convolution.
+        axis: axis of its units.
+        groups: groups of a transposed convolution.
         granularity: ``unit``, or ``tensor`` where the whole tensor is one unit.
 
     Raises:
-        NotImplementedError: it is distributed in a way that norms cannot be joined for.
+        NotImplementedError: the tensor is distributed in a way for which norms cannot be joined.
     """
     placements = getattr(tensor, "placements", None)
     if placements is None:
@@ -74,9 +74,9 @@ def norm_all_reduces(
     """Return the functions that join the norms of split tensors: one all-reduce for each process group.
 
     Args:
-        splits: of each tensor.
+        splits: for each tensor, how its units are split.
         places: for each buffer, where the norms of each tensor lie; a tensor that is empty on this rank has none.
-        devices: of each buffer.
+        devices: device of each buffer.
     """
     members: dict[int, tuple[Any, list[int]]] = {}
     for position, split in enumerate(splits):

@@ -26,13 +26,13 @@ no batch asked for are many, and zero."""
 def recompute(measurement: Measurement, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """Count non-finite elements, and recompute the units whose squares overflow or vanish in float32.
 
-    On the CPU the norms that were just written can be read at no cost. On another device that would mean to wait, so
-    a non-finite gradient counts its non-finite units there.
+    On the CPU the norms that were just written can be read at no cost. On another device reading them would mean to
+    wait for it, so the non-finite units of a gradient are counted there instead.
 
     Args:
         measurement: takes the counts and the repaired norms.
-        grads: in the plan's order; empty where it has none.
-        weights: in the plan's order.
+        grads: gradients in the plan's order; empty if the plan has none.
+        weights: weights in the plan's order.
     """
     norms: UnitNorms = measurement.norms
     plan = norms.plan
@@ -56,7 +56,7 @@ def _is_plain(parts: Sequence[NDArray[Any]]) -> bool:
 def _repairs(
     units: Floats, plan: MeasurementPlan, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]
 ) -> dict[int, Floats]:
-    """Return the unit norms of those tensors of which some were wrong, by their place in the plan's order."""
+    """Return the recomputed unit norms of tensors in which some were wrong, by position in the plan's order."""
     doubtful = ~(np.isfinite(units) & (units >= _TINY))
     repairs = {}
     with torch.no_grad():
@@ -72,7 +72,7 @@ def _repairs(
 
 
 def _repaired(units: Floats, doubtful: NDArray[np.bool_], tensor: Tensor, spec: TensorSpec) -> Floats | None:
-    """Return the unit norms of a tensor, the doubtful ones in float64; None where they were right."""
+    """Return the unit norms of a tensor, the doubtful ones in float64; None if all of them were right."""
     if spec.sparse:
         out = torch.zeros(spec.units, dtype=torch.float64)
         norm_function(spec)(tensor, out)

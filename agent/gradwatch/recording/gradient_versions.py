@@ -1,4 +1,4 @@
-"""Gradient versions: which gradients a backward pass added to, told by their identities and versions; none is read."""
+"""Gradient versions: which gradients a backward pass added to, by their identities and versions; none is read."""
 
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -19,9 +19,9 @@ _FEW: Final = 4
 class GradientVersions:
     """Tells whether a backward pass added to a gradient of the watched parameters, by looking at a few of them.
 
-    All are looked at until some have changed in each of many passes; from then on a few of these. When a pass leaves
-    those alone, its graph says whose it was, once, and all are looked at again: another head is trained now, or one of
-    the few is frozen, or the loss was another model's.
+    All gradients are checked until some have changed in each of many passes; from then on only a few of these are. If a
+    pass changes none of the few, its graph is searched once to find which model it belongs to, and all gradients are
+    checked again: another head may be trained now, one of the few may be frozen, or the loss was another model's.
     """
 
     def __init__(self, parameters: ParameterRegistry) -> None:
@@ -34,10 +34,10 @@ class GradientVersions:
         self._passes = 0
 
     def before(self, also: Iterable[int]) -> dict[int, Version]:
-        """Return the versions of the gradients that are looked at in a pass, by index.
+        """Return the versions of the gradients to check after a pass, by index.
 
         Args:
-            also: indices of others to look at in this pass.
+            also: indices of others to check after this pass.
         """
         watched = self._parameters.watched
         few = self._few
@@ -49,11 +49,11 @@ class GradientVersions:
         return versions
 
     def changed(self, before: dict[int, Version], losses: Sequence[Tensor]) -> frozenset[int] | None:
-        """Return the parameters, of those looked at, whose gradients a pass changed; None: it was another training's.
+        """Return the checked parameters whose gradients a pass has changed; None if it was another training's pass.
 
         Args:
-            before: what ``before`` returned.
-            losses: what was differentiated.
+            before: the versions that ``before`` returned.
+            losses: the tensors that were differentiated.
         """
         watched = self._parameters.watched
         found = []
@@ -76,7 +76,7 @@ class GradientVersions:
         return None
 
     def _narrow(self, changed: frozenset[int]) -> None:
-        """Look at a few from now on, where some have changed in every pass for long enough."""
+        """Check only a few gradients from now on, if some have changed in every pass for long enough."""
         if not changed:
             self._passes = 0  # another model's: as long as these come, only a look at all tells them
             return

@@ -1,4 +1,4 @@
-"""Loss scaling: what a loss was before a loss scaler multiplied it, and what the scaler has done to the gradients."""
+"""Loss scaling: losses before a loss scaler multiplied them, and the scale by which it multiplied the gradients."""
 
 import weakref
 from collections import deque
@@ -52,7 +52,7 @@ class LossScaling:
         return scale if isinstance(scale, Tensor) else None
 
     def note_scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
-        """Remember what a scaled loss was; one of several numbers only where it is in a graph."""
+        """Remember a loss that was scaled; of a loss of several numbers, remember only its place in the graph."""
         self.has_scaled = True
         node = scaled.grad_fn
         number = -1 if node is None else node._sequence_nr()  # noqa: SLF001
@@ -84,7 +84,7 @@ class LossScaling:
         return copy_scalar(loss) if scale is None else copy_scalar(loss) / scale.to(loss.device)
 
     def _computed_from(self, loss: Tensor) -> _Scaled | None:
-        """Return the scaled loss that another one was computed from, by the end of its graph."""
+        """Return the scaled loss that another loss was computed from, which the end of its graph shows."""
         by_number = {known.number: known for known in self._scaled if known.number >= 0}
         for node in walk(roots([loss]), NodeBudget(_NODES)):
             known = by_number.get(node._sequence_nr())  # noqa: SLF001
@@ -93,6 +93,6 @@ class LossScaling:
         return None
 
     def originals(self, losses: Sequence[Tensor]) -> list[Tensor]:
-        """Return what the scaled ones of some losses were."""
+        """Return the losses before scaling, of those losses that were scaled."""
         known = [known for known in self._scaled if any(known.scaled() is loss for loss in losses)]
         return [scaled.original for scaled in known if scaled.original is not None]

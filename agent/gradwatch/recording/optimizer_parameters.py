@@ -23,7 +23,7 @@ _PLANS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Unit norms of the gradients that are there, and of their weights, written to buffers."""
+    """Unit norms of the gradients and their weights of one pass, written to buffers."""
 
     norms: UnitNorms
     members: Sequence[Tensor]
@@ -33,7 +33,7 @@ class Pass:
 
     @property
     def plan(self) -> MeasurementPlan:
-        """Return which parameters they are, and how their norms are read."""
+        """Return the measurement plan of the parameters."""
         return self.norms.plan
 
 
@@ -75,12 +75,12 @@ class OptimizerParameters:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Return the parameters; they must be there still: their optimizer or their list is at hand."""
+        """Return the parameters. Their optimizer or their list must still exist."""
         return cast("list[Tensor]", [parameter.reference() for parameter in self._parameters])
 
     @property
     def whole(self) -> bool:
-        """Return whether all that were listed are still there: the id of one that is gone may be another's by now."""
+        """Return whether all listed parameters still exist: the id of a freed one may belong to another by now."""
         now = deaths.count
         if self.deaths != now:
             if any(parameter.reference() is None for parameter in self._listed):
@@ -89,10 +89,10 @@ class OptimizerParameters:
         return True
 
     def measure(self, buffers: SampleBuffers, watched: Sequence[ParameterInfo]) -> Pass | None:
-        """Write unit norms to ``buffers``; return None where there is no gradient.
+        """Write unit norms to ``buffers``; return None if there is no gradient.
 
         Args:
-            buffers: have room, or make it.
+            buffers: take the norms, and grow where needed.
             watched: all parameters of the run.
         """
         parameters = self.parameters

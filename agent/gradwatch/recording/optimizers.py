@@ -1,6 +1,6 @@
-"""The optimizers of a training: which of them count, what each of them steps, and the keys that the steps know them by.
+"""The optimizers of a training: which of them count, which parameters each steps, and their keys in step records.
 
-Which optimizer owns a step is decided in ``gradwatch.steps.ownership``; this module tells it what there is.
+This module only finds the optimizers; ``gradwatch.steps.ownership`` decides which of them owns a step.
 """
 
 import itertools
@@ -22,10 +22,10 @@ _LISTS: Final = 8
 
 
 def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] | None:
-    """Return the optimizers that step, out of what a user hands over; None where that is None.
+    """Return the user's optimizers without the wrappers of Accelerate and Lightning; None for None.
 
     Raises:
-        TypeError: something is no optimizer.
+        TypeError: an item is not an optimizer.
     """
     if given is None:
         return None
@@ -75,7 +75,7 @@ class ListedParameters:
         self._known: OrderedDict[tuple[int, ...], OptimizerParameters] = OrderedDict()
 
     def find(self, parameters: Sequence[Tensor]) -> OptimizerParameters:
-        """Return what is known of a list; the same object for the same parameters in the same order."""
+        """Return the watched parameters of a list; the same object for the same parameters in the same order."""
         ids = tuple(map(id, parameters))
         known = self._known.pop(ids, None)
         if known is None or (known.deaths != deaths.count and not known.whole):
@@ -86,7 +86,7 @@ class ListedParameters:
         return known
 
     def clear(self) -> None:
-        """Forget all: the watched parameters have changed."""
+        """Forget all lists: the watched parameters have changed."""
         self._known.clear()
 
 
@@ -95,10 +95,10 @@ class WatchedOptimizers:
 
     Args:
         named: those that the user named; None: every one that steps watched parameters counts.
-        parameters: what is watched.
-        renew: called before the parameters of an optimizer are looked up, with whether some are not known.
+        parameters: the watched parameters.
+        renew: called before the parameters of an optimizer are looked up, and told whether some of them are not known.
         changed: called after the parameters of an optimizer were looked up.
-        clips: whether AGC clips what they step.
+        clips: whether AGC clips their gradients.
         warn: tells the user something once.
     """
 
@@ -136,7 +136,7 @@ class WatchedOptimizers:
 
     @property
     def named(self) -> list[Optimizer]:
-        """Return those of the named optimizers that are still there."""
+        """Return the named optimizers that still exist."""
         return [optimizer for known in self._named or () if (optimizer := known.reference()) is not None]
 
     @property
@@ -146,7 +146,7 @@ class WatchedOptimizers:
 
     @property
     def trained_indices(self) -> frozenset[int]:
-        """Return the watched parameters that an optimizer which counts steps, as its groups are now."""
+        """Return the watched parameters that are now in the groups of an optimizer that counts."""
         several = self.named or [optimizer for known in self._alive() if (optimizer := known.reference()) is not None]
         found = (self.find(optimizer) for optimizer in several)
         return frozenset().union(*(known.parameters.index_set for known in found if known is not None))
@@ -155,14 +155,14 @@ class WatchedOptimizers:
         return [known for known in list(self._known.values()) if known.reference() is not None]
 
     def take_gone(self) -> Iterator[int]:
-        """Yield the keys of the optimizers that are gone since this was last asked."""
+        """Yield the keys of the optimizers that were freed since the last call."""
         while self.gone:
             key = self.gone.popleft()
             self._known = {place: known for place, known in list(self._known.items()) if known.key != key}
             yield key
 
     def find(self, optimizer: Optimizer) -> KnownOptimizer | None:
-        """Return what is known of an optimizer; None where it does not count, or steps nothing that is watched."""
+        """Return an optimizer with its watched parameters; None if it does not count, or steps nothing watched."""
         known = self._known.get(id(optimizer))
         if known is None or known.reference() is not optimizer:
             known = self._meet(optimizer)
@@ -179,7 +179,7 @@ class WatchedOptimizers:
         return known if parameters.indices else None
 
     def known(self, optimizer: Optimizer) -> KnownOptimizer | None:
-        """Return what was known of an optimizer when it was last looked for; None where it does not count."""
+        """Return an optimizer as ``find`` last returned it; None if it does not count."""
         known = self._known.get(id(optimizer))
         return known if known is not None and known.counts and known.reference() is optimizer else None
 
@@ -190,7 +190,7 @@ class WatchedOptimizers:
         return known
 
     def _meet(self, optimizer: Optimizer) -> KnownOptimizer:
-        """Decide whether an optimizer counts that was not seen before."""
+        """Decide whether an optimizer that was not seen before counts."""
         if self._named is None:
             return self._register(optimizer, counts=True)
         within = any(_holds(named, optimizer) for named in self.named)
@@ -230,7 +230,7 @@ class WatchedOptimizers:
         return OptimizerParameters([parameters], self._parameters.find)
 
     def forget_lists(self) -> None:
-        """Forget what is known of lists: the watched parameters have changed."""
+        """Forget the lists that were clipped: the watched parameters have changed."""
         self.lists.clear()
 
     def places(self, optimizer: Optimizer) -> list[int]:
@@ -243,10 +243,10 @@ class WatchedOptimizers:
         return known.places
 
     def check_named(self) -> None:
-        """Tell which of the named optimizers steps nothing watched: it holds copies, or another model's parameters.
+        """Warn of each named optimizer that steps nothing watched: it holds copies, or another model's parameters.
 
         Raises:
-            ValueError: its gradients were to be clipped.
+            ValueError: there is such an optimizer, and AGC is on.
         """
         for optimizer in self.named:
             tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])

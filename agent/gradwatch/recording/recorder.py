@@ -20,8 +20,8 @@ class NormRecorder:
     """Measures the steps that are sampled.
 
     Args:
-        parameters: what is watched.
-        no_room: called for each sample that is dropped because all buffers are on their way.
+        parameters: the watched parameters.
+        no_room: called for each sample that is dropped because all buffers are in use.
     """
 
     def __init__(self, parameters: ParameterRegistry, no_room: Callable[[], None]) -> None:
@@ -40,16 +40,15 @@ class NormRecorder:
     def measure(
         self, parameters: OptimizerParameters, record: StepRecord, *, before_clip: bool
     ) -> tuple[Pass, Measurement] | None:
-        """Measure the gradients that are there, and their weights.
+        """Measure the gradients of some parameters, and their weights.
 
         Args:
-            parameters: whose.
+            parameters: those to measure; one without a gradient is left out.
             record: takes the measurement.
             before_clip: whether they are measured before ``clip_grad_norm_`` or ``clip_grad_value_`` changes them.
 
         Returns:
-            None where there is no gradient. Where there is no room, or nothing is measured any more, the step is not
-            sampled.
+            None if there is no gradient. If no buffer is free, or measuring has stopped, the step is not sampled.
         """
         self.pass_seconds = 0.0
         if self.stopped:
@@ -75,7 +74,7 @@ class NormRecorder:
     def measure_before_step(
         self, parameters: OptimizerParameters, record: StepRecord, optimizer: Optimizer
     ) -> tuple[Pass, Measurement] | None:
-        """Measure what an optimizer is about to step with, and keep weights of which the change is measured then."""
+        """Measure the gradients that an optimizer is about to step with, and copy weights to measure their change."""
         measured = self.measure(parameters, record, before_clip=False)
         if measured is None:
             return None
@@ -91,7 +90,7 @@ class NormRecorder:
         record.updates += self._updates.of(optimizer)
 
     def send(self, record: StepRecord) -> None:
-        """Measure the resting weights of a step that is over, and begin to copy all norms to where they can be read."""
+        """Measure the resting weights of a step that is over, and begin to copy all norms to the host."""
         self._updates.clear()
         self.rest_seconds = 0.0
         if record.buffers is None:
@@ -104,6 +103,6 @@ class NormRecorder:
         record.buffers.send()
 
     def give_back(self, record: StepRecord) -> None:
-        """Take back the buffers of a step that will not come."""
+        """Return to the pool the buffers of a step that will not be made."""
         if record.buffers is not None:
             self.pool.release(record.buffers)

@@ -25,10 +25,10 @@ _Resting = tuple[int, Tensor]
 class RestingWeights:
     """Measures resting weights when they have changed, and each of them in turn at a bounded cost.
 
-    torch counts the changes of a tensor, except those of its ``data``, by which many let a target network follow.
+    torch counts the changes of a tensor, except those made to its ``data``, as many programs update target networks.
 
     Args:
-        parameters: what is watched.
+        parameters: the watched parameters.
     """
 
     def __init__(self, parameters: ParameterRegistry) -> None:
@@ -58,7 +58,7 @@ class RestingWeights:
             return [self._measure(chosen, buffers)] if chosen else []
 
     def _next(self, others: Sequence[_Resting]) -> list[_Resting]:
-        """Return the weights whose turn it is."""
+        """Return the weights to measure next."""
         if not others:
             return []
         share = _ELEMENTS.get(others[0][1].device.type, _ELEMENTS_ELSEWHERE)

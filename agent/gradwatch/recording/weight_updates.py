@@ -46,7 +46,7 @@ class WeightUpdates:
         self._kept: list[_Before] = []
 
     def keep(self, optimizer: Optimizer, listed: OptimizerParameters, pass_: Pass) -> None:
-        """Copy the part of the weights whose turn it is, once enough elements have been saved up for it."""
+        """Copy the next part of the weights, once the credit of elements suffices for it."""
         # An outer optimizer that evaluated its closure at other weights has kept what this step does not start from.
         self._kept = [kept for kept in self._kept if listed.index_set.isdisjoint(kept.indices)]
         plan, members = pass_.plan, pass_.members
@@ -75,7 +75,7 @@ class WeightUpdates:
         return [_update(kept) for kept in mine]
 
     def clear(self) -> None:
-        """Forget what was kept: the step is over."""
+        """Drop the copies of weights: the step is over."""
         self._kept.clear()
 
 

@@ -50,7 +50,7 @@ class SampleBuilder:
     Args:
         dropped: counts that each sample carries.
         agc: how the agent clips; None: it does not.
-        rank: of this process.
+        rank: rank of this process.
     """
 
     def __init__(self, dropped: Dropped, agc: AGC | None, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""The collector: a thread that turns what the training thread recorded into batches in the spool.
+"""The collector: a thread that turns the records of the training thread into batches in the spool.
 
 The training thread only puts messages into a queue. Everything that takes time happens here: waiting for numbers from
 the device, building samples, joining ranks, encoding, writing to disk, writing to the user's loggers.

@@ -13,7 +13,7 @@ class ScalarLogger(Protocol):
         """Write the scalars of one step, each under the name ``gradwatch/<name>``."""
 
     def close(self) -> None:
-        """Flush what is buffered; nothing is written afterwards. A run that belongs to the user stays open."""
+        """Flush all buffers; nothing is written afterwards. A run that belongs to the user stays open."""
 
 
 def open_logger(name: LoggerName, **options: Any) -> ScalarLogger:

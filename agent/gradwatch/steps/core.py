@@ -1,9 +1,9 @@
 """The step core: decides which losses, clippings and measurements belong to which optimizer step.
 
-It is a state machine without torch. Each public method is an event: something that was heard of the training. It
-changes the state and returns the action that must follow, if any. The torch side (``gradwatch.monitor``) translates
-hooks into events and carries the actions out. Losses and norms are opaque: the core keeps them and never reads them, so
-that every quirk of a framework can be told as a table of events with strings for tensors, and replayed.
+It is a state machine without torch. Each public method is an event of the training. It changes the state and returns
+the action that must follow, if any. The torch side (``gradwatch.monitor``) translates hooks into events and carries the
+actions out. Losses and norms are opaque: the core keeps them and never reads them, so that every quirk of a framework
+can be told as a table of events with strings for tensors, and replayed.
 """
 
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -75,8 +75,8 @@ class StepCore:
         schedule: says which steps are sampled.
         expected: the optimizers that the user named; None: every one that steps watched parameters.
         number_is_open: whether an optimizer may say at its first step that more steps were made.
-        thread: the thread that trains, as long as nothing else is heard.
-        keep: gives the number to keep of a loss; may be replaced.
+        thread: the thread that trains, until ``training_moved`` names another one.
+        keep: returns the number to keep of a loss, and whether it is finite; may be replaced.
         summed: sums numbers where too many losses wait for one step.
     """
 
@@ -107,7 +107,7 @@ class StepCore:
     # What is heard beside the steps
 
     def logged(self, name: str, number: Number) -> None:
-        """The user adds a number to the next step."""
+        """The user has added a number to the next step."""
         self.state.logged[name] = number
 
     def training_moved(self, thread: int) -> None:
@@ -124,14 +124,14 @@ class StepCore:
         """A backward pass is over.
 
         Args:
-            thread: that made it.
-            losses: what ``backward_began`` was told.
+            thread: the thread that made it.
+            losses: the same as ``backward_began`` was given.
             changed: parameters whose gradients the pass is known to have changed; None: the pass failed, or is another
                 training's.
 
         Returns:
-            The number of backward passes so far, once, where none of them was followed by a step of a watched
-            parameter: the user has to be told. Otherwise None.
+            The number of backward passes so far, once, if no step of a watched parameter has followed them, so that the
+            user can be told; otherwise None.
         """
         state = self.state
         mine = state.under_way.pop(thread, ())
@@ -166,7 +166,7 @@ class StepCore:
     # Gradients that change before they are stepped with
 
     def gradients_changed(self, indices: Indices) -> None:
-        """Gradients are no longer what they were: what was noted of their clipping does not hold."""
+        """Gradients have changed, so the notes on their clipping no longer hold."""
         self.state.forget_clipping(indices)
 
     def gradients_cleared(self, indices: Indices) -> None:
@@ -184,19 +184,19 @@ class StepCore:
         """Gradients are about to be clipped by their total norm.
 
         Args:
-            clip: the call.
-            listed: its parameters in the order of its list.
-            measure: whether clipping destroys what a later measurement would need, as clipping by NaN or to 0 does.
+            clip: the call that clips.
+            listed: the call's parameters in the order of its list.
+            measure: whether clipping destroys the gradients for a later measurement, as clipping by NaN or to 0 does.
 
         Returns:
-            What is to be measured before, if anything.
+            The measurement to make before the clipping, None if none is needed.
         """
         action = self._measure_before(clip.indices, listed, force=not clip.finite) if measure else None
         self.state.clips.append(clip)
         return action
 
     def value_clipped(self, indices: Indices, listed: Sequence[int]) -> Measure | None:
-        """Gradients are about to be clipped by value; returns what is to be measured before."""
+        """Gradients are about to be clipped by value; return the measurement to make before, if any."""
         self.state.value_clipped |= indices
         return self._measure_before(indices, listed, force=False)
 
@@ -230,7 +230,7 @@ class StepCore:
         self.expected.count_from(made)
 
     def other_stepped(self) -> None:
-        """An optimizer steps that steps nothing watched."""
+        """An optimizer that holds no watched parameter steps."""
         self._steps_of_others += 1
 
     def step_began(
@@ -246,9 +246,9 @@ class StepCore:
         """An optimizer begins to step.
 
         Args:
-            optimizer: which.
+            optimizer: its key.
             indices: watched parameters that it steps.
-            thread: that steps.
+            thread: the thread that steps.
             at: seconds since the epoch.
             outer: the optimizer whose step calls this one.
             closure: whether it is given a closure, which makes the gradients.
@@ -306,7 +306,7 @@ class StepCore:
         return record
 
     def _alarm(self, record: StepRecord, optimizer: OptimizerKey) -> None:
-        """Something of a step is not finite: sample it, if it is the first of several."""
+        """Sample a step in which something is not finite, if it is the first of several such steps."""
         if self.schedule.alarm(record, {optimizer}):
             self.schedule.want_burst()
 
@@ -318,7 +318,7 @@ class StepCore:
         """The closure that an optimizer was given has made its gradients.
 
         Args:
-            optimizer: which.
+            optimizer: its key.
             record: the step, at the first evaluation in it; None at any later one.
         """
         self.state.evaluated = optimizer

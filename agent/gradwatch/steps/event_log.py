@@ -1,8 +1,9 @@
 """The event log of a step core: written by a training, replayed without it.
 
-``GRADWATCH_STEP_LOG=FILE python train.py`` writes what the agent hears, one JSON document a line; tensors are named and
-never read. ``python -m gradwatch.steps.event_log FILE`` replays it and prints what the core made of each event. A log
-of some steps is all that is needed to find why a loss, a clipping or an optimizer was counted to the wrong step.
+``GRADWATCH_STEP_LOG=FILE python train.py`` writes the events that the agent receives, one JSON document a line; tensors
+are named and never read. ``python -m gradwatch.steps.event_log FILE`` replays it and prints the action that the core
+returns for each event. A log of some steps is all that is needed to find why a loss, a clipping or an optimizer was
+counted to the wrong step.
 """
 
 import functools
@@ -55,7 +56,7 @@ class Line(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """An event, and what the core made of it."""
+    """An event, and the action that the core returned for it."""
 
     line: Line
     answer: Any
@@ -68,9 +69,9 @@ def write_events(core: StepCore, account: OverheadAccount, write: Callable[[byte
     """Write all events that ``core`` gets from now on.
 
     Args:
-        core: before its first event.
-        account: of its schedule.
-        write: takes one line with its end.
+        core: a step core that has had no event yet.
+        account: the overhead account of the core's schedule.
+        write: writes one line, which ends with a newline.
     """
     left = [MOST_EVENTS]
 
@@ -121,18 +122,18 @@ def _written(value: Any) -> Any:
 
 
 def _name(value: Any) -> str:
-    """Return a text that stands for a tensor, by which it is told from others that live at the same time."""
+    """Return a name of a tensor, which differs from those of all tensors that live at the same time."""
     return f"{type(value).__name__} {id(value):x}"
 
 
 def replay(lines: Iterable[bytes]) -> Iterator[Replayed]:
-    """Replay a log; yield each event with what the core made of it.
+    """Replay a log; yield each event with the action that the core returns for it.
 
     Args:
-        lines: of the log.
+        lines: the lines of the log.
 
     Raises:
-        ValueError: a line is none of a log.
+        ValueError: a line is not a line of an event log.
     """
     core: StepCore | None = None
     names: dict[Any, str] = {}
@@ -176,7 +177,7 @@ def _read(line: Line, core: StepCore, names: dict[Any, str]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Replay the log that is named, and print what the core made of each event."""
+    """Replay a log file, and print the action that the core returns for each event."""
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m gradwatch.steps.event_log FILE\n")
         return 2

@@ -17,7 +17,7 @@ FORGOTTEN_AFTER_STEPS: Final = 100
 
 
 class Owner(Enum):
-    """What becomes of the step that an optimizer begins."""
+    """Who owns the step that an optimizer begins: an outer optimizer, the open step, the next step or a new one."""
 
     OUTER = "belongs to the optimizer whose step calls this one"
     NEXT = "ends the open step and opens the next one"
@@ -27,7 +27,7 @@ class Owner(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """An optimizer begins to step, and what is known at that moment."""
+    """The beginning of an optimizer's step, with everything that is known at that moment."""
 
     optimizer: OptimizerKey
     indices: Indices
@@ -52,7 +52,7 @@ class Case:
     owner: Owner
 
 
-def _outer_sees_to_it(beginning: Beginning) -> bool:
+def _is_made_by_outer(beginning: Beginning) -> bool:
     """Return whether the outer optimizer has begun this step, for at least these parameters and the same gradients."""
     step, outer = beginning.open, beginning.outer
     if step is None or outer is None or beginning.waits_for_step or outer == beginning.evaluated:
@@ -64,7 +64,7 @@ CASES: Final = (
     Case(
         "an outer optimizer that shares the work, looks ahead or joins several (ZeRO, Lookahead, chained optimizers); "
         "not one that has evaluated its closure meanwhile (SAM), nor one that made losses or clippings since",
-        _outer_sees_to_it,
+        _is_made_by_outer,
         Owner.OUTER,
     ),
     Case(
@@ -84,12 +84,12 @@ CASES: Final = (
 
 
 def owner_of(beginning: Beginning) -> Owner:
-    """Return what becomes of the step that an optimizer begins."""
+    """Return who owns the step that an optimizer begins."""
     return next(case.owner for case in CASES if case.applies(beginning))
 
 
 class _Expected(NamedTuple):
-    """The step in which an optimizer was seen last, and what it steps; nothing while it has not stepped."""
+    """The step in which an optimizer stepped last, and the parameters that it steps."""
 
     step: int
     indices: Indices
@@ -99,7 +99,7 @@ class ExpectedOptimizers:
     """The optimizers that usually make a step together.
 
     Args:
-        given: those that the user named; None: not known before the first step is over.
+        given: the optimizers that the user named; None: they are known once the first step is over.
     """
 
     def __init__(self, given: Iterable[OptimizerKey] | None) -> None:
@@ -115,7 +115,7 @@ class ExpectedOptimizers:
 
     @property
     def keys(self) -> list[OptimizerKey] | None:
-        """Return the optimizers that are waited for; None where it is not known which make a step."""
+        """Return the optimizers that a step waits for; None while they are not known."""
         return None if self._expected is None else list(self._expected)
 
     @property
@@ -124,11 +124,11 @@ class ExpectedOptimizers:
         return self._expected is not None
 
     def is_new(self, optimizer: OptimizerKey) -> bool:
-        """Return whether an optimizer is not among those that are waited for."""
+        """Return whether an optimizer is not among those that a step waits for."""
         return self._expected is None or optimizer not in self._expected
 
     def begun(self, optimizer: OptimizerKey, indices: Indices, step: int, gone: Set[OptimizerKey]) -> None:
-        """Note that an optimizer makes a step; it is waited for in place of those that are gone and stepped its own."""
+        """Note that an optimizer makes a step; it replaces freed optimizers that stepped the same parameters."""
         if self._expected is None:
             return
         expected = dict(self._expected)
@@ -154,18 +154,18 @@ class ExpectedOptimizers:
             self._set({key: last._replace(step=step) for key, last in self._expected.items()})
 
     def all_stepped(self, stepped: Set[OptimizerKey]) -> bool:
-        """Return whether every optimizer has stepped that usually does."""
+        """Return whether every expected optimizer has stepped."""
         return self._expected is not None and self._expected.keys() <= stepped
 
     def forget_idle(self, step: int) -> None:
-        """Wait no longer for optimizers that have not stepped for long."""
+        """Stop waiting for optimizers that have not stepped for long."""
         if self._expected is not None:
             oldest = step - FORGOTTEN_AFTER_STEPS
             self._set({key: last for key, last in self._expected.items() if last.step > oldest})
 
 
 class Adoption(Enum):
-    """Whether an optimizer counts that the user did not name, where others were named."""
+    """Whether an optimizer that the user did not name counts, although others were named."""
 
     WITHIN = "a named optimizer steps it: it counts too"
     REPLACES = "it was made anew in place of a named one"
@@ -186,13 +186,13 @@ class Named(NamedTuple):
 def adoption_of(
     stepped: Indices, named: Iterable[Named], *, within_named: bool, around_named: bool
 ) -> tuple[Adoption, OptimizerKey | None]:
-    """Return whether an optimizer counts that the user did not name, and whose place it takes.
+    """Return whether an optimizer that the user did not name counts, and whose place it takes.
 
     Args:
         stepped: watched parameters that it steps.
         named: the optimizers that the user named.
-        within_named: whether a named one holds it, as SAM holds its base optimizer.
-        around_named: whether it holds a named one.
+        within_named: whether a named optimizer holds it, as SAM holds its base optimizer.
+        around_named: whether it holds a named optimizer.
     """
     if within_named:
         return Adoption.WITHIN, None

@@ -19,7 +19,8 @@ Number = Any
 class NormClip:
     """One call of ``clip_grad_norm_``.
 
-    ``indices`` are the parameters whose gradients the call scaled, are still as it left them, and wait for their step.
+    ``indices`` are the parameters whose gradients the call scaled and which have not changed or been stepped with
+    since.
     """
 
     total_norm: Number
@@ -75,7 +76,7 @@ class Measurement:
 
     @property
     def live(self) -> Indices:
-        """Return the parameters whose gradients it tells of."""
+        """Return the parameters for which the measurement is still valid."""
         return self.indices - self.void
 
 
@@ -127,14 +128,14 @@ class StepRecord:
 
     @property
     def clipped(self) -> Indices:
-        """Return the parameters of which something is noted that holds only while their gradients stay as clipped."""
+        """Return the parameters with notes that hold only while their gradients stay as clipping left them."""
         if not self.sampled:
             return frozenset()
         measured = (measurement.live for measurement in self.measurements if measurement.before_clip)
         return frozenset().union(*(clip.indices for clip in self.clips), *measured)
 
     def forget(self, indices: Indices) -> None:
-        """Forget what was noted of gradients that have changed before they were stepped with."""
+        """Forget the notes on gradients that changed before an optimizer stepped with them."""
         for clip in self.clips:
             clip.indices -= indices
         for measurement in self.measurements:
@@ -142,7 +143,7 @@ class StepRecord:
                 measurement.void |= indices
 
     def skip(self) -> None:
-        """Drop what was measured: the Inf that a loss scaler looks for tells nothing about the gradients."""
+        """Drop the measurements of a skipped step: the Inf found by a loss scaler says nothing about the gradients."""
         self.skipped = True
         self.sampled = False
         for measured in (self.measurements, self.updates, self.empty):

@@ -17,17 +17,17 @@ _REMEMBERED: Final = 32
 
 
 class OverheadAccount:
-    """Books what the agent costs, and says whether the next step may be sampled.
+    """Keeps account of the agent's cost, and says whether the next step may be sampled.
 
-    Each step pays ``budget_ratio`` of its time into the account and all that the agent does is taken from it. A sample
-    is due while the account is not overdrawn, so the interval between samples follows from what they cost.
+    Each step pays ``budget_ratio`` of its time into the account, from which all costs of the agent are taken. A sample
+    is due while the account is not overdrawn, so the interval between samples follows from their cost.
 
     Args:
         every_steps: a fixed interval in steps, or None to let the account decide.
         budget_ratio: the agent's share of the step time.
         burst_steps: steps in a row that are sampled at the start.
         aligned: sample steps that are multiples of the interval (a power of two where it is not fixed), so that ranks
-            which decide for themselves sample the same steps, all but some.
+            which decide for themselves sample the same steps nearly always.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class OverheadAccount:
         """Book one step.
 
         Args:
-            step_seconds: since the step before, all included; 0 for the first.
-            agent_seconds: of these, the agent's on the training thread.
+            step_seconds: time since the step before, the agent's included; 0 for the first step.
+            agent_seconds: the part of it that the agent took on the training thread.
             background_seconds: processor time of the agent's other threads meanwhile.
             sampled: whether the step was sampled.
         """

@@ -22,7 +22,7 @@ Keep = Callable[[Loss], tuple[Number, bool]]
 
 @dataclass(slots=True)
 class StepState:
-    """What is known between two events. The numbers in it are opaque."""
+    """State of the steps of one training between two events. Its numbers are opaque."""
 
     number: int
     """Number of the last step."""
@@ -61,12 +61,12 @@ class StepState:
 
     @property
     def waits_for_step(self) -> bool:
-        """Return whether anything waits for a step that holds only while the gradients stay as they are."""
+        """Return whether losses, clippings or measurements of the present gradients wait for a step."""
         return bool(self.losses or self.clips or self.value_clipped or self.coming is not None)
 
     @property
     def noted(self) -> bool:
-        """Return whether anything is noted that a change of a gradient would make untrue."""
+        """Return whether there are notes that a change of a gradient would make wrong."""
         return self.waits_for_step or (self.open is not None and bool(self.open.clipped))
 
     @property
@@ -76,7 +76,7 @@ class StepState:
         return waiting if self.open is None else waiting | self.open.clipped
 
     def claim_losses(self, record: StepRecord, thread: int, keep: Keep) -> None:
-        """Give a step the losses whose gradients a thread is making."""
+        """Give a step the losses that a thread is differentiating."""
         for loss in self.under_way.pop(thread, ()):
             number, finite = keep(loss)
             record.losses.append(number)
@@ -105,7 +105,7 @@ class StepState:
         self.losses_finite = True
 
     def forget_clipping(self, indices: Indices) -> None:
-        """Forget what was noted of gradients that are not what clipping left, before they are stepped with."""
+        """Forget the notes on gradients that changed after clipping, before an optimizer stepped with them."""
         for clip in self.clips:
             clip.indices -= indices
         self.clips = deque((clip for clip in self.clips if clip.indices), maxlen=MOST_CLIPS)

@@ -26,7 +26,7 @@ _ASLEEP_SECONDS = 10.0
 class PeriodicCheck(ABC):
     """Checks once a second for runs with something to write, and has the writer write it.
 
-    It searches in a read transaction, and changes each run that it finds in one of its own.
+    It searches in a read transaction, and changes each run that it finds in a transaction of its own.
     """
 
     def __init__(self, engine: sa.Engine, writer: Writer, configuration: Configuration, public_url: str) -> None:

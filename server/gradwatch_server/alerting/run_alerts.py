@@ -1,7 +1,7 @@
 """Alerts of a run: turns findings into alerts, transitions and notifications, saved in the transaction of the samples.
 
-``RunAlerts`` holds the open alerts of one run for one transaction. It advances them sample by sample, mutes what a
-silence, an inhibiting rule or an acknowledgement covers, and routes every other transition to its receivers.
+``RunAlerts`` holds the open alerts of one run for one transaction. It advances them sample by sample, mutes transitions
+that a silence, an inhibiting rule or an acknowledgement covers, and routes all others to their receivers.
 """
 
 import hashlib
@@ -100,7 +100,7 @@ class RunAlerts:
         return rule in self._open and any(alert_id == self._open[rule][0] for alert_id, _, _ in self._notified)
 
     def notify_unmuted(self, step: int, at: float) -> None:
-        """Notify of firing alerts that were muted, and are so no longer."""
+        """Notify of firing alerts that are no longer muted."""
         for rule, (alert_id, alert) in self._open.items():
             before = self._mute_reasons.get(alert_id)
             if before is None:
@@ -150,7 +150,7 @@ class RunAlerts:
         return None if row is None else _read_alert(row)
 
     def _put(self, rule: str, alert_id: str, after: Alert | None, transition: Transition | None) -> None:
-        """Replace the alert of a rule, None: delete it, and notify of the transition unless the alert is muted."""
+        """Replace the alert of a rule, or delete it for None; notify of the transition unless the alert is muted."""
         _, before = self._open.pop(rule, (alert_id, None))
         if after is not None and transition is not None:
             self._notify_or_mute(rule, alert_id, after, transition)
@@ -214,7 +214,7 @@ class RunAlerts:
             self._connection.execute(sa.insert(schema.deliveries), deliveries)
 
     def _receivers(self, alert_id: str, rule: str, transition: Transition) -> list[str]:
-        """Return the names of the receivers to notify; that an alert resolved, only those notified of it before."""
+        """Return the names of the receivers to notify; of a resolved alert, only those that were notified before."""
         configured = [receiver.name for receiver in self._configuration.receivers]
         if transition.state == "firing":
             routes = self._configuration.routes

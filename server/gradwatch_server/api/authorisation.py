@@ -1,9 +1,9 @@
 """Authorisation of HTTP requests by token: each route declares the scope and the project that it requires.
 
 A route has one ``Access`` among its dependencies: ``requires("read", of_run)`` or ``OPEN``. ``AuthorisedRoute`` refuses
-to make a route without one, checks it before a body is read, and describes it in the OpenAPI document. What does not
-depend on the route, the origin of a request, is checked before any route is looked for, by the middleware that also
-gives every response its security headers.
+to make a route without one, checks it before a body is read, and describes it in the OpenAPI document. The origin
+of a request does not depend on the route: the middleware checks it before any route is looked for, and gives every
+response its security headers.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class ProjectRule(Protocol):
     """Says whether a token that is for one project allows a request."""
 
     def __call__(self, request: Request, services: Services, project: str, /) -> None:
-        """Return where it does.
+        """Return if the token allows the request.
 
         Raises:
             Refused: 403, the request is about another project or about all of them.
@@ -77,7 +77,7 @@ class StoredProject:
     """Accepts a request whose path holds the id of something of the token's project, or an unknown id.
 
     Args:
-        query: the project of what has the id that is bound to ``id``.
+        query: selects the project of the entry whose id is bound to ``id``.
     """
 
     def __init__(self, query: sa.Select[Any]) -> None:
@@ -102,11 +102,11 @@ of_delivery = StoredProject(_delivery_project.where(schema.deliveries.c.id == sa
 
 
 class Access:
-    """What a route requires of its caller; a dependency of that route.
+    """The access that a route requires of its caller; a dependency of that route.
 
     Args:
-        scope: of the token; None: the route is open to everybody.
-        project_rule: what a token that is for one project allows.
+        scope: the scope that the token needs; None: the route is open to everybody.
+        project_rule: decides which requests a token for one project allows.
     """
 
     def __init__(self, scope: Scope | None, project_rule: ProjectRule = of_every_project) -> None:
@@ -115,7 +115,7 @@ class Access:
 
     @property
     def security(self) -> list[dict[str, list[Scope]]]:
-        """What OpenAPI calls security; where no token was ever made, none is required."""
+        """The value of ``security`` in OpenAPI; a request without a token is valid as long as none was made."""
         if self.scope is None:
             return []
         return [{name: [self.scope]} for name in SECURITY_SCHEMES] + [{}]

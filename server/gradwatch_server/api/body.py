@@ -38,8 +38,8 @@ async def read(request: Request, document: type[Document], limits: Limits, reser
     Args:
         request: its body has not been read.
         document: the type that is expected.
-        limits: in force.
-        reservation: grows with what the body takes in memory.
+        limits: the limits in force.
+        reservation: grows with the memory that the body takes.
 
     Raises:
         Refused: 400 if the body is malformed, 408 if it does not arrive in time, 413 over a size limit, 415 for another
@@ -190,7 +190,7 @@ def _decode_numbers(body: bytes, document: type[Document], content_type: str) ->
 
 
 def _beyond_bounds(fault: wire.BoundsError, body: bytes, content_type: str) -> Refused:
-    """Return the refusal of a value beyond its bounds, or of what is malformed behind that value."""
+    """Return the refusal of a value beyond its bounds, or of malformed content after that value."""
     try:
         content = msgspec.json.decode(body) if content_type == wire.JSON_TYPE else msgspec.msgpack.decode(body)
     except _UNDECODABLE as error:

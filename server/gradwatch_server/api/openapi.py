@@ -1,6 +1,7 @@
 """The OpenAPI document of the HTTP interface.
 
-FastAPI makes it of the routes; this module adds what agents send, with its bounds, and what any route may refuse.
+FastAPI makes it of the routes; this module adds the documents that agents send, with their bounds, and the refusals
+that any route may respond with.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ async def show_openapi(request: Request) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Complete the OpenAPI document of an app by what FastAPI cannot know."""
+    """Add everything that FastAPI cannot know to the OpenAPI document of an app."""
     made_by_fastapi = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -57,7 +58,7 @@ def _refusals(method: str, operation: dict[str, Any]) -> list[int]:
 
 
 def _wire_schemas(limits: Limits) -> dict[str, Any]:
-    """Return the schemas of what agents send: the bounds of the wire's types, and those that are settings."""
+    """Return the schemas of the documents that agents send, with the bounds of types and of settings."""
     _, schemas = msgspec.json.schema_components(
         [wire.Registration, wire.Batch], schema_hook=_vector_schema, ref_template="#/components/schemas/{name}"
     )

@@ -27,8 +27,8 @@ def read_page(
     """Return a page of a query; if there is another one, the response gets a ``Link`` header of relation ``next``.
 
     Args:
-        connection: to read with.
-        query: unordered; all entries of the list.
+        connection: reads the page.
+        query: selects all entries of the list, unordered.
         order: the columns of an entry's time and of its id.
         before: time and id of the last entry of the page before, which may be deleted by now; None: the first page.
         limit: most entries.

@@ -20,9 +20,9 @@ def send_request(options: argparse.Namespace, method: str, path: str, **content:
     """Send a request to the server that the options name; return the JSON of its response, None if it is empty.
 
     Args:
-        options: of a ``server_parser``.
-        method: of HTTP.
-        path: below ``/api/v1``.
+        options: options that a ``server_parser`` has parsed.
+        method: HTTP method.
+        path: path below ``/api/v1``.
         content: ``params`` or ``json``, as httpx takes them.
 
     Raises:

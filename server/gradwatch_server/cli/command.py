@@ -1,4 +1,4 @@
-"""What the subcommands have in common: their options, the database that they open, and errors as exit codes."""
+"""Common parts of the subcommands: their options, the database that they open, and errors as exit codes."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ def open_database(options: argparse.Namespace, *, create: bool = False) -> Itera
     """Open the database that the options name, with the schema of this version; close it at the end.
 
     Args:
-        options: of a ``database_parser``.
+        options: options that a ``database_parser`` has parsed.
         create: whether an SQLite file that does not exist is created.
 
     Raises:

@@ -36,7 +36,7 @@ class Table(Protocol):
         """Append rows, which are given as columns of one length."""
 
     def close(self) -> None:
-        """Write what a file of this kind has at its end."""
+        """Write the end of the file."""
 
 
 class CsvTable:

@@ -33,7 +33,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 async def _prune(engine: sa.Engine, configuration: Configuration) -> tuple[int, Downsampled]:
-    """Delete expired runs, then expired levels; return how many runs, and what went of the levels."""
+    """Delete expired runs, then expired levels; return the number of runs and the deleted rows of levels."""
     public_url = Settings(database_url="", configuration=configuration).public_url
     resolve = partial(resolve_deleted, configuration=configuration, public_url=public_url)
     writer = Writer(engine, capacity=1, capacity_per_run=1)
@@ -42,7 +42,7 @@ async def _prune(engine: sa.Engine, configuration: Configuration) -> tuple[int, 
 
 
 def _summary(levels: Downsampled) -> list[str]:
-    """Return what went of the levels, in words; nothing if nothing went."""
+    """Return a text about the deleted rows of levels; an empty one if there are none."""
     counts = [_many(levels.samples, "sample")] + ([_many(levels.buckets, "bucket")] if levels.buckets else [])
     return [f"{' and '.join(counts)} of {_many(len(levels.run_ids), 'run')}"] if levels.run_ids else []
 

@@ -1,4 +1,4 @@
-"""What a rule of the diagnosis finds in a sample: its symptom, and the finding that alerts are made of."""
+"""The symptom that a rule of the diagnosis sees in a sample, and the finding that alerts are made of."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ NOBODY = Blamed()
 
 @dataclass(frozen=True, kw_only=True)
 class Symptom:
-    """What a rule sees in one sample, before the limits that all rules have in common apply."""
+    """The symptom that a rule sees in one sample, before the limits that all rules have in common apply."""
 
     summary: str
     cause: str

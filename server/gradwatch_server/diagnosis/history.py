@@ -119,7 +119,7 @@ class LossHistory:
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """What the rules know of a run's earlier samples; arrays have the shape (parameters,).
+    """The history of a run's earlier samples for the rules; arrays have the shape (parameters,).
 
     Loss and size of the gradient
         losses, log_gradients, first_log_gradients: the first samples and the last ones.
@@ -167,7 +167,7 @@ class History:
     """(rule, step at which it began to hold) of each rule that holds."""
 
     def began(self, rule: str, step: int) -> int:
-        """Return the step at which a rule began to hold that holds at ``step``."""
+        """Return the step at which a rule that holds at ``step`` began to hold."""
         return dict(self.since).get(rule, step)
 
     @property
@@ -290,9 +290,9 @@ def quiet_times(parameters: RunParameters, history: History, sample: Sample, pro
 
     - A sample at which no parameter has a gradient does not count.
     - A parameter whose weight has changed since the last sample is not quiet: its module steps, but not at the sampled
-      steps. This holds where the gradient is missing; between samples that lie apart also for a parameter that never
-      had a gradient at a sample and whose weight grew. (After the last gradient momentum runs out, and weight decay
-      shrinks: that is no training.)
+      steps. This holds where the gradient is missing. If samples lie apart, it also holds for a parameter that never
+      had a gradient at a sample and whose weight grew. (A weight that only follows momentum after its last gradient,
+      or shrinks by weight decay, is not being trained.)
     - A parameter whose weight has not changed at all between samples that lie apart was quiet at the steps between
       them, too: it counts up to three times.
     """

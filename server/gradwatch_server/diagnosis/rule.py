@@ -1,4 +1,4 @@
-"""What a rule of the diagnosis consists of: its name, limits and check, what it draws on charts, and its documentation.
+"""The parts of a rule of the diagnosis: its name, limits, check, lines on charts and documentation.
 
 Each module of ``rules`` exports one ``RULE``. The configuration, ``/metrics``, docs/diagnosis.md and the page know the
 rules from that list: a new rule is one new module.

@@ -36,7 +36,7 @@ _LOSSES_KEPT = 1_024
 
 @dataclass
 class DetectorState:
-    """What the rules know of a run before its next sample."""
+    """State of the detectors of a run before its next sample."""
 
     parameters: RunParameters
     history: History
@@ -53,11 +53,11 @@ class DetectorState:
 
     @property
     def bytes(self) -> int:
-        """Return roughly how much memory it takes."""
+        """Return roughly how much memory the state takes."""
         return 10_000 + 600 * len(self.parameters.names) + 150 * len(self.losses)
 
     def start_attempt(self, attempt: int) -> None:
-        """Go on with a new attempt, which keeps what was usual in the earlier ones."""
+        """Go on with a new attempt, which keeps the usual values of earlier attempts."""
         if attempt != self.attempt:
             self.attempt, self.history, self.losses = attempt, self.history.resumed(), {}
 
@@ -158,7 +158,7 @@ def load(
 def _replay_ends(
     connection: sa.Connection, run: sa.Row[Any], parameters: RunParameters, thresholds: Thresholds
 ) -> DetectorState:
-    """Return the state after the first and the last samples of a run: none is saved, or one of another version."""
+    """Replay the first and the last samples of a run, if no state of this version is saved; return the state."""
     state = DetectorState(parameters, History(), run.attempt, loaded=True)
     _replay(state, _first_and_last(connection, run), thresholds)
     return state

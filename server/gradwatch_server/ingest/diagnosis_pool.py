@@ -92,7 +92,7 @@ class WorkerProcess:
         """Return whether the process takes jobs, or will do so within this time.
 
         Raises:
-            OSError, EOFError: it ended before.
+            OSError, EOFError: the process ended before.
         """
         if not self._ready:
             if not self._results.poll(timeout_seconds):
@@ -142,7 +142,7 @@ class WorkerProcess:
 
 
 def _widen(pipe: Connection) -> int:
-    """Widen a pipe where that is allowed; return how many unread bytes it holds for sure, 0 if nothing tells."""
+    """Widen a pipe where that is allowed; return how many unread bytes it holds for sure, 0 if that is unknown."""
     if not hasattr(fcntl, "F_SETPIPE_SZ"):
         return 0
     with contextlib.suppress(OSError):
@@ -187,7 +187,7 @@ class DiagnosisPool:
     def begin(
         self, parameters: RunParameters, history: History, samples: Sequence[Sample], thresholds: Thresholds
     ) -> Callable[[], Diagnosed]:
-        """Begin to diagnose samples; return the function that waits for the result, which is the same everywhere."""
+        """Begin to diagnose samples; return the function that waits for the result, the same in any process."""
         here = partial(self._diagnose_here, parameters, history, samples, thresholds)
         worker = self._of_thread().worker
         if worker is None or not samples:
@@ -267,7 +267,7 @@ def _encode_job(
 ) -> bytes:
     """Return a job for a worker process, which costs the server little.
 
-    Vectors go as bytes, and what is the same in every batch of a run is pickled only once.
+    Vectors are sent as bytes, and objects that are the same in every batch of a run are pickled only once.
     """
     plain = [
         (

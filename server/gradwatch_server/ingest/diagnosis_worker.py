@@ -1,7 +1,7 @@
 """The program of a worker process of the diagnosis pool: reads jobs from standard input, writes results to its output.
 
-It ends with its input, which ends however the server stops. Between two jobs it keeps only what it has unpickled of
-earlier ones.
+The process ends when its input ends, which happens however the server stops. Between two jobs it keeps only the objects
+that it has unpickled for earlier ones.
 """
 
 import pickle
@@ -42,7 +42,7 @@ _cached = lru_cache(_CACHED_OBJECTS)(_unpickle)
 
 
 def _unpickle_cached(content: bytes) -> Any:
-    """Return what comes with every job of a run, unpickled once unless it is large."""
+    """Return an object that comes with every job of a run, unpickled once unless it is large."""
     return _cached(content) if len(content) <= _LARGEST_CACHED_BYTES else _unpickle(content)
 
 

@@ -35,9 +35,9 @@ def register(
     Args:
         connection: a transaction that writes.
         run_id: the run.
-        registration: within the limits, and consistent.
+        registration: a registration that has passed ``check_registration``.
         states: the detector states of runs.
-        thresholds: of the run's project.
+        thresholds: thresholds of the run's project.
         ahead_seconds: how far the clock that numbered the attempt is ahead of the server's, by which attempts are
             ordered.
 
@@ -107,8 +107,7 @@ def _extend(
 ) -> None:
     """Add new parameters to a known run; change the depths of known ones, and whether they are trained.
 
-    An agent that the run has left behind sends an earlier registration again, with fewer parameters: it changes
-    nothing.
+    An agent of an earlier attempt may send an earlier registration again, with fewer parameters; it changes nothing.
     """
     count, listed = run.parameter_count, registration.parameters
     stored = load_parameters(connection, run.id)
@@ -139,7 +138,7 @@ def _check_same_names(run_id: str, stored: Sequence[wire.Parameter], listed: Seq
 def _save_state(
     connection: sa.Connection, run: sa.Row[Any], states: DetectorStateCache, thresholds: Thresholds
 ) -> None:
-    """Save the detector state of a run before its parameters change: its samples would be replayed with others."""
+    """Save the detector state before the parameters change, with which the samples could not be replayed."""
     if run.diagnosed_step is not None:
         state = states.current(connection, run, thresholds)
         detector_state.save(connection, run.id, state, run.diagnosed_step)

@@ -89,7 +89,7 @@ class Ingest:
         Args:
             connection: a transaction that writes.
             run_id: the run.
-            registration: as the agent sent it.
+            registration: the registration as the agent sent it.
             ahead_seconds: how far the agent's clock is ahead of the server's.
 
         Raises:
@@ -267,7 +267,7 @@ def _diagnosed_step(run: sa.Row[Any]) -> int:
 
 
 def _progress(run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
-    """Return what a batch changes in its run's row, apart from the diagnosis and the content of the samples."""
+    """Return the new values of the run's row after a batch, without those of the diagnosis."""
     changes: dict[str, Any] = {"last_seen_at": now, "sample_count": run.sample_count + len(batch.samples)}
     if batch.samples:
         changes["usual_interval_seconds"] = _usual_interval(run, batch.samples, now)

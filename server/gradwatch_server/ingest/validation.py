@@ -1,7 +1,8 @@
 """Checks of what agents send, beyond the bounds of the wire's types: settings, consistency, words for a refusal.
 
-The types in ``gradwatch.wire`` carry the bounds of single values, and decoding checks them. This module checks what a
-type cannot say: limits that are settings, whether the parts of a document fit each other, and NaN where it is no value.
+The types in ``gradwatch.wire`` carry the bounds of single values, and decoding checks them. This module makes the
+checks that a type cannot express: limits that are settings, whether the parts of a document fit each other, and NaN
+where it is no valid value.
 """
 
 import math
@@ -40,7 +41,7 @@ def beyond_bounds(fault: wire.BoundsError, content: Any) -> Refused:
     """Return the refusal of a document with a value beyond a bound of its type.
 
     Args:
-        fault: what decoding found.
+        fault: the error that decoding raised.
         content: the same document as decoded without types, in which the value is looked up.
     """
     found = _FAULT.fullmatch(str(fault))
@@ -114,11 +115,11 @@ def check_fit(
     """Refuse a batch that does not fit its run, or brings it more different scalar names than it may have.
 
     Args:
-        batch: what ``check_batch`` has let through.
-        parameter_count: of the run.
+        batch: a batch that has passed ``check_batch``.
+        parameter_count: number of parameters of the run.
         existing_scalars: scalar names that the run has.
-        limits: in force.
-        older: whether it is of an attempt before the latest, from before the run gained its last parameters maybe.
+        limits: the limits in force.
+        older: whether the batch is of an attempt before the latest, so that it may lack the run's last parameters.
 
     Raises:
         Refused: 422, with the field and its value, or the limit.

@@ -102,7 +102,7 @@ class Notifier:
         return [asyncio.create_task(work) for work in (self._clean_up(names), *reminders)]
 
     async def _clean_up(self, names: list[str]) -> None:
-        """Every few seconds, give up what no receiver takes, and delete what deleted runs have left behind."""
+        """Every few seconds, give up deliveries that no receiver takes, and delete the alerts of deleted runs."""
 
         def work(connection: sa.Connection) -> int:
             outbox.delete_orphaned_alerts(connection, time.time())

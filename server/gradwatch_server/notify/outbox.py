@@ -201,7 +201,7 @@ def enable(connection: sa.Connection, receiver: str) -> bool:
 
 
 def give_up(connection: sa.Connection, receivers: Sequence[str], now: float) -> int:
-    """Mark as dead what is due to disabled receivers, or due for an hour to unknown ones; return how many.
+    """Mark deliveries as dead that are due to disabled receivers, or for an hour to unknown ones; return how many.
 
     Args:
         receivers: the names of the configured receivers.

@@ -1,4 +1,4 @@
-"""Stores the content of a batch: samples, trails, events and roll-ups, and removes what a new attempt replaces."""
+"""Stores the content of a batch: samples, trails, events and roll-ups, and removes rows that a new attempt replaces."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -35,14 +35,14 @@ def insert_batch(
 ) -> dict[str, Any]:
     """Store the content of a batch; return what changes in the run's row.
 
-    An attempt wins from its first step on: what an older one has stored there is removed, and what it still sends is
-    left out.
+    An attempt wins from its first step on: rows that older attempts have stored from there on are removed, and samples
+    that they still send are left out.
 
     Args:
         connection: a transaction that writes.
         run: the run's row, locked.
         batch: fits the run.
-        scalars: as ``scalars_by_step`` returns them.
+        scalars: the scalars that ``scalars_by_step`` returns.
     """
     coverage = msgspec.json.decode(msgspec.json.encode(run.coverage))
     # 1. Leave out what a later attempt has replaced already.
@@ -98,7 +98,7 @@ def _roll_up_scalars(
 
 
 def _relevant_first_steps(first_steps: Mapping[int, int]) -> dict[int, int]:
-    """Return attempt -> first step of those attempts that no later attempt begins before.
+    """Return attempt -> first step, without attempts before whose first step a later attempt begins.
 
     Of many attempts the oldest count as one, which begins where the first of them does: what they still send is left
     out from there on, rather than mixed.
@@ -120,7 +120,7 @@ def _supersede(
     first_steps: Mapping[int, int],
     coverage: dict[str, Any],
 ) -> None:
-    """Remove what older attempts stored from the first step of this one on."""
+    """Remove the rows that older attempts stored from the first step of this one on."""
     table = schema.samples
     stretch = (table.c.step.between(first, first_steps.get(attempt, LARGEST_STEP)), table.c.attempt < attempt)
     gone = connection.execute(sa.delete(table).where(table.c.run == run.id, table.c.level == 0, *stretch)).rowcount
@@ -136,7 +136,7 @@ def _supersede(
 
 
 def _cut_trails(connection: sa.Connection, run_id: str, attempt: int, first: int) -> int:
-    """Remove what older attempts recorded in trails from a step on; return how many rows that touched."""
+    """Remove the trails of older attempts from a step on; return how many rows were changed."""
     table = schema.trails
     older = sa.and_(table.c.run == run_id, table.c.attempt < attempt)
     reaching = connection.execute(
@@ -176,9 +176,9 @@ def _insert_samples(
 
 @cache
 def _insert_sample_rows(engine: str) -> sa.Insert:
-    """Return the insert by which a step that is sent again replaces what was there, unless a later attempt stored it.
+    """Return the insert of samples: a step that is sent again is replaced, unless a later attempt stored it.
 
-    Made once: building it takes as long as the insert itself.
+    The statement is made once, because building it takes as long as running it.
     """
     table = schema.samples
     insert = upsert(engine, table)

@@ -81,7 +81,7 @@ class _FileGuard:
         """Device and inode, once the file exists: no connection creates another file after that."""
 
     def check(self, *_: Any) -> None:
-        """Raise an error if the file is another one than at first: nothing may be acknowledged then."""
+        """Raise an error if the file was replaced or removed, since nothing may be acknowledged then."""
         found = self._identify()
         self._identity = self._identity or found
         if found != self._identity:
@@ -162,10 +162,10 @@ def alembic_config(engine: sa.Engine) -> Config:
 
 @contextmanager
 def database_errors(engine: sa.Engine) -> Iterator[None]:
-    """Turn what a database refuses into an error that names the way out.
+    """Turn an error of the database into a ``DatabaseError`` that says what to do.
 
     Raises:
-        DatabaseError: it refused.
+        DatabaseError: the database refused a statement.
     """
     name = engine.url.render_as_string()
     try:

@@ -1,6 +1,6 @@
 """Retention settings: how long runs are kept, and how long the levels of their samples.
 
-The server deletes what has expired once an hour, ``gradwatch prune`` when it is called.
+The server deletes expired runs and levels once an hour, ``gradwatch prune`` when it is called.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Days = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long a run is kept after it last reported, and the levels of its samples after they were measured."""
+    """How long a run is kept after its last report, and how long each level is kept after it was measured."""
 
     days: Days | None = None
     """Absent: for ever."""

@@ -34,7 +34,7 @@ class Floats(TypeDecorator[NDArray[np.float32]]):
         return dialect.type_descriptor(sa.LargeBinary())
 
     def process_bind_param(self, value: NDArray[np.float32] | None, dialect: sa.Dialect) -> Any:
-        """Return what the driver takes."""
+        """Return the value in the form that the driver takes."""
         if value is None or dialect.name == "postgresql":
             return value
         return value.astype("<f4", copy=False).tobytes()

@@ -71,9 +71,9 @@ def stacked_counts(vectors: Rows, lengths: Sequence[int], width: int, only: int 
     """Return counts that ``compact_counts`` has made as the rows of a matrix of this width.
 
     Args:
-        vectors: as they are stored.
+        vectors: the vectors as they are stored.
         lengths: how many parameters the run had when each of them was stored.
-        width: of the matrix.
+        width: width of the matrix.
         only: position of the one parameter that is read; None: all are.
     """
     if only is not None:
@@ -94,7 +94,7 @@ def compact_counts(vector: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def select_bytes(table: sa.Table, name: str, engine: str, only: int | None = None) -> sa.ColumnElement[Any]:
-    """Return what selects a column of vectors as bytes for ``read_vectors``, which decodes thousands at once.
+    """Return the expression that selects a column of vectors as bytes, of which ``read_vectors`` decodes many at once.
 
     Where ``only`` names the position of a parameter, the database cuts its element out of each vector; there is none if
     the run gained the parameter later.
@@ -205,7 +205,7 @@ def _of_column(column: Sequence[bytes | None]) -> Rows:
 
 
 def _split(string: bytes, lengths: NDArray[np.integer[Any]], header: int) -> Rows:
-    """Return the vectors that lie one after the other, None where a length is -1; a matrix if all are equally long."""
+    """Split concatenated vectors: return a list with None for each length of -1, or a matrix for equal lengths."""
     if len(lengths) and lengths[0] > header and (lengths == lengths[0]).all():
         rows = np.frombuffer(string, np.uint8).reshape(len(lengths), -1)[:, header:]
         if not header or string[0]:

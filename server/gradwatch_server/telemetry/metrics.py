@@ -209,7 +209,7 @@ Unhealthy = tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]
 
 
 def _unhealthy(connection: sa.Connection, run_ids: Sequence[str]) -> Unhealthy:
-    """Return by (run, rule) how many parameters open alerts blame, and by (run, severity) how many alerts fire."""
+    """Return how many parameters open alerts blame by (run, rule), and how many alerts fire by (run, severity)."""
     table = schema.alerts
     blamed: dict[tuple[str, str], int] = {}
     firing: dict[tuple[str, str], int] = defaultdict(int)

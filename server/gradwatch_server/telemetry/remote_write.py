@@ -41,7 +41,7 @@ Labels = tuple[tuple[str, str], ...]
 
 @dataclass
 class Counts:
-    """What became of samples; a sample counts as one, with all its parameters."""
+    """Counts of samples by outcome; a sample with all its parameters counts as one."""
 
     sent: int = 0
     set_aside: int = 0
@@ -107,7 +107,7 @@ class RemoteWriter:
                     await asyncio.sleep(_POLL_SECONDS)
 
     async def _write_next(self, client: httpx.AsyncClient) -> int:
-        """Write the next samples of every run; return of how many attempts there were any."""
+        """Write the next samples of every run; return how many attempts had any."""
         batches = await asyncio.to_thread(self._load_next)
         for (run_id, attempt), samples in batches.items():
             await self._write(client, samples)

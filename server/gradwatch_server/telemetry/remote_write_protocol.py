@@ -1,6 +1,6 @@
 """Encodes requests of Prometheus remote write 1.0: protobuf messages in snappy's block format.
 
-Both formats are simple where only this is needed, so that no package for them is.
+Only a small and simple part of both formats is needed, so the server needs no package for them.
 """
 
 import math

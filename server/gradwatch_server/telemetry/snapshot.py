@@ -65,8 +65,9 @@ class Snapshot:
     def conspicuous(self, most: int) -> Indices:
         """Return the indices of up to ``most`` parameters, the most conspicuous first.
 
-        A gradient that is not finite is more conspicuous than one of exactly zero, and that than any other. The others
-        are ordered by how many decades their ratio lies above or below the run's median; missing gradients come last.
+        A gradient that is not finite is more conspicuous than one of exactly zero, which is more so than any other. The
+        others are ordered by how many decades their ratio lies above or below the run's median; missing gradients come
+        last.
         """
         ratio, present = self.profile.ratio, self.profile.present
         logs = log10(ratio)

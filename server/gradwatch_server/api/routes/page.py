@@ -1,6 +1,6 @@
 """The page's files: its views, all of which are one HTML file, and what that file loads.
 
-They hold no data. What the page shows, it asks the API for, with the token of its login.
+They hold no data. The page reads everything that it shows from the API, with the token of its login.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ router = APIRouter(route_class=AuthorisedRoute, include_in_schema=False)
 
 
 class PageFiles(StaticFiles):
-    """What the HTML file loads; everybody may read it."""
+    """The files that the HTML file loads; everybody may read them."""
 
     def __init__(self) -> None:
         super().__init__(directory=_FOLDER)

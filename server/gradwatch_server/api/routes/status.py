@@ -42,7 +42,7 @@ def show_server(request: Request, engine: Engine) -> Any:
 
 
 def _count_runs(connection: sa.Connection) -> dict[str, Any]:
-    """Return what is stored of all runs, and what their agents had to drop."""
+    """Return the counts of what is stored of all runs, and of what their agents dropped."""
     runs = schema.runs
     count, samples, parameters = connection.execute(
         sa.select(sa.func.count(), sa.func.sum(runs.c.sample_count), sa.func.sum(runs.c.parameter_count))
@@ -54,7 +54,7 @@ def _count_runs(connection: sa.Connection) -> dict[str, Any]:
 
 
 def _count_ingest(services: Services) -> dict[str, Any]:
-    """Return what was stored since the server started, and what waits."""
+    """Return the counts of batches stored since the server started, and of work that waits."""
     writer, ingest = services.writer, services.ingest
     return {
         "stored_batches": ingest.batches,

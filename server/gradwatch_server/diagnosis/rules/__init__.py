@@ -40,7 +40,7 @@ class Thresholds:
         """Return the limits with the changes of a configuration table.
 
         Raises:
-            ValueError: a rule, a key or a value is not known; the text names it, its value and the way out.
+            ValueError: a rule, a key or a value is not valid; the text names it and its value, and says what to do.
         """
         limits = list(_DEFAULTS)
         for name, changes in table.items():

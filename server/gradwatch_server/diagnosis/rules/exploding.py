@@ -168,7 +168,7 @@ def _loss_burst(observation: Observation, limits: ExplodingLimits) -> Symptom | 
 
 
 def _gradient_surge(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
-    """Look for a gradient far above what is usual in this run, with a loss above its beginning."""
+    """Look for a gradient far above the usual ones of this run, with a loss above its beginning."""
     history, profile = observation.history, observation.profile
     needed = _needed_surge(observation, limits)
     if needed is None or not history.log_gradients or not profile.global_gradient > 0.0:

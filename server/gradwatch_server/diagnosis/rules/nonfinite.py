@@ -109,7 +109,7 @@ def _suspects(observation: Observation, bad_weight: Flags) -> Indices:
 
 
 def _bad_values(observation: Observation) -> Floats:
-    """Return what each parameter is blamed for: its gradient, its number of bad elements, or its weight."""
+    """Return the bad value of each parameter: its gradient, its number of bad elements, or its weight."""
     profile = observation.profile
     counts = observation.sample.vector("nonfinite_count", len(profile.gradient))
     return np.where(np.isfinite(profile.gradient), np.where(counts > 0, counts, profile.weight), profile.gradient)

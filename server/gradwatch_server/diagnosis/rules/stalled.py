@@ -24,7 +24,7 @@ class StalledLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 @dataclass(frozen=True, kw_only=True)
 class Silence:
-    """The time since a run was last heard of."""
+    """The time since a run last reported."""
 
     last_seen_at: float
     """Unix seconds."""

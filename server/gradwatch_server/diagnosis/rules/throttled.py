@@ -27,7 +27,7 @@ class ThrottledLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=T
 def _find(observation: Observation, limits: ThrottledLimits) -> Symptom | None:
     """Look for clipping that has clipped nearly everything for long, or nothing for very long.
 
-    Both are counted up to the sample before: how much this one clips is not decisive.
+    Both counts end at the sample before this one, whose own clipping does not decide.
     """
     history, profile = observation.history, observation.profile
     learning = history.losses.progress() > _LEARNING

@@ -85,7 +85,7 @@ def _find(observation: Observation, limits: VanishingLimits) -> Symptom | None:
 
 
 def _is_stuck(observation: Observation) -> bool:
-    """Return whether the loss has hardly come down, or is back where it began."""
+    """Return whether the loss has hardly come down, or has risen back to its beginning."""
     losses = observation.history.losses
     return not losses.progress() > _STUCK or losses.relapse() > _UNLEARNED
 

@@ -1,8 +1,8 @@
 """Roll-up levels, kept as samples arrive: each level gathers neighbours of the level below, and nothing is rescanned.
 
 Level 0 holds the samples as they were measured. A bucket of a level is written once, when it is full; what comes after
-the last full bucket waits on the level below. A sample that comes late, or again, has the buckets that it falls into
-gathered anew, and their parents.
+the last full bucket waits on the level below. If a sample comes late, or again, the buckets that it falls into and
+their parents are gathered anew.
 
 In time the finer levels of old steps are deleted (``downsampling.py``). A sample that comes late for such a step is
 added to the finest bucket that is left: there is nothing to gather that bucket from anew. A sample that is sent again
@@ -45,7 +45,7 @@ class Series(Protocol):
     def around(self, level: int, step: int) -> tuple[int, int]:
         """Return the first step of the bucket that ``step`` falls into, and the last one before the next bucket.
 
-        Of a step before the first bucket it is that bucket; both are ``LARGEST_STEP`` if there is no bucket.
+        For a step before the first bucket it is that bucket; both are ``LARGEST_STEP`` if there is no bucket.
         """
 
 
@@ -57,10 +57,10 @@ def pruned_to(pruned: Sequence[int], level: int) -> int:
 class Levels:
     """The levels of one series.
 
-    ``coverage`` holds ``[to, waiting]`` for each level from 1 on: the step up to which it covers the level below, and
-    an upper bound of how many buckets of that level lie beyond. ``pruned`` holds for each level from 0 on the step up
-    to which its rows are deleted, never more than the level above covers, and never more than of the level below. Both
-    are changed in place.
+    ``coverage`` holds ``[to, waiting]`` for each level from 1 on: ``to`` is the step up to which the level covers the
+    level below, and ``waiting`` is an upper bound of the number of buckets of the level below that lie beyond this
+    step. ``pruned`` holds for each level from 0 on the step up to which its rows are deleted. This step is never beyond
+    what the level above covers, nor beyond the same step of the level below. Both lists are changed in place.
     """
 
     def __init__(self, series: Series, coverage: list[list[int]], pruned: list[int] | None = None) -> None:
@@ -135,7 +135,7 @@ class Levels:
         return steps
 
     def _is_orphan(self, step: int) -> bool:
-        """Return whether the samples are deleted that the bucket which ``step`` falls into was gathered from."""
+        """Return whether the samples of the bucket that ``step`` falls into are deleted."""
         gone = pruned_to(self._pruned, 0)
         if gone < 0 or step <= gone:
             return gone >= 0

@@ -229,7 +229,7 @@ def _read(series: _Readable, levels: int, from_step: int | None, to_step: int | 
 
 
 def _fitting(fan_outs: tuple[int, int], levels: int, steps: int, buckets: int) -> int:
-    """Return the coarsest level of which ``buckets`` buckets may begin within so many steps, each full of samples."""
+    """Return the coarsest level that can have ``buckets`` buckets in ``steps`` steps with a sample at each step."""
     fits, size = 0, fan_outs[0]
     while fits < levels and size * (buckets - 1) < steps:
         fits, size = fits + 1, size * fan_outs[1]

@@ -26,7 +26,7 @@ def reading_ahead(
         connection: reads the range in the meantime, by ascending steps.
         statement: reads the rows from the parameter ``first`` to the parameter ``last``.
         parameters: the other parameters of the statement.
-        steps: of the rows, ascending.
+        steps: steps of the rows, ascending.
     """
     tasks = []
     writes = connection.get_execution_options().get("writes", False)  # other connections would wait for it

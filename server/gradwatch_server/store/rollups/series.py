@@ -1,4 +1,4 @@
-"""The stored rows of a series: statistics of the samples and their roll-ups, scalars of every step and theirs.
+"""The stored rows of a series: statistics of samples, scalars of every step, and the roll-ups of both.
 
 The time of a bucket of samples is 0 until the rows of the level below it are deleted; from then on it is the time of
 its newest sample.
@@ -44,7 +44,7 @@ def readable_statistics(measured: Sequence[str]) -> list[str]:
 
 
 class _LevelRows:
-    """What the rows of all series have in common: each is of one level and begins at one step."""
+    """Queries that all series have in common: each row is of one level and begins at one step."""
 
     _table: ClassVar[sa.Table]
 
@@ -92,13 +92,13 @@ class SampleSeries(_LevelRows):
         *,
         means: bool = True,
     ) -> None:
-        """Choose what is read.
+        """Choose the statistics and parameters that are read.
 
         Args:
-            connection: reads, or writes.
+            connection: reads or writes the rows.
             run_id: the run.
             names: the statistics.
-            parameter_count: of the run.
+            parameter_count: number of parameters of the run.
             columns: positions of the parameters, in the order in which they are read; None: all.
             means: whether the means are read.
         """
@@ -321,7 +321,7 @@ def _of_level(table: sa.Table, level: sa.ColumnElement[int] = _level) -> list[sa
 
 
 def _within(table: sa.Table, level: sa.ColumnElement[int] = _level) -> list[sa.ColumnElement[bool]]:
-    """Return the conditions that choose those of them that begin in a range."""
+    """Return the conditions that choose the rows of one level that begin in a range."""
     return [*_of_level(table, level), table.c.step.between(sa.bindparam("first"), sa.bindparam("last"))]
 
 

@@ -1,4 +1,4 @@
-"""How far remote write has come with each run."""
+"""Create the table of the last step of each run that remote write has written."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Create the table."""
+    """Create the table ``written``."""
     op.create_table(
         "written",
         sa.Column("run", sa.Text(), nullable=False),

@@ -1,4 +1,4 @@
-"""Vectors of norms are stored as they are: PostgreSQL spent half of its time on trying to compress them, in vain."""
+"""Store vectors of norms uncompressed: PostgreSQL spent half of its time on trying to compress them, in vain."""
 
 from alembic import op
 

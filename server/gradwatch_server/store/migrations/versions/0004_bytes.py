@@ -1,7 +1,7 @@
-"""PostgreSQL hands out a vector as the bytes that it holds, where its owner may say so: a third of the time of a map.
+"""Read vectors from PostgreSQL as the bytes that it holds, if the role is a superuser; this makes maps faster.
 
 ``array_send`` makes a message of each element. ``byteasend`` copies what it is given, but only a superuser may declare
-a function by that name; for others the function is another word for ``array_send``. Readers tell the two forms apart.
+a function by that name; for other roles the function is an alias of ``array_send``. Readers tell the two forms apart.
 """
 
 import sqlalchemy as sa
@@ -17,7 +17,7 @@ _LITTLE_ENDIAN = "SELECT gradwatch_bytes('{1}') = '\\x0100000000000000bc02000001
 
 
 def upgrade() -> None:
-    """Declare it in the quick form where that is allowed and the server is little-endian."""
+    """Declare the function in its fast form if that is allowed and the server is little-endian."""
     connection = op.get_bind()
     if connection.dialect.name != "postgresql":
         return

@@ -1,4 +1,4 @@
-"""Under which number each attempt of a run is kept that came from a host whose clock goes wrong."""
+"""Store the server's number of each attempt that came from a host with a wrong clock."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -9,7 +9,7 @@ down_revision = "0004_bytes"
 
 
 def upgrade() -> None:
-    """Add the column; what is stored keeps its numbers."""
+    """Add the column; stored rows keep their numbers."""
     json = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
     comment = "numbers of agents whose clock goes wrong -> start of the attempt by the server's clock"
     op.add_column("runs", sa.Column("attempts", json, nullable=False, server_default="{}", comment=comment))

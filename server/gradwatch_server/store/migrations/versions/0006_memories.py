@@ -1,4 +1,4 @@
-"""What the diagnosis remembers of a run outlives the server and is shared between several; scalars know their steps."""
+"""Store the detector state of each run, for restarts and for several servers, and the step of each scalar."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -9,7 +9,7 @@ down_revision = "0005_attempts"
 
 
 def upgrade() -> None:
-    """Create the table, the run's mark by which a server sees that another one took part, and the steps."""
+    """Create the table, the mark by which a server sees that another one has changed a run, and the steps."""
     op.create_table(
         "memories",
         sa.Column("run", sa.Text(), nullable=False),

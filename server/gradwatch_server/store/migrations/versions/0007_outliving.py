@@ -1,4 +1,4 @@
-"""Alerts may outlive their run until its end has been delivered: they have none then."""
+"""Keep the alerts of a deleted run until their notifications are delivered; they have no run then."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,8 +11,10 @@ _CHAIN = ("alerts", "transitions", "deliveries", "attempts")
 
 
 def upgrade() -> None:
-    """Allow it. SQLite has no way to change a column, and a table that is dropped takes those that refer to it along:
-    all of them are made anew.
+    """Allow alerts without a run.
+
+    SQLite cannot change a column, and dropping a table deletes the rows that refer to it. So the table and all tables
+    that refer to it are made anew.
     """
     connection = op.get_bind()
     if connection.dialect.name == "postgresql":

@@ -1,4 +1,4 @@
-"""PostgreSQL keeps the rows of each level together: those of a coarse one lay far apart, each on a page of its own."""
+"""Keep the rows of each level together on PostgreSQL: those of a coarse one lay far apart, each on its own page."""
 
 from alembic import op
 

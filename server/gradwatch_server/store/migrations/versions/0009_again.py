@@ -1,6 +1,6 @@
-"""What was begun and is gone on with: a run that is being deleted, a delivery that is sent again.
+"""Mark runs whose deletion has begun, and count the attempts of a delivery before its last replay.
 
-And an index from which SQLite reads the steps of buckets, whose rows lie far apart among the samples.
+An index is added from which SQLite reads the steps of buckets, whose rows lie far apart among the samples.
 """
 
 import sqlalchemy as sa

@@ -1,4 +1,4 @@
-"""PostgreSQL keeps vectors in their rows where two rows fit on a page: to fetch each from elsewhere took longer."""
+"""Keep vectors inside their rows on PostgreSQL if two rows fit on a page: fetching each from elsewhere was slower."""
 
 from alembic import op
 
@@ -10,7 +10,7 @@ _ROW_BYTES = 4_096
 
 
 def upgrade() -> None:
-    """Change how new rows are stored."""
+    """Set the size up to which new rows keep their vectors; stored rows stay as they are."""
     if op.get_bind().dialect.name != "postgresql":
         return
     for table, first in (("samples", 0), ("rollups", 1)):

@@ -1,4 +1,4 @@
-"""The first step of each attempt of a run, not of the latest alone: a late batch is cut where any later one begins."""
+"""Store the first step of every attempt of a run: a late batch is cut where any later attempt begins."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -20,7 +20,7 @@ _trails = sa.table("trails", *map(sa.column, ("run", "first_step", "attempt")))
 
 
 def upgrade() -> None:
-    """Replace the column; where an older attempt has left something, see at which steps those that are stored began."""
+    """Replace the column; if older attempts have stored rows, find the first step of each stored attempt."""
     comment = "attempt -> its first step: from there on nothing is of an older one, see shelf.py"
     op.add_column("runs", sa.Column("first_steps", _json, nullable=False, server_default="{}", comment=comment))
     connection = op.get_bind()
@@ -34,7 +34,7 @@ def upgrade() -> None:
 
 
 def _oldest(connection: sa.Connection, run: str) -> set[int]:
-    """Return of which attempts a run's first sample and its first trail are: only a resumed run is looked at whole."""
+    """Return the attempts of a run's first sample and its first trail: only resumed runs are searched as a whole."""
     first_sample = sa.select(_samples.c.attempt).where(_samples.c.run == run, _samples.c.level == 0)
     first_trail = sa.select(_trails.c.attempt).where(_trails.c.run == run)
     found = (
@@ -45,7 +45,7 @@ def _oldest(connection: sa.Connection, run: str) -> set[int]:
 
 
 def _stored(connection: sa.Connection, run: str) -> dict[int, int]:
-    """Return the first step that is stored of each attempt."""
+    """Return the first stored step of each attempt."""
     steps = sa.select(_samples.c.attempt, sa.func.min(_samples.c.step).label("first"))
     told = sa.select(_trails.c.attempt, sa.func.min(_trails.c.first_step).label("first"))
     both = sa.union_all(

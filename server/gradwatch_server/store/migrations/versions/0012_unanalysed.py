@@ -1,4 +1,4 @@
-"""PostgreSQL keeps no statistics of vectors: to count their values took a core, and nothing is searched by them."""
+"""Keep no statistics of vectors on PostgreSQL: counting their values took a core, and no query searches by them."""
 
 from alembic import op
 
@@ -22,7 +22,7 @@ _COLUMNS = {
 
 
 def upgrade() -> None:
-    """Ask for no statistics of them, of the partitions neither."""
+    """Turn off the statistics of vectors, in the tables and in their partitions."""
     if op.get_bind().dialect.name != "postgresql":
         return
     for table, columns in _COLUMNS.items():

@@ -235,7 +235,7 @@ class RequestMiddleware:
         self._app = app
 
     async def __call__(self, scope: ConnectionScope, receive: Receive, send: Send) -> None:
-        """Handle one request; what is not HTTP passes."""
+        """Handle one request; pass on anything that is not HTTP."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -181,7 +181,7 @@ class Ingest:
     def _enter_findings(
         self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, diagnosis: _Diagnosis, now: float
     ) -> dict[str, Any]:
-        """Advance the run's alerts by the findings; return what changes in the run's row."""
+        """Advance the run's alerts by the findings; return the new values of the run's row."""
         state, samples = diagnosis.state, diagnosis.samples
         alerts = RunAlerts(connection, run, self._configuration, self._public_url)
         step = samples[-1].step if samples else run.diagnosed_step
@@ -235,7 +235,7 @@ class Ingest:
         self._states.put(run.id, state)
 
     def _end_run(self, connection: sa.Connection, run: sa.Row[Any], end: wire.End, step: int | None) -> dict[str, Any]:
-        """Resolve the alerts of a run that has ended; return what changes in the run's row."""
+        """Resolve the alerts of a run that has ended; return the new values of the run's row."""
         alerts = RunAlerts(connection, run, self._configuration, self._public_url)
         alerts.resolve_all(step or 0, end.at, f"{RUN_ENDED}: {end.status}")
         alerts.save()

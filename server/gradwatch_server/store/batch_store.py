@@ -33,7 +33,7 @@ def stored_attempt(attempts: Mapping[str, int], number: int) -> int:
 def insert_batch(
     connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, scalars: Mapping[int, Mapping[str, float]]
 ) -> dict[str, Any]:
-    """Store the content of a batch; return what changes in the run's row.
+    """Store the content of a batch; return the new values of the run's row.
 
     An attempt wins from its first step on: rows that older attempts have stored from there on are removed, and samples
     that they still send are left out.

@@ -150,7 +150,7 @@ class Writer:
     def _in_transaction(
         self, group: list[_WorkItem], do: Callable[[sa.Connection, list[_WorkItem]], list[_Settle]]
     ) -> tuple[list[_Settle], float]:
-        """Commit a group; return what settles its futures, and how long the work took in seconds."""
+        """Commit a group; return the functions that settle its futures, and the seconds that the work took."""
         with writing(self._engine) as connection:
             started = time.perf_counter()
             return do(connection, group), time.perf_counter() - started
@@ -177,7 +177,7 @@ class _GroupFailedError(Exception):
 
 
 def _do_together(connection: sa.Connection, group: list[_WorkItem]) -> list[_Settle]:
-    """Do work, ordered by run, in the transaction of the group; return what settles the futures."""
+    """Do work, ordered by run, in the transaction of the group; return the functions that settle the futures."""
     settles: list[_Settle] = []
     waiting: tuple[_WorkItem, Deferred[Any]] | None = None
 
@@ -209,7 +209,7 @@ def _do_together(connection: sa.Connection, group: list[_WorkItem]) -> list[_Set
 
 
 def _do_in_savepoints(connection: sa.Connection, group: list[_WorkItem]) -> list[_Settle]:
-    """Do work, each in a savepoint of its own; return what settles the futures."""
+    """Do each work in a savepoint of its own; return the functions that settle the futures."""
     return [_do_alone(connection, item) for item in group]
 
 

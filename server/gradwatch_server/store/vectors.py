@@ -222,7 +222,7 @@ def _of_bytes(data: abc.Buffer) -> NDArray[np.float32]:
 
 
 def _of_array(data: abc.Buffer) -> NDArray[np.float32]:
-    """Return the vector of an array as PostgreSQL sends it, or as it holds it in memory: that begins with a 1."""
+    """Return the vector of a PostgreSQL array, either as it is sent or as it lies in memory, which begins with a 1."""
     if len(data) < _HEADER.size:
         return np.empty(0, np.float32)
     if data[0]:

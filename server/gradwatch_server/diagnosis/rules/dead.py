@@ -139,7 +139,7 @@ def _may_idle(observation: Observation) -> Flags:
 
 
 def _blame_order(observation: Observation, found: _Dead) -> Indices:
-    """Return the dead before the idle, each from output to input: what lies nearer to the input follows from it."""
+    """Return dead parameters before idle ones, both from output to input: faults near the output cause the others."""
     listed = observation.parameters.by_depth(found.dead | found.idle)[::-1]
     return listed[np.argsort(~found.dead[listed], kind="stable")]
 

@@ -33,8 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--unit", action="store_true", help="skip tests that need a program, a process or a database")
 
 
-_SYSTEM = re.compile(r"^(?:from|import) (?:gradwatch\.integrations|playwright|schemathesis)\b", re.MULTILINE)
-"""Imports a framework for trainings, a browser or a client that draws requests, which takes seconds to load."""
+_SYSTEM = re.compile(
+    r"^(?:from|import) (?:benchmarks\.(?:paper|zoo)|gradwatch\.integrations|playwright|schemathesis)\b", re.MULTILINE
+)
+"""Imports whole trainings, a framework for them, a browser or a client that draws requests: that takes seconds."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -14,7 +14,7 @@ import torch
 
 from gradwatch import wire
 from gradwatch.monitor.guard import Guard
-from tests.processes import PATIENCE_SECONDS
+from tests.processes import PATIENCE_SECONDS, STOP_POLL_SECONDS
 
 Answerer = Callable[["Server", str], tuple[int, dict[str, str], bytes] | None]
 
@@ -44,7 +44,7 @@ class Server:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(STOP_POLL_SECONDS,), daemon=True)
         self._thread.start()
 
     def receive(self, handler: BaseHTTPRequestHandler) -> None:

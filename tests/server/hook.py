@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import open_engine, writing
-from tests.processes import GradwatchServer
+from tests.processes import STOP_POLL_SECONDS, GradwatchServer
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Hook:
 
         server = Server(("127.0.0.1", self.port), Handler)
         self.port = server.server_port
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(STOP_POLL_SECONDS,), daemon=True).start()
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from fastapi import FastAPI
 
 from gradwatch_server.api import openapi, problem
-from gradwatch_server.api.authorisation import RequestMiddleware
+from gradwatch_server.api.authorisation import RequestMiddleware, not_found
 from gradwatch_server.api.routes import (
     alerts,
     deliveries,
@@ -64,6 +64,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
     for part in ROUTED:
         app.include_router(part.router)
     app.mount("/page", page.PageFiles(), name="page")
+    app.router.default = not_found
     app.add_middleware(RequestMiddleware)
     openapi.install(app)
     return app

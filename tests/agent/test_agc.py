@@ -394,3 +394,14 @@ def test_lambda_is_monotone() -> None:
         adaptive_clip_grad_([parameter], clip)
         norms.append(_grad(parameter).norm().item())
     assert all(lower <= higher for lower, higher in pairwise(norms))
+
+
+def test_a_tensor_at_the_place_of_an_empty_one_is_clipped() -> None:
+    """It may have the id of one that is gone: 200 are made, of which some take the place of the one before."""
+    for _ in range(100):
+        for shape in ((0,), (3,)):
+            parameter = nn.Parameter(torch.ones(shape))
+            parameter.grad = torch.full(shape, 2.0)
+            adaptive_clip_grad_([parameter], 0.01)
+            assert float(parameter.grad.norm()) <= 0.011 * 3**0.5
+            del parameter

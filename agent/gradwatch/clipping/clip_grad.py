@@ -87,7 +87,8 @@ class _PreparedParameters:
     """A module or list that is clipped step after step: searched for parameters once, checked at each step.
 
     Tensors are known by their ids and types alone: a weak reference would keep torch from swapping them. A new tensor
-    at the id of a freed one is clipped correctly as well: buffers are made anew where a shape or dtype differs.
+    at the id of a freed one is clipped correctly as well: buffers are made anew where a shape or dtype differs,
+    and a tensor without elements has to have none.
 
     Args:
         parameters: the module or list, of which nothing is kept alive.
@@ -116,6 +117,8 @@ class _PreparedParameters:
             self._axes = [("rows", 1)] * len(tensors)
         self._ids = list(map(id, tensors))
         self._types = list(map(type, tensors))
+        self._empty = [index for index, tensor in enumerate(tensors) if not tensor.numel()]
+        """Places of tensors without elements, which are not measured: one that has some is another tensor."""
         self._sharded = any(local_part(tensor) is not tensor for tensor in tensors)
         self._excluded = agc.excluded_indices(names, tensors) or set()
         for index in agc.expert_indices(names, tensors):
@@ -125,8 +128,10 @@ class _PreparedParameters:
 
     def tensors_of(self, parameters: nn.Module | list[Tensor], options: Options) -> list[Tensor] | None:
         """Return the parameters to clip; None if other parameters or other options were prepared."""
-        if options != self._options:
-            return None
+        found = self._recognised(parameters) if options == self._options else None
+        return None if found is None or any(found[index].numel() for index in self._empty) else found
+
+    def _recognised(self, parameters: nn.Module | list[Tensor]) -> list[Tensor] | None:
         if not isinstance(parameters, nn.Module):
             known = self._module is None and list(map(id, parameters)) == self._ids
             return parameters if known and list(map(type, parameters)) == self._types else None

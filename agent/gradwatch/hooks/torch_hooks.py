@@ -166,9 +166,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         if _stepping.get(id(optimizer), (0, None))[0] in above:
             return None  # a subclass called ``super().step()``: the outer step was announced
         # A step that raised never announced its end: where its frame was another one may be now.
-        for known in [known for known, (frame, _) in _stepping.items() if frame == id(caller)]:
-            del _stepping[known]
-        around = [(above.index(frame), other()) for frame, other in _stepping.values() if frame in above]
+        for known in [known for known, (frame, _) in list(_stepping.items()) if frame == id(caller)]:
+            _stepping.pop(known, None)
+        around = [(above.index(frame), other()) for frame, other in list(_stepping.values()) if frame in above]
         outer = min(around, key=itemgetter(0))[1] if around else None
     _stepping[id(optimizer)] = id(caller), weakref.ref(optimizer)
     changed = None

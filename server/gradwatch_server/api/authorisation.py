@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from fastapi import Depends, Request, Response, params
 from fastapi.routing import APIRoute
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ConnectionScope
 
@@ -146,6 +147,18 @@ def requires(scope: Scope, project_rule: ProjectRule = of_every_project) -> para
 
 OPEN: params.Depends = Depends(Access(None))
 """The dependency of a route that everybody may call."""
+
+
+async def not_found(scope: ConnectionScope, receive: Receive, _send: Send) -> None:
+    """Refuse a path that no route has: with 404, but below ``/api/`` only to a caller that may read everything.
+
+    Raises:
+        Refused: 401 or 403, as from the routes of the interface.
+        HTTPException: 404.
+    """
+    if scope["path"].startswith("/api/"):
+        await Access("read")(Request(scope, receive))
+    raise HTTPException(404)
 
 
 def declared_access(dependencies: Sequence[params.Depends]) -> Access | None:

@@ -20,13 +20,22 @@ import * as api from "./data/api.js";
 /** @type {Badge} */
 const firing = { label: "firing", count: async () => (await api.alerts({ state: "firing" })).length };
 
+/**
+ * Return the module of a page, which is on its way. If it cannot be fetched, the error is that of whoever opens the page.
+ * @param {Promise<PageModule>} module
+ */
+function fetched(module) {
+  module.catch(() => undefined);
+  return module;
+}
+
 /** The first route that matches is opened. @type {Route[]} */
 export const ROUTES = [
-  { path: "/", query: "compare", title: "Compare", page: import("./pages/compare.js") },
-  { path: "/", title: "Runs", link: "Runs", page: import("./pages/runs.js") },
-  { path: "/runs/{run}", title: "Run", page: import("./pages/run.js") },
-  { path: "/alerts", title: "Alerts", link: "Alerts", badge: firing, page: import("./pages/alerts.js") },
-  { path: "/server", title: "Server", link: "Server", allProjects: true, page: import("./pages/server.js") },
+  { path: "/", query: "compare", title: "Compare", page: fetched(import("./pages/compare.js")) },
+  { path: "/", title: "Runs", link: "Runs", page: fetched(import("./pages/runs.js")) },
+  { path: "/runs/{run}", title: "Run", page: fetched(import("./pages/run.js")) },
+  { path: "/alerts", title: "Alerts", link: "Alerts", badge: firing, page: fetched(import("./pages/alerts.js")) },
+  { path: "/server", title: "Server", link: "Server", allProjects: true, page: fetched(import("./pages/server.js")) },
 ];
 
 /**

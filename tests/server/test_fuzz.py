@@ -17,6 +17,7 @@ from tests.processes import GradwatchServer, environment, sample
 from tests.server.test_tokens import token
 
 TYPES = {wire.MESSAGEPACK_TYPE: msgspec.msgpack.encode, wire.JSON_TYPE: msgspec.json.encode}
+CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 GOOD = wire.encode(wire.Batch(id="b", samples=[sample(1, 1.0, 2.0)], end=wire.End(at=1.0)))
 
@@ -160,7 +161,8 @@ def test_the_api_is_what_its_description_says(
     assert answer.status_code == 201, answer.text
     described = server.http.get("/openapi.json", headers=bearer)
     (tmp_path / "openapi.json").write_text(json.dumps(described.json()))
-    command = [str(Path(sys.executable).parent / "schemathesis"), "--no-color", "run", "openapi.json"]
+    command = [str(Path(sys.executable).parent / "schemathesis"), "--config-file", str(CONFIGURATION), "--no-color"]
+    command += ["run", "openapi.json"]
     command += ["--url", server.url, "--checks", "all", "--max-examples", "8", "--max-time", "40", "--no-shrink"]
     command += ["--generation-deterministic", "--continue-on-failure", "--suppress-health-check", "all"]
     command += ["-H", f"Authorization: Bearer {made}"] if shown else []

@@ -87,8 +87,8 @@ class _PreparedParameters:
     """A module or list that is clipped step after step: searched for parameters once, checked at each step.
 
     Tensors are known by their ids and types alone: a weak reference would keep torch from swapping them. A new tensor
-    at the id of a freed one is clipped correctly as well: buffers are made anew where a shape or dtype differs,
-    and a tensor without elements has to have none.
+    at the id of a freed one is clipped correctly as well: buffers are made anew where a shape or dtype differs, or
+    where a tensor has elements and the one before it had none.
 
     Args:
         parameters: the module or list, of which nothing is kept alive.
@@ -117,21 +117,17 @@ class _PreparedParameters:
             self._axes = [("rows", 1)] * len(tensors)
         self._ids = list(map(id, tensors))
         self._types = list(map(type, tensors))
-        self._empty = [index for index, tensor in enumerate(tensors) if not tensor.numel()]
-        """Places of tensors without elements, which are not measured: one that has some is another tensor."""
         self._sharded = any(local_part(tensor) is not tensor for tensor in tensors)
         self._excluded = agc.excluded_indices(names, tensors) or set()
         for index in agc.expert_indices(names, tensors):
             self._axes[index] = ("experts", 1)
         self._gradient_sets: dict[bytes, _GradientSet] = {}
-        """For each parameter whether it has a gradient, one byte each -> gradient set for exactly these."""
+        """For each parameter 0: no gradient, 1: a gradient, 2: one without elements -> gradient set for just these."""
 
     def tensors_of(self, parameters: nn.Module | list[Tensor], options: Options) -> list[Tensor] | None:
         """Return the parameters to clip; None if other parameters or other options were prepared."""
-        found = self._recognised(parameters) if options == self._options else None
-        return None if found is None or any(found[index].numel() for index in self._empty) else found
-
-    def _recognised(self, parameters: nn.Module | list[Tensor]) -> list[Tensor] | None:
+        if options != self._options:
+            return None
         if not isinstance(parameters, nn.Module):
             known = self._module is None and list(map(id, parameters)) == self._ids
             return parameters if known and list(map(type, parameters)) == self._types else None
@@ -147,7 +143,8 @@ class _PreparedParameters:
     def clip(self, parameters: Sequence[Tensor]) -> None:
         """Clip the gradients of all parameters that have one."""
         every = [parameter.grad for parameter in parameters]
-        present = bytes(grad is not None for grad in every)
+        # Tensors without elements are not measured: the check of shapes below would not find one that has some.
+        present = bytes(0 if grad is None else 1 if grad.numel() else 2 for grad in every)
         grads = [grad for grad in every if grad is not None]
         members = [parameter for parameter, grad in zip(parameters, every, strict=True) if grad is not None]
         if not grads:
@@ -172,7 +169,7 @@ class _PreparedParameters:
         """Make the gradient set for the parameters that have a gradient now, and remember it.
 
         Args:
-            present: for each parameter whether it has a gradient.
+            present: for each parameter 0: no gradient, 1: a gradient, 2: one without elements.
             members: the parameters with a gradient.
             grads: their gradients; of a sharded one this rank's shard.
             weights: the weights; of a sharded one this rank's shard.

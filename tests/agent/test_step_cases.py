@@ -81,6 +81,15 @@ def test_an_optimizer_that_steps_seldom_is_not_waited_for_for_ever() -> None:
     assert training.ended[-1].step == training.core.state.number, "the last step ended with its only optimizer"
 
 
+def test_an_optimizer_that_was_alone_for_long_is_waited_for_when_another_one_joins() -> None:
+    training = Training("A", A=[0], B=[1])
+    for _ in range(250):
+        training.step("A")
+    training.step("B")
+    training.end()
+    assert training.core.expected.keys == [training.key("A"), training.key("B")]
+
+
 @pytest.mark.parametrize("inner_indices", [(0,), (0, 1)])
 def test_the_step_of_an_inner_optimizer_belongs_to_the_outer_one(inner_indices: tuple[int, ...]) -> None:
     """As with ZeroRedundancyOptimizer and Lookahead."""
@@ -137,6 +146,16 @@ def test_a_closure_makes_the_loss_of_its_step() -> None:
     training.backward("next")
     training.step()
     assert training.losses[1] == ["next"]
+
+
+def test_a_clipping_within_a_closure_belongs_to_the_step_that_waits_for_it() -> None:
+    training = Training()
+    began = training.begin("A", closure=True)
+    training.backward("loss")
+    action = training.core.norm_clipped(NormClip("NaN", 1.0, frozenset({0, 1}), finite=False), [0, 1], measure=True)
+    assert isinstance(action, Measure)
+    assert action.record is began.record
+    assert training.core.state.coming is None
 
 
 def test_an_optimizer_that_does_not_call_its_closure_is_told_of() -> None:

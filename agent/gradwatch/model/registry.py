@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from torch import Tensor, nn
@@ -21,14 +21,6 @@ _ORDER_STEPS: Final = 3
 """Steps after which the order of the gradients is no longer waited for."""
 _MOST_NODES: Final = 10_000
 """Nodes of a graph that a search for a watched parameter visits at most."""
-
-
-@dataclass(slots=True)
-class RegisteredParameters:
-    """The parameters of the run as they are registered on the server, with their depths."""
-
-    watched: Sequence[ParameterInfo]
-    depths: Sequence[int]
 
 
 class ParameterRegistry:
@@ -166,14 +158,14 @@ class ParameterRegistry:
         for index in indices:
             self.trainable[index] = not self.trainable[index]
 
-    def registered(self) -> RegisteredParameters:
-        """Return the parameters as they are to be registered now."""
+    def described(self) -> tuple[tuple[ParameterInfo, ...], tuple[int, ...]]:
+        """Return the parameters as they are to be registered on the server now, and the depth of each."""
         self._depths += range(len(self._depths), len(self.watched))
         watched = [
             info if info.trainable == trainable else replace(info, trainable=trainable)
             for info, trainable in zip(self.watched, self.trainable, strict=True)
         ]
-        return RegisteredParameters(tuple(watched), tuple(self._depths))
+        return tuple(watched), tuple(self._depths)
 
     def await_order(self) -> None:
         """Begin to learn the depths from the order in which gradients become ready."""

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from gradwatch.clipping.agc import AGC
 from gradwatch.clipping.classifier import SEARCHES, SEARCHES_TO_CLIP, ClassifierFinder
 from gradwatch.clipping.executor import AgcExecutor
-from gradwatch.model.registry import ParameterRegistry, RegisteredParameters
+from gradwatch.model.registry import ParameterRegistry
 from gradwatch.monitor.notices import Notices
 from gradwatch.ranks.exchange import RankExchange, incomplete_reason, uses_fsdp1
+from gradwatch.ranks.parts import RegisteredParameters, ownership
 
 
 class WatchedModels:
@@ -64,7 +65,9 @@ class WatchedModels:
     def register(self) -> None:
         """Tell the server of the parameters."""
         if self._registers:
-            self._put(self.parameters.registered())
+            watched, depths = self.parameters.described()
+            reported = None if self._ranks is None else ownership(watched, self._ranks.rank)
+            self._put(RegisteredParameters(watched, depths, reported))
 
     def discover(self) -> bool:
         """Look for parameters that are not known yet; return whether there were any."""

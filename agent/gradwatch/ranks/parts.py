@@ -39,6 +39,17 @@ class ShardOwnership:
     """Whether the parameter is one unit."""
 
 
+@dataclass(frozen=True, slots=True)
+class RegisteredParameters:
+    """The parameters of the run as they are registered on the server."""
+
+    watched: Sequence[ParameterInfo]
+    depths: Sequence[int]
+    ownership: ShardOwnership | None
+    """What this rank reports; None where it measures alone. It is found where the parameters exist for certain: by the
+    time the collector registers them, the training may be over and its tensors gone."""
+
+
 def ownership(watched: Sequence[ParameterInfo], rank: int) -> ShardOwnership:
     """Return which parameters this rank reports."""
     owned, whole = [], []

@@ -16,10 +16,9 @@ from torch import Tensor
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
-from gradwatch.model.discovery import ParameterInfo
 from gradwatch.norms.buffers import UnitNorms
 from gradwatch.norms.scalars import Scalar
-from gradwatch.ranks.parts import RankPart, join_parts, ownership, undo_norm_clip
+from gradwatch.ranks.parts import RankPart, ShardOwnership, join_parts, undo_norm_clip
 from gradwatch.samples.origin import origin_in_flags
 from gradwatch.statistics import (
     JOINED,
@@ -50,13 +49,12 @@ class SampleBuilder:
     Args:
         dropped: counts that each sample carries.
         agc: how the agent clips; None: it does not.
-        rank: rank of this process.
     """
 
-    def __init__(self, dropped: Dropped, agc: AGC | None, rank: int) -> None:
+    def __init__(self, dropped: Dropped, agc: AGC | None) -> None:
         self._dropped = dropped
-        self._rank = rank
-        self._ownership = ownership([], rank)
+        self._ownership: ShardOwnership | None = None
+        """What this rank reports; None where it measures alone."""
         self._agc = agc
         self._eps = RATIO_EPS if agc is None else agc.eps
         self._tensor_wise = agc is not None and agc.granularity == "tensor"
@@ -70,10 +68,10 @@ class SampleBuilder:
         self.all_nonfinite = False
         """Whether everything in the last step was non-finite at once, so that nothing shows where it began."""
 
-    def register(self, parameters: Sequence[ParameterInfo], depths: Sequence[int]) -> None:
-        """Take the parameters of the run and their depths from now on; earlier ones keep their places."""
+    def register(self, depths: Sequence[int], ownership: ShardOwnership | None) -> None:
+        """Take the depths of the parameters, and what this rank reports of them; earlier ones keep their places."""
         count = len(depths)
-        self._ownership = ownership(parameters, self._rank)
+        self._ownership = ownership
         for name, known in self._weights.items():
             self._weights[name] = np.append(known, np.zeros(count - known.size, np.float32))
         self._third = 3 * np.asarray(depths, np.intp) // max(count, 1)
@@ -116,6 +114,7 @@ class SampleBuilder:
 
     def part(self, draft: "Draft") -> RankPart:
         """Return this rank's part of a sample, for rank 0."""
+        assert self._ownership is not None
         vectors, owned = draft.vectors, self._ownership.owned
         has_gradient = owned & (vectors["grad_norm"] != MISSING)
         # What AGC did to a unit that lies on several ranks shows only when the parts are joined.
@@ -136,6 +135,7 @@ class SampleBuilder:
         record, vectors = draft.record, draft.vectors
         totals: list[float] = []
         if others:
+            assert self._ownership is not None
             parts = [self.part(draft), *others]
             whole = join_parts(parts, self._ownership, self._eps, vectors.limits, tensor_wise=self._tensor_wise)
             vectors.replace(whole.values)

@@ -20,10 +20,9 @@ from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.spool import Spool
 from gradwatch.model.discovery import shorten_name
-from gradwatch.model.registry import RegisteredParameters
 from gradwatch.norms.buffers import BufferPool
 from gradwatch.ranks.exchange import PartsDeadline, RankExchange
-from gradwatch.ranks.parts import RankPart
+from gradwatch.ranks.parts import RankPart, RegisteredParameters
 from gradwatch.samples.builder import Draft, SampleBuilder
 from gradwatch.samples.loggers import ScalarLogger
 from gradwatch.settings import LONGEST_NAME, can_be_stored
@@ -110,7 +109,7 @@ class Collector:
         self._wake = threading.Event()
         self._stop = False
         self._loggers: tuple[ScalarLogger, ...] = ()
-        self._builder = SampleBuilder(dropped, agc, 0 if ranks is None else ranks.rank)
+        self._builder = SampleBuilder(dropped, agc)
         self._ranks = ranks
         self._drafts: deque[tuple[Draft, PartsDeadline]] = deque()
         """On rank 0: samples that wait for the parts of the other ranks."""
@@ -190,7 +189,7 @@ class Collector:
             self._process_step(message)
 
     def _register(self, parameters: RegisteredParameters) -> None:
-        self._builder.register(parameters.watched, parameters.depths)
+        self._builder.register(parameters.depths, parameters.ownership)
         if self._spool is None:
             return
         described = [info.to_wire(parameters.depths[place]) for place, info in enumerate(parameters.watched)]

@@ -24,7 +24,7 @@ from benchmarks.operators import allowed, launched
 from gradwatch.agent import Agent
 from gradwatch.model.discovery import find_parameters
 from gradwatch.norms.buffers import BufferPool
-from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.layout import MeasurementPlan
 
 NOWHERE = "http://127.0.0.1:9"
 """Nobody listens: what is measured waits in a spool, which is the dearest case."""

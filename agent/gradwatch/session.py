@@ -30,8 +30,8 @@ from gradwatch.samples.collector import Collector
 from gradwatch.samples.loggers import LoggerName, open_logger
 from gradwatch.settings import RUN_ID, Settings
 from gradwatch.steps.event_log import write_events
-from gradwatch.steps.records import StepRecord
 from gradwatch.steps.schedule import OverheadAccount, SamplingSchedule
+from gradwatch.steps.state import StepRecord
 
 _running: tuple["Session", ...] = ()
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gradwatch.steps.core import Began, EndStep, Made, StepCore
-from gradwatch.steps.records import Measurement, NormClip, StepRecord
 from gradwatch.steps.schedule import OverheadAccount, SamplingSchedule
+from gradwatch.steps.state import Measurement, NormClip, StepRecord
 
 HERE = 1
 """Id of the thread that trains."""

@@ -4,9 +4,8 @@ import pytest
 
 from gradwatch.steps.core import CountSteps, Measure, StepCore
 from gradwatch.steps.ownership import CASES, Adoption, Named, Owner, adoption_of
-from gradwatch.steps.records import NormClip
 from gradwatch.steps.schedule import OverheadAccount, SamplingSchedule
-from gradwatch.steps.state import MOST_CLIPS, MOST_LOSSES
+from gradwatch.steps.state import MOST_CLIPS, MOST_LOSSES, NormClip
 
 from .steps import HERE, Training
 

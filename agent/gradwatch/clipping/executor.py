@@ -20,7 +20,7 @@ from gradwatch.clipping.scaling import UnitScaling
 from gradwatch.hooks.weak_tensors import WeakTensor, weak
 from gradwatch.model.discovery import ParameterInfo, names_and_parameters
 from gradwatch.norms.buffers import SampleBuffers
-from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.layout import MeasurementPlan
 from gradwatch.norms.reducer import Scratch
 from gradwatch.ranks.sharding import split_of
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass

@@ -13,7 +13,7 @@ from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.optimizers import WatchedOptimizers, holds_optimizers
 from gradwatch.recording.recorder import NormRecorder
 from gradwatch.steps.core import Measure
-from gradwatch.steps.records import Measurement, StepRecord, scaled_by
+from gradwatch.steps.state import Measurement, StepRecord, scaled_by
 
 
 class StepActions:

@@ -24,7 +24,7 @@ from gradwatch.recording.optimizer_parameters import Pass
 from gradwatch.recording.restored_steps import steps_made
 from gradwatch.samples.collector import Message
 from gradwatch.steps.core import Began, CountSteps, EndStep, Made
-from gradwatch.steps.records import Measurement, NormClip, StepRecord
+from gradwatch.steps.state import Measurement, NormClip, StepRecord
 
 _ASKED: Final = 8
 """Backward passes of a thread that trains something else whose graphs are all searched; then ever fewer of them are."""

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch.norms.buffers import UnitNorms
-from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.layout import MeasurementPlan
 from gradwatch.norms.tensor_spec import TensorSpec, norm_function, unit_rows
-from gradwatch.steps.records import Measurement
+from gradwatch.steps.state import Measurement
 
 Floats = NDArray[np.float64]
 

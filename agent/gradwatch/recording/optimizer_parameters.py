@@ -13,7 +13,7 @@ from torch import Tensor
 from gradwatch.hooks.weak_tensors import deaths, weak
 from gradwatch.model.discovery import ParameterInfo
 from gradwatch.norms.buffers import SampleBuffers, UnitNorms
-from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.layout import MeasurementPlan
 from gradwatch.norms.reducer import LayoutChangedError
 from gradwatch.norms.tensor_spec import local_part
 

@@ -13,7 +13,7 @@ from gradwatch.recording.float64 import recompute
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.resting_weights import RestingWeights
 from gradwatch.recording.weight_updates import WeightUpdates
-from gradwatch.steps.records import Measurement, StepRecord
+from gradwatch.steps.state import Measurement, StepRecord
 
 
 class NormRecorder:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.norms.buffers import SampleBuffers
-from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.layout import MeasurementPlan
 from gradwatch.norms.tensor_spec import local_part, spec_of
 from gradwatch.recording.float64 import recompute
-from gradwatch.steps.records import Measurement, StepRecord
+from gradwatch.steps.state import Measurement, StepRecord
 
 _ELEMENTS: Final = {"cpu": 1 << 18}
 _ELEMENTS_ELSEWHERE: Final = 1 << 25

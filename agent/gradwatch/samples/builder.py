@@ -32,7 +32,7 @@ from gradwatch.statistics import (
     measured_from,
     ratio_histogram,
 )
-from gradwatch.steps.records import Measurement, NormClip, ScaledBy, StepRecord, WeightUpdate
+from gradwatch.steps.state import Measurement, NormClip, ScaledBy, StepRecord, WeightUpdate
 
 MOST_RATES: Final = 16
 """Parameter groups up to which each has a learning rate of its own among the scalars."""

@@ -26,7 +26,7 @@ from gradwatch.ranks.parts import RankPart, RegisteredParameters
 from gradwatch.samples.builder import Draft, SampleBuilder
 from gradwatch.samples.loggers import ScalarLogger
 from gradwatch.settings import LONGEST_NAME, can_be_stored
-from gradwatch.steps.records import StepRecord
+from gradwatch.steps.state import StepRecord
 
 POLL_SECONDS: Final = 0.1
 

@@ -11,9 +11,22 @@ from dataclasses import dataclass
 from typing import Final
 
 from gradwatch.steps.ownership import Beginning, ExpectedOptimizers, Owner, owner_of
-from gradwatch.steps.records import Indices, NormClip, Number, OptimizerKey, ScaledBy, StepRecord, scaled_by
 from gradwatch.steps.schedule import SamplingSchedule
-from gradwatch.steps.state import MOST_LOSSES, NO_INDICES, Keep, Loss, StepState, is_among
+from gradwatch.steps.state import (
+    MOST_LOSSES,
+    NO_INDICES,
+    Indices,
+    Keep,
+    Loss,
+    NormClip,
+    Number,
+    OptimizerKey,
+    ScaledBy,
+    StepRecord,
+    StepState,
+    is_among,
+    scaled_by,
+)
 
 UNSTEPPED_PASSES: Final = 200
 """Backward passes without a step of a watched parameter after which the user is told."""

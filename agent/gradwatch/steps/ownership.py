@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
 
-from gradwatch.steps.records import Indices, OptimizerKey, StepRecord
+from gradwatch.steps.state import Indices, OptimizerKey, StepRecord
 
 FORGOTTEN_AFTER_STEPS: Final = 100
 """Steps after which an optimizer that has not stepped is no longer waited for."""

@@ -6,7 +6,7 @@ from collections.abc import Set
 from statistics import median
 from typing import Final
 
-from gradwatch.steps.records import OptimizerKey, StepRecord
+from gradwatch.steps.state import OptimizerKey, StepRecord
 
 BURST_STEPS: Final = 20
 """Steps in a row that are sampled at the start and after a sign of trouble."""

@@ -354,3 +354,5 @@ class Health(BaseModel):
     """Whether the process lives, or the server is ready for requests."""
 
     status: str
+    version: str
+    """Version of the server."""

@@ -23,7 +23,7 @@ lint: .venv/test-installed
 	$(BIN)/ruff format --check .
 
 types: .venv/test-installed
-	$(BIN)/mypy agent server tests benchmarks dashboards
+	$(BIN)/mypy agent server tests benchmarks dashboards examples
 
 page: node_modules/.installed
 	npx --no-install tsc --noEmit

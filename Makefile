@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 
-.PHONY: demo test check dist pictures lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts \
+.PHONY: demo test check dist docs pictures lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts \
   bench-metrics bench-page bench-paper
 
 demo: .venv/demo-installed
@@ -63,6 +63,10 @@ pictures: .venv/test-installed
 # Ours and the peers' side by side in one run, as ratios; on a quiet machine.
 bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed
 	$(BIN)/python -m benchmarks.$* $(ARGS)
+
+# The site of docs/, in build/site.
+docs: .venv/test-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # sdist and wheel in dist/, looked at as a package index would.
 dist: .venv/test-installed

@@ -287,6 +287,7 @@ def _ingest(services: Sources) -> Iterable[Metric]:
         ("gradwatch_ingest_batches", "Batches stored.", ingest.batches),
         ("gradwatch_ingest_duplicate_batches", "Batches that were stored before.", ingest.duplicates),
         ("gradwatch_ingest_samples", "Samples stored.", ingest.samples),
+        ("gradwatch_ingest_left_out_samples", "Samples that a later attempt has replaced already.", ingest.left_out),
         ("gradwatch_ingest_values", "Values of statistics stored.", ingest.values),
     ):
         yield CounterMetricFamily(name, text, value=count)
@@ -324,6 +325,7 @@ def _remote_write(services: Sources) -> Iterable[Metric]:
     for name, text, count in (
         ("sent_samples", "Samples that the time-series store accepted.", counts.sent),
         ("set_aside_samples", "Samples that the time-series store refused.", counts.set_aside),
+        ("skipped_samples", "Samples replaced or deleted before they were written.", counts.skipped),
         ("retries", "Requests that were sent again.", counts.retries),
         ("errors", "Rounds that ended in an unexpected error.", counts.errors),
     ):

@@ -26,7 +26,7 @@ def copy_and_check(scalar: Tensor) -> tuple[Tensor, bool]:
         value = local_part(value)
     with torch.no_grad():
         value = value.clone() if value.dtype in (torch.float32, torch.float64) else value.float()
-    return value, value.device.type != "cpu" or math.isfinite(value.numpy().item())
+    return value, is_finite(value)
 
 
 def sum_scalars(scalars: Iterable[Tensor]) -> list[Tensor]:
@@ -43,5 +43,9 @@ def is_finite(scalar: Tensor) -> bool:
     if scalar.device.type != "cpu":
         return True
     value = scalar.detach() if scalar.requires_grad else scalar
+    value = value if type(value) is Tensor else local_part(value)
     value = value if value.dtype in (torch.float32, torch.float64) else value.float()
-    return bool(math.isfinite(value.numpy().item()))
+    try:
+        return math.isfinite(value.numpy().item())
+    except RuntimeError:  # a subclass that holds no number, as a fake tensor
+        return True

@@ -247,6 +247,32 @@ def test_a_gradient_that_two_parameters_share_is_clipped(server: Server) -> None
     training.check()
 
 
+class Conjugates(nn.Module):
+    """A loss of conjugated parameters, whose gradients are conjugated lazily."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(3, 4, dtype=torch.cfloat))
+        self.vector = nn.Parameter(torch.randn(5, dtype=torch.cfloat))
+
+
+@pytest.mark.parametrize("clip", [None, gradwatch.AGC(0.02, exclude=())])
+def test_gradients_that_are_conjugated_lazily(server: Server, clip: gradwatch.AGC | None) -> None:
+    model = Conjugates()
+    training = Training(server, model, clip)
+    for _ in range(4):
+        matrix, vector = torch.randn(4, 3, dtype=torch.cfloat).t().conj(), torch.randn(5, dtype=torch.cfloat).conj()
+        model.matrix.grad, model.vector.grad = matrix, vector
+        assert matrix.is_conj()
+        expected, weight = matrix.resolve_conj().clone(), model.matrix.detach()
+        if clip is not None:
+            limit = clip.clip * weight.abs().square().sum(1).sqrt().clamp(min=1e-3)
+            expected *= (limit / expected.abs().square().sum(1).sqrt()).clamp(max=1.0)[:, None]
+        training.step()
+        torch.testing.assert_close(matrix.resolve_conj(), expected)
+    training.check()
+
+
 def test_hybrid_sparse_gradients_with_adaptive_clipping(server: Server) -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.randn(5, 6, 2))

@@ -42,6 +42,8 @@ class StepActions:
         self._note_frozen(known.parameters)
         self._note_rates(optimizer, record)
         measured = self._recorder.measure_before_step(known.parameters, record, optimizer)
+        if self._models.parameters.newly_unreadable:
+            self._models.register()
         if measured is not None:
             measured[1].clips = scaled_by(record.clips, known.parameters.index_set, stepping=True)
         return measured
@@ -105,6 +107,8 @@ class StepActions:
             return
         watched = self._models.parameters.watched
         pass_ = measured[0] if measured is not None else clipper.measure(known.parameters, watched)
+        if known.parameters.unreadable:
+            clipper.raise_unreadable(known.parameters, watched)
         if pass_ is None:
             return
         limits = clipper.clip(optimizer, known.parameters, pass_, watched)

@@ -100,4 +100,3 @@ def test_a_sign_brings_a_burst_in_the_default_setting(server: Server) -> None:
     steps = {sample.step for sample in server.samples}
     assert steps == {*range(1, 21), *range(60, 81)}
     assert sorted(server.trail("loss")) == list(range(1, 121))
-

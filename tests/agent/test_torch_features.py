@@ -283,12 +283,6 @@ def test_weights_that_a_step_post_hook_moves(server: Server) -> None:
     training.check()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="measuring ends when a new optimizer steps parameters that are all new, as load_state_dict(assign=True) "
-    "makes them",
-)
 def test_parameters_that_are_all_replaced(server: Server) -> None:
     training = Training(server)
     training.train(3)

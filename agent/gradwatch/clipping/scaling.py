@@ -175,7 +175,7 @@ class _BufferScaling:
     def _tensor_norms(self, units: Tensor) -> Tensor:
         """Return the norm of each tensor from those of its units."""
         squares = torch.zeros(len(self._spans), dtype=torch.float64, device=units.device)
-        squares.index_add_(0, self._owners, units.double().square_())
+        squares.index_add_(0, self._owners, units.double().square())
         return squares.sqrt_().to(units.dtype)
 
     def recompute_overflowed(self, norms: Tensor, tensors: Sequence[Tensor]) -> None:

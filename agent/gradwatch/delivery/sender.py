@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, Protocol
 
 import urllib3
 
-from gradwatch import wire
+from gradwatch import __version__, wire
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.processor_time import ProcessorTime, samples_share
 from gradwatch.delivery.splitting import count_values, split_batch
@@ -87,7 +87,11 @@ class HttpTransport:
     def __init__(self, url: str, token: str | None) -> None:
         self._url = url
         self._pool = urllib3.PoolManager(num_pools=1, maxsize=1, retries=False)
-        self._headers = {"Content-Type": wire.MESSAGEPACK_TYPE, "Accept": wire.JSON_TYPE, "User-Agent": "gradwatch"}
+        self._headers = {
+            "Content-Type": wire.MESSAGEPACK_TYPE,
+            "Accept": wire.JSON_TYPE,
+            "User-Agent": f"gradwatch/{__version__}",
+        }
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
 

@@ -45,6 +45,8 @@ class ParameterRegistry:
         """Id of a parameter -> its index."""
         self._index_of_unsharded: dict[int, int] = {}
         """Id of an unsharded parameter -> index of the sharded one."""
+        self.later: set[int] = set()
+        """Indices of the parameters that were found after the first search, at new places or in place of others."""
         self.sharded = False
         """Whether this rank holds only shards of some parameters."""
         self.trainable: list[bool] = []
@@ -75,9 +77,12 @@ class ParameterRegistry:
         if self._expert_indices is None:
             new = [info.with_bounded_units() for info in new]
         indices = {info.name: index for index, info in enumerate(self.watched)}
+        searched_before = bool(self.watched)
         for info in new:
             parameter = info.parameter()
-            self._index_of[id(parameter)] = self._add(info, indices.get(info.name))
+            index = self._index_of[id(parameter)] = self._add(info, indices.get(info.name))
+            if searched_before:
+                self.later.add(index)
             self.sharded |= hasattr(parameter, "to_local")
         if new and self._expert_indices is not None:
             for index in self._expert_indices(*names_and_parameters(self.watched)):

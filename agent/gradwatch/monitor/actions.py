@@ -99,6 +99,8 @@ class StepActions:
         """
         clipper = self._models.clipper
         known = None if clipper is None else self._optimizers.find(optimizer)
+        if clipper is not None and known is None:
+            self._optimizers.raise_refusal(optimizer)
         if clipper is None or known is None or (outer is not None and clipper.has_clipped(known.parameters)):
             return
         watched = self._models.parameters.watched

@@ -66,6 +66,7 @@ class Monitor:
             self.models.classifier.search_again,
             clips=clips,
             warn=self.notices.warn,
+            refused=self.notices.not_given,
         )
         made = steps_made(self._optimizers.named, wait=True) if step is None else step
         self.steps = StepCore(

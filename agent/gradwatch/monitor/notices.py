@@ -46,6 +46,17 @@ class Notices:
         self.warn(f"{reason}. Gradients and weights are not measured")
         self.report("not_measured", reason)
 
+    def not_given(self, text: str) -> None:
+        """Tell the user that an optimizer of watched parameters was not given to ``attach``."""
+        self.warn(text)
+        self.report("not_measured", text)
+
+    def clipping_ended(self, run: str) -> None:
+        """Tell the user that attaching again without ``clip=`` has ended the clipping of an earlier run."""
+        text = f"the model was attached again without clip=: the adaptive clipping of {run} has ended"
+        self.warn(text)
+        self.report("clipping_ended", text)
+
     def unstepped(self, passes: int) -> None:
         """Tell the user that no optimizer steps a watched parameter."""
         text = f"after {passes} backward passes no torch.optim.Optimizer has stepped a watched parameter: " + (

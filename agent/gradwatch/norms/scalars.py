@@ -19,7 +19,7 @@ def copy_scalar(scalar: Tensor) -> Tensor:
         return part.clone() if part.dtype in (torch.float32, torch.float64) else part.float()
 
 
-def keep_number(scalar: Tensor) -> tuple[Scalar, bool]:
+def copy_and_check(scalar: Tensor) -> tuple[Scalar, bool]:
     """Return a number that later changes do not reach, and ``is_finite`` of it.
 
     On the CPU it is read now: a float costs less than a copy. Elsewhere it is a copy on its device.

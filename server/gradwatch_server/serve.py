@@ -21,11 +21,11 @@ import sqlalchemy as sa
 import uvicorn
 
 from gradwatch.settings import secret
+from gradwatch_server import logs
 from gradwatch_server.app import create_app
 from gradwatch_server.errors import ConfigurationError, GradwatchError
 from gradwatch_server.notify.http_client import ALL_NETWORKS, is_loopback
 from gradwatch_server.notify.receivers import Webhook
-from gradwatch_server.plain_text import visible
 from gradwatch_server.services import Services
 from gradwatch_server.settings import DATABASE_URL_HELP, Configuration, Settings, resolve_database_url
 from gradwatch_server.store.database import open_engine, prepare, shown_address
@@ -80,18 +80,6 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
             raise ConfigurationError(f"GRADWATCH_PUBLIC_URL: {error}") from None
     database_url = resolve_database_url(arguments.database_url)
     return Settings(database_url=database_url, host=arguments.host, port=arguments.port, configuration=configuration)
-
-
-class LogFormatter(logging.Formatter):
-    """Writes each message as one line; neither it nor a traceback can act on the terminal that shows the log."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """Return the message's line."""
-        return visible(super().formatMessage(record))
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, and the traceback below it if there is one."""
-        return visible(super().format(record), keep="\n\t")
 
 
 class _Server(uvicorn.Server):
@@ -215,11 +203,7 @@ def _keep_memory() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the server until it is told to stop; return the exit code."""
     _keep_memory()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # its lines carry addresses with their query strings
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logs.set_up()
     try:
         given = _parser().parse_args(arguments)
         settings = read_settings(given)

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
+from gradwatch_server import clock
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify import outbox
 from gradwatch_server.notify.http_client import DeliveryResult
@@ -109,8 +110,8 @@ class Notifier:
         """Every few seconds, give up deliveries that no receiver takes, and delete the alerts of deleted runs."""
 
         def work(connection: sa.Connection) -> int:
-            outbox.delete_orphaned_alerts(connection, time.time())
-            return outbox.give_up(connection, names, time.time())
+            outbox.delete_orphaned_alerts(connection, clock.now())
+            return outbox.give_up(connection, names, clock.now())
 
         while True:
             try:
@@ -181,7 +182,7 @@ class DeliveryWorker:
     async def _record_and_claim(self, transport: Transport) -> None:
         """Record the attempts that have ended and claim as many due deliveries as may start, in one transaction."""
         ended, self._ended = self._ended, []
-        allowed = 0 if self._closing else self._breaker.allowed(time.time(), self._at_once)
+        allowed = 0 if self._closing else self._breaker.allowed(time.monotonic(), self._at_once)
         most = allowed - len(self._under_way)
         if not ended and most <= 0:
             return
@@ -205,23 +206,24 @@ class DeliveryWorker:
         if most <= 0:
             return [], states
         lease_seconds = self._settings.lease_seconds
-        return outbox.claim(connection, self._receiver.name, time.time(), most, lease_seconds), states
+        return outbox.claim(connection, self._receiver.name, clock.now(), most, lease_seconds), states
 
     async def _attempt(self, transport: Transport, delivery: ClaimedDelivery) -> None:
-        at, started = time.time(), time.perf_counter()
+        at, started = clock.now(), time.perf_counter()
         lease_seconds = delivery.lease_ends - time.monotonic()
         if lease_seconds <= 0:  # this process stood still: another server may have sent it, and what follows, by now
             log.warning("delivery %s to %s: its lease ended before it was sent", delivery.id, self._receiver.name)
             return
+        notification = Notification(delivery.id, delivery.payload, delivery.created_at)
         try:
             async with asyncio.timeout(lease_seconds):
-                result = await transport.send(Notification(delivery.id, delivery.payload, delivery.created_at), at)
+                result = await transport.send(notification, time.time())
         except TimeoutError:
             result = DeliveryResult(None, f"no answer within the lease of {self._settings.lease_seconds:g} s")
         except Exception as error:  # else the delivery would come back at the end of each lease, for ever
             log.exception("delivery %s to %s could not be attempted", delivery.id, self._receiver.name)
             result = DeliveryResult(None, f"{type(error).__name__}: the server's log says more")
-        self._breaker.record(result, time.time())
+        self._breaker.record(result, time.monotonic())
         self._ended.append(Attempt(delivery, result, at, time.perf_counter() - started))
         self.wake()
 

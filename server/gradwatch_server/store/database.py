@@ -1,6 +1,7 @@
 """Database engines and migrations: SQLite, which is embedded, or PostgreSQL."""
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,6 +229,14 @@ def prepare(engine: sa.Engine) -> None:
             f"the database has schema {found or 'none'}, this version needs {expected}: back it up, then run "
             "gradwatch migrate --database-url ..."
         )
+
+
+def read_clock(engine: sa.Engine) -> float:
+    """Return the time in Unix seconds by the clock that all servers of a database share."""
+    if engine.dialect.name == "sqlite":
+        return time.time()
+    with engine.connect() as connection:
+        return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
 
 def upsert(engine: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:

@@ -22,7 +22,8 @@ from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
 from gradwatch.lifecycle.process import attributes, default_run_name, rank
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
-from gradwatch.monitor.context import AgentThread, Callbacks, discard
+from gradwatch.monitor.context import Callbacks, discard
+from gradwatch.monitor.guard import AgentThread
 from gradwatch.monitor.monitor import Monitor
 from gradwatch.norms.scalars import Scalar
 from gradwatch.ranks.exchange import exchange_for
@@ -30,8 +31,8 @@ from gradwatch.samples.collector import Collector
 from gradwatch.samples.loggers import LoggerName, open_logger
 from gradwatch.settings import RUN_ID, Settings
 from gradwatch.steps.event_log import write_events
-from gradwatch.steps.records import StepRecord
 from gradwatch.steps.schedule import OverheadAccount, SamplingSchedule
+from gradwatch.steps.state import StepRecord
 
 _running: tuple["Session", ...] = ()
 
@@ -120,9 +121,11 @@ class Session:
         try:
             self.monitor.check()
             self.monitor.listen()  # before an earlier one leaves: the last listener drops all references to tensors
-            self._replace_earlier()
+            clipped = self._replace_earlier()
             if watching:
                 self._report(settings, clip, resumed=resumed)
+            for run in clipped if clip is None else ():
+                self.monitor.notices.clipping_ended(run)
         except BaseException:
             self.monitor.stop()  # no hook and no reference stays behind
             raise
@@ -167,13 +170,21 @@ class Session:
             self._note = RunNote(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
             write_note(self._note)
 
-    def _replace_earlier(self) -> None:
-        """Close the session that watches exactly these parameters: a notebook cell was run again."""
+    def _replace_earlier(self) -> list[str]:
+        """Close the session that watches exactly these parameters: a notebook cell was run again.
+
+        Returns:
+            The ids of the runs that have ended by this and whose gradients were clipped.
+        """
         mine = self.monitor.models.parameters
+        clipped = []
         for other in _running:
             theirs = other.monitor.models.parameters
             if theirs.ids == mine.ids or theirs.are_gone:
+                if other.monitor.models.clipper is not None and not theirs.are_gone:
+                    clipped.append(other.run_id)
                 other.close(time.monotonic() + 1.0, "completed")
+        return clipped
 
     @property
     def step(self) -> int:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 import gradwatch
 from gradwatch.norms import reference
 from gradwatch.norms.buffers import BufferPool
-from gradwatch.norms.layout import NormLayout
-from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.layout import MeasurementPlan, NormLayout
 from gradwatch.norms.reducer import NormReducer, Scratch
 from gradwatch.norms.tensor_spec import BufferKey, UnitAxis, spec_of
 

@@ -20,7 +20,7 @@ from gradwatch.delivery.sender import DeliveryResult, Sender
 from gradwatch.delivery.splitting import split_batch
 from gradwatch.delivery.spool import Entry
 from gradwatch.monitor.notices import Notices
-from gradwatch.steps.records import StepRecord
+from gradwatch.steps.state import StepRecord
 from tests.processes import PATIENCE_SECONDS, GradwatchServer
 
 from .conftest import OwnErrors, Server

@@ -4,9 +4,8 @@ import pytest
 
 from gradwatch.steps.core import CountSteps, Measure, StepCore
 from gradwatch.steps.ownership import CASES, Adoption, Named, Owner, adoption_of
-from gradwatch.steps.records import NormClip
 from gradwatch.steps.schedule import OverheadAccount, SamplingSchedule
-from gradwatch.steps.state import MOST_CLIPS, MOST_LOSSES
+from gradwatch.steps.state import MOST_CLIPS, MOST_LOSSES, NormClip
 
 from .steps import HERE, Training
 
@@ -342,6 +341,11 @@ def test_an_optimizer_that_nobody_named_counts_where_it_stands_for_a_named_one(
 def test_where_all_named_optimizers_are_gone_any_new_one_takes_the_place_of_one() -> None:
     gone = [Named(1, gone=True, last=frozenset({7}))]
     assert adoption_of(frozenset({0}), gone, within_named=False, around_named=False) == (Adoption.REPLACES, 1)
+
+
+def test_an_optimizer_of_parameters_that_came_later_counts_beside_the_named_ones() -> None:
+    found = adoption_of(frozenset({5}), NAMED, within_named=False, around_named=False, found_later=True)
+    assert found == (Adoption.LATER, None)
 
 
 def test_each_case_of_ownership_has_a_name_of_its_own() -> None:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch.hooks import weak_tensors
-from gradwatch.hooks.patch import Function, Patch, around, compiler, inside_no_grad
+from gradwatch.hooks.patch import AddedHook, Function, Patch, around, compiler, inside_no_grad
 
 _STEP_WRAPPER: Final = next(
     (code for code in Optimizer.profile_hook_step.__code__.co_consts if getattr(code, "co_name", "") == "wrapper"), None
@@ -73,10 +72,8 @@ class Listener(Protocol):
 
 
 _listeners: tuple[Listener, ...] = ()
-_patches: list[Patch] = []
+_patches: list[Patch | AddedHook] = []
 """Those that are applied."""
-_undo: list[Callable[[], None]] = []
-"""Take away the hooks that torch itself offers."""
 _stepping: dict[int, tuple[int, weakref.ref[Optimizer]]] = {}
 """The optimizers in the middle of a step, by their ids, each with the id of the frame of torch's outermost wrapper."""
 _norm_type: ContextVar[float] = ContextVar("_norm_type", default=2.0)
@@ -120,8 +117,8 @@ def _set_hooks() -> None:
     if not _follows_forks:
         _follows_forks = True
         os.register_at_fork(after_in_child=_after_fork)  # nothing takes it away; without listeners it does nothing
-    _undo.append(register_optimizer_step_pre_hook(_before_step).remove)
-    _undo.append(register_optimizer_step_post_hook(_after_step).remove)
+    for added in _step_hooks:
+        _apply(added)
     _apply(weak_tensors.swap_patch)
     _apply(Patch(torch.autograd, "backward", _backward))
     _apply(Patch(sys, "exit", around(_exit)))
@@ -139,14 +136,12 @@ def _set_hooks() -> None:
         _apply(inside_no_grad(clip_grad.clip_grad_norm_, around(_measure_and_clip_by_norm)))
 
 
-def _apply(patch: Patch) -> None:
+def _apply(patch: Patch | AddedHook) -> None:
     patch.apply()
     _patches.append(patch)
 
 
 def _take_hooks_away() -> None:
-    while _undo:
-        _undo.pop()()
     while _patches:
         _patches.pop().undo()
     _stepping.clear()
@@ -195,6 +190,10 @@ def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str,
 
 _before_step_untraced: Final = torch.compiler.disable(_before_step)
 _after_step_untraced: Final = torch.compiler.disable(_after_step)
+_step_hooks: Final = (
+    AddedHook(sys.modules[Optimizer.__module__], "_global_optimizer_pre_hooks", _before_step),
+    AddedHook(sys.modules[Optimizer.__module__], "_global_optimizer_post_hooks", _after_step),
+)
 
 
 def _step_wrapper(frame: FrameType | None) -> FrameType | None:

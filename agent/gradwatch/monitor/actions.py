@@ -13,7 +13,7 @@ from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.optimizers import WatchedOptimizers, holds_optimizers
 from gradwatch.recording.recorder import NormRecorder
 from gradwatch.steps.core import Measure
-from gradwatch.steps.records import Measurement, StepRecord, scaled_by
+from gradwatch.steps.state import Measurement, StepRecord, scaled_by
 
 
 class StepActions:
@@ -42,6 +42,8 @@ class StepActions:
         self._note_frozen(known.parameters)
         self._note_rates(optimizer, record)
         measured = self._recorder.measure_before_step(known.parameters, record, optimizer)
+        if self._models.parameters.newly_unreadable:
+            self._models.register()
         if measured is not None:
             measured[1].clips = scaled_by(record.clips, known.parameters.index_set, stepping=True)
         return measured
@@ -99,10 +101,14 @@ class StepActions:
         """
         clipper = self._models.clipper
         known = None if clipper is None else self._optimizers.find(optimizer)
+        if clipper is not None and known is None:
+            self._optimizers.raise_refusal(optimizer)
         if clipper is None or known is None or (outer is not None and clipper.has_clipped(known.parameters)):
             return
         watched = self._models.parameters.watched
         pass_ = measured[0] if measured is not None else clipper.measure(known.parameters, watched)
+        if known.parameters.unreadable:
+            clipper.raise_unreadable(known.parameters, watched)
         if pass_ is None:
             return
         limits = clipper.clip(optimizer, known.parameters, pass_, watched)

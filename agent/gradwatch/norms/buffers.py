@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradwatch.norms.layout import NormLayout
-from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.layout import MeasurementPlan, NormLayout
 from gradwatch.norms.reducer import NormReducer, Scratch
 from gradwatch.norms.tensor_spec import BufferKey
 from gradwatch.norms.triton_reducer import make_reducer

@@ -78,10 +78,18 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
+def real_view(tensor: Tensor) -> Tensor:
+    """Return a view of the real and imaginary parts of a complex tensor, as a last dim of 2.
+
+    Of one that is lazily conjugated, it is that of its conjugate: norms are the same, and so is scaling by real numbers.
+    """
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+
+
 def unit_rows(tensor: Tensor, spec: TensorSpec) -> Tensor:
     """Return a real floating-point view or copy with the units along dim 0 and two dims or more."""
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = real_view(tensor)
     elif not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
         tensor = tensor.to(spec.norm_dtype)
     if spec.units == 1:
@@ -169,6 +177,6 @@ def _write_sparse(tensor: Tensor, out: Tensor) -> None:
     coalesced = tensor.coalesce()
     indices, values = coalesced.indices(), coalesced.values()
     if torch.is_complex(values):
-        values = torch.view_as_real(values)
+        values = real_view(values)
     squares = values.to(out.dtype).square().reshape(values.shape[0], math.prod(values.shape[1:])).sum(1)
     out.zero_().index_add_(0, indices[0] if out.numel() > 1 else torch.zeros_like(indices[0]), squares).sqrt_()

@@ -13,7 +13,7 @@ from gradwatch.recording.float64 import recompute
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.resting_weights import RestingWeights
 from gradwatch.recording.weight_updates import WeightUpdates
-from gradwatch.steps.records import Measurement, StepRecord
+from gradwatch.steps.state import Measurement, StepRecord
 
 
 class NormRecorder:
@@ -28,8 +28,6 @@ class NormRecorder:
         self.pool = BufferPool()
         self.pass_seconds = 0.0
         """Time of the last pass over gradients and weights; where AGC clips, it needs this pass anyway."""
-        self.rest_seconds = 0.0
-        """Time that the last step took for the weights that no optimizer has stepped."""
         self.stopped = False
         """Whether nothing is measured any more, because the numbers would be wrong."""
         self._no_room = no_room
@@ -63,6 +61,8 @@ class NormRecorder:
         started = time.perf_counter()
         pass_ = parameters.measure(record.buffers, self._parameters.watched)
         self.pass_seconds = time.perf_counter() - started
+        if parameters.unreadable:
+            self._parameters.mark_unreadable(parameters.unreadable)
         if pass_ is None:
             return None
         measurement = Measurement(frozenset(pass_.plan.indices), pass_.norms, before_clip)
@@ -92,14 +92,11 @@ class NormRecorder:
     def send(self, record: StepRecord) -> None:
         """Measure the resting weights of a step that is over, and begin to copy all norms to the host."""
         self._updates.clear()
-        self.rest_seconds = 0.0
         if record.buffers is None:
             return
         count = len(self._parameters.watched)
         if record.measurements and not (len(record.measurements) == 1 and len(record.measurements[0].indices) == count):
-            started = time.perf_counter()
             record.measurements += self._resting.measure(record, record.buffers)
-            self.rest_seconds = time.perf_counter() - started
         record.buffers.send()
 
     def give_back(self, record: StepRecord) -> None:

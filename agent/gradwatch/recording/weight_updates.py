@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.norms.layout import NormLayout, Reduction
-from gradwatch.norms.measurement_plan import MeasurementPlan
+from gradwatch.norms.layout import MeasurementPlan, NormLayout, Reduction
 from gradwatch.norms.reducer import NormReducer, Scratch
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
-from gradwatch.steps.records import WeightUpdate
+from gradwatch.steps.state import WeightUpdate
 
 _ELEMENTS: Final = {"cpu": 1 << 22}
 _ELEMENTS_ELSEWHERE: Final = 1 << 25

@@ -32,7 +32,7 @@ from gradwatch.statistics import (
     measured_from,
     ratio_histogram,
 )
-from gradwatch.steps.records import Measurement, NormClip, ScaledBy, StepRecord, WeightUpdate
+from gradwatch.steps.state import Measurement, NormClip, ScaledBy, StepRecord, WeightUpdate
 
 MOST_RATES: Final = 16
 """Parameter groups up to which each has a learning rate of its own among the scalars."""
@@ -62,16 +62,25 @@ class SampleBuilder:
         """Third of the depth in which each parameter lies, 0 to 2."""
         self._weights = {row.name: np.zeros(0, np.float32) for row in measured_from("weight")}
         """Statistics of the weights, as they were measured last: weights at rest are not measured in every sample."""
+        self._unreadable: list[int] = []
+        """Indices of the parameters that cannot be measured."""
         self._usual_norm = 0.0
         self._was_finite = True
         self._skipped_steps = 0
         self.all_nonfinite = False
         """Whether everything in the last step was non-finite at once, so that nothing shows where it began."""
 
-    def register(self, depths: Sequence[int], ownership: ShardOwnership | None) -> None:
-        """Take the depths of the parameters, and what this rank reports of them; earlier ones keep their places."""
+    def register(self, depths: Sequence[int], ownership: ShardOwnership | None, unreadable: Sequence[int] = ()) -> None:
+        """Take the depths of the parameters, and what this rank reports of them; earlier ones keep their places.
+
+        Args:
+            depths: one for each parameter.
+            ownership: what this rank reports; None where it measures alone.
+            unreadable: indices of the parameters that cannot be measured.
+        """
         count = len(depths)
         self._ownership = ownership
+        self._unreadable = list(unreadable)
         for name, known in self._weights.items():
             self._weights[name] = np.append(known, np.zeros(count - known.size, np.float32))
         self._third = 3 * np.asarray(depths, np.intp) // max(count, 1)
@@ -124,7 +133,7 @@ class SampleBuilder:
         with np.errstate(all="ignore"):
             for statistic in JOINED:
                 values = clipped if statistic.name == "clipped_grad_norm" else vectors[statistic.name]
-                measured = owned if statistic.source == "weight" else has_gradient
+                measured = owned & (values != MISSING) if statistic.source == "weight" else has_gradient
                 part = statistic.reduction.to_part(values.astype(np.float64), vectors.units)
                 rows.append(np.where(measured, part, statistic.reduction.absent))
         units = np.where(has_gradient, vectors.units, MISSING)
@@ -177,6 +186,7 @@ class SampleBuilder:
             _add_update(update, vectors)
         for name, known in self._weights.items():
             vectors[name] = known.copy()
+            vectors[name][self._unreadable] = MISSING
         return Draft(record, vectors, self._histograms(record.measurements, record.excluded))
 
     def _add_measurement(self, measurement: Measurement, vectors: "_Vectors") -> None:

@@ -21,7 +21,7 @@ from gradwatch.hooks.module_outputs import FiniteFlags, OutputHooks
 from gradwatch.model.discovery import is_compiled
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.norms.scalars import is_finite
-from gradwatch.steps.records import StepRecord
+from gradwatch.steps.state import StepRecord
 
 _EVERY_STEPS: Final = 100
 """Steps from one search to the next."""
@@ -80,8 +80,8 @@ class OriginFinder:
         self._next_search = step + _EVERY_STEPS
         modules: dict[int, str] = {}
         for watched in self._parameters.watched:
-            parameter = watched.parameter()
-            if parameter is not None:
+            parameter = watched.parameter.reference()
+            if parameter is not None and not watched.unreadable:
                 if not bool(torch.isfinite(parameter.detach()).all().numpy().item()):
                     return None  # the origin lies in an earlier step
                 modules[id(parameter)] = watched.module

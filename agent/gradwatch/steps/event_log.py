@@ -17,8 +17,8 @@ from typing import Any, Final, get_type_hints
 import msgspec
 
 from gradwatch.steps.core import StepCore
-from gradwatch.steps.records import NormClip, StepRecord
 from gradwatch.steps.schedule import OverheadAccount, SamplingSchedule
+from gradwatch.steps.state import NormClip, StepRecord
 
 MOST_EVENTS: Final = 100_000
 """Events that are written; then the log ends, so that a forgotten variable fills no disk."""

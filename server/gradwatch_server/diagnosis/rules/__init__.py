@@ -1,4 +1,4 @@
-"""The rules of the diagnosis, and their limits that are in force for a run.
+"""The rules of the diagnosis, their limits that are in force for a run, and the diagnosis of a sample by all of them.
 
 Each module of this folder is one rule and exports it as ``RULE``. The limits are the defaults of the rules with the
 changes of ``[rules.NAME]``.
@@ -10,8 +10,12 @@ from pkgutil import iter_modules
 from typing import Any, Self, cast
 
 import msgspec
+import numpy as np
 
+from gradwatch_server.diagnosis.finding import Finding
+from gradwatch_server.diagnosis.history import History
 from gradwatch_server.diagnosis.rule import Limits, LimitsT, Observation, Rule
+from gradwatch_server.diagnosis.sample import RunParameters, Sample
 
 RULES: tuple[Rule[Any, Any], ...] = tuple(
     import_module(f"{__name__}.{name}").RULE for name in sorted(module.name for module in iter_modules(__path__))
@@ -67,3 +71,30 @@ def _check(rule: str, limits: type[Limits], changes: object) -> None:
             detail = str(error)[:1].lower() + str(error)[1:]
             default = fields[key].default
             raise ValueError(f"rules.{rule}.{key} = {value!r}: {detail}; the default is {default!r}") from None
+
+
+def diagnose(
+    parameters: RunParameters, history: History, sample: Sample, thresholds: Thresholds
+) -> tuple[History, list[Finding]]:
+    """Diagnose one sample of a run.
+
+    Args:
+        parameters: the run's parameters.
+        history: the history of the run's earlier samples.
+        sample: the sample; steps ascend within an attempt.
+        thresholds: the limits in force.
+
+    Returns:
+        The history with this sample in it, and one finding for each rule that holds at the sample.
+    """
+    with np.errstate(all="ignore"):
+        observation = Observation.of(parameters, history, sample)
+        found = ((rule, rule.find(observation, thresholds[rule])) for rule in SAMPLE_RULES)
+        symptoms = {rule: symptom for rule, symptom in found if symptom is not None}
+        reports = (rule.report(symptom, thresholds[rule], history.since) for rule, symptom in symptoms.items())
+        findings = [finding for finding in reports if finding is not None]
+        rules = [finding.rule for finding in findings]
+        # A sign of an explosion counts for the history even where the rule is not enabled.
+        suspect = any(rule.name == "exploding" for rule in symptoms)
+        after = history.after(sample, observation.profile, observation.quiet_times, rules, suspect=suspect)
+        return after, findings

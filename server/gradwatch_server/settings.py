@@ -108,6 +108,8 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How many parameters of each run get series, the most conspicuous ones."""
     most_parameters: Annotated[int, msgspec.Meta(ge=0)] = 20_000
     """Most parameters of all runs together; the others are left out, and ``/metrics`` says how many."""
+    most_runs: Annotated[int, msgspec.Meta(ge=0)] = 1_000
+    """Most active runs that have metrics, those that reported last; ``/metrics`` says how many are left out."""
     silent_seconds: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
     """A run that has not reported for so long is left out, though it has not ended; its alerts are still counted."""
 

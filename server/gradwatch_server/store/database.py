@@ -1,7 +1,7 @@
 """Database engines and migrations: SQLite, which is embedded, or PostgreSQL."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from gradwatch_server.errors import DatabaseError
 from gradwatch_server.store.vectors import register_vectors
 
 _CONNECT_SECONDS = 10
+_VALUES_PER_STATEMENT = 1_000
 
 
 def open_engine(url: str, *, create: bool = True) -> sa.Engine:
@@ -228,6 +229,12 @@ def prepare(engine: sa.Engine) -> None:
             f"the database has schema {found or 'none'}, this version needs {expected}: back it up, then run "
             "gradwatch migrate --database-url ..."
         )
+
+
+def batched(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield values in batches for one statement each: PostgreSQL takes 65,535 in one."""
+    for begin in range(0, len(values), _VALUES_PER_STATEMENT):
+        yield values[begin : begin + _VALUES_PER_STATEMENT]
 
 
 def upsert(engine: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:

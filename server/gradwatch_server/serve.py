@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import msgspec
 import sqlalchemy as sa
@@ -23,9 +24,11 @@ import uvicorn
 from gradwatch.settings import secret
 from gradwatch_server import logs
 from gradwatch_server.app import create_app
+from gradwatch_server.connections import ConnectionTable, raise_file_limit
 from gradwatch_server.errors import ConfigurationError, GradwatchError
 from gradwatch_server.notify.http_client import ALL_NETWORKS, is_loopback
 from gradwatch_server.notify.receivers import Webhook
+from gradwatch_server.plain_text import visible
 from gradwatch_server.services import Services
 from gradwatch_server.settings import DATABASE_URL_HELP, Configuration, Settings, resolve_database_url
 from gradwatch_server.store.database import open_engine, prepare, shown_address
@@ -216,9 +219,14 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     host, port = sock.getsockname()[:2]
     settings = msgspec.structs.replace(settings, host=host, port=port)
+    app = create_app(settings, engine)
+    table = ConnectionTable(lambda: cast("Services", app.state.services).settings.configuration)
+    raise_file_limit(settings.configuration.connections.most)
     server = _Server(
         uvicorn.Config(
-            create_app(settings, engine),
+            app,
+            http=cast("type[asyncio.Protocol]", table),
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

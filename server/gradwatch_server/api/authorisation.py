@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ConnectionScope
 
+from gradwatch_server.api.body import read_document
 from gradwatch_server.api.problem import failure_response, refusal_response
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify.http_client import is_loopback
@@ -195,6 +196,7 @@ class AuthorisedRoute(APIRoute):
 
         async def check_access_first(request: Request) -> Response:
             await self.access(request)
+            await read_document(request, Services.of(request).settings.configuration.limits)
             return await handle(request)
 
         return check_access_first

@@ -28,10 +28,14 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def problem_response(status: int, title: str, detail: str, retry_after: RetryAfter | None = None) -> Response:
-    """Return a problem document."""
-    document = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    """Return the response with a problem document."""
     headers = {} if retry_after is None else {"Retry-After": str(int(retry_after))}
-    return Response(msgspec.json.encode(document), status, headers, PROBLEM_TYPE)
+    return Response(msgspec.json.encode(problem_document(status, title, detail)), status, headers, PROBLEM_TYPE)
+
+
+def problem_document(status: int, title: str, detail: str) -> dict[str, Any]:
+    """Return a problem document."""
+    return {"type": "about:blank", "title": title, "status": status, "detail": detail}
 
 
 def refusal_response(refusal: Refused) -> Response:

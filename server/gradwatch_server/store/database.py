@@ -2,7 +2,7 @@
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from gradwatch_server.errors import DatabaseError
 from gradwatch_server.store.vectors import register_vectors
 
 _CONNECT_SECONDS = 10
+_VALUES_PER_STATEMENT = 1_000
 
 
 def open_engine(url: str, *, create: bool = True) -> sa.Engine:
@@ -237,6 +238,12 @@ def read_clock(engine: sa.Engine) -> float:
         return time.time()
     with engine.connect() as connection:
         return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
+
+
+def batched(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield values in batches for one statement each: PostgreSQL takes 65,535 in one."""
+    for begin in range(0, len(values), _VALUES_PER_STATEMENT):
+        yield values[begin : begin + _VALUES_PER_STATEMENT]
 
 
 def upsert(engine: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:

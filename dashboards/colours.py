@@ -29,8 +29,8 @@ RULES = {
     "exploding": "dark-red",
     "vanishing": "blue",
     "dead": "purple",
-    "throttled": "orange",
-    "stalled": "yellow",
+    "throttled": "yellow",
+    "stalled": "orange",
 }
 assert set(RULES) == {rule.name for rule in DIAGNOSIS_RULES}, "a rule has no colour"
 NOT_FINITE = "#b30000"

@@ -107,7 +107,7 @@ def _board_links(uid: str) -> list[Json]:
 
 def _source(name: str, label: str, kind: str) -> Json:
     about = {"name": name, "label": label, "type": "datasource", "query": kind, "refresh": 1, "regex": ""}
-    return about | {"multi": False, "includeAll": False, "hide": 1, "skipUrlSync": False, "options": [], "current": {}}
+    return about | {"multi": False, "includeAll": False, "hide": 1, "skipUrlSync": False, "options": []}
 
 
 def constant(name: str, value: str) -> Json:
@@ -120,7 +120,7 @@ def constant(name: str, value: str) -> Json:
 def query_variable(name: str, label: str, statement: str, **more: Any) -> Json:
     """Return a variable whose choices a query of PostgreSQL yields."""
     about = {"name": name, "label": label, "type": "query", "datasource": POSTGRES, "query": statement, "refresh": 2}
-    return about | {"sort": 0, "hide": 0, "multi": False, "includeAll": False, "options": [], "current": {}} | more
+    return about | {"sort": 0, "hide": 0, "multi": False, "includeAll": False, "options": []} | more
 
 
 def project_variable() -> Json:

@@ -117,6 +117,8 @@ def numbers(number: int, title: str, description: str, *targets: Json, overrides
         "graphMode": "none",
         "justifyMode": "center",
         "wideLayout": False,
+        "showPercentChange": False,
+        "percentChangeColorMode": "standard",
     }
     settings = {"color": {"mode": "thresholds"}} | more
     return panel(number, "stat", title, description, targets, options=options, overrides=overrides, **settings)
@@ -153,7 +155,7 @@ def over_steps(number: int, title: str, description: str, target: Json, scale: S
 
 def table(number: int, title: str, description: str, target: Json, *overrides: Json, nothing: str) -> Panel:
     """Return a table; ``nothing`` is said where it has no row, and a dash where a cell has no value."""
-    options = {"showHeader": True, "cellHeight": "sm"}
+    options = {"showHeader": True, "cellHeight": "sm", "frameIndex": 0}
     custom = {"align": "auto", "cellOptions": {"type": "auto"}, "inspect": False}
     made = panel(number, "table", title, description, [target], options=options, custom=custom, overrides=overrides)
     made["fieldConfig"]["defaults"]["noValue"] = nothing

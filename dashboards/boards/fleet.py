@@ -146,6 +146,7 @@ def _by_rule() -> Panel:
         "fullHighlight": False,
         "xTickLabelRotation": 0,
         "xTickLabelSpacing": 0,
+        "xTickLabelMaxLength": 24,
         "legend": legend_at("bottom") | {"showLegend": False},
         "tooltip": {"mode": "single", "sort": "none"},
     }

@@ -91,7 +91,7 @@ def _numbers() -> Panel:
     return numbers(
         1,
         "",
-        "The run as the database knows it, which it does after the run's end as well; a dash stands for what is not known.",
+        "The run as the database knows it, after its end as well; a dash stands for what is not known.",
         sql(_SUMMARY),
         overrides=[
             override("State", mappings=states),
@@ -197,7 +197,7 @@ def _map() -> Panel:
             "showValue": "never",
             "mergeValues": False,
             "alignValue": "left",
-            "legend": {"showLegend": True, "displayMode": "list", "placement": "bottom"},
+            "legend": legend_at("bottom"),
             "tooltip": {"mode": "single", "sort": "none"},
         },
         custom={"lineWidth": 0, "fillOpacity": 100, "axisWidth": AXIS_WIDTH},

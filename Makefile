@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 
-.PHONY: demo test check pictures lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts \
+.PHONY: demo test check dist docs pictures lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts \
   bench-metrics bench-page bench-paper
 
 demo: .venv/demo-installed
@@ -23,7 +23,7 @@ lint: .venv/test-installed
 	$(BIN)/ruff format --check .
 
 types: .venv/test-installed
-	$(BIN)/mypy agent server tests benchmarks dashboards
+	$(BIN)/mypy agent server tests benchmarks dashboards examples
 
 page: node_modules/.installed
 	npx --no-install tsc --noEmit
@@ -63,6 +63,17 @@ pictures: .venv/test-installed
 # Ours and the peers' side by side in one run, as ratios; on a quiet machine.
 bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed
 	$(BIN)/python -m benchmarks.$* $(ARGS)
+
+# The site of docs/, in build/site.
+docs: .venv/test-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# sdist and wheel in dist/, looked at as a package index would.
+dist: .venv/test-installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 # What the paper claims of adaptive clipping, again and small; about 15 minutes of one core's time.
 bench-paper: .venv/test-installed

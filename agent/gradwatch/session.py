@@ -22,7 +22,8 @@ from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
 from gradwatch.lifecycle.process import attributes, default_run_name, rank
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
-from gradwatch.monitor.context import AgentThread, Callbacks, discard
+from gradwatch.monitor.context import Callbacks, discard
+from gradwatch.monitor.guard import AgentThread
 from gradwatch.monitor.monitor import Monitor
 from gradwatch.norms.scalars import Scalar
 from gradwatch.ranks.exchange import exchange_for

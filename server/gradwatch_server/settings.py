@@ -92,7 +92,7 @@ class RemoteWrite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     url: str
     """Such as ``http://prometheus:9090/api/v1/write``."""
     backlog_seconds: float = 3600.0
-    """Age of the oldest samples that are sent of a run which was never written there before."""
+    """Age of the oldest samples of known runs that are sent to a store which was never written to before."""
 
     def __post_init__(self) -> None:
         check_url("remote_write.url", self.url)

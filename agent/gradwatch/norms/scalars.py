@@ -19,23 +19,35 @@ def copy_scalar(scalar: Tensor) -> Tensor:
         return part.clone() if part.dtype in (torch.float32, torch.float64) else part.float()
 
 
-def copy_and_check(scalar: Tensor) -> tuple[Tensor, bool]:
-    """Return what ``copy_scalar`` returns, and ``is_finite`` of it, in one call."""
+def keep_number(scalar: Tensor) -> tuple[Scalar, bool]:
+    """Return a number that later changes do not reach, and ``is_finite`` of it.
+
+    On the CPU it is read now: a float costs less than a copy. Elsewhere it is a copy on its device.
+    """
     value = scalar.detach()
     if type(value) is not Tensor:
         value = local_part(value)
-    with torch.no_grad():
-        value = value.clone() if value.dtype in (torch.float32, torch.float64) else value.float()
-    return value, is_finite(value)
+    if value.device.type != "cpu":
+        return copy_scalar(value), True
+    if value.dtype not in (torch.float32, torch.float64):
+        with torch.no_grad():
+            value = value.float()
+    number = float((value.resolve_neg() if value.is_neg() else value).numpy().item())
+    return number, math.isfinite(number)
 
 
-def sum_scalars(scalars: Iterable[Tensor]) -> list[Tensor]:
-    """Return the sums of the scalars, one for each device and dtype."""
+def sum_scalars(scalars: Iterable[Scalar]) -> list[Scalar]:
+    """Return the sums of the scalars: one of the floats, and one of the tensors of each device and dtype."""
+    floats: list[float] = []
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for scalar in scalars:
-        by_kind.setdefault((scalar.device, scalar.dtype), []).append(scalar.reshape(()))
+        if isinstance(scalar, Tensor):
+            by_kind.setdefault((scalar.device, scalar.dtype), []).append(scalar.reshape(()))
+        else:
+            floats.append(scalar)
     with torch.no_grad():
-        return [torch.stack(same).sum() for same in by_kind.values()]
+        sums: list[Scalar] = [torch.stack(same).sum() for same in by_kind.values()]
+    return [*sums, sum(floats)] if floats else sums
 
 
 def is_finite(scalar: Tensor) -> bool:

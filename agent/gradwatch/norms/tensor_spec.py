@@ -81,7 +81,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def real_view(tensor: Tensor) -> Tensor:
     """Return a view of the real and imaginary parts of a complex tensor, as a last dim of 2.
 
-    Of one that is lazily conjugated, it is that of its conjugate: norms are the same, and so is scaling by real numbers.
+    Of one that is lazily conjugated, it is that of its conjugate: norms are the same, and so is scaling by a number.
     """
     return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
 

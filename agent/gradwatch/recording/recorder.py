@@ -28,8 +28,6 @@ class NormRecorder:
         self.pool = BufferPool()
         self.pass_seconds = 0.0
         """Time of the last pass over gradients and weights; where AGC clips, it needs this pass anyway."""
-        self.rest_seconds = 0.0
-        """Time that the last step took for the weights that no optimizer has stepped."""
         self.stopped = False
         """Whether nothing is measured any more, because the numbers would be wrong."""
         self._no_room = no_room
@@ -94,14 +92,11 @@ class NormRecorder:
     def send(self, record: StepRecord) -> None:
         """Measure the resting weights of a step that is over, and begin to copy all norms to the host."""
         self._updates.clear()
-        self.rest_seconds = 0.0
         if record.buffers is None:
             return
         count = len(self._parameters.watched)
         if record.measurements and not (len(record.measurements) == 1 and len(record.measurements[0].indices) == count):
-            started = time.perf_counter()
             record.measurements += self._resting.measure(record, record.buffers)
-            self.rest_seconds = time.perf_counter() - started
         record.buffers.send()
 
     def give_back(self, record: StepRecord) -> None:

@@ -18,6 +18,7 @@ import msgspec
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.processor_time import ProcessorTime, samples_share
 from gradwatch.delivery.spool import Spool
 from gradwatch.model.discovery import shorten_name
 from gradwatch.norms.buffers import BufferPool
@@ -117,8 +118,7 @@ class Collector:
         self._names: set[str] = set()
         """Names that were logged so far."""
         self._warned_of_name = False
-        self.seconds = 0.0
-        """Processor time that the thread has taken."""
+        self.time = ProcessorTime()
         self._thread = threading.Thread(target=self._work, name="gradwatch-collector", daemon=True)
 
     def start(self) -> None:
@@ -157,7 +157,7 @@ class Collector:
                 self._write_batch(force=stopping)
             except Exception as error:
                 self._failed(error)
-            self.seconds = time.thread_time()
+            self.time.book()
             if stopping:
                 for logger in self._loggers:
                     with contextlib.suppress(Exception):
@@ -200,6 +200,8 @@ class Collector:
 
     def _process_step(self, record: StepRecord) -> None:
         # 1. Read the numbers, and give the buffers back.
+        if record.measurements:
+            self.time.book()
         try:
             draft, trail, events = self._builder.draft(record)
         finally:
@@ -224,6 +226,7 @@ class Collector:
             self._ranks.publish(record.step, self._builder.part(draft))
         else:
             self._drafts.append((draft, PartsDeadline()))
+        self.time.book_samples("build", 1)
 
     def _accepts(self, name: str) -> bool:
         """Return whether the server takes a scalar of this name; count it as dropped, and warn once, if not."""
@@ -260,6 +263,7 @@ class Collector:
             if others is not None:
                 self._drafts.popleft()
                 self._finish_sample(draft, others)
+                self.time.book_samples("join", 1)
             elif passed or deadline.has_passed or (wait and time.monotonic() > latest):
                 self._drafts.popleft()
             elif wait:
@@ -292,9 +296,11 @@ class Collector:
         if not force and is_behind and time.monotonic() - batch.opened_at < _GROWN_BATCH_SECONDS:
             return
         self._batch = _Batch()
+        self.time.book()
         dropped = msgspec.convert(self._dropped, wire.Dropped, from_attributes=True)
-        document = batch.to_wire(self._template.attempt, dropped)
-        self._spool.append("batch", wire.encode(document), len(batch.samples))
+        body = wire.encode(batch.to_wire(self._template.attempt, dropped))
+        self._spool.append("batch", body, len(batch.samples))
+        self.time.book_samples("write", len(batch.samples), samples_share(len(batch.samples), len(body)))
         self._written()
 
 

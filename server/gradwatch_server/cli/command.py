@@ -4,11 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import sqlalchemy as sa
 
 from gradwatch.settings import SettingsError
 from gradwatch_server.errors import GradwatchError
+from gradwatch_server.plain_text import visible
 from gradwatch_server.settings import DATABASE_URL_HELP, resolve_database_url
 from gradwatch_server.store.database import database_errors, open_engine, prepare
 
@@ -54,5 +56,10 @@ def run_command(command: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:  # the main command ends quietly when nobody reads any more
         raise
     except (GradwatchError, SettingsError, OSError) as error:
-        print(f"gradwatch {command}: {error}", file=sys.stderr)
+        print_line(f"gradwatch {command}: {error}", file=sys.stderr)
         return 1
+
+
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print a line, by default to standard output, in which no text of strangers can act on the terminal."""
+    print(visible(text), file=file)

@@ -56,6 +56,10 @@ class Notifier:
         for worker in self._workers:
             worker.wake()
 
+    def idle_seconds(self) -> float:
+        """Return for how long the slowest worker has not looked for due deliveries, though it does every second."""
+        return max((time.monotonic() - worker.looked_at for worker in self._workers), default=0.0)
+
     def configure(self, receivers: Sequence[Receiver], settings: DeliverySettings) -> None:
         """Deliver to these receivers from now on."""
         self._receivers, self._settings = list(receivers), settings
@@ -98,7 +102,7 @@ class Notifier:
         """Start the clean-up of the outbox, and a reminder for every Alertmanager."""
         names = sorted(receiver.name for receiver in self._receivers)
         alertmanagers = [receiver for receiver in self._receivers if isinstance(receiver, Alertmanager)]
-        reminders = [remind(self._engine, receiver, self._settings) for receiver in alertmanagers]
+        reminders = [remind(self._engine, self._writer, receiver, self._settings) for receiver in alertmanagers]
         return [asyncio.create_task(work) for work in (self._clean_up(names), *reminders)]
 
     async def _clean_up(self, names: list[str]) -> None:
@@ -147,6 +151,8 @@ class DeliveryWorker:
         self._ended: list[Attempt] = []
         """Attempts that have ended and are not recorded yet."""
         self._closing = False
+        self.looked_at = time.monotonic()
+        """When it last looked for due deliveries, by the monotonic clock."""
 
     def close(self) -> None:
         """Claim nothing more, record the attempts under way, then end."""
@@ -163,6 +169,7 @@ class DeliveryWorker:
             try:
                 while self._under_way or self._ended or not self._closing:
                     await self._record_and_claim(transport)
+                    self.looked_at = time.monotonic()
                     with suppress(TimeoutError):  # not wait_for: Python 3.11's swallows a cancel that comes with a wake
                         async with asyncio.timeout(_POLL_SECONDS):
                             await self._woken.wait()
@@ -202,8 +209,15 @@ class DeliveryWorker:
 
     async def _attempt(self, transport: Transport, delivery: ClaimedDelivery) -> None:
         at, started = time.time(), time.perf_counter()
+        lease_seconds = delivery.lease_ends - time.monotonic()
+        if lease_seconds <= 0:  # this process stood still: another server may have sent it, and what follows, by now
+            log.warning("delivery %s to %s: its lease ended before it was sent", delivery.id, self._receiver.name)
+            return
         try:
-            result = await transport.send(Notification(delivery.id, delivery.payload, delivery.created_at), at)
+            async with asyncio.timeout(lease_seconds):
+                result = await transport.send(Notification(delivery.id, delivery.payload, delivery.created_at), at)
+        except TimeoutError:
+            result = DeliveryResult(None, f"no answer within the lease of {self._settings.lease_seconds:g} s")
         except Exception as error:  # else the delivery would come back at the end of each lease, for ever
             log.exception("delivery %s to %s could not be attempted", delivery.id, self._receiver.name)
             result = DeliveryResult(None, f"{type(error).__name__}: the server's log says more")

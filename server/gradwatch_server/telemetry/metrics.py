@@ -6,7 +6,6 @@ The metrics are made at each scrape, so that a finished run is gone at the next 
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from gradwatch import wire
+from gradwatch import __version__, wire
 from gradwatch_server.alerting.lifecycle import SEVERITIES
 from gradwatch_server.diagnosis import SAMPLE_RULES
 from gradwatch_server.ingest.admission import ByteBudget
@@ -278,7 +277,7 @@ class ServerCollector(Collector):
 
 def _build_info() -> Metric:
     build = GaugeMetricFamily("gradwatch_build_info", "The version of the server; always 1.", labels=("version",))
-    build.add_metric([metadata.version("gradwatch")], 1)
+    build.add_metric([__version__], 1)
     return build
 
 
@@ -288,6 +287,7 @@ def _ingest(services: Sources) -> Iterable[Metric]:
         ("gradwatch_ingest_batches", "Batches stored.", ingest.batches),
         ("gradwatch_ingest_duplicate_batches", "Batches that were stored before.", ingest.duplicates),
         ("gradwatch_ingest_samples", "Samples stored.", ingest.samples),
+        ("gradwatch_ingest_left_out_samples", "Samples that a later attempt has replaced already.", ingest.left_out),
         ("gradwatch_ingest_values", "Values of statistics stored.", ingest.values),
     ):
         yield CounterMetricFamily(name, text, value=count)
@@ -325,6 +325,7 @@ def _remote_write(services: Sources) -> Iterable[Metric]:
     for name, text, count in (
         ("sent_samples", "Samples that the time-series store accepted.", counts.sent),
         ("set_aside_samples", "Samples that the time-series store refused.", counts.set_aside),
+        ("skipped_samples", "Samples replaced or deleted before they were written.", counts.skipped),
         ("retries", "Requests that were sent again.", counts.retries),
         ("errors", "Rounds that ended in an unexpected error.", counts.errors),
     ):

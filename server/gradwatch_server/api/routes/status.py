@@ -3,13 +3,13 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
 
+from gradwatch import __version__
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import AuthorisedRoute, requires
 from gradwatch_server.api.dependencies import Engine
@@ -33,7 +33,7 @@ def show_server(request: Request, engine: Engine) -> Any:
         runs
         | _count_ingest(services)
         | {
-            "version": metadata.version("gradwatch"),
+            "version": __version__,
             "ready": services.ready,
             "database": services.engine.dialect.name,
             "receivers": receivers,

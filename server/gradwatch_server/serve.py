@@ -28,7 +28,7 @@ from gradwatch_server.notify.receivers import Webhook
 from gradwatch_server.plain_text import visible
 from gradwatch_server.services import Services
 from gradwatch_server.settings import DATABASE_URL_HELP, Configuration, Settings, resolve_database_url
-from gradwatch_server.store.database import open_engine, prepare
+from gradwatch_server.store.database import open_engine, prepare, shown_address
 from gradwatch_server.store.tokens import count_tokens
 
 log = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str]) -> int:
         _check_open(settings.host, engine)
         sock = _listen(settings)
     except (GradwatchError, ValueError) as error:
-        print(f"gradwatch serve: {error}", file=sys.stderr)
+        print(visible(f"gradwatch serve: {error}", keep="\n\t"), file=sys.stderr)
         return 1
     host, port = sock.getsockname()[:2]
     settings = msgspec.structs.replace(settings, host=host, port=port)
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str]) -> int:
         lambda: read_settings(given).configuration,
     )
     signal.signal(signal.SIGHUP, server.want_reload)  # before the line is printed after which it may be sent
-    print(f"gradwatch serves on {settings.address} (database {engine.url.render_as_string()})", flush=True)
+    print(f"gradwatch serves on {settings.address} (database {shown_address(engine)})", flush=True)
     gc.freeze()  # what is loaded at the start need not be traversed at every collection
     gc.set_threshold(20_000, 20, 20)
     server.run(sockets=[sock])

@@ -18,7 +18,7 @@ from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, w
 from gradwatch.monitor.context import Callbacks, Parts, discard
 from gradwatch.monitor.guard import AgentThread, Guard, guarded
 from gradwatch.monitor.other_threads import OtherThreads
-from gradwatch.norms.scalars import Scalar, copy_scalar, is_finite, keep_number
+from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar, is_finite
 from gradwatch.ranks.exchange import is_partial
 from gradwatch.recording.gradient_versions import GradientVersions, Version
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
@@ -314,7 +314,7 @@ class TrainingListener:
         if listed is None or not listed.indices:
             return False
         limit = copy_scalar(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
-        total, finite = keep_number(total_norm)
+        total, finite = copy_and_check(total_norm)
         partial = type(total_norm) is not Tensor and is_partial(total_norm)
         clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite)
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure

@@ -14,7 +14,7 @@ from gradwatch.monitor.guard import AgentThread, Guard
 from gradwatch.monitor.listener import TrainingListener
 from gradwatch.monitor.notices import Notices
 from gradwatch.monitor.watched_models import WatchedModels
-from gradwatch.norms.scalars import keep_number, sum_scalars
+from gradwatch.norms.scalars import copy_and_check, sum_scalars
 from gradwatch.ranks.exchange import RankExchange
 from gradwatch.recording.loss_scaling import LossScaling
 from gradwatch.recording.optimizers import WatchedOptimizers
@@ -75,7 +75,7 @@ class Monitor:
             self._optimizers.named_keys,
             number_is_open=step is None and not made,
             thread=threading.get_ident(),
-            keep=keep_number,
+            keep=copy_and_check,
             summed=sum_scalars,
         )
         parts = Parts(

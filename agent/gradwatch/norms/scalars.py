@@ -19,7 +19,7 @@ def copy_scalar(scalar: Tensor) -> Tensor:
         return part.clone() if part.dtype in (torch.float32, torch.float64) else part.float()
 
 
-def keep_number(scalar: Tensor) -> tuple[Scalar, bool]:
+def copy_and_check(scalar: Tensor) -> tuple[Scalar, bool]:
     """Return a number that later changes do not reach, and ``is_finite`` of it.
 
     On the CPU it is read now: a float costs less than a copy. Elsewhere it is a copy on its device.
@@ -29,10 +29,12 @@ def keep_number(scalar: Tensor) -> tuple[Scalar, bool]:
         value = local_part(value)
     if value.device.type != "cpu":
         return copy_scalar(value), True
-    if value.dtype not in (torch.float32, torch.float64):
+    try:
         with torch.no_grad():
-            value = value.float()
-    number = float((value.resolve_neg() if value.is_neg() else value).numpy().item())
+            on_host = value if value.dtype in (torch.float32, torch.float64) else value.float()
+        number = float((on_host.resolve_neg() if on_host.is_neg() else on_host).numpy().item())
+    except RuntimeError:  # a subclass that holds no number, as a fake tensor
+        return copy_scalar(value), True
     return number, math.isfinite(number)
 
 

@@ -14,6 +14,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from psycopg import pq
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -35,8 +36,10 @@ def open_engine(url: str, *, create: bool = True) -> sa.Engine:
     """
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
-        raise DatabaseError(f"{url!r} is not a database address: use sqlite:///FILE or postgresql://...") from None
+    except (sa.exc.ArgumentError, ValueError):  # a port that is no number
+        shown = "the address" if set("@=:") & set(url) else repr(url)  # it may hold a password, wherever that stands
+        text = f"{shown} is not a database address: use sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME"
+        raise DatabaseError(text) from None
     if parsed.get_backend_name() == "sqlite":
         return _open_sqlite(parsed, create=create)
     if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
@@ -167,7 +170,7 @@ def database_errors(engine: sa.Engine) -> Iterator[None]:
     Raises:
         DatabaseError: the database refused a statement.
     """
-    name = engine.url.render_as_string()
+    name = shown_address(engine)
     try:
         yield
     except CommandError as error:
@@ -175,7 +178,27 @@ def database_errors(engine: sa.Engine) -> Iterator[None]:
             f"the database {name} has a schema that this version does not know ({error}): upgrade gradwatch"
         ) from None
     except sa.exc.DBAPIError as error:
-        raise DatabaseError(f"the database {name} cannot be used: {str(error.orig).strip()}") from None
+        reason = _without_secrets(str(error.orig).strip(), engine.url)
+        raise DatabaseError(f"the database {name} cannot be used: {reason}") from None
+
+
+def shown_address(engine: sa.Engine) -> str:
+    """Return the address of a database without its password and its query, where another one may stand."""
+    return engine.url.set(query={}).render_as_string()
+
+
+def _without_secrets(text: str, url: sa.URL) -> str:
+    """Return a text of the database's driver in which nothing of the address stands that may be a password."""
+    options = {option.keyword.decode(): option.dispchar == b"*" for option in pq.Conninfo.get_defaults()}
+    secrets = [str(url.password or "")]
+    for name, values in url.normalized_query.items():
+        if name not in options:  # a password that is no option, since an "&" stands in it
+            secrets += [name, *values]
+        elif options[name]:
+            secrets += values
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text
 
 
 def migrate(engine: sa.Engine) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import sqlalchemy as sa
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -308,13 +308,13 @@ def _queue(services: Sources) -> Iterable[Metric]:
 
 
 def _requests(services: Sources) -> Metric:
-    family = SummaryMetricFamily(
+    family = HistogramMetricFamily(
         "gradwatch_http_request_duration_seconds",
         "Time until a response began, by route.",
         labels=("method", "route", "status"),
     )
     for kind, tally in list(services.request_counts.tallies.items()):
-        family.add_metric([kind.method, kind.route, str(kind.status)], tally.count, tally.seconds)
+        family.add_metric([kind.method, kind.route, str(kind.status)], tally.cumulative(), tally.seconds)
     return family
 
 

@@ -221,6 +221,32 @@ def expand_gradients(model: nn.Module, value: float) -> None:
         parameter.grad = torch.full((1,) * parameter.dim(), value).expand(parameter.shape)
 
 
+def rows(shape: tuple[int, ...]) -> Tensor:
+    return torch.full(shape, 0.1)
+
+
+def strided(shape: tuple[int, ...]) -> Tensor:
+    """Return a matrix whose rows do not lie side by side in memory, or a vector with gaps."""
+    if len(shape) == 1:
+        return torch.full((*shape, 3), 0.1)[:, 0]
+    return torch.full(shape[::-1], 0.1).permute(*reversed(range(len(shape))))
+
+
+@pytest.mark.parametrize("make", [rows, strided])
+def test_elements_that_are_alike_in_wide_rows(server: Server, make: Callable[[tuple[int, ...]], Tensor]) -> None:
+    """A float32 sum over many of them drifts, since each addition is rounded to the same side."""
+    model = nn.Module()
+    shapes = [(20_000,), (65_536,), (3, 20_000), (2, 65_536), (2, 4_096, 16), (3, 3_000), (7, 8_000), (2_000_000,)]
+    model.several = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for shape in shapes)
+    model.transposed = nn.ConvTranspose1d(4_000, 3, 4, bias=False)
+    training = Training(server, model)
+    for shape, parameter in zip(shapes, model.several, strict=True):
+        parameter.grad = make(shape)
+    model.transposed.weight.grad = torch.full((4_000, 3, 4), 0.1)
+    training.step()
+    training.check()
+
+
 def test_gradients_that_are_expanded(server: Server) -> None:
     training = Training(server)
     for step in range(4):

@@ -55,8 +55,11 @@ class Listener(Protocol):
 
     def before_norm_clip(
         self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float | Tensor, norm_type: float
-    ) -> None:
-        """Gradients are about to be clipped by their total norm."""
+    ) -> bool | None:
+        """Gradients are about to be clipped by their total norm; return whether to call ``after_norm_clip``."""
+
+    def after_norm_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients have been clipped by their total norm."""
 
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
         """Gradients are about to be clipped by value."""
@@ -325,9 +328,14 @@ def _clip_by_norm(original: Function, active: list[bool], aside: Function) -> Fu
         if not active or torch.compiler.is_compiling() or compiler() is not None:
             return aside(parameters, max_norm, total_norm, *args, **kwargs)
         several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        norm_type, asked = float(_norm_type.get()), []
         for listener in _listeners:
-            listener.before_norm_clip(several, total_norm, max_norm, float(_norm_type.get()))
-        return original(several, max_norm, total_norm, *args, **kwargs)
+            if listener.before_norm_clip(several, total_norm, max_norm, norm_type):
+                asked.append(listener)  # noqa: PERF401 -- a comprehension is a call
+        result = original(several, max_norm, total_norm, *args, **kwargs)
+        for listener in asked:
+            listener.after_norm_clip(several)
+        return result
 
     return clip_grads_with_norm_
 

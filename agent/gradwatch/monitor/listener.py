@@ -18,7 +18,7 @@ from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, w
 from gradwatch.monitor.context import AgentThread, Callbacks, Parts, discard
 from gradwatch.monitor.guard import Guard, guarded
 from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar, is_finite
-from gradwatch.ranks.exchange import is_partial
+from gradwatch.ranks.holdings import is_partial, ranks_of_norm
 from gradwatch.recording.gradient_versions import GradientVersions, Version
 from gradwatch.recording.optimizer_parameters import Pass
 from gradwatch.recording.restored_steps import steps_made
@@ -335,7 +335,8 @@ class TrainingListener:
         limit = copy_scalar(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
         total, finite = copy_and_check(total_norm)
         partial = type(total_norm) is not Tensor and is_partial(total_norm)
-        clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite)
+        ranks, repeats = ranks_of_norm(total_norm) if partial else ((), False)
+        clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite, ranks, repeats)
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
         # before, where it can be seen.
         measure = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)

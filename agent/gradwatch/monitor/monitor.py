@@ -130,6 +130,12 @@ class Monitor:
         self.models.parameters.close()
         self._origin.close()
 
+    def stop_watching(self) -> None:
+        """Measure nothing any more, but go on clipping; another thread than the training's may call this."""
+        with self.guard.lock:
+            self.guard.watching = False
+            self.models.stop_registering()
+
     def watches(self, parameter: Tensor) -> bool:
         """Return whether a parameter is watched."""
         return self.models.parameters.find(parameter) is not None

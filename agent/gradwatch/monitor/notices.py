@@ -46,6 +46,11 @@ class Notices:
         self.warn(f"{reason}. Gradients and weights are not measured")
         self.report("not_measured", reason)
 
+    def not_measured(self, reason: str) -> None:
+        """Tell the user that something is not measured."""
+        self.warn(reason)
+        self.report("not_measured", reason)
+
     def unstepped(self, passes: int) -> None:
         """Tell the user that no optimizer steps a watched parameter."""
         text = f"after {passes} backward passes no torch.optim.Optimizer has stepped a watched parameter: " + (

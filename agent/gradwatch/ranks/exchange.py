@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from torch import distributed, nn
 
+from gradwatch.model.discovery import parameters_of
 from gradwatch.ranks.holdings import Holdings, is_sharded, uses_pipelining
 from gradwatch.ranks.parts import ClipPart, RankPart
 from gradwatch.statistics import JOINED
@@ -196,7 +197,7 @@ def exchange_for(models: Sequence[nn.Module]) -> RankExchange | None:
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return None
-    divided = uses_pipelining() or any(is_sharded(parameter) for model in models for parameter in model.parameters())
+    divided = uses_pipelining() or any(map(is_sharded, parameters_of(models)))
     if not divided and all(map(_is_on_every_rank, models)):
         return None
     rank, size = distributed.get_rank(), distributed.get_world_size()
@@ -246,6 +247,6 @@ def incomplete_reason(models: Sequence[nn.Module], exchange: RankExchange | None
     if uses_fsdp1(models):
         return "FullyShardedDataParallel (FSDP1) leaves each rank a part of the parameters: use fully_shard (FSDP2)"
     divided = exchange is not None and exchange.divided
-    if not divided and any(is_sharded(parameter) for model in models for parameter in model.parameters()):
+    if not divided and any(map(is_sharded, parameters_of(models))):
         return "the model was sharded after attach(), the other ranks do not measure: attach after fully_shard"
     return ""

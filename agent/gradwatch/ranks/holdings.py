@@ -5,7 +5,7 @@ parameter may lie on a mesh of its own, and two ranks may have the same coordina
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, distributed, nn
 
 from gradwatch import wire
-from gradwatch.model.discovery import ParameterInfo
+from gradwatch.model.discovery import ParameterInfo, parameters_of
 from gradwatch.ranks.sharding import dims_that_split, shard_dim
 from gradwatch.ranks.stages import stages_of_parameters
 
@@ -102,7 +102,7 @@ def _coordinate(mesh: Any, rank: int) -> list[int] | None:
     return places[0].tolist() if len(places) else None
 
 
-def peers_of(models: Iterable[nn.Module], rank: int) -> list[int]:
+def peers_of(models: Sequence[nn.Module], rank: int) -> list[int]:
     """Return the ranks on which PyTorch trains the same models as on this one; empty where it does not say.
 
     These are the ranks of the meshes that parameters are sharded over, those of the data-parallel wrappers, and the
@@ -114,10 +114,10 @@ def peers_of(models: Iterable[nn.Module], rank: int) -> list[int]:
         for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 found.update(distributed.get_process_group_ranks(module.process_group))
-        for mesh in (getattr(parameter, "device_mesh", None) for parameter in model.parameters()):
-            if mesh is not None and id(mesh) not in seen:
-                seen.add(id(mesh))
-                found.update(_peers_in_mesh(mesh, rank))
+    for mesh in (getattr(parameter, "device_mesh", None) for parameter in parameters_of(models)):
+        if mesh is not None and id(mesh) not in seen:
+            seen.add(id(mesh))
+            found.update(_peers_in_mesh(mesh, rank))
     return sorted(found | {rank}) if found else []
 
 

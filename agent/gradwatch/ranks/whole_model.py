@@ -189,7 +189,7 @@ def _owners(name: str, copies: Sequence[_Copy], refused: list[str]) -> list[_Cop
     first = copies[0]
     ranks = first.holding.ranks or (first.rank,)
     for copy in copies:
-        if copy.parameter.shape != first.parameter.shape or bool(copy.holding.ranks) != bool(first.holding.ranks):
+        if copy.parameter.shape != first.parameter.shape:
             text = f"{name} has shape {first.parameter.shape} on rank {first.rank}"
             refused.append(f"{text} and {copy.parameter.shape} on rank {copy.rank}: only the former is measured")
             break

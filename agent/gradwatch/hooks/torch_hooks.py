@@ -228,7 +228,7 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
             losses = several if grad_tensors is None and tensors.numel() == 1 else []
         else:
             tensors, several = _listed(tensors)
-            losses = [tensor for tensor in several if tensor.numel() == 1] if grad_tensors is None else []
+            losses = _losses_among(several, grad_tensors)
         listening, noted = _listeners, []
         for listener in listening:
             noted.append(listener.before_backward(several, losses))  # noqa: PERF401 -- a comprehension is a call
@@ -243,6 +243,16 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
         return result
 
     return backward
+
+
+def _losses_among(tensors: Sequence[Tensor], grad_tensors: Any) -> list[Tensor]:
+    """Return the tensors that a backward pass starts from with a gradient of 1: pipelines pass a list of None."""
+    if grad_tensors is None:
+        return [tensor for tensor in tensors if tensor.numel() == 1]
+    if not isinstance(grad_tensors, list | tuple) or len(grad_tensors) != len(tensors):
+        return []
+    pairs = zip(tensors, grad_tensors, strict=True)
+    return [tensor for tensor, gradient in pairs if gradient is None and tensor.numel() == 1]
 
 
 def _listed(tensors: Iterable[Any]) -> tuple[Iterable[Any], list[Tensor]]:

@@ -88,20 +88,32 @@ def shorten_name(name: str) -> str:
 def find_parameters(models: Sequence[nn.Module]) -> Iterator[ParameterInfo]:
     """Yield every parameter once in the order of registration; a tied parameter has its first name.
 
-    A parameter of a lazy module has no shape before the first forward pass, and is left out until then.
+    A parameter of a lazy module has no shape before the first forward pass, and is left out until then. Where FSDP2 has
+    put an unsharded parameter in the place of a sharded one, for the time of a pass, the sharded one is meant.
     """
     seen: set[int] = set()
+    sharded_of = {id(unsharded): sharded for sharded, unsharded, _ in unsharded_parameters(models)}
     for place, model in enumerate(models):
         prefix = f"{place}." if len(models) > 1 else ""
         by_path: dict[str, nn.Module] = {}
         for path, module in without_data_parallel(model).named_modules():
             by_path[path] = module
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, registered in module.named_parameters(recurse=False):
+                parameter = sharded_of.get(id(registered), registered)
                 if id(parameter) in seen or is_lazy(parameter):
                     continue
                 seen.add(id(parameter))
                 full_name = _WRAPPERS.sub("", f"{prefix}{path}.{name}" if path else f"{prefix}{name}")
                 yield _describe(full_name, parameter, _owner(path, by_path))
+
+
+def parameters_of(models: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Yield the parameters of models, the sharded ones of FSDP2 wherever it has others in their place."""
+    several = list(models)
+    sharded_of = {id(unsharded): sharded for sharded, unsharded, _ in unsharded_parameters(several)}
+    for model in several:
+        for parameter in model.parameters():
+            yield sharded_of.get(id(parameter), parameter)
 
 
 def _owner(path: str, by_path: dict[str, nn.Module]) -> nn.Module:

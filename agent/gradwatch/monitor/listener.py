@@ -19,7 +19,7 @@ from gradwatch.monitor.context import Callbacks, Parts, discard
 from gradwatch.monitor.guard import AgentThread, Guard, guarded
 from gradwatch.monitor.other_threads import OtherThreads
 from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar, is_finite
-from gradwatch.ranks.exchange import is_partial
+from gradwatch.ranks.holdings import is_partial, ranks_of_norm
 from gradwatch.recording.gradient_versions import GradientVersions, Version
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.restored_steps import steps_made
@@ -316,7 +316,8 @@ class TrainingListener:
         limit = copy_scalar(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
         total, finite = copy_and_check(total_norm)
         partial = type(total_norm) is not Tensor and is_partial(total_norm)
-        clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite)
+        ranks, repeats = ranks_of_norm(total_norm) if partial else ((), False)
+        clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite, ranks, repeats)
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
         # before, where it can be seen. So where gradients may change before they are stepped with.
         destroys = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)

@@ -66,7 +66,7 @@ class Monitor:
             self.models.classifier.search_again,
             clips=clips,
             warn=self.notices.warn,
-            refused=self.notices.not_given,
+            refused=self.notices.not_measured,
         )
         made = steps_made(self._optimizers.named, wait=True) if step is None else step
         self.steps = StepCore(
@@ -130,6 +130,12 @@ class Monitor:
         torch_hooks.leave(self.listener)
         self.models.parameters.close()
         self._origin.close()
+
+    def stop_watching(self) -> None:
+        """Measure nothing any more, but go on clipping; another thread than the training's may call this."""
+        with self.guard.lock:
+            self.guard.watching = False
+            self.models.stop_registering()
 
     def watches(self, parameter: Tensor) -> bool:
         """Return whether a parameter is watched."""

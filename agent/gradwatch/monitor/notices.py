@@ -60,10 +60,10 @@ class Notices:
         self.warn(text)
         self.report("unreadable_parameters", text)
 
-    def not_given(self, text: str) -> None:
-        """Tell the user that an optimizer of watched parameters was not given to ``attach``."""
-        self.warn(text)
-        self.report("not_measured", text)
+    def not_measured(self, reason: str) -> None:
+        """Tell the user that something is not measured."""
+        self.warn(reason)
+        self.report("not_measured", reason)
 
     def clipping_ended(self, run: str) -> None:
         """Tell the user that attaching again without ``clip=`` has ended the clipping of an earlier run."""

@@ -22,9 +22,11 @@ from gradwatch.delivery.processor_time import ProcessorTime, samples_share
 from gradwatch.delivery.spool import Spool
 from gradwatch.model.discovery import shorten_name
 from gradwatch.norms.buffers import BufferPool
-from gradwatch.ranks.exchange import PartsDeadline, RankExchange
-from gradwatch.ranks.parts import RankPart, RegisteredParameters
+from gradwatch.ranks.exchange import RankExchange
+from gradwatch.ranks.holdings import RegisteredParameters
+from gradwatch.ranks.parts import JoinedStatistics
 from gradwatch.samples.builder import Draft, SampleBuilder
+from gradwatch.samples.joining import JoiningCallbacks, joining_for
 from gradwatch.samples.loggers import ScalarLogger
 from gradwatch.settings import LONGEST_NAME, can_be_stored
 from gradwatch.steps.state import StepRecord
@@ -49,8 +51,6 @@ _BACKLOG: Final = 8
 """Documents in the spool from which on batches grow: the server is slower than the training then."""
 _GROWN_BATCH_SECONDS: Final = 2.0
 """Age at which a batch is written all the same."""
-_LAST_PARTS_SECONDS: Final = 2.0
-"""Longest wait for the parts of other ranks when the run ends."""
 _LAST_COPY_SECONDS: Final = 5.0
 """Longest wait for a copy from the device when the run ends."""
 
@@ -76,11 +76,13 @@ class Collector:
         dropped: counts steps that are dropped because too many wait.
         template: the registration without its parameters.
         agc: how the agent clips; None: it does not.
-        ranks: exchange with the other ranks; None where parameters are not sharded.
+        ranks: exchange with the other ranks; None where this rank measures alone.
         written: called after each write to the spool.
         trouble: called at a sign of trouble (a non-finite number, a jump of the gradient norm) with True if everything
             is non-finite at once, so that nothing shows where it began.
         failed: called with an exception of this thread.
+        not_measured: called with the reason why something of the other ranks is not measured.
+        needless: called on another rank if nothing of it is needed, on rank 0 if nothing of the others is.
         warn: called with a warning for the user.
     """
 
@@ -96,6 +98,8 @@ class Collector:
         written: Callable[[], None],
         trouble: Callable[[bool], None],
         failed: Callable[[Exception], None],
+        not_measured: Callable[[str], None],
+        needless: Callable[[], None],
         warn: Callable[[str], None],
     ) -> None:
         self._spool = spool
@@ -111,9 +115,17 @@ class Collector:
         self._stop = False
         self._loggers: tuple[ScalarLogger, ...] = ()
         self._builder = SampleBuilder(dropped, agc)
-        self._ranks = ranks
-        self._drafts: deque[tuple[Draft, PartsDeadline]] = deque()
-        """On rank 0: samples that wait for the parts of the other ranks."""
+        callbacks = JoiningCallbacks(
+            registered=self._register_run,
+            finished=self._finish_sample,
+            loss=self._add_loss,
+            not_measured=not_measured,
+            needless=needless,
+        )
+        self._joining = None if ranks is None else joining_for(ranks, self._builder, callbacks)
+        """None where this rank measures alone."""
+        self._registered = ranks is None
+        """Whether batches may be written: the run is registered when the parameters of the other ranks are known."""
         self._batch = _Batch()
         self._names: set[str] = set()
         """Names that were logged so far."""
@@ -153,7 +165,8 @@ class Collector:
             stopping = self._stop
             try:
                 self._process_messages(wait=stopping)
-                self._join_ranks(wait=stopping)
+                if self._joining is not None:
+                    self._joining.poll(wait=stopping)
                 self._write_batch(force=stopping)
             except Exception as error:
                 self._failed(error)
@@ -179,8 +192,12 @@ class Collector:
 
     def _process(self, message: Message) -> None:
         if isinstance(message, RegisteredParameters):
-            self._write_batch(force=True)
-            self._register(message)
+            unreadable = [index for index, info in enumerate(message.watched) if info.unreadable]
+            self._builder.register(message.depths, message.held, unreadable)
+            if self._joining is None:
+                self._register_run(message.described())
+            else:
+                self._joining.register(message)
         elif isinstance(message, wire.Event):
             self._batch.events.append(message)
         elif isinstance(message, Ended):
@@ -188,13 +205,13 @@ class Collector:
         else:
             self._process_step(message)
 
-    def _register(self, parameters: RegisteredParameters) -> None:
-        unreadable = [index for index, info in enumerate(parameters.watched) if info.unreadable]
-        self._builder.register(parameters.depths, parameters.ownership, unreadable)
+    def _register_run(self, parameters: Sequence[wire.Parameter]) -> None:
         if self._spool is None:
             return
-        described = [info.to_wire(parameters.depths[place]) for place, info in enumerate(parameters.watched)]
-        registration = msgspec.structs.replace(self._template, parameters=described)
+        if self._registered:
+            self._write_batch(force=True)
+        self._registered = True
+        registration = msgspec.structs.replace(self._template, parameters=list(parameters))
         self._spool.append("registration", wire.encode(registration))
         self._written()
 
@@ -218,15 +235,12 @@ class Collector:
         if self._builder.shows_trouble(trail, events, draft):
             self._trouble(self._builder.all_nonfinite)
         # 4. A sampled step becomes a sample, on rank 0 once the other ranks have published their parts.
-        if draft is None:
-            return
-        if self._ranks is None:
-            self._finish_sample(draft, [])
-        elif self._ranks.rank:
-            self._ranks.publish(record.step, self._builder.part(draft))
-        else:
-            self._drafts.append((draft, PartsDeadline()))
-        self.time.book_samples("build", 1)
+        if self._joining is not None:
+            self._joining.take(record.step, trail.get("loss"), draft)
+        elif draft is not None:
+            self._finish_sample(draft, None)
+        if draft is not None:
+            self.time.book_samples("build", 1)
 
     def _accepts(self, name: str) -> bool:
         """Return whether the server takes a scalar of this name; count it as dropped, and warn once, if not."""
@@ -250,33 +264,19 @@ class Collector:
             self._write_batch(force=True)
         return self._batch
 
-    def _join_ranks(self, *, wait: bool) -> None:
-        """On rank 0, finish the samples whose parts are complete; drop those whose parts will not come."""
-        if self._ranks is None or self._ranks.rank:
-            return
-        latest = time.monotonic() + _LAST_PARTS_SECONDS
-        while self._drafts:
-            draft, deadline = self._drafts[0]
-            # Asked before the parts are collected: if a later step is complete and this one is not, it never will be.
-            passed = len(self._drafts) > 1 and self._ranks.all_published(self._drafts[1][0].record.step)
-            others = self._ranks.collect(draft.record.step)
-            if others is not None:
-                self._drafts.popleft()
-                self._finish_sample(draft, others)
-                self.time.book_samples("join", 1)
-            elif passed or deadline.has_passed or (wait and time.monotonic() > latest):
-                self._drafts.popleft()
-            elif wait:
-                time.sleep(0.01)
-            else:
-                return
-
-    def _finish_sample(self, draft: Draft, others: Sequence[RankPart]) -> None:
-        sample = self._builder.finish(draft, others)
+    def _finish_sample(self, draft: Draft, joined: JoinedStatistics | None) -> None:
+        sample = self._builder.finish(draft, joined)
+        if joined is not None:
+            self.time.book_samples("join", 1)
         self._batch.add_sample(sample)
         if self._batch.is_full:
             self._write_batch(force=True)
         self._log(sample.step, {name: wire.deserialise(value) for name, value in sample.scalars.items()})
+
+    def _add_loss(self, step: int, value: float) -> None:
+        """Add the loss of a step that another rank has."""
+        self._batch.add_value(step, "loss", value)
+        self._log(step, {"loss": value})
 
     def _log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write scalars to the user's loggers; a logger that raises an error is not used any more."""
@@ -290,7 +290,7 @@ class Collector:
     def _write_batch(self, *, force: bool) -> None:
         """Write the batch to the spool; while the server is slow let it grow for a while, unless forced."""
         batch = self._batch
-        if batch.is_empty or self._spool is None:
+        if batch.is_empty or self._spool is None or not (self._registered or self._stop):
             return
         is_behind = self._spool.pending > _BACKLOG
         if not force and is_behind and time.monotonic() - batch.opened_at < _GROWN_BATCH_SECONDS:

@@ -46,6 +46,10 @@ class NormClip:
     """How often each parameter was scaled that was listed more than once, by index."""
     finite: bool = True
     """Whether ``total_norm`` is finite, as far as can be seen without waiting for a device."""
+    ranks: tuple[int, ...] = ()
+    """Of a partial norm: the global ranks whose parts make it up."""
+    repeats: bool = False
+    """Whether another rank tells the same part of a partial norm."""
 
 
 ScaledBy = tuple[NormClip, Indices]

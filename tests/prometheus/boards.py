@@ -1,4 +1,4 @@
-"""The boards as their files hold them, and a PostgreSQL with runs in it on which their SQL is run as Grafana runs it."""
+"""The boards as their files hold them, and their SQL run on a PostgreSQL as Grafana runs it."""
 
 import itertools
 import json

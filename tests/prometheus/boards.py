@@ -56,7 +56,7 @@ def expanded(statement: str, start: float, end: float, **chosen: Sequence[str]) 
     return statement
 
 
-def rows(engine: sa.Engine, statement: str, *, seconds: float | None = None, **chosen: Sequence[str]) -> list[Any]:
+def rows(engine: sa.Engine, statement: str, seconds: float | None = None, /, **chosen: Sequence[str]) -> list[Any]:
     """Return what a statement yields for the last ``seconds``, or for all of the time."""
     now = time.time()
     start = 1_000_000_000 if seconds is None else now - seconds

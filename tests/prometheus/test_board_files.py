@@ -44,7 +44,8 @@ def test_every_panel_says_what_it_shows(name: str) -> None:
 
 def _layout_faults(board: Board) -> list[str]:
     """Return which panels overlap, reach over the edge, or are not as high as others of their row."""
-    found, taken = [], {}
+    found: list[str] = []
+    taken: dict[tuple[int, int], str] = {}
     for panel in board["panels"]:
         place = panel["gridPos"]
         if place["x"] + place["w"] > 24:

@@ -138,7 +138,7 @@ def test_an_alert_that_began_before_the_range_is_marked(seen: _Seen) -> None:
     critical = ANNOTATIONS["gradwatch-run.json annotation Critical alerts"]
     with writing(seen.engine) as connection:
         connection.exec_driver_sql("UPDATE alerts SET fired_at = fired_at - 7200")
-    (region,) = rows(seen.engine, critical, seconds=60)
+    (region,) = rows(seen.engine, critical, 60)
     assert region.time < time.time() - 3600 < region.timeend
     with writing(seen.engine) as connection:
         connection.exec_driver_sql("UPDATE alerts SET fired_at = fired_at + 7200")
@@ -229,7 +229,7 @@ def test_a_zoom_holds_every_step_of_its_time_and_no_other(long: sa.Engine, secon
     with long.connect() as connection:
         now = time.time()
         (last,) = connection.exec_driver_sql("SELECT max(at) FROM samples WHERE level = 0").one()
-    found = rows(long, LOSS_BY_STEP, run=["run-long"], seconds=now - last + seconds)
+    found = rows(long, LOSS_BY_STEP, now - last + seconds, run=["run-long"])
     first = 38_987 - 10 * seconds
     assert found[0][0] == pytest.approx(first, abs=26)
     assert max(row[2] for row in found) == 33_999.0

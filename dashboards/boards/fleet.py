@@ -97,7 +97,6 @@ def _speed() -> Panel:
 
 
 def _runs() -> Panel:
-    opened = {"title": "Open the run", "url": runs.RUN_URL, "targetBlank": False}
     return table(
         3,
         "Runs, worst first",
@@ -105,7 +104,7 @@ def _runs() -> Panel:
         sql(_RUNS),
         state_column("state", colours.STATES),
         state_column("alerts", colours.SEVERITIES, 80),
-        override("name", links=[opened], custom={"minWidth": 200, **WRAPPED}),
+        override("name", links=[runs.OPEN], custom={"minWidth": 200, **WRAPPED}),
         override("project", custom={"minWidth": 150, **WRAPPED}),
         text_column("what is wrong"),
         override("step", unit="locale", decimals=0, custom={"width": 85}),
@@ -134,29 +133,31 @@ def _firing() -> Panel:
     )
 
 
+_BARS = {
+    "orientation": "horizontal",
+    "xField": "rule",
+    "showValue": "always",
+    "text": {"valueSize": 14},
+    "stacking": "none",
+    "barWidth": 0.7,
+    "groupWidth": 0.7,
+    "fullHighlight": False,
+    "xTickLabelRotation": 0,
+    "xTickLabelSpacing": 0,
+    "xTickLabelMaxLength": 24,
+    "legend": legend_at("bottom") | {"showLegend": False},
+    "tooltip": {"mode": "single", "sort": "none"},
+}
+
+
 def _by_rule() -> Panel:
-    options = {
-        "orientation": "horizontal",
-        "xField": "rule",
-        "showValue": "always",
-        "text": {"valueSize": 14},
-        "stacking": "none",
-        "barWidth": 0.7,
-        "groupWidth": 0.7,
-        "fullHighlight": False,
-        "xTickLabelRotation": 0,
-        "xTickLabelSpacing": 0,
-        "xTickLabelMaxLength": 24,
-        "legend": legend_at("bottom") | {"showLegend": False},
-        "tooltip": {"mode": "single", "sort": "none"},
-    }
     return panel(
         5,
         "barchart",
         "Runs by rule",
         "How many runs each rule fires for now.",
         [sql(_BY_RULE)],
-        options=options,
+        options=_BARS,
         custom={"fillOpacity": 80, "lineWidth": 0},
         color=fixed(colours.LINE),
         noValue="No alert fires",

@@ -1,4 +1,4 @@
-"""The boards as their files hold them, and a PostgreSQL with runs, on which their SQL is run as Grafana runs it."""
+"""The boards as their files hold them, and their SQL run on a PostgreSQL as Grafana runs it."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ def expanded(statement: str, start: float, end: float, **chosen: Sequence[str]) 
     return statement
 
 
-def rows(engine: sa.Engine, statement: str, *, seconds: float | None = None, **chosen: Sequence[str]) -> list[Any]:
+def rows(engine: sa.Engine, statement: str, seconds: float | None = None, /, **chosen: Sequence[str]) -> list[Any]:
     """Return what a statement yields for the last ``seconds``, or for all of the time."""
     now = time.time()
     start = 1_000_000_000 if seconds is None else now - seconds

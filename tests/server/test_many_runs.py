@@ -58,7 +58,7 @@ def test_runs_come_a_page_at_a_time(tmp_path: Path, own_database_url: str) -> No
 def test_a_list_reads_no_attributes_and_few_scalars(server: GradwatchServer) -> None:
     attributes = {f"k{number}": "v" * 4_096 for number in range(256)}
     run = server.register(["a"], attributes=attributes)
-    many: dict[str, wire.Number] = {f"{'s' * 200}{number}": 1.0 for number in range(200)}
+    many = {f"{'s' * 200}{number}": 1.0 for number in range(200)}
     assert server.store(run, wire.Batch(id="b", samples=[sample(1, 1.0, **many)])).status_code == 200
     copy_run(f"sqlite:///{server.database}", run, 60)
     before = peak_megabytes(server)

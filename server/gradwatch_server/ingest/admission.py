@@ -19,6 +19,8 @@ class ByteBudget:
         self.refused = 0
         self.decompressing = asyncio.Semaphore(2)
         """How many bodies are decompressed at once: their size is unknown until then."""
+        self.decoding = asyncio.Semaphore(1)
+        """How many large bodies are decoded at once: objects take many times the memory of their bytes."""
         self._requests = 0
         self._idle = asyncio.Event()
         self._idle.set()

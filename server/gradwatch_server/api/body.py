@@ -45,7 +45,7 @@ async def read(request: Request, document: type[Document], limits: Limits, reser
     content_type, encoding = _content_type(request), _content_encoding(request)
     # 2. Read it.
     try:
-        async with asyncio.timeout(limits.body_seconds):
+        async with reservation.receiving(limits.body_seconds):
             body = await _read_bounded(request, limits.body_bytes, reservation)
     except TimeoutError:
         raise _too_slow(limits) from None

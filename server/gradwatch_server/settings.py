@@ -53,6 +53,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Most different scalar names in one batch, and names of histograms; most attributes of a run."""
     scalar_names_per_run: int = 2_000
     """Most different scalar names in one run, since each has roll-up levels of its own."""
+    runs_per_project: int = 50_000
+    """Most runs that a project has; beyond it no further one is registered: 429 with Retry-After."""
     queued_batches: int = 1_000
     """Batches that may wait for the writer; beyond it: 503 with Retry-After."""
     queued_batches_per_run: int = 16

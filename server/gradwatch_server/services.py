@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.store import schema
 from gradwatch_server.store.change_stream import ChangeStream
-from gradwatch_server.store.database import read_clock
+from gradwatch_server.store.database import read_clock, shrink_log
 from gradwatch_server.store.deletion import ResolveAlerts, delete_expired_runs
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.rollups.downsampling import downsample_expired
@@ -35,6 +36,7 @@ from gradwatch_server.telemetry.snapshot import ParameterCache
 
 _RETENTION_SECONDS = 3_600
 _FOLLOW_SECONDS = 10.0
+_SHRINK_SECONDS = 5.0
 
 
 def _cores() -> int:
@@ -119,6 +121,13 @@ class Services:
                 clock.follow(await asyncio.to_thread(read_clock, self.engine))
             await asyncio.sleep(_FOLLOW_SECONDS)
 
+    async def shrink_log(self) -> None:
+        """Keep SQLite's write-ahead log small, for as long as the server runs."""
+        while self.engine.dialect.name == "sqlite":
+            await asyncio.sleep(_SHRINK_SECONDS)
+            with suppress(sqlite3.Error, OSError):  # somebody holds a snapshot: again in some seconds
+                await asyncio.to_thread(shrink_log, self.engine)
+
     async def apply_retention(self) -> None:
         """Delete expired runs and levels, now and once an hour, for as long as the server runs."""
         while True:
@@ -144,7 +153,8 @@ async def run_services(settings: Settings, engine: sa.Engine) -> AsyncIterator[S
     services = Services.start(settings, engine)
     notifying = asyncio.create_task(services.notifier.run())
     checks = (services.stall_check.run(), services.unmute_check.run())
-    repeating = [asyncio.create_task(work) for work in (services.follow_clock(), services.apply_retention(), *checks)]
+    upkeep = (services.follow_clock(), services.shrink_log(), services.apply_retention())
+    repeating = [asyncio.create_task(work) for work in (*upkeep, *checks)]
     exporting = None if services.remote_writer is None else asyncio.create_task(services.remote_writer.run())
     try:
         yield services

@@ -59,6 +59,8 @@ class Services:
     unmute_check: UnmuteCheck
     change_stream: ChangeStream
     tokens: TokenCache
+    read_slots: asyncio.Semaphore
+    """Each read of the HTTP interface holds one."""
     remote_writer: RemoteWriter | None = None
     parameter_cache: ParameterCache = field(default_factory=ParameterCache)
     request_counts: RequestCounts = field(default_factory=RequestCounts)
@@ -85,6 +87,7 @@ class Services:
             change_stream=ChangeStream(engine),
             remote_writer=None if remote is None else RemoteWriter(engine, writer, remote),
             tokens=TokenCache(engine),
+            read_slots=asyncio.Semaphore(limits.reads_at_once),
         )
 
     @classmethod
@@ -98,6 +101,7 @@ class Services:
         public_url = self.settings.public_url
         limits = configuration.limits
         self.byte_budget.limit_bytes = limits.held_bytes
+        self.read_slots = asyncio.Semaphore(limits.reads_at_once)  # reads that wait for one of the old ones get it
         self.writer.configure(limits.queued_batches, limits.queued_batches_per_run)
         self.ingest.configure(configuration, public_url)
         self.stall_check.configure(configuration, public_url)

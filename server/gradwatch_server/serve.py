@@ -36,6 +36,8 @@ from gradwatch_server.store.tokens import count_tokens
 
 log = logging.getLogger(__name__)
 
+_SWITCH_SECONDS = 0.0005
+"""How long a thread that reads may keep the interpreter while the writer or the event loop waits for it."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Options of glibc's ``mallopt``, see malloc.h."""
 
@@ -236,6 +238,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     signal.signal(signal.SIGHUP, server.want_reload)  # before the line is printed after which it may be sent
     print(f"gradwatch serves on {settings.address} (database {shown_address(engine)})", flush=True)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     gc.freeze()  # what is loaded at the start need not be traversed at every collection
     gc.set_threshold(20_000, 20, 20)
     server.run(sockets=[sock])

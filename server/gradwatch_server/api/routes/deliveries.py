@@ -8,16 +8,17 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from gradwatch_server import clock
 from gradwatch_server.api import documents
-from gradwatch_server.api.authorisation import AuthorisedRoute, of_delivery, requires
+from gradwatch_server.api.authorisation import of_delivery, requires
 from gradwatch_server.api.dependencies import Engine, commit
 from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
+from gradwatch_server.api.read_slots import ReadRoute
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify import outbox
 from gradwatch_server.services import Services
 from gradwatch_server.store import schema
 
-router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["deliveries"])
+router = APIRouter(prefix="/api/v1", route_class=ReadRoute, tags=["deliveries"])
 
 Id = Annotated[str, Path(alias="id", max_length=64)]
 Name = Annotated[str, Path(max_length=512)]

@@ -11,13 +11,14 @@ from fastapi import APIRouter, Request
 from gradwatch import __version__
 from gradwatch_server import clock
 from gradwatch_server.api import documents
-from gradwatch_server.api.authorisation import AuthorisedRoute, requires
+from gradwatch_server.api.authorisation import requires
 from gradwatch_server.api.dependencies import Engine
+from gradwatch_server.api.read_slots import ReadRoute
 from gradwatch_server.notify.receivers import AnyReceiver as Receiver
 from gradwatch_server.services import Services
 from gradwatch_server.store import schema
 
-router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["health"])
+router = APIRouter(prefix="/api/v1", route_class=ReadRoute, tags=["health"])
 
 _RECENT_SECONDS = 86_400.0
 

@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 
-.PHONY: demo test check dist docs pictures lint types page system clean zoo bench-agent bench-agc bench-store bench-alerts \
+.PHONY: demo test check dist docs pictures lint types page system clean zoo bench-agent bench-agc bench-idle bench-store bench-alerts \
   bench-metrics bench-page bench-paper
 
 demo: .venv/demo-installed
@@ -61,7 +61,7 @@ pictures: .venv/test-installed
 	$(BIN)/python -m tests.page.pictures
 
 # Ours and the peers' side by side in one run, as ratios; on a quiet machine.
-bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed
+bench-agent bench-agc bench-idle bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed
 	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 # The site of docs/, in build/site.

@@ -438,6 +438,16 @@ def test_a_fold_whose_optimizer_is_kept_is_over_when_the_next_goes_on(server: Se
     assert [(end.status, end.exit_code) for end in ends[2:]] == [("failed", 3)]
 
 
+def test_objects_that_the_program_has_frozen_are_found(server: Server, script: Path) -> None:
+    frozen = "import gc\ngc.collect()\ngc.freeze()\nfor _ in range(5):"
+    script.write_text(
+        SCRIPT.replace("for _ in range(5):", frozen) + "print(gc.get_freeze_count() > 0)", encoding="utf-8"
+    )
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stdout) == (0, "out\nTrue\n")
+    assert len(server.samples) == 5
+
+
 def test_a_backward_pass_of_something_else_comes_first(server: Server, script: Path) -> None:
     script.write_text(f"import torch\ntorch.ones(3, requires_grad=True).sum().backward()\n{SCRIPT}", encoding="utf-8")
     done = launch(server, sys.executable, str(script))

@@ -234,6 +234,16 @@ def test_attempts_are_ordered_by_the_servers_clock(shared_server: GradwatchServe
     store(run, second, "ill", 9)
     assert [alert["rule"] for alert in shared_server.get("/api/v1/alerts", run=run)] == ["nonfinite"]
 
+    run = "delivered-by-another"  # the spool of the first attempt, by a host whose clock is five minutes behind
+    register(run, now - 60, now)
+    store(run, now - 60, "b1", 1)
+    register(run, now, now)
+    register(run, now - 60, now - 300)
+    store(run, now, "b2", 2)
+    end = wire.Batch(id="end", attempt=round(1e3 * now), end=wire.End(at=now + 1))
+    assert shared_server.store(run, end).status_code == 200
+    assert shared_server.get(f"/api/v1/runs/{run}")["state"] == "finished"
+
     run = "left-behind"  # the first attempt's measurements come after the second has begun
     register(run, second, now)
     store(run, second, "b2", *range(6, 9))

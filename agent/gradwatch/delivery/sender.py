@@ -87,10 +87,12 @@ class HttpTransport:
     Args:
         url: root of the server.
         token: bearer token, None where the server wants none.
+        tell_clock: whether the documents were made by this machine's clock, which the server then learns.
     """
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, *, tell_clock: bool = True) -> None:
         self._url = url
+        self._tell_clock = tell_clock
         self._pool = urllib3.PoolManager(num_pools=1, maxsize=1, retries=False)
         self._headers = {
             "Content-Type": wire.MESSAGEPACK_TYPE,
@@ -103,7 +105,7 @@ class HttpTransport:
     def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
         """Send one document; return an error of the network as a result."""
         timeout = urllib3.Timeout(total=max(timeout_seconds, 0.01))
-        headers = self._headers | {wire.CLOCK_HEADER: f"{time.time():.3f}"}
+        headers = self._headers | ({wire.CLOCK_HEADER: f"{time.time():.3f}"} if self._tell_clock else {})
         try:
             response = self._pool.request(
                 "POST", self._url + path, body=body, headers=headers, timeout=timeout, redirect=False
@@ -264,10 +266,9 @@ class Sender:
             return True
         left = self._deadline - time.monotonic()
         asked = result.retry_after_seconds or 0.0
-        if asked >= left or result.outcome in ("unauthorized", "unregistered"):
+        nobody_listens = result.refused and not self._was_reached and time.monotonic() >= self._patience_ends
+        if asked >= left or nobody_listens or result.outcome in ("unauthorized", "unregistered"):
             return False
-        if result.refused and not self._was_reached and time.monotonic() >= self._patience_ends:
-            return False  # nobody listens there: everything is in the spool
         time.sleep(min(max(asked, CLOSING_PAUSE_SECONDS), left))  # a server that is being restarted comes back
         return True
 

@@ -125,6 +125,17 @@ def _stepped(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
 
 def _optimizers_and_modules() -> tuple[list[Optimizer], list[nn.Module]]:
     """Return the optimizers and modules that are alive in this process, roughly in the order of their creation."""
+    if gc.get_freeze_count():
+        # A program that forks may have frozen its objects, which hides them: look at them, and freeze them again.
+        gc.unfreeze()
+        try:
+            return _of_generations()
+        finally:
+            gc.freeze()
+    return _of_generations()
+
+
+def _of_generations() -> tuple[list[Optimizer], list[nn.Module]]:
     optimizers: list[Optimizer] = []
     modules: list[nn.Module] = []
     for generation in (2, 1, 0):

@@ -299,23 +299,31 @@ class TrainingListener:
     @guarded
     def before_norm_clip(
         self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: Scalar, norm_type: float
-    ) -> None:
-        """Gradients are about to be clipped by their total norm."""
+    ) -> bool:
+        """Gradients are about to be clipped by their total norm; return whether to tell when they are."""
         if not self.guard.watching:
-            return
+            return False
         listed = self._optimizers.lists.find(parameters, exact=self._clips or self._steps.schedule.due)
         if not listed.indices:
-            return
+            return False
         limit = copy_scalar(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
         total, finite = copy_and_check(total_norm)
         partial = type(total_norm) is not Tensor and is_partial(total_norm)
         clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite)
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
-        # before, where it can be seen.
-        measure = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
+        # before, where it can be seen. So where gradients may change before they are stepped with.
+        destroys = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
+        sampled = self._steps.is_sampled
+        measure = destroys or (sampled and not self._actions.clipped_gradients.are_left_alone)
         action = self._steps.norm_clipped(clip, listed.indices, measure)
         if action is not None:
             self._measure_before_clip(listed, action)
+        return sampled and not measure
+
+    @guarded
+    def after_norm_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients have been clipped by their total norm, and were not measured before."""
+        self._actions.clipped_gradients.note(self._optimizers.lists.find(parameters))
 
     @guarded
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:

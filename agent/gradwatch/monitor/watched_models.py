@@ -58,6 +58,11 @@ class WatchedModels:
         if self.parts_only:
             self._notices.report("not_measured", self.parts_only)
 
+    def _tell_unreadable(self) -> None:
+        """Name the parameters that cannot be measured to the user, each once."""
+        new, self.parameters.newly_unreadable = self.parameters.newly_unreadable, []
+        self._notices.unreadable([self.parameters.watched[index] for index in sorted(new)])
+
     def stop_registering(self) -> None:
         """Stop registering parameters."""
         self._registers = False
@@ -65,6 +70,8 @@ class WatchedModels:
     def register(self) -> None:
         """Tell the server of the parameters."""
         if self._registers:
+            if self.parameters.newly_unreadable:
+                self._tell_unreadable()
             watched, depths = self.parameters.described()
             reported = None if self._ranks is None else ownership(watched, self._ranks.rank)
             self._put(RegisteredParameters(watched, depths, reported))

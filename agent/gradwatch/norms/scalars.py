@@ -29,10 +29,12 @@ def copy_and_check(scalar: Tensor) -> tuple[Scalar, bool]:
         value = local_part(value)
     if value.device.type != "cpu":
         return copy_scalar(value), True
-    if value.dtype not in (torch.float32, torch.float64):
+    try:
         with torch.no_grad():
-            value = value.float()
-    number = float((value.resolve_neg() if value.is_neg() else value).numpy().item())
+            on_host = value if value.dtype in (torch.float32, torch.float64) else value.float()
+        number = float((on_host.resolve_neg() if on_host.is_neg() else on_host).numpy().item())
+    except RuntimeError:  # a subclass that holds no number, as a fake tensor
+        return copy_scalar(value), True
     return number, math.isfinite(number)
 
 
@@ -55,5 +57,9 @@ def is_finite(scalar: Tensor) -> bool:
     if scalar.device.type != "cpu":
         return True
     value = scalar.detach() if scalar.requires_grad else scalar
+    value = value if type(value) is Tensor else local_part(value)
     value = value if value.dtype in (torch.float32, torch.float64) else value.float()
-    return bool(math.isfinite(value.numpy().item()))
+    try:
+        return math.isfinite(value.numpy().item())
+    except RuntimeError:  # a subclass that holds no number, as a fake tensor
+        return True

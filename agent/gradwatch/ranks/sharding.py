@@ -106,9 +106,9 @@ def _all_reduce_of(
     for place, own in zip(places, devices, strict=True):
         here = [position for position in positions if position in place]
         indices = [index for position in here for index in place[position]]
-        in_buffer.append(torch.tensor(indices, dtype=torch.int64).to(own))
+        in_buffer.append(torch.tensor(indices, dtype=torch.int64, device="cpu").to(own))
         packed_indices = [offsets[position] + k for position in here for k in range(len(place[position]))]
-        in_packed.append(torch.tensor(packed_indices, dtype=torch.int64).to(device))
+        in_packed.append(torch.tensor(packed_indices, dtype=torch.int64, device="cpu").to(device))
 
     def all_reduce(by_buffer: Sequence[tuple[Tensor, Tensor]]) -> None:
         packed = torch.zeros(2, total, dtype=torch.float64, device=device)

@@ -306,7 +306,7 @@ class WatchedOptimizers:
         groups = [group["params"] for group in optimizer.param_groups]
         find = self._parameters.find
         self._renew(any(find(parameter) is None for group in groups for parameter in group))
-        parameters = known.parameters = OptimizerParameters(groups, find)
+        parameters = known.parameters = OptimizerParameters(groups, find, self._parameters.watched)
         known.last = parameters.index_set
         self._changed()
         others = sum(map(len, groups)) - len(parameters.indices)
@@ -318,7 +318,7 @@ class WatchedOptimizers:
         # A list that holds nothing watched is another model's, and may come often.
         unknown = sum(self._parameters.find(parameter) is None for parameter in parameters)
         self._renew(0 < unknown < len(parameters))
-        return OptimizerParameters([parameters], self._parameters.find)
+        return OptimizerParameters([parameters], self._parameters.find, self._parameters.watched)
 
     def forget_lists(self) -> None:
         """Forget the lists that were clipped: the watched parameters have changed."""

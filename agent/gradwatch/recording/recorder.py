@@ -61,6 +61,8 @@ class NormRecorder:
         started = time.perf_counter()
         pass_ = parameters.measure(record.buffers, self._parameters.watched)
         self.pass_seconds = time.perf_counter() - started
+        if parameters.unreadable:
+            self._parameters.mark_unreadable(parameters.unreadable)
         if pass_ is None:
             return None
         measurement = Measurement(frozenset(pass_.plan.indices), pass_.norms, before_clip)

@@ -19,6 +19,7 @@ from gradwatch.delivery.dropped import Dropped
 from gradwatch.norms.buffers import UnitNorms
 from gradwatch.norms.scalars import Scalar
 from gradwatch.ranks.parts import RankPart, ShardOwnership, join_parts, undo_norm_clip
+from gradwatch.samples.agreement import agree
 from gradwatch.samples.origin import origin_in_flags
 from gradwatch.statistics import (
     JOINED,
@@ -62,16 +63,19 @@ class SampleBuilder:
         """Third of the depth in which each parameter lies, 0 to 2."""
         self._weights = {row.name: np.zeros(0, np.float32) for row in measured_from("weight")}
         """Statistics of the weights, as they were measured last: weights at rest are not measured in every sample."""
+        self._unreadable: list[int] = []
+        """Indices of the parameters that cannot be measured."""
         self._usual_norm = 0.0
         self._was_finite = True
         self._skipped_steps = 0
         self.all_nonfinite = False
         """Whether everything in the last step was non-finite at once, so that nothing shows where it began."""
 
-    def register(self, depths: Sequence[int], ownership: ShardOwnership | None) -> None:
-        """Take the depths of the parameters, and what this rank reports of them; earlier ones keep their places."""
+    def register(self, depths: Sequence[int], ownership: ShardOwnership | None, unreadable: Sequence[int] = ()) -> None:
+        """Take the depths of the parameters, what this rank reports of them, and which of them cannot be measured."""
         count = len(depths)
         self._ownership = ownership
+        self._unreadable = list(unreadable)
         for name, known in self._weights.items():
             self._weights[name] = np.append(known, np.zeros(count - known.size, np.float32))
         self._third = 3 * np.asarray(depths, np.intp) // max(count, 1)
@@ -124,7 +128,7 @@ class SampleBuilder:
         with np.errstate(all="ignore"):
             for statistic in JOINED:
                 values = clipped if statistic.name == "clipped_grad_norm" else vectors[statistic.name]
-                measured = owned if statistic.source == "weight" else has_gradient
+                measured = owned & (values != MISSING) if statistic.source == "weight" else has_gradient
                 part = statistic.reduction.to_part(values.astype(np.float64), vectors.units)
                 rows.append(np.where(measured, part, statistic.reduction.absent))
         units = np.where(has_gradient, vectors.units, MISSING)
@@ -177,6 +181,7 @@ class SampleBuilder:
             _add_update(update, vectors)
         for name, known in self._weights.items():
             vectors[name] = known.copy()
+            vectors[name][self._unreadable] = MISSING
         return Draft(record, vectors, self._histograms(record.measurements, record.excluded))
 
     def _add_measurement(self, measurement: Measurement, vectors: "_Vectors") -> None:
@@ -191,14 +196,22 @@ class SampleBuilder:
         if plan.grad_layout is None:
             return
         vectors.units[indices] = plan.measured_units
-        vectors.note_partial(measurement.clips, measured)
+        told = measured if not measurement.changed else measured[~np.isin(measured, list(measurement.changed))]
+        vectors.note_partial(measurement.clips, told)
         scale = 1.0 if measurement.scale is None else to_float(measurement.scale)
         factor = _clip_coefficients(measurement.clips, self._third.size)[indices]
         with np.errstate(all="ignore"):
             values = {row.name: row.measure(units, plan.starts) for row in measured_from("gradient")}
+            if measurement.compared is not None:
+                specs = [plan.grad_layout.specs[position] for position in plan.measured]
+                at_step = np.where(live, vectors["grad_norm"][indices], MISSING)
+                if (same := agree(values["grad_norm"] / scale / factor, at_step, specs)) is not None:
+                    measurement.compared(same)
             for row in measured_from("gradient"):
-                proper = values[row.name] / scale / factor if row.before_clipping else values[row.name]
-                vectors[row.name][measured] = proper[live]
+                if row.before_clipping:
+                    vectors[row.name][told] = (values[row.name] / scale / factor)[np.isin(indices, told)]
+                else:
+                    vectors[row.name][measured] = values[row.name][live]
             for index, count in measurement.nonfinite.items():  # exact counts of elements, where there are any
                 if index not in measurement.void:
                     vectors["nonfinite_count"][index] = count

@@ -230,7 +230,8 @@ class Collector:
             self._process_step(message)
 
     def _register(self, parameters: RegisteredParameters) -> None:
-        self._builder.register(parameters.depths, parameters.ownership)
+        unreadable = [index for index, info in enumerate(parameters.watched) if info.unreadable]
+        self._builder.register(parameters.depths, parameters.ownership, unreadable)
         if self._spool is None:
             return
         described = [info.to_wire(parameters.depths[place]) for place, info in enumerate(parameters.watched)]

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 
 .PHONY: demo test check dist docs pictures lint types page system clean zoo zoo-sparse zoo-default zoo-report \
-  bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page bench-paper
+  bench-agent bench-agc bench-idle bench-store bench-alerts bench-metrics bench-page bench-paper
 
 demo: .venv/demo-installed
 	@$(BIN)/gradwatch demo $(if $(KEEP),--keep)
@@ -75,7 +75,7 @@ pictures: .venv/test-installed
 	$(BIN)/python -m tests.page.pictures
 
 # Ours and the peers' side by side in one run, as ratios; on a quiet machine.
-bench-agent bench-agc bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed
+bench-agent bench-agc bench-idle bench-store bench-alerts bench-metrics bench-page: bench-%: .venv/test-installed
 	$(BIN)/python -m benchmarks.$* $(ARGS)
 
 # The site of docs/, in build/site.

@@ -22,7 +22,7 @@ from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
 from gradwatch.lifecycle.process import attributes, default_run_name, rank
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
-from gradwatch.monitor.context import Callbacks, discard
+from gradwatch.monitor.context import Callbacks, discard, discard_numbers
 from gradwatch.monitor.guard import AgentThread
 from gradwatch.monitor.monitor import Monitor
 from gradwatch.norms.scalars import Scalar
@@ -165,7 +165,7 @@ class Session:
             warn=warn,
         )
         self.threads.append(self._collector)
-        monitor.report_to(self._collector.put, self.threads)
+        monitor.report_to(self._collector.put, self._collector.add_numbers, self.threads)
         monitor.models.start_registering()
         self._collector.start()
         if self._delivery is not None:
@@ -315,7 +315,7 @@ class Session:
         if self._delivery is not None:
             self._delivery.spool.abandon_after_fork()
         self._collector = None
-        self.monitor.report_to(discard, ())
+        self.monitor.report_to(discard, discard_numbers, ())
 
 
 def _nothing() -> None:

@@ -33,6 +33,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Listener(Protocol):
     """Receives the events of a training. Only ``before_step`` may raise an error, if clipping fails."""
 
+    def ignores(self, optimizer: Optimizer) -> bool:
+        """Return whether the steps of an optimizer are known not to matter; it may be asked at each of them."""
+
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Optimizer | None
     ) -> Arguments | None:
@@ -155,6 +158,11 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     # A compiled step must not be traced into the agent: it breaks the graph around the hooks instead.
     if torch.compiler.is_compiling() or compiler() is not None:
         return cast("Arguments | None", _before_step_untraced(optimizer, args, kwargs))
+    for listener in _listeners:
+        if not listener.ignores(optimizer):
+            break
+    else:
+        return None
     caller: FrameType | None = sys._getframe(1)  # noqa: SLF001
     if caller is not None and caller.f_code is not _STEP_WRAPPER:
         caller = _step_wrapper(caller)
@@ -180,6 +188,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling() or compiler() is not None:
         _after_step_untraced(optimizer, _args, _kwargs)
+        return
+    if id(optimizer) not in _stepping:
         return
     caller: FrameType | None = sys._getframe(1)  # noqa: SLF001
     if caller is not None and caller.f_code is not _STEP_WRAPPER:
@@ -337,7 +347,7 @@ def _clip_by_norm(original: Function, active: list[bool], aside: Function) -> Fu
     ) -> Any:
         if not active or torch.compiler.is_compiling() or compiler() is not None:
             return aside(parameters, max_norm, total_norm, *args, **kwargs)
-        several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        several = parameters if type(parameters) is list else _as_list(parameters)
         norm_type, asked = float(_norm_type.get()), []
         for listener in _listeners:
             if listener.before_norm_clip(several, total_norm, max_norm, norm_type):
@@ -350,6 +360,10 @@ def _clip_by_norm(original: Function, active: list[bool], aside: Function) -> Fu
     return clip_grads_with_norm_
 
 
+def _as_list(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
 def _measure_and_clip_by_norm(
     original: Callable[..., Any],
     parameters: Any,
@@ -359,7 +373,7 @@ def _measure_and_clip_by_norm(
     **kwargs: Any,
 ) -> Any:
     """Clip, then tell the listeners: torch before 2.6 measures and clips in one function."""
-    several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    several = _as_list(parameters)
     total_norm = original(several, max_norm, norm_type, *args, **kwargs)
     for listener in _listeners:
         listener.before_norm_clip(several, total_norm, max_norm, float(norm_type))
@@ -367,7 +381,7 @@ def _measure_and_clip_by_norm(
 
 
 def _clip_by_value(original: Callable[..., Any], parameters: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
-    several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    several = _as_list(parameters)
     for listener in _listeners:
         listener.before_value_clip(several)
     return original(several, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +25,23 @@ def copy_and_check(scalar: Tensor) -> tuple[Scalar, bool]:
 
     On the CPU it is read now: a float costs less than a copy. Elsewhere it is a copy on its device.
     """
-    value = scalar.detach()
-    if type(value) is not Tensor:
-        value = local_part(value)
-    if value.device.type != "cpu":
-        return copy_scalar(value), True
+    number = _read(scalar)
+    return (copy_scalar(scalar), True) if number is None else (number, math.isfinite(number))
+
+
+def _read(scalar: Tensor) -> float | None:
+    """Return a number that is on the CPU, without an operator of torch; None for all others."""
+    if type(scalar) is not Tensor:
+        scalar = local_part(scalar.detach())
+    if not scalar.is_cpu:
+        return None
     try:
-        with torch.no_grad():
-            on_host = value if value.dtype in (torch.float32, torch.float64) else value.float()
-        number = float((on_host.resolve_neg() if on_host.is_neg() else on_host).numpy().item())
+        value: Any = scalar.tolist()
+        while isinstance(value, list):
+            value = value[0]
     except RuntimeError:  # a subclass that holds no number, as a fake tensor
-        return copy_scalar(value), True
-    return number, math.isfinite(number)
+        return None
+    return float(value.real)
 
 
 def sum_scalars(scalars: Iterable[Scalar]) -> list[Scalar]:
@@ -54,12 +60,5 @@ def sum_scalars(scalars: Iterable[Scalar]) -> list[Scalar]:
 
 def is_finite(scalar: Tensor) -> bool:
     """Return False for NaN or Inf on the CPU; True for all others, as a device would have to be waited for."""
-    if scalar.device.type != "cpu":
-        return True
-    value = scalar.detach() if scalar.requires_grad else scalar
-    value = value if type(value) is Tensor else local_part(value)
-    value = value if value.dtype in (torch.float32, torch.float64) else value.float()
-    try:
-        return math.isfinite(value.numpy().item())
-    except RuntimeError:  # a subclass that holds no number, as a fake tensor
-        return True
+    number = _read(scalar)
+    return number is None or math.isfinite(number)

@@ -75,7 +75,9 @@ class OptimizerParameters:
         """Whether a gradient loses what is small when it is scaled down."""
         self._plans: OrderedDict[bytes, MeasurementPlan] = OrderedDict()
         self.signature: list[int] = []
-        """Of the groups: what differs where they were changed."""
+        """Of the groups, or of the list: what differs where they were changed."""
+        self.uses = 0
+        """How often the list was found again."""
         self.next_part = 0
         """Of the weights: the one whose change is measured next."""
         self.update_credit = 0

@@ -46,6 +46,10 @@ class Joining(Protocol):
     def poll(self, *, wait: bool) -> None:
         """Do what can be done; with ``wait``, which is for the end of the run, give the other ranks some seconds."""
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something of the other ranks may come at any time, for which ``poll`` has to look."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoiningCallbacks:
@@ -130,6 +134,13 @@ class ReportingRank:
                 self._go_on_without_others()
         if self._store_is_gone:
             self._finish_alone()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something of the other ranks may come at any time."""
+        if self._store_is_gone:
+            return False
+        return bool(self._drafts) or not self._resolved or bool(self._asked and self._asked.losses)
 
     @property
     def _others(self) -> list[int]:
@@ -314,6 +325,11 @@ class OtherRank:
         """Look what rank 0 asks for; with ``wait``, tell everything that is left, and that this rank has ended."""
         if not self._over:
             self._try(self._look if not wait else self._end)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether rank 0 has yet to ask, or to be told losses."""
+        return not self._over and (self._asked is None or bool(self._losses))
 
     def _try(self, action: Callable[[], None]) -> None:
         try:

@@ -146,6 +146,8 @@ class StepRecord:
     skipped: bool = False
     """Whether a loss scaler skipped an optimizer's step: there is no sample then."""
     agent_seconds: float = 0.0
+    urgent: bool = False
+    """Whether it shows a sign of trouble, or follows one that does: it is written and sent at once."""
 
     @property
     def clipped(self) -> Indices:

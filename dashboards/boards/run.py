@@ -162,7 +162,7 @@ def _norm() -> Panel:
         sql(scalars.by_time("global_grad_norm", "before clipping")),
         sql(scalars.lowered_by_time("clipped_global_grad_norm", "global_grad_norm", "after clipping"), "B"),
         sql(scalars.largest_by_time("global_grad_norm_limit", "limit"), "C"),
-        scale="log",
+        scale="symlog",
         unit="sci",
         decimals=1,
         noValue=_NOTHING,
@@ -279,7 +279,7 @@ def _by_step() -> tuple[Panel, Panel]:
                    sql(scalars.by_step("loss")), "symlog", unit="sci", decimals=2, overrides=looks,
                    noValue=_NOTHING),
         over_steps(22, "Global gradient norm by step", "Norm of the whole gradient before clipping: the smallest and "
-                   "the largest of each span of steps.", sql(scalars.by_step("global_grad_norm")), "log",
+                   "the largest of each span of steps.", sql(scalars.by_step("global_grad_norm")), "symlog",
                    unit="sci", decimals=1, overrides=looks, noValue=_NOTHING),
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ def build() -> Json:
     charts = [_loss(), _norm(), _map(), _profile()]
     rows: list[Row | Panel] = [
         (4, [(24, _numbers())]),
-        (5, [(24, _wrong())]),
+        (6, [(24, _wrong())]),
         *((height, [(24, chart)]) for height, chart in zip((7, 7, 20, 9), charts, strict=True)),
         row(20, "By step", *_by_step()),
         row(30, "Clipping and the agent, while the run is active", *_agent()),

@@ -120,20 +120,22 @@ def every_step(training: Training, rounds: int) -> tuple[float, float, float]:
     return statistics.median(plain), statistics.median(pairs), statistics.median(inside)
 
 
-def default_share(training: Training, seconds: float) -> tuple[float, int]:
-    """Return the agent's share of the training time at its default setting, and its interval.
+def default_share(training: Training, seconds: float) -> tuple[float, float]:
+    """Return the agent's share of the training time at its default setting, and the mean steps between samples.
 
     All that the agent takes is counted, the processor time of its threads too, after the first burst.
     """
     with training.watched(None) as agent:
         for _ in range(25):
             training.step()
-        before = _spent_seconds(agent)
+        before, steps, sampled = _spent_seconds(agent), 0, 0
+        schedule = agent._session.monitor.steps.schedule
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
+            steps, sampled = steps + 1, sampled + schedule.due
             training.step()
         spent = _spent_seconds(agent) - before
-        return spent / (time.perf_counter() - started), agent.interval_steps
+        return spent / (time.perf_counter() - started), steps / max(sampled, 1)
 
 
 def _spent_seconds(agent: gradwatch.Agent) -> float:
@@ -221,7 +223,7 @@ def report(network: Network, rounds: int, seconds: float) -> list[str]:
         f"on this CPU {launched(shapes, 'cpu')}\n"
         f"  every=1          {inside * 1e3:8.2f} ms in the hooks {inside / plain:7.2%}"
         f"  paired {pair * 1e3:+.2f} ms {pair / plain:+.2%}\n"
-        f"  default          {share:8.2%} of the time, threads included, a sample each {interval} steps"
+        f"  default          {share:8.2%} of the time, threads included, a sample each {interval:.0f} steps on average"
     )
     for name, cost in {**alone, "wandb.watch": wandb_cost(training, max(3, rounds // 10))}.items():
         said = "not installed" if cost is None else f"{cost * 1e3:8.2f} ms {cost / plain:7.2%}"

@@ -40,7 +40,7 @@ AGENT_LAYERS = (
 SERVER = Path(__file__).parents[1] / "server" / "gradwatch_server"
 SERVER_LAYERS = (
     ("cli", "serve"),
-    ("app", "logs"),
+    ("app", "connections", "logs"),
     ("api",),
     ("services",),
     ("telemetry",),

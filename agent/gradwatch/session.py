@@ -22,7 +22,7 @@ from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
 from gradwatch.lifecycle.process import attributes, default_run_name, rank
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
-from gradwatch.monitor.context import Callbacks, discard
+from gradwatch.monitor.context import Callbacks, discard, discard_numbers
 from gradwatch.monitor.guard import AgentThread
 from gradwatch.monitor.monitor import Monitor
 from gradwatch.norms.scalars import Scalar
@@ -85,7 +85,9 @@ class Session:
         self._ranks = exchange_for(models)
         watching = not retired and (rank() == 0 or self._ranks is not None)
         self._closed = not watching and clip is None
-        account = OverheadAccount(settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None)
+        account = self._account = OverheadAccount(
+            settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None
+        )
         callbacks = Callbacks(
             exiting=self._exiting,
             forked=self._forked,
@@ -158,10 +160,12 @@ class Session:
             written=_nothing if self._delivery is None else self._delivery.sender.notify,
             trouble=monitor.note_trouble,
             failed=failed,
+            not_measured=monitor.models.note_not_measured,
+            needless=self._other_ranks_are_needless,
             warn=warn,
         )
         self.threads.append(self._collector)
-        monitor.report_to(self._collector.put, self.threads)
+        monitor.report_to(self._collector.put, self._collector.add_numbers, self.threads)
         monitor.models.start_registering()
         self._collector.start()
         if self._delivery is not None:
@@ -169,6 +173,13 @@ class Session:
             self._delivery.sender.start()
             self._note = RunNote(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
             write_note(self._note)
+
+    def _other_ranks_are_needless(self) -> None:
+        """Measure nothing on a rank of which nothing is needed; on rank 0, sample without regard to the others."""
+        if self._delivery is not None:
+            self._account.aligned = False
+        else:
+            self.monitor.stop_watching()
 
     def _replace_earlier(self) -> list[str]:
         """Close the session that watches exactly these parameters: a notebook cell was run again.
@@ -304,7 +315,7 @@ class Session:
         if self._delivery is not None:
             self._delivery.spool.abandon_after_fork()
         self._collector = None
-        self.monitor.report_to(discard, ())
+        self.monitor.report_to(discard, discard_numbers, ())
 
 
 def _nothing() -> None:

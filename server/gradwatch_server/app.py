@@ -56,6 +56,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
         version=__version__,
         description="Health of gradients in PyTorch training: samples in, series, maps, alerts and metrics out.",
         lifespan=lifespan,
+        redirect_slashes=False,  # it would lead to whatever host the request names
         openapi_url=None,  # the module openapi has a route for it
         docs_url=None,
         redoc_url=None,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import msgspec
 import sqlalchemy as sa
@@ -23,12 +24,14 @@ import uvicorn
 from gradwatch.settings import secret
 from gradwatch_server import logs
 from gradwatch_server.app import create_app
+from gradwatch_server.connections import ConnectionTable, raise_file_limit
 from gradwatch_server.errors import ConfigurationError, GradwatchError
 from gradwatch_server.notify.http_client import ALL_NETWORKS, is_loopback
 from gradwatch_server.notify.receivers import Webhook
+from gradwatch_server.plain_text import visible
 from gradwatch_server.services import Services
 from gradwatch_server.settings import DATABASE_URL_HELP, Configuration, Settings, resolve_database_url
-from gradwatch_server.store.database import open_engine, prepare
+from gradwatch_server.store.database import open_engine, prepare, shown_address
 from gradwatch_server.store.tokens import count_tokens
 
 log = logging.getLogger(__name__)
@@ -216,13 +219,18 @@ def main(arguments: Sequence[str]) -> int:
         _check_open(settings.host, engine)
         sock = _listen(settings)
     except (GradwatchError, ValueError) as error:
-        print(f"gradwatch serve: {error}", file=sys.stderr)
+        print(visible(f"gradwatch serve: {error}", keep="\n\t"), file=sys.stderr)
         return 1
     host, port = sock.getsockname()[:2]
     settings = msgspec.structs.replace(settings, host=host, port=port)
+    app = create_app(settings, engine)
+    table = ConnectionTable(lambda: cast("Services", app.state.services).settings.configuration)
+    raise_file_limit(settings.configuration.connections.most)
     server = _Server(
         uvicorn.Config(
-            create_app(settings, engine),
+            app,
+            http=cast("type[asyncio.Protocol]", table),
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
@@ -231,7 +239,7 @@ def main(arguments: Sequence[str]) -> int:
         lambda: read_settings(given).configuration,
     )
     signal.signal(signal.SIGHUP, server.want_reload)  # before the line is printed after which it may be sent
-    print(f"gradwatch serves on {settings.address} (database {engine.url.render_as_string()})", flush=True)
+    print(f"gradwatch serves on {settings.address} (database {shown_address(engine)})", flush=True)
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.freeze()  # what is loaded at the start need not be traversed at every collection
     gc.set_threshold(20_000, 20, 20)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
+from gradwatch.recording import optimizers
 from gradwatch.recording.optimizer_parameters import OptimizerParameters
 from gradwatch.recording.optimizers import ListedParameters
 
@@ -273,7 +274,8 @@ def test_gradients_that_are_clipped_in_the_closure_belong_to_its_step(server: Se
     assert "clipped_grad_norm" not in server.samples[1].statistics
 
 
-def test_lists_that_are_clipped_in_turn_are_each_known_again() -> None:
+def test_lists_that_are_clipped_in_turn_are_each_known_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "_LISTS", 50)
     first, second = [torch.zeros(1)], [torch.zeros(2), torch.zeros(3)]
     lists = ListedParameters(lambda parameters: OptimizerParameters([parameters], lambda _parameter: None))
     known = [lists.find(first), lists.find(second)]

@@ -87,6 +87,15 @@ def test_steps_are_not_delayed_whatever_the_server_does(server: Server, hanging:
     assert not server.samples
 
 
+def test_closing_gives_up_a_server_that_has_refused_every_connection(refusing: str) -> None:
+    model, optimizer = network()
+    agent = gradwatch.attach(model, optimizer, url=refusing, every=1)
+    train(agent, model, optimizer)
+    started = time.monotonic()
+    agent.close(timeout_seconds=120.0)
+    assert time.monotonic() - started < 60.0, "it tries for half a second, and everything is in the spool"
+
+
 @pytest.mark.usefixtures("patient_collector")
 def test_what_a_dead_server_leaves_behind_flush_delivers(
     server: Server, refusing: str, capsys: pytest.CaptureFixture[str]
@@ -379,6 +388,16 @@ class Broken(Listed):
 
 REGISTRATION = Entry(1, "registration", 0, b"r")
 BATCHES = [Entry(number, "batch", 3, b"bbb") for number in (2, 3)]
+
+
+def test_closing_waits_for_a_server_that_is_being_restarted() -> None:
+    refused = DeliveryResult("retry", refused=True)
+    transport, queue = Scripted(DeliveryResult("committed"), *[refused] * 4), Listed(*BATCHES)
+    sender = Sender(queue, transport, Dropped(), print)
+    sender.start()
+    sender.end(time.monotonic() + 60.0)
+    sender.join()
+    assert not queue.entries
 
 
 def test_an_unknown_run_is_registered_again_and_the_batch_resent() -> None:

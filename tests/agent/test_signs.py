@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import gradwatch
-from gradwatch.steps.signs import Signs, UsualLevel
+from gradwatch.steps.schedule import Signs, UsualLevel
 
 from .conftest import Server
 from .watching import Two
@@ -31,7 +31,7 @@ HEALTHY: dict[str, Course] = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_healthy_course_shows_next_to_no_sign(name: str) -> None:
     signs, noise = Signs(), random.Random(0)
-    found = [step for step in range(STEPS) if signs.of_loss(HEALTHY[name](step, noise))]
+    found = [step for step in range(STEPS) if signs.of_numbers(HEALTHY[name](step, noise), None)]
     assert len(found) <= 2
 
 
@@ -51,13 +51,13 @@ def test_a_number_far_above_its_own_past_is_a_sign(name: str, times: float) -> N
 def test_a_loss_that_stops_changing_is_a_sign_once() -> None:
     signs = Signs()
     losses = [1.0, 0.9, 0.8, *[0.75] * 50, 0.7, 0.72, *[0.5] * 50]
-    found = [step for step, loss in enumerate(losses) if signs.of_loss(loss)]
+    found = [step for step, loss in enumerate(losses) if signs.of_numbers(loss, None)]
     assert found == [13, 65]
 
 
 def test_a_clip_norm_of_zero_is_a_sign() -> None:
     signs = Signs()
-    assert [signs.of_clip_norm(norm) for norm in (1.0, 2.0, 0.0, 1.0)] == [False, False, True, False]
+    assert [signs.of_numbers(None, norm) for norm in (1.0, 2.0, 0.0, 1.0)] == [False, False, True, False]
 
 
 def planted(server: Server, step: int, loss_factor: float, gradient_factor: float) -> set[int]:

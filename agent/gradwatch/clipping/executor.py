@@ -68,6 +68,8 @@ class AgcExecutor:
         """By id of the plan."""
         self._limits: dict[int, tuple[tuple[Any, ...], Limits]] = {}
         """Id of the plan -> threshold of each parameter group, and the limits that follow."""
+        self._raised: set[int] = set()
+        """Indices of the parameters of which it was raised that they cannot be clipped."""
         self._clipped: list[tuple[WeakTensor, int]] = []
         """Gradients, with their versions after clipping, that were clipped for an optimizer that steps others."""
 
@@ -137,6 +139,20 @@ class AgcExecutor:
         """Measure the gradients of a step that is not sampled; return None if there are no gradients."""
         self._buffers.reset()
         return listed.measure(self._buffers, watched)
+
+    def raise_unreadable(self, listed: OptimizerParameters, watched: Sequence[ParameterInfo]) -> None:
+        """Raise, once for each, that a gradient which is about to be stepped with cannot be clipped.
+
+        Raises:
+            NotImplementedError: there is such a gradient, and ``exclude`` does not leave it out.
+        """
+        grads = {index: p.grad for index, p in zip(listed.indices, listed.parameters, strict=True)}
+        unclipped = [index for index in listed.unreadable if grads[index] is not None]
+        new = [index for index in unclipped if index not in self._raised and index not in self.excluded(watched)]
+        self._raised.update(new)
+        if new:
+            name, reason = watched[new[0]].name, listed.unreadable[new[0]]
+            raise NotImplementedError(f"{name} cannot be clipped ({reason}). Leave it out: AGC(exclude=[{name!r}])")
 
     def clip(
         self, optimizer: Optimizer, listed: OptimizerParameters, pass_: Pass, watched: Sequence[ParameterInfo]

@@ -1,6 +1,7 @@
 """The sender: a thread that posts the spooled documents to the server in order, with retries and back-off."""
 
 import json
+import math
 import random
 import threading
 import time
@@ -18,6 +19,8 @@ from gradwatch.delivery.spool import Entry
 
 CLOSING_PAUSE_SECONDS: Final = 0.2
 """Shortest pause between attempts while the agent is being closed."""
+UNREACHED_SECONDS: Final = 0.5
+"""Time after which an agent that is being closed gives up a server that has refused all connections so far."""
 FIRST_PAUSE_SECONDS: Final = 0.25
 LONGEST_PAUSE_SECONDS: Final = 30.0
 LONGEST_RETRY_AFTER_SECONDS: Final = 3600.0
@@ -50,6 +53,8 @@ class DeliveryResult:
     retry_after_seconds: float | None = None
     divisible: bool = False
     """Whether the server may take a part of the document that it rejected."""
+    refused: bool = False
+    """Whether there was no connection."""
 
     @property
     def is_final(self) -> bool:
@@ -106,7 +111,8 @@ class HttpTransport:
                 "POST", self._url + path, body=body, headers=headers, timeout=timeout, redirect=False
             )
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            return DeliveryResult("retry", f"{type(error).__name__}: {error}")
+            refused = isinstance(error, urllib3.exceptions.NewConnectionError)
+            return DeliveryResult("retry", f"{type(error).__name__}: {error}", refused=refused)
         return interpret_response(response.status, response.headers, response.data)
 
     def close(self) -> None:
@@ -173,6 +179,10 @@ class Sender:
         """Since the last delivered document."""
         self._warned: set[str] = set()
         self._wake = threading.Event()
+        self._was_reached = False
+        """Whether there was ever a connection to the server."""
+        self._patience_ends = math.inf
+        """Monotonic time until which a server that was never reached is tried."""
         self._deadline: float | None = None
         """Monotonic time at which to stop; None: go on."""
         self.rejected = 0
@@ -190,6 +200,7 @@ class Sender:
 
     def end(self, deadline: float) -> None:
         """Tell the thread to deliver the queue and stop at a monotonic time; ``join`` waits for it."""
+        self._patience_ends = time.monotonic() + UNREACHED_SECONDS
         self._deadline = deadline
         self._wake.set()
 
@@ -255,7 +266,8 @@ class Sender:
             return True
         left = self._deadline - time.monotonic()
         asked = result.retry_after_seconds or 0.0
-        if asked >= left or result.outcome in ("unauthorized", "unregistered"):
+        nobody_listens = result.refused and not self._was_reached and time.monotonic() >= self._patience_ends
+        if asked >= left or nobody_listens or result.outcome in ("unauthorized", "unregistered"):
             return False
         time.sleep(min(max(asked, CLOSING_PAUSE_SECONDS), left))  # a server that is being restarted comes back
         return True
@@ -263,6 +275,7 @@ class Sender:
     def _deliver_entry(self, entry: Entry, timeout_seconds: float) -> DeliveryResult:
         """Send one document and do what the result asks for, except the pause."""
         result = self._post(entry, timeout_seconds)
+        self._was_reached |= not result.refused
         if result.outcome == "unknown_run":
             result = self._register_and_post(entry, result, timeout_seconds)
         if result.outcome == "rejected":

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch.hooks import weak_tensors
-from gradwatch.hooks.patch import Function, Patch, around, compiler, inside_no_grad
+from gradwatch.hooks.patch import AddedHook, Function, Patch, around, compiler, inside_no_grad
 
 _STEP_WRAPPER: Final = next(
     (code for code in Optimizer.profile_hook_step.__code__.co_consts if getattr(code, "co_name", "") == "wrapper"), None
@@ -33,6 +32,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 class Listener(Protocol):
     """Receives the events of a training. Only ``before_step`` may raise an error, if clipping fails."""
+
+    def ignores(self, optimizer: Optimizer) -> bool:
+        """Return whether the steps of an optimizer are known not to matter; it may be asked at each of them."""
 
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], outer: Optimizer | None
@@ -56,8 +58,11 @@ class Listener(Protocol):
 
     def before_norm_clip(
         self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float | Tensor, norm_type: float
-    ) -> None:
-        """Gradients are about to be clipped by their total norm."""
+    ) -> bool | None:
+        """Gradients are about to be clipped by their total norm; return whether to call ``after_norm_clip``."""
+
+    def after_norm_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients have been clipped by their total norm."""
 
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
         """Gradients are about to be clipped by value."""
@@ -73,10 +78,8 @@ class Listener(Protocol):
 
 
 _listeners: tuple[Listener, ...] = ()
-_patches: list[Patch] = []
+_patches: list[Patch | AddedHook] = []
 """Those that are applied."""
-_undo: list[Callable[[], None]] = []
-"""Take away the hooks that torch itself offers."""
 _stepping: dict[int, tuple[int, weakref.ref[Optimizer]]] = {}
 """The optimizers in the middle of a step, by their ids, each with the id of the frame of torch's outermost wrapper."""
 _norm_type: ContextVar[float] = ContextVar("_norm_type", default=2.0)
@@ -120,8 +123,8 @@ def _set_hooks() -> None:
     if not _follows_forks:
         _follows_forks = True
         os.register_at_fork(after_in_child=_after_fork)  # nothing takes it away; without listeners it does nothing
-    _undo.append(register_optimizer_step_pre_hook(_before_step).remove)
-    _undo.append(register_optimizer_step_post_hook(_after_step).remove)
+    for added in _step_hooks:
+        _apply(added)
     _apply(weak_tensors.swap_patch)
     _apply(Patch(torch.autograd, "backward", _backward))
     _apply(Patch(sys, "exit", around(_exit)))
@@ -139,14 +142,12 @@ def _set_hooks() -> None:
         _apply(inside_no_grad(clip_grad.clip_grad_norm_, around(_measure_and_clip_by_norm)))
 
 
-def _apply(patch: Patch) -> None:
+def _apply(patch: Patch | AddedHook) -> None:
     patch.apply()
     _patches.append(patch)
 
 
 def _take_hooks_away() -> None:
-    while _undo:
-        _undo.pop()()
     while _patches:
         _patches.pop().undo()
     _stepping.clear()
@@ -157,6 +158,11 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     # A compiled step must not be traced into the agent: it breaks the graph around the hooks instead.
     if torch.compiler.is_compiling() or compiler() is not None:
         return cast("Arguments | None", _before_step_untraced(optimizer, args, kwargs))
+    for listener in _listeners:
+        if not listener.ignores(optimizer):
+            break
+    else:
+        return None
     caller: FrameType | None = sys._getframe(1)  # noqa: SLF001
     if caller is not None and caller.f_code is not _STEP_WRAPPER:
         caller = _step_wrapper(caller)
@@ -183,6 +189,8 @@ def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str,
     if torch.compiler.is_compiling() or compiler() is not None:
         _after_step_untraced(optimizer, _args, _kwargs)
         return
+    if id(optimizer) not in _stepping:
+        return
     caller: FrameType | None = sys._getframe(1)  # noqa: SLF001
     if caller is not None and caller.f_code is not _STEP_WRAPPER:
         caller = _step_wrapper(caller)
@@ -195,6 +203,10 @@ def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str,
 
 _before_step_untraced: Final = torch.compiler.disable(_before_step)
 _after_step_untraced: Final = torch.compiler.disable(_after_step)
+_step_hooks: Final = (
+    AddedHook(sys.modules[Optimizer.__module__], "_global_optimizer_pre_hooks", _before_step),
+    AddedHook(sys.modules[Optimizer.__module__], "_global_optimizer_post_hooks", _after_step),
+)
 
 
 def _step_wrapper(frame: FrameType | None) -> FrameType | None:
@@ -226,7 +238,7 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
             losses = several if grad_tensors is None and tensors.numel() == 1 else []
         else:
             tensors, several = _listed(tensors)
-            losses = [tensor for tensor in several if tensor.numel() == 1] if grad_tensors is None else []
+            losses = _losses_among(several, grad_tensors)
         listening, noted = _listeners, []
         for listener in listening:
             noted.append(listener.before_backward(several, losses))  # noqa: PERF401 -- a comprehension is a call
@@ -241,6 +253,16 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
         return result
 
     return backward
+
+
+def _losses_among(tensors: Sequence[Tensor], grad_tensors: Any) -> list[Tensor]:
+    """Return the tensors that a backward pass starts from with a gradient of 1: pipelines pass a list of None."""
+    if grad_tensors is None:
+        return [tensor for tensor in tensors if tensor.numel() == 1]
+    if not isinstance(grad_tensors, list | tuple) or len(grad_tensors) != len(tensors):
+        return []
+    pairs = zip(tensors, grad_tensors, strict=True)
+    return [tensor for tensor, gradient in pairs if gradient is None and tensor.numel() == 1]
 
 
 def _listed(tensors: Iterable[Any]) -> tuple[Iterable[Any], list[Tensor]]:
@@ -325,12 +347,21 @@ def _clip_by_norm(original: Function, active: list[bool], aside: Function) -> Fu
     ) -> Any:
         if not active or torch.compiler.is_compiling() or compiler() is not None:
             return aside(parameters, max_norm, total_norm, *args, **kwargs)
-        several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        several = parameters if type(parameters) is list else _as_list(parameters)
+        norm_type, asked = float(_norm_type.get()), []
         for listener in _listeners:
-            listener.before_norm_clip(several, total_norm, max_norm, float(_norm_type.get()))
-        return original(several, max_norm, total_norm, *args, **kwargs)
+            if listener.before_norm_clip(several, total_norm, max_norm, norm_type):
+                asked.append(listener)  # noqa: PERF401 -- a comprehension is a call
+        result = original(several, max_norm, total_norm, *args, **kwargs)
+        for listener in asked:
+            listener.after_norm_clip(several)
+        return result
 
     return clip_grads_with_norm_
+
+
+def _as_list(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
 def _measure_and_clip_by_norm(
@@ -342,7 +373,7 @@ def _measure_and_clip_by_norm(
     **kwargs: Any,
 ) -> Any:
     """Clip, then tell the listeners: torch before 2.6 measures and clips in one function."""
-    several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    several = _as_list(parameters)
     total_norm = original(several, max_norm, norm_type, *args, **kwargs)
     for listener in _listeners:
         listener.before_norm_clip(several, total_norm, max_norm, float(norm_type))
@@ -350,7 +381,7 @@ def _measure_and_clip_by_norm(
 
 
 def _clip_by_value(original: Callable[..., Any], parameters: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:
-    several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    several = _as_list(parameters)
     for listener in _listeners:
         listener.before_value_clip(several)
     return original(several, *args, **kwargs)

@@ -42,3 +42,7 @@ class Parts:
 
 def discard(_message: Message) -> None:
     """Discard a message: this agent reports nothing."""
+
+
+def discard_numbers(_step: int, _loss: float | None, _clip_norm: float | None) -> None:
+    """Discard the numbers of a step: this agent reports nothing."""

@@ -7,20 +7,21 @@ of its own never reach the training (see ``gradwatch.monitor.guard``); errors of
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence, Set
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.hooks import torch_hooks
 from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, with_closure
-from gradwatch.monitor.context import Callbacks, Parts, discard
+from gradwatch.monitor.backward import BackwardListener
+from gradwatch.monitor.context import Callbacks, Parts, discard, discard_numbers
 from gradwatch.monitor.guard import AgentThread, Guard, guarded
 from gradwatch.monitor.other_threads import OtherThreads
-from gradwatch.norms.scalars import Scalar, copy_scalar, is_finite, keep_number
-from gradwatch.ranks.exchange import is_partial
-from gradwatch.recording.gradient_versions import GradientVersions, Version
+from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar
+from gradwatch.ranks.holdings import is_partial, ranks_of_norm
+from gradwatch.recording.gradient_versions import GradientVersions
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.restored_steps import steps_made
 from gradwatch.samples.collector import Message
@@ -44,20 +45,27 @@ class TrainingListener:
         self._callbacks = callbacks
         self.put: Callable[[Message], None] = discard
         """Takes what was seen; never waits."""
+        self.add_numbers: Callable[[int, float | None, float | None], None] = discard_numbers
+        """Takes loss and clip norm of a step without a record; never waits."""
         self.threads: Sequence[AgentThread] = ()
         """The agent's own threads."""
         self._steps = parts.steps
         self._models = parts.models
         self._parameters = parts.models.parameters
-        self._classifier = parts.models.classifier
         self._optimizers = parts.optimizers
         self._recorder = parts.recorder
         self._scaling = parts.scaling
         self._notices = parts.notices
         self._origin = parts.origin
+        self._quiet_step = 0
+        """Id of the optimizer that began the last step without a record; 0 once that is over."""
         self._versions = GradientVersions(self._parameters)
         self._actions = StepActions(parts.models, parts.optimizers, parts.scaling, parts.recorder)
         self._others = OtherThreads(parts.steps, parts.models.parameters)
+        backward = BackwardListener(parts, guard, self._versions, self._others, lambda event: self.put(event))
+        self.ignores = parts.optimizers.is_stranger
+        self.before_backward = backward.before
+        self.after_backward = backward.after
 
     def exiting(self, status: object) -> None:
         """``sys.exit`` was called."""
@@ -82,6 +90,17 @@ class TrainingListener:
             Exception: clipping failed; errors of the measuring are swallowed.
         """
         closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
+        if (
+            self.guard.watching
+            and not self._steps.schedule.due
+            and closure is None
+            and outer is None
+            and self._begin_quietly(optimizer)
+        ):
+            if self._clips:
+                with self.guard.lock:
+                    self._actions.clip(optimizer, outer, None)
+            return None
         with self.guard.lock:
             record = self._begin(optimizer, outer, closure is not None) if self.guard.watching else None
             if closure is None:
@@ -139,6 +158,19 @@ class TrainingListener:
         self.guard.book_sample(started)
 
     @guarded
+    def _begin_quietly(self, optimizer: Optimizer) -> bool:
+        """Begin a step that needs no record; return whether it needs none."""
+        if self._parameters.order_pending or self._origin.is_active or self._optimizers.gone:
+            return False
+        known = self._optimizers.find(optimizer, exact=self._clips or self._steps.schedule.due)
+        if known is None or hasattr(optimizer, "found_inf"):
+            return False
+        if not self._steps.quiet.began(known.key, known.parameters.index_set, threading.get_ident()):
+            return False
+        self._quiet_step = id(optimizer)
+        return True
+
+    @guarded
     def _begin(self, optimizer: Optimizer, outer: Optimizer | None, closure: bool) -> StepRecord | None:
         """Return the record of the step that begins; None if an outer optimizer owns it or it is unwatched."""
         known = self._optimizers.find(optimizer)
@@ -189,6 +221,16 @@ class TrainingListener:
     @guarded
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
+        if self._quiet_step == id(optimizer) and self.guard.watching:
+            self._quiet_step = 0
+            quiet = self._steps.quiet.made(time.perf_counter(), self.guard.spent_seconds)
+            if quiet is not None:
+                self.add_numbers(self._steps.state.number, quiet.loss, quiet.clip_norm)
+                if quiet.loss is None:
+                    self._versions.elsewhere = 0  # its loss may have been taken for another model's
+                if self._steps.state.dropped:
+                    self._recorder.take_back(self._steps.state.dropped)
+                return
         record = self._steps.state.open
         known = self._optimizers.known(optimizer) if self.guard.watching and record is not None else None
         if record is None or known is None or known.key not in record.stepped:
@@ -201,7 +243,7 @@ class TrainingListener:
         if made.without_closure:
             self._notices.uncalled_closure(optimizer)
         if self._steps.state.dropped:
-            self._take_back_buffers()
+            self._recorder.take_back(self._steps.state.dropped)
         if made.ended:
             self.end_step()
 
@@ -231,13 +273,18 @@ class TrainingListener:
 
     def end_step(self, *, learn: bool = False) -> None:
         """Hand over the record of the open step, and let the schedule decide whether the next one is sampled."""
+        if self._steps.quiet.step is not None:
+            self._steps.quiet.write_down(time.time())
         record = self._steps.state.open
         if record is None:
             return
+        if not record.losses:
+            self._versions.elsewhere = 0  # its loss may have been taken for another model's
         if record.buffers is not None:
             started = time.perf_counter()
             self._recorder.send(record)
             self.guard.book_sample(started)
+        self._optimizers.counts_strangers = False
         self._steps.step_ended(time.perf_counter(), self.guard.costs(self.threads), learn=learn)
         if record.sampled:
             record.excluded = self._actions.excluded
@@ -247,88 +294,45 @@ class TrainingListener:
         if self._parameters.order_pending and self._parameters.learn_order(record.step):
             self._models.register()
 
-    # Backward passes
-
-    @guarded
-    def before_backward(
-        self, tensors: Sequence[Tensor], losses: Sequence[Tensor]
-    ) -> tuple[dict[int, Version], Sequence[Tensor]] | None:
-        """Note the versions of some gradients: after the pass they show whether the losses are this training's."""
-        if not (self.guard.watching or self._classifier.searches_left):
-            return None
-        thread, state = threading.get_ident(), self._steps.state
-        if thread != state.thread and not self._others.trains_here(tensors):
-            return None
-        if self._classifier.searches_left:
-            self._models.search_classifier(tensors)
-        if not self.guard.watching:
-            return None
-        if self._parameters.order_pending:
-            self._parameters.check_order(tensors)
-        for tensor in tensors:
-            if tensor.numel() == 1 and not is_finite(tensor):
-                self._search_origin(tensors)
-                break
-        also: Set[int] = frozenset()
-        if state.losses or state.clips or state.value_clipped or state.open is not None:
-            if state.noted:
-                self._forget_thrown_away()
-            also = state.clipped
-        self._steps.backward_began(thread, losses)
-        return self._versions.before(also), tensors
-
-    @guarded
-    def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
-        """Tell the step core which gradients a backward pass has changed; none if the pass failed."""
-        if not self.guard.watching:
-            return
-        thread = threading.get_ident()
-        changed = None
-        if before is not None:
-            versions, tensors = cast("tuple[dict[int, Version], Sequence[Tensor]]", before)
-            if thread == self._steps.state.thread or self._others.trains_here(tensors):
-                changed = self._versions.changed(versions, losses)
-        unstepped = self._steps.backward_ended(thread, losses, changed)
-        if self._steps.state.dropped:
-            self._take_back_buffers()
-        if unstepped is not None:
-            self._notices.unstepped(unstepped)
-
-    def _search_origin(self, tensors: Sequence[Tensor]) -> None:
-        """Search the graph of a loss that is not finite for the module where that began."""
-        scalars = [tensor for tensor in tensors if tensor.numel() == 1]
-        event = self._origin.search_graph(
-            scalars, self._scaling.originals(scalars) if self._scaling.has_scaled else [], self._steps.state.number
-        )
-        if event is not None:
-            self.put(event)
-
     # Clipping and clearing
 
     @guarded
     def before_norm_clip(
         self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: Scalar, norm_type: float
-    ) -> None:
-        """Gradients are about to be clipped by their total norm."""
-        listed = self._optimizers.lists.find(parameters) if self.guard.watching else None
-        if listed is None or not listed.indices:
-            return
+    ) -> bool:
+        """Gradients are about to be clipped by their total norm; return whether to tell when they are."""
+        if not self.guard.watching:
+            return False
+        listed = self._optimizers.lists.find(parameters, exact=self._clips or self._steps.schedule.due)
+        if not listed.indices:
+            return False
         limit = copy_scalar(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
-        total, finite = keep_number(total_norm)
+        total, finite = copy_and_check(total_norm)
         partial = type(total_norm) is not Tensor and is_partial(total_norm)
-        clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite)
+        ranks, repeats = ranks_of_norm(total_norm) if partial else ((), False)
+        clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite, ranks, repeats)
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
-        # before, where it can be seen.
-        measure = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
+        # before, where it can be seen. So where gradients may change before they are stepped with.
+        destroys = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
+        sampled = self._steps.is_sampled
+        measure = destroys or (sampled and not self._actions.clipped_gradients.are_left_alone)
         action = self._steps.norm_clipped(clip, listed.indices, measure)
         if action is not None:
             self._measure_before_clip(listed, action)
+        return sampled and not measure
+
+    @guarded
+    def after_norm_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients have been clipped by their total norm, and were not measured before."""
+        self._actions.clipped_gradients.note(self._optimizers.lists.find(parameters))
 
     @guarded
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
         """Gradients are about to be clipped by value."""
-        listed = self._optimizers.lists.find(parameters) if self.guard.watching else None
-        if listed is None or not listed.indices:
+        if not self.guard.watching:
+            return
+        listed = self._optimizers.lists.find(parameters, exact=self._clips or self._steps.schedule.due)
+        if not listed.indices:
             return
         action = self._steps.value_clipped(listed.index_set, listed.indices)
         if action is not None:
@@ -354,7 +358,7 @@ class TrainingListener:
 
     def _gradients_cleared(self, indices: frozenset[int]) -> None:
         self._steps.gradients_cleared(indices)
-        self._take_back_buffers()
+        self._recorder.take_back(self._steps.state.dropped)
         state = self._steps.state
         if not state.losses:
             return
@@ -362,16 +366,3 @@ class TrainingListener:
         trained = self._optimizers.trained_indices if self._steps.expected.known else everything
         if not self._parameters.any_has_gradient(trained - state.cleared):
             self._steps.losses_dropped()
-
-    def _forget_thrown_away(self) -> None:
-        """Drop what waits for a step if no gradient is left: no hook shows that gradients were set to None."""
-        everything = range(len(self._parameters.watched))
-        if not (self._parameters.any_has_gradient(everything) or self._parameters.any_has_unreduced_gradient):
-            self._steps.losses_dropped()
-            self._steps.gradients_changed(frozenset(everything))
-            self._take_back_buffers()
-
-    def _take_back_buffers(self) -> None:
-        dropped = self._steps.state.dropped
-        while dropped:
-            self._recorder.give_back(dropped.pop())

@@ -14,7 +14,7 @@ from gradwatch.monitor.guard import AgentThread, Guard
 from gradwatch.monitor.listener import TrainingListener
 from gradwatch.monitor.notices import Notices
 from gradwatch.monitor.watched_models import WatchedModels
-from gradwatch.norms.scalars import keep_number, sum_scalars
+from gradwatch.norms.scalars import sum_scalars
 from gradwatch.ranks.exchange import RankExchange
 from gradwatch.recording.loss_scaling import LossScaling
 from gradwatch.recording.optimizers import WatchedOptimizers
@@ -66,7 +66,7 @@ class Monitor:
             self.models.classifier.search_again,
             clips=clips,
             warn=self.notices.warn,
-            refused=self.notices.not_given,
+            refused=self.notices.not_measured,
         )
         made = steps_made(self._optimizers.named, wait=True) if step is None else step
         self.steps = StepCore(
@@ -75,7 +75,6 @@ class Monitor:
             self._optimizers.named_keys,
             number_is_open=step is None and not made,
             thread=threading.get_ident(),
-            keep=keep_number,
             summed=sum_scalars,
         )
         parts = Parts(
@@ -100,14 +99,21 @@ class Monitor:
         self._optimizers.check_named()
         self._check_parts()
 
-    def report_to(self, put: Callable[[Message], None], threads: Sequence[AgentThread]) -> None:
+    def report_to(
+        self,
+        put: Callable[[Message], None],
+        add_numbers: Callable[[int, float | None, float | None], None],
+        threads: Sequence[AgentThread],
+    ) -> None:
         """Send records, registrations and events to a collector from now on.
 
         Args:
             put: takes each of them; never waits.
+            add_numbers: takes the number, the loss and the clip norm of each step without a record; never waits.
             threads: the agent's own threads, whose processor time counts as the agent's.
         """
         self.listener.put = put
+        self.listener.add_numbers = add_numbers
         self.listener.threads = threads
 
     def _put(self, message: Message) -> None:
@@ -130,6 +136,12 @@ class Monitor:
         torch_hooks.leave(self.listener)
         self.models.parameters.close()
         self._origin.close()
+
+    def stop_watching(self) -> None:
+        """Measure nothing any more, but go on clipping; another thread than the training's may call this."""
+        with self.guard.lock:
+            self.guard.watching = False
+            self.models.stop_registering()
 
     def watches(self, parameter: Tensor) -> bool:
         """Return whether a parameter is watched."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +20,28 @@ def copy_scalar(scalar: Tensor) -> Tensor:
         return part.clone() if part.dtype in (torch.float32, torch.float64) else part.float()
 
 
-def keep_number(scalar: Tensor) -> tuple[Scalar, bool]:
+def copy_and_check(scalar: Tensor) -> tuple[Scalar, bool]:
     """Return a number that later changes do not reach, and ``is_finite`` of it.
 
     On the CPU it is read now: a float costs less than a copy. Elsewhere it is a copy on its device.
     """
-    value = scalar.detach()
-    if type(value) is not Tensor:
-        value = local_part(value)
-    if value.device.type != "cpu":
-        return copy_scalar(value), True
-    if value.dtype not in (torch.float32, torch.float64):
-        with torch.no_grad():
-            value = value.float()
-    number = float((value.resolve_neg() if value.is_neg() else value).numpy().item())
-    return number, math.isfinite(number)
+    number = _read(scalar)
+    return (copy_scalar(scalar), True) if number is None else (number, math.isfinite(number))
+
+
+def _read(scalar: Tensor) -> float | None:
+    """Return a number that is on the CPU, without an operator of torch; None for all others."""
+    if type(scalar) is not Tensor:
+        scalar = local_part(scalar.detach())
+    if not scalar.is_cpu:
+        return None
+    try:
+        value: Any = scalar.tolist()
+        while isinstance(value, list):
+            value = value[0]
+    except RuntimeError:  # a subclass that holds no number, as a fake tensor
+        return None
+    return float(value.real)
 
 
 def sum_scalars(scalars: Iterable[Scalar]) -> list[Scalar]:
@@ -52,8 +60,5 @@ def sum_scalars(scalars: Iterable[Scalar]) -> list[Scalar]:
 
 def is_finite(scalar: Tensor) -> bool:
     """Return False for NaN or Inf on the CPU; True for all others, as a device would have to be waited for."""
-    if scalar.device.type != "cpu":
-        return True
-    value = scalar.detach() if scalar.requires_grad else scalar
-    value = value if value.dtype in (torch.float32, torch.float64) else value.float()
-    return bool(math.isfinite(value.numpy().item()))
+    number = _read(scalar)
+    return number is None or math.isfinite(number)

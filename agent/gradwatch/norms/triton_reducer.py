@@ -103,10 +103,10 @@ class TritonTable:
             programs += spec.units
         self._device = key.device
         self._grid = (programs,)
-        self._owners = torch.cat(owners).to(key.device) if owners else torch.zeros(0)
+        self._owners = torch.cat(owners).to(key.device) if owners else torch.zeros(0, device="cpu")
         self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu").to(key.device)
         self._copied_addresses: list[int] = []
-        self._addresses = torch.zeros(0)
+        self._addresses = torch.zeros(0, device="cpu")
         self._double = key.dtype == torch.float64
 
     def launch(self, kernel: _Kernel, tensors: Sequence[Tensor], units: Tensor) -> list[int]:
@@ -230,7 +230,10 @@ def _difference(key: BufferKey) -> str:
     device = key.device
     for dtype in [torch.float64] if key.dtype == torch.float64 else [torch.float32, torch.float16, torch.bfloat16]:
         probes = [
-            torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape).div_(64).to(device, dtype)
+            torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
+            .reshape(shape)
+            .div_(64)
+            .to(device, dtype)
             for shape, _, _ in _PROBES
         ]
         specs = [spec_of(probe, axis, groups) for probe, (_, axis, groups) in zip(probes, _PROBES, strict=True)]

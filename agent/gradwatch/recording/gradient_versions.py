@@ -12,26 +12,32 @@ Version = tuple[Tensor, int] | None
 identity, and its memory, may be another one's."""
 
 _SURE_PASSES: Final = 10
-"""Backward passes after which only those gradients are looked at that changed in every one of them."""
-_FEW: Final = 4
+"""Backward passes in a row that a few gradients must have told before only these are looked at."""
+_FEW: Final = 16
+"""Most gradients that stand for all others."""
+_SEARCHED: Final = 8
+"""Passes of something else whose graphs are all searched; then ever fewer of them are."""
 
 
 class GradientVersions:
     """Tells whether a backward pass added to a gradient of the watched parameters, by looking at a few of them.
 
-    All gradients are checked until some have changed in each of many passes; from then on only a few of these are. If a
-    pass changes none of the few, its graph is searched once to find which model it belongs to, and all gradients are
-    checked again: another head may be trained now, one of the few may be frozen, or the loss was another model's.
+    All gradients are checked until a few are known of which each pass has changed at least one: one of the trunk, or
+    one of each network where trainings take turns. A pass that changes none of them is another model's, or trains
+    another head: its graph is searched for a watched parameter, each time at first and then ever more rarely.
     """
 
     def __init__(self, parameters: ParameterRegistry) -> None:
         self._parameters = parameters
         """All parameters of the run. Sharded ones may collect gradients elsewhere over several passes."""
-        self._few: list[int] | None = None
-        """Indices of the parameters that are looked at; None: all."""
-        self._always: set[int] | None = None
-        """Indices of the parameters whose gradients changed in every pass lately; None: there was no pass yet."""
+        self._few: list[int] = []
+        """Indices of the parameters that stand for all others."""
+        self._sure = False
+        """Whether only the few are looked at."""
         self._passes = 0
+        """Passes in a row that changed one of the few."""
+        self.elsewhere = 0
+        """Passes that changed none of them and were another model's."""
 
     def before(self, also: Iterable[int]) -> dict[int, Version]:
         """Return the versions of the gradients to check after a pass, by index.
@@ -39,10 +45,9 @@ class GradientVersions:
         Args:
             also: indices of others to check after this pass.
         """
-        watched = self._parameters.watched
-        few = self._few
+        watched, few = self._parameters.watched, self._few
         versions: dict[int, Version] = {}
-        for index in range(len(watched)) if few is None else {*few, *also} if also else few:
+        for index in ({*few, *also} if also else few) if self._sure else range(len(watched)):
             parameter = watched[index].parameter.reference()
             grad = None if parameter is None else parameter.grad
             versions[index] = None if grad is None else (grad, grad._version)  # noqa: SLF001
@@ -66,22 +71,30 @@ class GradientVersions:
             elif grad is not version[0] or version[0]._version != version[1]:  # noqa: SLF001
                 found.append(index)
         changed = frozenset(found)
-        if self._few is None:
-            self._narrow(changed)
+        if not self._sure:
+            self._learn(changed)
         elif changed.isdisjoint(self._few):
-            self._few, self._always, self._passes = None, None, 0
-            return changed if changed or self._parameters.are_reached(losses) else None
+            return self._changed_no_known_one(changed, losses)
         if changed or (self._parameters.sharded and self._parameters.are_reached(losses)):
             return changed
         return None
 
-    def _narrow(self, changed: frozenset[int]) -> None:
-        """Check only a few gradients from now on, if some have changed in every pass for long enough."""
+    def _changed_no_known_one(self, changed: frozenset[int], losses: Sequence[Tensor]) -> frozenset[int] | None:
+        """Return what ``changed`` does for a pass that changed none of the few."""
+        self.elsewhere += 1
+        if self.elsewhere > _SEARCHED and self.elsewhere & (self.elsewhere - 1):
+            return changed or None
+        if not (changed or self._parameters.are_reached(losses)):
+            return None
+        self._few, self._sure, self._passes, self.elsewhere = [], False, 0, 0
+        return changed
+
+    def _learn(self, changed: frozenset[int]) -> None:
+        """Find a few gradients of which each pass changes at least one."""
         if not changed:
-            self._passes = 0  # another model's: as long as these come, only a look at all tells them
-            return
-        self._always = set(changed) if self._always is None else self._always & changed
+            return  # another model's
+        if changed.isdisjoint(self._few):
+            self._few.append(min(changed))
+            self._passes = 0
         self._passes += 1
-        if self._passes >= _SURE_PASSES:
-            self._few = sorted(self._always)[:: max(len(self._always) // _FEW, 1)][:_FEW] or None
-            self._always, self._passes = None, 0
+        self._sure = self._passes >= _SURE_PASSES and len(self._few) <= _FEW

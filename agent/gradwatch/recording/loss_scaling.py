@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor
 
 from gradwatch.hooks.autograd_graph import NodeBudget, roots, walk
-from gradwatch.norms.scalars import Scalar, copy_scalar, keep_number
+from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar
 
 _REMEMBERED: Final = 16
 """Scaled losses that are remembered."""
@@ -68,7 +68,7 @@ class LossScaling:
 
     def keep(self, loss: Tensor) -> tuple[Scalar, bool]:
         """Return a loss as it was before it was scaled, and whether it is seen to be finite."""
-        return keep_number(self._original(loss))
+        return copy_and_check(self._original(loss))
 
     def _original(self, loss: Tensor) -> Tensor:
         for known in self._scaled:

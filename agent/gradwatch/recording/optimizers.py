@@ -17,8 +17,12 @@ from gradwatch.model.registry import ParameterRegistry
 from gradwatch.recording.optimizer_parameters import OptimizerParameters
 from gradwatch.steps.ownership import ADOPTED, Adoption, Named, adoption_of
 
-_LISTS: Final = 8
-"""Lists that are remembered: a loop may clip several, each at every step."""
+_LISTS: Final = 4096
+"""Lists that are remembered: a loop may clip several, even each parameter by itself, at every step."""
+_PROBES: Final = 16
+"""Parameters of a long list, or groups of an optimizer, by which it is recognised between two full checks."""
+_CHECKED_EVERY: Final = 64
+"""Uses after which a list, or an optimizer, is checked parameter by parameter."""
 
 
 def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] | None:
@@ -49,7 +53,7 @@ def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] 
 class KnownOptimizer:
     """An optimizer that was seen. It is not kept alive."""
 
-    __slots__ = ("counts", "key", "last", "parameters", "places", "reference", "refusal")
+    __slots__ = ("counts", "key", "last", "outline", "parameters", "places", "reference", "refusal", "uses_left")
 
     def __init__(self, key: int, reference: "weakref.ref[Optimizer]", *, counts: bool) -> None:
         self.key = key
@@ -61,6 +65,10 @@ class KnownOptimizer:
         """Watched parameters that it was last seen to step; None: it was not seen to step."""
         self.refusal = ""
         """Why its steps do not count, where that must still be raised."""
+        self.outline: list[int] = []
+        """Identity and length of the lists of its groups, when it was last checked."""
+        self.uses_left = 0
+        """Uses until it is checked again."""
         self.places: list[int] = []
         """Places of its parameter groups among those of all optimizers; they stay what they are."""
 
@@ -75,14 +83,28 @@ class ListedParameters:
     def __init__(self, look_up: Callable[[Sequence[Tensor]], OptimizerParameters]) -> None:
         self._look_up = look_up
         self._known: OrderedDict[tuple[int, ...], OptimizerParameters] = OrderedDict()
+        """By the length and some of the ids."""
 
-    def find(self, parameters: Sequence[Tensor]) -> OptimizerParameters:
-        """Return the watched parameters of a list; the same object for the same parameters in the same order."""
-        ids = tuple(map(id, parameters))
-        known = self._known.pop(ids, None)
-        if known is None or (known.deaths != deaths.count and not known.whole):
-            known = self._look_up(parameters)
-        self._known[ids] = known
+    def find(self, parameters: Sequence[Tensor], *, exact: bool = True) -> OptimizerParameters:
+        """Return the watched parameters of a list; the same object for the same parameters in the same order.
+
+        Args:
+            parameters: the list.
+            exact: compare every parameter. Otherwise a long list is recognised by some of them, most of the time.
+        """
+        count = len(parameters)
+        key = (count, *map(id, parameters[:: count // _PROBES + 1]))
+        known = self._known.get(key)
+        if known is not None and known.deaths == deaths.count:
+            known.uses += 1
+            if count < _PROBES or not (exact or known.uses % _CHECKED_EVERY == 0):
+                return known
+            if known.signature == list(map(id, parameters)):
+                return known
+        elif known is not None and known.whole and known.signature == list(map(id, parameters)):
+            return known
+        known = self._known[key] = self._look_up(parameters)
+        known.signature = list(map(id, parameters))
         if len(self._known) > _LISTS:
             self._known.popitem(last=False)
         return known
@@ -124,6 +146,8 @@ class WatchedOptimizers:
         self._refused = refused
         self._known: dict[int, KnownOptimizer] = {}
         """By the id of the optimizer, which may be gone, and its id another's by now."""
+        self.counts_strangers = True
+        """Whether it is counted how often optimizers step that step nothing watched."""
         self.gone: deque[int] = deque()
         """Keys of optimizers that are gone since this was last asked."""
         self._keys: Final = itertools.count(1)
@@ -166,22 +190,49 @@ class WatchedOptimizers:
             self._known = {place: known for place, known in list(self._known.items()) if known.key != key}
             yield key
 
-    def find(self, optimizer: Optimizer) -> KnownOptimizer | None:
-        """Return an optimizer with its watched parameters; None if it does not count, or steps nothing watched."""
+    def find(self, optimizer: Optimizer, *, exact: bool = True) -> KnownOptimizer | None:
+        """Return an optimizer with its watched parameters; None if it does not count, or steps nothing watched.
+
+        Args:
+            optimizer: the optimizer.
+            exact: compare every parameter of its groups with what was known. Otherwise most calls look at their lists.
+        """
         known = self._known.get(id(optimizer))
         if known is None or known.reference() is not optimizer:
             known = self._meet(optimizer)
         if not known.counts:
             return None
+        parameters, groups = known.parameters, optimizer.param_groups
+        if not exact and self._looks_same(known, groups):
+            return known if parameters.indices else None
         signature = []
-        for group in optimizer.param_groups:
+        for group in groups:
             signature.append(len(group["params"]))
             signature.append(sum(map(id, group["params"])))
-        parameters = known.parameters
         if parameters.signature != signature or (parameters.deaths != deaths.count and not parameters.whole):
             parameters = self._look_up(optimizer, known)
             parameters.signature = signature
+        known.outline, known.uses_left = _outline(groups), _CHECKED_EVERY
         return known if parameters.indices else None
+
+    def _looks_same(self, known: KnownOptimizer, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether an optimizer's groups look as they did at the last full check, which was not long ago."""
+        if known.parameters.deaths != deaths.count or known.uses_left <= 0 or len(groups) != known.outline[0]:
+            return False
+        known.uses_left -= 1
+        if len(groups) > 1:
+            return known.outline == _outline(groups)
+        listed = groups[0]["params"]
+        return known.outline[1] == id(listed) and known.outline[2] == len(listed)
+
+    def is_stranger(self, optimizer: Optimizer) -> bool:
+        """Return whether an optimizer is known to step nothing that is watched, and its steps are not counted."""
+        if self.counts_strangers:
+            return False
+        known = self._known.get(id(optimizer))
+        if known is None or known.reference() is not optimizer or known.parameters.indices or known.refusal:
+            return False
+        return not known.counts or self._looks_same(known, optimizer.param_groups)
 
     def known(self, optimizer: Optimizer) -> KnownOptimizer | None:
         """Return an optimizer as ``find`` last returned it; None if it does not count."""
@@ -255,7 +306,7 @@ class WatchedOptimizers:
         groups = [group["params"] for group in optimizer.param_groups]
         find = self._parameters.find
         self._renew(any(find(parameter) is None for group in groups for parameter in group))
-        parameters = known.parameters = OptimizerParameters(groups, find)
+        parameters = known.parameters = OptimizerParameters(groups, find, self._parameters.watched)
         known.last = parameters.index_set
         self._changed()
         others = sum(map(len, groups)) - len(parameters.indices)
@@ -267,7 +318,7 @@ class WatchedOptimizers:
         # A list that holds nothing watched is another model's, and may come often.
         unknown = sum(self._parameters.find(parameter) is None for parameter in parameters)
         self._renew(0 < unknown < len(parameters))
-        return OptimizerParameters([parameters], self._parameters.find)
+        return OptimizerParameters([parameters], self._parameters.find, self._parameters.watched)
 
     def forget_lists(self) -> None:
         """Forget the lists that were clipped: the watched parameters have changed."""
@@ -312,6 +363,16 @@ def _tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
     """Yield the parameters in the groups of an optimizer."""
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def _outline(groups: Sequence[dict[str, Any]]) -> list[int]:
+    """Return the number of groups, and the identity and length of the lists of the first groups."""
+    outline = [len(groups)]
+    for group in groups if len(groups) <= _PROBES else groups[:_PROBES]:
+        listed = group["params"]
+        outline.append(id(listed))
+        outline.append(len(listed))
+    return outline
 
 
 def _holds(outer: Optimizer, inner: Optimizer) -> bool:

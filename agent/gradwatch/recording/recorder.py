@@ -61,6 +61,8 @@ class NormRecorder:
         started = time.perf_counter()
         pass_ = parameters.measure(record.buffers, self._parameters.watched)
         self.pass_seconds = time.perf_counter() - started
+        if parameters.unreadable:
+            self._parameters.mark_unreadable(parameters.unreadable)
         if pass_ is None:
             return None
         measurement = Measurement(frozenset(pass_.plan.indices), pass_.norms, before_clip)
@@ -97,7 +99,9 @@ class NormRecorder:
             record.measurements += self._resting.measure(record, record.buffers)
         record.buffers.send()
 
-    def give_back(self, record: StepRecord) -> None:
-        """Return to the pool the buffers of a step that will not be made."""
-        if record.buffers is not None:
-            self.pool.release(record.buffers)
+    def take_back(self, dropped: list[StepRecord]) -> None:
+        """Return to the pool the buffers of steps that will not be made, and empty the list of them."""
+        while dropped:
+            buffers = dropped.pop().buffers
+            if buffers is not None:
+                self.pool.release(buffers)

@@ -5,7 +5,6 @@ the device, building samples, joining ranks, encoding, writing to disk, writing 
 """
 
 import contextlib
-import secrets
 import threading
 import time
 from collections import deque
@@ -20,37 +19,36 @@ from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.processor_time import ProcessorTime, samples_share
 from gradwatch.delivery.spool import Spool
-from gradwatch.model.discovery import shorten_name
 from gradwatch.norms.buffers import BufferPool
-from gradwatch.ranks.exchange import PartsDeadline, RankExchange
-from gradwatch.ranks.parts import RankPart, RegisteredParameters
+from gradwatch.ranks.exchange import RankExchange
+from gradwatch.ranks.holdings import RegisteredParameters
+from gradwatch.ranks.parts import JoinedStatistics
+from gradwatch.samples.batch import Batch, StepNumbers
 from gradwatch.samples.builder import Draft, SampleBuilder
+from gradwatch.samples.joining import JoiningCallbacks, joining_for
 from gradwatch.samples.loggers import ScalarLogger
 from gradwatch.settings import LONGEST_NAME, can_be_stored
 from gradwatch.steps.state import StepRecord
 
-POLL_SECONDS: Final = 0.1
+WRITE_SECONDS: Final = 0.8
+"""Time after which everything that waits is written: after a kill no more than the last second is missing."""
+_POLL_SECONDS: Final = 0.1
+"""Pause while a copy from a device, or the parts of other ranks, are waited for."""
 
-# A batch is written when it reaches one of these, all well below what a server takes by default.
-LARGEST_BATCH_BYTES: Final = 4 << 20
-LARGEST_BATCH_SAMPLES: Final = 500
-LARGEST_BATCH_VALUES: Final = 50_000
-"""Losses and logged scalars."""
-LARGEST_BATCH_EVENTS: Final = 5_000
 LARGEST_BATCH_NAMES: Final = 200
-"""Different names of scalars."""
+"""Different names of scalars in a batch."""
 
 MOST_NAMES: Final = 1_000
 """Different names that a run may log: the server keeps the latest value of each with the run."""
 _OWN_NAMES: Final = ("loss", "clip_norm")
 LONGEST_QUEUE: Final = 20_000
 """Steps that may wait for the collector; further ones are dropped and counted."""
+_MOST_NUMBERS: Final = 4096
+"""Steps without a record that are one message."""
 _BACKLOG: Final = 8
 """Documents in the spool from which on batches grow: the server is slower than the training then."""
 _GROWN_BATCH_SECONDS: Final = 2.0
 """Age at which a batch is written all the same."""
-_LAST_PARTS_SECONDS: Final = 2.0
-"""Longest wait for the parts of other ranks when the run ends."""
 _LAST_COPY_SECONDS: Final = 5.0
 """Longest wait for a copy from the device when the run ends."""
 
@@ -63,7 +61,7 @@ class Ended:
     """None: the launcher ends the run."""
 
 
-Message = StepRecord | RegisteredParameters | Ended | wire.Event
+Message = StepRecord | StepNumbers | RegisteredParameters | Ended | wire.Event
 """Messages from the training thread: numbers that may still be on the device, with nothing computed yet."""
 
 
@@ -76,11 +74,13 @@ class Collector:
         dropped: counts steps that are dropped because too many wait.
         template: the registration without its parameters.
         agc: how the agent clips; None: it does not.
-        ranks: exchange with the other ranks; None where parameters are not sharded.
+        ranks: exchange with the other ranks; None where this rank measures alone.
         written: called after each write to the spool.
         trouble: called at a sign of trouble (a non-finite number, a jump of the gradient norm) with True if everything
             is non-finite at once, so that nothing shows where it began.
         failed: called with an exception of this thread.
+        not_measured: called with the reason why something of the other ranks is not measured.
+        needless: called on another rank if nothing of it is needed, on rank 0 if nothing of the others is.
         warn: called with a warning for the user.
     """
 
@@ -96,6 +96,8 @@ class Collector:
         written: Callable[[], None],
         trouble: Callable[[bool], None],
         failed: Callable[[Exception], None],
+        not_measured: Callable[[str], None],
+        needless: Callable[[], None],
         warn: Callable[[str], None],
     ) -> None:
         self._spool = spool
@@ -107,17 +109,30 @@ class Collector:
         self._failed = failed
         self._warn = warn
         self._messages: deque[Message] = deque()
+        self._numbers: StepNumbers | None = None
+        """The last message, if it takes the numbers of further steps."""
+        self._earlier = StepNumbers()
+        """The last numbers that were taken out of the queue: one more may just have been appended to them."""
         self._wake = threading.Event()
         self._stop = False
         self._loggers: tuple[ScalarLogger, ...] = ()
         self._builder = SampleBuilder(dropped, agc)
-        self._ranks = ranks
-        self._drafts: deque[tuple[Draft, PartsDeadline]] = deque()
-        """On rank 0: samples that wait for the parts of the other ranks."""
-        self._batch = _Batch()
+        callbacks = JoiningCallbacks(
+            registered=self._register_run,
+            finished=self._finish_sample,
+            loss=self._add_loss,
+            not_measured=not_measured,
+            needless=needless,
+        )
+        self._joining = None if ranks is None else joining_for(ranks, self._builder, callbacks)
+        """None where this rank measures alone."""
+        self._registered = ranks is None
+        """Whether batches may be written: the run is registered when the parameters of the other ranks are known."""
+        self._batch = Batch()
         self._names: set[str] = set()
         """Names that were logged so far."""
         self._warned_of_name = False
+        self._waits_for_device = False
         self.time = ProcessorTime()
         self._thread = threading.Thread(target=self._work, name="gradwatch-collector", daemon=True)
 
@@ -133,9 +148,28 @@ class Collector:
             if message.buffers is not None:
                 self._pool.release(message.buffers)
             return
+        self._numbers = None
         self._messages.append(message)
+        if not isinstance(message, StepRecord) or message.urgent:
+            self._wake.set()
         if isinstance(message, StepRecord) and message.buffers is not None and self._pool.is_scarce:
             self._wake.set()
+
+    def add_numbers(self, step: int, loss: float | None, clip_norm: float | None) -> None:
+        """Queue the numbers of a step without a record, without waiting; only the thread that trains may call this."""
+        numbers = self._numbers
+        if numbers is None or len(numbers.steps) >= _MOST_NUMBERS:
+            if len(self._messages) >= LONGEST_QUEUE:
+                self._dropped.values += (loss is not None) + (clip_norm is not None)
+                return
+            if numbers is not None:
+                self._wake.set()
+            numbers = StepNumbers()
+            self._messages.append(numbers)
+            self._numbers = numbers
+        numbers.clip_norms.append(clip_norm)
+        numbers.losses.append(loss)
+        numbers.steps.append(step)  # last: the collector takes as many as there are steps
 
     def add_logger(self, logger: ScalarLogger) -> None:
         """Write the run-level scalars to this logger, too."""
@@ -153,7 +187,8 @@ class Collector:
             stopping = self._stop
             try:
                 self._process_messages(wait=stopping)
-                self._join_ranks(wait=stopping)
+                if self._joining is not None:
+                    self._joining.poll(wait=stopping)
                 self._write_batch(force=stopping)
             except Exception as error:
                 self._failed(error)
@@ -163,14 +198,34 @@ class Collector:
                     with contextlib.suppress(Exception):
                         logger.close()
                 return
-            self._wake.wait(POLL_SECONDS)
+            waits = _POLL_SECONDS if self._waits_for_ranks or self._waits_for_device else WRITE_SECONDS
+            while not self._wake.wait(waits) and self._is_idle:
+                pass
             self._wake.clear()
+
+    @property
+    def _is_idle(self) -> bool:
+        numbers = self._messages[-1] if self._messages else None
+        nothing_new = numbers is None or (
+            len(self._messages) == 1 and isinstance(numbers, StepNumbers) and numbers.read == len(numbers.steps)
+        )
+        return nothing_new and self._batch.is_empty and not self._waits_for_ranks
+
+    @property
+    def _waits_for_ranks(self) -> bool:
+        return self._joining is not None and self._joining.is_waiting
 
     def _process_messages(self, *, wait: bool) -> None:
         """Process the queue up to the first step whose numbers have not arrived from the device."""
+        self._waits_for_device = False
+        self._take_numbers(self._earlier)
         while self._messages:
             message = self._messages[0]
+            if isinstance(message, StepNumbers) and len(self._messages) == 1:
+                self._take_numbers(message)  # it stays: more may come
+                return
             if isinstance(message, StepRecord) and message.buffers is not None and not _arrived(message, wait=wait):
+                self._waits_for_device = True
                 return
             self._messages.popleft()
             self._process(message)
@@ -179,23 +234,50 @@ class Collector:
 
     def _process(self, message: Message) -> None:
         if isinstance(message, RegisteredParameters):
-            self._write_batch(force=True)
-            self._register(message)
+            unreadable = [index for index, info in enumerate(message.watched) if info.unreadable]
+            self._builder.register(message.depths, message.held, unreadable)
+            if self._joining is None:
+                self._register_run(message.described())
+            else:
+                self._joining.register(message)
         elif isinstance(message, wire.Event):
             self._batch.events.append(message)
+        elif isinstance(message, StepNumbers):
+            self._take_numbers(message)
+            self._earlier = message
         elif isinstance(message, Ended):
             self._batch.end = message.end
         else:
             self._process_step(message)
 
-    def _register(self, parameters: RegisteredParameters) -> None:
-        self._builder.register(parameters.depths, parameters.ownership)
+    def _register_run(self, parameters: Sequence[wire.Parameter]) -> None:
         if self._spool is None:
             return
-        described = [info.to_wire(parameters.depths[place]) for place, info in enumerate(parameters.watched)]
-        registration = msgspec.structs.replace(self._template, parameters=described)
+        if self._registered:
+            self._write_batch(force=True)
+        self._registered = True
+        registration = msgspec.structs.replace(self._template, parameters=list(parameters))
         self._spool.append("registration", wire.encode(registration))
         self._written()
+
+    def _take_numbers(self, numbers: StepNumbers) -> None:
+        """Put the numbers that are new into the batch; they are finite, and show no sign of trouble."""
+        first, last = numbers.read, len(numbers.steps)
+        if first == last:
+            return
+        numbers.read = last
+        steps = numbers.steps[first:last]
+        if self._joining is not None:
+            for step, loss in zip(steps, numbers.losses[first:last], strict=True):
+                self._joining.take(step, loss, None)
+        if self._spool is None:
+            return
+        for name, values in ("loss", numbers.losses[first:last]), ("clip_norm", numbers.clip_norms[first:last]):
+            known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+            if known:
+                self._batch_for(name).add_values(name, known)
+            for step, value in known if self._loggers else ():
+                self._log(step, {name: value})
 
     def _process_step(self, record: StepRecord) -> None:
         # 1. Read the numbers, and give the buffers back.
@@ -217,15 +299,12 @@ class Collector:
         if self._builder.shows_trouble(trail, events, draft):
             self._trouble(self._builder.all_nonfinite)
         # 4. A sampled step becomes a sample, on rank 0 once the other ranks have published their parts.
-        if draft is None:
-            return
-        if self._ranks is None:
-            self._finish_sample(draft, [])
-        elif self._ranks.rank:
-            self._ranks.publish(record.step, self._builder.part(draft))
-        else:
-            self._drafts.append((draft, PartsDeadline()))
-        self.time.book_samples("build", 1)
+        if self._joining is not None:
+            self._joining.take(record.step, trail.get("loss"), draft)
+        elif draft is not None:
+            self._finish_sample(draft, None)
+        if draft is not None:
+            self.time.book_samples("build", 1)
 
     def _accepts(self, name: str) -> bool:
         """Return whether the server takes a scalar of this name; count it as dropped, and warn once, if not."""
@@ -243,39 +322,25 @@ class Collector:
             )
         return False
 
-    def _batch_for(self, name: str) -> "_Batch":
+    def _batch_for(self, name: str) -> "Batch":
         """Return the batch that takes a scalar of this name: a new one if the current one has too many names."""
         if name not in self._batch.trail and len(self._batch.trail) >= LARGEST_BATCH_NAMES:
             self._write_batch(force=True)
         return self._batch
 
-    def _join_ranks(self, *, wait: bool) -> None:
-        """On rank 0, finish the samples whose parts are complete; drop those whose parts will not come."""
-        if self._ranks is None or self._ranks.rank:
-            return
-        latest = time.monotonic() + _LAST_PARTS_SECONDS
-        while self._drafts:
-            draft, deadline = self._drafts[0]
-            # Asked before the parts are collected: if a later step is complete and this one is not, it never will be.
-            passed = len(self._drafts) > 1 and self._ranks.all_published(self._drafts[1][0].record.step)
-            others = self._ranks.collect(draft.record.step)
-            if others is not None:
-                self._drafts.popleft()
-                self._finish_sample(draft, others)
-                self.time.book_samples("join", 1)
-            elif passed or deadline.has_passed or (wait and time.monotonic() > latest):
-                self._drafts.popleft()
-            elif wait:
-                time.sleep(0.01)
-            else:
-                return
-
-    def _finish_sample(self, draft: Draft, others: Sequence[RankPart]) -> None:
-        sample = self._builder.finish(draft, others)
+    def _finish_sample(self, draft: Draft, joined: JoinedStatistics | None) -> None:
+        sample = self._builder.finish(draft, joined)
+        if joined is not None:
+            self.time.book_samples("join", 1)
         self._batch.add_sample(sample)
         if self._batch.is_full:
             self._write_batch(force=True)
         self._log(sample.step, {name: wire.deserialise(value) for name, value in sample.scalars.items()})
+
+    def _add_loss(self, step: int, value: float) -> None:
+        """Add the loss of a step that another rank has."""
+        self._batch.add_value(step, "loss", value)
+        self._log(step, {"loss": value})
 
     def _log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write scalars to the user's loggers; a logger that raises an error is not used any more."""
@@ -289,83 +354,18 @@ class Collector:
     def _write_batch(self, *, force: bool) -> None:
         """Write the batch to the spool; while the server is slow let it grow for a while, unless forced."""
         batch = self._batch
-        if batch.is_empty or self._spool is None:
+        if batch.is_empty or self._spool is None or not (self._registered or self._stop):
             return
         is_behind = self._spool.pending > _BACKLOG
         if not force and is_behind and time.monotonic() - batch.opened_at < _GROWN_BATCH_SECONDS:
             return
-        self._batch = _Batch()
+        self._batch = Batch()
         self.time.book()
         dropped = msgspec.convert(self._dropped, wire.Dropped, from_attributes=True)
         body = wire.encode(batch.to_wire(self._template.attempt, dropped))
         self._spool.append("batch", body, len(batch.samples))
         self.time.book_samples("write", len(batch.samples), samples_share(len(batch.samples), len(body)))
         self._written()
-
-
-class _Batch:
-    """A batch while it is filled."""
-
-    def __init__(self) -> None:
-        self.samples: list[wire.Sample] = []
-        self.trail: dict[str, list[tuple[int, float]]] = {}
-        """Name -> (step, value), by step."""
-        self.events: list[wire.Event] = []
-        self.end: wire.End | None = None
-        self.opened_at = time.monotonic()
-        self._bytes = 0
-        """Size of the encoded samples and values, roughly."""
-        self._values = 0
-
-    def add_sample(self, sample: wire.Sample) -> None:
-        """Add a sample."""
-        self.samples.append(sample)
-        self._bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
-        self._bytes += 32 * len(sample.scalars) + 9 * sum(map(len, sample.histograms.values()))
-
-    def add_value(self, step: int, name: str, value: float) -> None:
-        """Add a number that belongs to no sample; a later one of the same step and name replaces it."""
-        pairs = self.trail.setdefault(name, [])
-        if pairs and pairs[-1][0] == step:
-            pairs.pop()
-        pairs.append((step, value))
-        self._values += 1
-        self._bytes += 16
-
-    @property
-    def is_full(self) -> bool:
-        return (
-            self._bytes >= LARGEST_BATCH_BYTES
-            or len(self.samples) >= LARGEST_BATCH_SAMPLES
-            or self._values >= LARGEST_BATCH_VALUES
-            or len(self.events) >= LARGEST_BATCH_EVENTS
-        )
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.samples or self.trail or self.events or self.end is not None)
-
-    def to_wire(self, attempt: int, dropped: wire.Dropped) -> wire.Batch:
-        """Return the document under a new id."""
-        return wire.Batch(
-            id=secrets.token_hex(8),
-            attempt=attempt,
-            samples=self.samples,
-            trail={
-                name: wire.Trail(
-                    steps=[step for step, _ in pairs], values=[wire.serialise(value) for _, value in pairs]
-                )
-                for name, pairs in self.trail.items()
-            },
-            events=[
-                event
-                if event.parameter is None
-                else msgspec.structs.replace(event, parameter=shorten_name(event.parameter))
-                for event in self.events
-            ],
-            dropped=dropped,
-            end=self.end,
-        )
 
 
 def _arrived(record: StepRecord, *, wait: bool) -> bool:

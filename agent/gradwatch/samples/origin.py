@@ -81,7 +81,7 @@ class OriginFinder:
         modules: dict[int, str] = {}
         for watched in self._parameters.watched:
             parameter = watched.parameter.reference()
-            if parameter is not None:
+            if parameter is not None and not watched.unreadable:
                 if not bool(torch.isfinite(parameter.detach()).all().numpy().item()):
                     return None  # the origin lies in an earlier step
                 modules[id(parameter)] = watched.module

@@ -6,13 +6,14 @@ actions out. Losses and norms are opaque: the core keeps them and never reads th
 can be told as a table of events with strings for tensors, and replayed.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
 from gradwatch.steps.ownership import Beginning, ExpectedOptimizers, Owner, owner_of
-from gradwatch.steps.schedule import Costs, SamplingSchedule
-from gradwatch.steps.signs import Signs
+from gradwatch.steps.quiet import QuietSteps
+from gradwatch.steps.schedule import Costs, SamplingSchedule, Signs
 from gradwatch.steps.state import (
     MOST_LOSSES,
     NO_INDICES,
@@ -111,7 +112,8 @@ class StepCore:
         """Steps that each optimizer has begun."""
         self._announced_at_scaler: dict[OptimizerKey, int] = {}
         self._unstepped = UnsteppedPasses()
-        self._signs: dict[OptimizerKey, Signs] = {}
+        self._signs: defaultdict[OptimizerKey, Signs] = defaultdict(Signs)
+        self.quiet: Final = QuietSteps(self.state, schedule, self.expected, self._announced, self._signs)
 
     # What is heard beside the steps
 
@@ -180,6 +182,12 @@ class StepCore:
         self.state.drop_losses()
 
     # Clipping
+
+    @property
+    def is_sampled(self) -> bool:
+        """Return whether the open step or the next one is sampled."""
+        record = self.state.open
+        return self.schedule.due or (record is not None and record.sampled)
 
     def norm_clipped(self, clip: NormClip, listed: Sequence[int], measure: bool) -> Measure | None:
         """Gradients are about to be clipped by their total norm.
@@ -256,6 +264,8 @@ class StepCore:
             closure: whether it is given a closure, which makes the gradients.
             reached: other threads whose losses under way reach watched parameters.
         """
+        if self.quiet.step is not None:
+            self.quiet.write_down(at)
         # Every other case needs an open step.
         owner = Owner.NEW if self.state.open is None else owner_of(self._beginning(optimizer, indices, outer))
         if owner is Owner.OUTER:
@@ -308,12 +318,9 @@ class StepCore:
     def _hand_over(self, record: StepRecord, optimizer: OptimizerKey) -> None:
         """Give everything that waits to a step; at a sign of trouble, sample it if it is the first of several."""
         self.state.hand_over(record)
-        signs = self._signs.get(optimizer)
-        if signs is None:
-            signs = self._signs[optimizer] = Signs()
-        if (signs.of_step(record) or not record.finite) and self.schedule.alarm(
-            record, {optimizer}, finite=record.finite
-        ):
+        found = self.quiet.shows_sign or self._signs[optimizer].of_step(record)
+        self.quiet.shows_sign = False
+        if (found or not record.finite) and self.schedule.alarm(record, {optimizer}, finite=record.finite):
             self.schedule.want_burst()
 
     def closure_left(self) -> None:
@@ -353,6 +360,8 @@ class StepCore:
         self, optimizer: OptimizerKey, indices: Indices, thread: int, at: float
     ) -> Made | EndStep | CountSteps:
         """A loss scaler has stepped an optimizer, or skipped its step because it found Inf."""
+        if self.quiet.step is not None:
+            self.quiet.write_down(at)
         announced = self._announced.get(optimizer, 0)
         if announced != self._announced_at_scaler.get(optimizer, 0):
             self._announced_at_scaler[optimizer] = announced

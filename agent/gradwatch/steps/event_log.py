@@ -83,6 +83,7 @@ def write_events(core: StepCore, account: OverheadAccount, write: Callable[[byte
             except (OSError, ValueError):  # a full disk, or the log of a session that is over: the training goes on
                 left[0] = 0
 
+    core.quiet.allowed = False  # every step has its events
     state = core.state
     put(
         "start",

@@ -1,4 +1,9 @@
-"""The sampling schedule: which steps are sampled, so that the agent stays within its share of the training time."""
+"""The sampling schedule: which steps are sampled, so that the agent stays within its share of the training time.
+
+A step whose loss or clip norm shows a sign of trouble is sampled at once. Each is judged by its own numbers before its
+optimizer steps, so that it can still be sampled: one or two Python floats are looked at, and a few numbers are kept of
+the earlier steps.
+"""
 
 import math
 from collections import deque
@@ -29,8 +34,90 @@ _REVIEW_STEPS: Final = 16
 _REVIEW_SECONDS: Final = 2.0
 """Time over which the work of the threads is averaged."""
 
+_WARM_UP: Final = 16
+"""Numbers after which it is known what is usual."""
+_WEIGHT: Final = 1 / 16
+"""Weight of the newest number in what is usual."""
+_FAR: Final = 10.0
+"""Usual deviations above the usual level that are far."""
+_MOST: Final = 4.0
+"""Usual deviations by which one number moves what is usual at most: a spike does not become usual."""
+_SAME: Final = 10
+"""Equal losses in a row after which a loss has stopped changing."""
+
 _NONE, _UNUSUAL, _NOT_FINITE = 0, 1, 2
 """Signs of trouble, the worst last."""
+
+
+class UsualLevel:
+    """The usual level of a number and its usual deviation, which no single spike moves far."""
+
+    __slots__ = ("_count", "_deviation", "_level")
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._level = 0.0
+        self._deviation = 0.0
+
+    def exceeded(self, value: float) -> bool:
+        """Return whether a finite number lies far above what was usual before it, and learn from it."""
+        self._count += 1
+        if self._count == 1:
+            self._level = value
+            return False
+        difference = value - self._level
+        size = abs(difference)
+        known = self._count > _WARM_UP
+        far = known and difference > _FAR * self._deviation and difference > abs(self._level)
+        if known:
+            most = _MOST * max(self._deviation, 1e-3 * abs(self._level), 1e-30)
+            difference, size = max(-most, min(difference, most)), min(size, most)
+        weight = _WEIGHT if known else 1 / self._count
+        self._level += weight * difference
+        self._deviation += weight * (size - self._deviation)
+        return far
+
+
+class Signs:
+    """The signs of trouble of one optimizer's steps."""
+
+    __slots__ = ("_clip_norm", "_last", "_loss", "_same")
+
+    def __init__(self) -> None:
+        self._loss = UsualLevel()
+        self._clip_norm = UsualLevel()
+        self._last = math.nan
+        self._same = 0
+        """How often the last loss came again."""
+
+    def of_step(self, record: StepRecord) -> bool:
+        """Return whether the numbers of a step show a sign; those that are still on a device show none here."""
+        loss = norm = None
+        if record.losses and record.losses_finite and all(type(loss) is float for loss in record.losses):
+            loss = sum(record.losses)
+        if record.clips:
+            clip = record.clips[-1]
+            if type(clip.total_norm) is float and clip.finite and not clip.partial:
+                norm = clip.total_norm
+        return self.of_numbers(loss, norm)
+
+    def of_numbers(self, loss: float | None, clip_norm: float | None) -> bool:
+        """Return whether the finite numbers of a step show a sign: far above their past, a norm of 0, a loss at rest.
+
+        Args:
+            loss: the loss; None: there is none.
+            clip_norm: the norm that clipping returned; None: nothing was clipped.
+        """
+        found = False
+        if loss is not None:
+            if loss == self._last:
+                self._same += 1
+            else:
+                self._last, self._same = loss, 0
+            found = self._loss.exceeded(loss) or self._same == _SAME
+        if clip_norm is not None:
+            found = self._clip_norm.exceeded(clip_norm) or clip_norm == 0.0 or found
+        return found
 
 
 class Costs(NamedTuple):
@@ -82,6 +169,8 @@ class OverheadAccount:
         self._samples: deque[float] = deque(maxlen=_REMEMBERED)
         self._is_due = False
         """Whether the coming step is sampled though nothing is wrong."""
+        self._pay_ratio = budget_ratio
+        """Share of the time that samples may take."""
         self._until_review_steps = 0
         self._since_sample_steps = 0
         self._since_sample_seconds = 0.0
@@ -95,16 +184,15 @@ class OverheadAccount:
 
     def due(self, next_step: int) -> bool:
         """Return whether the next step is to be sampled."""
-        self._is_due = self._decide(next_step)
-        return self._is_due or (self._burst > 0 and (self.every_steps is None or self.aligned))
-
-    def _decide(self, next_step: int) -> bool:
-        """Return whether the next step is to be sampled though nothing is wrong."""
         if self.aligned:
-            return next_step % (self.every_steps or self._power_of_two()) == 0
-        if self.every_steps is not None:
-            return self._since_sample_steps + 1 >= self.every_steps or not self._samples
-        return self._credit >= 1 or self._since_sample_seconds + self.step_seconds >= LONGEST_GAP_SECONDS
+            self._is_due = next_step % (self.every_steps or self._power_of_two()) == 0
+        elif self.every_steps is not None:
+            self._is_due = self._since_sample_steps + 1 >= self.every_steps or not self._samples
+            return self._is_due
+        else:
+            gap_seconds = self._since_sample_seconds + self.step_seconds
+            self._is_due = self._credit >= 1 or gap_seconds >= LONGEST_GAP_SECONDS
+        return self._is_due or self._burst > 0
 
     def stepped(self, step_seconds: float, hooks_seconds: float, sample: float | None, threads_ratio: float) -> None:
         """Book one step.
@@ -128,7 +216,13 @@ class OverheadAccount:
         self._until_review_steps -= 1
         if sample is not None or self._until_review_steps <= 0:
             self._review(threads_ratio)
-        self._pay(step_seconds)
+        if self.sample_seconds:
+            # A step that waited for an evaluation pays no more than a usual one: credit must not pile up.
+            paid = self._pay_ratio * min(step_seconds, 4 * self.step_seconds) / self.sample_seconds
+            if self._reserve < RESERVE_SAMPLES:
+                self._reserve += _RESERVE_SHARE * paid
+                paid *= 1 - _RESERVE_SHARE
+            self._credit = min(self._credit + paid, _MOST_CREDIT)
 
     def _take_sample(self) -> None:
         """Take a sample from what is paid; from the reserve if it is one of a burst, or of a step that was not due."""
@@ -147,22 +241,8 @@ class OverheadAccount:
         if self._steps:
             self.step_seconds = median(self._steps)
             self.fixed_ratio = median(self._hooks) / self.step_seconds + threads_ratio
-
-    def _pay(self, step_seconds: float) -> None:
-        if not self.sample_seconds:
-            return
-        # A step that waited for an evaluation pays no more than a usual one: credit must not pile up.
-        paid = self.pay_ratio * min(step_seconds, 4 * self.step_seconds) / self.sample_seconds
-        if self._reserve < RESERVE_SAMPLES:
-            self._reserve += _RESERVE_SHARE * paid
-            paid *= 1 - _RESERVE_SHARE
-        self._credit = min(self._credit + paid, _MOST_CREDIT)
-
-    @property
-    def pay_ratio(self) -> float:
-        """Return the share of the time that samples may take."""
-        left = _LARGEST_OVERHEAD * self.budget_ratio - self.fixed_ratio
-        return min(max(left, _LEAST_PAY * self.budget_ratio), self.budget_ratio)
+            left = _LARGEST_OVERHEAD * self.budget_ratio - self.fixed_ratio
+            self._pay_ratio = min(max(left, _LEAST_PAY * self.budget_ratio), self.budget_ratio)
 
     def start_burst(self) -> None:
         """Sample every step for a while, as long as the reserve lasts."""
@@ -177,7 +257,7 @@ class OverheadAccount:
         """Return the interval in steps that the budget and the longest gap allow."""
         if not self.step_seconds:
             return 1
-        wanted = self.sample_seconds / (self.pay_ratio * self.step_seconds)
+        wanted = self.sample_seconds / (self._pay_ratio * self.step_seconds)
         most = max(LONGEST_GAP_SECONDS / self.step_seconds, 1.0)
         return int(2 ** min(round(math.log2(max(wanted, 1.0))), math.floor(math.log2(most))))
 
@@ -204,6 +284,8 @@ class SamplingSchedule:
     def __init__(self, account: OverheadAccount) -> None:
         self.due = True
         """Whether the next step is to be sampled."""
+        self.needs_record = True
+        """Whether the next step needs a record: it is sampled, or the threads' work is to be averaged."""
         self._account: Final = account
         self._burst_wanted = False
         self._forced = False
@@ -214,6 +296,7 @@ class SamplingSchedule:
         """The worst sign of this step so far."""
         self._ended_at = 0.0
         self._before = Costs()
+        self._spent_before = 0.0
         self._reviewed_at = 0.0
         self._threads_before = 0.0
         self._threads_ratio = 0.0
@@ -225,7 +308,7 @@ class SamplingSchedule:
 
     def want_burst(self) -> None:
         """Sample every step for a while after this one, if that can be afforded."""
-        self._burst_wanted = True
+        self._burst_wanted = self.needs_record = True
 
     def alarm(self, record: StepRecord, stepping: Set[OptimizerKey], *, finite: bool) -> bool:
         """Sample a step that shows a sign of trouble, although it is not due; only the first of several.
@@ -241,6 +324,7 @@ class SamplingSchedule:
         Returns:
             Whether it is the first such step.
         """
+        record.urgent = True
         trouble = _UNUSUAL if finite else _NOT_FINITE
         self._trouble = max(self._trouble, trouble)
         if self._trouble_before >= trouble:
@@ -261,7 +345,9 @@ class SamplingSchedule:
         account, before = self._account, self._before
         step_seconds = now - self._ended_at if self._ended_at else 0.0
         self._ended_at, self._before = now, costs
-        hooks, sample = costs.hooks - before.hooks, costs.samples - before.samples
+        sample, spent = costs.samples - before.samples, costs.hooks + costs.samples
+        hooks = spent - self._spent_before - sample
+        self._spent_before = spent
         record.agent_seconds = hooks + sample
         if now - self._reviewed_at >= _REVIEW_SECONDS:
             self._average_threads(now, costs.threads)
@@ -273,12 +359,30 @@ class SamplingSchedule:
             account.start_burst()
         self.due = self._forced or account.due(record.step + 1)
         self._forced = False
+        self.needs_record = self.due or now - self._reviewed_at >= _REVIEW_SECONDS
         if not record.skipped:
             self._trouble_before, self._trouble = self._trouble, _NONE
         if record.sampled:
             record.scalars["step_seconds"] = account.step_seconds
             record.scalars["overhead_ratio"] = account.overhead_ratio
             record.scalars["interval_steps"] = float(account.interval_steps)
+
+    def passed(self, step: int, now: float, spent_seconds: float) -> None:
+        """Book a step without a record, and decide whether the next one is sampled.
+
+        Args:
+            step: its number.
+            now: a clock in seconds that only goes forward.
+            spent_seconds: time that the agent has taken on the training thread since it was attached.
+        """
+        step_seconds = now - self._ended_at if self._ended_at else 0.0
+        self._ended_at = now
+        hooks = spent_seconds - self._spent_before
+        self._spent_before = spent_seconds
+        self._account.stepped(step_seconds, hooks, None, self._threads_ratio)
+        self._trouble_before, self._trouble = self._trouble, _NONE
+        self.due = self._account.due(step + 1)
+        self.needs_record = self.due or self._burst_wanted or now - self._reviewed_at >= _REVIEW_SECONDS
 
     def _average_threads(self, now: float, threads_seconds: float) -> None:
         if self._reviewed_at:

@@ -21,6 +21,7 @@ from gradwatch.wire import STATISTICS, Trail
 from gradwatch_server import diagnosis
 from gradwatch_server.diagnosis import History, RunParameters, Sample, Thresholds
 from gradwatch_server.diagnosis.history import VERSION
+from gradwatch_server.diagnosis.loss_summary import summed_up
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
 from gradwatch_server.store.parameters import load_parameters
@@ -30,8 +31,6 @@ from gradwatch_server.store.rollups.series import TRAIL_STEPS, decode_trails
 SAVED_EVERY_SAMPLES = 64
 """The state is saved after so many samples, so at most so many are replayed."""
 _CACHE_BYTES = 64 << 20
-_LOSSES_KEPT = 1_024
-"""Most losses between two samples."""
 
 
 @dataclass
@@ -63,8 +62,8 @@ class DetectorState:
 
     def keep_losses(self, losses: Mapping[int, float], after: int | None) -> None:
         """Keep the losses after a step, which no sample has been diagnosed with yet."""
-        waiting = sorted(step for step in losses if after is None or step > after)
-        self.losses = {step: losses[step] for step in waiting[-_LOSSES_KEPT:]}
+        waiting = sorted((step, loss) for step, loss in losses.items() if after is None or step > after)
+        self.losses = dict(summed_up(waiting))
 
 
 class DetectorStateCache:
@@ -171,9 +170,9 @@ def _replay(state: DetectorState, samples: Iterator[Sample], thresholds: Thresho
 
 
 def losses_between(losses: Sequence[tuple[int, float]], after: int | None, step: int) -> Sequence[tuple[int, float]]:
-    """Return the losses after one step and up to another, out of (step, loss) pairs that are ordered by step."""
+    """Return the losses after one step and up to another, summed up, out of (step, loss) pairs ordered by step."""
     first = 0 if after is None else bisect_right(losses, after, key=itemgetter(0))
-    return losses[first : bisect_right(losses, step, key=itemgetter(0))][-_LOSSES_KEPT:]
+    return summed_up(losses[first : bisect_right(losses, step, key=itemgetter(0))])
 
 
 def _first_and_last(connection: sa.Connection, run: sa.Row[Any]) -> Iterator[Sample]:

@@ -101,7 +101,8 @@ class Ingest:
         """
         check_registration(registration, self._configuration.limits)
         thresholds = self._configuration.thresholds[registration.project]
-        created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds)
+        most_runs = self._configuration.limits.runs_per_project
+        created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds, most_runs)
         return Registered(run_id, f"{self._public_url}/runs/{run_id}", created)
 
     def store(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> Stored:

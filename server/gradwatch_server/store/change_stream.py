@@ -54,6 +54,11 @@ class ChangeStream:
         self._poller: asyncio.Task[None] | None = None
         self._closed = False
 
+    @property
+    def listeners(self) -> int:
+        """Return how many listen."""
+        return len(self._listeners)
+
     async def listen(self) -> AsyncIterator[list[Change]]:
         """Yield the runs that have changed, or an empty list if none has for a while; ends when the server stops.
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from gradwatch import __version__
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import OPEN, AuthorisedRoute
-from gradwatch_server.api.problem import problems
+from gradwatch_server.api.problem import DATABASE_SILENT, problems
 from gradwatch_server.errors import Refused, RetryAfter, stopping
 from gradwatch_server.services import Services
 
@@ -33,9 +33,8 @@ def readyz(request: Request) -> Any:
     try:
         with services.engine.connect() as connection:
             connection.execute(sa.text("SELECT 1"))
-    except sa.exc.SQLAlchemyError as error:
-        reason = error.orig if isinstance(error, sa.exc.OperationalError) else type(error).__name__
-        raise Refused(503, "Database out of reach", str(reason).strip(), retry_after=RetryAfter.DATABASE) from None
+    except sa.exc.SQLAlchemyError:
+        raise Refused(503, "Database out of reach", DATABASE_SILENT, retry_after=RetryAfter.DATABASE) from None
     _check_parts(services)
     return {"status": "ready", "version": __version__}
 

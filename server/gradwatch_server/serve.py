@@ -37,7 +37,9 @@ from gradwatch_server.store.tokens import count_tokens
 log = logging.getLogger(__name__)
 
 _SWITCH_SECONDS = 0.0005
-"""How long a thread that reads may keep the interpreter while the writer or the event loop waits for it."""
+"""How long one thread keeps the interpreter while another waits for it. In Python's 5 ms the writer stores some small
+batches, and it gives the interpreter up, and waits for it again, a few times in each of them.
+"""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Options of glibc's ``mallopt``, see malloc.h."""
 

@@ -14,7 +14,7 @@ import msgspec
 import sqlalchemy as sa
 from starlette.requests import Request
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting.periodic_checks import StallCheck, UnmuteCheck
 from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.errors import Refused
@@ -82,7 +82,7 @@ class Services:
             ingest=Ingest(configuration, settings.public_url, pool),
             byte_budget=ByteBudget(limits.held_bytes),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
-            stall_check=StallCheck(engine, writer, configuration, settings.public_url, clock.now()),
+            stall_check=StallCheck(engine, writer, configuration, settings.public_url, steady_clock.now()),
             unmute_check=UnmuteCheck(engine, writer, configuration, settings.public_url),
             change_stream=ChangeStream(engine),
             remote_writer=None if remote is None else RemoteWriter(engine, writer, remote),
@@ -122,7 +122,7 @@ class Services:
         """Follow the database's clock if servers may share it, for as long as the server runs."""
         while self.engine.dialect.name != "sqlite":
             with suppress(sa.exc.SQLAlchemyError):  # out of reach: the clock goes on by itself
-                clock.follow(await asyncio.to_thread(read_clock, self.engine))
+                steady_clock.follow(await asyncio.to_thread(read_clock, self.engine))
             await asyncio.sleep(_FOLLOW_SECONDS)
 
     async def shrink_log(self) -> None:
@@ -147,7 +147,7 @@ def _start_clock(engine: sa.Engine) -> None:
     latest = [sa.select(sa.func.max(column)) for column in (schema.runs.c.last_seen_at, schema.deliveries.c.created_at)]
     with engine.connect() as connection:
         stored = max(connection.scalar(each) or 0.0 for each in latest)
-    clock.start(read_clock(engine), stored)
+    steady_clock.start(read_clock(engine), stored)
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.diagnosis import History, RunParameters, Thresholds
 from gradwatch_server.errors import Refused, RetryAfter
 from gradwatch_server.ingest import detector_state
@@ -46,7 +46,7 @@ def register(
     Raises:
         Refused: 409 if the run is of another project or has other parameters, 429 if its project has no room for it.
     """
-    now = clock.now()
+    now = steady_clock.now()
     # 1. Lock the run, if it is known.
     run = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()).one_or_none()
     # 2. Number the attempt by the server's clock.

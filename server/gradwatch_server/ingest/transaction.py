@@ -9,7 +9,7 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting.run_alerts import RunAlerts
 from gradwatch_server.diagnosis import History, Observation, Sample
 from gradwatch_server.diagnosis.clip_advice import advise
@@ -116,7 +116,7 @@ class Ingest:
         Raises:
             Refused: 404 for a run that is not registered, 422 where the content does not fit the run.
         """
-        now = clock.now()
+        now = steady_clock.now()
         # 1. Lock the run, and check that the batch fits it.
         run = connection.execute(_locked_run, {"of_run": run_id}).one_or_none()
         if run is None:

@@ -6,7 +6,7 @@ import msgspec
 import sqlalchemy as sa
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import of_delivery, requires
 from gradwatch_server.api.dependencies import Engine, commit
@@ -78,7 +78,7 @@ async def replay_delivery(request: Request, delivery_id: Id) -> Any:
     def work(connection: sa.Connection) -> int:
         if connection.execute(sa.select(_table.c.id).where(_table.c.id == delivery_id)).one_or_none() is None:
             raise _unknown(delivery_id)
-        return outbox.replay(connection, _table.c.id == delivery_id, clock.now())
+        return outbox.replay(connection, _table.c.id == delivery_id, steady_clock.now())
 
     return await _replayed(request, await commit(request, work))
 
@@ -93,7 +93,7 @@ async def replay_dead(request: Request, name: Name) -> Any:
     """Send every dead delivery of a receiver again, each with the ones of the same alert that followed it."""
     chosen = (_table.c.receiver == name) & (_table.c.state == "dead")
     return await _replayed(
-        request, await commit(request, lambda connection: outbox.replay(connection, chosen, clock.now()))
+        request, await commit(request, lambda connection: outbox.replay(connection, chosen, steady_clock.now()))
     )
 
 

@@ -149,7 +149,7 @@ class SampleBuilder:
             sources.add("clipping")
         if self._agc is not None:
             sources.add("agc")
-        if record.updates and joined is None:
+        if joined is None and (vectors["update_norm"] != MISSING).any():
             sources.add("update")
         statistics = vectors.statistics(sources)
         scalars = self._scalars(record, statistics)
@@ -176,10 +176,21 @@ class SampleBuilder:
             vectors.set_zero(index)
         for update in record.updates:
             _add_update(update, vectors)
+        self._note_unmoved(record, vectors)
         for name, known in self._weights.items():
             vectors[name] = known.copy()
             vectors[name][self._unreadable] = MISSING
         return Draft(record, vectors, self._histograms(record.measurements, record.excluded))
+
+    def _note_unmoved(self, record: StepRecord, vectors: "_Vectors") -> None:
+        """Note a change of 0 for parameters that an optimizer holds, and left alone for want of a gradient.
+
+        It tells them apart from those that no optimizer holds, such as a target network.
+        """
+        held = np.zeros(self._third.size, np.bool_)
+        for indices in record.stepped.values():
+            held[list(indices)] = True
+        vectors["update_norm"][held & (vectors["grad_norm"] == MISSING)] = 0.0
 
     def _add_measurement(self, measurement: Measurement, vectors: "_Vectors") -> None:
         """Write the statistics of one measurement into the vectors of the sample."""

@@ -8,7 +8,8 @@ import numpy as np
 
 from gradwatch_server.diagnosis.finding import MOST_BLAMED, Blame, Finding, Symptom
 from gradwatch_server.diagnosis.rule import Limits, Observation, Rule, Samples
-from gradwatch_server.diagnosis.sample import Flags, Floats, Indices, Sample
+from gradwatch_server.diagnosis.run_parameters import Flags, Floats, Indices
+from gradwatch_server.diagnosis.sample import Sample
 
 EVENT = "nonfinite_module"
 """Kind of the event by which an agent names the first module whose output or gradient was not finite.

@@ -99,7 +99,9 @@ class _GradientHook:
 
 
 def _is_finite(tensor: Tensor) -> Tensor:
-    return torch.isfinite(tensor.detach()).all()
+    detached = tensor.detach()
+    to_local = getattr(detached, "to_local", None)  # a check of a whole DTensor would be a collective
+    return torch.isfinite(detached if to_local is None else to_local()).all()
 
 
 def _all_finite(tensors: Iterable[Tensor]) -> Tensor | None:

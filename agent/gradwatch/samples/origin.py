@@ -21,6 +21,7 @@ from gradwatch.hooks.module_outputs import FiniteFlags, OutputHooks
 from gradwatch.model.discovery import is_compiled
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.norms.scalars import is_finite
+from gradwatch.norms.tensor_spec import local_part
 from gradwatch.steps.state import StepRecord
 
 _EVERY_STEPS: Final = 100
@@ -78,17 +79,23 @@ class OriginFinder:
         if originals and all(map(is_finite, originals)):
             return None  # the loss scale overflowed, and the scaler will lower it
         self._next_search = step + _EVERY_STEPS
-        modules: dict[int, str] = {}
         for watched in self._parameters.watched:
             parameter = watched.parameter.reference()
-            if parameter is not None and not watched.unreadable:
-                if not bool(torch.isfinite(parameter.detach()).all().numpy().item()):
-                    return None  # the origin lies in an earlier step
-                modules[id(parameter)] = watched.module
-        origin = origin_in_graph(losses, lambda tensor: modules.get(id(tensor)))
+            if parameter is None or watched.unreadable:
+                continue
+            # A check of a whole DTensor would be a collective.
+            if not bool(torch.isfinite(local_part(parameter.detach())).all().numpy().item()):
+                return None  # the origin lies in an earlier step
+        if self._parameters.sharded:
+            self._parameters.note_unsharded()  # the graph holds those that FSDP puts in the place of sharded ones
+        origin = origin_in_graph(losses, self._module_of)
         self._hooks_wanted = origin is None
         self.is_active |= self._hooks_wanted
         return None if origin is None else origin.event(step + 1, time.time())
+
+    def _module_of(self, tensor: Tensor) -> str | None:
+        index = self._parameters.find(tensor)
+        return None if index is None else self._parameters.watched[index].module
 
     def request_hooks(self, step: int) -> None:
         """Hook the next steps: something is not finite at ``step``, and no graph tells where it began."""
@@ -221,16 +228,18 @@ def _raw_saved(node: Node) -> Iterator[tuple[str, tuple[Any, ...]]]:
 def _saved_tensors(node: Node) -> Iterator[Tensor]:
     for name, _ in _raw_saved(node):
         try:
-            saved = getattr(node, name)
+            # A function in Python (FSDP adds some) has them all in one attribute, whose name begins otherwise.
+            saved = node.saved_tensors if name == "_saved_tensors" else getattr(node, name)  # type: ignore[attr-defined]
         except RuntimeError:  # changed in place since
             continue
-        if isinstance(saved, Tensor):
-            yield saved
+        yield from (each for each in (saved if isinstance(saved, tuple) else (saved,)) if isinstance(each, Tensor))
 
 
 def _all_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.device.type != "cpu" or tensor.layout != torch.strided:
         return True
+    if not tensor.untyped_storage().nbytes():
+        return True  # FSDP has freed a weight until its backward pass; weights are finite
     with torch.no_grad():
         return tensor.numel() == 0 or all(
             bool(torch.isfinite(bound).numpy().item()) for bound in torch.aminmax(tensor.detach())

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from gradwatch.clipping.agc import AGC
 from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
-from gradwatch.norms.scalars import copy_scalar
+from gradwatch.norms.transfer import copy_scalar
 from gradwatch.recording.optimizers import unwrapped
 from gradwatch.samples.loggers import LoggerName
 from gradwatch.session import Session

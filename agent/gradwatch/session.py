@@ -24,7 +24,7 @@ from gradwatch.lifecycle.process import attributes, default_run_name, rank
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
 from gradwatch.monitor.context import AgentThread, Callbacks, discard
 from gradwatch.monitor.monitor import Monitor
-from gradwatch.norms.scalars import Scalar
+from gradwatch.norms.transfer import Scalar
 from gradwatch.ranks.exchange import exchange_for
 from gradwatch.samples.collector import Collector
 from gradwatch.samples.loggers import LoggerName, open_logger
@@ -196,6 +196,8 @@ class Session:
 
     def log(self, name: str, value: Scalar) -> None:
         """Add a number to the next step."""
+        if isinstance(value, Tensor):
+            self.monitor.recorder.streams.add_devices([value.device])
         self.monitor.steps.logged(name, value)
 
     def add_logger(self, logger: LoggerName, **options: Any) -> None:
@@ -258,6 +260,7 @@ class Session:
         if state.logged and self._collector is not None:
             last = StepRecord(state.number, time.time(), sampled=False)
             last.logged, state.logged = state.logged, {}
+            self.monitor.recorder.send(last)
             self._collector.put(last)
 
     def _write(self, deadline: float, status: str, exit_code: int | None) -> None:

@@ -17,7 +17,7 @@ from gradwatch.hooks import torch_hooks
 from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, with_closure
 from gradwatch.monitor.context import AgentThread, Callbacks, Parts, discard
 from gradwatch.monitor.guard import Guard, guarded
-from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar, is_finite
+from gradwatch.norms.transfer import Scalar, copy_and_check, copy_scalar, is_finite
 from gradwatch.ranks.exchange import is_partial
 from gradwatch.recording.gradient_versions import GradientVersions, Version
 from gradwatch.recording.optimizer_parameters import Pass
@@ -236,17 +236,16 @@ class TrainingListener:
         if record is None:
             return
         spent = self.guard.spent_seconds
-        if record.buffers is not None:
-            self._recorder.send(record)
-            spent += self._recorder.rest_seconds  # of this hook, whose other time is booked with the next step
+        if self._origin.is_active:
+            self._origin.finish_step(record)
+        self._recorder.send(record)
+        spent += self._recorder.rest_seconds  # of this hook, whose other time is booked with the next step
         background = 0.0
         for thread in self.threads:
             background += thread.seconds
         self._steps.step_ended(time.perf_counter(), spent, background, learn=learn)
         if record.sampled:
             record.excluded = self._actions.excluded
-        if self._origin.is_active:
-            self._origin.finish_step(record)
         self.put(record)
         if self._parameters.order_pending and self._parameters.learn_order(record.step):
             self._models.register()

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor
 
 from gradwatch.hooks.autograd_graph import NodeBudget, roots, walk
-from gradwatch.norms.scalars import copy_scalar, is_finite
+from gradwatch.norms.transfer import copy_scalar, is_finite
 
 _REMEMBERED: Final = 16
 """Scaled losses that are remembered."""

@@ -1,19 +1,24 @@
 """The norm recorder: writes unit norms of gradients and weights to buffers, without waiting for the device."""
 
+import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.norms.buffers import BufferPool
-from gradwatch.norms.scalars import copy_scalar
+from gradwatch.norms.streams import StreamLog
+from gradwatch.norms.transfer import copy_scalar
 from gradwatch.recording.float64 import recompute
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.resting_weights import RestingWeights
 from gradwatch.recording.weight_updates import WeightUpdates
 from gradwatch.steps.state import Measurement, StepRecord
+
+_log = logging.getLogger("gradwatch")
 
 
 class NormRecorder:
@@ -21,11 +26,13 @@ class NormRecorder:
 
     Args:
         parameters: the watched parameters.
+        streams: the streams that the training uses.
         no_room: called for each sample that is dropped because all buffers are in use.
     """
 
-    def __init__(self, parameters: ParameterRegistry, no_room: Callable[[], None]) -> None:
-        self.pool = BufferPool()
+    def __init__(self, parameters: ParameterRegistry, streams: StreamLog, no_room: Callable[[], None]) -> None:
+        self.streams = streams
+        self.pool = BufferPool(self.streams)
         self.pass_seconds = 0.0
         """Time of the last pass over gradients and weights; where AGC clips, it needs this pass anyway."""
         self.rest_seconds = 0.0
@@ -65,6 +72,7 @@ class NormRecorder:
         self.pass_seconds = time.perf_counter() - started
         if pass_ is None:
             return None
+        self.streams.add_devices(pass_.plan.accelerators)
         measurement = Measurement(frozenset(pass_.plan.indices), pass_.norms, before_clip)
         recompute(measurement, pass_.grads, pass_.members)
         record.measurements.append(measurement)
@@ -90,19 +98,47 @@ class NormRecorder:
         record.updates += self._updates.of(optimizer)
 
     def send(self, record: StepRecord) -> None:
-        """Measure the resting weights of a step that is over, and begin to copy all norms to the host."""
+        """Measure the resting weights of a step that is over, and begin to copy all its numbers to the host.
+
+        A device that has failed raises at every call: such a step is marked as lost, and the training's own call tells.
+        """
         self._updates.clear()
         self.rest_seconds = 0.0
-        if record.buffers is None:
+        self.streams.add_devices(loss.device for loss in record.losses)
+        if record.buffers is None and not self.streams.used:
             return
+        numbers: list[Tensor] = []
+        record.map_numbers(_noting(numbers), _noting(numbers))
+        if record.buffers is None:
+            if not numbers:
+                return
+            record.buffers = self.pool.acquire_transfer()
+        try:
+            self._measure_resting(record)
+            record.buffers.send(numbers)
+        except RuntimeError as error:
+            record.buffers.is_lost = True
+            _log.debug("gradwatch: the numbers of step %d cannot be read: %s", record.step, error)
+
+    def _measure_resting(self, record: StepRecord) -> None:
         count = len(self._parameters.watched)
         if record.measurements and not (len(record.measurements) == 1 and len(record.measurements[0].indices) == count):
             started = time.perf_counter()
             record.measurements += self._resting.measure(record, record.buffers)
             self.rest_seconds = time.perf_counter() - started
-        record.buffers.send()
 
     def give_back(self, record: StepRecord) -> None:
         """Return to the pool the buffers of a step that will not be made."""
         if record.buffers is not None:
             self.pool.release(record.buffers)
+
+
+def _noting(numbers: list[Tensor]) -> Callable[[Any], Any]:
+    """Return a function that notes the tensors among its arguments that are not on the CPU, and returns each."""
+
+    def note(number: Any) -> Any:
+        if isinstance(number, Tensor) and number.device.type != "cpu":
+            numbers.append(number)
+        return number
+
+    return note

@@ -1,6 +1,6 @@
 """The sample builder: computes the statistics and scalars of a sample from the unit norms that one step recorded.
 
-It runs on the collector's thread, and only there waits for numbers that are still on a device.
+It runs on the collector's thread, once all numbers of the step have arrived on the host.
 """
 
 import math
@@ -17,7 +17,7 @@ from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.norms.buffers import UnitNorms
-from gradwatch.norms.scalars import Scalar
+from gradwatch.norms.transfer import Scalar, read_on_cpu
 from gradwatch.ranks.parts import RankPart, ShardOwnership, join_parts, undo_norm_clip
 from gradwatch.samples.origin import origin_in_flags
 from gradwatch.statistics import (
@@ -78,13 +78,14 @@ class SampleBuilder:
 
     def draft(self, record: StepRecord) -> tuple["Draft | None", dict[str, float], list[wire.Event]]:
         """Return the sample of a step without the other ranks' parts (None: not sampled), its trail and its events."""
-        trail = {name: to_float(value) for name, value in record.logged.items()}
+        read_numbers(record)
+        trail = dict(record.logged)
         if record.losses:
-            trail.setdefault("loss", sum(map(to_float, record.losses)))
+            trail.setdefault("loss", sum(record.losses))
         if record.clips and not record.clips[-1].partial:
-            trail["clip_norm"] = to_float(record.clips[-1].total_norm)
+            trail["clip_norm"] = record.clips[-1].total_norm
         events: list[wire.Event] = []
-        if any(map(to_float, record.found_infs)):
+        if any(record.found_infs):
             record.skip()  # a fused optimizer skips the step by itself
         if record.skipped:
             self._skipped_steps += 1
@@ -128,7 +129,7 @@ class SampleBuilder:
                 part = statistic.reduction.to_part(values.astype(np.float64), vectors.units)
                 rows.append(np.where(measured, part, statistic.reduction.absent))
         units = np.where(has_gradient, vectors.units, MISSING)
-        return RankPart(units, np.stack(rows), [to_float(clip.total_norm) for clip in draft.record.clips])
+        return RankPart(units, np.stack(rows), [clip.total_norm for clip in draft.record.clips])
 
     def finish(self, draft: "Draft", others: Sequence[RankPart]) -> wire.Sample:
         """Return the sample of a draft, joined with the parts of the other ranks where there are any."""
@@ -192,7 +193,7 @@ class SampleBuilder:
             return
         vectors.units[indices] = plan.measured_units
         vectors.note_partial(measurement.clips, measured)
-        scale = 1.0 if measurement.scale is None else to_float(measurement.scale)
+        scale = 1.0 if measurement.scale is None else measurement.scale
         factor = _clip_coefficients(measurement.clips, self._third.size)[indices]
         with np.errstate(all="ignore"):
             values = {row.name: row.measure(units, plan.starts) for row in measured_from("gradient")}
@@ -231,7 +232,7 @@ class SampleBuilder:
             units = _units(measurement.norms, self._eps)
             if measurement.scale is not None:
                 with np.errstate(all="ignore"):
-                    units = replace(units, gradient=units.gradient / to_float(measurement.scale))
+                    units = replace(units, gradient=units.gradient / measurement.scale)
             # Parameters that AGC leaves alone are counted in a fourth row, which is thrown away.
             rows = [
                 3 if plan.indices[position] in excluded else self._third[plan.indices[position]]
@@ -243,7 +244,7 @@ class SampleBuilder:
         return {name: counts.tolist() for name, counts in zip(wire.HISTOGRAMS, thirds, strict=True)}
 
     def _scalars(self, record: StepRecord, statistics: Mapping[str, wire.Vector]) -> dict[str, float]:
-        scalars = {name: to_float(value) for name, value in record.scalars.items()} | _learning_rates(record.rates)
+        scalars = record.scalars | _learning_rates(record.rates)
         scalars["global_grad_norm"] = _total(statistics["grad_norm"])
         if "clipped_grad_norm" in statistics:
             scalars["clipped_global_grad_norm"] = _total(statistics["clipped_grad_norm"])
@@ -304,7 +305,7 @@ class _Vectors:
         for row in measured_from("gradient"):
             if row.before_clipping:
                 vector = self._values[row.name]
-                vector[chosen] = undo_norm_clip(vector[chosen].astype(np.float64), total, to_float(clip.max_norm))
+                vector[chosen] = undo_norm_clip(vector[chosen].astype(np.float64), total, clip.max_norm)
 
     def set_zero(self, index: int) -> None:
         """Set the statistics of a gradient without elements."""
@@ -317,9 +318,19 @@ class _Vectors:
         return {row.name: self._values[row.name] for row in measured_from(*sources) if not row.internal}
 
 
-def to_float(value: Scalar) -> float:
-    """Return a scalar as a float; waits for its device."""
-    return float(value.detach().cpu().reshape(())) if isinstance(value, Tensor) else float(value)
+def read_numbers(record: StepRecord) -> None:
+    """Put floats in the place of a record's numbers, and arrays of shape (units,) in that of its units.
+
+    Those of a device have arrived: no device is called.
+    """
+
+    def units(value: Tensor) -> _Floats:
+        return read_on_cpu(value) if record.buffers is None else record.buffers.read(value)
+
+    def number(value: Scalar) -> float:
+        return float(units(value)[0]) if isinstance(value, Tensor) else float(value)
+
+    record.map_numbers(number, units)
 
 
 def _units(norms: UnitNorms, eps: float) -> Units:
@@ -334,7 +345,7 @@ def _clip_coefficients(clips: Sequence[ScaledBy], count: int) -> _Floats:
     for clip, indices in clips:
         if clip.partial:
             continue
-        coefficient = clip_coefficient(to_float(clip.total_norm), to_float(clip.max_norm))
+        coefficient = clip_coefficient(clip.total_norm, clip.max_norm)
         coefficients[np.fromiter(indices, np.intp, len(indices))] *= coefficient
         for index, times in clip.repeated.items():
             coefficients[index] *= coefficient ** (times - 1) if index in indices else 1.0
@@ -349,18 +360,18 @@ def _norm_limit(record: StepRecord, grad_norm: wire.Vector) -> float:
         for clip, indices in () if measurement.before_clip else measurement.clips:
             scaled[id(clip)] |= indices
     whole = (clip for clip in record.clips if clip.norm_type == 2.0 and scaled[id(clip)] >= present)
-    return min((limit for clip in whole if (limit := to_float(clip.max_norm)) > 0), default=math.inf)
+    return min((limit for clip in whole if (limit := clip.max_norm) > 0), default=math.inf)
 
 
 def _add_update(update: WeightUpdate, vectors: _Vectors) -> None:
-    units = Units(change=update.units.detach().cpu().double().numpy())
+    units = Units(change=update.units)
     for row in measured_from("update"):
         vectors[row.name][list(update.indices)] = row.measure(units, update.starts)
 
 
-def _learning_rates(rates: Mapping[int, Scalar]) -> dict[str, float]:
+def _learning_rates(rates: Mapping[int, float]) -> dict[str, float]:
     """Return the learning rate of each parameter group; of many groups the first, the lowest and the highest."""
-    by_group = {place: to_float(rate) for place, rate in sorted(rates.items())}
+    by_group = dict(sorted(rates.items()))
     if max(by_group, default=0) < MOST_RATES:
         return {f"learning_rate.{place}" if place else "learning_rate": rate for place, rate in by_group.items()}
     every = list(by_group.values())

@@ -50,8 +50,10 @@ _GROWN_BATCH_SECONDS: Final = 2.0
 """Age at which a batch is written all the same."""
 _LAST_PARTS_SECONDS: Final = 2.0
 """Longest wait for the parts of other ranks when the run ends."""
-_LAST_COPY_SECONDS: Final = 5.0
-"""Longest wait for a copy from the device when the run ends."""
+_LAST_COPIES_SECONDS: Final = 5.0
+"""Longest wait for all copies from the devices when the run ends."""
+_FAILED_DEVICE_SECONDS: Final = 0.2
+"""The same where a device has failed, so that what it has not copied yet will not come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ class Collector:
         self._names: set[str] = set()
         """Names that were logged so far."""
         self._warned_of_name = False
+        self._last_copies = 0.0
+        """Monotonic time until which copies from the devices are waited for when the run ends."""
         self.seconds = 0.0
         """Processor time that the thread has taken."""
         self._thread = threading.Thread(target=self._work, name="gradwatch-collector", daemon=True)
@@ -128,14 +132,18 @@ class Collector:
     def put(self, message: Message) -> None:
         """Queue a message from the training thread, without waiting; a step is dropped if too many wait."""
         if len(self._messages) >= LONGEST_QUEUE and isinstance(message, StepRecord):
-            self._dropped.samples += message.sampled
-            self._dropped.values += len(message.logged) + bool(message.losses) + bool(message.clips)
-            if message.buffers is not None:
-                self._pool.release(message.buffers)
+            self._drop(message)
             return
         self._messages.append(message)
         if isinstance(message, StepRecord) and message.buffers is not None and self._pool.is_scarce:
             self._wake.set()
+
+    def _drop(self, record: StepRecord) -> None:
+        """Count a step as dropped. A device may still write to its buffers: they are used again only if it did."""
+        self._dropped.samples += record.sampled
+        self._dropped.values += len(record.logged) + bool(record.losses) + bool(record.clips)
+        if record.buffers is not None:
+            (self._pool.release if record.buffers.arrived() else self._pool.abandon)(record.buffers)
 
     def add_logger(self, logger: ScalarLogger) -> None:
         """Write the run-level scalars to this logger, too."""
@@ -144,6 +152,7 @@ class Collector:
     def finish(self, end: wire.End | None, timeout_seconds: float) -> None:
         """Write everything that waits, and ``end``, to the spool; stop the thread and wait for it."""
         self._messages.append(Ended(end))
+        self._last_copies = time.monotonic() + min(_LAST_COPIES_SECONDS, timeout_seconds / 2)
         self._stop = True
         self._wake.set()
         self._thread.join(timeout_seconds)
@@ -167,15 +176,32 @@ class Collector:
             self._wake.clear()
 
     def _process_messages(self, *, wait: bool) -> None:
-        """Process the queue up to the first step whose numbers have not arrived from the device."""
+        """Process the queue up to the first step whose numbers have not arrived from the device.
+
+        With ``wait`` give the copies some seconds; then drop what has not arrived. A step whose numbers cannot arrive
+        is dropped in any case.
+        """
         while self._messages:
             message = self._messages[0]
-            if isinstance(message, StepRecord) and message.buffers is not None and not _arrived(message, wait=wait):
-                return
+            if isinstance(message, StepRecord) and message.buffers is not None and not message.buffers.arrived():
+                if not message.buffers.is_lost and not wait:
+                    return
+                if wait and time.monotonic() < self._copies_deadline():
+                    time.sleep(0.001)
+                    continue
+                self._messages.popleft()
+                self._drop(message)
+                continue
             self._messages.popleft()
             self._process(message)
-            if self._batch.is_full:
-                self._write_batch(force=True)
+            if self._batch.is_full or self._batch.age_seconds > POLL_SECONDS:
+                self._write_batch(force=self._batch.is_full)
+
+    def _copies_deadline(self) -> float:
+        """Return the monotonic time until which copies are waited for; soon where a device has failed."""
+        if any(isinstance(message, StepRecord) and _is_lost(message) for message in self._messages):
+            self._last_copies = min(self._last_copies, time.monotonic() + _FAILED_DEVICE_SECONDS)
+        return self._last_copies
 
     def _process(self, message: Message) -> None:
         if isinstance(message, RegisteredParameters):
@@ -288,7 +314,7 @@ class Collector:
         if batch.is_empty or self._spool is None:
             return
         is_behind = self._spool.pending > _BACKLOG
-        if not force and is_behind and time.monotonic() - batch.opened_at < _GROWN_BATCH_SECONDS:
+        if not force and is_behind and batch.age_seconds < _GROWN_BATCH_SECONDS:
             return
         self._batch = _Batch()
         dropped = msgspec.convert(self._dropped, wire.Dropped, from_attributes=True)
@@ -327,6 +353,10 @@ class _Batch:
         self._bytes += 16
 
     @property
+    def age_seconds(self) -> float:
+        return time.monotonic() - self.opened_at
+
+    @property
     def is_full(self) -> bool:
         return (
             self._bytes >= LARGEST_BATCH_BYTES
@@ -362,10 +392,5 @@ class _Batch:
         )
 
 
-def _arrived(record: StepRecord, *, wait: bool) -> bool:
-    """Return whether a step's numbers have arrived from the device; with ``wait``, give the copy some seconds."""
-    assert record.buffers is not None
-    deadline = time.monotonic() + _LAST_COPY_SECONDS
-    while not (arrived := bool(record.buffers.arrived())) and wait and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return arrived
+def _is_lost(record: StepRecord) -> bool:
+    return record.buffers is not None and bool(record.buffers.is_lost)

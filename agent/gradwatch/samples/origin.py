@@ -20,7 +20,7 @@ from gradwatch.hooks.autograd_graph import Node, inputs, inputs_first, leaf, roo
 from gradwatch.hooks.module_outputs import FiniteFlags, OutputHooks
 from gradwatch.model.discovery import is_compiled
 from gradwatch.model.registry import ParameterRegistry
-from gradwatch.norms.scalars import is_finite
+from gradwatch.norms.transfer import is_finite
 from gradwatch.steps.state import StepRecord
 
 _EVERY_STEPS: Final = 100
@@ -140,7 +140,7 @@ def origin_in_graph(losses: Sequence[Tensor], module_of: ModuleOf) -> Origin | N
 
 
 def origin_in_flags(flags: Sequence[FiniteFlags]) -> Origin | None:
-    """Return the first module whose output, or else whose gradient, was not finite; waits for the device."""
+    """Return the first module whose output, or else whose gradient, was not finite; the flags have been read."""
     last_finite = ""
     for entry in flags:
         if entry.kind == "gradient":
@@ -161,8 +161,8 @@ def origin_in_flags(flags: Sequence[FiniteFlags]) -> Origin | None:
     return None
 
 
-def _holds(flag: Tensor | None) -> bool:
-    return flag is None or bool(flag.cpu().numpy().item())
+def _holds(flag: float | None) -> bool:
+    return flag is None or bool(flag)
 
 
 def _origin_at(node: Node, module_of: ModuleOf) -> Origin | None:

@@ -62,17 +62,14 @@ def check(server: Server, training: Training, sampled: range) -> None:
     assert server.trail("clip_norm") == by_step(floats(training.norms))
     assert [sample.step for sample in server.samples] == list(sampled)
     gradients = floats(training.gradients)
-    for step in sampled:
-        (first, *_) = server.values("clipped_grad_norm", step).values()
-        assert first == pytest.approx(gradients[step - 1], rel=1e-5)
+    told = {step: next(iter(server.values("clipped_grad_norm", step).values())) for step in sampled}
+    assert told == {step: pytest.approx(gradients[step - 1], rel=1e-5) for step in sampled}
     assert [batch.end.status for batch in server.batches if batch.end is not None] == ["completed"]
 
 
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("behaviour", ["lag", "full queue"])
-def test_every_number_arrives_and_nobody_waits(
-    server: Server, device: Accelerator, behaviour: str, every: int
-) -> None:
+def test_every_number_arrives_and_nobody_waits(server: Server, device: Accelerator, behaviour: str, every: int) -> None:
     training = Training("sim:0")
     agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=every)
     training.step()
@@ -102,3 +99,202 @@ def test_what_has_arrived_is_written_while_the_device_stands_still(server: Serve
     device.change(held=False)
     agent.close()
     check(server, training, range(1, 11, 10))
+
+
+def test_a_model_on_a_device_that_is_not_the_current_one(server: Server, device: Accelerator) -> None:
+    training = Training("sim:1")
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=1)
+    device.change(1, latency_seconds=0.05)
+    for _ in range(20):
+        training.step()
+    agent.close()
+    assert torch.accelerator.current_device_index() == 0
+    check(server, training, range(1, 21))
+
+
+def test_a_training_on_a_side_stream(server: Server, device: Accelerator) -> None:
+    side = torch.Stream("sim:0")
+    with side:
+        training = Training("sim:0")
+    device.change(latency_seconds=0.05)
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=5)
+    device.forget()
+    for step in range(20):
+        with side:
+            training.step()
+        if step % 3 == 0:  # the default stream is far ahead: what is read there is not written yet
+            agent.log(one=torch.ones((), device="sim:0"))
+    waits = device.waits_of_agent()
+    agent.close()
+    assert waits == []
+    torch.accelerator.synchronize(0)
+    check(server, training, range(1, 21, 5))
+
+
+def test_a_loss_on_a_side_stream_with_the_rest_on_another(server: Server, device: Accelerator) -> None:
+    training = Training("sim:0")
+    side = torch.Stream("sim:0")
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=1000)
+    training.step()
+    torch.accelerator.synchronize(0)
+    device.change(latency_seconds=0.05)
+    for _ in range(10):
+        training.optimizer.zero_grad()
+        side.wait_stream(torch.accelerator.current_stream())
+        with side:
+            loss = training.model(training.input).square().mean()
+            for _ in range(20):
+                loss = loss * 1.0  # long enough for the other stream to be ahead
+            loss.backward()
+            training.losses.append(loss.detach().clone())
+        agent.log(number=torch.ones((), device="sim:0"))
+        torch.accelerator.current_stream().wait_stream(side)
+        training.optimizer.step()
+    torch.accelerator.synchronize(0)
+    agent.close()
+    assert server.trail("loss") == by_step(floats(training.losses))
+
+
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["measured", "clipped"])
+def test_two_trainings_of_one_agent_on_streams_that_nothing_orders(
+    server: Server, device: Accelerator, clip: float | None
+) -> None:
+    torch.manual_seed(0)
+    shapes = [nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(8))) for _ in range(2)]
+    streams = [torch.Stream("sim:0") for _ in range(2)]
+    inputs = [torch.randn(4, 16), 3 * torch.randn(4, 16)]
+    expected: dict[str, float] = {}
+    for place, (model, given) in enumerate(zip(shapes, inputs, strict=True)):
+        model(given).square().sum().backward()
+        expected |= {f"{place}.{name}": float(grad_of(p).norm()) for name, p in model.named_parameters()}
+        model.zero_grad()
+    models = nn.ModuleList(shapes).to("sim:0")
+    moved = [given.to("sim:0") for given in inputs]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for model in models]
+    agent = gradwatch.attach(models, optimizers, url=server.url, every=1, clip=clip)
+    device.change(latency_seconds=0.02)
+    for _ in range(10):
+        for model, given, stream, optimizer in zip(models, moved, streams, optimizers, strict=True):
+            with stream:
+                optimizer.zero_grad()
+                model(given).square().sum().backward()
+                optimizer.step()
+    agent.close()
+    for sample in server.samples:
+        assert server.values("grad_norm", sample.step) == pytest.approx(expected, rel=1e-4)
+    assert len(server.samples) == 10
+
+
+def grad_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def test_a_device_that_fails_ends_the_run_with_the_steps_before(server: Server, device: Accelerator) -> None:
+    training = Training("sim:0")
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=2)
+    for _ in range(6):
+        training.step()
+    torch.accelerator.synchronize(0)
+    expected = by_step(floats(training.losses))
+    device.change(latency_seconds=0.05)
+    training.step()
+    device.change(failed=True)
+    with pytest.raises(RuntimeError, match="device-side assertion"):
+        training.step()
+    agent.close(status="failed")
+    assert server.trail("loss") == expected
+    assert [sample.step for sample in server.samples] == [1, 3, 5]
+    assert [batch.end.status for batch in server.batches if batch.end is not None] == ["failed"]
+    assert server.batches[-1].dropped.values >= 1
+
+
+def test_only_the_training_thread_calls_a_device_and_only_its_own(server: Server, device: Accelerator) -> None:
+    training = Training("sim:1")
+    device.forget()
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=1)
+    for _ in range(5):
+        training.step()
+    server.wait(lambda: len(server.samples) == 5)
+    mine = [thread for thread in threading.enumerate() if thread.name.startswith("gradwatch-")]
+    assert mine
+    assert [device.touched(thread.ident or 0) for thread in mine] == [set()] * len(mine)
+    assert device.touched(threading.get_ident()) == {1}
+    agent.close()
+
+
+def test_a_step_that_is_not_sampled_launches_few_operators(server: Server, device: Accelerator) -> None:
+    def launches(training: Training) -> int:
+        before = device.launches()
+        training.step()
+        return device.launches() - before
+
+    alone = Training("sim:0")
+    launches(alone)
+    watched = Training("sim:0")
+    agent = gradwatch.attach(watched.model, watched.optimizer, url=server.url, every=100)
+    launches(watched), launches(watched)  # the first is sampled
+    assert launches(watched) - launches(alone) <= 8
+    agent.close()
+
+
+def test_the_capture_of_a_graph_is_not_broken_and_eager_steps_stay_right(server: Server, device: Accelerator) -> None:
+    training = Training("sim:0")
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=1)
+    for _ in range(3):
+        training.step()
+    device.change(held=True)
+    training.step()  # is waited for while the graph is captured
+    side, losses = torch.Stream("sim:0"), training.losses[:]
+    with side, device.capture() as graph:
+        training.optimizer.zero_grad()
+        training.model(training.input).square().mean().backward()
+        training.optimizer.step()
+        time.sleep(0.3)  # several polls of the collector
+    device.change(held=False)
+    torch.accelerator.synchronize(0)
+    for _ in range(8):
+        graph.replay()
+    training.losses = losses
+    for _ in range(3):
+        training.step()
+    agent.close()
+    assert agent.step == 7
+    assert [event.kind for event in server.events] == ["not_measured"]
+    assert "captured graph" in server.events[0].message
+    check(server, training, range(1, 8))
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_agc_in_a_captured_step_clips_at_every_replay(server: Server, device: Accelerator, warm: bool) -> None:
+    weight = nn.Linear(4, 4, bias=False)
+    scale = torch.ones(())
+    model = weight.to("sim:0")
+    scale = scale.to("sim:0")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    agent = gradwatch.attach(model, optimizer, url=server.url, every=1, clip=gradwatch.AGC(0.01, exclude=[]))
+    given = torch.randn(8, 4).to("sim:0")
+    side = torch.Stream("sim:0")
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        (model(given).square().sum() * scale).backward()
+        optimizer.step()
+
+    model.weight.grad = torch.zeros(4, 4).to("sim:0")
+    if warm:
+        step()
+    torch.accelerator.synchronize(0)
+    with side, device.capture() as graph:
+        step()
+    for factor in (1.0, 10.0, 1e-6):
+        scale.fill_(factor)
+        graph.replay()
+        torch.accelerator.synchronize(0)
+        clipped, weights = grad_of(model.weight).cpu(), model.weight.detach().cpu()
+        ratios = clipped.norm(dim=1) / weights.norm(dim=1)
+        if factor > 0.5:
+            torch.testing.assert_close(ratios, torch.full((4,), 0.01), rtol=1e-4, atol=0)
+        else:
+            assert bool((ratios < 0.01).all())
+    agent.close()

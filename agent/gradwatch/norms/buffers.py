@@ -160,10 +160,12 @@ class SampleBuffers(Transfer):
             self._used[key] = self._used.get(key, 0) + size
         return norms
 
+    def _replaced(self) -> None:
+        self._allocations.clear()  # they hold views of the buffer that was replaced
+
     @torch.inference_mode(False)  # as the buffers are
     def _make(self, plan: MeasurementPlan, streams: tuple[int, ...]) -> UnitNorms:
-        if self._grow(plan.sizes):
-            self._allocations.clear()  # views of a buffer that was replaced are not used again
+        self._grow(plan.sizes)
         grads = plan.grad_layout.sizes if plan.grad_layout is not None else {}
         grad_at = {key: self._used.get(key, 0) for key in plan.sizes}
         weight_at = {key: grad_at[key] + grads.get(key, 0) for key in plan.sizes}

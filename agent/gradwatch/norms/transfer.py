@@ -181,9 +181,11 @@ class Transfer:
         """Return the size of the buffers on the devices."""
         return sum(tensor.nbytes for tensor in self.device.values())
 
-    def _grow(self, sizes: dict[BufferKey, int]) -> bool:
-        """Enlarge the buffers where ``sizes`` more elements do not fit; return whether any was replaced."""
-        replaced = False
+    def _replaced(self) -> None:
+        """A buffer was replaced by a larger one."""
+
+    def _grow(self, sizes: dict[BufferKey, int]) -> None:
+        """Enlarge the buffers where ``sizes`` more elements do not fit."""
         for key, size in sizes.items():
             used = self._used.get(key, 0)
             old = self.device.get(key)
@@ -195,14 +197,13 @@ class Transfer:
                 grown = torch.empty(capacity, dtype=key.dtype, device=key.device)
                 self._host[key] = grown if key.device.type == "cpu" else _pinned(capacity, key.dtype)
             if old is not None:
-                replaced = True
+                self._replaced()
                 if used:
                     self._streams.wait_for_others(key.device)
                     grown[:used].copy_(old[:used])
                     self._outgrown.append(old)
             self.device[key] = grown
             self.host_arrays[key] = self._host[key].numpy()
-        return replaced
 
 
 def _pinned(elements: int, dtype: torch.dtype) -> Tensor:

@@ -268,7 +268,8 @@ class Session:
         assert self._collector is not None
         left_open = self._left_to_launcher and is_launched_command()
         end = None if left_open else wire.End(at=time.time(), status=status, exit_code=exit_code)
-        self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
+        failed = self.monitor.recorder.device_failed
+        self._collector.finish(end, max(deadline - time.monotonic(), 0.1), device_failed=failed)
         if self._note is not None and not left_open:
             write_note(self._note, ended=True)
         if self._delivery is not None:

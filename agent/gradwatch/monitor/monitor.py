@@ -126,6 +126,7 @@ class Monitor:
             if self.guard.watching:
                 with self.guard.lock:
                     self.listener.end_step()
+                    self.recorder.check_devices()
         except Exception as error:  # a device that failed must not keep the rest from ending
             self.guard.failed(error)
         self.guard.watching = False

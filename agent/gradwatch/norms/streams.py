@@ -24,6 +24,12 @@ def is_capturing(stream: torch.Stream) -> bool:
     return ask is not None and bool(ask())
 
 
+def captures(device: torch.device) -> bool:
+    """Return whether the current stream of a device captures a graph."""
+    stream = current_stream(device)
+    return stream is not None and is_capturing(stream)
+
+
 def stream_ids(devices: Iterable[torch.device]) -> tuple[int, ...]:
     """Return what tells the current streams of some devices from others; memory is shared only within them."""
     streams = (current_stream(device) for device in devices)

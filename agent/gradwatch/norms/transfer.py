@@ -206,5 +206,13 @@ class Transfer:
             self.host_arrays[key] = self._host[key].numpy()
 
 
+def pinned(host: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on the CPU from which a copy to a device waits for nothing.
+
+    A captured graph reads it again at each replay: keep it as long as what it is copied to.
+    """
+    return host if device.type == "cpu" else host.pin_memory()
+
+
 def _pinned(elements: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=True)

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from gradwatch.norms.layout import NormLayout, Reduction
 from gradwatch.norms.reducer import LayoutChangedError, NormReducer, Scratch
+from gradwatch.norms.streams import captures
 from gradwatch.norms.tensor_spec import WIDEST_ROW, BufferKey, TensorSpec, UnitAxis, norm_function, spec_of
+from gradwatch.norms.transfer import pinned
 
 _log = logging.getLogger("gradwatch")
 
@@ -103,8 +105,8 @@ class TritonTable:
             programs += spec.units
         self._device = key.device
         self._grid = (programs,)
-        self._owners = torch.cat(owners).to(key.device) if owners else torch.zeros(0)
-        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu").to(key.device)
+        self._owners = _to_device(torch.cat(owners), key.device) if owners else torch.zeros(0)
+        self._rows = _to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), key.device)
         self._copied_addresses: list[int] = []
         self._addresses = torch.zeros(0)
         self._double = key.dtype == torch.float64
@@ -118,8 +120,11 @@ class TritonTable:
             units: the array of factors that the kernel reads, or of norms that it writes.
 
         Returns:
-            The indices of the tensors that the plain operators have to take.
+            The indices of the tensors that the plain operators have to take: all of them while a graph is captured,
+            whose replays would read a table of addresses that eager steps replace.
         """
+        if captures(self._device):
+            return list(range(len(tensors)))
         misfits = [index for index in self._supported if not _lies_as_specified(tensors[index], self._specs[index])]
         skipped = set(misfits)
         addresses = [0 if index in skipped else tensors[index].data_ptr() for index in self._supported]
@@ -137,10 +142,12 @@ class TritonTable:
         """Copy the addresses to the device where they have changed; a copy from pinned memory waits for nothing."""
         if addresses == self._copied_addresses:
             return
-        host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        host = host.pin_memory() if self._device.type == "cuda" else host
-        self._addresses = host.to(self._device, non_blocking=True)
+        self._addresses = _to_device(torch.tensor(addresses, dtype=torch.int64, device="cpu"), self._device)
         self._copied_addresses = addresses
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    return pinned(host, device).to(device, non_blocking=True)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

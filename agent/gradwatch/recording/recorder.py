@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -39,6 +40,8 @@ class NormRecorder:
         """Time that the last step took for the weights that no optimizer has stepped."""
         self.stopped = False
         """Whether nothing is measured any more, because the numbers would be wrong."""
+        self.device_failed = False
+        """Whether a device has raised when it was called."""
         self._no_room = no_room
         self._updates = WeightUpdates()
         self._resting = RestingWeights(parameters)
@@ -117,7 +120,7 @@ class NormRecorder:
             self._measure_resting(record)
             record.buffers.send(numbers)
         except RuntimeError as error:
-            record.buffers.is_lost = True
+            record.buffers.is_lost = self.device_failed = True
             _log.debug("gradwatch: the numbers of step %d cannot be read: %s", record.step, error)
 
     def _measure_resting(self, record: StepRecord) -> None:
@@ -126,6 +129,15 @@ class NormRecorder:
             started = time.perf_counter()
             record.measurements += self._resting.measure(record, record.buffers)
             self.rest_seconds = time.perf_counter() - started
+
+    def check_devices(self) -> None:
+        """Find out whether the devices can still be called, without waiting for them."""
+        try:
+            for device in self.streams.used if self.streams.enter() else ():
+                torch.zeros(1, device=device)
+        except RuntimeError as error:
+            self.device_failed = True
+            _log.debug("gradwatch: a device has failed: %s", error)
 
     def give_back(self, record: StepRecord) -> None:
         """Return to the pool the buffers of a step that will not be made."""

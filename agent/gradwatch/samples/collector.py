@@ -149,10 +149,17 @@ class Collector:
         """Write the run-level scalars to this logger, too."""
         self._loggers = (*self._loggers, logger)
 
-    def finish(self, end: wire.End | None, timeout_seconds: float) -> None:
-        """Write everything that waits, and ``end``, to the spool; stop the thread and wait for it."""
+    def finish(self, end: wire.End | None, timeout_seconds: float, *, device_failed: bool) -> None:
+        """Write everything that waits, and ``end``, to the spool; stop the thread and wait for it.
+
+        Args:
+            end: the end of the attempt.
+            timeout_seconds: longest wait.
+            device_failed: whether a device has failed, so that what it has not copied yet will not come.
+        """
         self._messages.append(Ended(end))
-        self._last_copies = time.monotonic() + min(_LAST_COPIES_SECONDS, timeout_seconds / 2)
+        copies_seconds = _FAILED_DEVICE_SECONDS if device_failed else _LAST_COPIES_SECONDS
+        self._last_copies = time.monotonic() + min(copies_seconds, timeout_seconds / 2)
         self._stop = True
         self._wake.set()
         self._thread.join(timeout_seconds)
@@ -186,7 +193,7 @@ class Collector:
             if isinstance(message, StepRecord) and message.buffers is not None and not message.buffers.arrived():
                 if not message.buffers.is_lost and not wait:
                     return
-                if wait and time.monotonic() < self._copies_deadline():
+                if wait and time.monotonic() < self._last_copies:
                     time.sleep(0.001)
                     continue
                 self._messages.popleft()
@@ -196,12 +203,6 @@ class Collector:
             self._process(message)
             if self._batch.is_full or self._batch.age_seconds > POLL_SECONDS:
                 self._write_batch(force=self._batch.is_full)
-
-    def _copies_deadline(self) -> float:
-        """Return the monotonic time until which copies are waited for; soon where a device has failed."""
-        if any(isinstance(message, StepRecord) and _is_lost(message) for message in self._messages):
-            self._last_copies = min(self._last_copies, time.monotonic() + _FAILED_DEVICE_SECONDS)
-        return self._last_copies
 
     def _process(self, message: Message) -> None:
         if isinstance(message, RegisteredParameters):
@@ -390,7 +391,3 @@ class _Batch:
             dropped=dropped,
             end=self.end,
         )
-
-
-def _is_lost(record: StepRecord) -> bool:
-    return record.buffers is not None and bool(record.buffers.is_lost)

@@ -1,9 +1,12 @@
 """The agent on a simulated accelerator that lags behind the host: its numbers, and what it never waits for."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
+from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -301,4 +304,73 @@ def test_agc_in_a_captured_step_clips_at_every_replay(server: Server, device: Ac
             torch.testing.assert_close(ratios, torch.full((4,), 0.01), rtol=1e-4, atol=0)
         else:
             assert bool((ratios < 0.01).all())
+    agent.close()
+
+
+SHAPES = [(3, 4), (5,), (2, 3, 2, 2), (3, 5000), (2, 8000), (1,)]
+
+
+class Many(nn.Module):
+    """Parameters of several shapes, whose gradients are given."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.parts = nn.ParameterList(torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES)
+
+
+@pytest.mark.parametrize("granularity", ["unit", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_squares_that_overflow_are_clipped_and_told_as_on_the_cpu(
+    server: Server, device: Accelerator, dtype: torch.dtype, granularity: Literal["unit", "tensor"]
+) -> None:
+    results = []
+    for on in ("cpu", "sim:0"):
+        model = Many(dtype).to(on)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        agc = gradwatch.AGC(0.01, exclude=[], granularity=granularity)
+        agent = gradwatch.attach(model, optimizer, url=server.url, every=1, clip=agc)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e20)
+        list(model.parameters())[1].grad = torch.full((5,), math.inf, dtype=dtype).to(on)
+        optimizer.step()
+        results.append([grad_of(parameter).float().cpu() for parameter in model.parameters()])
+        agent.close()
+    on_cpu, on_device = results
+    for expected, found in zip(on_cpu, on_device, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=0)
+    assert float(on_device[0].abs().max()) < 1.0
+    for statistic in ("grad_norm", "nonfinite_count", "max_unit_ratio"):
+        vectors = [sample.statistics[statistic] for sample in server.samples]
+        finite = [place for place in range(len(SHAPES)) if place != 1 or statistic == "grad_norm"]
+        np.testing.assert_allclose(vectors[1][finite], vectors[0][finite], rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["unit", "tensor"])
+def test_a_device_without_float64(server: Server, device: Accelerator, granularity: Literal["unit", "tensor"]) -> None:
+    training = Training("sim:0")
+    device.forbid_float64()
+    agc = gradwatch.AGC(0.01, granularity=granularity)
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=1, clip=agc)
+    for _ in range(3):
+        training.step()
+    agent.close()
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
+    assert server.batches[-1].dropped.errors == 0
+
+
+@pytest.mark.parametrize("granularity", ["unit", "tensor"])
+def test_clipping_never_makes_the_training_wait(
+    server: Server, device: Accelerator, granularity: Literal["unit", "tensor"]
+) -> None:
+    training = Training("sim:0")
+    agc = gradwatch.AGC(0.01, granularity=granularity)
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=2, clip=agc)
+    device.forget()
+    device.change(latency_seconds=0.01)
+    for step in range(6):
+        training.optimizer.param_groups[0]["clip"] = 0.01 * (step + 1)
+        training.step()
+    gradwatch.adaptive_clip_grad_(training.model, 0.01)
+    assert device.waits() == []
     agent.close()

@@ -183,10 +183,15 @@ class _BufferScaling:
         return joined.index_select(0, self._weight_units).to(self._key.dtype)
 
     def _tensor_norms(self, units: Tensor) -> Tensor:
-        """Return the norm of each tensor from those of its units."""
-        squares = torch.zeros(len(self._spans), dtype=torch.float64, device=units.device)
-        squares.index_add_(0, self._owners, units.double().square_())
-        return squares.sqrt_().to(units.dtype)
+        """Return the norm of each tensor from those of its units; no square overflows, and no device needs float64."""
+        largest = torch.zeros(len(self._spans), dtype=units.dtype, device=units.device)
+        largest.scatter_reduce_(0, self._owners, units, "amax")
+        largest.clamp_(torch.finfo(units.dtype).tiny, torch.finfo(units.dtype).max)
+        shares = units.div(largest.index_select(0, self._owners))
+        wide = torch.float64 if units.device.type == "cpu" else units.dtype
+        squares = torch.zeros(len(self._spans), dtype=wide, device=units.device)
+        squares.index_add_(0, self._owners, shares.to(wide).square_())
+        return squares.sqrt_().to(units.dtype).mul_(largest)
 
     def recompute_overflowed(self, norms: Tensor, tensors: Sequence[Tensor]) -> None:
         """Compute norms in float64 that overflow in float32 although every element is finite.

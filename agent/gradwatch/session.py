@@ -24,7 +24,7 @@ from gradwatch.lifecycle.process import attributes, default_run_name, rank
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
 from gradwatch.monitor.context import AgentThread, Callbacks, discard
 from gradwatch.monitor.monitor import Monitor
-from gradwatch.norms.transfer import Scalar
+from gradwatch.norms.transfer import Scalar, copy_scalar
 from gradwatch.ranks.exchange import exchange_for
 from gradwatch.samples.collector import Collector
 from gradwatch.samples.loggers import LoggerName, open_logger
@@ -195,9 +195,14 @@ class Session:
         return self.monitor.watches(parameter)
 
     def log(self, name: str, value: Scalar) -> None:
-        """Add a number to the next step."""
+        """Add a number to the next step; later changes of a tensor do not reach it."""
         if isinstance(value, Tensor):
-            self.monitor.recorder.streams.add_devices([value.device])
+            streams = self.monitor.recorder.streams
+            streams.add_devices([value.device])
+            if not streams.enter():
+                self.monitor.notices.captured()
+                return
+            value = copy_scalar(value)
         self.monitor.steps.logged(name, value)
 
     def add_logger(self, logger: LoggerName, **options: Any) -> None:

@@ -32,6 +32,8 @@ class Settings:
     """Operators that its queues hold; the launch of a further one waits. 0: any number."""
     held: bool = False
     """Whether it stands still."""
+    alternates: bool = False
+    """Whether its streams take turns, operator by operator."""
     failed: bool = False
     """Whether every call raises, and nothing that was launched is ever done."""
 
@@ -49,7 +51,8 @@ class Accelerator:
     def change(self, device: int = 0, **changes: Any) -> None:
         """Change the settings of a device."""
         new = self._settings[device] = replace(self._settings[device], **changes)
-        self._module.set(device, new.latency_seconds, new.cost_seconds, new.capacity, new.held, new.failed)
+        speed = new.latency_seconds, new.cost_seconds, new.capacity
+        self._module.set(device, *speed, new.held, new.alternates, new.failed)
 
     def reset(self) -> None:
         """Let both devices run without a lag, wait until they have done everything, and forget all records."""
@@ -59,6 +62,10 @@ class Accelerator:
         self._module.set_float64(True)
         self._module.set_device(0)
         self._module.forget()
+
+    def sleep(self, seconds: float) -> None:
+        """Have the current stream do nothing for a while, once it has come to this."""
+        self._module.sleep(seconds)
 
     def forbid_float64(self) -> None:
         """Have tensors of float64 raise TypeError, as MPS does."""

@@ -45,6 +45,7 @@ struct Settings {
   double cost = 0.0;     // seconds that each operator takes
   size_t capacity = 0;   // launches that may wait in a queue; a further one blocks the host. 0: any number
   bool held = false;     // stands still
+  bool alternates = false;  // its streams take turns, operator by operator, while they have something to do
   bool failed = false;   // every call raises, as after a device-side assertion
 };
 
@@ -89,6 +90,8 @@ void without_gil(F wait) {
 
 // Streams ------------------------------------------------------------------------------------------------------------
 
+thread_local std::atomic<bool>* waiting_here = nullptr;  // in the thread of a stream: whether it waits for another
+
 struct Flag {
   std::mutex mutex;
   std::condition_variable changed;
@@ -99,8 +102,10 @@ struct Flag {
     changed.notify_all();
   }
   void wait() {
+    if (waiting_here != nullptr) *waiting_here = true;
     std::unique_lock<std::mutex> lock(mutex);
     changed.wait(lock, [&] { return done; });
+    if (waiting_here != nullptr) *waiting_here = false;
   }
   bool query() {
     std::lock_guard<std::mutex> lock(mutex);
@@ -123,7 +128,11 @@ struct Stream {
   std::condition_variable changed;
   std::deque<std::pair<Work, Clock::time_point>> queue;
   Graph* capture = nullptr;
+  std::atomic<int64_t> done{0};
+  std::atomic<bool> busy{false};
+  std::atomic<bool> waiting{false};
   void run();
+  void take_turn();
 };
 
 struct Device {
@@ -177,8 +186,23 @@ void unsafe(const char* what) {
   TORCH_CHECK(false, "operation not permitted while a stream is capturing: ", what);
 }
 
+// Waits until the other streams that have something to do have done as much, but not for ever: they may wait for this.
+void Stream::take_turn() {
+  std::vector<Stream*> others;
+  {
+    std::lock_guard<std::mutex> lock(devices_mutex);
+    others = devices[device].streams;
+  }
+  auto late = [&](Stream* other) { return other->busy && !other->waiting && other->done < done; };
+  auto latest = Clock::now() + std::chrono::milliseconds(20);
+  while (std::any_of(others.begin(), others.end(), late) && Clock::now() < latest) {
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+  }
+}
+
 void Stream::run() {
   auto& settings = devices[device].settings;
+  waiting_here = &waiting;
   std::unique_lock<std::mutex> lock(mutex);
   while (true) {
     changed.wait(lock, [&] { return stopped || (!queue.empty() && (!settings.held || settings.failed)); });
@@ -195,6 +219,7 @@ void Stream::run() {
     }
     Work work = std::move(queue.front().first);
     lock.unlock();
+    if (settings.alternates) take_turn();
     if (settings.cost > 0) std::this_thread::sleep_for(std::chrono::duration<double>(settings.cost));
     try {
       c10::InferenceMode no_inference(false);
@@ -206,6 +231,8 @@ void Stream::run() {
     work = nullptr;
     lock.lock();
     if (!queue.empty()) queue.pop_front();
+    ++done;
+    busy = !queue.empty();
     changed.notify_all();
   }
 }
@@ -213,8 +240,13 @@ void Stream::run() {
 void enqueue(Stream* stream, Work work) {
   auto& settings = devices[stream->device].settings;
   auto ready = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(settings.latency));
+  if (settings.alternates && !stream->busy) {  // begins where the others are
+    std::lock_guard<std::mutex> lock(devices_mutex);
+    for (auto* other : devices[stream->device].streams) stream->done = std::max<int64_t>(stream->done, other->busy ? other->done.load() : 0);
+  }
   std::unique_lock<std::mutex> lock(stream->mutex);
   stream->queue.emplace_back(std::move(work), ready);
+  stream->busy = true;
   stream->changed.notify_all();
 }
 
@@ -880,9 +912,13 @@ void notify_all(int device) {
   }
 }
 
-void set(int device, double latency, double cost, size_t capacity, bool held, bool failed) {
+void set(int device, double latency, double cost, size_t capacity, bool held, bool alternates, bool failed) {
   py::gil_scoped_release release;
-  devices[device].settings = {latency, cost, capacity, held, failed};
+  if (alternates) {
+    std::lock_guard<std::mutex> lock(devices_mutex);
+    for (auto* stream : devices[device].streams) stream->done = 0;
+  }
+  devices[device].settings = {latency, cost, capacity, held, alternates, failed};
   notify_all(device);
 }
 
@@ -926,6 +962,9 @@ PYBIND11_MODULE(SIM_NAME, m) {
       .def("replay", &replay);
   m.def("capture", &capture_begin, py::return_value_policy::reference);
   m.def("set", &set);
+  m.def("sleep", [](double seconds) {
+    launch(current_stream(current_device), [=] { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); });
+  });
   m.def("stop", &stop);
   m.def("set_float64", [](bool available) { no_float64 = !available; });
   m.def("current_device", [] { return current_device; });

@@ -171,18 +171,20 @@ def test_two_trainings_of_one_agent_on_streams_that_nothing_orders(
     moved = [given.to("sim:0") for given in inputs]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for model in models]
     agent = gradwatch.attach(models, optimizers, url=server.url, every=1, clip=clip)
-    device.change(held=True, alternates=True)
-    for _ in range(3):
+    device.change(alternates=True)
+    for step in range(1, 6):
+        device.change(held=True)
         for model, given, stream, optimizer in zip(models, moved, streams, optimizers, strict=True):
             with stream:
                 optimizer.zero_grad()
                 model(given).square().sum().backward()
                 optimizer.step()
-    device.change(held=False)  # both streams go on, operator by operator
+        device.change(held=False)  # both streams go on, operator by operator
+        server.wait(lambda step=step: len(server.samples) == step)  # the next step uses the same buffers
     agent.close()
     for sample in server.samples:
         assert server.values("grad_norm", sample.step) == pytest.approx(expected, rel=1e-4)
-    assert len(server.samples) == 3
+    assert len(server.samples) == 5
 
 
 def grad_of(parameter: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """The agent on a simulated accelerator that lags behind the host: its numbers, and what it never waits for."""
 
+import ast
 import math
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -57,7 +59,7 @@ def floats(tensors: list[Tensor]) -> list[float]:
     return [float(tensor.cpu()) for tensor in tensors]
 
 
-def by_step(numbers: list[float]) -> dict[int, float]:
+def by_step(numbers: list[float]) -> dict[int, object]:
     return {step: pytest.approx(number, rel=1e-5) for step, number in enumerate(numbers, 1)}
 
 
@@ -167,20 +169,20 @@ def test_two_trainings_of_one_agent_on_streams_that_nothing_orders(
         model(given).square().sum().backward()
         expected |= {f"{place}.{name}": float(grad_of(p).norm()) for name, p in model.named_parameters()}
         model.zero_grad()
-    models = nn.ModuleList(shapes).to("sim:0")
+    pair = nn.ModuleList(shapes).to("sim:0")
     moved = [given.to("sim:0") for given in inputs]
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for model in models]
-    agent = gradwatch.attach(models, optimizers, url=server.url, every=1, clip=clip)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for model in shapes]
+    agent = gradwatch.attach(pair, optimizers, url=server.url, every=1, clip=clip)
     device.change(alternates=True)
     for step in range(1, 6):
         device.change(held=True)
-        for model, given, stream, optimizer in zip(models, moved, streams, optimizers, strict=True):
+        for model, given, stream, optimizer in zip(shapes, moved, streams, optimizers, strict=True):
             with stream:
                 optimizer.zero_grad()
                 model(given).square().sum().backward()
                 optimizer.step()
         device.change(held=False)  # both streams go on, operator by operator
-        server.wait(lambda step=step: len(server.samples) == step)  # the next step uses the same buffers
+        server.wait(lambda: len(server.samples) == step)  # noqa: B023  # the next step uses the same buffers
     agent.close()
     for sample in server.samples:
         assert server.values("grad_norm", sample.step) == pytest.approx(expected, rel=1e-4)
@@ -369,3 +371,52 @@ def test_clipping_never_makes_the_training_wait(
     gradwatch.adaptive_clip_grad_(training.model, 0.01)
     assert device.waits() == []
     agent.close()
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_number_that_is_not_finite_names_parameters_but_never_a_wrong_module(
+    server: Server, device: Accelerator, every: int
+) -> None:
+    training = Training("sim:0")
+    device.change(latency_seconds=0.05)
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=every)
+    for step in range(12):
+        if step == 4:
+            training.input = training.input * math.nan
+        training.step()
+    agent.close()
+    events = [event for event in server.events if event.kind.startswith("nonfinite")]
+    assert [(event.step, event.kind, event.parameter) for event in events] == [(5, "nonfinite_step", None)]
+    assert ("0.weight" if every == 1 else "not sampled") in events[0].message
+    assert "on an accelerator" in events[0].message
+
+
+def test_no_float64_is_made_off_the_cpu() -> None:
+    found = float64_off_cpu(Path(gradwatch.__file__).parent)
+    assert found == []
+
+
+def test_float64_off_the_cpu_is_found(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("a = torch.zeros(2, dtype=torch.float64, device=x.device)\nb = t.double()\n")
+    assert float64_off_cpu(tmp_path) == ["bad.py:1", "bad.py:2"]
+
+
+_ALLOWED = {"norms/reference.py", "recording/float64.py", "ranks/sharding.py"}
+"""Modules whose tensors are all on the CPU, or on the devices of a process group, which have float64."""
+
+
+def float64_off_cpu(folder: Path) -> list[str]:
+    """Return the lines that make a float64 tensor without saying, in the same statement, that it is on the CPU."""
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        name = str(path.relative_to(folder))
+        text = path.read_text()
+        lines = text.splitlines()
+        calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
+        for call in calls if name not in _ALLOWED else ():
+            arguments = (*call.args, *(keyword.value for keyword in call.keywords))
+            wide = "torch.float64" in map(ast.unparse, arguments)
+            wide |= isinstance(call.func, ast.Attribute) and call.func.attr == "double"
+            if wide and "cpu" not in lines[call.lineno - 1].lower():
+                found.append(f"{name}:{call.lineno}")
+    return sorted(set(found))

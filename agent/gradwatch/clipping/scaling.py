@@ -206,8 +206,8 @@ class _BufferScaling:
             part = norms[place.start : place.stop]
             if not bool(part.isinf().any().numpy().item()):
                 continue
-            rows = unit_rows(tensors[position], spec).double().flatten(1)
-            again = torch.linalg.vector_norm(rows, dim=1)
+            rows = unit_rows(tensors[position], spec).flatten(1)
+            again = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)  # on the CPU
             if self._granularity == "tensor":
                 again = torch.linalg.vector_norm(again).reshape(1)
             part.copy_(torch.where(again.isfinite(), again.clamp(max=largest), again))

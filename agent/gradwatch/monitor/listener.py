@@ -238,8 +238,9 @@ class TrainingListener:
         spent = self.guard.spent_seconds
         if self._origin.is_active:
             self._origin.finish_step(record)
-        self._recorder.send(record)
-        spent += self._recorder.rest_seconds  # of this hook, whose other time is booked with the next step
+        if record.buffers is not None or self._recorder.streams.used:
+            self._recorder.send(record)
+            spent += self._recorder.rest_seconds  # of this hook, whose other time is booked with the next step
         background = 0.0
         for thread in self.threads:
             background += thread.seconds

@@ -61,7 +61,7 @@ class StreamLog:
             used[stream.stream_id] = stream
         return True
 
-    def wait_for_others(self, device: torch.device) -> None:
+    def join_streams(self, device: torch.device) -> None:
         """Let the current stream of a device wait for all others that were used; the host does not wait."""
         current = current_stream(device)
         if current is None:

@@ -62,9 +62,9 @@ def is_finite(scalar: Tensor) -> bool:
     return bool(math.isfinite(value.numpy().item()))
 
 
-def read_on_cpu(number: Tensor) -> NDArray[np.float64]:
-    """Return a tensor on the CPU as an array of one dimension."""
-    array: NDArray[np.float64] = number.detach().reshape(-1).double().numpy()
+def read_now(number: Tensor) -> NDArray[np.float64]:
+    """Return a tensor as an array of one dimension; waits where it is on a device, on which no parameter lies."""
+    array: NDArray[np.float64] = number.detach().reshape(-1).to("cpu", torch.float64).numpy()
     return array
 
 
@@ -158,14 +158,19 @@ class Transfer:
         self._awaited.append(array)
         self._source.copy_to(host, device)
 
+    @property
+    def is_on_device(self) -> bool:
+        """Return whether anything of this step came from a device."""
+        return bool(self._awaited)
+
     def arrived(self) -> bool:
         """Return whether everything is on the host, without a call to the device."""
         return not self.is_lost and all(stamp[0] == 1.0 for stamp in self._awaited)
 
     def read(self, number: Tensor) -> NDArray[np.float64]:
         """Return a number that has arrived, or is on the CPU, in one dimension."""
-        if number.device.type == "cpu":
-            return read_on_cpu(number)
+        if id(number) not in self._numbers:
+            return read_now(number)
         _, key, start = self._numbers[id(number)]
         return self.host_arrays[key][start : start + number.numel()].astype(np.float64)
 
@@ -199,7 +204,7 @@ class Transfer:
             if old is not None:
                 self._replaced()
                 if used:
-                    self._streams.wait_for_others(key.device)
+                    self._streams.join_streams(key.device)
                     grown[:used].copy_(old[:used])
                     self._outgrown.append(old)
             self.device[key] = grown

@@ -7,12 +7,11 @@ one warning says so and the plain operators take everything. With ``TRITON_INTER
 slowly, which is how they are tested.
 """
 
-import functools
 import importlib.util
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal, NamedTuple
 
@@ -32,9 +31,27 @@ _DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, to
 """Dtypes that the kernels read and write, by the code that they know them by."""
 
 
-@functools.cache
+_usable: Final[dict[BufferKey, bool]] = {}
+"""Whether the kernels run on a device in a precision, and agree there with the plain operators; where it was tested."""
+
+
 def can_use_triton(key: BufferKey) -> bool:
-    """Return whether the kernels run on this device in this precision, and agree there with the plain operators."""
+    """Return whether ``test_kernels`` has found that the kernels can be used; without a test the answer is no."""
+    return _usable.get(key, False)
+
+
+def test_kernels(keys: Iterable[BufferKey]) -> None:
+    """Compare the kernels with the plain operators on some devices, each once in a process.
+
+    This compiles them, for some seconds, and waits for the device. So it is done when an agent is attached, never
+    within a step, where other ranks may wait in a collective.
+    """
+    for key in keys:
+        if key not in _usable:
+            _usable[key] = _is_usable(key)
+
+
+def _is_usable(key: BufferKey) -> bool:
     device = key.device
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if not (device.type == "cuda" or interpreted) or importlib.util.find_spec("triton") is None:
@@ -237,7 +254,11 @@ def _difference(key: BufferKey) -> str:
     device = key.device
     for dtype in [torch.float64] if key.dtype == torch.float64 else [torch.float32, torch.float16, torch.bfloat16]:
         probes = [
-            torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape).div_(64).to(device, dtype)
+            torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
+            .reshape(shape)
+            .div_(64)
+            .to(dtype)
+            .to(device)
             for shape, _, _ in _PROBES
         ]
         specs = [spec_of(probe, axis, groups) for probe, (_, axis, groups) in zip(probes, _PROBES, strict=True)]

@@ -5,14 +5,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.norms.buffers import BufferPool
 from gradwatch.norms.streams import StreamLog
-from gradwatch.norms.transfer import copy_scalar
+from gradwatch.norms.transfer import Scalar, copy_scalar, read_now
 from gradwatch.recording.float64 import recompute
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.resting_weights import RestingWeights
@@ -107,9 +109,6 @@ class NormRecorder:
         """
         self._updates.clear()
         self.rest_seconds = 0.0
-        self.streams.add_devices(loss.device for loss in record.losses)
-        if record.buffers is None and not self.streams.used:
-            return
         numbers: list[Tensor] = []
         record.map_numbers(_noting(numbers), _noting(numbers))
         if record.buffers is None:
@@ -154,3 +153,18 @@ def _noting(numbers: list[Tensor]) -> Callable[[Any], Any]:
         return number
 
     return note
+
+
+def read_numbers(record: StepRecord) -> None:
+    """Put floats in the place of a record's numbers, and arrays of shape (units,) in that of its units.
+
+    Those of a device have arrived: no device is called.
+    """
+
+    def units(value: Tensor) -> NDArray[np.float64]:
+        return read_now(value) if record.buffers is None else record.buffers.read(value)
+
+    def number(value: Scalar) -> float:
+        return float(units(value)[0]) if isinstance(value, Tensor) else float(value)
+
+    record.map_numbers(number, units)

@@ -11,15 +11,14 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.norms.buffers import UnitNorms
-from gradwatch.norms.transfer import Scalar, read_on_cpu
 from gradwatch.ranks.parts import RankPart, ShardOwnership, join_parts, undo_norm_clip
-from gradwatch.samples.origin import origin_in_flags
+from gradwatch.recording.recorder import read_numbers
+from gradwatch.samples.origin import nonfinite_step, origin_in_flags
 from gradwatch.statistics import (
     JOINED,
     MEASURED,
@@ -64,13 +63,18 @@ class SampleBuilder:
         """Statistics of the weights, as they were measured last: weights at rest are not measured in every sample."""
         self._usual_norm = 0.0
         self._was_finite = True
+        self._was_bad = False
+        """Whether the loss, the clip norm or a gradient of the last step was not finite."""
+        self._names: Sequence[str] = ()
+        """Names of the parameters."""
         self._skipped_steps = 0
         self.all_nonfinite = False
         """Whether everything in the last step was non-finite at once, so that nothing shows where it began."""
 
-    def register(self, depths: Sequence[int], ownership: ShardOwnership | None) -> None:
-        """Take the depths of the parameters, and what this rank reports of them; earlier ones keep their places."""
+    def register(self, names: Sequence[str], depths: Sequence[int], ownership: ShardOwnership | None) -> None:
+        """Take the names and depths of the parameters, and what this rank reports of them; earlier ones stay."""
         count = len(depths)
+        self._names = names
         self._ownership = ownership
         for name, known in self._weights.items():
             self._weights[name] = np.append(known, np.zeros(count - known.size, np.float32))
@@ -94,7 +98,13 @@ class SampleBuilder:
         origin = origin_in_flags(record.seen)
         if origin is not None:
             events.append(origin.event(record.step, record.at))
-        return self._draft(record) if record.measurements else None, trail, events
+        draft = self._draft(record) if record.measurements else None
+        bad = _is_bad(trail, draft)
+        if bad and not self._was_bad and origin is None and not record.skipped and _is_on_device(record):
+            counts = None if draft is None else draft.vectors["nonfinite_count"]
+            events.append(nonfinite_step(record, self._names, counts))
+        self._was_bad = bad
+        return draft, trail, events
 
     def shows_trouble(self, trail: Mapping[str, float], events: Sequence[wire.Event], draft: "Draft | None") -> bool:
         """Return whether a step shows a sign of trouble: a non-finite number, an event, a jump of the gradient norm."""
@@ -267,6 +277,16 @@ class Draft:
     histograms: dict[str, list[float]]
 
 
+def _is_bad(trail: Mapping[str, float], draft: Draft | None) -> bool:
+    numbers = [trail[name] for name in ("loss", "clip_norm") if name in trail]
+    bad = not all(map(math.isfinite, numbers))
+    return bad or (draft is not None and bool((draft.vectors["nonfinite_count"] > 0).any()))
+
+
+def _is_on_device(record: StepRecord) -> bool:
+    return record.buffers is not None and bool(record.buffers.is_on_device)
+
+
 class _Vectors:
     """The statistics of one sample while they are filled in, each of shape (parameters,)."""
 
@@ -316,21 +336,6 @@ class _Vectors:
     def statistics(self, sources: Collection[Source]) -> dict[wire.Statistic, wire.Vector]:
         """Return the statistics that were measured from these sources."""
         return {row.name: self._values[row.name] for row in measured_from(*sources) if not row.internal}
-
-
-def read_numbers(record: StepRecord) -> None:
-    """Put floats in the place of a record's numbers, and arrays of shape (units,) in that of its units.
-
-    Those of a device have arrived: no device is called.
-    """
-
-    def units(value: Tensor) -> _Floats:
-        return read_on_cpu(value) if record.buffers is None else record.buffers.read(value)
-
-    def number(value: Scalar) -> float:
-        return float(units(value)[0]) if isinstance(value, Tensor) else float(value)
-
-    record.map_numbers(number, units)
 
 
 def _units(norms: UnitNorms, eps: float) -> Units:

@@ -216,7 +216,8 @@ class Collector:
             self._process_step(message)
 
     def _register(self, parameters: RegisteredParameters) -> None:
-        self._builder.register(parameters.depths, parameters.ownership)
+        names = [info.name for info in parameters.watched]
+        self._builder.register(names, parameters.depths, parameters.ownership)
         if self._spool is None:
             return
         described = [info.to_wire(parameters.depths[place]) for place, info in enumerate(parameters.watched)]

@@ -21,10 +21,13 @@ from gradwatch.hooks.module_outputs import FiniteFlags, OutputHooks
 from gradwatch.model.discovery import is_compiled
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.norms.transfer import is_finite
+from gradwatch.statistics import MISSING
 from gradwatch.steps.state import StepRecord
 
 _EVERY_STEPS: Final = 100
 """Steps from one search to the next."""
+_MOST_SHOWN: Final = 5
+"""Parameters whose names an event tells."""
 _HOOKED_STEPS: Final = 3
 """Steps for which the forward hooks stay."""
 _ELEMENTWISE: Final = ("MulBackward", "AddBackward", "SubBackward", "DivBackward", "AddcmulBackward", "PowBackward")
@@ -116,6 +119,29 @@ class OriginFinder:
         """Remove the hooks; idempotent."""
         if self._hooks is not None:
             self._hooks.close()
+
+
+def nonfinite_step(record: StepRecord, names: Sequence[str], counts: wire.Vector | None) -> wire.Event:
+    """Return the event of the first step on an accelerator that is not finite: what can be told without waiting.
+
+    By the time the host learns of it the weights are not finite either, and no forward pass shows where it began.
+
+    Args:
+        record: the step.
+        names: names of the parameters.
+        counts: non-finite elements or units of each gradient, shape (parameters,); None: the step was not sampled.
+    """
+    end = "on an accelerator the module where this began cannot be told without waiting for the device"
+    if counts is None:
+        text = f"the first step that is not finite; its gradients were not sampled, and {end}"
+    else:
+        bad = [name for name, count in zip(names, counts.tolist(), strict=True) if count > 0]
+        more = f" and {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
+        text = (
+            f"the first step that is not finite, with {len(bad)} of {int((counts != MISSING).sum())} gradients that "
+            f"are not: {', '.join(bad[:_MOST_SHOWN]) or 'none'}{more}; {end}"
+        )
+    return wire.Event(step=record.step, at=record.at, kind="nonfinite_step", message=text)
 
 
 def origin_in_graph(losses: Sequence[Tensor], module_of: ModuleOf) -> Origin | None:

@@ -140,7 +140,7 @@ def default_share(training: Training, seconds: float) -> tuple[float, int]:
 def _spent_seconds(agent: gradwatch.Agent) -> float:
     """Return all the time that an agent has taken, the processor time of its threads too."""
     session = agent._session
-    return session.monitor.guard.spent_seconds + sum(thread.seconds for thread in session.threads)
+    return session.monitor.guard.spent_seconds + sum(thread.time.seconds for thread in session.threads)
 
 
 def others(training: Training) -> dict[str, Callable[[], object] | None]:

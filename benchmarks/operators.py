@@ -1,5 +1,6 @@
 """Counting the operators that a sample launches."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
@@ -36,7 +37,8 @@ def launched(shapes: Sequence[tuple[int, ...]], device: str) -> int:
         shapes: of the parameters.
         device: ``cpu``, or ``meta`` for what an accelerator launches.
     """
-    tensors = [torch.zeros(1, device=device).expand(shape) for shape in shapes]
+    shared = torch.zeros(max(map(math.prod, shapes)), device=device)
+    tensors = [shared[: math.prod(shape)].view(shape) for shape in shapes]
     layout = NormLayout([spec_of(tensor, "rows") for tensor in tensors])
     buffers = {key: torch.zeros(size, dtype=key.dtype, device=device) for key, size in layout.sizes.items()}
     reducer = NormReducer(layout, buffers, Scratch())

@@ -1,121 +1,208 @@
-"""The kinds of panels that the dashboards consist of, with one look and one colour scale."""
+"""The kinds of panels that the boards consist of, as Grafana stores them, with one look."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-from grafana_foundation_sdk.builders import barchart, common, dashboard, prometheus, stat, table, timeseries, trend
-from grafana_foundation_sdk.cog.builder import Builder
-from grafana_foundation_sdk.cog.variants import Dataquery
-from grafana_foundation_sdk.models import common as common_models
-from grafana_foundation_sdk.models import dashboard as models
+from dashboards import colours
+from dashboards.colours import NEUTRAL, NUMBERS, UNKNOWN, Steps
 
-PROMETHEUS = common_models.DataSourceRef(type_val="prometheus", uid="gradwatch-prometheus")
-POSTGRES = common_models.DataSourceRef(type_val="grafana-postgresql-datasource", uid="gradwatch-postgres")
-
-Panel = Builder[models.Panel]
-Steps = Sequence[tuple[float | None, str]]
-NEUTRAL: Steps = ((None, "blue"),)
-NONE_IS_GOOD: Steps = ((None, "green"), (1, "red"))
-RATIO: Steps = ((None, "dark-blue"), (1e-6, "blue"), (1e-4, "green"), (1e-1, "orange"), (1, "red"))
-"""The one colour scale of gradient to weight ratios: too small, usual, too large."""
-
-
-class Sql(Builder[Dataquery], Dataquery):
-    """A query of PostgreSQL. The SDK has no type for it."""
-
-    def __init__(self, statement: str, ref_id: str = "A", form: str = "table") -> None:
-        self._statement, self._ref_id, self._form = statement, ref_id, form
-
-    def build(self) -> Dataquery:
-        """Return the query, which is its own builder."""
-        return self
-
-    def to_json(self) -> dict[str, object]:
-        """Return the query as Grafana stores it."""
-        return {
-            "refId": self._ref_id,
-            "datasource": POSTGRES,
-            "editorMode": "code",
-            "rawQuery": True,
-            "format": self._form,
-            "rawSql": self._statement,
-        }
+Json = dict[str, Any]
+Panel = Json
+PROMETHEUS = {"type": "prometheus", "uid": "${prometheus}"}
+POSTGRES = {"type": "grafana-postgresql-datasource", "uid": "${postgres}"}
+Scale = Literal["linear", "log", "symlog"]
+_SCALES: dict[Scale, Json] = {
+    "linear": {"type": "linear"},
+    "log": {"type": "log", "log": 10},
+    "symlog": {"type": "symlog", "log": 10, "linearThreshold": 1e-6},
+}
+"""The last one is a logarithm that has a place for 0 and for negative numbers: a loss may be either."""
+GRAFANA_VERSION = "12.3.0"
+"""What the options are written for: without it Grafana takes them for those of an old version and migrates them."""
+AXIS_WIDTH = 220
+"""Pixels left of every chart that stands above or below the map, whose rows have names: their times are aligned."""
 
 
-def prom(expression: str, legend: str = "", ref_id: str = "A", *, instant: bool = False) -> prometheus.Dataquery:
-    """Return a PromQL query."""
-    query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(ref_id).datasource(PROMETHEUS)
-    return query.instant() if instant else query.range()
+def sql(statement: str, ref_id: str = "A") -> Json:
+    """Return a query of PostgreSQL that yields a table."""
+    return {
+        "refId": ref_id,
+        "datasource": POSTGRES,
+        "editorMode": "code",
+        "rawQuery": True,
+        "format": "table",
+        "rawSql": statement,
+    }
 
 
-def thresholds(steps: Steps) -> dashboard.ThresholdsConfig:
-    """Return the absolute thresholds of a panel with their colours."""
-    listed = [models.Threshold(value=value, color=color) for value, color in steps]
-    return dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(listed)
+def promql(expression: str, legend: str = "", ref_id: str = "A", *, instant: bool = False) -> Json:
+    """Return a query of Prometheus."""
+    query = {"refId": ref_id, "datasource": PROMETHEUS, "expr": expression, "legendFormat": legend}
+    return query | {"instant": instant, "range": not instant, "editorMode": "code"}
 
 
-def by_threshold() -> dashboard.FieldColor:
-    """Return the setting that colours values by the thresholds."""
-    return dashboard.FieldColor().mode(models.FieldColorModeId.THRESHOLDS)
+def override(name: str, *, regex: bool = False, custom: Mapping[str, Any] | None = None, **properties: Any) -> Json:
+    """Return the settings of the fields of one name, or of those that a regular expression matches."""
+    listed = [{"id": key, "value": value} for key, value in properties.items()]
+    listed += [{"id": f"custom.{key}", "value": value} for key, value in (custom or {}).items()]
+    return {"matcher": {"id": "byRegexp" if regex else "byName", "options": name}, "properties": listed}
 
 
-def number(title: str, description: str, unit: str, query: Any, steps: Steps = NEUTRAL) -> stat.Panel:
-    """Return a panel with one large number."""
-    panel = stat.Panel().title(title).description(description).unit(unit).with_target(query)
-    panel = panel.thresholds(thresholds(steps)).color_scheme(by_threshold()).no_value("0")
-    return panel.height(4).span(4)
+def fixed(colour: str) -> Json:
+    """Return the setting of one colour."""
+    return {"mode": "fixed", "fixedColor": colour}
+
+
+def by_name(colour_of: Mapping[str, str], pattern: str = "{}") -> list[Json]:
+    """Return the settings that give series their colours by name; ``pattern`` is the series' name around it."""
+    return [override(f"/^{pattern.format(name)}$/", regex=True, color=fixed(each)) for name, each in colour_of.items()]
+
+
+def panel(
+    number: int,
+    kind: str,
+    title: str,
+    description: str,
+    targets: Sequence[Json],
+    *,
+    unit: str = "none",
+    steps: Steps = NEUTRAL,
+    options: Mapping[str, Any],
+    custom: Mapping[str, Any] | None = None,
+    overrides: Sequence[Json] = (),
+    **defaults: Any,
+) -> Panel:
+    """Return a panel without a place.
+
+    Args:
+        number: its id, which links and saved views name: it stays.
+        kind: Grafana's id of the kind of panel.
+        title: the heading.
+        description: what it shows, as full sentences.
+        targets: its queries.
+        unit: Grafana's id of the unit of its numbers.
+        steps: thresholds with their colours.
+        options: the options of this kind of panel.
+        custom: the options of its fields.
+        overrides: settings of single fields.
+        defaults: further settings of all fields.
+    """
+    field = {"unit": unit, "noValue": UNKNOWN, "mappings": list(NUMBERS), "custom": dict(custom or {})}
+    field["thresholds"] = colours.thresholds(steps)
+    return {
+        "id": number,
+        "type": kind,
+        "pluginVersion": GRAFANA_VERSION,
+        "title": title,
+        "description": description,
+        "datasource": targets[0]["datasource"],
+        "targets": list(targets),
+        "options": dict(options),
+        "fieldConfig": {"defaults": field | defaults, "overrides": list(overrides)},
+    }
+
+
+def numbers(number: int, title: str, description: str, *targets: Json, overrides: Sequence[Json], **more: Any) -> Panel:
+    """Return a panel with one large number for each column of the query's first row."""
+    options = {
+        "reduceOptions": {
+            "calcs": ["last"],
+            "fields": "" if targets[0]["datasource"] is PROMETHEUS else "/.*/",
+            "values": False,
+        },
+        "text": {"titleSize": 14, "valueSize": 20},
+        "orientation": "vertical",
+        "textMode": "value_and_name",
+        "colorMode": "value",
+        "graphMode": "none",
+        "justifyMode": "center",
+        "wideLayout": False,
+        "showPercentChange": False,
+        "percentChangeColorMode": "standard",
+    }
+    settings = {"color": {"mode": "thresholds"}} | more
+    return panel(number, "stat", title, description, targets, options=options, overrides=overrides, **settings)
 
 
 def lines(
-    title: str, description: str, unit: str, *queries: Any, logarithmic: bool = False, steps: Steps = NEUTRAL
-) -> timeseries.Panel:
+    number: int,
+    title: str,
+    description: str,
+    *targets: Json,
+    scale: Scale = "linear",
+    custom: Mapping[str, Any] | None = None,
+    legend: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Panel:
     """Return a panel with lines over time."""
-    panel = timeseries.Panel().title(title).description(description).unit(unit).thresholds(thresholds(steps))
-    panel = panel.scale_distribution(_scale(logarithmic=logarithmic)).legend(_legend()).height(8).span(12)
-    for query in queries:
-        panel = panel.with_target(query)
-    return panel
+    options = {"legend": legend_at("bottom") | dict(legend or {}), "tooltip": {"mode": "multi", "sort": "desc"}}
+    drawn = _line(scale) | dict(custom or {})
+    return panel(number, "timeseries", title, description, targets, options=options, custom=drawn, **settings)
 
 
-def over_steps(title: str, description: str, unit: str, query: Any, *, logarithmic: bool = False) -> trend.Panel:
-    """Return a panel with lines over steps; the first column of the query is the step."""
-    panel = trend.Panel().title(title).description(description).unit(unit).x_field("step").with_target(query)
-    panel = panel.thresholds(thresholds(NEUTRAL)).scale_distribution(_scale(logarithmic=logarithmic))
-    return panel.legend(_legend()).height(8).span(12)
-
-
-def listing(title: str, description: str, unit: str, query: Any, steps: Steps = NEUTRAL) -> table.Panel:
-    """Return a table over the whole width."""
-    panel = table.Panel().title(title).description(description).unit(unit).with_target(query)
-    panel = panel.cell_options(common_models.TableAutoCellOptions()).thresholds(thresholds(steps))
-    return panel.no_value("nothing").height(9).span(24)
-
-
-def bars(title: str, description: str, unit: str, query: Any, steps: Steps = NEUTRAL) -> barchart.Panel:
-    """Return a panel with a bar for each row, on a logarithmic scale; the first column of the query names the bar."""
-    panel = barchart.Panel().title(title).description(description).unit(unit).with_target(query)
-    panel = panel.orientation(common_models.VizOrientation.HORIZONTAL).color_scheme(by_threshold())
-    return panel.thresholds(thresholds(steps)).scale_distribution(_scale(logarithmic=True)).height(14).span(12)
-
-
-def matrix(title: str, description: str, unit: str, query: Any, fields: tuple[str, str, str], steps: Steps) -> Any:
-    """Return a coloured map; ``fields`` are the columns of the query for its rows, its columns and its values."""
-    row, column, value = fields
-    turned = models.DataTransformerConfig(
-        id_val="groupingToMatrix",
-        options={"rowField": row, "columnField": column, "valueField": value, "emptyValue": "null"},
+def over_steps(number: int, title: str, description: str, target: Json, scale: Scale, **settings: Any) -> Panel:
+    """Return a panel with lines over steps, which are the column ``step``."""
+    options = {"xField": "step", "legend": legend_at("bottom"), "tooltip": {"mode": "multi", "sort": "none"}}
+    overrides = [
+        override("step", unit="none", decimals=0, custom={"scaleDistribution": {"type": "linear"}}),
+        *settings.pop("overrides", ()),
+    ]
+    drawn = _line(scale)
+    return panel(
+        number, "trend", title, description, [target], options=options, custom=drawn, overrides=overrides, **settings
     )
-    cell = common_models.TableColoredBackgroundCellOptions(mode=common_models.TableCellBackgroundDisplayMode.BASIC)
-    panel = listing(title, description, unit, query, steps).cell_options(cell).color_scheme(by_threshold())
-    return panel.with_transformation(turned).min_width(30).height(14).span(24)
 
 
-def _scale(*, logarithmic: bool) -> common.ScaleDistributionConfig:
-    if not logarithmic:
-        return common.ScaleDistributionConfig().type(common_models.ScaleDistribution.LINEAR)
-    return common.ScaleDistributionConfig().type(common_models.ScaleDistribution.LOG).log(10)
+def table(number: int, title: str, description: str, target: Json, *overrides: Json, nothing: str) -> Panel:
+    """Return a table; ``nothing`` is said where it has no row, and a dash where a cell has no value."""
+    options = {"showHeader": True, "cellHeight": "sm", "frameIndex": 0}
+    custom = {"align": "auto", "cellOptions": {"type": "auto"}, "inspect": False}
+    made = panel(number, "table", title, description, [target], options=options, custom=custom, overrides=overrides)
+    made["fieldConfig"]["defaults"]["noValue"] = nothing
+    return made
 
 
-def _legend() -> common.VizLegendOptions:
-    legend = common.VizLegendOptions().display_mode(common_models.LegendDisplayMode.LIST).show_legend(True)
-    return legend.placement(common_models.LegendPlacement.BOTTOM).calcs(["lastNotNull"])
+WRAPPED: Json = {"cellOptions": {"type": "auto", "wrapText": True}, "wrapText": True}
+"""Newer and older versions of Grafana look for the setting in different places."""
+
+
+def text_column(name: str, width: int | None = None) -> Json:
+    """Return the settings of a column of sentences: they are wrapped, not cut."""
+    wide = {"width": width} if width else {"minWidth": 160}
+    return override(name, custom={**WRAPPED, **wide})
+
+
+def state_column(name: str, colour_of: Mapping[str, str], width: int = 92) -> Json:
+    """Return the settings of a column whose words have colours."""
+    custom = {"cellOptions": {"type": "color-text"}, "width": width}
+    return override(name, mappings=[colours.named(dict(colour_of)), *NUMBERS], custom=custom)
+
+
+def hidden(pattern: str) -> Json:
+    """Return the settings of columns that only links read; older versions of Grafana know the second of the two."""
+    return override(f"/^({pattern})$/", regex=True, custom={"hideFrom.viz": True, "hidden": True})
+
+
+def when(name: str, width: int = 130) -> Json:
+    """Return the settings of a column with a time that is read as a distance: 3 minutes ago."""
+    return override(name, unit="dateTimeFromNow", custom={"width": width, **WRAPPED})
+
+
+def row(number: int, title: str, *inside: Panel) -> Panel:
+    """Return the heading of a row that is closed at first; its queries are asked when it is opened."""
+    return {"id": number, "type": "row", "title": title, "collapsed": True, "panels": list(inside)}
+
+
+def legend_at(placement: str, **more: Any) -> Json:
+    """Return a legend that lists names: numbers stand where they are not skipped if they are NaN."""
+    return {"showLegend": True, "displayMode": "list", "placement": placement, "calcs": []} | more
+
+
+def _line(scale: Scale) -> Json:
+    return {
+        "lineWidth": 1,
+        "showPoints": "auto",
+        "pointSize": 4,
+        "spanNulls": False,
+        "scaleDistribution": _SCALES[scale],
+    }

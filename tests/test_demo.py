@@ -1,7 +1,6 @@
-"""``gradwatch demo``, as a person runs it; once with the server killed in the middle."""
+"""``gradwatch demo`` with the server killed in the middle; test_release.py runs it undisturbed."""
 
 import os
-import re
 import signal
 import sqlite3
 import subprocess
@@ -19,16 +18,6 @@ def _demo(folder: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def test_the_demonstration_ends_as_it_promises(tmp_path: Path) -> None:
-    demo = _demo(tmp_path / "demo")
-    output, _ = demo.communicate(timeout=900)
-    assert demo.returncode == 0, output
-    for expected in ("critical vanishing  20-sigmoid-layers", "critical exploding", "critical nonfinite  nan-midway"):
-        assert expected in output
-    assert re.search(r"ok +healthy +no alert", output)
-    assert "4 runs, 3 alerts, 6 signed webhooks delivered" in output
 
 
 def test_the_server_may_be_killed_in_the_middle(tmp_path: Path) -> None:

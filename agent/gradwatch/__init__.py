@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from gradwatch.clipping.agc import AGC
     from gradwatch.clipping.clip_grad import adaptive_clip_grad_
 
-__all__ = ["AGC", "Agent", "adaptive_clip_grad_", "attach"]
+__all__ = ["AGC", "Agent", "__version__", "adaptive_clip_grad_", "attach"]
+
+__version__ = "0.2.0"
+"""The one place of the version: the package, its commands, the server and what both send of themselves read it here."""
 
 _HOMES = {
     "AGC": "gradwatch.clipping.agc",

@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import NamedTuple, Protocol, cast
+
+from gradwatch import __version__
 
 
 class Command(Protocol):
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if given else 2
     if given[0] == "--version":
-        print(f"gradwatch {metadata.version('gradwatch')}")
+        print(f"gradwatch {__version__}")
         return 0
     entry = COMMANDS.get(given[0])
     if entry is None:

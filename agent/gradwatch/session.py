@@ -22,7 +22,8 @@ from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
 from gradwatch.lifecycle.process import attributes, default_run_name, rank
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
-from gradwatch.monitor.context import AgentThread, Callbacks, discard
+from gradwatch.monitor.context import Callbacks, discard
+from gradwatch.monitor.guard import AgentThread
 from gradwatch.monitor.monitor import Monitor
 from gradwatch.norms.transfer import Scalar, copy_scalar
 from gradwatch.ranks.exchange import exchange_for
@@ -84,7 +85,9 @@ class Session:
         self._ranks = exchange_for(models)
         watching = not retired and (rank() == 0 or self._ranks is not None)
         self._closed = not watching and clip is None
-        account = OverheadAccount(settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None)
+        account = self._account = OverheadAccount(
+            settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None
+        )
         callbacks = Callbacks(
             exiting=self._exiting,
             forked=self._forked,
@@ -120,9 +123,11 @@ class Session:
         try:
             self.monitor.check()
             self.monitor.listen()  # before an earlier one leaves: the last listener drops all references to tensors
-            self._replace_earlier()
+            clipped = self._replace_earlier()
             if watching:
                 self._report(settings, clip, resumed=resumed)
+            for run in clipped if clip is None else ():
+                self.monitor.notices.clipping_ended(run)
         except BaseException:
             self.monitor.stop()  # no hook and no reference stays behind
             raise
@@ -155,6 +160,8 @@ class Session:
             written=_nothing if self._delivery is None else self._delivery.sender.notify,
             trouble=monitor.note_trouble,
             failed=failed,
+            not_measured=monitor.models.note_not_measured,
+            needless=self._other_ranks_are_needless,
             warn=warn,
         )
         self.threads.append(self._collector)
@@ -167,13 +174,28 @@ class Session:
             self._note = RunNote(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
             write_note(self._note)
 
-    def _replace_earlier(self) -> None:
-        """Close the session that watches exactly these parameters: a notebook cell was run again."""
+    def _other_ranks_are_needless(self) -> None:
+        """Measure nothing on a rank of which nothing is needed; on rank 0, sample without regard to the others."""
+        if self._delivery is not None:
+            self._account.aligned = False
+        else:
+            self.monitor.stop_watching()
+
+    def _replace_earlier(self) -> list[str]:
+        """Close the session that watches exactly these parameters: a notebook cell was run again.
+
+        Returns:
+            The ids of the runs that have ended by this and whose gradients were clipped.
+        """
         mine = self.monitor.models.parameters
+        clipped = []
         for other in _running:
             theirs = other.monitor.models.parameters
             if theirs.ids == mine.ids or theirs.are_gone:
+                if other.monitor.models.clipper is not None and not theirs.are_gone:
+                    clipped.append(other.run_id)
                 other.close(time.monotonic() + 1.0, "completed")
+        return clipped
 
     @property
     def step(self) -> int:

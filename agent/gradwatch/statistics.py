@@ -149,8 +149,9 @@ _TABLE: Final = (
         name="clipped_grad_norm",
         label="Gradient norm after clipping",
         unit="norm",
-        meaning="the same after clipping; only where clipping is on",
-        cost="none; a second pass for `clip_grad_value_`",
+        meaning="of the gradient as the optimizer reads it; only where clipping is on",
+        cost="none; a second pass for `clip_grad_value_`, and for `clip_grad_norm_` in the first ten samples, in every "
+        "32nd, and as long as gradients change between clipping and step",
         source="clipping",
         of_unit=lambda units: units.gradient * units.agc_factor,
         reduction=NORM,

@@ -1,6 +1,7 @@
 """A case of the zoo: a training, its label, and the outcome that proves the label."""
 
 import fnmatch
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,6 +11,16 @@ from torch import nn
 
 Step = Callable[[int], float]
 """Does one whole training step, numbered from 1, and returns the loss on its batch."""
+
+
+NEIGHBOURS = {
+    "nonfinite": ("exploding",),
+    "exploding": ("nonfinite",),
+    "vanishing": ("dead",),
+    "dead": ("vanishing",),
+    "throttled": (),
+}
+"""Rule -> rules that are right about the same fault: what explodes overflows, what vanishes reaches zero."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,19 @@ class Case:
     twin: Callable[[int], Training] | None = None
     """The same training with the fault repaired."""
     proof: str = "loss"
+    also: tuple[str, ...] | None = None
+    """Other rules that are also right, which the lenient count accepts; None: ``NEIGHBOURS`` of the rule."""
+    looks_like: str = ""
+    """Of a healthy run: the rule whose fault it resembles from outside; empty for one that resembles none."""
     trap: str = ""
     """Why a naive rule would be wrong about it, or what the fault is."""
+
+    @property
+    def right_rules(self) -> tuple[str, ...]:
+        """The rules that the lenient count accepts; none for a healthy run."""
+        if self.rule is None:
+            return ()
+        return (self.rule, *(NEIGHBOURS[self.rule] if self.also is None else self.also))
 
     def blames(self, name: str) -> bool:
         """Return whether it is right to blame this parameter first."""
@@ -70,6 +92,8 @@ class Result:
     losses: list[float] = field(repr=False)
     moved: dict[str, bool]
     """Whether each parameter changed after the onset."""
+    onset_at: float = 0.0
+    """Unix seconds at which the step of the onset began."""
 
     @property
     def last_loss(self) -> float:
@@ -84,19 +108,25 @@ class Counter(Protocol):
     step: int
 
 
-def train(training: Training, steps: int, onset: int, counter: Counter | None = None) -> Result:
-    """Run a training to its end."""
+def train(
+    training: Training, steps: int, onset: int, counter: Counter | None = None, *, least_seconds: float = 0.0
+) -> Result:
+    """Run a training to its end; each step takes at least ``least_seconds``."""
     losses: list[float] = []
+    onset_at = 0.0
     before: dict[str, torch.Tensor] = {}
     parameters = training.parameters()
     for step in range(1, steps + 1):
         if counter is not None:
             counter.step = step
+        began = time.time()
         losses.append(training.step(step))
+        time.sleep(max(0.0, began + least_seconds - time.time()))
         if step == max(onset, 1):
+            onset_at = began
             before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     moved = {name: not torch.equal(before[name], parameter.detach()) for name, parameter in parameters.items()}
-    return Result(losses, moved)
+    return Result(losses, moved, onset_at)
 
 
 def holds(case: Case, result: Result, *, repaired: bool = False) -> bool:

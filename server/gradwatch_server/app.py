@@ -2,11 +2,11 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import metadata
 
 import sqlalchemy as sa
 from fastapi import FastAPI
 
+from gradwatch import __version__
 from gradwatch_server.api import openapi, problem
 from gradwatch_server.api.authorisation import RequestMiddleware, not_found
 from gradwatch_server.api.routes import (
@@ -53,9 +53,10 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
 
     app = FastAPI(
         title="gradwatch",
-        version=metadata.version("gradwatch"),
+        version=__version__,
         description="Health of gradients in PyTorch training: samples in, series, maps, alerts and metrics out.",
         lifespan=lifespan,
+        redirect_slashes=False,  # it would lead to whatever host the request names
         openapi_url=None,  # the module openapi has a route for it
         docs_url=None,
         redoc_url=None,

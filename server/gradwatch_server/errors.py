@@ -23,6 +23,8 @@ class RetryAfter(IntEnum):
     STOPPING = 2
     """The server is restarted, or another one takes over."""
     DATABASE = 5
+    STREAMS = 10
+    """Whoever watches a page may close it."""
     DISK_FULL = 30
 
 

@@ -15,19 +15,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import msgspec
 import sqlalchemy as sa
 import uvicorn
 
 from gradwatch.settings import secret
+from gradwatch_server import logs
 from gradwatch_server.app import create_app
+from gradwatch_server.connections import ConnectionTable, raise_file_limit
 from gradwatch_server.errors import ConfigurationError, GradwatchError
 from gradwatch_server.notify.http_client import ALL_NETWORKS, is_loopback
 from gradwatch_server.notify.receivers import Webhook
+from gradwatch_server.plain_text import visible
 from gradwatch_server.services import Services
 from gradwatch_server.settings import DATABASE_URL_HELP, Configuration, Settings, resolve_database_url
-from gradwatch_server.store.database import open_engine, prepare
+from gradwatch_server.store.database import open_engine, prepare, shown_address
 from gradwatch_server.store.tokens import count_tokens
 
 log = logging.getLogger(__name__)
@@ -85,49 +89,72 @@ class _Server(uvicorn.Server):
     """uvicorn's server with a graceful shutdown and a reload of the configuration.
 
     After SIGINT or SIGTERM it finishes all work that it has accepted and exits with 0; at SIGHUP it reads its
-    configuration.
+    configuration. A signal may come in the middle of anything, so its handler only sets a flag; the event loop acts on
+    it, between two callbacks.
     """
 
     def __init__(self, config: uvicorn.Config, read_configuration: Callable[[], Configuration]) -> None:
         super().__init__(config)
         self._read_configuration = read_configuration
-        self._reload_at_start = False
+        self._reload_wanted = False
+        self._reloading: asyncio.Task[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Have ``handle_exit`` handle the signals, and do not raise them again afterwards, as uvicorn does."""
+        """Have the event loop handle the signals, and do not raise them again afterwards, as uvicorn does."""
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle_exit)
-        yield
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # the process is about to end, with the exit code of its work
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start; if SIGHUP came in the meantime, reload the configuration."""
         await super().startup(sockets)
-        if self._reload_at_start:
+        if self._reload_wanted:
             self.reload()
 
-    def reload(self, *_: object) -> None:
-        """Reload the configuration; if anything in it is wrong, keep the previous one."""
-        services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
-        if services is None:
-            self._reload_at_start = True
-            return
-        try:
-            configuration = self._read_configuration()
-        except ConfigurationError as error:
-            log.error("reload failed, keeping the previous configuration: %s", error)  # noqa: TRY400
-            return
-        asyncio.get_running_loop().call_soon_threadsafe(services.reload, configuration)
-        log.info("configuration reloaded")
+    def want_reload(self, *_: object) -> None:
+        """Remember that SIGHUP came: the handler as long as there is no event loop."""
+        self._reload_wanted = True
+
+    def reload(self) -> None:
+        """Begin to reload the configuration, or have the reload that is under way followed by another one."""
+        self._reload_wanted = True
+        if self._reloading is None and self._services is not None:
+            self._reloading = asyncio.create_task(self._reload(self._services))
+
+    @property
+    def _services(self) -> Services | None:
+        """The services; None until they have been started."""
+        services: Services | None = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
+        return services
+
+    async def _reload(self, services: Services) -> None:
+        """Reload the configuration as often as that is wanted; if anything is wrong, keep the previous one."""
+        while self._reload_wanted:
+            self._reload_wanted = False
+            try:
+                services.reload(await asyncio.to_thread(self._read_configuration))
+            except Exception as error:  # whatever is wrong with the files must not end the server, nor this task
+                log.error("reload failed, keeping the previous configuration: %s", error)  # noqa: TRY400
+            else:
+                log.info("configuration reloaded")
+        self._reloading = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin a graceful shutdown at the first signal; stop at once at the second."""
-        services = getattr(self.config.app.state, "services", None)  # type: ignore[union-attr]
+        services = self._services
         if services is None or not services.ready:
             super().handle_exit(sig, frame)
             return
         services.begin_shutdown()
-        asyncio.get_running_loop().call_soon_threadsafe(self._drain, services, sig, frame)
+        self._drain(services, sig, frame)
 
     def _drain(self, services: Services, sig: int, frame: FrameType | None) -> None:
         """Go on answering until all accepted work is on disk; the readiness probe answers "not ready" meanwhile."""
@@ -179,9 +206,7 @@ def _keep_memory() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the server until it is told to stop; return the exit code."""
     _keep_memory()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # its lines carry addresses with their query strings
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logs.set_up()
     try:
         given = _parser().parse_args(arguments)
         settings = read_settings(given)
@@ -190,13 +215,18 @@ def main(arguments: Sequence[str]) -> int:
         _check_open(settings.host, engine)
         sock = _listen(settings)
     except (GradwatchError, ValueError) as error:
-        print(f"gradwatch serve: {error}", file=sys.stderr)
+        print(visible(f"gradwatch serve: {error}", keep="\n\t"), file=sys.stderr)
         return 1
     host, port = sock.getsockname()[:2]
     settings = msgspec.structs.replace(settings, host=host, port=port)
+    app = create_app(settings, engine)
+    table = ConnectionTable(lambda: cast("Services", app.state.services).settings.configuration)
+    raise_file_limit(settings.configuration.connections.most)
     server = _Server(
         uvicorn.Config(
-            create_app(settings, engine),
+            app,
+            http=cast("type[asyncio.Protocol]", table),
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
@@ -204,8 +234,8 @@ def main(arguments: Sequence[str]) -> int:
         ),
         lambda: read_settings(given).configuration,
     )
-    signal.signal(signal.SIGHUP, server.reload)  # before the line is printed after which it may be sent
-    print(f"gradwatch serves on {settings.address} (database {engine.url.render_as_string()})", flush=True)
+    signal.signal(signal.SIGHUP, server.want_reload)  # before the line is printed after which it may be sent
+    print(f"gradwatch serves on {settings.address} (database {shown_address(engine)})", flush=True)
     gc.freeze()  # what is loaded at the start need not be traversed at every collection
     gc.set_threshold(20_000, 20, 20)
     server.run(sockets=[sock])

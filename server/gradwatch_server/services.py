@@ -3,7 +3,6 @@
 import asyncio
 import math
 import os
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import msgspec
 import sqlalchemy as sa
 from starlette.requests import Request
 
+from gradwatch_server import clock
 from gradwatch_server.alerting.periodic_checks import StallCheck, UnmuteCheck
 from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.errors import Refused
@@ -22,7 +22,9 @@ from gradwatch_server.ingest.diagnosis_pool import LARGE_TIME_SHARE, DiagnosisPo
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Configuration, Settings
+from gradwatch_server.store import schema
 from gradwatch_server.store.change_stream import ChangeStream
+from gradwatch_server.store.database import read_clock
 from gradwatch_server.store.deletion import ResolveAlerts, delete_expired_runs
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.rollups.downsampling import downsample_expired
@@ -32,6 +34,7 @@ from gradwatch_server.telemetry.request_counts import RequestCounts
 from gradwatch_server.telemetry.snapshot import ParameterCache
 
 _RETENTION_SECONDS = 3_600
+_FOLLOW_SECONDS = 10.0
 
 
 def _cores() -> int:
@@ -75,7 +78,7 @@ class Services:
             ingest=Ingest(configuration, settings.public_url, pool),
             byte_budget=ByteBudget(limits.held_bytes),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
-            stall_check=StallCheck(engine, writer, configuration, settings.public_url, time.time()),
+            stall_check=StallCheck(engine, writer, configuration, settings.public_url, clock.now()),
             unmute_check=UnmuteCheck(engine, writer, configuration, settings.public_url),
             change_stream=ChangeStream(engine),
             remote_writer=None if remote is None else RemoteWriter(engine, writer, remote),
@@ -109,6 +112,13 @@ class Services:
         self.byte_budget.close()
         self.change_stream.close()
 
+    async def follow_clock(self) -> None:
+        """Follow the database's clock if servers may share it, for as long as the server runs."""
+        while self.engine.dialect.name != "sqlite":
+            with suppress(sa.exc.SQLAlchemyError):  # out of reach: the clock goes on by itself
+                clock.follow(await asyncio.to_thread(read_clock, self.engine))
+            await asyncio.sleep(_FOLLOW_SECONDS)
+
     async def apply_retention(self) -> None:
         """Delete expired runs and levels, now and once an hour, for as long as the server runs."""
         while True:
@@ -119,13 +129,22 @@ class Services:
             await asyncio.sleep(_RETENTION_SECONDS)
 
 
+def _start_clock(engine: sa.Engine) -> None:
+    """Start the clock no earlier than what earlier servers have stored."""
+    latest = [sa.select(sa.func.max(column)) for column in (schema.runs.c.last_seen_at, schema.deliveries.c.created_at)]
+    with engine.connect() as connection:
+        stored = max(connection.scalar(each) or 0.0 for each in latest)
+    clock.start(read_clock(engine), stored)
+
+
 @asynccontextmanager
 async def run_services(settings: Settings, engine: sa.Engine) -> AsyncIterator[Services]:
     """Start the services of a server process and yield them; stop them at the end."""
+    await asyncio.to_thread(_start_clock, engine)
     services = Services.start(settings, engine)
     notifying = asyncio.create_task(services.notifier.run())
-    periodic = (services.apply_retention(), services.stall_check.run(), services.unmute_check.run())
-    repeating = [asyncio.create_task(work) for work in periodic]
+    checks = (services.stall_check.run(), services.unmute_check.run())
+    repeating = [asyncio.create_task(work) for work in (services.follow_clock(), services.apply_retention(), *checks)]
     exporting = None if services.remote_writer is None else asyncio.create_task(services.remote_writer.run())
     try:
         yield services

@@ -31,6 +31,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Largest body as it arrives."""
     body_seconds: float = 60.0
     """Time in which a body has to arrive; beyond it: 408, and its bytes are released."""
+    document_bytes: int = 64 * 1024
+    """Largest body of any request that is not an agent's, such as a silence or a login."""
     decoded_bytes: int = 16 * 1024 * 1024
     """Largest body after decompression."""
     loose_bytes: int = 4 * 1024 * 1024
@@ -73,6 +75,30 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
 
 
+class Connections(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many connections clients may have, and how long one may keep the server waiting; also without a token."""
+
+    most: Annotated[int, msgspec.Meta(ge=2)] = 2_000
+    """Most connections, and at most three quarters of the files that the process may open; beyond it the one is closed
+    that has kept the server waiting longest."""
+    header_bytes: Annotated[int, msgspec.Meta(ge=1_024)] = 65_536
+    """Largest request line and headers together; beyond it: 431."""
+    header_seconds: Annotated[float, msgspec.Meta(gt=0)] = 10.0
+    """Time in which the first request of a connection, and the rest of any request's headers, have to arrive."""
+    idle_seconds: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    """How long a connection stays open for the next request."""
+    kept: Annotated[int, msgspec.Meta(ge=0)] = 1_000
+    """Most connections of callers with a token that stay open for longer than that."""
+    kept_seconds: Annotated[float, msgspec.Meta(gt=0)] = 300.0
+    """Age at which these are closed between two requests."""
+    send_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    """How long a client may take nothing of its response."""
+    streams: Annotated[int, msgspec.Meta(ge=0)] = 500
+    """Most event streams, one for each open page; beyond it: 503 with Retry-After."""
+    stream_seconds: Annotated[float, msgspec.Meta(gt=0)] = 3_600.0
+    """Age at which an event stream ends; a page opens the next by itself."""
+
+
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How many parameters ``/metrics`` has series for; the metrics of runs are always there."""
 
@@ -82,6 +108,8 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How many parameters of each run get series, the most conspicuous ones."""
     most_parameters: Annotated[int, msgspec.Meta(ge=0)] = 20_000
     """Most parameters of all runs together; the others are left out, and ``/metrics`` says how many."""
+    most_runs: Annotated[int, msgspec.Meta(ge=0)] = 1_000
+    """Most active runs that have metrics, those that reported last; ``/metrics`` says how many are left out."""
     silent_seconds: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
     """A run that has not reported for so long is left out, though it has not ended; its alerts are still counted."""
 
@@ -92,7 +120,7 @@ class RemoteWrite(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     url: str
     """Such as ``http://prometheus:9090/api/v1/write``."""
     backlog_seconds: float = 3600.0
-    """Age of the oldest samples that are sent of a run which was never written there before."""
+    """Age of the oldest samples of known runs that are sent to a store which was never written to before."""
 
     def __post_init__(self) -> None:
         check_url("remote_write.url", self.url)
@@ -124,6 +152,7 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     public_url: str | None = None
     """Address at which people reach the page, such as ``https://gradwatch.example.org``; absent: where it listens."""
     limits: Limits = Limits()
+    connections: Connections = Connections()
     metrics: Metrics = Metrics()
     remote_write: RemoteWrite | None = None
     delivery: DeliverySettings = DeliverySettings()

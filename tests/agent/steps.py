@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gradwatch.steps.core import Began, EndStep, Made, StepCore
-from gradwatch.steps.schedule import OverheadAccount, SamplingSchedule
+from gradwatch.steps.schedule import Costs, OverheadAccount, SamplingSchedule
 from gradwatch.steps.state import Measurement, NormClip, StepRecord
 
 HERE = 1
@@ -93,7 +93,7 @@ class Training:
         if record is None:
             return
         self.now += 1.0
-        self.core.step_ended(self.now, 0.0, 0.0, learn=learn)
+        self.core.step_ended(self.now, Costs(), learn=learn)
         self.ended.append(record)
 
     @property

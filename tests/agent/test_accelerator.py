@@ -406,7 +406,7 @@ _ALLOWED = {"norms/reference.py", "recording/float64.py", "ranks/sharding.py"}
 
 
 def float64_off_cpu(folder: Path) -> list[str]:
-    """Return the lines that make a float64 tensor without saying, in the same statement, that it is on the CPU."""
+    """Return the lines that make a float64 tensor where neither they nor the line before say that it is on the CPU."""
     found = []
     for path in sorted(folder.rglob("*.py")):
         name = str(path.relative_to(folder))
@@ -417,6 +417,6 @@ def float64_off_cpu(folder: Path) -> list[str]:
             arguments = (*call.args, *(keyword.value for keyword in call.keywords))
             wide = "torch.float64" in map(ast.unparse, arguments)
             wide |= isinstance(call.func, ast.Attribute) and call.func.attr == "double"
-            if wide and "cpu" not in lines[call.lineno - 1].lower():
+            if wide and "cpu" not in "".join(lines[max(call.lineno - 2, 0) : call.lineno]).lower():
                 found.append(f"{name}:{call.lineno}")
     return sorted(set(found))

@@ -533,7 +533,8 @@ def test_what_is_not_clipped_is_said(server: Server, own_errors: OwnErrors) -> N
         loss_of(model, 0).backward()
         listed.step()
         assert own_errors.warnings == 1
-        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        with pytest.raises(RuntimeError, match="was not given to attach"):
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
         assert own_errors.warnings == 2
 
 

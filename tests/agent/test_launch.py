@@ -224,6 +224,37 @@ def test_torchrun(server: Server, script: Path) -> None:
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
 
 
+SHARDED = """
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(5):
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+distributed.destroy_process_group()
+"""
+
+
+def test_a_model_that_is_sharded_at_its_root_alone(server: Server, tmp_path: Path) -> None:
+    """In its backward pass its parameters are unsharded; at its end the process group is gone before the run ends."""
+    script = tmp_path / "train.py"
+    script.write_text(SHARDED, encoding="utf-8")
+    done = launch(
+        server, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)
+    )
+    assert done.returncode == 0, done.stderr
+    assert server.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    assert [batch.end.status for batch in server.batches if batch.end is not None] == ["completed"]
+
+
 ACCELERATED = """
 import torch
 from accelerate import Accelerator
@@ -436,6 +467,16 @@ def test_a_fold_whose_optimizer_is_kept_is_over_when_the_next_goes_on(server: Se
     ends = [batch.end for batch in server.batches if batch.end is not None]
     assert sorted((end.status, end.exit_code) for end in ends[:2]) == [("completed", None)] * 2
     assert [(end.status, end.exit_code) for end in ends[2:]] == [("failed", 3)]
+
+
+def test_objects_that_the_program_has_frozen_are_found(server: Server, script: Path) -> None:
+    frozen = "import gc\ngc.collect()\ngc.freeze()\nfor _ in range(5):"
+    script.write_text(
+        SCRIPT.replace("for _ in range(5):", frozen) + "print(gc.get_freeze_count() > 0)", encoding="utf-8"
+    )
+    done = launch(server, sys.executable, str(script))
+    assert (done.returncode, done.stdout) == (0, "out\nTrue\n")
+    assert len(server.samples) == 5
 
 
 def test_a_backward_pass_of_something_else_comes_first(server: Server, script: Path) -> None:

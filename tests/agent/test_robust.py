@@ -104,6 +104,17 @@ def test_what_a_dead_server_leaves_behind_flush_delivers(
     assert len(server.samples) == 5
 
 
+@pytest.mark.parametrize("mine", [True, False])
+def test_flush_tells_the_clock_of_who_made_a_spool_and_no_other(server: Server, tmp_path: Path, mine: bool) -> None:
+    left = leave_behind(tmp_path, server.url)
+    if not mine:
+        with contextlib.closing(sqlite3.connect(left)) as connection:
+            connection.execute("PRAGMA user_version = 1")  # the folder is shared with another machine
+    for leftover in leftovers(tmp_path):
+        assert flush.deliver(leftover, server.url, None).left == 0
+    assert {wire.CLOCK_HEADER in headers for _, headers in server.requests} == {mine}
+
+
 @pytest.mark.usefixtures("patient_collector")
 def test_a_wrong_address_takes_nothing_away(
     server: Server,

@@ -343,6 +343,11 @@ def test_where_all_named_optimizers_are_gone_any_new_one_takes_the_place_of_one(
     assert adoption_of(frozenset({0}), gone, within_named=False, around_named=False) == (Adoption.REPLACES, 1)
 
 
+def test_an_optimizer_of_parameters_that_came_later_counts_beside_the_named_ones() -> None:
+    found = adoption_of(frozenset({5}), NAMED, within_named=False, around_named=False, found_later=True)
+    assert found == (Adoption.LATER, None)
+
+
 def test_each_case_of_ownership_has_a_name_of_its_own() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     assert CASES[-1].owner is Owner.NEW

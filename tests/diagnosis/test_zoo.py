@@ -4,35 +4,34 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.zoo import dead, exploding, healthy, nonfinite, second, third, throttled, vanishing
 from benchmarks.zoo.case import Case, holds, train
 from benchmarks.zoo.receiver import Recorder
+from benchmarks.zoo.split import CASES, REPORTED_FILE, development, draw_report, label, reported, table
 
 import gradwatch
 from gradwatch import wire
 from gradwatch_server.alerting.lifecycle import Alert, advance
 from gradwatch_server.diagnosis import Finding, History, RunParameters, Sample, Thresholds, diagnose
 
-PARTS = (healthy, vanishing, dead, exploding, nonfinite, second, third, throttled)
-ALL = {case.name: case for part in PARTS for case in part.CASES}
+DEVELOPMENT = {case.name: case for case in development()}
 FAST_HEALTHY = (
     "rezero",
-    "lora",
     "two-heads",
     "noisy-labels",
-    "weight-decay-only",
-    "raw-regression",
-    "hinge",
     "deep-linear",
+    "rmsprop",
+    "scalar-to-scalar",
+    "converged-to-a-floor",
+    "frozen-backbone",
 )
 FAST_SICK = (
-    "deep-tanh-small-init",
-    "saturated-outputs",
+    "deep-softsign",
+    "softmax-scale",
     "negative-bias",
-    "detached",
+    "lora-stuck",
     "large-init",
-    "hidden-chaotic-tanh",
-    "bad-batch",
+    "chaotic-tanh",
+    "unscaled-inputs",
     "root-of-zero",
 )
 
@@ -77,20 +76,34 @@ def _losses(batch: wire.Batch) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("name", FAST_HEALTHY)
 def test_healthy_runs_stay_quiet(name: str) -> None:
-    assert watched(ALL[name], seed=3) == []
+    assert watched(DEVELOPMENT[name], seed=3) == []
 
 
 @pytest.mark.parametrize("name", FAST_SICK)
 def test_sick_runs_alert(name: str) -> None:
-    case = ALL[name]
+    case = DEVELOPMENT[name]
     hits = [(step, finding) for step, finding in watched(case, seed=3) if finding.rule == case.rule]
     step, finding = hits[0]
     assert case.onset <= step <= case.onset + 12
     assert case.blames(finding.parameters[0].name)
 
 
-def test_the_set_is_what_it_says() -> None:
-    assert len(ALL) >= 40
-    sick = [case for case in ALL.values() if case.rule is not None]
+def test_every_case_has_a_name_and_a_label_of_its_own() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+    sick = [case for case in CASES if case.rule is not None]
     assert all(case.twin is not None for case in sick)
     assert {case.rule for case in sick} == {"vanishing", "dead", "exploding", "nonfinite", "throttled"}
+
+
+def test_the_reported_half_is_the_one_that_was_drawn_with_its_labels() -> None:
+    assert REPORTED_FILE.read_text() == table(draw_report())
+    healthy = [label(case) for case in reported() if case.rule is None]
+    assert len(healthy) >= 60
+    assert sum(name != "healthy" for name in healthy) >= len(healthy) / 3
+
+
+def test_the_halves_share_no_program() -> None:
+    assert not set(DEVELOPMENT) & {case.name for case in reported()}
+    assert len(DEVELOPMENT) + len(reported()) == len(CASES)
+    kinds = [{label(case) for case in half if case.rule != "throttled"} for half in (development(), reported())]
+    assert kinds[0] == kinds[1]

@@ -1,220 +1,148 @@
-"""The dashboards: in step with their code, valid by Grafana's own types, and every query of theirs returns rows."""
+"""The dashboards' queries on a real PostgreSQL and a real Prometheus: with every choice, and right to the last step."""
 
-import copy
 import json
 import math
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jsonschema
 import pytest
 import sqlalchemy as sa
-from dashboards.build import FOLDER, render
-from dashboards.frame import TITLES
 
 from gradwatch import wire
 from gradwatch_server.store.database import migrate, open_engine, writing
-from tests.postgres import postgres_database
-from tests.processes import ROOT, GradwatchServer, WebhookReceiver, sample
+from tests.postgres import migrated_database, postgres_database
+from tests.processes import GradwatchServer, WebhookReceiver, sample
+from tests.prometheus.boards import ANNOTATIONS, EVERY_STATEMENT, EXPRESSIONS, STATEMENTS, choices, rows
 from tests.prometheus.programs import Prometheus, scraping, until
 from tests.prometheus.scraped import scrape
 
-Board = dict[str, Any]
-BOARDS: dict[str, Board] = {name: json.loads(text) for name, text in render().items()}
-PANELS = [(name, panel) for name, board in BOARDS.items() for panel in board["panels"]]
-TARGETS = [(f"{name} {panel['title']}", target) for name, panel in PANELS for target in panel["targets"]]
-EXPRESSIONS = {f"{title} {target['refId']}": target["expr"] for title, target in TARGETS if "expr" in target}
-STATEMENTS = {title: target["rawSql"] for title, target in TARGETS if "rawSql" in target}
-STATEMENTS |= {
-    f"{name} variable {variable['name']}": variable["query"]
-    for name, board in BOARDS.items()
-    for variable in board.get("templating", {}).get("list", [])
-}
-STATEMENTS |= {
-    f"{name} annotation {annotation['name']}": annotation["target"]["rawSql"]
-    for name, board in BOARDS.items()
-    for annotation in board.get("annotations", {}).get("list", [])
-}
-
-
-def _in_step(folder: Path) -> bool:
-    return {file.name: file.read_text() for file in folder.glob("*.json")} == render()
-
-
-def test_the_files_are_in_step_with_the_code() -> None:
-    assert _in_step(FOLDER), "run: python -m dashboards.build"
-
-
-def test_a_file_out_of_step_is_found(tmp_path: Path) -> None:
-    for name, text in render().items():
-        (tmp_path / name).write_text(text.replace("now-1h", "now-2h"))
-    assert not _in_step(tmp_path)
-
-
-@pytest.mark.parametrize(("name", "panel"), PANELS, ids=lambda value: value if isinstance(value, str) else None)
-def test_every_panel_says_what_it_shows(name: str, panel: Board) -> None:
-    defaults = panel["fieldConfig"]["defaults"]
-    assert panel["description"].endswith(".")
-    assert defaults["unit"]
-    assert defaults["thresholds"]["steps"]
-
-
-def test_the_dashboards_link_to_each_other() -> None:
-    for board in BOARDS.values():
-        targets = {link["url"] for link in board["links"]}
-        assert targets == {f"/d/{uid}" for uid in TITLES if uid != board["uid"]}
-
-
-# Grafana's own types
-
-
-@pytest.fixture(scope="module")
-def schema() -> Board:
-    generator = ROOT / "node_modules" / ".bin" / "ts-json-schema-generator"
-    command = [str(generator), "--path", "dashboards/types.ts", "--no-type-check"]
-    generated = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    described: Board = json.loads(generated.stdout)
-    return described
-
-
-def _faults(schema: Board, board: Board) -> list[str]:
-    """Return where a dashboard, or a panel in it, is not what Grafana's types say."""
-    board = copy.deepcopy(board)
-    for annotation in board.get("annotations", {}).get("list", []):
-        del annotation["target"]  # a query of its data source, which the type says it "should" be; run below
-    found = _check(schema, "Board", board)
-    for panel in board["panels"]:
-        kind = panel["type"].capitalize()
-        custom = panel["fieldConfig"]["defaults"].get("custom", {})
-        found += _check(schema, f"{kind}Options", panel["options"])
-        if f"{kind}Custom" in schema["definitions"]:
-            found += _check(schema, f"{kind}Custom", custom)
-    return found
-
-
-def _check(schema: Board, kind: str, document: Board) -> list[str]:
-    validator = jsonschema.Draft7Validator({**schema, "$ref": f"#/definitions/{kind}"})
-    return [f"{kind} {error.json_path}: {error.message[:300]}" for error in validator.iter_errors(document)]
-
-
-@pytest.mark.parametrize("name", BOARDS)
-def test_a_dashboard_is_valid_by_grafanas_types(schema: Board, name: str) -> None:
-    assert _faults(schema, BOARDS[name]) == []
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (("titel",), "misspelt"),
-        (("panels", 8, "options", "legnd"), {}),
-        (("panels", 6, "fieldConfig", "defaults", "custom", "drawStyle"), "crayon"),
-        (("panels", 6, "fieldConfig", "defaults", "thresholds", "mode"), "relative"),
-        (("templating", "list", 0, "type"), "queery"),
-    ],
-)
-def test_a_fault_in_a_dashboard_is_found(schema: Board, path: tuple[Any, ...], value: object) -> None:
-    board = copy.deepcopy(BOARDS["gradwatch-run.json"])
-    place: Any = board
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    assert _faults(schema, board)
-
-
-# Every query, on the real thing
+RUNS, WRONG = STATEMENTS["gradwatch-fleet.json 3 A"], STATEMENTS["gradwatch-run.json 2 A"]
+SUMMARY, LOSS, NORM, AFTER = (STATEMENTS[f"gradwatch-run.json {name}"] for name in ("1 A", "3 A", "4 A", "4 B"))
+MAP, PROFILE, LOSS_BY_STEP = (STATEMENTS[f"gradwatch-run.json {panel} A"] for panel in (5, 6, 21))
 
 
 class _Seen:
     """What the queries are run on: a server on PostgreSQL with two runs, scraped by a Prometheus."""
 
-    def __init__(self, run_id: str, engine: sa.Engine, prometheus: Prometheus) -> None:
-        self.run_id, self.engine, self.prometheus = run_id, engine, prometheus
+    def __init__(self, engine: sa.Engine, prometheus: Prometheus) -> None:
+        self.engine, self.prometheus = engine, prometheus
 
     def expand(self, expression: str) -> str:
         """Return PromQL with Grafana's variables in it replaced."""
-        values = {"$__rate_interval": "30s", "$project": "vision", "$run": self.run_id}
+        values = {"$__rate_interval": "30s", "$project": "vision", "$run": "run-ill", "$job": "gradwatch"}
         for variable, value in values.items():
             expression = expression.replace(variable, value)
         return expression
 
-    def rows(self, statement: str) -> list[Any]:
-        """Return what a statement with Grafana's macros in it yields."""
-        start, end = 1_000_000_000, int(time.time()) + 3600
-        statement = re.sub(r"\$__unixEpochFilter\(([\w.]+)\)", rf"\1 >= {start} AND \1 <= {end}", statement)
-        statement = statement.replace("$__unixEpochFrom()", str(start)).replace("$__unixEpochTo()", str(end))
-        statement = statement.replace("${run:sqlstring}", f"'{self.run_id}'").replace(
-            "${project:sqlstring}", "'vision'"
-        )
-        assert "$" not in statement, statement
-        with self.engine.connect() as connection:
-            return list(connection.exec_driver_sql(statement.replace("%", "%%")).all())
 
-
-def _train(server: GradwatchServer, first: int) -> str:
-    """Send a sound run and one that turns ill; return the second's id."""
+def _train(server: GradwatchServer, first: int) -> None:
+    """Send a sound run, which is clipped, and one that turns ill."""
     names = ["stem.weight", "body.weight", "head.weight"]
     for run, head in (("sound", 0.1), ("ill", math.nan)):
         run_id = f"run-{run}"
         if first == 0:
             server.register(names, id=run_id, project="vision", name=run)
+        scalars = {"loss": 1.0, "global_grad_norm": 0.3, "clipped_global_grad_norm": 0.2, "global_grad_norm_limit": 0.2}
         samples = [
-            sample(step, 0.1, 0.2, head, loss=1.0, global_grad_norm=0.3, overhead_ratio=0.01, skipped_steps=0)
+            sample(step, 0.1, 0.2, head, overhead_ratio=0.01, step_seconds=0.1, skipped_steps=0, **scalars)
             for step in range(first, first + 5)
         ]
         for measured in samples:
             measured.statistics["clipped_grad_norm"] = measured.statistics["grad_norm"]
-            measured.scalars["global_grad_norm_limit"] = 1.0
         server.store(run_id, wire.Batch(id=str(first), samples=samples)).raise_for_status()
-    return "run-ill"
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory, postgres: str) -> Iterator[_Seen]:
     folder = tmp_path_factory.mktemp("seen")
-    with postgres_database(postgres) as url, WebhookReceiver([500]) as receiver:
+    with migrated_database(postgres) as url, WebhookReceiver([500]) as receiver:
         engine = open_engine(url)
-        migrate(engine)
-        engine.dispose()
         options = ["--database-url", url, "--webhook", receiver.url]
         with (
             GradwatchServer(folder / "gradwatch.db", *options) as server,
             Prometheus(folder / "prometheus", scraping(server.url)) as prometheus,
         ):
-            run_id = _train(server, 0)
-            until(lambda: prometheus.query(f'gradwatch_run_step{{run="{run_id}"}} == 4'), "first scrape")
+            _train(server, 0)
+            until(lambda: prometheus.query('gradwatch_run_step{run="run-ill"} == 4'), "first scrape")
             _train(server, 5)
             until(lambda: prometheus.query("increase(gradwatch_ingest_batches_total[1m]) > 0"), "second scrape")
             until(lambda: prometheus.query("rate(gradwatch_delivery_attempts_total[1m])"), "attempts to deliver")
-            yield _Seen(run_id, engine, prometheus)
+            until(lambda: rows(engine, STATEMENTS["gradwatch-alerts.json 6 A"]), "failed attempts")
+            yield _Seen(engine, prometheus)
         engine.dispose()
 
 
-@pytest.mark.parametrize("title", EXPRESSIONS)
-def test_every_promql_returns_rows(seen: _Seen, title: str) -> None:
-    expanded = seen.expand(EXPRESSIONS[title])
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_every_promql_returns_rows(seen: _Seen, name: str) -> None:
+    expanded = seen.expand(EXPRESSIONS[name])
     until(lambda: seen.prometheus.query(expanded), expanded)  # a scrape that timed out is followed by a better one
 
 
-@pytest.mark.parametrize("title", STATEMENTS)
-def test_every_sql_returns_rows(seen: _Seen, title: str) -> None:
-    assert seen.rows(STATEMENTS[title]), STATEMENTS[title]
+@pytest.mark.parametrize("name", EVERY_STATEMENT)
+def test_every_sql_returns_rows_and_is_right_with_every_choice(seen: _Seen, name: str) -> None:
+    statement = EVERY_STATEMENT[name]
+    assert rows(seen.engine, statement) or name.endswith("annotation Warning alerts"), statement
+    for chosen in choices(statement):
+        rows(seen.engine, statement, **chosen)
+
+
+@pytest.mark.parametrize("name", EVERY_STATEMENT)
+def test_every_sql_is_right_where_nothing_was_stored_yet(fresh: sa.Engine, name: str) -> None:
+    statement = EVERY_STATEMENT[name]
+    for chosen in choices(statement):
+        rows(fresh, statement, **chosen)
+
+
+@pytest.fixture(scope="module")
+def fresh(postgres: str) -> Iterator[sa.Engine]:
+    with migrated_database(postgres) as url:
+        engine = open_engine(url)
+        yield engine
+        engine.dispose()
 
 
 def test_a_query_of_something_unknown_returns_none(seen: _Seen) -> None:
     assert not seen.prometheus.query("gradwatch_run_looss")
-    assert not seen.rows("SELECT 1 FROM runs WHERE project IN (${project:sqlstring}) AND id = 'unknown'")
+    assert not rows(seen.engine, SUMMARY, run=["unknown"])
+    assert [row.layer for row in rows(seen.engine, MAP, run=["unknown"])] == ["no sample in this time"]
 
 
-def test_rows_sort_by_depth(seen: _Seen) -> None:
-    layers = [row[0] for row in seen.rows(STATEMENTS["gradwatch-run.json Depth profile"])]
-    assert layers == ["000 · stem.weight", "001 · body.weight", "002 · head.weight"]
+def test_a_run_is_known_and_what_is_wrong_with_it_is_said(seen: _Seen) -> None:
+    (known,) = rows(seen.engine, SUMMARY)
+    assert (known.State, known.Step, known.Loss, known.Parameters, known[3]) == ("running", 9, 1.0, 3, None)
+    (wrong,) = rows(seen.engine, WRONG)
+    assert (wrong.severity, wrong.rule) == ("critical", "nonfinite")
+    assert min(len(wrong.what), len(wrong.cause), len(wrong.remedy)) > 10
 
 
-PROJECTS = "'vision', 'patient', 'off'"
+def test_a_nan_is_a_nan_in_the_map_and_in_the_profile(seen: _Seen) -> None:
+    cells = rows(seen.engine, MAP)
+    assert [row.layer for row in cells[:3]] == ["stem.weight", "body.weight", "head.weight"]
+    assert {row.layer for row in cells if math.isnan(row.ratio or 0.0)} == {"head.weight"}
+    assert [row.depth for row in rows(seen.engine, PROFILE)] == [1, 2, 3]
+    *sound, ill = rows(seen.engine, PROFILE)
+    assert [row[4] for row in sound] == [None, None]
+    assert (ill.parameter, ill[1], ill[2], ill[4] > 0) == ("head.weight", None, None, True)
+
+
+def test_after_clipping_is_drawn_where_it_made_the_norm_smaller(seen: _Seen) -> None:
+    assert {row[1] for row in rows(seen.engine, AFTER)} == {0.2}
+    same = AFTER.replace("(1 - 1e-6)", "0.5")
+    assert {row[1] for row in rows(seen.engine, same)} == {None}
+
+
+def test_an_alert_that_began_before_the_range_is_marked(seen: _Seen) -> None:
+    critical = ANNOTATIONS["gradwatch-run.json annotation Critical alerts"]
+    with writing(seen.engine) as connection:
+        connection.exec_driver_sql("UPDATE alerts SET fired_at = fired_at - 7200")
+    (region,) = rows(seen.engine, critical, seconds=60)
+    assert region.time < time.time() - 3600 < region.timeend
+    with writing(seen.engine) as connection:
+        connection.exec_driver_sql("UPDATE alerts SET fired_at = fired_at + 7200")
+
+
 STALL_LIMITS = """
 [rules.stalled]
 intervals = 1.0
@@ -243,39 +171,112 @@ def test_the_fleet_calls_a_run_stalled_when_the_rule_does(postgres: str, tmp_pat
             until(lambda: server.get("/api/v1/runs", state="stalled"), "stalled run")
             states = {run["id"]: run["state"] for run in server.get("/api/v1/runs")}
             stalled = re.findall(r'gradwatch_run_stalled\{.*run="(\w+)"\} 1.0', scrape(server.http))
-        seen = _Seen("vision", engine, Prometheus(tmp_path))
-        rows = seen.rows(STATEMENTS["gradwatch-fleet.json Runs, worst first"].replace("${project:sqlstring}", PROJECTS))
+        found = rows(engine, RUNS, project=["vision", "patient", "off"])
         engine.dispose()
     assert states == {"vision": "stalled", "patient": "running", "off": "running"}
-    assert {row.run: row.state for row in rows} == states
+    assert {row.run: row.state for row in found} == states
     assert stalled == ["vision"]
 
 
-def test_long_ranges_are_read_from_the_rollups_and_nothing_is_lost(postgres: str, tmp_path: Path) -> None:
-    with postgres_database(postgres) as url:
+SPIKE, FAULT = 13 * 700, 13 * 1200
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory, postgres: str) -> Iterator[sa.Engine]:
+    """A run of 39,000 steps at ten a second, every 13th of them sampled; much of what was measured is deleted."""
+    began = time.time() - 4000
+    with migrated_database(postgres) as url:
         engine = open_engine(url)
-        migrate(engine)
-        with GradwatchServer(tmp_path / "gradwatch.db", "--database-url", url) as server:
+        folder = tmp_path_factory.mktemp("long")
+        with GradwatchServer(folder / "gradwatch.db", "--database-url", url) as server:
             run_id = server.register(["stem.weight", "head.weight"], id="run-long", project="vision", name="long")
-            every, spike, fault = 13, 13 * 700, 13 * 1200
             for first in range(0, 3000, 1000):
-                steps = range(every * first, every * (first + 1000))
+                steps = range(13 * first, 13 * (first + 1000))
                 samples = [
-                    sample(step, 5e3 if step == spike else 0.1, math.nan if step == fault else 0.2)
-                    for step in steps[::every]
+                    sample(
+                        step, 5e3 if step == SPIKE else 0.1, math.nan if step == FAULT else 0.2, at=began + step / 10
+                    )
+                    for step in steps[::13]
                 ]
-                trail = {"loss": wire.Trail(steps=list(steps), values=[abs(step - 5_000.0) for step in steps])}
+                losses: list[wire.Number] = ["NaN" if step == 100 else abs(step - 5_000.0) for step in steps]
+                trail = {"loss": wire.Trail(steps=list(steps), values=losses)}
                 server.store(run_id, wire.Batch(id=str(first), samples=samples, trail=trail)).raise_for_status()
-        seen = _Seen(run_id, engine, Prometheus(tmp_path))
         with writing(engine) as connection:  # what was measured is gone: the roll-ups have to know
             connection.exec_driver_sql("DELETE FROM samples WHERE level = 0 AND step BETWEEN 1000 AND 30000")
-        rows = seen.rows(STATEMENTS["gradwatch-run.json Layer by step"])
-        losses = seen.rows(STATEMENTS["gradwatch-run.json Loss by step"])
+            connection.exec_driver_sql(f"UPDATE runs SET started_at = {began}, usual_interval_seconds = 1.3")
+        yield engine
         engine.dispose()
-    stem, head = ([row for row in rows if row[0] == layer] for layer in ("000 · stem.weight", "001 · head.weight"))
-    assert len(stem) == len(head) == 60
-    assert [row[1] for row in stem if row[2] > 1e3] == [max(row[1] for row in stem if row[1] <= spike)]
-    assert [row[1] for row in head if math.isnan(row[2])] == [max(row[1] for row in head if row[1] <= fault)]
-    assert 500 < len(losses) < 2_000
+
+
+def test_long_ranges_are_read_from_the_rollups_and_nothing_is_lost(long: sa.Engine) -> None:
+    cells = rows(long, MAP, run=["run-long"])
+    losses = rows(long, LOSS_BY_STEP, run=["run-long"])
+    times = sorted({row.time for row in cells})
+    stem, head = ([row for row in cells if row.layer == layer] for layer in ("stem.weight", "head.weight"))
+    assert 40 <= len(stem) == len(head) <= 92
+    assert [row.time for row in stem] == times
+    began = time.time() - 4000
+    assert [row.time.timestamp() - began for row in stem if (row.ratio or 0) > 1e3] == [pytest.approx(910, abs=90)]
+    assert [row.time.timestamp() - began for row in head if math.isnan(row.ratio or 0)] == [pytest.approx(1560, abs=90)]
+    assert 150 < len(losses) <= 400
     assert [row[0] for row in losses] == sorted({row[0] for row in losses})
-    assert (min(row[1] for row in losses), max(row[2] for row in losses)) == (0.0, 39_000 - 13 - 5_000.0)
+    assert (min(row[1] for row in losses), max(row[2] for row in losses)) == (0.0, 39_000 - 1 - 5_000.0)
+    assert [row[0] for row in losses if row[3] is not None] == [losses[1].step if losses[1].step <= 100 else 0]
+
+
+@pytest.mark.parametrize("seconds", [20, 60, 300, 1500])
+def test_a_zoom_holds_every_step_of_its_time_and_no_other(long: sa.Engine, seconds: float) -> None:
+    with long.connect() as connection:
+        now = time.time()
+        (last,) = connection.exec_driver_sql("SELECT max(at) FROM samples WHERE level = 0").one()
+    found = rows(long, LOSS_BY_STEP, run=["run-long"], seconds=now - last + seconds)
+    first = 38_999 - 10 * seconds
+    assert found[0][0] == pytest.approx(first, abs=13 + 64 * (seconds > 900))
+    assert max(row[2] for row in found) == 33_999.0
+    assert min(row[1] for row in found) == pytest.approx(first - 5_000, abs=13 + 64 * (seconds > 900))
+    assert len(found) <= 400
+    if seconds == 20:
+        assert [row[1] for row in found] == [row[0] - 5_000 for row in found], "each step is a point of its own"
+
+
+def test_a_run_that_was_killed_does_not_go_on_as_a_line(long: sa.Engine) -> None:
+    cells = rows(long, MAP, run=["run-long"])
+    assert [row.ratio for row in cells[-2:]] == [None, None], "the map ends where the samples do"
+    assert max(row.time.timestamp() for row in cells) == pytest.approx(time.time() - 100, abs=60)
+
+
+def test_a_board_of_318_parameters_is_small_and_fast(postgres: str, tmp_path: Path) -> None:
+    names = [f"layers.{layer}.{part}.weight" for layer in range(26) for part in ("query", "key", "value")]
+    names += [f"layers.{layer}.{part}.bias" for layer in range(60) for part in ("a", "b", "c", "d")]
+    with migrated_database(postgres) as url:
+        engine = open_engine(url)
+        with GradwatchServer(tmp_path / "gradwatch.db", "--database-url", url) as server:
+            run_id = server.register(names, id="run-wide", project="vision", name="wide")
+            for first in range(0, 600, 100):
+                samples = [sample(step, *[0.1] * len(names), loss=1.0) for step in range(first, first + 100)]
+                server.store(run_id, wire.Batch(id=str(first), samples=samples)).raise_for_status()
+        sizes, began = {}, time.process_time()
+        for name in ("1 A", "2 A", "3 A", "4 A", "4 B", "4 C", "5 A", "6 A"):
+            found = rows(engine, STATEMENTS[f"gradwatch-run.json {name}"], run=["run-wide"])
+            sizes[name] = len(json.dumps([list(row) for row in found], default=str))
+        pages = rows(engine, EVERY_STATEMENT["gradwatch-run.json variable layers"], run=["run-wide"])
+        page = rows(engine, MAP, run=["run-wide"], layers=["281-318"])
+        engine.dispose()
+    assert sizes["5 A"] < 500_000
+    assert sum(sizes.values()) < 1_000_000
+    assert [row[1] for row in pages] == ["all", *(f"{low}-{min(low + 39, 318)}" for low in range(1, 318, 40))]
+    assert len({row.layer for row in page}) == 38
+    assert time.process_time() - began < 60
+
+
+def test_a_layer_is_named_by_its_end_and_no_two_alike(postgres: str, tmp_path: Path) -> None:
+    names = [f"a.module.with.a.long.path.number{n}.and.the.same.end.for.every.one.of.them" for n in range(3)]
+    with migrated_database(postgres) as url:
+        engine = open_engine(url)
+        with GradwatchServer(tmp_path / "gradwatch.db", "--database-url", url) as server:
+            run_id = server.register(names, id="run-long-names", project="vision", name="long names")
+            server.store(run_id, wire.Batch(id="1", samples=[sample(1, 0.1, 0.2, 0.3)])).raise_for_status()
+        layers = [row.layer for row in rows(engine, MAP, run=[run_id])][:3]
+        engine.dispose()
+    assert len(set(layers)) == 3
+    assert all(layer.startswith("…") and "every.one.of.them" in layer for layer in layers)

@@ -1,6 +1,8 @@
 """Remote write: every sample at full resolution in a real Prometheus and a real VictoriaMetrics."""
 
 import math
+import re
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,12 +38,38 @@ def _count(server: GradwatchServer, name: str) -> float:
     return float(value)
 
 
-def _kept_step(server: GradwatchServer) -> int | None:
+def _saved_position(server: GradwatchServer) -> int | None:
     engine = sa.create_engine(f"sqlite:///{server.database}", connect_args={"timeout": PATIENCE_SECONDS})
     with engine.connect() as connection:
-        step = connection.execute(sa.text("SELECT max(step) FROM written")).scalar()
+        arrival = connection.execute(sa.text("SELECT max(arrival) FROM written")).scalar()
     engine.dispose()
-    return None if step is None else int(step)
+    return None if arrival is None else int(arrival)
+
+
+def _samples(*steps: int, at: float | None = None) -> list[wire.Sample]:
+    return [_sample(step, (time.time() if at is None else at) + step / 1_000, 1.0) for step in steps]
+
+
+def _arrived_steps(store: WebhookReceiver) -> set[int]:
+    """Return the steps in the bodies that a store took; snappy's literals are read, and nothing else is compressed."""
+    answers = store.statuses + [store.statuses[-1]] * len(store.requests)
+    taken = [body for (_, body), status in zip(store.requests, answers, strict=False) if status == 204]
+    found = set()
+    for body in taken:
+        for match in re.finditer(rb"gradwatch_sample_step.*?(?=gradwatch_sample_|$)", _decompressed(body), re.DOTALL):
+            points = re.findall(rb"\x12.\x09(.{8})\x10", match.group(), re.DOTALL)
+            found |= {round(struct.unpack("<d", point)[0]) for point in points}
+    return found
+
+
+def _decompressed(body: bytes) -> bytes:
+    position = 1 + next(place for place, byte in enumerate(body) if byte < 0x80)
+    parts = []
+    while position < len(body):
+        (length,) = struct.unpack_from("<H", body, position + 1)
+        parts.append(body[position + 3 : position + 4 + length])
+        position += 4 + length
+    return b"".join(parts)
 
 
 def _all(program: Program, expression: str, count: int) -> list[dict[str, Any]]:
@@ -103,32 +131,80 @@ def test_a_store_that_is_away_is_tried_again(tmp_path: Path) -> None:
         assert len(set(bodies)) == 1
 
 
-def test_a_batch_that_the_store_fails_on_does_not_hold_up_the_next(tmp_path: Path) -> None:
-    store = WebhookReceiver([500, 500, 500, 204])
+def test_an_outage_is_no_refusal_however_long_it_takes(tmp_path: Path) -> None:
+    store = WebhookReceiver([500, 500, 500, 502, 204])
     with store, _server(tmp_path, store.url.removesuffix("/hook")) as server:
         run_id = server.register(["w"])
-        server.store(run_id, wire.Batch(id="1", samples=[_sample(1, time.time(), 1.0)])).raise_for_status()
-        until(lambda: _count(server, "set_aside_samples_total") == 1, "the sample set aside")
-        server.store(run_id, wire.Batch(id="2", samples=[_sample(2, time.time(), 1.0)])).raise_for_status()
-        until(lambda: _count(server, "sent_samples_total") == 1, "the next sample sent")
-        assert _count(server, "retries_total") == 2
+        server.store(run_id, wire.Batch(id="1", samples=_samples(*range(30)))).raise_for_status()
+        until(lambda: _count(server, "sent_samples_total") == 30, "every sample sent")
+        assert _count(server, "set_aside_samples_total") == 0
+        assert _count(server, "retries_total") == 4
+    assert _arrived_steps(store) == set(range(30))
+
+
+def test_samples_that_come_late_arrive(tmp_path: Path) -> None:
+    with WebhookReceiver([204]) as store, _server(tmp_path, store.url.removesuffix("/hook")) as server:
+        run_id, now = server.register(["w"]), time.time()
+        server.store(run_id, wire.Batch(id="1", samples=_samples(*range(10, 20), at=now))).raise_for_status()
+        until(lambda: _count(server, "sent_samples_total") == 10, "the samples sent")
+        late = _samples(*range(10), at=now - 100_000)
+        server.store(run_id, wire.Batch(id="2", samples=late)).raise_for_status()
+        until(lambda: _count(server, "sent_samples_total") == 20, "the late ones sent")
+    assert _arrived_steps(store) == set(range(20))
+
+
+def test_a_run_that_is_resumed_while_the_store_is_away_loses_nothing_uncounted(tmp_path: Path) -> None:
+    store = WebhookReceiver([503, 503, 204])
+    with store, _server(tmp_path, store.url.removesuffix("/hook")) as server:
+        run_id = server.register(["w"], id="run", attempt=1)
+        first = wire.Batch(id="1", attempt=1, samples=_samples(*range(60)))
+        server.store(run_id, first).raise_for_status()
+        store.wait(1)  # it carries steps 0 to 19, whatever happens to them meanwhile
+        server.register(["w"], id="run", attempt=2)
+        server.store(run_id, wire.Batch(id="2", attempt=2, samples=_samples(*range(50, 55)))).raise_for_status()
+        until(lambda: _count(server, "sent_samples_total") == 55, "the samples of both attempts sent")
+        until(lambda: _count(server, "skipped_samples_total") == 10, "those that were replaced counted")
+    assert _arrived_steps(store) == set(range(55))
+
+
+def test_the_samples_of_a_run_that_is_deleted_before_they_were_written_are_counted(tmp_path: Path) -> None:
+    store = WebhookReceiver([503, 503, 204])
+    with store, _server(tmp_path, store.url.removesuffix("/hook")) as server:
+        doomed = server.register(["w"])
+        server.store(doomed, wire.Batch(id="1", samples=_samples(*range(30)))).raise_for_status()
+        store.wait(1)
+        server.http.delete(f"/api/v1/runs/{doomed}").raise_for_status()
+        until(lambda: _count(server, "skipped_samples_total") == 10, "the samples that nobody can send counted")
+        assert _count(server, "sent_samples_total") == 20
 
 
 def test_after_a_restart_it_goes_on_where_it_was(tmp_path: Path) -> None:
     with WebhookReceiver([204]) as store:
         with _server(tmp_path, store.url.removesuffix("/hook")) as server:
             run_id = server.register(["w"])
-            old = [_sample(step, time.time() - 7200, 1.0) for step in range(3)]
-            fresh = [_sample(step, time.time(), 1.0) for step in range(3, 8)]
-            server.store(run_id, wire.Batch(id="1", samples=old + fresh)).raise_for_status()
-            until(lambda: _count(server, "sent_samples_total") == 5, "what is in the backlog sent")
-            until(lambda: _kept_step(server) == 7, "the position kept")
+            server.store(run_id, wire.Batch(id="1", samples=_samples(*range(8)))).raise_for_status()
+            until(lambda: _count(server, "sent_samples_total") == 8, "the samples sent")
+            until(lambda: _saved_position(server) == 8, "the position saved")
             server.kill()
             server.start()
             server.store(run_id, wire.Batch(id="2", samples=[_sample(8, time.time() - 7200, 1.0)])).raise_for_status()
             until(lambda: _count(server, "sent_samples_total") == 1, "the next sample sent")
             assert _count(server, "errors_total") == 0
         assert len({body for _, body in store.requests}) == 2, "nothing was sent twice"
+
+
+def test_the_first_time_that_a_store_is_written_to_the_backlog_limits_what_it_gets(tmp_path: Path) -> None:
+    now = time.time()
+    with GradwatchServer(tmp_path / "gradwatch.db") as server:
+        recent, silent = server.register(["w"]), server.register(["w"])
+        old = _samples(*range(3), at=now - 7_200)
+        server.store(recent, wire.Batch(id="1", samples=old + _samples(3, 4, at=now))).raise_for_status()
+        server.store(silent, wire.Batch(id="1", samples=old)).raise_for_status()
+    with WebhookReceiver([204]) as store, _server(tmp_path, store.url.removesuffix("/hook")) as server:
+        until(lambda: _count(server, "sent_samples_total") == 2, "the samples of the last hour sent")
+        server.store(silent, wire.Batch(id="2", samples=_samples(5, at=now - 7_200))).raise_for_status()
+        until(lambda: _count(server, "sent_samples_total") == 3, "a sample that came since sent, however old")
+    assert _arrived_steps(store) == {3, 4, 5}
 
 
 def test_a_store_that_wants_other_credentials_sets_nothing_aside(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def settled(server: GradwatchServer, seconds: float = 60) -> None:
         threading.Event().wait(0.05)
 
 
-def fill(url: str, run: str, receivers: Sequence[str]) -> None:
+def fill(url: str, run: str | None, receivers: Sequence[str]) -> None:
     """Write alerts that fire, each of them due to one of these receivers, which are named as often as they get one."""
     alert: dict[str, Any] = dict.fromkeys(("summary", "cause", "remedy"), "") | {"parameters": [], "evidence": {}}
     alert |= dict.fromkeys(("held", "clear", "hold_samples", "clear_samples", "first_step", "first_at"), 1)
@@ -116,7 +116,7 @@ def fill(url: str, run: str, receivers: Sequence[str]) -> None:
         told_rows = [told | {"id": each, "alert": each, "payload": payload % each} for each in ids]
         connection.execute(sa.insert(schema.transitions), told_rows)
         due_rows = [
-            due | {"id": each, "transition": each, "alert": each, "receiver": name}
+            due | {"id": each, "transition": each, "alert": each, "fingerprint": each, "receiver": name}
             for each, name in zip(ids, receivers, strict=True)
         ]
         connection.execute(sa.insert(schema.deliveries), due_rows)

@@ -13,7 +13,7 @@ from gradwatch import wire
 from gradwatch_server.cli.receivers import _test_payload
 from gradwatch_server.notify.outbox import DeliverySettings
 from gradwatch_server.notify.receivers import AnyReceiver
-from gradwatch_server.settings import Configuration, Limits, Metrics, RemoteWrite, Route
+from gradwatch_server.settings import Configuration, Connections, Limits, Metrics, RemoteWrite, Route
 from gradwatch_server.store.retention import Retention
 from tests.processes import ROOT, GradwatchServer, WebhookReceiver, sample
 
@@ -66,6 +66,7 @@ def _sections() -> dict[str, set[str]]:
 def test_every_setting_is_documented_and_nothing_else() -> None:
     structs: dict[str, Any] = {
         "`[limits]`": Limits,
+        "`[connections]`": Connections,
         "`[metrics]`": Metrics,
         "`[remote_write]`": RemoteWrite,
         "`[retention]`": Retention,
@@ -81,6 +82,7 @@ def test_every_setting_is_documented_and_nothing_else() -> None:
     assert {field.name for field in msgspec.structs.fields(Configuration)} == {
         *("public_url", "limits", "metrics", "remote_write", "retention", "delivery", "receivers", "routes", "rules"),
         "projects",
+        "connections",
     }
 
 

@@ -176,3 +176,24 @@ def test_the_body_of_a_refused_request_is_not_read(
             connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
             answer = connection.recv(100)
         assert answer.startswith(b"HTTP/1.1 403 " if more else b"HTTP/1.1 401 "), (path, answer)
+
+
+def test_what_is_left_of_a_deleted_run_is_of_no_project(tmp_path: Path) -> None:
+    database = tmp_path / "gradwatch.db"
+    admin = {"authorization": f"Bearer {token(database, 'create', '--scope', 'admin')}"}
+    mine = {"authorization": f"Bearer {token(database, 'create', '--scope', 'admin', '--project', 'mine')}"}
+    with GradwatchServer(database, "--webhook", "http://127.0.0.1:9/") as server:
+        run = wire.Registration(id="run-secret", project="secret", parameters=[wire.Parameter("a", [1])])
+        ill = wire.Batch(id="b", samples=[sample(1, float("nan"))])
+        for path, document in (("/api/v1/runs", run), (f"/api/v1/runs/{run.id}/samples", ill)):
+            headers = admin | {"content-type": wire.MESSAGEPACK_TYPE}
+            assert server.http.post(path, content=wire.encode(document), headers=headers).is_success
+        (delivery,) = server.http.get("/api/v1/deliveries", headers=admin).json()
+        sent = f"/api/v1/deliveries/{delivery['id']}"
+        asked = [("GET", f"/api/v1/alerts/{delivery['alert']}/deliveries"), ("GET", sent), ("POST", f"{sent}/replay")]
+        assert [server.http.request(*one, headers=mine).status_code for one in asked] == [403] * 3
+        assert server.http.delete(f"/api/v1/runs/{run.id}", headers=admin).status_code == 204
+        for method, path in asked:
+            hidden = server.http.request(method, path, headers=mine)
+            assert (hidden.status_code, hidden.json()["title"].split()[0]) == (404, "Unknown"), path
+            assert server.http.request(method, path, headers=admin).status_code == 200, path

@@ -127,6 +127,25 @@ def test_pieces_of_a_run_are_done_in_the_order_in_which_they_came(database_url: 
     assert writer.waiting == 0
 
 
+def test_a_writer_that_stands_still_is_known(tmp_path: Path) -> None:
+    engine, held, gate = open_engine(f"sqlite:///{tmp_path / 'gradwatch.db'}"), threading.Event(), threading.Event()
+    writer = Writer(engine, capacity=10, capacity_per_run=10)
+    assert writer.busy_seconds() == 0.0
+
+    def hold(_connection: sa.Connection) -> bool:
+        held.set()
+        return gate.wait(PATIENCE_SECONDS)
+
+    holding = writer.submit(hold)
+    assert held.wait(PATIENCE_SECONDS)
+    assert writer.busy_seconds() > 0.0
+    gate.set()
+    assert holding.result(PATIENCE_SECONDS)
+    assert writer.busy_seconds() == 0.0
+    writer.close(PATIENCE_SECONDS)
+    engine.dispose()
+
+
 def _of_one_writer() -> Iterator[str]:
     """Yield ids of runs that the same writer is at, in their order."""
     return (name for name in (f"run{number:03}" for number in itertools.count()) if hash(name) % 2 == 0)

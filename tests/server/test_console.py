@@ -1,5 +1,6 @@
 """The commands for alerts, silences and receivers, and the configuration read again."""
 
+import base64
 import json
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 from gradwatch import wire
-from tests.processes import GradwatchServer, WebhookReceiver, environment, sample, wait_for
+from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, environment, sample, wait_for
 
 NAN = float("nan")
 
@@ -130,6 +131,27 @@ def test_sighup_that_comes_while_the_server_starts_does_not_end_it(tmp_path: Pat
         wait_for(tmp_path / "log", "configuration reloaded")
     serving.terminate()
     assert serving.wait(30) == 0
+
+
+def test_sighup_without_the_file_of_a_secret_keeps_the_configuration(tmp_path: Path) -> None:
+    secret, log = tmp_path / "secret", tmp_path / "log"
+    secret.write_text("whsec_" + base64.b64encode(b"x" * 32).decode())
+    command = [sys.executable, "-m", "gradwatch", "serve", "--port", "0", "--webhook", "http://127.0.0.1:9/hook"]
+    variables = environment(GRADWATCH_WEBHOOK_SECRET_FILE=str(secret))
+    with log.open("wb") as written:
+        serving = subprocess.Popen(command, env=variables, cwd=tmp_path, stdout=subprocess.PIPE, stderr=written)
+    assert serving.stdout is not None
+    with serving.stdout:
+        assert serving.stdout.readline().startswith(b"gradwatch serves on")
+        away = secret.rename(tmp_path / "away")
+        serving.send_signal(signal.SIGHUP)
+        wait_for(log, f"reload failed, keeping the previous configuration: GRADWATCH_WEBHOOK_SECRET_FILE={secret}")
+        away.rename(secret)
+        serving.send_signal(signal.SIGHUP)
+        wait_for(log, "configuration reloaded")
+    serving.terminate()
+    assert serving.wait(PATIENCE_SECONDS) == 0
+    assert "Traceback" not in log.read_text()
 
 
 def _fall_ill(server: GradwatchServer) -> None:

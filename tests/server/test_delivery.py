@@ -1,8 +1,10 @@
 """Deliveries that survive everything: kill -9 at each point, receivers that are down, slow, gone or busy."""
 
+import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ import sqlalchemy as sa
 from gradwatch import wire
 from gradwatch_server.notify import outbox
 from gradwatch_server.notify.http_client import DeliveryResult
-from gradwatch_server.notify.notifier import CircuitBreaker
+from gradwatch_server.notify.notifier import CircuitBreaker, DeliveryWorker
+from gradwatch_server.notify.receivers import Webhook
 from gradwatch_server.store import schema
-from gradwatch_server.store.database import open_engine, writing
+from gradwatch_server.store.database import open_engine, prepare, writing
+from gradwatch_server.store.group_commit import Writer
 from tests.postgres import migrated_database
-from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, sample
+from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, run_apart, sample
 from tests.server.hook import Hook, configuration, fill, full, outcomes_locked, settled
 
 NAN = float("nan")
@@ -292,6 +296,100 @@ def test_retry_after_is_waited_for(tmp_path: Path, status: int) -> None:
 def _until_disabled(server: GradwatchServer, name: str) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not any(each["name"] == name and each["disabled"] for each in server.get("/api/v1/receivers")):
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
+
+
+def test_a_server_that_stood_still_sends_nothing_once_its_lease_is_over(tmp_path: Path) -> None:
+    """It stands still after the commit of a claim; another server takes the delivery over meanwhile."""
+    url, hook = f"sqlite:///{tmp_path / 'gradwatch.db'}", Hook()
+    engine = open_engine(url)
+    prepare(engine)
+    fill(url, None, ["hook"])
+    settings = outbox.DeliverySettings(lease_seconds=0.1, timeout_seconds=0.09)
+    writer = Writer(engine, 10, 10)
+
+    def stand_still() -> None:
+        taken: list[outbox.ClaimedDelivery] = []
+        while not taken:
+            with writing(engine) as connection:
+                taken = outbox.claim(connection, "hook", time.time(), 1, 60.0)
+        with writing(engine) as connection:
+            outbox.record(connection, [outbox.Attempt(taken[0], DeliveryResult(204), time.time(), 0.0)], settings)
+
+    async def deliver() -> None:
+        loop, claimed = asyncio.get_running_loop(), asyncio.Event()
+
+        def after_claim(_: sa.Connection) -> None:
+            loop.call_soon_threadsafe(stand_still)
+            loop.call_soon_threadsafe(claimed.set)
+
+        sa.event.listen(engine, "commit", after_claim, once=True)
+        receiver = Webhook(name="hook", url=hook.url, allow_networks=["127.0.0.0/8"])
+        worker = DeliveryWorker(writer, receiver, settings, Counter())
+        running = asyncio.create_task(worker.run())
+        await claimed.wait()
+        worker.close()
+        await running
+
+    with hook.open():
+        run_apart(deliver())
+    writer.close(PATIENCE_SECONDS)
+    engine.dispose()
+    assert hook.seen == []
+
+
+def test_what_is_sent_under_a_lost_lease_is_followed_by_the_last_word_again(own_database_url: str) -> None:
+    engine, settings = open_engine(own_database_url), outbox.DeliverySettings()
+    prepare(engine)
+    fill(own_database_url, None, ["hook"] * 3)
+    table = schema.deliveries
+
+    def sent(connection: sa.Connection, claimed: outbox.ClaimedDelivery) -> str:
+        (state,) = outbox.record(connection, [outbox.Attempt(claimed, DeliveryResult(204), 5.0, 0.0)], settings)
+        return state
+
+    with writing(engine) as connection:
+        ids = sorted(connection.scalars(sa.select(table.c.id)))
+        for sequence, each in enumerate(ids):
+            mine = sa.update(table).where(table.c.id == each)
+            connection.execute(mine.values(fingerprint="one", sequence=sequence))
+        (stale,) = outbox.claim(connection, "hook", 0.0, 10, 1.0)
+        for expected in ids:
+            (claimed,) = outbox.claim(connection, "hook", 2.0, 10, 1.0)
+            assert claimed.id == expected
+            assert sent(connection, claimed) == "delivered"
+        assert sent(connection, stale) == "delivered"
+        (again,) = outbox.claim(connection, "hook", 5.0, 10, 1.0)
+        assert again.id == ids[-1]
+        assert sent(connection, again) == "delivered"
+        assert outbox.claim(connection, "hook", 9.0, 10, 1.0) == []
+    engine.dispose()
+
+
+def test_the_next_alert_of_a_rule_does_not_overtake_the_end_of_the_last(tmp_path: Path) -> None:
+    """The end is tried again at once, though its next attempt was ten minutes away: the next alert waits for it."""
+    with WebhookReceiver(statuses=[204, 500, 204]) as hook:
+        config = tmp_path / "gradwatch.toml"
+        rules = "[rules.nonfinite]\nclear_samples = 1\n"
+        config.write_text(configuration("retry_seconds = [600]", hook=hook.url) + rules)
+        with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config)) as server:
+            run = server.register(["a"])
+            for step, value in enumerate((NAN, 1.0, NAN)):
+                server.store(run, wire.Batch(id=str(step), samples=[sample(step, value)]))
+                if step < 2:
+                    hook.wait(step + 1)
+                    _until_attempted(server, step + 1)
+            bodies = [json.loads(body)["data"] for _, body in hook.wait(4)]
+            settled(server)
+    assert [body["state"] for body in bodies] == ["firing", "resolved", "resolved", "firing"]
+    assert len({body["fingerprint"] for body in bodies}) == 1
+
+
+def _until_attempted(server: GradwatchServer, attempts: int) -> None:
+    """Wait until so many attempts are recorded."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while sum(entry["attempts"] for entry in server.get("/api/v1/deliveries")) < attempts:
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
 

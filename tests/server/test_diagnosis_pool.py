@@ -154,6 +154,22 @@ def test_when_the_worker_is_killed_the_samples_are_diagnosed_here(
     assert pool.workers[0].pid != first  # it takes much time again, so there is another
 
 
+@pytest.mark.parametrize("parameters", [PARAMETERS, RunParameters.of(network(30_000))], ids=["answer", "question"])
+def test_a_worker_that_stands_still_is_given_up(
+    pool: DiagnosisPool, parameters: RunParameters, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It neither answers nor, where the network is larger than the pipe, reads all of the job."""
+    vector = np.ones(len(parameters.names), np.float32)
+    samples = [Sample(step=step, at=0.0, statistics={"grad_norm": vector, "weight_norm": vector}) for step in range(8)]
+    expected = diagnose_all(parameters, History(), samples, Thresholds())
+    monkeypatch.setattr(diagnosis_pool, "_DEADLINE_SECONDS", 0.1)
+    first = pool.workers[0].pid
+    os.kill(first, signal.SIGSTOP)
+    assert _same(pool.begin(parameters, History(), samples, Thresholds())(), expected)
+    assert f"diagnosis worker {first} stood still" in caplog.text
+    assert pool.workers[0].pid != first
+
+
 def test_when_the_worker_is_killed_with_two_jobs_both_are_done_here(
     pool: DiagnosisPool, caplog: pytest.LogCaptureFixture
 ) -> None:

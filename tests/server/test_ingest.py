@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ _SKIPPED = bytes.fromhex("502a4d1804000000") + b"skip"
 def test_a_sample_comes_back_as_it_was_sent(shared_server: GradwatchServer) -> None:
     run = shared_server.register(["a", "b", "c", "d"])
     sent = wire.Batch(id="b", samples=[sample(1, NAN, INF, wire.MISSING, 0.1, loss=NAN)])
-    assert shared_server.store(run, sent).json() == {"id": "b", "samples": 1, "duplicate": False}
+    assert shared_server.store(run, sent).json() == {"id": "b", "samples": 1, "duplicate": False, "left_out": 0}
     seen = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm")
     assert seen["last"] == [["NaN", "Infinity", None, 0.1]]
     assert seen["nonfinite"] == [[1, 1, 0, 0]]
@@ -94,7 +95,7 @@ def test_replaying_a_batch_changes_nothing(shared_server: GradwatchServer) -> No
     batch = wire.Batch(id="b", samples=[sample(1, 1.0), sample(2, 2.0)])
     assert not shared_server.store(run, batch).json()["duplicate"]
     before = shared_server.get(f"/api/v1/runs/{run}")
-    assert shared_server.store(run, batch).json() == {"id": "b", "samples": 0, "duplicate": True}
+    assert shared_server.store(run, batch).json() == {"id": "b", "samples": 0, "duplicate": True, "left_out": 0}
     after = shared_server.get(f"/api/v1/runs/{run}")
     assert before == after
     assert after["sample_count"] == 2
@@ -140,6 +141,22 @@ def test_the_latest_attempt_wins_from_its_first_step_on(shared_server: Gradwatch
     series = shared_server.get(f"/api/v1/runs/{run}/series", statistic="grad_norm", parameter="a")
     assert series["steps"] == [1, 2, 3, 4, 5, 6, 8]
     assert series["last"] == [1.0] * 5 + [2.0] * 2
+
+
+def test_what_an_older_attempt_sends_too_late_is_not_counted_as_stored(tmp_path: Path) -> None:
+    with GradwatchServer(tmp_path / "gradwatch.db") as server:
+        run = server.register(["a"], attempt=1)
+        server.store(run, wire.Batch(id="b1", attempt=1, samples=[sample(0, 1.0)]))
+        server.register(["a"], id=run, attempt=2)
+        server.store(run, wire.Batch(id="b2", attempt=2, samples=[sample(5, 1.0)]))
+        late = wire.Batch(id="late", attempt=1, samples=[sample(step, 2.0) for step in (12, 3, 2, 11, 10)])
+        answer = server.store(run, late).json()
+        assert answer == {"id": "late", "samples": 2, "duplicate": False, "left_out": 3}
+        assert server.get(f"/api/v1/runs/{run}")["sample_count"] == 4
+        counts = server.http.get("/metrics").text
+    assert "gradwatch_ingest_samples_total 4.0\n" in counts
+    assert "gradwatch_ingest_left_out_samples_total 3.0\n" in counts
+    assert "gradwatch_ingest_values_total 8.0\n" in counts
 
 
 def test_each_attempt_ends_where_any_later_one_begins(shared_server: GradwatchServer) -> None:
@@ -216,6 +233,16 @@ def test_attempts_are_ordered_by_the_servers_clock(shared_server: GradwatchServe
     ]
     store(run, second, "ill", 9)
     assert [alert["rule"] for alert in shared_server.get("/api/v1/alerts", run=run)] == ["nonfinite"]
+
+    run = "delivered-by-another"  # the spool of the first attempt, by a host whose clock is five minutes behind
+    register(run, now - 60, now)
+    store(run, now - 60, "b1", 1)
+    register(run, now, now)
+    register(run, now - 60, now - 300)
+    store(run, now, "b2", 2)
+    end = wire.Batch(id="end", attempt=round(1e3 * now), end=wire.End(at=now + 1))
+    assert shared_server.store(run, end).status_code == 200
+    assert shared_server.get(f"/api/v1/runs/{run}")["state"] == "finished"
 
     run = "left-behind"  # the first attempt's measurements come after the second has begun
     register(run, second, now)

@@ -172,6 +172,25 @@ def test_the_attempts_of_a_migrated_run_are_not_mixed(empty_url: str, first_step
     )
 
 
+def test_remote_write_goes_on_after_a_migration_where_it_was(empty_url: str) -> None:
+    engine = open_engine(empty_url)
+    command.upgrade(alembic_config(engine), "0012_unanalysed")
+    with _plainly(empty_url) as (plain, tables):
+        _fill(plain, tables)
+        with plain.begin() as connection:
+            far = [{"store": "near", "step": 30}, {"store": "far", "step": 35}]
+            connection.execute(sa.insert(tables.tables["written"]), [{"run": "old", "attempt": 0} | one for one in far])
+    migrate(engine)
+    samples = schema.samples
+    with engine.connect() as connection:
+        numbered = sa.select(*samples.c["step", "arrival"]).where(samples.c.arrival.is_not(None))
+        assert sorted(map(tuple, connection.execute(numbered))) == [(step, step - 30) for step in range(31, 41)]
+        assert connection.scalar(sa.select(schema.runs.c.arrivals)) == 10
+        assert set(connection.scalars(sa.select(schema.remote_write_positions.c.arrival))) == {0}
+        assert set(connection.scalars(sa.select(schema.remote_write_stores.c.store))) == {"near", "far"}
+    engine.dispose()
+
+
 def _partitions(engine: sa.Engine) -> set[str]:
     """Return the tables that hold a part of another one's rows."""
     if engine.dialect.name == "sqlite":
@@ -228,7 +247,7 @@ def test_postgresql_analyses_the_keys_of_what_was_measured_and_no_value(postgres
             connection.execute(sa.text("ANALYZE"))
             found = set(connection.scalars(sa.text(_ANALYSED)))
         engine.dispose()
-    assert found == {"run", "level", "step", "last_step", "attempt", "at", "statistic"}
+    assert found == {"run", "level", "step", "last_step", "attempt", "at", "statistic", "arrival"}
 
 
 _LANGUAGE = "SELECT lanname FROM pg_proc JOIN pg_language l ON l.oid = prolang WHERE proname = 'gradwatch_bytes'"

@@ -416,6 +416,10 @@ def test_apprise_carries_it_to_a_service_of_its_own(tmp_path: Path) -> None:
         ('type = "webhook"', "missing required field `url`"),
         ('type = "carrier-pigeon"', "Invalid value 'carrier-pigeon'"),
         ('type = "email"\nhost = "a.example"\nsender = "a@b.c"\nto = []', "to is empty"),
+        (
+            'type = "email"\nhost = "a.example"\nsender = "a@b.c\\nBcc: x@y.z"\nto = ["d@e.f"]',
+            "that no header may have",
+        ),
         ('type = "apprise"\nurls = ["hidden://nothing"]', "number 1 of urls is no address that Apprise knows"),
         ('type = "alertmanager"\nurl = "http://a.example/"\nresend_seconds = 0', "resend_seconds is 0.0"),
         ('type = "webhook"\nurl = "https://a.example/"\nsecret = "env:NOT_SET"', "variable 'NOT_SET' is not set"),

@@ -151,7 +151,7 @@ def test_what_a_receiver_refused_of_a_deleted_run_can_be_sent_again_for_a_week(o
     with writing(engine) as connection:
         ingest.register(connection, "r", wire.Registration(parameters=[wire.Parameter("a", [4, 4], units=4)]))
         ingest.store(connection, "r", wire.Batch(id="ill", samples=[sample(1, float("nan"))]))
-        assert delete_chunk(connection, "r", _resolver(HOOK)) == "nothing"
+        assert delete_chunk(connection, "r", _resolver(HOOK), seconds=PATIENCE_SECONDS) == "nothing"
         now = time.time()
         connection.execute(sa.update(schema.deliveries).values(state="dead", due_at=now))
         outbox.delete_orphaned_alerts(connection, now + 7 * 86_400 - 1)

@@ -18,7 +18,8 @@ _T = TypeVar("_T")
 class AGC:
     """How gradients are clipped: ``attach(model, optimizer, clip=AGC(0.01))``.
 
-    A parameter group of an optimizer may carry a ``clip`` of its own: a number, or None for no clipping.
+    A parameter group of an optimizer may carry a threshold of its own, ``agc_clip``: a number, or None for no clipping.
+    ``clip`` does the same where the optimizer has no setting of that name.
 
     Args:
         clip: largest ratio of gradient to weight, above 0; the paper's grid is 0.01, 0.02, 0.04, 0.08, 0.16, smaller

@@ -5,7 +5,7 @@ Unlike telemetry it raises: a run must never continue unclipped in silence.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -33,6 +33,8 @@ Limits = NDArray[np.float64]
 """Largest ratio of gradient to weight of each parameter of a plan, infinite where it is not clipped; shape
 (parameters,)."""
 
+_GROUP_KEY: Final = "agc_clip"
+"""Key of a parameter group for a threshold of its own."""
 _SCALINGS: Final = 64
 """Plans that a scaling is kept for."""
 
@@ -68,7 +70,9 @@ class AgcExecutor:
         self._scalings: dict[int, _PlanScaling] = {}
         """By id of the plan."""
         self._limits: dict[int, tuple[tuple[Any, ...], Limits]] = {}
-        """Id of the plan -> ``clip`` of each parameter group, and the limits that follow."""
+        """Id of the plan -> threshold of each parameter group, and the limits that follow."""
+        self._raised: set[int] = set()
+        """Indices of the parameters of which it was raised that they cannot be clipped."""
         self._clipped: list[tuple[WeakTensor, int]] = []
         """Gradients, with their versions after clipping, that were clipped for an optimizer that steps others."""
 
@@ -76,9 +80,16 @@ class AgcExecutor:
         """Find the parameters that the user excludes; called whenever parameters were found.
 
         Raises:
-            ValueError: a pattern matches nothing.
+            ValueError: a pattern matches nothing, the first time; a layer that was replaced later keeps what it had.
         """
-        excluded = self.agc.excluded_indices(*names_and_parameters(watched))
+        earlier = self._excluded_by_user
+        try:
+            excluded = self.agc.excluded_indices(*names_and_parameters(watched))
+        except ValueError as error:
+            if earlier is None:
+                raise
+            _log.warning("gradwatch: AGC(exclude=...): %s", error)
+            excluded = set(earlier)
         self._excluded_by_user = None if excluded is None else frozenset(excluded)
         self._concluded_from = ()
 
@@ -135,6 +146,20 @@ class AgcExecutor:
         buffers.reset()
         return listed.measure(buffers, watched)
 
+    def raise_unreadable(self, listed: OptimizerParameters, watched: Sequence[ParameterInfo]) -> None:
+        """Raise, once for each, that a gradient which is about to be stepped with cannot be clipped.
+
+        Raises:
+            NotImplementedError: there is such a gradient, and ``exclude`` does not leave it out.
+        """
+        grads = {index: p.grad for index, p in zip(listed.indices, listed.parameters, strict=True)}
+        unclipped = [index for index in listed.unreadable if grads[index] is not None]
+        new = [index for index in unclipped if index not in self._raised and index not in self.excluded(watched)]
+        self._raised.update(new)
+        if new:
+            name, reason = watched[new[0]].name, listed.unreadable[new[0]]
+            raise NotImplementedError(f"{name} cannot be clipped ({reason}). Leave it out: AGC(exclude=[{name!r}])")
+
     def clip(
         self, optimizer: Optimizer, listed: OptimizerParameters, pass_: Pass, watched: Sequence[ParameterInfo]
     ) -> Limits:
@@ -150,7 +175,7 @@ class AgcExecutor:
             The largest ratio of each parameter of the plan.
 
         Raises:
-            ValueError: the ``clip`` of a parameter group is not a number above 0.
+            ValueError: the threshold of a parameter group is not a number above 0.
             NotImplementedError: a parameter is distributed in a way that cannot be clipped.
         """
         plan = pass_.plan
@@ -163,7 +188,7 @@ class AgcExecutor:
             scaling = self._make_scaling(plan, listed, excluded, watched)
             known = self._scalings[id(plan)] = _PlanScaling(plan, excluded, scaling)
             self._limits.pop(id(plan), None)
-        by_group = tuple(group.get("clip", self.agc.clip) for group in optimizer.param_groups)
+        by_group = tuple(self._clip_of(group, optimizer.defaults) for group in optimizer.param_groups)
         limited = self._limits.get(id(plan))
         if limited is None or limited[0] != by_group:
             limited = self._limits[id(plan)] = by_group, self._set_limits(known, listed, by_group)
@@ -177,13 +202,20 @@ class AgcExecutor:
             )
         return limited[1]
 
+    def _clip_of(self, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+        """Return the threshold of a parameter group: its own, or that of the configuration."""
+        if _GROUP_KEY in group:
+            return group[_GROUP_KEY]
+        # The key ``clip`` is the optimizer's where it is one of its settings: some clip their own updates.
+        return self.agc.clip if "clip" in defaults else group.get("clip", self.agc.clip)
+
     def _set_limits(self, known: _PlanScaling, listed: OptimizerParameters, by_group: Sequence[Any]) -> Limits:
         """Set the limits of a plan and return them.
 
         Args:
             known: the scaling of the plan.
             listed: parameters of the optimizer.
-            by_group: ``clip`` of each of its parameter groups.
+            by_group: threshold of each of its parameter groups.
         """
         checked = [math.inf if clip is None else check_clip(clip) for clip in by_group]
         limits = np.array(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.norms.layout import NormLayout
-from gradwatch.norms.tensor_spec import BufferKey, TensorSpec, unit_rows
+from gradwatch.norms.tensor_spec import BufferKey, TensorSpec, real_view, unit_rows
 from gradwatch.norms.transfer import pinned
 from gradwatch.norms.triton_reducer import TritonTable, can_use_triton
 from gradwatch.ranks.sharding import Granularity, UnitSplit, norm_all_reduces
@@ -253,7 +253,7 @@ class _BufferScaling:
 def _broadcastable(tensor: Tensor, spec: TensorSpec) -> Tensor:
     """Return a view of a gradient in the shape that the factors of its units multiply."""
     if spec.dtype.is_complex:
-        tensor = torch.view_as_real(tensor)
+        tensor = real_view(tensor)
     return tensor.unflatten(0, (spec.groups, -1)) if spec.axis == "transposed" and spec.groups > 1 else tensor
 
 

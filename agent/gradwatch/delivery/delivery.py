@@ -61,11 +61,13 @@ class Delivery:
         for leftover in leftovers(self._settings.spool_directory):
             if leftover.url != self._settings.url:
                 continue
-            sender = Sender(leftover, self._http, self._dropped, _log.debug)
+            http = HttpTransport(leftover.url, self._settings.token, tell_clock=leftover.has_this_clock)
             try:
-                sender.deliver(time.monotonic() + _LEFTOVER_SECONDS)
+                Sender(leftover, http, self._dropped, _log.debug).deliver(time.monotonic() + _LEFTOVER_SECONDS)
             except Exception as error:  # the agent's guard: a damaged file may raise anything
                 self._warn(f"the spool {leftover.path}, of another process, cannot be read and stays: {error}")
+            finally:
+                http.close()
 
     def close(self) -> None:
         """Wait until the sender has stopped, as ``sender.end`` told it to, and close the spool."""

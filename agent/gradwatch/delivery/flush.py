@@ -73,7 +73,7 @@ def deliver(
         timeout_seconds: longest wait for one response.
         warn: called with each warning; None: warnings go to the standard error stream.
     """
-    http, dropped = HttpTransport(url, token), Dropped()
+    http, dropped = HttpTransport(url, token, tell_clock=leftover.has_this_clock), Dropped()
     sender = Sender(leftover, http, dropped, warn or _print, timeout_seconds=timeout_seconds)
     sender.deliver()
     http.close()

@@ -10,8 +10,9 @@ from typing import Any, Final, Literal, Protocol
 
 import urllib3
 
-from gradwatch import wire
+from gradwatch import __version__, wire
 from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.processor_time import ProcessorTime, samples_share
 from gradwatch.delivery.splitting import count_values, split_batch
 from gradwatch.delivery.spool import Entry
 
@@ -81,19 +82,25 @@ class HttpTransport:
     Args:
         url: root of the server.
         token: bearer token, None where the server wants none.
+        tell_clock: whether the documents were made by this machine's clock, which the server then learns.
     """
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, *, tell_clock: bool = True) -> None:
         self._url = url
+        self._tell_clock = tell_clock
         self._pool = urllib3.PoolManager(num_pools=1, maxsize=1, retries=False)
-        self._headers = {"Content-Type": wire.MESSAGEPACK_TYPE, "Accept": wire.JSON_TYPE, "User-Agent": "gradwatch"}
+        self._headers = {
+            "Content-Type": wire.MESSAGEPACK_TYPE,
+            "Accept": wire.JSON_TYPE,
+            "User-Agent": f"gradwatch/{__version__}",
+        }
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
 
     def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
         """Send one document; return an error of the network as a result."""
         timeout = urllib3.Timeout(total=max(timeout_seconds, 0.01))
-        headers = self._headers | {wire.CLOCK_HEADER: f"{time.time():.3f}"}
+        headers = self._headers | ({wire.CLOCK_HEADER: f"{time.time():.3f}"} if self._tell_clock else {})
         try:
             response = self._pool.request(
                 "POST", self._url + path, body=body, headers=headers, timeout=timeout, redirect=False
@@ -170,8 +177,7 @@ class Sender:
         """Monotonic time at which to stop; None: go on."""
         self.rejected = 0
         """Documents that the server did not take, or took only in part."""
-        self.seconds = 0.0
-        """Processor time that the thread has taken."""
+        self.time = ProcessorTime()
         self._thread = threading.Thread(target=self._work, name="gradwatch-sender", daemon=True)
 
     def start(self) -> None:
@@ -219,17 +225,19 @@ class Sender:
 
     def _advance(self) -> bool:
         """Deliver one document, or wait for one; return False when it is time to stop."""
-        self.seconds = time.thread_time()
         left = self._timeout_seconds if self._deadline is None else self._deadline - time.monotonic()
         if left <= 0:
             return False  # the spool may be closed by now
         entry = self._queue.first()
         if entry is None:
             return self._deadline is None and self._wait_for_entry()
+        self.time.book()
         result = self._deliver_entry(entry, min(left, self._timeout_seconds))
         if result.is_final:
+            self.time.book_samples("send", entry.samples, samples_share(entry.samples, len(entry.body)))
             self._failed_attempts = 0
             return True
+        self.time.book()
         return self._pause_unless_ending(result)
 
     def _wait_for_entry(self) -> bool:

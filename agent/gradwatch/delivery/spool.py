@@ -18,6 +18,7 @@ import msgspec
 
 from gradwatch import wire
 from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.host_clock import clock_id
 from gradwatch.delivery.splitting import count_values
 
 Kind = Literal["registration", "batch"]
@@ -252,6 +253,8 @@ class Leftover:
         row = connection.execute("SELECT url, run FROM origin").fetchone()
         self.url: str = row[0] if row else ""
         self.run: str = row[1] if row else ""
+        self.has_this_clock = connection.execute("PRAGMA user_version").fetchone()[0] == clock_id()
+        """Whether it was written by a process with this one's clock; a folder may be shared by several machines."""
 
     @property
     def pending(self) -> int:
@@ -354,6 +357,7 @@ def _create(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA synchronous = FULL")
     connection.executescript(_SCHEMA)
     connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {clock_id()}")
     return connection
 
 

@@ -6,7 +6,7 @@ patched function meanwhile, the patch stays in place and only calls the original
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping, ValuesView
 from typing import Any
 
 import torch
@@ -78,6 +78,66 @@ class Patch:
         self._active.clear()
         if getattr(self.owner, self.name) is self._patched:
             setattr(self.owner, self.name, self._original)
+
+
+class AddedHook:
+    """A hook beside those in one of torch's global dictionaries of hooks, while it is applied.
+
+    The dictionary is not changed: a thread may be in the middle of running its hooks, and would raise an error into the
+    step of an optimizer. Instead another object takes its place, which has the same hooks and this one.
+
+    Args:
+        owner: the module that has the dictionary as an attribute.
+        name: name of the attribute.
+        hook: the hook, which comes last.
+    """
+
+    def __init__(self, owner: Any, name: str, hook: Function) -> None:
+        self.owner = owner
+        self.name = name
+        self._hook = hook
+        self._original: Any = None
+        self._hooks: _Hooks | None = None
+
+    def apply(self) -> None:
+        """Add the hook."""
+        original = getattr(self.owner, self.name)
+        if self._hooks is None or self._original is not original:
+            # It stays the same later on: a user's hook that was set meanwhile can be removed through it alone.
+            self._original, self._hooks = original, _Hooks(original, self._hook)
+        setattr(self.owner, self.name, self._hooks)
+
+    def undo(self) -> None:
+        """Take the hook away; where somebody has replaced the dictionary meanwhile, nothing is done."""
+        if getattr(self.owner, self.name) is self._hooks:
+            setattr(self.owner, self.name, self._original)
+
+
+class _Hooks(MutableMapping[int, Function]):
+    """Hooks of a dictionary, and one more that only shows among the values."""
+
+    def __init__(self, known: MutableMapping[int, Function], added: Function) -> None:
+        self._known = known
+        self._added = added
+
+    def values(self) -> ValuesView[Function]:
+        """Return all hooks as they are now; whoever changes them meanwhile disturbs nobody."""
+        return (*self._known.values(), self._added)  # type: ignore[return-value]
+
+    def __getitem__(self, key: int) -> Function:
+        return self._known[key]
+
+    def __setitem__(self, key: int, hook: Function) -> None:
+        self._known[key] = hook
+
+    def __delitem__(self, key: int) -> None:
+        del self._known[key]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
 
 
 def around(call: Function) -> Make:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch.hooks import weak_tensors
-from gradwatch.hooks.patch import Function, Patch, around, compiler, inside_no_grad
+from gradwatch.hooks.patch import AddedHook, Function, Patch, around, compiler, inside_no_grad
 
 _STEP_WRAPPER: Final = next(
     (code for code in Optimizer.profile_hook_step.__code__.co_consts if getattr(code, "co_name", "") == "wrapper"), None
@@ -56,8 +55,11 @@ class Listener(Protocol):
 
     def before_norm_clip(
         self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float | Tensor, norm_type: float
-    ) -> None:
-        """Gradients are about to be clipped by their total norm."""
+    ) -> bool | None:
+        """Gradients are about to be clipped by their total norm; return whether to call ``after_norm_clip``."""
+
+    def after_norm_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients have been clipped by their total norm."""
 
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
         """Gradients are about to be clipped by value."""
@@ -73,10 +75,8 @@ class Listener(Protocol):
 
 
 _listeners: tuple[Listener, ...] = ()
-_patches: list[Patch] = []
+_patches: list[Patch | AddedHook] = []
 """Those that are applied."""
-_undo: list[Callable[[], None]] = []
-"""Take away the hooks that torch itself offers."""
 _stepping: dict[int, tuple[int, weakref.ref[Optimizer]]] = {}
 """The optimizers in the middle of a step, by their ids, each with the id of the frame of torch's outermost wrapper."""
 _norm_type: ContextVar[float] = ContextVar("_norm_type", default=2.0)
@@ -120,8 +120,8 @@ def _set_hooks() -> None:
     if not _follows_forks:
         _follows_forks = True
         os.register_at_fork(after_in_child=_after_fork)  # nothing takes it away; without listeners it does nothing
-    _undo.append(register_optimizer_step_pre_hook(_before_step).remove)
-    _undo.append(register_optimizer_step_post_hook(_after_step).remove)
+    for added in _step_hooks:
+        _apply(added)
     _apply(weak_tensors.swap_patch)
     _apply(Patch(torch.autograd, "backward", _backward))
     _apply(Patch(sys, "exit", around(_exit)))
@@ -139,14 +139,12 @@ def _set_hooks() -> None:
         _apply(inside_no_grad(clip_grad.clip_grad_norm_, around(_measure_and_clip_by_norm)))
 
 
-def _apply(patch: Patch) -> None:
+def _apply(patch: Patch | AddedHook) -> None:
     patch.apply()
     _patches.append(patch)
 
 
 def _take_hooks_away() -> None:
-    while _undo:
-        _undo.pop()()
     while _patches:
         _patches.pop().undo()
     _stepping.clear()
@@ -195,6 +193,10 @@ def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str,
 
 _before_step_untraced: Final = torch.compiler.disable(_before_step)
 _after_step_untraced: Final = torch.compiler.disable(_after_step)
+_step_hooks: Final = (
+    AddedHook(sys.modules[Optimizer.__module__], "_global_optimizer_pre_hooks", _before_step),
+    AddedHook(sys.modules[Optimizer.__module__], "_global_optimizer_post_hooks", _after_step),
+)
 
 
 def _step_wrapper(frame: FrameType | None) -> FrameType | None:
@@ -226,7 +228,7 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
             losses = several if grad_tensors is None and tensors.numel() == 1 else []
         else:
             tensors, several = _listed(tensors)
-            losses = [tensor for tensor in several if tensor.numel() == 1] if grad_tensors is None else []
+            losses = _losses_among(several, grad_tensors)
         listening, noted = _listeners, []
         for listener in listening:
             noted.append(listener.before_backward(several, losses))  # noqa: PERF401 -- a comprehension is a call
@@ -241,6 +243,16 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
         return result
 
     return backward
+
+
+def _losses_among(tensors: Sequence[Tensor], grad_tensors: Any) -> list[Tensor]:
+    """Return the tensors that a backward pass starts from with a gradient of 1: pipelines pass a list of None."""
+    if grad_tensors is None:
+        return [tensor for tensor in tensors if tensor.numel() == 1]
+    if not isinstance(grad_tensors, list | tuple) or len(grad_tensors) != len(tensors):
+        return []
+    pairs = zip(tensors, grad_tensors, strict=True)
+    return [tensor for tensor, gradient in pairs if gradient is None and tensor.numel() == 1]
 
 
 def _listed(tensors: Iterable[Any]) -> tuple[Iterable[Any], list[Tensor]]:
@@ -326,9 +338,14 @@ def _clip_by_norm(original: Function, active: list[bool], aside: Function) -> Fu
         if not active or torch.compiler.is_compiling() or compiler() is not None:
             return aside(parameters, max_norm, total_norm, *args, **kwargs)
         several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        norm_type, asked = float(_norm_type.get()), []
         for listener in _listeners:
-            listener.before_norm_clip(several, total_norm, max_norm, float(_norm_type.get()))
-        return original(several, max_norm, total_norm, *args, **kwargs)
+            if listener.before_norm_clip(several, total_norm, max_norm, norm_type):
+                asked.append(listener)  # noqa: PERF401 -- a comprehension is a call
+        result = original(several, max_norm, total_norm, *args, **kwargs)
+        for listener in asked:
+            listener.after_norm_clip(several)
+        return result
 
     return clip_grads_with_norm_
 

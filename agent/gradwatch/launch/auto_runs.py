@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gradwatch.hooks import autograd_graph
 from gradwatch.lifecycle.process import default_run_name
+from gradwatch.model.discovery import parameters_of
 from gradwatch.session import Session, running_sessions
 from gradwatch.settings import RUN_ID, Settings, resolve
 
@@ -125,6 +126,17 @@ def _stepped(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
 
 def _optimizers_and_modules() -> tuple[list[Optimizer], list[nn.Module]]:
     """Return the optimizers and modules that are alive in this process, roughly in the order of their creation."""
+    if gc.get_freeze_count():
+        # A program that forks may have frozen its objects, which hides them: look at them, and freeze them again.
+        gc.unfreeze()
+        try:
+            return _of_generations()
+        finally:
+            gc.freeze()
+    return _of_generations()
+
+
+def _of_generations() -> tuple[list[Optimizer], list[nn.Module]]:
     optimizers: list[Optimizer] = []
     modules: list[nn.Module] = []
     for generation in (2, 1, 0):
@@ -153,7 +165,7 @@ def _children(module: nn.Module) -> list[nn.Module]:
 
 def _parameters(module: nn.Module) -> list[Tensor]:
     with suppress(Exception):
-        return list(module.parameters())
+        return list(parameters_of([module]))
     return []
 
 

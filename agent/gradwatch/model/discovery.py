@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from gradwatch import wire
 from gradwatch.hooks.weak_tensors import WeakTensor, weak
+from gradwatch.model.readability import reason_of, unreadable_reason
 from gradwatch.norms.tensor_spec import MOST_UNITS, TensorSpec, UnitAxis, local_part, spec_of
 from gradwatch.settings import LONGEST_NAME
 
@@ -33,6 +34,8 @@ class ParameterInfo:
     """Type of the module that owns it."""
     axis: UnitAxis
     groups: int
+    unreadable: str = ""
+    """Why it cannot be measured; empty if it can."""
 
     def to_wire(self, depth: int) -> wire.Parameter:
         """Return the parameter in the form in which it is registered on the server."""
@@ -51,6 +54,14 @@ class ParameterInfo:
         """Return the qualified name of the module that owns it."""
         owner, parametrised, _ = self.name.partition(".parametrizations.")
         return owner if parametrised else owner.rpartition(".")[0]
+
+    def judged(self) -> "ParameterInfo":
+        """Return the same parameter with the reason why it cannot be measured, if it cannot."""
+        parameter = self.parameter()
+        if parameter is None or self.unreadable:
+            return self
+        reason = unreadable_reason(parameter, self.axis, self.groups)
+        return replace(self, unreadable=reason) if reason else self
 
     def as_experts(self) -> "ParameterInfo":
         """Return the same parameter as the stacked weights of several experts: each row of each expert is a unit."""
@@ -77,20 +88,32 @@ def shorten_name(name: str) -> str:
 def find_parameters(models: Sequence[nn.Module]) -> Iterator[ParameterInfo]:
     """Yield every parameter once in the order of registration; a tied parameter has its first name.
 
-    A parameter of a lazy module has no shape before the first forward pass, and is left out until then.
+    A parameter of a lazy module has no shape before the first forward pass, and is left out until then. Where FSDP2 has
+    put an unsharded parameter in the place of a sharded one, for the time of a pass, the sharded one is meant.
     """
     seen: set[int] = set()
+    sharded_of = {id(unsharded): sharded for sharded, unsharded, _ in unsharded_parameters(models)}
     for place, model in enumerate(models):
         prefix = f"{place}." if len(models) > 1 else ""
         by_path: dict[str, nn.Module] = {}
         for path, module in without_data_parallel(model).named_modules():
             by_path[path] = module
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, registered in module.named_parameters(recurse=False):
+                parameter = sharded_of.get(id(registered), registered)
                 if id(parameter) in seen or is_lazy(parameter):
                     continue
                 seen.add(id(parameter))
                 full_name = _WRAPPERS.sub("", f"{prefix}{path}.{name}" if path else f"{prefix}{name}")
                 yield _describe(full_name, parameter, _owner(path, by_path))
+
+
+def parameters_of(models: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Yield the parameters of models, the sharded ones of FSDP2 wherever it has others in their place."""
+    several = list(models)
+    sharded_of = {id(unsharded): sharded for sharded, unsharded, _ in unsharded_parameters(several)}
+    for model in several:
+        for parameter in model.parameters():
+            yield sharded_of.get(id(parameter), parameter)
 
 
 def _owner(path: str, by_path: dict[str, nn.Module]) -> nn.Module:
@@ -102,17 +125,26 @@ def _owner(path: str, by_path: dict[str, nn.Module]) -> nn.Module:
 
 
 def _describe(name: str, parameter: Tensor, owner: nn.Module) -> ParameterInfo:
-    axis, groups = _axis(parameter, owner)
+    shape: tuple[int, ...]
+    axis: UnitAxis
+    reason = ""
+    try:
+        axis, groups = _axis(parameter, owner)
+        shape = tuple(map(int, parameter.shape))
+        units = spec_of(local_part(parameter), axis, groups).units
+    except Exception as error:  # a nested tensor has no shape, and raises errors of many kinds
+        axis, groups, shape, units, reason = "whole", 1, (), 1, reason_of(error)
     return ParameterInfo(
         name=name,
         parameter=weak(parameter),
-        shape=tuple(parameter.shape),
+        shape=shape,
         dtype=str(parameter.dtype).removeprefix("torch."),
-        units=spec_of(local_part(parameter), axis, groups).units,
+        units=units,
         trainable=parameter.requires_grad,
         kind=type(owner).__name__,
         axis=axis,
         groups=groups,
+        unreadable=reason,
     )
 
 
@@ -132,7 +164,7 @@ def names_and_parameters(infos: Sequence[ParameterInfo]) -> tuple[list[str], lis
     parameters = [info.parameter() for info in infos]
     return (
         [info.name for info in infos],
-        [torch.empty(0) if parameter is None else parameter for parameter in parameters],
+        [torch.empty(0, device="cpu") if parameter is None else parameter for parameter in parameters],
     )
 
 

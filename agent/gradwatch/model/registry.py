@@ -1,7 +1,7 @@
 """The watched parameters of some models: found again as the models change, and described for the server."""
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Final
 
@@ -45,6 +45,10 @@ class ParameterRegistry:
         """Id of a parameter -> its index."""
         self._index_of_unsharded: dict[int, int] = {}
         """Id of an unsharded parameter -> index of the sharded one."""
+        self.later: set[int] = set()
+        """Indices of the parameters that were found after the first search, at new places or in place of others."""
+        self.newly_unreadable: list[int] = []
+        """Indices of the parameters that were found to be unreadable and of which the user was not told yet."""
         self.sharded = False
         """Whether this rank holds only shards of some parameters."""
         self.trainable: list[bool] = []
@@ -71,13 +75,18 @@ class ParameterRegistry:
 
     def discover(self) -> bool:
         """Look for parameters that are not known yet; return whether there were any."""
-        new = [info for info in find_parameters(self.models) if not self._is_known(info)]
+        new = [info.judged() for info in find_parameters(self.models) if not self._is_known(info)]
         if self._expert_indices is None:
             new = [info.with_bounded_units() for info in new]
         indices = {info.name: index for index, info in enumerate(self.watched)}
+        searched_before = bool(self.watched)
         for info in new:
             parameter = info.parameter()
-            self._index_of[id(parameter)] = self._add(info, indices.get(info.name))
+            index = self._index_of[id(parameter)] = self._add(info, indices.get(info.name))
+            if searched_before:
+                self.later.add(index)
+            if info.unreadable:
+                self.newly_unreadable.append(index)
             self.sharded |= hasattr(parameter, "to_local")
         if new and self._expert_indices is not None:
             for index in self._expert_indices(*names_and_parameters(self.watched)):
@@ -152,6 +161,13 @@ class ParameterRegistry:
             for index, info in enumerate(self.watched)
             if index not in indices and (parameter := info.parameter()) is not None
         ]
+
+    def mark_unreadable(self, reasons: Mapping[int, str]) -> None:
+        """Note parameters that cannot be measured any more, by index with the reason."""
+        for index, reason in reasons.items():
+            if not self.watched[index].unreadable:
+                self.watched[index] = replace(self.watched[index], unreadable=reason)
+                self.newly_unreadable.append(index)
 
     def flip_trainable(self, indices: Iterable[int]) -> None:
         """Note that ``requires_grad`` of some parameters has changed."""

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from gradwatch.monitor.watched_models import WatchedModels
 from gradwatch.norms.transfer import copy_scalar
+from gradwatch.recording.clipped_gradients import ClippedGradients
 from gradwatch.recording.loss_scaling import LossScaling
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.optimizers import WatchedOptimizers, holds_optimizers
@@ -33,6 +34,7 @@ class StepActions:
         self._optimizers = optimizers
         self._scaling = scaling
         self._recorder = recorder
+        self.clipped_gradients = ClippedGradients()
 
     def measure_step(self, optimizer: Optimizer, record: StepRecord) -> tuple[Pass, Measurement] | None:
         """Measure the gradients that an optimizer is about to step with."""
@@ -42,8 +44,11 @@ class StepActions:
         self._note_frozen(known.parameters)
         self._note_rates(optimizer, record)
         measured = self._recorder.measure_before_step(known.parameters, record, optimizer)
+        if self._models.parameters.newly_unreadable:
+            self._models.register()
         if measured is not None:
             measured[1].clips = scaled_by(record.clips, known.parameters.index_set, stepping=True)
+            measured[1].changed = self.clipped_gradients.changed(known.parameters)
         return measured
 
     @property
@@ -87,6 +92,7 @@ class StepActions:
         if scale is not None and not self._optimizers.are_unscaled(listed, self._scaling.scaler):
             measurement.scale = copy_scalar(scale)
         measurement.void, measurement.clips = action.void, action.clips
+        measurement.compared = self.clipped_gradients.compared
 
     def clip(self, optimizer: Optimizer, outer: Optimizer | None, measured: tuple[Pass, Measurement] | None) -> None:
         """Clip the gradients of the optimizer's next step, by the measured norms or by those of an extra pass.
@@ -99,10 +105,14 @@ class StepActions:
         """
         clipper = self._models.clipper
         known = None if clipper is None else self._optimizers.find(optimizer)
+        if clipper is not None and known is None:
+            self._optimizers.raise_refusal(optimizer)
         if clipper is None or known is None or (outer is not None and clipper.has_clipped(known.parameters)):
             return
         watched = self._models.parameters.watched
         pass_ = measured[0] if measured is not None else clipper.measure(known.parameters, watched)
+        if known.parameters.unreadable:
+            clipper.raise_unreadable(known.parameters, watched)
         if pass_ is None:
             return
         limits = clipper.clip(optimizer, known.parameters, pass_, watched)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch.optim import Optimizer
 
@@ -14,13 +13,6 @@ from gradwatch.recording.recorder import NormRecorder
 from gradwatch.samples.collector import Message
 from gradwatch.samples.origin import OriginFinder
 from gradwatch.steps.core import StepCore
-
-
-class AgentThread(Protocol):
-    """A thread of the agent's own."""
-
-    seconds: float
-    """Processor time that it has taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

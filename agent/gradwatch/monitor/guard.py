@@ -4,11 +4,13 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
 from gradwatch.delivery.dropped import Dropped
+from gradwatch.delivery.processor_time import ProcessorTime
 from gradwatch.norms.streams import StreamLog
+from gradwatch.steps.schedule import Costs
 
 _log = logging.getLogger("gradwatch")
 
@@ -17,6 +19,13 @@ DISARMED_AFTER: Final = 3
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+class AgentThread(Protocol):
+    """A thread of the agent's own."""
+
+    time: ProcessorTime
+    """Processor time that it has taken."""
 
 
 class Guard:
@@ -43,8 +52,22 @@ class Guard:
         """Held by each guarded method: several threads may train what one agent watches."""
         self.spent_seconds = 0.0
         """Time that guarded methods have taken on the training thread."""
+        self.sample_seconds = 0.0
+        """The part of it that was taken for samples."""
         self._dropped = dropped
         self._disarmed = disarmed
+
+    def book_sample(self, started: float) -> None:
+        """Book the time since ``started``, of ``time.perf_counter``, as a sample's."""
+        self.sample_seconds += time.perf_counter() - started
+
+    def costs(self, threads: Sequence[AgentThread]) -> Costs:
+        """Return what the agent has taken so far; what the hook that asks takes is not in it yet."""
+        other, thread_sample = 0.0, 0.0
+        for thread in threads:
+            other += thread.time.other_seconds
+            thread_sample += thread.time.sample_seconds
+        return Costs(self.spent_seconds - self.sample_seconds, self.sample_seconds, other, thread_sample)
 
     def failed(self, error: Exception) -> None:
         """Count an error of the agent's own; after several errors, stop measuring and report that once."""

@@ -8,26 +8,24 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Sequence, Set
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.hooks import torch_hooks
 from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, with_closure
-from gradwatch.monitor.context import AgentThread, Callbacks, Parts, discard
-from gradwatch.monitor.guard import Guard, guarded
+from gradwatch.monitor.context import Callbacks, Parts, discard
+from gradwatch.monitor.guard import AgentThread, Guard, guarded
+from gradwatch.monitor.other_threads import OtherThreads
 from gradwatch.norms.transfer import Scalar, copy_and_check, copy_scalar, is_finite
-from gradwatch.ranks.exchange import is_partial
+from gradwatch.ranks.holdings import is_partial, ranks_of_norm
 from gradwatch.recording.gradient_versions import GradientVersions, Version
-from gradwatch.recording.optimizer_parameters import Pass
+from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.restored_steps import steps_made
 from gradwatch.samples.collector import Message
-from gradwatch.steps.core import Began, CountSteps, EndStep, Made
+from gradwatch.steps.core import Began, CountSteps, EndStep, Made, Measure
 from gradwatch.steps.state import Measurement, NormClip, StepRecord
-
-_ASKED: Final = 8
-"""Backward passes of a thread that trains something else whose graphs are all searched; then ever fewer of them are."""
 
 
 class TrainingListener:
@@ -59,8 +57,7 @@ class TrainingListener:
         self._origin = parts.origin
         self._versions = GradientVersions(self._parameters)
         self._actions = StepActions(parts.models, parts.optimizers, parts.scaling, parts.recorder)
-        self._elsewhere = threading.local()
-        """How often each other thread was found to train something else."""
+        self._others = OtherThreads(parts.steps, parts.models.parameters)
 
     def exiting(self, status: object) -> None:
         """``sys.exit`` was called."""
@@ -128,10 +125,18 @@ class TrainingListener:
 
     @guarded
     def _measure_step(self, optimizer: Optimizer, record: StepRecord) -> tuple[Pass, Measurement] | None:
+        started = time.perf_counter()
         measured = self._actions.measure_step(optimizer, record)
         if self._clips:
-            self.guard.spent_seconds -= self._recorder.pass_seconds  # clipping needs this pass at every step
+            started += self._recorder.pass_seconds  # clipping needs this pass at every step
+            self.guard.spent_seconds -= self._recorder.pass_seconds
+        self.guard.book_sample(started)
         return measured
+
+    def _measure_before_clip(self, listed: OptimizerParameters, action: Measure) -> None:
+        started = time.perf_counter()
+        self._actions.measure_before_clip(listed, action)
+        self.guard.book_sample(started)
 
     @guarded
     def _begin(self, optimizer: Optimizer, outer: Optimizer | None, closure: bool) -> StepRecord | None:
@@ -151,7 +156,7 @@ class TrainingListener:
             time.time(),
             None if around is None else around.key,
             closure,
-            self._reached_threads() if self._steps.state.under_way else frozenset(),
+            self._others.reached() if self._steps.state.under_way else frozenset(),
         )
         began = event()
         while not isinstance(began, Began):
@@ -172,14 +177,6 @@ class TrainingListener:
         if not made:
             self._callbacks.unknown_step(optimizer)
 
-    def _reached_threads(self) -> frozenset[int]:
-        """Return the other threads that differentiate losses of this training; none if the training thread steps."""
-        state, here = self._steps.state, threading.get_ident()
-        if here == state.thread:
-            return frozenset()
-        others = (thread for thread in state.under_way if thread not in (here, state.thread))
-        return frozenset(thread for thread in others if self._parameters.are_reached(state.under_way[thread]))
-
     @guarded
     def _closure_returned(self, optimizer: Optimizer, record: StepRecord | None) -> None:
         known = self._optimizers.find(optimizer) if self.guard.watching else None
@@ -197,7 +194,9 @@ class TrainingListener:
         if record is None or known is None or known.key not in record.stepped:
             return
         if record.buffers is not None:
+            started = time.perf_counter()
             self._recorder.measure_updates(optimizer, record)
+            self.guard.book_sample(started)
         made = self._steps.step_made(known.key)
         if made.without_closure:
             self._notices.uncalled_closure(optimizer)
@@ -235,16 +234,13 @@ class TrainingListener:
         record = self._steps.state.open
         if record is None:
             return
-        spent = self.guard.spent_seconds
         if self._origin.is_active:
             self._origin.finish_step(record)
         if record.buffers is not None or self._recorder.streams.used:
+            started = time.perf_counter()
             self._recorder.send(record)
-            spent += self._recorder.rest_seconds  # of this hook, whose other time is booked with the next step
-        background = 0.0
-        for thread in self.threads:
-            background += thread.seconds
-        self._steps.step_ended(time.perf_counter(), spent, background, learn=learn)
+            self.guard.book_sample(started)
+        self._steps.step_ended(time.perf_counter(), self.guard.costs(self.threads), learn=learn)
         if record.sampled:
             record.excluded = self._actions.excluded
         self.put(record)
@@ -261,7 +257,7 @@ class TrainingListener:
         if not (self.guard.watching or self._classifier.searches_left):
             return None
         thread, state = threading.get_ident(), self._steps.state
-        if thread != state.thread and not self._trains_here(tensors):
+        if thread != state.thread and not self._others.trains_here(tensors):
             return None
         if self._classifier.searches_left:
             self._models.search_classifier(tensors)
@@ -290,28 +286,13 @@ class TrainingListener:
         changed = None
         if before is not None:
             versions, tensors = cast("tuple[dict[int, Version], Sequence[Tensor]]", before)
-            if thread == self._steps.state.thread or self._trains_here(tensors):
+            if thread == self._steps.state.thread or self._others.trains_here(tensors):
                 changed = self._versions.changed(versions, losses)
         unstepped = self._steps.backward_ended(thread, losses, changed)
         if self._steps.state.dropped:
             self._take_back_buffers()
         if unstepped is not None:
             self._notices.unstepped(unstepped)
-
-    def _trains_here(self, tensors: Sequence[Tensor]) -> bool:
-        """Return whether another thread than the one that trained so far trains from now on.
-
-        Only the thread that trains may look at gradients: it may be replacing one, and a look from another thread would
-        then crash the process. Besides, the gradients may change while another thread trains another model. Each check
-        searches the graph of the losses, so a thread that trains another model is checked more and more rarely.
-        """
-        times: int = getattr(self._elsewhere, "times", 0)
-        self._elsewhere.times = times + 1
-        if (times > _ASKED and times & (times - 1)) or not self._parameters.are_reached(tensors):
-            return False
-        self._elsewhere.times = 0
-        self._steps.training_moved(threading.get_ident())
-        return True
 
     def _search_origin(self, tensors: Sequence[Tensor]) -> None:
         """Search the graph of a loss that is not finite for the module where that began."""
@@ -327,21 +308,30 @@ class TrainingListener:
     @guarded
     def before_norm_clip(
         self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: Scalar, norm_type: float
-    ) -> None:
-        """Gradients are about to be clipped by their total norm."""
+    ) -> bool:
+        """Gradients are about to be clipped by their total norm; return whether to tell when they are."""
         listed = self._optimizers.lists.find(parameters) if self.guard.watching else None
         if listed is None or not listed.indices:
-            return
+            return False
         limit = copy_scalar(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
         total, finite = copy_and_check(total_norm)
         partial = type(total_norm) is not Tensor and is_partial(total_norm)
-        clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite)
+        ranks, repeats = ranks_of_norm(total_norm) if partial else ((), False)
+        clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite, ranks, repeats)
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
-        # before, where it can be seen.
-        measure = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
+        # before, where it can be seen. So where gradients may change before they are stepped with.
+        destroys = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
+        sampled = self._steps.is_sampled
+        measure = destroys or (sampled and not self._actions.clipped_gradients.are_left_alone)
         action = self._steps.norm_clipped(clip, listed.indices, measure)
         if action is not None:
-            self._actions.measure_before_clip(listed, action)
+            self._measure_before_clip(listed, action)
+        return sampled and not measure
+
+    @guarded
+    def after_norm_clip(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients have been clipped by their total norm, and were not measured before."""
+        self._actions.clipped_gradients.note(self._optimizers.lists.find(parameters))
 
     @guarded
     def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
@@ -351,7 +341,7 @@ class TrainingListener:
             return
         action = self._steps.value_clipped(listed.index_set, listed.indices)
         if action is not None:
-            self._actions.measure_before_clip(listed, action)
+            self._measure_before_clip(listed, action)
 
     def after_zero_grad(self, owner: Optimizer | nn.Module) -> None:
         """An optimizer or a module has cleared its gradients."""

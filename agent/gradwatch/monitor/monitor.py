@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.hooks import torch_hooks
-from gradwatch.monitor.context import AgentThread, Callbacks, Parts
-from gradwatch.monitor.guard import Guard
+from gradwatch.monitor.context import Callbacks, Parts
+from gradwatch.monitor.guard import AgentThread, Guard
 from gradwatch.monitor.listener import TrainingListener
 from gradwatch.monitor.notices import Notices
 from gradwatch.monitor.watched_models import WatchedModels
@@ -71,6 +71,7 @@ class Monitor:
             self.models.classifier.search_again,
             clips=clips,
             warn=self.notices.warn,
+            refused=self.notices.not_measured,
         )
         made = steps_made(self._optimizers.named, wait=True) if step is None else step
         self.steps = StepCore(
@@ -137,6 +138,12 @@ class Monitor:
         torch_hooks.leave(self.listener)
         self.models.parameters.close()
         self._origin.close()
+
+    def stop_watching(self) -> None:
+        """Measure nothing any more, but go on clipping; another thread than the training's may call this."""
+        with self.guard.lock:
+            self.guard.watching = False
+            self.models.stop_registering()
 
     def watches(self, parameter: Tensor) -> bool:
         """Return whether a parameter is watched."""

@@ -2,12 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from torch.optim import Optimizer
 
 from gradwatch import wire
+from gradwatch.model.discovery import ParameterInfo
 from gradwatch.monitor.guard import DISARMED_AFTER
+
+_NAMED: Final = 8
+"""Parameters that one notice names at most."""
 
 _log = logging.getLogger("gradwatch")
 
@@ -46,6 +51,26 @@ class Notices:
         """Tell the user that nothing is measured, because this rank holds only parts of the parameters."""
         self.warn(f"{reason}. Gradients and weights are not measured")
         self.report("not_measured", reason)
+
+    def unreadable(self, parameters: Sequence[ParameterInfo]) -> None:
+        """Name the parameters that cannot be measured."""
+        named = [f"{info.name} ({info.unreadable})" for info in parameters[:_NAMED]]
+        if len(parameters) > _NAMED:
+            named.append(f"and {len(parameters) - _NAMED} more")
+        text = f"cannot be measured, the other parameters are: {', '.join(named)}"
+        self.warn(text)
+        self.report("unreadable_parameters", text)
+
+    def not_measured(self, reason: str) -> None:
+        """Tell the user that something is not measured."""
+        self.warn(reason)
+        self.report("not_measured", reason)
+
+    def clipping_ended(self, run: str) -> None:
+        """Tell the user that attaching again without ``clip=`` has ended the clipping of an earlier run."""
+        text = f"the model was attached again without clip=: the adaptive clipping of {run} has ended"
+        self.warn(text)
+        self.report("clipping_ended", text)
 
     def unstepped(self, passes: int) -> None:
         """Tell the user that no optimizer steps a watched parameter."""

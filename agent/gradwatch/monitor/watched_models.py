@@ -10,7 +10,7 @@ from gradwatch.clipping.executor import AgcExecutor
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.monitor.notices import Notices
 from gradwatch.ranks.exchange import RankExchange, incomplete_reason, uses_fsdp1
-from gradwatch.ranks.parts import RegisteredParameters, ownership
+from gradwatch.ranks.holdings import RegisteredParameters, holdings_of, peers_of
 
 
 class WatchedModels:
@@ -58,6 +58,11 @@ class WatchedModels:
         if self.parts_only:
             self._notices.report("not_measured", self.parts_only)
 
+    def _tell_unreadable(self) -> None:
+        """Name the parameters that cannot be measured to the user, each once."""
+        new, self.parameters.newly_unreadable = self.parameters.newly_unreadable, []
+        self._notices.unreadable([self.parameters.watched[index] for index in sorted(new)])
+
     def stop_registering(self) -> None:
         """Stop registering parameters."""
         self._registers = False
@@ -65,9 +70,14 @@ class WatchedModels:
     def register(self) -> None:
         """Tell the server of the parameters."""
         if self._registers:
+            if self.parameters.newly_unreadable:
+                self._tell_unreadable()
             watched, depths = self.parameters.described()
-            reported = None if self._ranks is None else ownership(watched, self._ranks.rank)
-            self._put(RegisteredParameters(watched, depths, reported))
+            held, peers = None, []
+            if self._ranks is not None:
+                rank = self._ranks.rank
+                held, peers = holdings_of(watched, rank), peers_of(self.parameters.models, rank)
+            self._put(RegisteredParameters(watched, depths, held, peers))
 
     def discover(self) -> bool:
         """Look for parameters that are not known yet; return whether there were any."""
@@ -75,6 +85,11 @@ class WatchedModels:
         if new and self.clipper is not None:
             self.clipper.find_excluded(self.parameters.watched)
         return new
+
+    def note_not_measured(self, reason: str) -> None:
+        """Tell the user that something is not measured, unless nothing is anyway."""
+        if not self.parts_only:
+            self._notices.not_measured(reason)
 
     def check_parts(self, *, watching: bool) -> bool:
         """Return whether this rank could measure only its part of the parameters, so that nothing is measured.

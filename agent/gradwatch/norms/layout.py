@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gradwatch.norms.tensor_spec import WIDEST_ROW, BufferKey, TensorSpec
+from gradwatch.norms.tensor_spec import BufferKey, TensorSpec, widest_row
 
 _DIRECT_BYTES: Final = {"cpu": 1 << 19}
 """Bytes from which a tensor is reduced where it lies. Measured on 2 CPU cores: copying takes 0.7 times as long as
@@ -114,7 +114,7 @@ def _split_by_size(specs: Sequence[TensorSpec], direct_bytes: int | None) -> tup
 def _fits_bucket(spec: TensorSpec) -> bool:
     plain = spec.dtype.is_floating_point and spec.dtype.itemsize > 1 and not spec.sparse
     in_order = spec.axis == "rows" or len(spec.shape) == 1
-    return plain and in_order and spec.width <= WIDEST_ROW
+    return plain and in_order and spec.width <= widest_row(spec.device)
 
 
 def _copied_bytes(spec: TensorSpec) -> int:

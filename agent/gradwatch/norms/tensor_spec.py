@@ -16,7 +16,11 @@ UnitAxis = Literal["rows", "transposed", "experts", "whole"]
 ``experts`` dims 0 and 1 (the rows of each expert); ``whole`` none, the tensor is one unit."""
 
 WIDEST_ROW: Final = 1 << 16
-"""Elements that are summed in one float32 sum at most; wider units are summed in blocks."""
+"""Elements that are summed in one float32 sum at most; wider units are summed in blocks. Accelerators sum in trees."""
+_WIDEST_ROW_CPU: Final = 1 << 13
+"""The same on the CPU, where a sum runs along the row in some lanes, and elements that are alike are rounded alike."""
+_WIDEST_STRIDED_ROW: Final = 1 << 11
+"""The same where the elements of a unit do not lie side by side: it is summed in one lane."""
 MOST_UNITS: Final = 1 << 20
 """Units of one tensor whose norms are kept apart where nothing is clipped by them: 4 MiB a buffer."""
 
@@ -66,6 +70,11 @@ class TensorSpec(NamedTuple):
         return BufferKey(self.device, self.norm_dtype)
 
 
+def widest_row(device: torch.device) -> int:
+    """Return how many elements are summed in one float32 sum at most, so that a norm is right to 1e-5."""
+    return _WIDEST_ROW_CPU if device.type == "cpu" else WIDEST_ROW
+
+
 def spec_of(tensor: Tensor, axis: UnitAxis, groups: int = 1) -> TensorSpec:
     """Return the specification of ``tensor``."""
     return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device, axis, groups, tensor.layout != torch.strided)
@@ -78,10 +87,18 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
+def real_view(tensor: Tensor) -> Tensor:
+    """Return a view of the real and imaginary parts of a complex tensor, as a last dim of 2.
+
+    Of one that is lazily conjugated, it is that of its conjugate: norms are the same, and so is scaling by a number.
+    """
+    return torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
+
+
 def unit_rows(tensor: Tensor, spec: TensorSpec) -> Tensor:
     """Return a real floating-point view or copy with the units along dim 0 and two dims or more."""
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = real_view(tensor)
     elif not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
         tensor = tensor.to(spec.norm_dtype)
     if spec.units == 1:
@@ -96,8 +113,8 @@ def unit_rows(tensor: Tensor, spec: TensorSpec) -> Tensor:
     return by_group.transpose(1, 2).flatten(0, 1)
 
 
-_BLOCK: Final = 1 << 12
-"""Elements of one block of a unit that is wider than ``WIDEST_ROW``."""
+_BLOCK: Final = 1 << 10
+"""Elements of one block of a unit that is too wide for one sum."""
 _CONVERTED: Final = 1 << 22
 """Elements of an integer tensor that are converted to floating point at once."""
 
@@ -112,16 +129,34 @@ def norm_function(spec: TensorSpec) -> NormFunction:
         return _write_sparse
     if spec.units == 1 and spec.width > _CONVERTED and not (real or spec.dtype.is_complex):
         return _write_integers
-    if spec.width > WIDEST_ROW:
+    if spec.width > widest_row(spec.device):
         return partial(_write_in_blocks, spec)
     if real and spec.dtype.itemsize > 1:
         if len(spec.shape) == 1:
-            return partial(_write_over_dims, (0,), True)
-        if spec.axis == "transposed" and len(spec.shape) > 2:
+            return _in_lanes(spec, partial(_write_over_dims, (0,), True))
+        if spec.axis == "transposed" and len(spec.shape) > 2 and spec.shape[0] <= _WIDEST_STRIDED_ROW:
             return partial(_write_transposed, spec.groups)
         if spec.axis == "rows" and spec.units > 1:
-            return partial(_write_over_dims, tuple(range(1, len(spec.shape))), False)
+            return _in_lanes(spec, partial(_write_over_dims, tuple(range(1, len(spec.shape))), False))
+    if spec.axis == "transposed" and spec.width > _WIDEST_STRIDED_ROW:
+        return partial(_write_in_blocks, spec)
     return partial(_write_rows, spec)
+
+
+def _in_lanes(spec: TensorSpec, write: NormFunction) -> NormFunction:
+    """Return a function that sums units whose elements do not lie side by side in blocks."""
+    if spec.device.type != "cpu" or spec.width <= _WIDEST_STRIDED_ROW or spec.norm_dtype == torch.float64:
+        return write
+    vector = len(spec.shape) == 1
+
+    def write_norms(tensor: Tensor, out: Tensor) -> None:
+        step = tensor.stride(0)
+        if step == 1 if vector else step >= spec.width:
+            write(tensor, out)
+        else:
+            _write_in_blocks(spec, tensor, out)
+
+    return write_norms
 
 
 def _write_over_dims(dims: tuple[int, ...], keepdim: bool, tensor: Tensor, out: Tensor) -> None:
@@ -161,7 +196,10 @@ def _write_in_blocks(spec: TensorSpec, tensor: Tensor, out: Tensor) -> None:
     if rest:
         tail = torch.linalg.vector_norm(flat[:, blocks * _BLOCK :], dim=1, keepdim=True, dtype=dtype)
         norms = torch.cat((norms, tail), dim=1)
-    torch.linalg.vector_norm(norms, dim=1, out=out)
+    if out.device.type == "cpu":
+        out.copy_(torch.linalg.vector_norm(norms, dim=1, dtype=torch.float64))  # of 100 million elements they are many
+    else:
+        torch.linalg.vector_norm(norms, dim=1, out=out)
 
 
 def _write_sparse(tensor: Tensor, out: Tensor) -> None:
@@ -169,6 +207,6 @@ def _write_sparse(tensor: Tensor, out: Tensor) -> None:
     coalesced = tensor.coalesce()
     indices, values = coalesced.indices(), coalesced.values()
     if torch.is_complex(values):
-        values = torch.view_as_real(values)
+        values = real_view(values)
     squares = values.to(out.dtype).square().reshape(values.shape[0], math.prod(values.shape[1:])).sum(1)
     out.zero_().index_add_(0, indices[0] if out.numel() > 1 else torch.zeros_like(indices[0]), squares).sqrt_()

@@ -122,10 +122,10 @@ class TritonTable:
             programs += spec.units
         self._device = key.device
         self._grid = (programs,)
-        self._owners = _to_device(torch.cat(owners), key.device) if owners else torch.zeros(0)
+        self._owners = _to_device(torch.cat(owners), key.device) if owners else torch.zeros(0, device="cpu")
         self._rows = _to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), key.device)
         self._copied_addresses: list[int] = []
-        self._addresses = torch.zeros(0)
+        self._addresses = torch.zeros(0, device="cpu")
         self._double = key.dtype == torch.float64
 
     def launch(self, kernel: _Kernel, tensors: Sequence[Tensor], units: Tensor) -> list[int]:

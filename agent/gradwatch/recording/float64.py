@@ -74,7 +74,7 @@ def _repairs(
 def _repaired(units: Floats, doubtful: NDArray[np.bool_], tensor: Tensor, spec: TensorSpec) -> Floats | None:
     """Return the unit norms of a tensor, the doubtful ones in float64; None if all of them were right."""
     if spec.sparse:
-        out = torch.zeros(spec.units, dtype=torch.float64)
+        out = torch.zeros(spec.units, dtype=torch.float64, device="cpu")
         norm_function(spec)(tensor, out)
         return np.where(doubtful, out.numpy(), units)
     rows = unit_rows(tensor, spec)

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor
 
 from gradwatch.hooks.autograd_graph import NodeBudget, roots, walk
-from gradwatch.norms.transfer import copy_scalar, is_finite
+from gradwatch.norms.transfer import Scalar, copy_and_check, copy_scalar
 
 _REMEMBERED: Final = 16
 """Scaled losses that are remembered."""
@@ -66,10 +66,9 @@ class LossScaling:
     def _set_scaler(self, scaler: "weakref.ref[Any]") -> None:
         self._scaler, self.has_scaler = scaler, True
 
-    def keep(self, loss: Tensor) -> tuple[Tensor, bool]:
-        """Return a copy of a loss as it was before it was scaled, and whether it is seen to be finite."""
-        number = self._original(loss)
-        return number, is_finite(number)
+    def keep(self, loss: Tensor) -> tuple[Scalar, bool]:
+        """Return a loss as it was before it was scaled, and whether it is seen to be finite."""
+        return copy_and_check(self._original(loss))
 
     def _original(self, loss: Tensor) -> Tensor:
         for known in self._scaled:

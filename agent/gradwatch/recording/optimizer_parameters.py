@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gradwatch.hooks.weak_tensors import deaths, weak
 from gradwatch.model.discovery import ParameterInfo
+from gradwatch.model.readability import culprits
 from gradwatch.norms.buffers import SampleBuffers, UnitNorms
 from gradwatch.norms.layout import MeasurementPlan
-from gradwatch.norms.reducer import LayoutChangedError
 from gradwatch.norms.tensor_spec import local_part
 
 _PLANS: Final = 8
@@ -43,9 +43,15 @@ class OptimizerParameters:
     Args:
         groups: parameters as they are listed, by group.
         find: gives the index of a watched parameter, None for any other.
+        watched: all parameters of the run.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], find: Callable[[Tensor], int | None]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        find: Callable[[Tensor], int | None],
+        watched: Sequence[ParameterInfo] = (),
+    ) -> None:
         known = [
             (index, parameter, place)
             for place, group in enumerate(groups)
@@ -54,6 +60,8 @@ class OptimizerParameters:
         ]
         self.indices = [index for index, _, _ in known]
         self.index_set = frozenset(self.indices)
+        self.unreadable = {index: watched[index].unreadable for index in self.indices if watched[index].unreadable}
+        """Why some of them cannot be measured, by index."""
         self.repeated = {index: times for index, times in Counter(self.indices).items() if times > 1}
         """How often each is listed that is listed more than once: a clipping by norm scales it each time."""
         self._listed = [weak(parameter) for group in groups for parameter in group]
@@ -97,6 +105,10 @@ class OptimizerParameters:
         """
         parameters = self.parameters
         grads = [parameter.grad for parameter in parameters]
+        if self.unreadable:
+            grads = [
+                None if index in self.unreadable else grad for index, grad in zip(self.indices, grads, strict=True)
+            ]
         present = bytes(map(is_not, grads, repeat(None)))
         members = list(compress(parameters, present))
         there = [grad for grad in grads if grad is not None]
@@ -105,17 +117,45 @@ class OptimizerParameters:
         with torch.no_grad():
             if self.sharded:
                 members, there = [local_part(member) for member in members], [local_part(grad) for grad in there]
-            for attempt in range(2):
-                norms = buffers.allocate(self._plan(present, members, there, watched))
-                try:
-                    norms.measure(there, members)
-                    break
-                except (LayoutChangedError, RuntimeError):
-                    # A gradient has become sparse, or changed its type or device: plan anew, once.
-                    self._plans.clear()
-                    if attempt:
-                        raise
-        return Pass(norms, members, there)
+            norms = self._written(buffers, present, members, there, watched)
+        # What has become unreadable is left out from now on, and costs the others nothing.
+        return self.measure(buffers, watched) if norms is None else Pass(norms, members, there)
+
+    def _written(
+        self,
+        buffers: SampleBuffers,
+        present: bytes,
+        members: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        watched: Sequence[ParameterInfo],
+    ) -> UnitNorms | None:
+        """Write the unit norms of some parameters; return None if one has turned out to be unreadable.
+
+        Raises:
+            RuntimeError: the norms cannot be written, and it is no single parameter's fault.
+        """
+        for attempt in range(2):
+            try:
+                norms = buffers.allocate(self._plan(present, members, grads, watched))
+                norms.measure(grads, members)
+            except Exception:  # a gradient may be of any type by now, and so may the error
+                # A gradient has become sparse, or changed its type or device: plan anew, once.
+                self._plans.clear()
+                if attempt and not self._note_unreadable(present, members, grads, watched):
+                    raise
+            else:
+                return norms
+        return None
+
+    def _note_unreadable(
+        self, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor], watched: Sequence[ParameterInfo]
+    ) -> bool:
+        """Find the parameters that cannot be measured; return whether there are any."""
+        indices = list(compress(self.indices, present))
+        axes = [(watched[index].axis, watched[index].groups) for index in indices]
+        found = culprits(grads, axes) | culprits(members, axes)
+        self.unreadable |= {indices[position]: reason for position, reason in found.items()}
+        return bool(found)
 
     def _plan(
         self, present: bytes, members: Sequence[Tensor], grads: Sequence[Tensor], watched: Sequence[ParameterInfo]

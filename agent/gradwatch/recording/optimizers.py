@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from gradwatch.hooks.weak_tensors import deaths
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.recording.optimizer_parameters import OptimizerParameters
-from gradwatch.steps.ownership import Adoption, Named, adoption_of
+from gradwatch.steps.ownership import ADOPTED, Adoption, Named, adoption_of
 
 _LISTS: Final = 8
 """Lists that are remembered: a loop may clip several, each at every step."""
@@ -49,7 +49,7 @@ def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] 
 class KnownOptimizer:
     """An optimizer that was seen. It is not kept alive."""
 
-    __slots__ = ("counts", "key", "last", "parameters", "places", "reference")
+    __slots__ = ("counts", "key", "last", "parameters", "places", "reference", "refusal")
 
     def __init__(self, key: int, reference: "weakref.ref[Optimizer]", *, counts: bool) -> None:
         self.key = key
@@ -59,6 +59,8 @@ class KnownOptimizer:
         self.parameters = OptimizerParameters([], lambda _tensor: None)
         self.last: frozenset[int] | None = None
         """Watched parameters that it was last seen to step; None: it was not seen to step."""
+        self.refusal = ""
+        """Why its steps do not count, where that must still be raised."""
         self.places: list[int] = []
         """Places of its parameter groups among those of all optimizers; they stay what they are."""
 
@@ -100,6 +102,7 @@ class WatchedOptimizers:
         changed: called after the parameters of an optimizer were looked up.
         clips: whether AGC clips their gradients.
         warn: tells the user something once.
+        refused: tells the user that an optimizer of watched parameters does not count.
     """
 
     def __init__(
@@ -111,12 +114,14 @@ class WatchedOptimizers:
         *,
         clips: bool,
         warn: Callable[[str], None],
+        refused: Callable[[str], None],
     ) -> None:
         self._parameters = parameters
         self._renew = renew
         self._changed = changed
         self._clips = clips
         self._warn = warn
+        self._refused = refused
         self._known: dict[int, KnownOptimizer] = {}
         """By the id of the optimizer, which may be gone, and its id another's by now."""
         self.gone: deque[int] = deque()
@@ -193,29 +198,64 @@ class WatchedOptimizers:
         """Decide whether an optimizer that was not seen before counts."""
         if self._named is None:
             return self._register(optimizer, counts=True)
+        # Its parameters may have become the model's after the last search: a new head, adapters, assigned weights.
+        self._renew(any(self._parameters.find(tensor) is None for tensor in _tensors_of(optimizer)))
         within = any(_holds(named, optimizer) for named in self.named)
         around = not within and any(_holds(optimizer, named) for named in self.named)
-        found = {self._parameters.find(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        stepped = frozenset(index for index in found if index is not None)
-        named = [Named(known.key, known.reference() is None, known.last) for known in self._named]
-        adoption, replaced = adoption_of(stepped, named, within_named=within, around_named=around)
-        known = self._register(optimizer, counts=adoption in (Adoption.WITHIN, Adoption.REPLACES))
-        if adoption is Adoption.REPLACES:
+        stepped = self._watched_of(optimizer)
+        named = [self._as_named(known) for known in self._named]
+        adoption, replaced = adoption_of(
+            stepped, named, within_named=within, around_named=around, found_later=stepped <= self._parameters.later
+        )
+        known = self._register(optimizer, counts=adoption in ADOPTED)
+        if adoption is Adoption.REPLACES and replaced is not None:
             self._named = [known if other.key == replaced else other for other in self._named]
+            self.gone.append(replaced)
         elif known.counts:
             self._named.append(known)
         elif adoption is Adoption.STRANGER:
-            self._warn(
-                f"{type(optimizer).__name__} steps watched parameters, but was not given to attach(): it is not "
-                + ("clipped or measured" if self._clips else "measured")
-            )
+            self._refuse(known, optimizer, stepped)
         return known
+
+    def _watched_of(self, optimizer: Optimizer) -> frozenset[int]:
+        found = (self._parameters.find(tensor) for tensor in _tensors_of(optimizer))
+        return frozenset(index for index in found if index is not None)
+
+    def _as_named(self, known: KnownOptimizer) -> Named:
+        """Describe a named optimizer; one whose parameters have all left the model is gone, whoever still holds it."""
+        optimizer = known.reference()
+        left = optimizer is not None and bool(known.last) and not self._watched_of(optimizer)
+        return Named(known.key, optimizer is None or left, known.last)
+
+    def _refuse(self, known: KnownOptimizer, optimizer: Optimizer, stepped: frozenset[int]) -> None:
+        """Tell the user that an optimizer does not count; if gradients are clipped, its next step raises that."""
+        name = self._parameters.watched[min(stepped)].name
+        text = (
+            f"{type(optimizer).__name__} steps watched parameters ({name}"
+            + (f" and {len(stepped) - 1} more" if len(stepped) > 1 else "")
+            + "), but was not given to attach(): it is not "
+            + ("clipped or measured" if self._clips else "measured")
+            + ". Give attach() every optimizer of the model, or none (optimizer=None)"
+        )
+        known.refusal = text if self._clips else ""
+        self._refused(text)
+
+    def raise_refusal(self, optimizer: Optimizer) -> None:
+        """Raise, once, that an optimizer of watched parameters steps unclipped.
+
+        Raises:
+            RuntimeError: the optimizer was refused.
+        """
+        known = self._known.get(id(optimizer))
+        if known is not None and known.refusal and known.reference() is optimizer:
+            text, known.refusal = known.refusal, ""
+            raise RuntimeError(text)
 
     def _look_up(self, optimizer: Optimizer, known: KnownOptimizer) -> OptimizerParameters:
         groups = [group["params"] for group in optimizer.param_groups]
         find = self._parameters.find
         self._renew(any(find(parameter) is None for group in groups for parameter in group))
-        parameters = known.parameters = OptimizerParameters(groups, find)
+        parameters = known.parameters = OptimizerParameters(groups, find, self._parameters.watched)
         known.last = parameters.index_set
         self._changed()
         others = sum(map(len, groups)) - len(parameters.indices)
@@ -227,7 +267,7 @@ class WatchedOptimizers:
         # A list that holds nothing watched is another model's, and may come often.
         unknown = sum(self._parameters.find(parameter) is None for parameter in parameters)
         self._renew(0 < unknown < len(parameters))
-        return OptimizerParameters([parameters], self._parameters.find)
+        return OptimizerParameters([parameters], self._parameters.find, self._parameters.watched)
 
     def forget_lists(self) -> None:
         """Forget the lists that were clipped: the watched parameters have changed."""
@@ -249,8 +289,7 @@ class WatchedOptimizers:
             ValueError: there is such an optimizer, and AGC is on.
         """
         for optimizer in self.named:
-            tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
-            if any(self._parameters.find(tensor) is not None for tensor in tensors):
+            if self._watched_of(optimizer):
                 continue
             text = f"{type(optimizer).__name__} steps no parameter of the model that was given to attach()"
             if self._clips:
@@ -267,6 +306,12 @@ class WatchedOptimizers:
             if states[id(optimizer)]["stage"].name != "READY":
                 return True
         return False
+
+
+def _tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """Yield the parameters in the groups of an optimizer."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def _holds(outer: Optimizer, inner: Optimizer) -> bool:

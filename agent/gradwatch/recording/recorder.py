@@ -38,8 +38,6 @@ class NormRecorder:
         self.pool = BufferPool(self.streams)
         self.pass_seconds = 0.0
         """Time of the last pass over gradients and weights; where AGC clips, it needs this pass anyway."""
-        self.rest_seconds = 0.0
-        """Time that the last step took for the weights that no optimizer has stepped."""
         self.stopped = False
         """Whether nothing is measured any more, because the numbers would be wrong."""
         self.device_failed = False
@@ -75,6 +73,8 @@ class NormRecorder:
         started = time.perf_counter()
         pass_ = parameters.measure(record.buffers, self._parameters.watched)
         self.pass_seconds = time.perf_counter() - started
+        if parameters.unreadable:
+            self._parameters.mark_unreadable(parameters.unreadable)
         if pass_ is None:
             return None
         self.streams.add_devices(pass_.plan.accelerators)
@@ -108,7 +108,6 @@ class NormRecorder:
         A device that has failed raises at every call: such a step is marked as lost, and the training's own call tells.
         """
         self._updates.clear()
-        self.rest_seconds = 0.0
         numbers: list[Tensor] = []
         record.map_numbers(_noting(numbers), _noting(numbers))
         if record.buffers is None:
@@ -125,9 +124,7 @@ class NormRecorder:
     def _measure_resting(self, record: StepRecord) -> None:
         count = len(self._parameters.watched)
         if record.measurements and not (len(record.measurements) == 1 and len(record.measurements[0].indices) == count):
-            started = time.perf_counter()
             record.measurements += self._resting.measure(record, record.buffers)
-            self.rest_seconds = time.perf_counter() - started
 
     def check_devices(self) -> None:
         """Find out whether the devices can still be called, without waiting for them."""

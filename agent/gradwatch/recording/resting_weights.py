@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from gradwatch.model.readability import culprits
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.norms.buffers import SampleBuffers
 from gradwatch.norms.layout import MeasurementPlan
@@ -48,14 +49,30 @@ class RestingWeights:
             buffers: its buffers.
         """
         measured = frozenset[int]().union(*(known.indices for known in record.measurements))
-        others = [(i, other) for i, other in self._parameters.other_than(measured) if not other.is_meta]
+        watched = self._parameters.watched
+        others = [
+            (index, other)
+            for index, other in self._parameters.other_than(measured)
+            if not (watched[index].unreadable or other.is_meta)
+        ]
         versions = {index: _version(other) for index, other in others}
         changed = {index for index, version in versions.items() if self._versions.get(index) != version}
         self._versions = versions
         chosen = [other for other in others if other[0] in changed]
         chosen += self._next([other for other in others if other[0] not in changed])
         with torch.no_grad():
-            return [self._measure(chosen, buffers)] if chosen else []
+            return self._measured(chosen, buffers) if chosen else []
+
+    def _measured(self, chosen: Sequence[_Resting], buffers: SampleBuffers) -> list[Measurement]:
+        """Measure some weights; none if one of them has turned out to be unreadable, which is left out from now on."""
+        try:
+            return [self._measure(chosen, buffers)]
+        except Exception:  # a weight may be of any type by now, and so may the error
+            found = culprits([other for _, other in chosen], [("whole", 1)] * len(chosen))
+            if not found:
+                raise
+            self._parameters.mark_unreadable({chosen[position][0]: reason for position, reason in found.items()})
+            return []
 
     def _next(self, others: Sequence[_Resting]) -> list[_Resting]:
         """Return the weights to measure next."""

@@ -16,9 +16,12 @@ from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.norms.buffers import UnitNorms
-from gradwatch.ranks.parts import RankPart, ShardOwnership, join_parts, undo_norm_clip
+from gradwatch.ranks.holdings import Holding
+from gradwatch.ranks.parts import ClipPart, JoinedStatistics, RankPart, join_parts
+from gradwatch.ranks.whole_model import WholeModel
 from gradwatch.recording.recorder import read_numbers
-from gradwatch.samples.origin import nonfinite_step, origin_in_flags
+from gradwatch.samples.agreement import agree
+from gradwatch.samples.origin import NonfiniteSteps, origin_in_flags
 from gradwatch.statistics import (
     JOINED,
     MEASURED,
@@ -52,8 +55,8 @@ class SampleBuilder:
 
     def __init__(self, dropped: Dropped, agc: AGC | None) -> None:
         self._dropped = dropped
-        self._ownership: ShardOwnership | None = None
-        """What this rank reports; None where it measures alone."""
+        self._whole_units = np.zeros(0, np.bool_)
+        """Whether each unit of a parameter lies on this rank; empty where it measures alone."""
         self._agc = agc
         self._eps = RATIO_EPS if agc is None else agc.eps
         self._tensor_wise = agc is not None and agc.granularity == "tensor"
@@ -61,21 +64,27 @@ class SampleBuilder:
         """Third of the depth in which each parameter lies, 0 to 2."""
         self._weights = {row.name: np.zeros(0, np.float32) for row in measured_from("weight")}
         """Statistics of the weights, as they were measured last: weights at rest are not measured in every sample."""
+        self._unreadable: list[int] = []
+        """Indices of the parameters that cannot be measured."""
         self._usual_norm = 0.0
         self._was_finite = True
-        self._was_bad = False
-        """Whether the loss, the clip norm or a gradient of the last step was not finite."""
-        self._names: Sequence[str] = ()
-        """Names of the parameters."""
+        self._nonfinite = NonfiniteSteps()
         self._skipped_steps = 0
         self.all_nonfinite = False
         """Whether everything in the last step was non-finite at once, so that nothing shows where it began."""
 
-    def register(self, names: Sequence[str], depths: Sequence[int], ownership: ShardOwnership | None) -> None:
-        """Take the names and depths of the parameters, and what this rank reports of them; earlier ones stay."""
+    def register(
+        self,
+        names: Sequence[str],
+        depths: Sequence[int],
+        held: Sequence[Holding] | None,
+        unreadable: Sequence[int] = (),
+    ) -> None:
+        """Take the parameters' names and depths, what this rank holds of them, and which cannot be measured."""
         count = len(depths)
-        self._names = names
-        self._ownership = ownership
+        self._nonfinite.names = names
+        self._whole_units = np.array([not holding.split for holding in held or ()], np.bool_)
+        self._unreadable = list(unreadable)
         for name, known in self._weights.items():
             self._weights[name] = np.append(known, np.zeros(count - known.size, np.float32))
         self._third = 3 * np.asarray(depths, np.intp) // max(count, 1)
@@ -99,11 +108,10 @@ class SampleBuilder:
         if origin is not None:
             events.append(origin.event(record.step, record.at))
         draft = self._draft(record) if record.measurements else None
-        bad = _is_bad(trail, draft)
-        if bad and not self._was_bad and origin is None and not record.skipped and _is_on_device(record):
-            counts = None if draft is None else draft.vectors["nonfinite_count"]
-            events.append(nonfinite_step(record, self._names, counts))
-        self._was_bad = bad
+        counts = None if draft is None else draft.vectors["nonfinite_count"]
+        found = self._nonfinite.look(record, trail, counts)
+        if found is not None and origin is None:
+            events.append(found)
         return draft, trail, events
 
     def shows_trouble(self, trail: Mapping[str, float], events: Sequence[wire.Event], draft: "Draft | None") -> bool:
@@ -125,48 +133,43 @@ class SampleBuilder:
 
     def part(self, draft: "Draft") -> RankPart:
         """Return this rank's part of a sample, for rank 0."""
-        assert self._ownership is not None
-        vectors, owned = draft.vectors, self._ownership.owned
-        has_gradient = owned & (vectors["grad_norm"] != MISSING)
+        vectors = draft.vectors
+        has_gradient = vectors["grad_norm"] != MISSING
         # What AGC did to a unit that lies on several ranks shows only when the parts are joined.
-        knows_clipped = self._ownership.whole_units & ~self._tensor_wise
+        knows_clipped = self._whole_units[: has_gradient.size] & ~self._tensor_wise
         clipped = np.where(knows_clipped, vectors["clipped_grad_norm"], vectors.norm_before_agc)
         rows = []
         with np.errstate(all="ignore"):
             for statistic in JOINED:
                 values = clipped if statistic.name == "clipped_grad_norm" else vectors[statistic.name]
-                measured = owned if statistic.source == "weight" else has_gradient
                 part = statistic.reduction.to_part(values.astype(np.float64), vectors.units)
+                measured = values != MISSING if statistic.source == "weight" else has_gradient
                 rows.append(np.where(measured, part, statistic.reduction.absent))
         units = np.where(has_gradient, vectors.units, MISSING)
-        return RankPart(units, np.stack(rows), [clip.total_norm for clip in draft.record.clips])
+        return RankPart(units, np.stack(rows), vectors.limits, vectors.clip_parts(draft.record.clips))
 
-    def finish(self, draft: "Draft", others: Sequence[RankPart]) -> wire.Sample:
-        """Return the sample of a draft, joined with the parts of the other ranks where there are any."""
+    def join(self, parts: Mapping[int, RankPart], whole: WholeModel) -> JoinedStatistics:
+        """Return the statistics of the whole parameters from the parts of all ranks that report."""
+        return join_parts(parts, whole, self._eps, tensor_wise=self._tensor_wise)
+
+    def finish(self, draft: "Draft", joined: JoinedStatistics | None) -> wire.Sample:
+        """Return the sample of a draft, with the statistics of the whole model where other ranks hold parts of it."""
         record, vectors = draft.record, draft.vectors
-        totals: list[float] = []
-        if others:
-            assert self._ownership is not None
-            parts = [self.part(draft), *others]
-            whole = join_parts(parts, self._ownership, self._eps, vectors.limits, tensor_wise=self._tensor_wise)
-            vectors.replace(whole.values)
-            totals = whole.totals
-            for clip, total in zip(record.clips, totals, strict=True):
-                if clip.partial:
-                    vectors.undo_clip(clip, total)
+        if joined is not None:
+            vectors.replace(joined.values)
         sources: set[Source] = {"gradient", "weight"}
         if record.clips or record.value_clipped or self._agc is not None:
             sources.add("clipping")
         if self._agc is not None:
             sources.add("agc")
-        if record.updates and not others:
+        if record.updates and joined is None:
             sources.add("update")
         statistics = vectors.statistics(sources)
         scalars = self._scalars(record, statistics)
         if self._agc is not None:
             scalars["removed_grad_norm"] = _total(vectors["removed_norm"])
-        if totals and record.clips[-1].partial:
-            scalars["clip_norm"] = totals[-1]
+        if joined is not None and record.clips and record.clips[-1].partial:
+            scalars["clip_norm"] = [clip for clip in joined.clips if clip.ranks == record.clips[-1].ranks][-1].total
         return wire.Sample(
             step=record.step,
             at=record.at,
@@ -188,6 +191,7 @@ class SampleBuilder:
             _add_update(update, vectors)
         for name, known in self._weights.items():
             vectors[name] = known.copy()
+            vectors[name][self._unreadable] = MISSING
         return Draft(record, vectors, self._histograms(record.measurements, record.excluded))
 
     def _add_measurement(self, measurement: Measurement, vectors: "_Vectors") -> None:
@@ -202,14 +206,22 @@ class SampleBuilder:
         if plan.grad_layout is None:
             return
         vectors.units[indices] = plan.measured_units
-        vectors.note_partial(measurement.clips, measured)
+        told = measured if not measurement.changed else measured[~np.isin(measured, list(measurement.changed))]
+        vectors.note_partial(measurement.clips, told)
         scale = 1.0 if measurement.scale is None else measurement.scale
         factor = _clip_coefficients(measurement.clips, self._third.size)[indices]
         with np.errstate(all="ignore"):
             values = {row.name: row.measure(units, plan.starts) for row in measured_from("gradient")}
+            if measurement.compared is not None:
+                specs = [plan.grad_layout.specs[position] for position in plan.measured]
+                at_step = np.where(live, vectors["grad_norm"][indices], MISSING)
+                if (same := agree(values["grad_norm"] / scale / factor, at_step, specs)) is not None:
+                    measurement.compared(same)
             for row in measured_from("gradient"):
-                proper = values[row.name] / scale / factor if row.before_clipping else values[row.name]
-                vectors[row.name][measured] = proper[live]
+                if row.before_clipping:
+                    vectors[row.name][told] = (values[row.name] / scale / factor)[np.isin(indices, told)]
+                else:
+                    vectors[row.name][measured] = values[row.name][live]
             for index, count in measurement.nonfinite.items():  # exact counts of elements, where there are any
                 if index not in measurement.void:
                     vectors["nonfinite_count"][index] = count
@@ -277,16 +289,6 @@ class Draft:
     histograms: dict[str, list[float]]
 
 
-def _is_bad(trail: Mapping[str, float], draft: Draft | None) -> bool:
-    numbers = [trail[name] for name in ("loss", "clip_norm") if name in trail]
-    bad = not all(map(math.isfinite, numbers))
-    return bad or (draft is not None and bool((draft.vectors["nonfinite_count"] > 0).any()))
-
-
-def _is_on_device(record: StepRecord) -> bool:
-    return record.buffers is not None and bool(record.buffers.is_on_device)
-
-
 class _Vectors:
     """The statistics of one sample while they are filled in, each of shape (parameters,)."""
 
@@ -319,13 +321,15 @@ class _Vectors:
         with np.errstate(all="ignore"):
             self._values |= {name: whole.astype(np.float32) for name, whole in values.items()}
 
-    def undo_clip(self, clip: NormClip, total: float) -> None:
-        """Divide a clipping by norm out of the values that it had scaled, once the norm of all ranks is known."""
-        chosen = sorted(index for other, scaled in self._partial_clips if other is clip for index in scaled)
-        for row in measured_from("gradient"):
-            if row.before_clipping:
-                vector = self._values[row.name]
-                vector[chosen] = undo_norm_clip(vector[chosen].astype(np.float64), total, clip.max_norm)
+    def clip_parts(self, clips: Sequence[NormClip]) -> list[ClipPart]:
+        """Return what this rank knows of the clippings of which it saw only a part of the norm."""
+        parts = []
+        for clip in clips:
+            if clip.partial:
+                scaled = sorted(index for other, mine in self._partial_clips if other is clip for index in mine)
+                total = 0.0 if clip.repeats else clip.total_norm
+                parts.append(ClipPart(clip.ranks, total, clip.max_norm, clip.norm_type, scaled))
+        return parts
 
     def set_zero(self, index: int) -> None:
         """Set the statistics of a gradient without elements."""

@@ -7,8 +7,9 @@ somebody's hooks (activation checkpointing computes them anew, offloading may ha
 hooks flag the outputs of the next steps without waiting for the device. They help only while the weights are finite.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -84,7 +85,7 @@ class OriginFinder:
         modules: dict[int, str] = {}
         for watched in self._parameters.watched:
             parameter = watched.parameter.reference()
-            if parameter is not None:
+            if parameter is not None and not watched.unreadable:
                 if not bool(torch.isfinite(parameter.detach()).all().numpy().item()):
                     return None  # the origin lies in an earlier step
                 modules[id(parameter)] = watched.module
@@ -121,27 +122,41 @@ class OriginFinder:
             self._hooks.close()
 
 
-def nonfinite_step(record: StepRecord, names: Sequence[str], counts: wire.Vector | None) -> wire.Event:
-    """Return the event of the first step on an accelerator that is not finite: what can be told without waiting.
+class NonfiniteSteps:
+    """Tells of the first step on an accelerator that is not finite what can be told without waiting for the device.
 
     By the time the host learns of it the weights are not finite either, and no forward pass shows where it began.
-
-    Args:
-        record: the step.
-        names: names of the parameters.
-        counts: non-finite elements or units of each gradient, shape (parameters,); None: the step was not sampled.
     """
-    end = "on an accelerator the module where this began cannot be told without waiting for the device"
-    if counts is None:
-        text = f"the first step that is not finite; its gradients were not sampled, and {end}"
-    else:
-        bad = [name for name, count in zip(names, counts.tolist(), strict=True) if count > 0]
+
+    def __init__(self) -> None:
+        self.names: Sequence[str] = ()
+        """Names of the parameters."""
+        self._was_bad = False
+
+    def look(self, record: StepRecord, trail: Mapping[str, float], counts: wire.Vector | None) -> wire.Event | None:
+        """Return the event of a step that is not finite where the last one was.
+
+        Args:
+            record: the step; its numbers have been read.
+            trail: its scalars.
+            counts: non-finite elements or units of each gradient, shape (parameters,); None: it was not sampled.
+        """
+        was_bad = self._was_bad
+        numbers = [trail[name] for name in ("loss", "clip_norm") if name in trail]
+        self._was_bad = not all(map(math.isfinite, numbers)) or (counts is not None and bool((counts > 0).any()))
+        on_device = record.buffers is not None and record.buffers.is_on_device
+        if was_bad or not self._was_bad or record.skipped or not on_device:
+            return None
+        text = "its gradients were not sampled" if counts is None else self._gradients(counts)
+        text = f"the first step that is not finite: {text}; on an accelerator the module where this began cannot be "
+        message = text + "told without waiting for the device"
+        return wire.Event(step=record.step, at=record.at, kind="nonfinite_step", message=message)
+
+    def _gradients(self, counts: wire.Vector) -> str:
+        bad = [name for name, count in zip(self.names, counts.tolist(), strict=True) if count > 0]
         more = f" and {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
-        text = (
-            f"the first step that is not finite, with {len(bad)} of {int((counts != MISSING).sum())} gradients that "
-            f"are not: {', '.join(bad[:_MOST_SHOWN]) or 'none'}{more}; {end}"
-        )
-    return wire.Event(step=record.step, at=record.at, kind="nonfinite_step", message=text)
+        measured = int((counts != MISSING).sum())
+        return f"{len(bad)} of {measured} gradients are not ({', '.join(bad[:_MOST_SHOWN]) or 'none'}{more})"
 
 
 def origin_in_graph(losses: Sequence[Tensor], module_of: ModuleOf) -> Origin | None:

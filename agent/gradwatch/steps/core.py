@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from gradwatch.steps.ownership import Beginning, ExpectedOptimizers, Owner, owner_of
-from gradwatch.steps.schedule import SamplingSchedule
+from gradwatch.steps.schedule import Costs, SamplingSchedule
+from gradwatch.steps.signs import Signs
 from gradwatch.steps.state import (
     MOST_LOSSES,
     NO_INDICES,
@@ -27,11 +28,7 @@ from gradwatch.steps.state import (
     is_among,
     scaled_by,
 )
-
-UNSTEPPED_PASSES: Final = 200
-"""Backward passes without a step of a watched parameter after which the user is told."""
-UNSTEPPED_PASSES_BESIDE_OTHERS: Final = 20
-"""The same where other optimizers have stepped as often."""
+from gradwatch.steps.unstepped import UnsteppedPasses
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +110,8 @@ class StepCore:
         self._announced: dict[OptimizerKey, int] = {}
         """Steps that each optimizer has begun."""
         self._announced_at_scaler: dict[OptimizerKey, int] = {}
-        self._unstepped_passes: int | None = 0
-        """Backward passes before anything watched was stepped; None: something was, or the user was told."""
-        self._steps_of_others = 0
+        self._unstepped = UnsteppedPasses()
+        self._signs: dict[OptimizerKey, Signs] = {}
 
     # What is heard beside the steps
 
@@ -166,15 +162,7 @@ class StepCore:
             state.losses_finite &= finite
         if len(state.losses) >= MOST_LOSSES:
             state.losses = self._summed(state.losses)
-        return None if self._unstepped_passes is None else self._count_unstepped(self._unstepped_passes + 1)
-
-    def _count_unstepped(self, passes: int) -> int | None:
-        self._unstepped_passes = passes
-        beside_others = min(passes, self._steps_of_others)
-        if passes < UNSTEPPED_PASSES and beside_others < UNSTEPPED_PASSES_BESIDE_OTHERS:
-            return None
-        self._unstepped_passes = None
-        return passes
+        return self._unstepped.passed() if self._unstepped.counts else None
 
     # Gradients that change before they are stepped with
 
@@ -192,6 +180,12 @@ class StepCore:
         self.state.drop_losses()
 
     # Clipping
+
+    @property
+    def is_sampled(self) -> bool:
+        """Return whether the open step or the next one is sampled."""
+        record = self.state.open
+        return self.schedule.due or (record is not None and record.sampled)
 
     def norm_clipped(self, clip: NormClip, listed: Sequence[int], measure: bool) -> Measure | None:
         """Gradients are about to be clipped by their total norm.
@@ -222,7 +216,7 @@ class StepCore:
             stepped = NO_INDICES
             record = state.coming = state.coming or StepRecord(state.number + 1, 0.0, self.schedule.due)
         if force:
-            self.schedule.alarm(record, set())
+            self.schedule.alarm(record, set(), finite=False)
         waiting = indices - stepped
         if not record.sampled or any(known.before_clip and waiting <= known.live for known in record.measurements):
             return None
@@ -235,6 +229,7 @@ class StepCore:
         self.state.gone.add(optimizer)
         self._announced.pop(optimizer, None)
         self._announced_at_scaler.pop(optimizer, None)
+        self._signs.pop(optimizer, None)
 
     def steps_counted(self, made: int) -> None:
         """An optimizer of a resumed training says how many steps were made."""
@@ -244,7 +239,7 @@ class StepCore:
 
     def other_stepped(self) -> None:
         """An optimizer that holds no watched parameter steps."""
-        self._steps_of_others += 1
+        self._unstepped.steps_of_others += 1
 
     def step_began(
         self,
@@ -280,9 +275,7 @@ class StepCore:
         if closure:
             self.state.awaiting_closure = optimizer
         else:
-            self.state.hand_over(record)
-            if not record.finite:
-                self._alarm(record, optimizer)
+            self._hand_over(record, optimizer)
         return Began(owner, record)
 
     def _beginning(self, optimizer: OptimizerKey, indices: Indices, outer: OptimizerKey | None) -> Beginning:
@@ -305,7 +298,7 @@ class StepCore:
             state.coming = None
         record.stepped[optimizer] = indices
         state.evaluated = None
-        self._unstepped_passes = None
+        self._unstepped.counts = False
         if self.expected.only != (optimizer, indices):
             self.expected.begun(optimizer, indices, state.number, state.gone)
         if not state.under_way:
@@ -318,9 +311,15 @@ class StepCore:
                 state.claim_losses(record, other, self.keep)
         return record
 
-    def _alarm(self, record: StepRecord, optimizer: OptimizerKey) -> None:
-        """Sample a step in which something is not finite, if it is the first of several such steps."""
-        if self.schedule.alarm(record, {optimizer}):
+    def _hand_over(self, record: StepRecord, optimizer: OptimizerKey) -> None:
+        """Give everything that waits to a step; at a sign of trouble, sample it if it is the first of several."""
+        self.state.hand_over(record)
+        signs = self._signs.get(optimizer)
+        if signs is None:
+            signs = self._signs[optimizer] = Signs()
+        if (signs.of_step(record) or not record.finite) and self.schedule.alarm(
+            record, {optimizer}, finite=record.finite
+        ):
             self.schedule.want_burst()
 
     def closure_left(self) -> None:
@@ -336,9 +335,7 @@ class StepCore:
         """
         self.state.evaluated = optimizer
         if record is not None:
-            self.state.hand_over(record)
-            if not record.finite:
-                self._alarm(record, optimizer)
+            self._hand_over(record, optimizer)
 
     def step_made(self, optimizer: OptimizerKey) -> Made:
         """An optimizer has stepped."""
@@ -376,13 +373,12 @@ class StepCore:
         self.state.hand_over(record)
         return _COMPLETE if self.expected.all_stepped(record.stepped.keys()) else _IN_PROGRESS
 
-    def step_ended(self, now: float, spent_seconds: float, background_seconds: float, *, learn: bool = False) -> None:
+    def step_ended(self, now: float, costs: Costs, *, learn: bool = False) -> None:
         """The open step is over; the arguments are those of ``SamplingSchedule.ended``.
 
         Args:
             now: a clock in seconds that only goes forward.
-            spent_seconds: time that the agent has taken on the training thread since it was attached.
-            background_seconds: processor time of the agent's other threads since then.
+            costs: what the agent has taken since it was attached.
             learn: whether an optimizer that begins the next step has ended it: its optimizers make a step together.
         """
         state, record = self.state, self.state.open
@@ -391,7 +387,7 @@ class StepCore:
         if learn:
             self.expected.learn(record.stepped, state.number)
         state.open = None
-        self.schedule.ended(record, now, spent_seconds, background_seconds)
+        self.schedule.ended(record, now, costs)
         if self.expected.only is None:
             self.expected.forget_idle(record.step)
         if state.gone:

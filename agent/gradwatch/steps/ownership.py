@@ -169,9 +169,14 @@ class Adoption(Enum):
 
     WITHIN = "a named optimizer steps it: it counts too"
     REPLACES = "it was made anew in place of a named one"
+    LATER = "it steps only parameters that came after the named ones were given"
     AROUND = "it steps a named one, which counts itself"
     STRANGER = "it steps watched parameters, and nobody named it: the user is told"
     OTHER = "it steps nothing that is watched"
+
+
+ADOPTED: Final = frozenset({Adoption.WITHIN, Adoption.REPLACES, Adoption.LATER})
+"""Optimizers that count although the user did not name them."""
 
 
 class Named(NamedTuple):
@@ -179,12 +184,13 @@ class Named(NamedTuple):
 
     key: OptimizerKey
     gone: bool
+    """Whether it is freed, or holds no parameter of the model any more."""
     last: Indices | None
     """Watched parameters that it was last seen to step; None: it was not seen."""
 
 
 def adoption_of(
-    stepped: Indices, named: Iterable[Named], *, within_named: bool, around_named: bool
+    stepped: Indices, named: Iterable[Named], *, within_named: bool, around_named: bool, found_later: bool = False
 ) -> tuple[Adoption, OptimizerKey | None]:
     """Return whether an optimizer that the user did not name counts, and whose place it takes.
 
@@ -193,6 +199,7 @@ def adoption_of(
         named: the optimizers that the user named.
         within_named: whether a named optimizer holds it, as SAM holds its base optimizer.
         around_named: whether it holds a named optimizer.
+        found_later: whether all that it steps became the model's after the named ones were given.
     """
     if within_named:
         return Adoption.WITHIN, None
@@ -205,4 +212,6 @@ def adoption_of(
             return Adoption.REPLACES, (alike or gone)[0].key
     if around_named:
         return Adoption.AROUND, None
+    if stepped and found_later:
+        return Adoption.LATER, None
     return (Adoption.STRANGER if stepped else Adoption.OTHER), None

@@ -4,23 +4,55 @@ import math
 from collections import deque
 from collections.abc import Set
 from statistics import median
-from typing import Final
+from typing import Final, NamedTuple
 
 from gradwatch.steps.state import OptimizerKey, StepRecord
 
 BURST_STEPS: Final = 20
 """Steps in a row that are sampled at the start and after a sign of trouble."""
+RESERVE_SAMPLES: Final = 4 * BURST_STEPS
+"""Samples that the account keeps for the start and for signs of trouble."""
 LONGEST_GAP_SECONDS: Final = 30.0
 """A sample is taken at least this often, whatever it costs."""
+_RESERVE_SHARE: Final = 0.15
+"""Share of what is paid that fills the reserve up again."""
+_MOST_CREDIT: Final = 2.0
+"""Samples that are paid for and not taken: credit must not pile up."""
+_LARGEST_OVERHEAD: Final = 1.25
+"""Times the budget that hooks, threads and samples together may take, as long as samples keep a part of it."""
+_LEAST_PAY: Final = 0.69
+"""Share of the budget that samples have, whatever hooks and threads take: sampling less would not save that."""
 _REMEMBERED: Final = 32
-"""Steps of which the costs are remembered, for medians."""
+"""Steps of which times and costs are remembered, for medians."""
+_REVIEW_STEPS: Final = 16
+"""Steps after which the medians of times and hooks are taken again."""
+_REVIEW_SECONDS: Final = 2.0
+"""Time over which the work of the threads is averaged."""
+
+_NONE, _UNUSUAL, _NOT_FINITE = 0, 1, 2
+"""Signs of trouble, the worst last."""
+
+
+class Costs(NamedTuple):
+    """Everything that the agent has taken since it was attached, in seconds."""
+
+    hooks: float = 0.0
+    """On the training thread, without samples."""
+    samples: float = 0.0
+    """On the training thread, for samples."""
+    threads: float = 0.0
+    """Processor time of the agent's threads, without samples."""
+    thread_sample: float = 0.0
+    """Processor time that one sample takes the agent's threads, on average: to build, write and send it."""
 
 
 class OverheadAccount:
-    """Keeps account of the agent's cost, and says whether the next step may be sampled.
+    """Keeps account of what samples cost, and says whether the next step may be sampled.
 
-    Each step pays ``budget_ratio`` of its time into the account, from which all costs of the agent are taken. A sample
-    is due while the account is not overdrawn, so the interval between samples follows from their cost.
+    Each step pays ``budget_ratio`` of its time into the account, which counts in samples: what is paid, divided by what
+    a sample costs. What hooks and threads take is not booked, as sampling less would not save it; only where all of it
+    together would exceed the budget by a quarter are samples paid less. A part of the pay fills a reserve, from which
+    the samples at the start and after a sign of trouble are taken.
 
     Args:
         every_steps: a fixed interval in steps, or None to let the account decide.
@@ -42,70 +74,112 @@ class OverheadAccount:
         self.every_steps = every_steps
         self.budget_ratio = budget_ratio
         self._burst = burst_steps
-        self._balance_seconds = 0.0
+        self._credit = 1.0
+        """Samples that are paid for."""
+        self._reserve = float(RESERVE_SAMPLES)
         self._steps: deque[float] = deque(maxlen=_REMEMBERED)
+        self._hooks: deque[float] = deque(maxlen=_REMEMBERED)
         self._samples: deque[float] = deque(maxlen=_REMEMBERED)
-        self._rests: deque[float] = deque(maxlen=_REMEMBERED)
+        self._is_due = False
+        """Whether the coming step is sampled though nothing is wrong."""
+        self._until_review_steps = 0
         self._since_sample_steps = 0
         self._since_sample_seconds = 0.0
         self._last_interval_steps = 1
         self.step_seconds = 0.0
         """Median time of a step, 0 where none is known."""
+        self.sample_seconds = 0.0
+        """Time that a sample takes, on the training thread and the agent's threads together; 0 before the first."""
+        self.fixed_ratio = 0.0
+        """Share of the time that hooks and threads take, sampled or not."""
 
     def due(self, next_step: int) -> bool:
         """Return whether the next step is to be sampled."""
+        self._is_due = self._decide(next_step)
+        return self._is_due or (self._burst > 0 and (self.every_steps is None or self.aligned))
+
+    def _decide(self, next_step: int) -> bool:
+        """Return whether the next step is to be sampled though nothing is wrong."""
         if self.aligned:
-            return self._burst > 0 or next_step % (self.every_steps or self._power_of_two()) == 0
+            return next_step % (self.every_steps or self._power_of_two()) == 0
         if self.every_steps is not None:
             return self._since_sample_steps + 1 >= self.every_steps or not self._samples
-        if self._burst > 0 or self._since_sample_seconds >= LONGEST_GAP_SECONDS:
-            return True
-        return self._balance_seconds >= 0
+        return self._credit >= 1 or self._since_sample_seconds + self.step_seconds >= LONGEST_GAP_SECONDS
 
-    def stepped(self, step_seconds: float, agent_seconds: float, background_seconds: float, sampled: bool) -> None:
+    def stepped(self, step_seconds: float, hooks_seconds: float, sample: float | None, threads_ratio: float) -> None:
         """Book one step.
 
         Args:
             step_seconds: time since the step before, the agent's included; 0 for the first step.
-            agent_seconds: the part of it that the agent took on the training thread.
-            background_seconds: processor time of the agent's other threads meanwhile.
-            sampled: whether the step was sampled.
+            hooks_seconds: the part of it that the agent's hooks took, sampled or not.
+            sample: where the step was sampled, the seconds that this took; else None.
+            threads_ratio: share of the time that the agent's threads take, samples left out.
         """
         if step_seconds:
             self._steps.append(step_seconds)
-            self.step_seconds = median(self._steps)
-        cost = agent_seconds + background_seconds
-        # A step that waited for an evaluation pays no more than a usual one: credit must not pile up.
-        paid = self.budget_ratio * min(step_seconds, 4 * self.step_seconds)
-        self._balance_seconds = min(self._balance_seconds + paid - cost, 0.0)
-        if sampled:
-            self._samples.append(agent_seconds)
-            self._last_interval_steps = self._since_sample_steps + 1
-            self._since_sample_steps = 0
-            self._since_sample_seconds = 0.0
-            self._burst -= self._burst > 0
+        self._hooks.append(hooks_seconds)
+        if sample is not None:
+            self._samples.append(sample)
+            self.sample_seconds = median(self._samples)
+            self._take_sample()
         else:
-            self._rests.append(agent_seconds)
             self._since_sample_steps += 1
             self._since_sample_seconds += step_seconds
+        self._until_review_steps -= 1
+        if sample is not None or self._until_review_steps <= 0:
+            self._review(threads_ratio)
+        self._pay(step_seconds)
+
+    def _take_sample(self) -> None:
+        """Take a sample from what is paid; from the reserve if it is one of a burst, or of a step that was not due."""
+        if self._burst > 0:
+            self._burst -= 1
+        if self._is_due:
+            self._credit = max(self._credit - 1, 0.0)
+        else:
+            self._reserve = max(self._reserve - 1, 0.0)
+        self._last_interval_steps = self._since_sample_steps + 1
+        self._since_sample_steps = 0
+        self._since_sample_seconds = 0.0
+
+    def _review(self, threads_ratio: float) -> None:
+        self._until_review_steps = _REVIEW_STEPS
+        if self._steps:
+            self.step_seconds = median(self._steps)
+            self.fixed_ratio = median(self._hooks) / self.step_seconds + threads_ratio
+
+    def _pay(self, step_seconds: float) -> None:
+        if not self.sample_seconds:
+            return
+        # A step that waited for an evaluation pays no more than a usual one: credit must not pile up.
+        paid = self.pay_ratio * min(step_seconds, 4 * self.step_seconds) / self.sample_seconds
+        if self._reserve < RESERVE_SAMPLES:
+            self._reserve += _RESERVE_SHARE * paid
+            paid *= 1 - _RESERVE_SHARE
+        self._credit = min(self._credit + paid, _MOST_CREDIT)
+
+    @property
+    def pay_ratio(self) -> float:
+        """Return the share of the time that samples may take."""
+        left = _LARGEST_OVERHEAD * self.budget_ratio - self.fixed_ratio
+        return min(max(left, _LEAST_PAY * self.budget_ratio), self.budget_ratio)
 
     def start_burst(self) -> None:
-        """Sample every step for a while; not again before the account has recovered from the last time."""
-        if self._burst <= 0 and self._balance_seconds >= 0:
-            self._burst = BURST_STEPS
+        """Sample every step for a while, as long as the reserve lasts."""
+        self._burst = max(self._burst, min(BURST_STEPS, int(self._reserve)))
+
+    @property
+    def affords_sample(self) -> bool:
+        """Return whether a sample that is not due can be taken."""
+        return self._reserve >= 1
 
     def _power_of_two(self) -> int:
         """Return the interval in steps that the budget and the longest gap allow."""
         if not self.step_seconds:
             return 1
-        wanted = self.sample_seconds / (self.budget_ratio * self.step_seconds)
+        wanted = self.sample_seconds / (self.pay_ratio * self.step_seconds)
         most = max(LONGEST_GAP_SECONDS / self.step_seconds, 1.0)
-        return int(2 ** min(math.ceil(math.log2(max(wanted, 1.0))), math.floor(math.log2(most))))
-
-    @property
-    def sample_seconds(self) -> float:
-        """Return the median time that the agent takes on the training thread in a sampled step."""
-        return median(self._samples) if self._samples else 0.0
+        return int(2 ** min(round(math.log2(max(wanted, 1.0))), math.floor(math.log2(most))))
 
     @property
     def interval_steps(self) -> int:
@@ -114,16 +188,14 @@ class OverheadAccount:
 
     @property
     def overhead_ratio(self) -> float:
-        """Return the agent's typical share of the step time on the training thread."""
-        if not self._steps or not self.step_seconds:
+        """Return the share of the step time that hooks, threads and samples take at this interval."""
+        if not self.step_seconds:
             return 0.0
-        rest = median(self._rests) if self._rests else 0.0
-        interval = self.interval_steps
-        return (self.sample_seconds + rest * (interval - 1)) / interval / self.step_seconds
+        return self.fixed_ratio + self.sample_seconds / self.interval_steps / self.step_seconds
 
 
 class SamplingSchedule:
-    """Says which steps are sampled: as the account allows, and at once where something is not finite.
+    """Says which steps are sampled: as the account allows, and at once at a sign of trouble.
 
     Args:
         account: decides which steps are sampled while nothing is wrong.
@@ -136,11 +208,15 @@ class SamplingSchedule:
         self._burst_wanted = False
         self._forced = False
         """Whether the next step is sampled although the account does not allow it."""
-        self._was_finite = True
-        """Whether all losses and clip norms of the step before this one were finite."""
+        self._trouble_before = _NONE
+        """The sign of trouble of the step before this one."""
+        self._trouble = _NONE
+        """The worst sign of this step so far."""
         self._ended_at = 0.0
-        self._spent_before = 0.0
-        self._background_before = 0.0
+        self._before = Costs()
+        self._reviewed_at = 0.0
+        self._threads_before = 0.0
+        self._threads_ratio = 0.0
 
     @property
     def interval_steps(self) -> int:
@@ -151,50 +227,60 @@ class SamplingSchedule:
         """Sample every step for a while after this one, if that can be afforded."""
         self._burst_wanted = True
 
-    def alarm(self, record: StepRecord, stepping: Set[OptimizerKey]) -> bool:
-        """Sample a step in which something is not finite, although it is not due; only the first of several.
+    def alarm(self, record: StepRecord, stepping: Set[OptimizerKey], *, finite: bool) -> bool:
+        """Sample a step that shows a sign of trouble, although it is not due; only the first of several.
 
         Where an optimizer has already stepped without being measured, the next step is sampled instead.
 
         Args:
             record: the step.
             stepping: optimizers of the step that can still be measured.
+            finite: whether its loss and its clip norm are finite. The first step in which they are not is always
+                sampled, any other as long as the reserve lasts.
 
         Returns:
             Whether it is the first such step.
         """
-        if not self._was_finite:
+        trouble = _UNUSUAL if finite else _NOT_FINITE
+        self._trouble = max(self._trouble, trouble)
+        if self._trouble_before >= trouble:
             return False
-        if not (record.sampled or record.skipped):
+        if not (record.sampled or record.skipped) and (self._account.affords_sample or not finite):
             record.sampled = record.stepped.keys() <= stepping
             self._forced = not record.sampled
         return True
 
-    def ended(self, record: StepRecord, now: float, spent_seconds: float, background_seconds: float) -> None:
+    def ended(self, record: StepRecord, now: float, costs: Costs) -> None:
         """Book a step that is over, and decide whether the next one is sampled.
 
         Args:
             record: the step; a sampled one gets the numbers of the schedule.
             now: a clock in seconds that only goes forward.
-            spent_seconds: time that the agent has taken on the training thread since it was attached.
-            background_seconds: processor time of the agent's other threads since then.
+            costs: what the agent has taken so far.
         """
-        account = self._account
+        account, before = self._account, self._before
         step_seconds = now - self._ended_at if self._ended_at else 0.0
-        self._ended_at = now
-        record.agent_seconds = spent_seconds - self._spent_before
-        self._spent_before = spent_seconds
-        background = background_seconds - self._background_before
-        self._background_before = background_seconds
-        account.stepped(step_seconds, record.agent_seconds, background, record.sampled)
+        self._ended_at, self._before = now, costs
+        hooks, sample = costs.hooks - before.hooks, costs.samples - before.samples
+        record.agent_seconds = hooks + sample
+        if now - self._reviewed_at >= _REVIEW_SECONDS:
+            self._average_threads(now, costs.threads)
+        account.stepped(
+            step_seconds, hooks, sample + costs.thread_sample if record.sampled else None, self._threads_ratio
+        )
         if self._burst_wanted:
             self._burst_wanted = False
             account.start_burst()
         self.due = self._forced or account.due(record.step + 1)
         self._forced = False
         if not record.skipped:
-            self._was_finite = record.finite
+            self._trouble_before, self._trouble = self._trouble, _NONE
         if record.sampled:
             record.scalars["step_seconds"] = account.step_seconds
             record.scalars["overhead_ratio"] = account.overhead_ratio
             record.scalars["interval_steps"] = float(account.interval_steps)
+
+    def _average_threads(self, now: float, threads_seconds: float) -> None:
+        if self._reviewed_at:
+            self._threads_ratio = (threads_seconds - self._threads_before) / (now - self._reviewed_at)
+        self._reviewed_at, self._threads_before = now, threads_seconds

@@ -46,6 +46,10 @@ class NormClip:
     """How often each parameter was scaled that was listed more than once, by index."""
     finite: bool = True
     """Whether ``total_norm`` is finite, as far as can be seen without waiting for a device."""
+    ranks: tuple[int, ...] = ()
+    """Of a partial norm: the global ranks whose parts make it up."""
+    repeats: bool = False
+    """Whether another rank tells the same part of a partial norm."""
 
 
 ScaledBy = tuple[NormClip, Indices]
@@ -80,6 +84,10 @@ class Measurement:
     """Clippings by norm that had scaled these gradients before."""
     void: Indices = frozenset()
     """Parameters of which it says nothing: their gradients changed afterwards, or had been stepped with before."""
+    changed: Indices = frozenset()
+    """Parameters whose gradients have changed since clipping, so that it does not tell their norms before it."""
+    compared: Callable[[bool], None] | None = None
+    """Of one before clipping: takes whether it agrees with the one at the step."""
     scale: Number | None = None
     """What the gradients are multiplied by: the scale of a loss scaler; None for 1."""
     nonfinite: dict[int, float] = field(default_factory=dict)

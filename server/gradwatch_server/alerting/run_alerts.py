@@ -17,10 +17,12 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch.wire import deserialise, serialise
+from gradwatch_server import clock
 from gradwatch_server.alerting import silences
 from gradwatch_server.alerting.lifecycle import Alert, Transition, advance, resolve
 from gradwatch_server.diagnosis import Blame, Finding
 from gradwatch_server.diagnosis.rules import stalled
+from gradwatch_server.notify import outbox
 from gradwatch_server.settings import Configuration, Route
 from gradwatch_server.store import schema
 
@@ -208,10 +210,8 @@ class RunAlerts:
             "payload": self._payload(alert_id, alert, transition),
         }
         self._connection.execute(sa.insert(table).values(row))
-        receivers, now = self._receivers(alert_id, alert.finding.rule, transition), time.time()
-        deliveries = [_delivery_row(row, receiver, now) for receiver in receivers]
-        if deliveries:
-            self._connection.execute(sa.insert(schema.deliveries), deliveries)
+        receivers = self._receivers(alert_id, alert.finding.rule, transition)
+        outbox.enqueue(self._connection, row, self._fingerprint(alert.finding.rule), receivers, clock.now())
 
     def _receivers(self, alert_id: str, rule: str, transition: Transition) -> list[str]:
         """Return the names of the receivers to notify; of a resolved alert, only those that were notified before."""
@@ -224,13 +224,17 @@ class RunAlerts:
         notified = set(self._connection.execute(query).scalars())
         return [name for name in configured if name in notified]
 
+    def _fingerprint(self, rule: str) -> str:
+        """Return what all alerts of the rule and this run have in common: receivers identify them by it."""
+        return hashlib.sha256(f"{self._run.id}/{rule}".encode()).hexdigest()[:16]
+
     def _payload(self, alert_id: str, alert: Alert, transition: Transition) -> str:
         """Return the JSON document of docs/alert.schema.json for a transition."""
         finding, run = alert.finding, self._run
         data = {
             "id": alert_id,
             "run": {"id": run.id, "name": run.name, "project": run.project},
-            "fingerprint": hashlib.sha256(f"{run.id}/{finding.rule}".encode()).hexdigest()[:16],
+            "fingerprint": self._fingerprint(finding.rule),
             "rule": finding.rule,
             "severity": transition.severity,
             "state": transition.state,
@@ -254,7 +258,7 @@ def resolve_deleted(
 ) -> None:
     """Resolve the open alerts of a run that is being deleted, and enqueue the notifications of that."""
     alerts = RunAlerts(connection, run, configuration, public_url)
-    alerts.resolve_all(run.last_step or 0, time.time(), RUN_DELETED)
+    alerts.resolve_all(run.last_step or 0, clock.now(), RUN_DELETED)
     alerts.save()
 
 
@@ -271,21 +275,6 @@ def matching_receivers(
 def _matches(route: Route, project: str, rule: str, severity: str) -> bool:
     asked = ((project, route.projects), (rule, route.rules), (severity, route.severities))
     return all(any(fnmatchcase(value, pattern) for pattern in patterns) for value, patterns in asked)
-
-
-def _delivery_row(transition: dict[str, Any], receiver: str, now: float) -> dict[str, Any]:
-    return {
-        "id": f"msg_{secrets.token_hex(12)}",
-        "transition": transition["id"],
-        "alert": transition["alert"],
-        "number": transition["number"],
-        "receiver": receiver,
-        "state": "due",
-        "attempts": 0,
-        "due_at": now,
-        "leased_until": 0.0,
-        "created_at": now,
-    }
 
 
 def _finding_fields(finding: Finding) -> dict[str, Any]:

@@ -8,7 +8,6 @@ response its security headers.
 
 import asyncio
 import base64
-import binascii
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, cast
@@ -22,7 +21,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ConnectionScope
 
-from gradwatch_server.api.problem import refusal_response
+from gradwatch_server.api.body import read_document
+from gradwatch_server.api.problem import failure_response, refusal_response
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify.http_client import is_loopback
 from gradwatch_server.services import Services
@@ -75,21 +75,32 @@ def in_query(request: Request, _services: Services, project: str) -> None:
 
 
 class StoredProject:
-    """Accepts a request whose path holds the id of something of the token's project, or an unknown id.
+    """Accepts a request whose path holds the id of something of the token's project.
+
+    What has no project, because its run was deleted, is of no token's project: to these it does not exist.
 
     Args:
+        kind: what the id is of, in words.
         query: selects the project of the entry whose id is bound to ``id``.
     """
 
-    def __init__(self, query: sa.Select[Any]) -> None:
+    def __init__(self, kind: str, query: sa.Select[Any]) -> None:
+        self._kind = kind
         self._query = query
 
     def __call__(self, request: Request, services: Services, project: str) -> None:
-        """Look the project up in the database."""
+        """Look the project up in the database.
+
+        Raises:
+            Refused: 403 for another project, 404 for none.
+        """
         (identity,) = request.path_params.values()
         with services.engine.connect() as connection:
             found = connection.execute(self._query, {"id": identity}).scalar()
-        if found not in (None, project):
+        if found is None:
+            detail = f"{self._kind} {identity!r} is not known here, or not in project {project!r}"
+            raise Refused(404, f"Unknown {self._kind}", detail)
+        if found != project:
             detail = f"the token is for project {project!r}, this is of another"
             raise Refused(403, "Another project", detail)
 
@@ -97,9 +108,9 @@ class StoredProject:
 _run_project = sa.select(schema.runs.c.project)
 _alert_project = _run_project.join(schema.alerts, schema.alerts.c.run == schema.runs.c.id)
 _delivery_project = _alert_project.join(schema.deliveries, schema.deliveries.c.alert == schema.alerts.c.id)
-of_run = StoredProject(_run_project.where(schema.runs.c.id == sa.bindparam("id")))
-of_alert = StoredProject(_alert_project.where(schema.alerts.c.id == sa.bindparam("id")))
-of_delivery = StoredProject(_delivery_project.where(schema.deliveries.c.id == sa.bindparam("id")))
+of_run = StoredProject("run", _run_project.where(schema.runs.c.id == sa.bindparam("id")))
+of_alert = StoredProject("alert", _alert_project.where(schema.alerts.c.id == sa.bindparam("id")))
+of_delivery = StoredProject("delivery", _delivery_project.where(schema.deliveries.c.id == sa.bindparam("id")))
 
 
 class Access:
@@ -185,6 +196,7 @@ class AuthorisedRoute(APIRoute):
 
         async def check_access_first(request: Request) -> Response:
             await self.access(request)
+            await read_document(request, Services.of(request).settings.configuration.limits)
             return await handle(request)
 
         return check_access_first
@@ -218,7 +230,7 @@ def presented_token(request: Request) -> str | None:
     if kind.lower() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # no base64, no ASCII, or no UTF-8
             return ""
     return None
 
@@ -242,7 +254,11 @@ def is_encrypted(request: Request) -> bool:
 
 
 class RequestMiddleware:
-    """Refuses requests of another site's page, gives every response its headers, and counts it."""
+    """Refuses requests of another site's page, gives every response its headers, and counts it.
+
+    A route takes HEAD as GET: the HTTP server leaves the body out. An error of the application becomes a response here
+    and is raised again, for the server to log.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -252,24 +268,54 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        response = _Response(scope["method"], asked, send)
+        try:
+            await self._application(asked)(asked, receive, response.send)
+        except Exception as error:
+            if not response.started:
+                await failure_response(error)(asked, receive, response.send)
+            raise
 
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.update(_SECURITY_HEADERS)
-                headers.setdefault("Cache-Control", "no-store")
-                route = getattr(scope.get("route"), "path", "other")
-                services = Services.of(Request(scope))
-                services.request_counts.add(scope["method"], route, message["status"], started)
-            await send(message)
-
-        application = self._app
+    def _application(self, scope: ConnectionScope) -> ASGIApp:
+        """Return what handles a request: the application, or the refusal of its origin."""
         try:
             _check_origin(Request(scope))
         except Refused as refusal:
-            application = refusal_response(refusal)
-        await application(scope, receive, send_with_headers)
+            return refusal_response(refusal)
+        return self._app
+
+
+class _Response:
+    """The response to one request, whose headers are completed and which is counted as it begins."""
+
+    def __init__(self, method: str, scope: ConnectionScope, send: Send) -> None:
+        self.started = False
+        self._method = method
+        self._scope = scope
+        self._send = send
+        self._asked_at = time.perf_counter()
+        self._complete = False
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the response; to HEAD nothing after its headers, so that a stream ends as well."""
+        if self._complete:
+            return
+        if message["type"] == "http.response.start":
+            self._begin(message)
+        elif self._method == "HEAD":
+            message = {"type": "http.response.body"}
+            self._complete = True
+        await self._send(message)
+
+    def _begin(self, message: Message) -> None:
+        self.started = True
+        headers = MutableHeaders(scope=message)
+        headers.update(_SECURITY_HEADERS)
+        headers.setdefault("Cache-Control", "no-store")
+        route = getattr(self._scope.get("route"), "path", "other")
+        services = Services.of(Request(self._scope))
+        services.request_counts.add(self._method, route, message["status"], self._asked_at)
 
 
 def _check_origin(request: Request) -> None:

@@ -52,8 +52,7 @@ async def read(request: Request, document: type[Document], limits: Limits, reser
         async with asyncio.timeout(limits.body_seconds):
             body = await _read_bounded(request, limits.body_bytes, reservation)
     except TimeoutError:
-        detail = f"the body did not arrive within limits.body_seconds ({limits.body_seconds:g} s): send it again"
-        raise Refused(408, "Body too slow", detail, retry_after=RetryAfter.SOON) from None
+        raise _too_slow(limits) from None
     # 3. Decompress it.
     if encoding != _UNCOMPRESSED:
         async with reservation.budget.decompressing:
@@ -101,6 +100,30 @@ async def _read_bounded(request: Request, most: int, reservation: Reservation) -
 def _too_large(most: int) -> Refused:
     detail = f"the body is larger than limits.body_bytes allows ({most} bytes): send smaller batches"
     return Refused(413, "Body too large", detail)
+
+
+async def read_document(request: Request, limits: Limits) -> None:
+    """Read the body of a request that is not an agent's, within its bounds; FastAPI finds it in the request then.
+
+    Raises:
+        Refused: 408 if it does not arrive in time, 413 if it is too large.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limits.document_bytes:
+                    detail = f"the body is larger than limits.document_bytes allows ({limits.document_bytes} bytes)"
+                    raise Refused(413, "Body too large", detail)
+    except TimeoutError:
+        raise _too_slow(limits) from None
+    request._body = bytes(body)  # noqa: SLF001  # where Starlette keeps a body that has been read
+
+
+def _too_slow(limits: Limits) -> Refused:
+    detail = f"the body did not arrive within limits.body_seconds ({limits.body_seconds:g} s): send it again"
+    return Refused(408, "Body too slow", detail, retry_after=RetryAfter.SOON)
 
 
 def _decompress_gzip(body: bytes, most: int) -> bytes:

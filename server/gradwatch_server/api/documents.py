@@ -40,6 +40,7 @@ class Stored(BaseModel):
     id: str
     samples: int = Field(description="samples that this request stored")
     duplicate: bool = Field(description="true: the batch was stored before, and nothing changed")
+    left_out: int = Field(description="samples of it that are not stored: a later attempt has replaced their steps")
 
 
 class Run(BaseModel):
@@ -354,3 +355,5 @@ class Health(BaseModel):
     """Whether the process lives, or the server is ready for requests."""
 
     status: str
+    version: str
+    """Version of the server."""

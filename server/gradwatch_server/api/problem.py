@@ -16,6 +16,7 @@ from gradwatch_server.api.documents import Problem
 from gradwatch_server.errors import Refused, RetryAfter
 
 PROBLEM_TYPE = "application/problem+json"
+DATABASE_SILENT = "the database does not respond: the server's log says more"
 _MOST_CHARACTERS = 500
 """Of a database's message in a problem document."""
 
@@ -27,10 +28,14 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def problem_response(status: int, title: str, detail: str, retry_after: RetryAfter | None = None) -> Response:
-    """Return a problem document."""
-    document = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    """Return the response with a problem document."""
     headers = {} if retry_after is None else {"Retry-After": str(int(retry_after))}
-    return Response(msgspec.json.encode(document), status, headers, PROBLEM_TYPE)
+    return Response(msgspec.json.encode(problem_document(status, title, detail)), status, headers, PROBLEM_TYPE)
+
+
+def problem_document(status: int, title: str, detail: str) -> dict[str, Any]:
+    """Return a problem document."""
+    return {"type": "about:blank", "title": title, "status": status, "detail": detail}
 
 
 def refusal_response(refusal: Refused) -> Response:
@@ -46,15 +51,20 @@ def refusal_response(refusal: Refused) -> Response:
     return response
 
 
-def _database_response(error: sa.exc.OperationalError | sa.exc.TimeoutError) -> Response:
-    """Return the problem document of a database that does not respond, is full, or has no connection left."""
+def _database_response(request: Request, error: sa.exc.OperationalError | sa.exc.TimeoutError) -> Response:
+    """Return the problem document of a database that does not respond, is full, or has no connection left.
+
+    The words of the database, which name its host, are for callers alone whose token was accepted.
+    """
+    authorised = hasattr(request.state, "grant")
     if not isinstance(error, sa.exc.OperationalError):
-        detail = f"nothing was stored: {error}"
+        detail = f"nothing was stored: {error if authorised else 'no connection to the database is free'}"
         return problem_response(503, "Database busy", detail[:_MOST_CHARACTERS], RetryAfter.DATABASE)
     if _is_full(error):
-        detail = f"nothing was stored: {error.orig}; make room on the database's disk, then send it again"
+        cause = error.orig if authorised else "the disk is full"
+        detail = f"nothing was stored: {cause}; make room on the database's disk, then send it again"
         return problem_response(507, "Disk full", detail[:_MOST_CHARACTERS], RetryAfter.DISK_FULL)
-    detail = f"nothing was stored: {error.orig}"
+    detail = f"nothing was stored: {error.orig if authorised else DATABASE_SILENT}"
     return problem_response(503, "Database out of reach", detail[:_MOST_CHARACTERS], RetryAfter.DATABASE)
 
 
@@ -64,11 +74,17 @@ def _is_full(error: sa.exc.OperationalError) -> bool:
     return full or getattr(error.orig, "sqlstate", None) == "53100"
 
 
+def failure_response(error: Exception) -> Response:
+    """Return the problem document of an error that is no refusal: 500."""
+    return problem_response(500, "Internal error", f"{type(error).__name__}: the server's log says more")
+
+
 def _allowed_methods(app: FastAPI, path: str) -> list[str]:
     """Return the methods that a path of the API takes, whichever routes they are on."""
     for template, operations in app.openapi()["paths"].items():
         if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path):
-            return sorted(method.upper() for method in operations)
+            allowed = {method.upper() for method in operations}
+            return sorted(allowed | {"HEAD"} if "GET" in allowed else allowed)
     return []
 
 
@@ -99,14 +115,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(sa.exc.OperationalError)
     @app.exception_handler(sa.exc.TimeoutError)
-    async def database_failed(_request: Request, error: sa.exc.OperationalError | sa.exc.TimeoutError) -> Response:
-        return _database_response(error)
+    async def database_failed(request: Request, error: sa.exc.OperationalError | sa.exc.TimeoutError) -> Response:
+        return _database_response(request, error)
 
     @app.exception_handler(sa.exc.DataError)
     async def invalid_value(_request: Request, error: sa.exc.DataError) -> Response:
         detail = f"the database cannot hold this: {error.orig}"
         return problem_response(422, "Invalid value", detail[:_MOST_CHARACTERS])
-
-    @app.exception_handler(Exception)
-    async def failed(_request: Request, error: Exception) -> Response:
-        return problem_response(500, "Internal error", f"{type(error).__name__}: the server's log says more")

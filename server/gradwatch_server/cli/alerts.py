@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradwatch_server.cli.client import send_request
-from gradwatch_server.cli.command import run_command, server_parser
+from gradwatch_server.cli.command import print_line, run_command, server_parser
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,24 +25,24 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _acknowledge(options: argparse.Namespace) -> int:
-    alert = send_request(options, "POST", f"/alerts/{options.ack}/acknowledge", json={"author": options.author})
-    print(f"{alert['rule']} of run {alert['run']} is acknowledged by {alert['acknowledged_by']}")
+    alert = send_request(options, "POST", "alerts", options.ack, "acknowledge", json={"author": options.author})
+    print_line(f"{alert['rule']} of run {alert['run']} is acknowledged by {alert['acknowledged_by']}")
     return 0
 
 
 def _withdraw(options: argparse.Namespace) -> int:
-    alert = send_request(options, "DELETE", f"/alerts/{options.unack}/acknowledge")
-    print(f"{alert['rule']} of run {alert['run']} is no longer acknowledged")
+    alert = send_request(options, "DELETE", "alerts", options.unack, "acknowledge")
+    print_line(f"{alert['rule']} of run {alert['run']} is no longer acknowledged")
     return 0
 
 
 def _list_alerts(options: argparse.Namespace) -> int:
     filters = {name: getattr(options, name) for name in ("project", "run", "state") if getattr(options, name)}
-    alerts = send_request(options, "GET", "/alerts", params=filters)
+    alerts = send_request(options, "GET", "alerts", params=filters)
     for alert in alerts:
-        print(_line(alert))
+        print_line(_line(alert))
     if not alerts:
-        print("no alerts")
+        print_line("no alerts")
     return 0
 
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -16,13 +17,13 @@ class RequestError(GradwatchError):
     """The server did not respond, or it refused a request; the text says what to do."""
 
 
-def send_request(options: argparse.Namespace, method: str, path: str, **content: Any) -> Any:
+def send_request(options: argparse.Namespace, method: str, *path: str, **content: Any) -> Any:
     """Send a request to the server that the options name; return the JSON of its response, None if it is empty.
 
     Args:
         options: options that a ``server_parser`` has parsed.
         method: HTTP method.
-        path: path below ``/api/v1``.
+        path: segments of the path below ``/api/v1``, such as the id of an alert; they are quoted.
         content: ``params`` or ``json``, as httpx takes them.
 
     Raises:
@@ -30,10 +31,11 @@ def send_request(options: argparse.Namespace, method: str, path: str, **content:
     """
     url = options.url or secret(os.environ, "GRADWATCH_URL") or "http://127.0.0.1:8321"
     token = secret(os.environ, "GRADWATCH_TOKEN")
+    address = "/".join([url.rstrip("/"), "api", "v1", *(quote(part, safe="") for part in path)])
     headers = {} if token is None else {"authorization": f"Bearer {token}"}
     try:
         with httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False) as client:
-            response = client.request(method, f"{url.rstrip('/')}/api/v1{path}", **content)
+            response = client.request(method, address, **content)
     except httpx.InvalidURL as error:
         raise RequestError(f"{url!r} is not the address of a server ({error}): http://127.0.0.1:8321 is one") from None
     except httpx.HTTPError as error:

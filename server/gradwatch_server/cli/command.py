@@ -4,11 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import sqlalchemy as sa
 
 from gradwatch.settings import SettingsError
 from gradwatch_server.errors import GradwatchError
+from gradwatch_server.plain_text import visible
 from gradwatch_server.settings import DATABASE_URL_HELP, resolve_database_url
 from gradwatch_server.store.database import database_errors, open_engine, prepare
 
@@ -23,8 +25,13 @@ def server_parser(command: str, purpose: str) -> argparse.ArgumentParser:
 def database_parser(command: str, purpose: str) -> argparse.ArgumentParser:
     """Return the parser of a subcommand that uses the server's database, with the option ``--database-url``."""
     parser = argparse.ArgumentParser(prog=f"gradwatch {command}", description=purpose)
-    parser.add_argument("--database-url", metavar="URL", help=DATABASE_URL_HELP)
+    add_database_option(parser, None)
     return parser
+
+
+def add_database_option(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Add the option ``--database-url`` to a parser; one within it takes ``argparse.SUPPRESS`` as its default."""
+    parser.add_argument("--database-url", metavar="URL", default=default, help=DATABASE_URL_HELP)
 
 
 @contextmanager
@@ -54,5 +61,10 @@ def run_command(command: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:  # the main command ends quietly when nobody reads any more
         raise
     except (GradwatchError, SettingsError, OSError) as error:
-        print(f"gradwatch {command}: {error}", file=sys.stderr)
+        print(visible(f"gradwatch {command}: {error}", keep="\n\t"), file=sys.stderr)
         return 1
+
+
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Print a line, by default to standard output, in which no text of strangers can act on the terminal."""
+    print(visible(text), file=file)

@@ -14,8 +14,9 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from gradwatch.wire import MISSING, STATISTICS
-from gradwatch_server.cli.command import database_parser, open_database, run_command
+from gradwatch_server.cli.command import database_parser, open_database, print_line, run_command
 from gradwatch_server.errors import GradwatchError
+from gradwatch_server.plain_text import table_cell
 from gradwatch_server.store import schema
 from gradwatch_server.store.parameters import load_parameters
 from gradwatch_server.store.rollups.levels import pruned_to
@@ -40,7 +41,11 @@ class Table(Protocol):
 
 
 class CsvTable:
-    """Comma-separated values: NaN and Infinity by name, a missing value as an empty field."""
+    """Comma-separated values: NaN and Infinity by name, a missing value as an empty field.
+
+    Names of parameters are written so that neither a terminal nor a spreadsheet acts on them; Parquet keeps them as
+    they are.
+    """
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -96,7 +101,7 @@ class ParquetTable:
 def _to_csv(column: Column) -> list[Any]:
     """Return the fields of a column; a float32 in the fewest digits that are read back as the same number."""
     if not isinstance(column, np.ndarray):
-        return column
+        return [table_cell(entry) if isinstance(entry, str) else entry for entry in column]
     names = {"nan": "NaN", "inf": "Infinity", "-1.0": ""}
     return [names.get(text, text) for text in map(str, column)]
 
@@ -166,7 +171,7 @@ def _run(options: argparse.Namespace) -> int:
             stack.callback(table.close)
             count = export(connection, options.run, table)
         pruned = _pruned(connection, options.run)
-    print(f"gradwatch export: {count} samples of run {options.run}{pruned}", file=sys.stderr)
+    print_line(f"gradwatch export: {count} samples of run {options.run}{pruned}", file=sys.stderr)
     return 0
 
 

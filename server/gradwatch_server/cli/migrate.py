@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from gradwatch_server.cli.command import database_parser, run_command
+from gradwatch_server.cli.command import database_parser, print_line, run_command
 from gradwatch_server.settings import resolve_database_url
-from gradwatch_server.store.database import migrate, open_engine
+from gradwatch_server.store.database import migrate, open_engine, shown_address
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -17,6 +17,6 @@ def main(arguments: Sequence[str]) -> int:
 def _migrate(url: str) -> int:
     engine = open_engine(url)
     migrate(engine)
-    print(f"gradwatch migrate: {engine.url.render_as_string()} has the schema of this version")
+    print_line(f"gradwatch migrate: {shown_address(engine)} has the schema of this version")
     engine.dispose()
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from gradwatch_server.alerting.run_alerts import resolve_deleted
-from gradwatch_server.cli.command import database_parser, open_database, run_command
+from gradwatch_server.cli.command import database_parser, open_database, print_line, run_command
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.store.deletion import delete_expired_runs
 from gradwatch_server.store.group_commit import Writer
@@ -28,7 +28,7 @@ def _run(options: argparse.Namespace) -> int:
     configuration = Configuration.load(options.config)
     with open_database(options) as engine:
         runs, levels = asyncio.run(_prune(engine, configuration))
-    print("; ".join([f"removed {_many(runs, 'run')}", *_summary(levels)]))
+    print_line("; ".join([f"removed {_many(runs, 'run')}", *_summary(levels)]))
     return 0
 
 

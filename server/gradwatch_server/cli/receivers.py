@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from gradwatch_server.cli.client import send_request
-from gradwatch_server.cli.command import run_command, server_parser
+from gradwatch_server.cli.command import print_line, run_command, server_parser
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.notify.http_client import DeliveryResult
 from gradwatch_server.notify.receivers import Notification, Receiver
@@ -40,20 +40,23 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _list_receivers(options: argparse.Namespace) -> int:
-    for receiver in send_request(options, "GET", "/receivers"):
+    for receiver in send_request(options, "GET", "receivers"):
         state = f"disabled: {receiver['disabled']}" if receiver["disabled"] else "in use"
-        print(f"{receiver['name']}  {receiver['type']}  {state}  {receiver['due']} due  {receiver['dead']} dead")
+        print_line(f"{receiver['name']}  {receiver['type']}  {state}  {receiver['due']} due  {receiver['dead']} dead")
     return 0
 
 
 def _enable(options: argparse.Namespace) -> int:
-    send_request(options, "POST", f"/receivers/{options.name}/enable")
-    print(f"{options.name} is in use again; send its dead deliveries with: gradwatch receivers replay {options.name}")
+    send_request(options, "POST", "receivers", options.name, "enable")
+    print_line(
+        f"{options.name} is in use again; send its dead deliveries with: gradwatch receivers replay {options.name}"
+    )
     return 0
 
 
 def _replay(options: argparse.Namespace) -> int:
-    print(f"due again: {send_request(options, 'POST', f'/receivers/{options.name}/replay')['deliveries']}")
+    replayed = send_request(options, "POST", "receivers", options.name, "replay")
+    print_line(f"due again: {replayed['deliveries']}")
     return 0
 
 
@@ -65,9 +68,9 @@ def _test(options: argparse.Namespace) -> int:
         listed = ", ".join(configured) or "none"
         raise ConfigurationError(f"{options.config} has no receiver {options.name!r}; it has: {listed}")
     result = asyncio.run(_send(configured[options.name], configuration.delivery.timeout_seconds))
-    print(f"{options.name}: {result.verdict}" + (f", status {result.status}" if result.status is not None else ""))
+    print_line(f"{options.name}: {result.verdict}" + (f", status {result.status}" if result.status is not None else ""))
     for line in filter(None, (result.error, result.text)):
-        print(line)
+        print_line(line)
     return 0 if result.verdict == "delivered" else 1
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradwatch_server.cli.client import send_request
-from gradwatch_server.cli.command import run_command, server_parser
+from gradwatch_server.cli.command import print_line, run_command, server_parser
 
 _UNITS = {"m": 60.0, "h": 3_600.0, "d": 86_400.0}
 
@@ -36,24 +36,24 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _end(options: argparse.Namespace) -> int:
-    send_request(options, "DELETE", f"/silences/{options.end}")
-    print(f"silence {options.end} has ended")
+    send_request(options, "DELETE", "silences", options.end)
+    print_line(f"silence {options.end} has ended")
     return 0
 
 
 def _add(options: argparse.Namespace) -> int:
     silence = {name: getattr(options, name) for name in ("project", "run", "rule", "author", "comment")}
     silence["ends_at"] = time.time() + options.duration
-    print(_line(send_request(options, "POST", "/silences", json=silence)))
+    print_line(_line(send_request(options, "POST", "silences", json=silence)))
     return 0
 
 
 def _list_silences(options: argparse.Namespace) -> int:
-    silences = send_request(options, "GET", "/silences")
+    silences = send_request(options, "GET", "silences")
     for silence in silences:
-        print(_line(silence))
+        print_line(_line(silence))
     if not silences:
-        print("no silences")
+        print_line("no silences")
     return 0
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from gradwatch_server.cli.command import database_parser, open_database, run_command
+from gradwatch_server.cli.command import add_database_option, database_parser, open_database, print_line, run_command
 from gradwatch_server.store import schema
-from gradwatch_server.store.database import writing
+from gradwatch_server.store.database import shown_address, writing
 from gradwatch_server.store.tokens import create, revoke
 
 
@@ -29,6 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     creating.add_argument("--days", type=_days, help="days until it expires (default: it does not expire)")
     commands.add_parser("list", help="list the tokens")
     commands.add_parser("revoke", help="revoke a token").add_argument("id", help="as `gradwatch token list` shows it")
+    for subcommand in commands.choices.values():
+        add_database_option(subcommand, argparse.SUPPRESS)
     return parser
 
 
@@ -46,20 +48,20 @@ def _run(options: argparse.Namespace) -> int:
 
 def _create(connection: sa.Connection, options: argparse.Namespace) -> int:
     token_id, token = create(connection, options.scope, options.project, options.days)
-    database = connection.engine.url.render_as_string()
-    print(f"created token {token_id} in {database}; it cannot be shown again:", file=sys.stderr)
-    print(token)
+    database = shown_address(connection.engine)
+    print_line(f"created token {token_id} in {database}; it cannot be shown again:", file=sys.stderr)
+    print_line(token)
     return 0
 
 
 def _revoke(connection: sa.Connection, options: argparse.Namespace) -> int:
     revoked = revoke(connection, options.id)
-    print(f"revoked {options.id}" if revoked else f"no valid token has id {options.id!r}: gradwatch token list")
+    print_line(f"revoked {options.id}" if revoked else f"no valid token has id {options.id!r}: gradwatch token list")
     return 0 if revoked else 1
 
 
 def _list_tokens(connection: sa.Connection, _options: argparse.Namespace) -> int:
     for row in connection.execute(sa.select(schema.tokens).order_by(schema.tokens.c.created_at)):
         state = "revoked" if row.revoked_at else "expired" if (row.expires_at or 2e11) < time.time() else "valid"
-        print(f"{row.id}  {row.scope:<7} {state:<8} {row.project or 'every project'}")
+        print_line(f"{row.id}  {row.scope:<7} {state:<8} {row.project or 'every project'}")
     return 0

@@ -14,6 +14,8 @@ import logging
 import math
 import os
 import pickle
+import select
+import struct
 import subprocess
 import sys
 import threading
@@ -33,7 +35,11 @@ LARGE_TIME_SHARE = 0.1
 READY = b"ready"
 """What a worker process sends first: from then on it takes jobs."""
 PICKLE_PROTOCOL = 5
+_DEADLINE_SECONDS = 5.0
+"""Time in which a worker has to take a job, or to answer one; then it is killed, and the server does its work."""
 _WINDOW_SECONDS = 2.0
+_LENGTH = struct.Struct("!i")
+"""What stands before each message of ``multiprocessing.connection``."""
 _PIPE_BYTES = 1 << 20
 """Two usual batches fit in, so the writer need not wait until they are read."""
 
@@ -67,6 +73,8 @@ class WorkerProcess:
         job_reader, self._jobs = Pipe(duplex=False)
         self._results, result_writer = Pipe(duplex=False)
         self._capacity_bytes = _widen(self._jobs)
+        os.set_blocking(self._jobs.fileno(), False)  # a process that stands still must not hold up the writer
+        os.set_blocking(self._results.fileno(), False)
         with job_reader, result_writer:
             self._process = subprocess.Popen(
                 # -P keeps modules in the working directory from taking the place of the standard library's.
@@ -97,7 +105,7 @@ class WorkerProcess:
         if not self._ready:
             if not self._results.poll(timeout_seconds):
                 return False
-            if self._results.recv_bytes() != READY:
+            if _receive(self._results.fileno()) != READY:
                 raise EOFError("it sent something else first")
             self._ready = True
             log.info("diagnosis worker %d is ready", self.pid)
@@ -110,11 +118,11 @@ class WorkerProcess:
         wait for each other to read.
 
         Raises:
-            OSError, EOFError: the process has ended.
+            OSError, EOFError: the process has ended, or stands still.
         """
         while self._pending and sum(size for _, size in self._pending) + len(job) > self._capacity_bytes:
             self._read_result()
-        self._jobs.send_bytes(job)
+        _send(self._jobs.fileno(), job)
         self._begun += 1
         self._pending.append((self._begun, len(job)))
         return self._begun
@@ -123,7 +131,7 @@ class WorkerProcess:
         """Wait for the result of a job; those of earlier jobs are dropped.
 
         Raises:
-            OSError, EOFError: the process has ended.
+            OSError, EOFError: the process has ended, or stands still.
         """
         while number not in self._read:
             self._read_result()
@@ -132,13 +140,60 @@ class WorkerProcess:
         return result
 
     def _read_result(self) -> None:
-        result = self._results.recv_bytes()
+        result = _receive(self._results.fileno())
         self._read[self._pending.popleft()[0]] = result
 
     def close(self) -> None:
         """Kill the process, whatever it is doing; a thread that waits for its result gets an EOFError."""
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a frozen process ends when it goes on
+            self._process.wait(_DEADLINE_SECONDS)
+
+
+def _send(pipe: int, content: bytes) -> None:
+    """Write a message for ``Connection.recv_bytes`` to a pipe that does not block.
+
+    Raises:
+        TimeoutError: the other side does not read it.
+        OSError: the other side has ended.
+    """
+    deadline = time.monotonic() + _DEADLINE_SECONDS
+    rest = memoryview(_LENGTH.pack(len(content)) + content)
+    while rest:
+        _await_pipe(pipe, select.POLLOUT, deadline)
+        with contextlib.suppress(BlockingIOError):
+            rest = rest[os.write(pipe, rest) :]
+
+
+def _receive(pipe: int) -> bytes:
+    """Read a message of ``Connection.send_bytes`` from a pipe that does not block.
+
+    Raises:
+        TimeoutError: it does not come.
+        EOFError, OSError: the other side has ended.
+    """
+    deadline = time.monotonic() + _DEADLINE_SECONDS
+    (length,) = _LENGTH.unpack(_read_exactly(pipe, _LENGTH.size, deadline))
+    return _read_exactly(pipe, length, deadline)
+
+
+def _read_exactly(pipe: int, size: int, deadline: float) -> bytes:
+    found = bytearray()
+    while len(found) < size:
+        _await_pipe(pipe, select.POLLIN, deadline)
+        part = os.read(pipe, size - len(found))
+        if not part:
+            raise EOFError
+        found += part
+    return bytes(found)
+
+
+def _await_pipe(pipe: int, event: int, deadline: float) -> None:
+    """Wait until a pipe can be read or written, or its other side has ended."""
+    poll = select.poll()
+    poll.register(pipe, event)
+    if not poll.poll(max(0.0, 1_000 * (deadline - time.monotonic()))):
+        raise TimeoutError(f"stood still for {_DEADLINE_SECONDS:g} s")
 
 
 def _widen(pipe: Connection) -> int:
@@ -197,12 +252,12 @@ class DiagnosisPool:
                 return here
         except (OSError, EOFError):
             self._from_time_share = math.inf
-            self._drop(worker, "ended before it took a job: the server diagnoses on its own from now on")
+            self._drop(worker, EOFError("it ended before it took a job, no other one is started"))
             return here
         try:
             number = worker.begin(_encode_job(parameters, history, samples, thresholds))
-        except (OSError, EOFError):
-            self._drop(worker)
+        except (OSError, EOFError) as error:
+            self._drop(worker, error)
             return here
         return partial(self._wait, worker, number, here)
 
@@ -233,8 +288,8 @@ class DiagnosisPool:
     def _wait(self, worker: WorkerProcess, number: int, here: Callable[[], Diagnosed]) -> Diagnosed:
         try:
             return Diagnosed(*pickle.loads(worker.result(number)))  # noqa: S301  # of this server's own worker
-        except (OSError, EOFError):
-            self._drop(worker)
+        except (OSError, EOFError) as error:
+            self._drop(worker, error)
             return here()
 
     def _start_worker(self, thread: _OfThread, share: float) -> None:
@@ -249,8 +304,8 @@ class DiagnosisPool:
                 return
             self.workers.append(thread.worker)
 
-    def _drop(self, worker: WorkerProcess, event: str = "has ended: the server diagnoses on its own for now") -> None:
-        """Go on without a worker process that has ended; another one is started if diagnosis still takes much time."""
+    def _drop(self, worker: WorkerProcess, reason: Exception) -> None:
+        """Go on without a worker process; another one is started if diagnosis still takes much time."""
         thread = self._of_thread()
         if thread.worker is worker:
             thread.worker = None
@@ -258,7 +313,10 @@ class DiagnosisPool:
             if worker not in self.workers:
                 return
             self.workers.remove(worker)
-        log.warning("diagnosis worker %d %s", worker.pid, event)
+        event = (
+            str(reason) if isinstance(reason, TimeoutError) else f"has ended ({str(reason) or type(reason).__name__})"
+        )
+        log.warning("diagnosis worker %d %s: the server diagnoses on its own for now", worker.pid, event)
         worker.close()
 
 

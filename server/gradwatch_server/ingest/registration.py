@@ -1,6 +1,5 @@
 """Registration: makes a run known, adds parameters to a known run, or starts its next attempt."""
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import clock
 from gradwatch_server.diagnosis import History, RunParameters, Thresholds
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import detector_state
@@ -44,13 +44,13 @@ def register(
     Raises:
         Refused: 409 if the run is of another project or has other parameters.
     """
-    now = time.time()
+    now = clock.now()
     # 1. Lock the run, if it is known.
     run = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()).one_or_none()
     # 2. Number the attempt by the server's clock.
     attempts = {} if run is None else run.attempts
     attempt = stored_attempt(attempts, registration.attempt)
-    if ahead_seconds and attempt == registration.attempt > 0:
+    if ahead_seconds and attempt > 0 and not _is_known(run, registration.attempt):
         attempt = min(max(1, attempt - round(1_000 * ahead_seconds)), wire.LARGEST_STEP)
         attempts = {**attempts, str(registration.attempt): attempt}
     registration = msgspec.structs.replace(registration, attempt=attempt)
@@ -64,6 +64,13 @@ def register(
     _extend(connection, run, registration, states, thresholds)
     _start_attempt(connection, run, registration, attempts, now)
     return False
+
+
+def _is_known(run: sa.Row[Any] | None, number: int) -> bool:
+    """Return whether an attempt of this number has been ordered already: who sends it again changes nothing."""
+    if run is None:
+        return False
+    return str(number) in run.attempts or str(number) in run.first_steps or number == run.attempt
 
 
 def _insert_run(

@@ -1,6 +1,5 @@
 """The transaction behind every 2xx: sample rows, alerts, transitions and due deliveries of a batch commit together."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from operator import itemgetter
@@ -10,6 +9,7 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import clock
 from gradwatch_server.alerting.run_alerts import RunAlerts
 from gradwatch_server.diagnosis import History, Observation, Sample
 from gradwatch_server.diagnosis.clip_advice import advise
@@ -38,7 +38,10 @@ class Stored(msgspec.Struct, frozen=True):
 
     id: str
     samples: int
+    """How many of the batch's samples are stored."""
     duplicate: bool
+    left_out: int = 0
+    """How many are not, because a later attempt of the run has replaced their steps."""
 
 
 class Registered(msgspec.Struct, frozen=True):
@@ -74,6 +77,7 @@ class Ingest:
         self.batches = 0
         self.duplicates = 0
         self.samples = 0
+        self.left_out = 0
         self.values = 0
 
     def configure(self, configuration: Configuration, public_url: str) -> None:
@@ -111,7 +115,7 @@ class Ingest:
         Raises:
             Refused: 404 for a run that is not registered, 422 where the content does not fit the run.
         """
-        now = time.time()
+        now = clock.now()
         # 1. Lock the run, and check that the batch fits it.
         run = connection.execute(_locked_run, {"of_run": run_id}).one_or_none()
         if run is None:
@@ -135,7 +139,8 @@ class Ingest:
                 if batch.end is not None:
                     entered |= self._end_run(connection, run, batch.end, changes.get("last_step", run.last_step))
             connection.execute(_update_run, changes | entered | {"of_run": run_id})
-            return Stored(batch.id, len(batch.samples), duplicate=False)
+            count = changes["arrivals"] - run.arrivals
+            return Stored(batch.id, count, duplicate=False, left_out=len(batch.samples) - count)
 
         return Deferred(finish)
 
@@ -145,8 +150,12 @@ class Ingest:
             self.duplicates += 1
             return
         self.batches += 1
-        self.samples += len(batch.samples)
-        self.values += sum(vector.size for sample in batch.samples for vector in sample.statistics.values())
+        self.samples += stored.samples
+        self.left_out += stored.left_out
+        kept = sorted(batch.samples, key=lambda sample: sample.step)[
+            : stored.samples
+        ]  # a later attempt cuts off the end
+        self.values += sum(vector.size for sample in kept for vector in sample.statistics.values())
 
     def _is_new(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, now: float) -> bool:
         """Check a batch and claim its id; return False if it is stored already."""
@@ -268,7 +277,7 @@ def _diagnosed_step(run: sa.Row[Any]) -> int:
 
 def _progress(run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
     """Return the new values of the run's row after a batch, without those of the diagnosis."""
-    changes: dict[str, Any] = {"last_seen_at": now, "sample_count": run.sample_count + len(batch.samples)}
+    changes: dict[str, Any] = {"last_seen_at": now}
     if batch.samples:
         changes["usual_interval_seconds"] = _usual_interval(run, batch.samples, now)
     if batch.attempt < run.attempt:

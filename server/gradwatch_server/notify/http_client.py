@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import httpcore
 
+from gradwatch import __version__
 from gradwatch.wire import retry_after_seconds
 
 Address = IPv4Address | IPv6Address
@@ -261,7 +262,8 @@ class HttpClient:
 
     async def post(self, request: HttpRequest) -> DeliveryResult:
         """Post once, and read only the first bytes of the response; no error text contains the URL."""
-        headers: list[tuple[bytes | str, bytes | str]] = [("user-agent", "gradwatch"), *request.headers.items()]
+        agent = ("user-agent", f"gradwatch/{__version__}")
+        headers: list[tuple[bytes | str, bytes | str]] = [agent, *request.headers.items()]
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 async with self._pool.stream("POST", request.url, headers=headers, content=request.body) as response:

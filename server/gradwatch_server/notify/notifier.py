@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
+from gradwatch_server import clock
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify import outbox
 from gradwatch_server.notify.http_client import DeliveryResult
@@ -55,6 +56,10 @@ class Notifier:
         """Look for due deliveries now."""
         for worker in self._workers:
             worker.wake()
+
+    def idle_seconds(self) -> float:
+        """Return for how long the slowest worker has not looked for due deliveries, though it does every second."""
+        return max((time.monotonic() - worker.looked_at for worker in self._workers), default=0.0)
 
     def configure(self, receivers: Sequence[Receiver], settings: DeliverySettings) -> None:
         """Deliver to these receivers from now on."""
@@ -98,15 +103,15 @@ class Notifier:
         """Start the clean-up of the outbox, and a reminder for every Alertmanager."""
         names = sorted(receiver.name for receiver in self._receivers)
         alertmanagers = [receiver for receiver in self._receivers if isinstance(receiver, Alertmanager)]
-        reminders = [remind(self._engine, receiver, self._settings) for receiver in alertmanagers]
+        reminders = [remind(self._engine, self._writer, receiver, self._settings) for receiver in alertmanagers]
         return [asyncio.create_task(work) for work in (self._clean_up(names), *reminders)]
 
     async def _clean_up(self, names: list[str]) -> None:
         """Every few seconds, give up deliveries that no receiver takes, and delete the alerts of deleted runs."""
 
         def work(connection: sa.Connection) -> int:
-            outbox.delete_orphaned_alerts(connection, time.time())
-            return outbox.give_up(connection, names, time.time())
+            outbox.delete_orphaned_alerts(connection, clock.now())
+            return outbox.give_up(connection, names, clock.now())
 
         while True:
             try:
@@ -147,6 +152,8 @@ class DeliveryWorker:
         self._ended: list[Attempt] = []
         """Attempts that have ended and are not recorded yet."""
         self._closing = False
+        self.looked_at = time.monotonic()
+        """When it last looked for due deliveries, by the monotonic clock."""
 
     def close(self) -> None:
         """Claim nothing more, record the attempts under way, then end."""
@@ -163,6 +170,7 @@ class DeliveryWorker:
             try:
                 while self._under_way or self._ended or not self._closing:
                     await self._record_and_claim(transport)
+                    self.looked_at = time.monotonic()
                     with suppress(TimeoutError):  # not wait_for: Python 3.11's swallows a cancel that comes with a wake
                         async with asyncio.timeout(_POLL_SECONDS):
                             await self._woken.wait()
@@ -174,7 +182,7 @@ class DeliveryWorker:
     async def _record_and_claim(self, transport: Transport) -> None:
         """Record the attempts that have ended and claim as many due deliveries as may start, in one transaction."""
         ended, self._ended = self._ended, []
-        allowed = 0 if self._closing else self._breaker.allowed(time.time(), self._at_once)
+        allowed = 0 if self._closing else self._breaker.allowed(time.monotonic(), self._at_once)
         most = allowed - len(self._under_way)
         if not ended and most <= 0:
             return
@@ -198,16 +206,24 @@ class DeliveryWorker:
         if most <= 0:
             return [], states
         lease_seconds = self._settings.lease_seconds
-        return outbox.claim(connection, self._receiver.name, time.time(), most, lease_seconds), states
+        return outbox.claim(connection, self._receiver.name, clock.now(), most, lease_seconds), states
 
     async def _attempt(self, transport: Transport, delivery: ClaimedDelivery) -> None:
-        at, started = time.time(), time.perf_counter()
+        at, started = clock.now(), time.perf_counter()
+        lease_seconds = delivery.lease_ends - time.monotonic()
+        if lease_seconds <= 0:  # this process stood still: another server may have sent it, and what follows, by now
+            log.warning("delivery %s to %s: its lease ended before it was sent", delivery.id, self._receiver.name)
+            return
+        notification = Notification(delivery.id, delivery.payload, delivery.created_at)
         try:
-            result = await transport.send(Notification(delivery.id, delivery.payload, delivery.created_at), at)
+            async with asyncio.timeout(lease_seconds):
+                result = await transport.send(notification, time.time())
+        except TimeoutError:
+            result = DeliveryResult(None, f"no answer within the lease of {self._settings.lease_seconds:g} s")
         except Exception as error:  # else the delivery would come back at the end of each lease, for ever
             log.exception("delivery %s to %s could not be attempted", delivery.id, self._receiver.name)
             result = DeliveryResult(None, f"{type(error).__name__}: the server's log says more")
-        self._breaker.record(result, time.time())
+        self._breaker.record(result, time.monotonic())
         self._ended.append(Attempt(delivery, result, at, time.perf_counter() - started))
         self.wake()
 

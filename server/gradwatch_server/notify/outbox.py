@@ -1,9 +1,12 @@
 """Outbox: the deliveries in the database, which servers claim with a lease and whose every attempt they record.
 
-Deliveries of the same alert to the same receiver are made in order.
+Deliveries to the same receiver are made in order for each fingerprint, that is for each rule of a run: it is what
+receivers identify, so that ``resolved`` of one alert never overtakes ``firing`` of the next one.
 """
 
 import random
+import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +65,13 @@ class ClaimedDelivery:
     receiver: str
     created_at: float
     payload: str
+    fingerprint: str
+    sequence: int
+    """Order within the fingerprint."""
     leased_until: float
     """End of the lease, Unix seconds. It identifies the claim: another claim has another time."""
+    lease_ends: float
+    """End of the lease by this process's monotonic clock: nothing is sent after it."""
 
 
 @dataclass(frozen=True)
@@ -78,41 +86,66 @@ class Attempt:
     """How long it took."""
 
 
+def enqueue(
+    connection: sa.Connection, transition: Mapping[str, Any], fingerprint: str, receivers: Sequence[str], now: float
+) -> None:
+    """Write one due delivery of a transition per receiver, behind those of the same fingerprint.
+
+    Earlier ones that wait for their next attempt are tried now, and as often as new ones: the new one waits for them.
+    """
+    if not receivers:
+        return
+    table = schema.deliveries
+    mine = table.c.fingerprint == fingerprint
+    last = connection.execute(sa.select(sa.func.coalesce(sa.func.max(table.c.sequence), 0)).where(mine)).scalar_one()
+    waiting = sa.update(table).where(
+        mine, table.c.receiver.in_(receivers), table.c.state == "due", table.c.attempts > 0
+    )
+    connection.execute(waiting.values(due_at=now, attempts_before=table.c.attempts))
+    row = {"alert": transition["alert"], "transition": transition["id"], "number": transition["number"]}
+    row |= {"fingerprint": fingerprint, "sequence": last + 1, "state": "due", "attempts": 0}
+    row |= {"due_at": now, "leased_until": 0.0, "created_at": now}
+    rows = [row | {"id": f"msg_{secrets.token_hex(12)}", "receiver": receiver} for receiver in receivers]
+    connection.execute(sa.insert(table), rows)
+
+
 def claim(
     connection: sa.Connection, receiver: str, now: float, most: int, lease_seconds: float
 ) -> list[ClaimedDelivery]:
     """Claim up to ``most`` due deliveries of a receiver; the claims of a dead server end with their leases.
 
-    A delivery waits until the earlier ones of the same alert and receiver are delivered or dead, so that ``resolved``
-    never overtakes ``firing``.
+    A delivery waits until the earlier ones of the same fingerprint and receiver are delivered or dead.
     """
     table = schema.deliveries
+    lease_ends = time.monotonic() + lease_seconds
     disabled = sa.exists().where(schema.disabled_receivers.c.name == receiver)
+    columns = table.c["id", "alert", "receiver", "created_at", "fingerprint", "sequence"]
     rows = connection.execute(
-        sa.select(*table.c["id", "alert", "receiver", "created_at"], schema.transitions.c.payload)
+        sa.select(*columns, schema.transitions.c.payload)
         .join(schema.transitions, schema.transitions.c.id == table.c.transition)
         .where(table.c.receiver == receiver, table.c.state == "due", table.c.due_at <= now)
         .where(table.c.leased_until <= now, ~_has_earlier_due(), ~disabled)
         .order_by(table.c.due_at)
         .limit(most)
         .with_for_update(skip_locked=True, of=table)
-    ).all()
+    ).mappings()
     until = now + lease_seconds
-    if rows:
-        claimed = sa.update(table).where(table.c.id.in_([row.id for row in rows]))
-        connection.execute(claimed.values(leased_until=until))
-    return [ClaimedDelivery(row.id, row.alert, row.receiver, row.created_at, row.payload, until) for row in rows]
+    claimed = [ClaimedDelivery(**row, leased_until=until, lease_ends=lease_ends) for row in rows]
+    if claimed:
+        mine = table.c.id.in_([each.id for each in claimed])
+        connection.execute(sa.update(table).where(mine).values(leased_until=until))
+    return claimed
 
 
 def _has_earlier_due() -> sa.Exists:
-    """Match the deliveries for which an earlier one of the same alert and receiver is still due."""
+    """Match the deliveries for which an earlier one of the same fingerprint and receiver is still due."""
     table, earlier = schema.deliveries, schema.deliveries.alias("earlier")
     return (
         sa.select(earlier.c.id)
         .where(
-            earlier.c.alert == table.c.alert,
+            earlier.c.fingerprint == table.c.fingerprint,
             earlier.c.receiver == table.c.receiver,
-            earlier.c.number < table.c.number,
+            earlier.c.sequence < table.c.sequence,
             earlier.c.state.not_in(("delivered", "dead")),  # "due" would tempt PostgreSQL to the index by due_at
         )
         .exists()
@@ -123,7 +156,8 @@ def record(connection: sa.Connection, attempts: Sequence[Attempt], settings: Del
     """Record attempts and when the next ones are due; return the state of each attempt's delivery.
 
     If another server has claimed a delivery meanwhile, or a replay has made it due once more, then only the attempt is
-    recorded, and the new claim decides what follows.
+    recorded, and the new claim decides what follows. As the attempt may have arrived after later deliveries, the last
+    one of its fingerprint is sent again.
     """
     table = schema.deliveries
     ids = [attempt.delivery.id for attempt in attempts]
@@ -135,19 +169,40 @@ def record(connection: sa.Connection, attempts: Sequence[Attempt], settings: Del
         .with_for_update()
     ).mappings()
     deliveries = {row["id"]: dict(row) for row in rows}
-    attempt_rows = []
+    attempt_rows, overtaken = [], []
     for attempt in attempts:
         if (delivery := deliveries.get(attempt.delivery.id)) is not None:
+            if delivery["leased_until"] != attempt.delivery.leased_until:
+                overtaken.append(attempt)
             delivery |= _changes(delivery, attempt, settings)
             attempt_rows.append(_attempt_row(delivery["attempts"], attempt))
     if attempt_rows:
         connection.execute(sa.insert(schema.attempts), attempt_rows)
         update = sa.update(table).where(table.c.id == sa.bindparam("of"))
         connection.execute(update, [row | {"of": row["id"]} for row in deliveries.values()])
+    for attempt in overtaken:
+        sent = attempt.delivery
+        repeat_last(connection, sent.receiver, sent.fingerprint, sent.sequence, attempt.at + attempt.seconds)
     for attempt in attempts:
         if attempt.result.verdict == "gone":
             disable(connection, attempt.delivery.receiver, "it answered 410 Gone", attempt.at + attempt.seconds)
     return [deliveries[each]["state"] if each in deliveries else "deleted" for each in ids]
+
+
+def repeat_last(connection: sa.Connection, receiver: str, fingerprint: str, sequence: int, now: float) -> None:
+    """Send the last delivery of a fingerprint again, if it comes after the one of this sequence number.
+
+    To be called after something was sent that may have arrived too late: the receiver is to end with the last word.
+    """
+    table = schema.deliveries
+    mine = (table.c.receiver == receiver, table.c.fingerprint == fingerprint, table.c.sequence > sequence)
+    sent = (*mine, (table.c.state == "delivered") | (table.c.leased_until > 0))
+    chosen = sa.select(table.c.id).where(*sent).order_by(table.c.sequence.desc()).limit(1).with_for_update()
+    last = connection.execute(chosen).scalar()
+    if last is not None:
+        again = {"state": "due", "due_at": now, "leased_until": 0.0, "delivered_at": None}
+        again |= {"attempts_before": table.c.attempts}
+        connection.execute(sa.update(table).where(table.c.id == last).values(again))
 
 
 def _changes(before: Mapping[str, Any], attempt: Attempt, settings: DeliverySettings) -> dict[str, Any]:
@@ -225,8 +280,8 @@ def delete_orphaned_alerts(connection: sa.Connection, now: float) -> None:
 def replay(connection: sa.Connection, chosen: sa.ColumnElement[bool], now: float) -> int:
     """Make deliveries due again, with their ids and recorded attempts; return how many.
 
-    The later deliveries of the same alert and receiver become due again as well, even those delivered already, so that
-    the receiver ends with the latest state of the alert. A later one that is under way is sent once more, because its
+    The later deliveries of the same fingerprint and receiver become due again as well, even those delivered already, so
+    that the receiver ends with the latest state. A later one that is under way is sent once more, because its
     attempt may arrive before the replayed ones.
 
     Args:
@@ -234,15 +289,15 @@ def replay(connection: sa.Connection, chosen: sa.ColumnElement[bool], now: float
     """
     table = schema.deliveries
     first = (
-        sa.select(*table.c["alert", "receiver"], sa.func.min(table.c.number).label("number"))
+        sa.select(*table.c["fingerprint", "receiver"], sa.func.min(table.c.sequence).label("sequence"))
         .where(chosen, table.c.state != "due")
-        .group_by(*table.c["alert", "receiver"])
+        .group_by(*table.c["fingerprint", "receiver"])
         .subquery()
     )
-    same = (table.c.alert == first.c.alert) & (table.c.receiver == first.c.receiver)
+    same = (table.c.fingerprint == first.c.fingerprint) & (table.c.receiver == first.c.receiver)
     rows = connection.execute(
         sa.select(*table.c["id", "state"])
-        .join(first, same & (table.c.number >= first.c.number))
+        .join(first, same & (table.c.sequence >= first.c.sequence))
         .order_by(table.c.id)
         .with_for_update(of=table)
     ).all()

@@ -59,7 +59,7 @@ def insert_batch(
         first_steps = _relevant_first_steps(first_steps | {batch.attempt: first})
     # 3. Insert rows.
     if samples:
-        _insert_samples(connection, run.id, batch, samples, scalars)
+        _insert_samples(connection, run, batch, samples, scalars)
     if trail:
         coverage["batches"] = coverage.get("batches", 0) + 1
         _insert_trail(connection, run.id, batch, trail, coverage["batches"])
@@ -73,7 +73,13 @@ def insert_batch(
         _roll_up_samples(connection, run, samples, statistics, coverage)
     _roll_up_scalars(connection, run.id, trail, coverage)
     stored_steps = {str(attempt): step for attempt, step in first_steps.items()}
-    return {"first_steps": stored_steps, "statistics": statistics, "coverage": coverage}
+    return {
+        "first_steps": stored_steps,
+        "statistics": statistics,
+        "coverage": coverage,
+        "arrivals": run.arrivals + len(samples),
+        "sample_count": run.sample_count + len(samples),
+    }
 
 
 def _roll_up_samples(
@@ -153,14 +159,15 @@ def _cut_trails(connection: sa.Connection, run_id: str, attempt: int, first: int
 
 def _insert_samples(
     connection: sa.Connection,
-    run_id: str,
+    run: sa.Row[Any],
     batch: wire.Batch,
     samples: list[wire.Sample],
     scalars: Mapping[int, Mapping[str, float]],
 ) -> None:
+    """Store samples, numbered in the order in which they commit: the run's row is locked, so no number is late."""
     rows = [
         {
-            "run": run_id,
+            "run": run.id,
             "level": 0,
             "step": sample.step,
             "attempt": batch.attempt,
@@ -168,8 +175,9 @@ def _insert_samples(
             "scalars": serialised(scalars[sample.step]),
             "histograms": sample.histograms or None,
             **{name: sample.statistics.get(name) for name in STATISTICS},
+            "arrival": arrival,
         }
-        for sample in samples
+        for arrival, sample in enumerate(samples, run.arrivals + 1)
     ]
     connection.execute(_insert_sample_rows(connection.dialect.name), rows)
 

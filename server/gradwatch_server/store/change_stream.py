@@ -1,13 +1,13 @@
 """Change stream: tells the pages that watch which runs have changed, by one poll of the database for all of them."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from typing import Any
 
 import sqlalchemy as sa
 
+from gradwatch_server import clock
 from gradwatch_server.store import schema
 
 _POLL_SECONDS = 0.5
@@ -54,6 +54,11 @@ class ChangeStream:
         self._poller: asyncio.Task[None] | None = None
         self._closed = False
 
+    @property
+    def listeners(self) -> int:
+        """Return how many listen."""
+        return len(self._listeners)
+
     async def listen(self) -> AsyncIterator[list[Change]]:
         """Yield the runs that have changed, or an empty list if none has for a while; ends when the server stops.
 
@@ -93,7 +98,7 @@ class ChangeStream:
     async def _poll(self) -> None:
         while True:
             with suppress(sa.exc.SQLAlchemyError):  # the database is out of reach: readiness says so, streams wait
-                recent = await asyncio.to_thread(self._load_recent, time.time() - _OVERLAP_SECONDS)
+                recent = await asyncio.to_thread(self._load_recent, clock.now() - _OVERLAP_SECONDS)
                 changes = [_change(recent[run]) for run in recent if self._known.get(run) != recent[run]]
                 self._known = recent
                 if changes:

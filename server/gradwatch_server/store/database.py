@@ -1,7 +1,8 @@
 """Database engines and migrations: SQLite, which is embedded, or PostgreSQL."""
 
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from psycopg import pq
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -21,6 +23,7 @@ from gradwatch_server.errors import DatabaseError
 from gradwatch_server.store.vectors import register_vectors
 
 _CONNECT_SECONDS = 10
+_VALUES_PER_STATEMENT = 1_000
 
 
 def open_engine(url: str, *, create: bool = True) -> sa.Engine:
@@ -35,8 +38,10 @@ def open_engine(url: str, *, create: bool = True) -> sa.Engine:
     """
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
-        raise DatabaseError(f"{url!r} is not a database address: use sqlite:///FILE or postgresql://...") from None
+    except (sa.exc.ArgumentError, ValueError):  # a port that is no number
+        shown = "the address" if set("@=:") & set(url) else repr(url)  # it may hold a password, wherever that stands
+        text = f"{shown} is not a database address: use sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME"
+        raise DatabaseError(text) from None
     if parsed.get_backend_name() == "sqlite":
         return _open_sqlite(parsed, create=create)
     if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
@@ -167,7 +172,7 @@ def database_errors(engine: sa.Engine) -> Iterator[None]:
     Raises:
         DatabaseError: the database refused a statement.
     """
-    name = engine.url.render_as_string()
+    name = shown_address(engine)
     try:
         yield
     except CommandError as error:
@@ -175,7 +180,27 @@ def database_errors(engine: sa.Engine) -> Iterator[None]:
             f"the database {name} has a schema that this version does not know ({error}): upgrade gradwatch"
         ) from None
     except sa.exc.DBAPIError as error:
-        raise DatabaseError(f"the database {name} cannot be used: {str(error.orig).strip()}") from None
+        reason = _without_secrets(str(error.orig).strip(), engine.url)
+        raise DatabaseError(f"the database {name} cannot be used: {reason}") from None
+
+
+def shown_address(engine: sa.Engine) -> str:
+    """Return the address of a database without its password and its query, where another one may stand."""
+    return engine.url.set(query={}).render_as_string()
+
+
+def _without_secrets(text: str, url: sa.URL) -> str:
+    """Return a text of the database's driver in which nothing of the address stands that may be a password."""
+    options = {option.keyword.decode(): option.dispchar == b"*" for option in pq.Conninfo.get_defaults()}
+    secrets = [str(url.password or "")]
+    for name, values in url.normalized_query.items():
+        if name not in options:  # a password that is no option, since an "&" stands in it
+            secrets += [name, *values]
+        elif options[name]:
+            secrets += values
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text
 
 
 def migrate(engine: sa.Engine) -> None:
@@ -205,6 +230,20 @@ def prepare(engine: sa.Engine) -> None:
             f"the database has schema {found or 'none'}, this version needs {expected}: back it up, then run "
             "gradwatch migrate --database-url ..."
         )
+
+
+def read_clock(engine: sa.Engine) -> float:
+    """Return the time in Unix seconds by the clock that all servers of a database share."""
+    if engine.dialect.name == "sqlite":
+        return time.time()
+    with engine.connect() as connection:
+        return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
+
+
+def batched(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield values in batches for one statement each: PostgreSQL takes 65,535 in one."""
+    for begin in range(0, len(values), _VALUES_PER_STATEMENT):
+        yield values[begin : begin + _VALUES_PER_STATEMENT]
 
 
 def upsert(engine: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:

@@ -61,6 +61,8 @@ class Writer:
         self.commits = 0
         self.commit_seconds = 0.0
         self.refused = 0
+        self._busy_since: dict[int, float] = {}
+        """Writer's thread -> when its present group began, by the monotonic clock."""
         count = _POSTGRESQL_WRITERS if engine.dialect.name == "postgresql" else 1
         self._queues: list[queue.SimpleQueue[_WorkItem | None]] = [queue.SimpleQueue() for _ in range(count)]
         self._threads = [
@@ -105,6 +107,11 @@ class Writer:
             detail = f"{self.capacity} batches wait already (limits.queued_batches): send it again later"
             raise Refused(503, "Queue full", detail, retry_after=RetryAfter.SOON)
 
+    def busy_seconds(self) -> float:
+        """Return for how long the slowest writer has been at its present group; 0.0 if none has work."""
+        with self._lock:
+            return max((time.monotonic() - since for since in self._busy_since.values()), default=0.0)
+
     def close(self, timeout_seconds: float) -> None:
         """Finish the work that waits, then stop; work that a stuck database keeps from being done is not answered."""
         end = time.monotonic() + timeout_seconds
@@ -127,6 +134,8 @@ class Writer:
     def _commit(self, group: list[_WorkItem]) -> float:
         """Do and answer a group; return how long the work took in seconds, without the sync that ended it."""
         started, worked, failed = time.perf_counter(), 0.0, False
+        with self._lock:
+            self._busy_since[threading.get_ident()] = time.monotonic()
         wanted = [item for item in group if item.future.set_running_or_notify_cancel()]
         ordered = sorted(wanted, key=lambda item: item.run_id)
         try:
@@ -141,6 +150,7 @@ class Writer:
             if not failed:
                 self.commits += 1
                 self.commit_seconds += time.perf_counter() - started
+            del self._busy_since[threading.get_ident()]
             self._of_run -= Counter(item.run_id for item in group)
             self.waiting -= len(group)
         for settle in settles:

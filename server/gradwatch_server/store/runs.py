@@ -1,38 +1,78 @@
 """Queries of runs: lists, one run with its state, the events of its agent."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import orjson
 import sqlalchemy as sa
 
 from gradwatch_server.diagnosis.rules import stalled
 from gradwatch_server.errors import Refused
 from gradwatch_server.store import schema
+from gradwatch_server.store.database import batched
 
 RunState = Literal["running", "stalled", "finished"]
 
+MOST_LISTED_SCALARS = 16_384
+"""Characters of a run's latest scalars, as JSON, up to which a list tells them."""
 RUN_ENDED = "the run has ended"
 """First words of the resolution of an alert that fired until its run ended."""
 
 
-def load_runs(connection: sa.Connection, project: str | None, state: RunState | None) -> list[dict[str, Any]]:
-    """Return the runs of a project and state, or all; the one that reported last comes first."""
-    query = sa.select(schema.runs).order_by(schema.runs.c.last_seen_at.desc(), schema.runs.c.id)
+_runs, _alerts = schema.runs, schema.alerts
+_text = sa.cast(_runs.c.scalars, sa.Text)
+_listed = sa.select(
+    *_runs.c[
+        "id", "project", "name", "status", "exit_code", "last_step", "sample_count", "started_at", "last_seen_at",
+        "finished_at", "dropped", "parameter_count",
+    ],
+    sa.case((sa.func.length(_text) <= MOST_LISTED_SCALARS, _text), else_="{}").label("scalars"),
+)  # fmt: skip
+"""What a list tells of each run: columns of bounded size. Attributes may have a megabyte."""
+_stalls = sa.exists().where(
+    _alerts.c.run == _runs.c.id,
+    _alerts.c.rule == stalled.RULE.name,
+    _alerts.c.state == "firing",
+    _alerts.c.fired_step.is_not(None),
+)
+_conditions: dict[RunState, sa.ColumnElement[bool]] = {
+    "finished": _runs.c.finished_at.is_not(None),
+    "stalled": _runs.c.finished_at.is_(None) & _stalls,
+    "running": _runs.c.finished_at.is_(None) & ~_stalls,
+}
+
+
+def select_runs(project: str | None, state: RunState | None) -> sa.Select[Any]:
+    """Return the query of the runs of a project and state, or all, unordered; ``describe_runs`` reads its rows."""
+    query = _listed
     if project is not None:
-        query = query.where(schema.runs.c.project == project)
-    rows = connection.execute(query).all()
-    firing = _firing(connection)
-    runs = [_run_document(row, firing.get(row.id, [])) for row in rows]
-    return [run for run in runs if state is None or run["state"] == state]
+        query = query.where(_runs.c.project == project)
+    return query if state is None else query.where(_conditions[state])
 
 
-def load_active(connection: sa.Connection, since: float) -> list[dict[str, Any]]:
-    """Return the unfinished runs that have reported since a time; the one that reported last comes first."""
-    table = schema.runs
-    active = (table.c.finished_at.is_(None), table.c.last_seen_at >= since)
-    rows = connection.execute(sa.select(table).where(*active).order_by(table.c.last_seen_at.desc(), table.c.id)).all()
-    firing = _firing(connection, sa.select(table.c.id).where(*active))
-    return [_run_document(row, firing.get(row.id, [])) for row in rows]
+def describe_runs(connection: sa.Connection, rows: Sequence[sa.RowMapping]) -> list[dict[str, Any]]:
+    """Return the documents of a page of runs."""
+    firing = _firing(connection, [row["id"] for row in rows])
+    return [_run_document(row, _scalars(row["scalars"]), firing.get(row["id"], [])) for row in rows]
+
+
+def load_active(connection: sa.Connection, since: float, most: int) -> list[dict[str, Any]]:
+    """Return the unfinished runs that have reported since a time; the one that reported last comes first.
+
+    Args:
+        connection: a connection that reads.
+        since: Unix seconds.
+        most: most runs; the others are left out.
+    """
+    active = _listed.where(_runs.c.finished_at.is_(None), _runs.c.last_seen_at >= since)
+    rows = connection.execute(active.order_by(_runs.c.last_seen_at.desc(), _runs.c.id).limit(most)).mappings().all()
+    return describe_runs(connection, rows)
+
+
+def count_active(connection: sa.Connection, since: float) -> int:
+    """Return the number of unfinished runs that have reported since a time."""
+    active = (_runs.c.finished_at.is_(None), _runs.c.last_seen_at >= since)
+    return int(connection.execute(sa.select(sa.func.count()).select_from(_runs).where(*active)).scalar_one())
 
 
 def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
@@ -41,10 +81,11 @@ def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
     Raises:
         Refused: 404, it does not exist.
     """
-    row = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id)).one_or_none()
+    row = connection.execute(sa.select(_runs).where(_runs.c.id == run_id)).mappings().one_or_none()
     if row is None:
         raise unknown_run(run_id)
-    return _run_document(row, _firing(connection, [run_id]).get(run_id, []))
+    run = _run_document(row, row["scalars"], _firing(connection, [run_id]).get(run_id, []))
+    return run | {"attributes": row["attributes"]}
 
 
 def load_events(connection: sa.Connection, run_id: str) -> list[dict[str, Any]]:
@@ -79,10 +120,8 @@ def unknown_run(run_id: str) -> Refused:
     return Refused(404, "Unknown run", f"run {run_id!r} is not known here: GET /api/v1/runs lists those that are")
 
 
-def _firing(
-    connection: sa.Connection, run_ids: Sequence[str] | sa.Select[tuple[str]] | None = None
-) -> dict[str, list[tuple[str, str, bool]]]:
-    """Return run -> (severity, rule, fires now) of its alerts.
+def _firing(connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, list[tuple[str, str, bool]]]:
+    """Return run -> (severity, rule, fires now) of the alerts of some runs.
 
     Alerts that fired until the run ended are among them: they say how it ended.
     """
@@ -93,39 +132,46 @@ def _firing(
     query = sa.select(*table.c["run", "severity", "rule", "state"]).where(
         sa.or_(table.c.state == "firing", until_end), table.c.fired_step.is_not(None)
     )
-    if run_ids is not None:
-        query = query.where(table.c.run.in_(run_ids))
     firing: dict[str, list[tuple[str, str, bool]]] = {}
-    for row in connection.execute(query):
-        firing.setdefault(row.run, []).append((row.severity, row.rule, row.state == "firing"))
+    for some in batched(run_ids):
+        for row in connection.execute(query.where(table.c.run.in_(some))):
+            firing.setdefault(row.run, []).append((row.severity, row.rule, row.state == "firing"))
     return firing
 
 
-def _state(row: sa.Row[Any], firing: list[tuple[str, str, bool]]) -> RunState:
+def _state(row: Mapping[Any, Any], firing: list[tuple[str, str, bool]]) -> RunState:
     """Return the state of a run, which is stalled as long as the alert of that rule fires."""
-    if row.finished_at is not None:
+    if row["finished_at"] is not None:
         return "finished"
     return "stalled" if any(rule == stalled.RULE.name and now for _, rule, now in firing) else "running"
 
 
-def _run_document(row: sa.Row[Any], firing: list[tuple[str, str, bool]]) -> dict[str, Any]:
+def _scalars(text: str) -> dict[str, Any]:
+    """Return the latest scalars from their JSON."""
+    numbers: dict[str, Any] = orjson.loads(text)
+    return {name: number if isinstance(number, str) else float(number) for name, number in numbers.items()}
+
+
+def _run_document(
+    row: Mapping[Any, Any], scalars: dict[str, Any], firing: list[tuple[str, str, bool]]
+) -> dict[str, Any]:
     severity, rule, _ = min(firing, default=(None, None, False))  # "critical" sorts before "warning"
     return {
-        "id": row.id,
-        "project": row.project,
-        "name": row.name,
+        "id": row["id"],
+        "project": row["project"],
+        "name": row["name"],
         "state": _state(row, firing),
-        "status": row.status,
-        "exit_code": row.exit_code,
-        "last_step": row.last_step,
-        "sample_count": row.sample_count,
-        "started_at": row.started_at,
-        "last_seen_at": row.last_seen_at,
-        "finished_at": row.finished_at,
+        "status": row["status"],
+        "exit_code": row["exit_code"],
+        "last_step": row["last_step"],
+        "sample_count": row["sample_count"],
+        "parameter_count": row["parameter_count"],
+        "started_at": row["started_at"],
+        "last_seen_at": row["last_seen_at"],
+        "finished_at": row["finished_at"],
         "firing": sum(now for _, _, now in firing),
         "worst_rule": rule,
         "worst_severity": severity,
-        "scalars": row.scalars,
-        "dropped": row.dropped,
-        "attributes": row.attributes,
+        "scalars": scalars,
+        "dropped": row["dropped"],
     }

@@ -123,6 +123,9 @@ runs = sa.Table(
         sa.Text,
         comment="changes with the detector state of the run; none: since before that was saved",
     ),
+    sa.Column(
+        "arrivals", sa.BigInteger, nullable=False, server_default="0", comment="number of the sample stored last"
+    ),
     sa.Index(None, "project", "last_seen_at"),
     sa.Index(None, "last_seen_at"),
 )
@@ -153,7 +156,11 @@ samples = sa.Table(
     sa.Column("scalars", Scalars),
     sa.Column("histograms", _json),
     *(sa.Column(name, Floats) for name in STATISTICS),
+    sa.Column("arrival", sa.BigInteger, comment="order of the run's samples, from 1 on"),
 )
+sa.Index(  # on PostgreSQL of the partition that holds the samples: no bucket has a number
+    "ix_samples_arrivals", *samples.c["run", "arrival"], sqlite_where=samples.c.arrival.is_not(None)
+).ddl_if(dialect="sqlite")
 sa.Index(  # of SQLite alone: the buckets of a level lie far apart among the samples, in PostgreSQL in a partition
     "ix_samples_spans", *samples.c["run", "level", "step", "last_step"], sqlite_where=samples.c.level > 0
 ).ddl_if(dialect="sqlite")
@@ -288,6 +295,9 @@ deliveries = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("delivered_at", sa.Double),
     sa.Column("error", sa.Text, nullable=False, server_default="", comment="what the last attempt failed on"),
+    sa.Column("fingerprint", sa.Text, nullable=False, server_default="", comment="of run and rule"),
+    sa.Column("sequence", sa.BigInteger, nullable=False, server_default="0", comment="order within the fingerprint"),
+    sa.Index(None, "fingerprint", "receiver", "sequence"),
     sa.Index(None, "receiver", "state", "due_at"),
     sa.Index(None, "alert", "receiver", "number"),
     sa.Index(None, "created_at", "id"),
@@ -342,8 +352,14 @@ remote_write_positions = sa.Table(
     metadata,
     sa.Column("run", sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("store", sa.Text, primary_key=True, comment="digest of the address that is written to"),
-    sa.Column("attempt", sa.BigInteger, nullable=False),
-    sa.Column("step", sa.BigInteger, nullable=False, comment="of the last sample that was written, or refused"),
+    sa.Column("arrival", sa.BigInteger, nullable=False, server_default="0", comment="of the last sample dealt with"),
+)
+
+remote_write_stores = sa.Table(
+    "remote_write_stores",
+    metadata,
+    sa.Column("store", sa.Text, primary_key=True, comment="digest of the address that is written to"),
+    sa.Column("since", sa.Double, nullable=False, comment="when it was first written to"),
 )
 
 attempts = sa.Table(

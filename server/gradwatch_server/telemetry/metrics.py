@@ -3,19 +3,18 @@
 The metrics are made at each scrape, so that a finished run is gone at the next one.
 """
 
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from typing import Any, Protocol
 
 import numpy as np
 import sqlalchemy as sa
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from gradwatch import wire
+from gradwatch import __version__, wire
+from gradwatch_server import clock
 from gradwatch_server.alerting.lifecycle import SEVERITIES
 from gradwatch_server.diagnosis import SAMPLE_RULES
 from gradwatch_server.ingest.admission import ByteBudget
@@ -23,12 +22,15 @@ from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Settings
 from gradwatch_server.store import schema
+from gradwatch_server.store.database import batched
 from gradwatch_server.store.group_commit import Writer
-from gradwatch_server.store.runs import load_active
+from gradwatch_server.store.runs import count_active, load_active
 from gradwatch_server.telemetry.remote_write import RemoteWriter
 from gradwatch_server.telemetry.request_counts import RequestCounts
 from gradwatch_server.telemetry.snapshot import ParameterCache, Snapshot, load_snapshots
 
+_PIECE_RUNS = 500
+_PIECE_PARAMETERS = 100_000
 _RUN_LABELS = ("run", "project", "name")
 _RUN_GAUGES = {
     "gradwatch_run_step": "Latest step of the run.",
@@ -102,16 +104,23 @@ class RunCollector(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the metric families, read from the database."""
+        """Yield the metric families, read from the database piece by piece: the runs may have any number of layouts."""
+        settings, since = self._settings, clock.now() - self._settings.silent_seconds
         with self._engine.connect() as connection:
-            active = load_active(connection, time.time() - self._settings.silent_seconds)
-            snapshots = load_snapshots(connection, [run["id"] for run in active], self._parameter_cache)
+            active = load_active(connection, since, settings.most_runs)
+            beyond = count_active(connection, since) - len(active)
+            most = self._most_listed(sum(run["sample_count"] > 0 for run in active))
+            self._parameter_cache.retain(run["id"] for run in active)
+            families = _RunFamilies()
+            for piece in _pieces(active):
+                snapshots = load_snapshots(connection, [run["id"] for run in piece], self._parameter_cache)
+                for run in piece:
+                    families.add(run, snapshots.get(run["id"]), most)
             unhealthy = _unhealthy(connection, [run["id"] for run in active])
             alerts = _alerts(connection)
-        listed = self._listed(snapshots)
         yield self._run_info(active)
-        yield from _run_families(active, snapshots, listed)
-        yield from _parameter_families(active, snapshots, listed)
+        yield GaugeMetricFamily("gradwatch_runs_left_out", "Active runs beyond metrics.most_runs.", value=beyond)
+        yield from families.families
         yield from _health_families(active, unhealthy)
         yield alerts
 
@@ -122,32 +131,66 @@ class RunCollector(Collector):
             family.add_metric([*_labels(run), f"{self._public_url}/runs/{run['id']}"], 1)
         return family
 
-    def _listed(self, snapshots: Mapping[str, Snapshot]) -> dict[str, list[int]]:
-        """Return the positions of the parameters of each run that get series of their own."""
+    def _most_listed(self, measured: int) -> int:
+        """Return how many parameters of each run get series of their own, if so many runs have samples."""
         settings = self._settings
-        share = settings.most_parameters // max(1, len(snapshots))
-        most = share if settings.parameters == "all" else min(share, settings.conspicuous_parameters)
-        return {run_id: snapshot.conspicuous(most).tolist() for run_id, snapshot in snapshots.items()}
+        share = settings.most_parameters // max(1, measured)
+        return share if settings.parameters == "all" else min(share, settings.conspicuous_parameters)
+
+
+def _pieces(active: Sequence[dict[str, Any]]) -> Iterable[Sequence[dict[str, Any]]]:
+    """Yield the runs in pieces of at most so many runs and parameters that their layouts fit into memory together."""
+    piece: list[dict[str, Any]] = []
+    width = 0
+    for run in active:
+        if piece and (len(piece) == _PIECE_RUNS or width + run["parameter_count"] > _PIECE_PARAMETERS):
+            yield piece
+            piece, width = [], 0
+        piece.append(run)
+        width += run["parameter_count"]
+    if piece:
+        yield piece
+
+
+class _RunFamilies:
+    """The metric families of runs and of their parameters; a run's snapshot is not kept."""
+
+    def __init__(self) -> None:
+        self._of_runs: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        self._of_runs |= {name: GaugeMetricFamily(name, text, labels=_RUN_LABELS) for name, text in _RUN_GAUGES.items()}
+        self._of_runs |= {
+            name: CounterMetricFamily(name, text, labels=_RUN_LABELS) for name, text in _RUN_COUNTERS.items()
+        }
+        labels = (*_RUN_LABELS, "parameter", "depth")
+        self._of_parameters = [GaugeMetricFamily(name, text, labels=labels) for name, text in _PARAMETER_GAUGES.items()]
+
+    @property
+    def families(self) -> Iterable[Metric]:
+        """Return all families."""
+        return [*self._of_runs.values(), *self._of_parameters]
+
+    def add(self, run: Mapping[str, Any], snapshot: Snapshot | None, most: int) -> None:
+        """Add a run, and up to so many of its parameters, the most conspicuous."""
+        values = _run_values(run)
+        if snapshot is not None:
+            listed = snapshot.conspicuous(most).tolist()
+            values |= _snapshot_values(run["scalars"], snapshot, len(listed))
+            self._add_parameters(run, snapshot, listed)
+        for name, value in values.items():
+            self._of_runs[name].add_metric(_labels(run), value)
+
+    def _add_parameters(self, run: Mapping[str, Any], snapshot: Snapshot, listed: Sequence[int]) -> None:
+        parameters, profile = snapshot.parameters, snapshot.profile
+        measured = (profile.gradient, profile.weight, profile.ratio)
+        for position in listed:
+            if profile.present[position]:
+                labels = [*_labels(run), parameters.names[position], f"{parameters.depth[position]:03d}"]
+                for family, values in zip(self._of_parameters, measured, strict=True):
+                    family.add_metric(labels, float(values[position]))
 
 
 def _labels(run: Mapping[str, Any]) -> list[str]:
     return [run["id"], run["project"], run["name"]]
-
-
-def _run_families(
-    active: Sequence[dict[str, Any]], snapshots: Mapping[str, Snapshot], listed: Mapping[str, list[int]]
-) -> Iterable[Metric]:
-    families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-    families |= {name: GaugeMetricFamily(name, text, labels=_RUN_LABELS) for name, text in _RUN_GAUGES.items()}
-    families |= {name: CounterMetricFamily(name, text, labels=_RUN_LABELS) for name, text in _RUN_COUNTERS.items()}
-    for run in active:
-        values = _run_values(run)
-        snapshot = snapshots.get(run["id"])
-        if snapshot is not None:
-            values |= _snapshot_values(run["scalars"], snapshot, len(listed[run["id"]]))
-        for name, value in values.items():
-            families[name].add_metric(_labels(run), value)
-    return families.values()
 
 
 def _run_values(run: Mapping[str, Any]) -> dict[str, float]:
@@ -187,24 +230,6 @@ def _snapshot_values(scalars: Mapping[str, wire.Number], snapshot: Snapshot, lis
     }
 
 
-def _parameter_families(
-    active: Sequence[dict[str, Any]], snapshots: Mapping[str, Snapshot], listed: Mapping[str, list[int]]
-) -> Iterable[Metric]:
-    labels = (*_RUN_LABELS, "parameter", "depth")
-    families = [GaugeMetricFamily(name, text, labels=labels) for name, text in _PARAMETER_GAUGES.items()]
-    for run in active:
-        for position in listed.get(run["id"], []):
-            snapshot = snapshots[run["id"]]
-            parameters, profile = snapshot.parameters, snapshot.profile
-            if not profile.present[position]:
-                continue
-            of_parameter = [*_labels(run), parameters.names[position], f"{parameters.depth[position]:03d}"]
-            measured = (profile.gradient, profile.weight, profile.ratio)
-            for family, values in zip(families, measured, strict=True):
-                family.add_metric(of_parameter, float(values[position]))
-    return families
-
-
 Unhealthy = tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]
 
 
@@ -213,13 +238,13 @@ def _unhealthy(connection: sa.Connection, run_ids: Sequence[str]) -> Unhealthy:
     table = schema.alerts
     blamed: dict[tuple[str, str], int] = {}
     firing: dict[tuple[str, str], int] = defaultdict(int)
-    for row in connection.execute(
-        sa.select(*table.c["run", "rule", "severity", "state", "parameters", "parameters_left_out"]).where(
-            table.c.run.in_(run_ids), table.c.state.in_(("pending", "firing"))
-        )
-    ):
-        blamed[row.run, row.rule] = len(row.parameters) + row.parameters_left_out
-        firing[row.run, row.severity] += row.state == "firing"
+    query = sa.select(*table.c["run", "rule", "severity", "state", "parameters", "parameters_left_out"]).where(
+        table.c.state.in_(("pending", "firing"))
+    )
+    for some in batched(run_ids):
+        for row in connection.execute(query.where(table.c.run.in_(some))):
+            blamed[row.run, row.rule] = len(row.parameters) + row.parameters_left_out
+            firing[row.run, row.severity] += row.state == "firing"
     return blamed, firing
 
 
@@ -278,7 +303,7 @@ class ServerCollector(Collector):
 
 def _build_info() -> Metric:
     build = GaugeMetricFamily("gradwatch_build_info", "The version of the server; always 1.", labels=("version",))
-    build.add_metric([metadata.version("gradwatch")], 1)
+    build.add_metric([__version__], 1)
     return build
 
 
@@ -288,6 +313,7 @@ def _ingest(services: Sources) -> Iterable[Metric]:
         ("gradwatch_ingest_batches", "Batches stored.", ingest.batches),
         ("gradwatch_ingest_duplicate_batches", "Batches that were stored before.", ingest.duplicates),
         ("gradwatch_ingest_samples", "Samples stored.", ingest.samples),
+        ("gradwatch_ingest_left_out_samples", "Samples that a later attempt has replaced already.", ingest.left_out),
         ("gradwatch_ingest_values", "Values of statistics stored.", ingest.values),
     ):
         yield CounterMetricFamily(name, text, value=count)
@@ -308,13 +334,13 @@ def _queue(services: Sources) -> Iterable[Metric]:
 
 
 def _requests(services: Sources) -> Metric:
-    family = SummaryMetricFamily(
+    family = HistogramMetricFamily(
         "gradwatch_http_request_duration_seconds",
         "Time until a response began, by route.",
         labels=("method", "route", "status"),
     )
     for kind, tally in list(services.request_counts.tallies.items()):
-        family.add_metric([kind.method, kind.route, str(kind.status)], tally.count, tally.seconds)
+        family.add_metric([kind.method, kind.route, str(kind.status)], tally.cumulative(), tally.seconds)
     return family
 
 
@@ -325,6 +351,7 @@ def _remote_write(services: Sources) -> Iterable[Metric]:
     for name, text, count in (
         ("sent_samples", "Samples that the time-series store accepted.", counts.sent),
         ("set_aside_samples", "Samples that the time-series store refused.", counts.set_aside),
+        ("skipped_samples", "Samples replaced or deleted before they were written.", counts.skipped),
         ("retries", "Requests that were sent again.", counts.retries),
         ("errors", "Rounds that ended in an unexpected error.", counts.errors),
     ):
@@ -352,6 +379,6 @@ def _deliveries(connection: sa.Connection, receivers: Sequence[str]) -> Iterable
     for (receiver, state), count in found.items():
         by_state.add_metric([receiver, state], count)
     oldest = connection.execute(sa.select(sa.func.min(table.c.created_at)).where(table.c.state == "due")).scalar_one()
-    lag = 0.0 if oldest is None else max(0.0, time.time() - oldest)
+    lag = 0.0 if oldest is None else max(0.0, clock.now() - oldest)
     text = "Age of the oldest delivery that is still due; 0 if none is."
     return by_state, GaugeMetricFamily("gradwatch_delivery_lag_seconds", text, value=lag)

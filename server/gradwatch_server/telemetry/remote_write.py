@@ -1,22 +1,25 @@
 """Writes every sample at full resolution to a time-series store: Prometheus, VictoriaMetrics, Mimir or Thanos.
 
-The database is the queue. It keeps the last step of each run that each store has, and a restarted server goes on there.
+The database is the queue. Samples of a run are numbered in the order in which they commit, and the database keeps the
+last number that each store has: a sample that comes late or of another attempt is next in the queue as any other, and
+a restarted server goes on where the last one was. A number that is gone is a sample that was replaced or deleted; it
+is counted.
 """
 
 import asyncio
 import hashlib
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import clock
 from gradwatch_server.settings import RemoteWrite
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
@@ -27,12 +30,16 @@ from gradwatch_server.telemetry.remote_write_protocol import Series
 
 _POLL_SECONDS = 1.0
 _BATCH_SAMPLES = 20
+_BATCH_VALUES = 200_000
+"""Most values in one request, unless a single sample has more."""
 _TIMEOUT_SECONDS = 30.0
 _LONGEST_BACKOFF_SECONDS = 60.0
+_MOST_LOOKED_UP = 10_000
+"""Most runs of which one round asks whether they were deleted: a statement takes no more than 65,535 numbers."""
 _CONTENT_REFUSED = (400, 409, 413, 422)
-"""Statuses that refuse the content. Others (401, 404, 503) concern the store or the way to it, and pass with time."""
-_SPLIT_AFTER = 3
-"""Responses of 500 to one batch before it is split: Prometheus 2.42 answers 500 where a sample is too old."""
+"""Statuses that refuse the content. Any other (401, 404, 429, 503) concerns the store or the way to it, and passes."""
+_TOO_OLD = "too old sample"
+"""Text by which Prometheus 2.42 refuses a sample with 500, the status of a store that is broken."""
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +52,8 @@ class Counts:
 
     sent: int = 0
     set_aside: int = 0
+    skipped: int = 0
+    """Samples that were replaced or deleted before they were written."""
     retries: int = 0
     errors: int = 0
     """Rounds that ended in an unexpected error; the log has it."""
@@ -76,6 +85,16 @@ class SamplePoints:
         return cls(run.id, row.step, round(row.at * 1000), values)
 
 
+class _Batch(NamedTuple):
+    """The next samples of a run."""
+
+    samples: list[SamplePoints]
+    arrival: int
+    """Number up to which the run has been dealt with once these are."""
+    skipped: int
+    """Samples up to there that are gone."""
+
+
 @dataclass
 class RemoteWriter:
     """Follows the samples of every run and writes them to the store."""
@@ -84,9 +103,11 @@ class RemoteWriter:
     writer: Writer
     settings: RemoteWrite
     counts: Counts = field(default_factory=Counts)
-    _written: dict[tuple[str, int], int] = field(default_factory=dict)
-    """(run, attempt) -> the last step that this process has written or set aside."""
-    _started_at: float = field(default_factory=time.time)
+    _begun: bool = False
+    _waiting: dict[str, int] = field(default_factory=dict)
+    """run -> samples that the store lacks, of the runs that were behind when last looked at."""
+    _unsaved: dict[str, int] = field(default_factory=dict)
+    """run -> number up to which this process has dealt with it, where that could not be saved."""
 
     @property
     def _store(self) -> str:
@@ -107,27 +128,58 @@ class RemoteWriter:
                     await asyncio.sleep(_POLL_SECONDS)
 
     async def _write_next(self, client: httpx.AsyncClient) -> int:
-        """Write the next samples of every run; return how many attempts had any."""
-        batches = await asyncio.to_thread(self._load_next)
-        for (run_id, attempt), samples in batches.items():
-            await self._write(client, samples)
-            self._written[run_id, attempt] = samples[-1].step
-            save = partial(_save, run_id=run_id, store=self._store, attempt=attempt, step=samples[-1].step)
-            await asyncio.wrap_future(self.writer.submit(save, run_id))
-        return len(batches)
+        """Write the next samples of every run that is behind; return how many runs that are."""
+        if not self._begun:
+            await asyncio.wrap_future(self.writer.submit(partial(_begin, store=self._store, settings=self.settings)))
+            self._begun = True
+        self._waiting = await asyncio.to_thread(self._load_waiting)
+        for run_id in list(self._waiting):
+            batch = await asyncio.to_thread(self._load_next, run_id)
+            if batch is not None:
+                await self._write_batch(client, run_id, batch)
+        return len(self._waiting)
 
-    def _load_next(self) -> dict[tuple[str, int], list[SamplePoints]]:
-        """Return the next samples of each run's last attempt, by (run, attempt), where there are any."""
-        found = {}
-        start = self._started_at - self.settings.backlog_seconds
+    async def _write_batch(self, client: httpx.AsyncClient, run_id: str, batch: _Batch) -> None:
+        """Write a batch, unless all of it is gone, and save how far the run has been dealt with."""
+        if batch.samples:
+            await self._write(client, batch.samples)
+        self.counts.skipped += batch.skipped
+        self._waiting[run_id] -= len(batch.samples) + batch.skipped
+        self._unsaved[run_id] = batch.arrival
+        save = partial(_save, run_id=run_id, store=self._store, arrival=batch.arrival)
+        await asyncio.wrap_future(self.writer.submit(save, run_id))
+        del self._unsaved[run_id]
+
+    def _load_waiting(self) -> dict[str, int]:
+        """Return run -> number of its samples that the store lacks; count those of runs that were deleted since."""
+        runs, written = schema.runs, schema.remote_write_positions
+        mine = runs.outerjoin(written, sa.and_(written.c.run == runs.c.id, written.c.store == self._store))
+        waiting = (runs.c.arrivals - sa.func.coalesce(written.c.arrival, 0)).label("waiting")
+        query = sa.select(runs.c.id, waiting).select_from(mine).where(waiting > 0)
         with self.engine.connect() as connection:
-            for run in connection.execute(_unwritten_runs(self._store, start)).all():
-                written = self._written.get((run.id, run.attempt), run.position)
-                rows = connection.execute(_next_samples(run, written, start)).all()
-                if rows:
-                    parameters = [(each.name, f"{each.depth:03d}") for each in load_parameters(connection, run.id)]
-                    found[run.id, run.attempt] = [SamplePoints.of(run, parameters, row) for row in rows]
+            found = {row.id: row.waiting for row in connection.execute(query)}
+            unseen = [run_id for run_id, count in self._waiting.items() if count and run_id not in found]
+            kept = connection.scalars(sa.select(runs.c.id).where(runs.c.id.in_(unseen[:_MOST_LOOKED_UP]))).all()
+        self.counts.skipped += sum(self._waiting[run_id] for run_id in set(unseen[:_MOST_LOOKED_UP]) - set(kept))
         return found
+
+    def _load_next(self, run_id: str) -> _Batch | None:
+        """Return the next samples of a run; None if it has been deleted."""
+        runs, samples, written = schema.runs, schema.samples, schema.remote_write_positions
+        mine = (written.c.run == run_id, written.c.store == self._store)
+        with self.engine.connect() as connection:
+            run = connection.execute(sa.select(runs).where(runs.c.id == run_id)).one_or_none()
+            if run is None:
+                return None
+            saved = connection.scalar(sa.select(written.c.arrival).where(*mine)) or 0
+            position = max(saved, self._unsaved.get(run_id, 0))
+            most = max(1, min(_BATCH_SAMPLES, _BATCH_VALUES // (run.parameter_count * len(wire.STATISTICS) + 1)))
+            next_ones = (samples.c.run == run_id, samples.c.level == 0, samples.c.arrival > position)
+            chosen = sa.select(samples).where(*next_ones).order_by(samples.c.arrival).limit(most)
+            rows = connection.execute(chosen).all()
+            end = rows[-1].arrival if len(rows) == most else max(run.arrivals, position)
+            parameters = [(each.name, f"{each.depth:03d}") for each in load_parameters(connection, run_id)]
+        return _Batch([SamplePoints.of(run, parameters, row) for row in rows], end, end - position - len(rows))
 
     async def _write(self, client: httpx.AsyncClient, samples: list[SamplePoints]) -> None:
         """Write samples; split those that the store refuses until the ones at fault are set aside alone."""
@@ -144,7 +196,7 @@ class RemoteWriter:
 
     async def _post(self, client: httpx.AsyncClient, body: bytes) -> bool:
         """Post until the store takes the body or refuses it; return whether it took it."""
-        backoff, errors = 0.5, 0
+        backoff = 0.5
         while True:
             try:
                 response = await client.post(self.settings.url, content=body, headers=remote_write_protocol.HEADERS)
@@ -154,43 +206,42 @@ class RemoteWriter:
                 if response.is_success:
                     return True
                 log.warning("remote write: %s %.200s", response.status_code, response.text)
-                errors += response.status_code == 500
-                if response.status_code in _CONTENT_REFUSED or errors == _SPLIT_AFTER:
+                if _refuses_content(response):
                     return False
             self.counts.retries += 1
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, _LONGEST_BACKOFF_SECONDS)
 
 
-def _unwritten_runs(store: str, start: float) -> sa.Select[Any]:
-    """Select the runs with samples that the store may lack, each with the last written step of its attempt."""
-    runs, samples, written = schema.runs, schema.samples, schema.remote_write_positions
-    mine = runs.outerjoin(written, sa.and_(written.c.run == runs.c.id, written.c.store == store))
-    position = sa.case((written.c.attempt == runs.c.attempt, written.c.step))
-    stored = (samples.c.run == runs.c.id, samples.c.level == 0, samples.c.attempt == runs.c.attempt)
-    more = sa.exists().where(*stored, samples.c.step > position)
-    behind = sa.or_(more, sa.and_(position.is_(None), runs.c.last_seen_at >= start))
-    return sa.select(runs, position.label("position")).select_from(mine).where(behind)
+def _refuses_content(response: httpx.Response) -> bool:
+    """Return whether a response blames the samples, so that sending them again is of no use."""
+    too_old = response.status_code == 500 and _TOO_OLD in response.text.lower()
+    return too_old or response.status_code in _CONTENT_REFUSED
 
 
-def _next_samples(run: sa.Row[Any], written: int | None, start: float) -> sa.Select[Any]:
-    """Select the next samples of a run after a step, or from a time on if none of it was written."""
-    samples = schema.samples
-    new = samples.c.at >= start if written is None else samples.c.step > written
-    mine = (samples.c.run == run.id, samples.c.level == 0, samples.c.attempt == run.attempt)
-    return sa.select(samples).where(*mine, new).order_by(samples.c.step).limit(_BATCH_SAMPLES)
+def _begin(connection: sa.Connection, store: str, settings: RemoteWrite) -> None:
+    """Decide where the queue of a store begins that was never written to: of known runs, at the backlog."""
+    now, dialect = clock.now(), connection.dialect.name
+    stores, runs, samples = schema.remote_write_stores, schema.runs, schema.samples
+    new = upsert(dialect, stores).values(store=store, since=now).on_conflict_do_nothing().returning(stores.c.store)
+    if connection.execute(new).one_or_none() is None:
+        return
+    start = now - settings.backlog_seconds
+    older = sa.select(samples.c.arrival).where(samples.c.run == runs.c.id, samples.c.level == 0, samples.c.at < start)
+    last_older = older.where(samples.c.arrival > 0).order_by(samples.c.arrival.desc()).limit(1).scalar_subquery()
+    position = sa.case((runs.c.last_seen_at >= start, sa.func.coalesce(last_older, 0)), else_=runs.c.arrivals)
+    known = sa.select(runs.c.id, sa.literal(store), position).where(runs.c.arrivals > 0)
+    positions = ["run", "store", "arrival"]
+    connection.execute(sa.insert(schema.remote_write_positions).from_select(positions, known))
 
 
-def _save(connection: sa.Connection, run_id: str, store: str, attempt: int, step: int) -> None:
-    """Save the last written step of a run, unless the run has been deleted."""
+def _save(connection: sa.Connection, run_id: str, store: str, arrival: int) -> None:
+    """Save how far a run has been dealt with, unless the run has been deleted."""
     table, runs = schema.remote_write_positions, schema.runs
-    row = sa.select(runs.c.id, sa.literal(store), sa.literal(attempt), sa.literal(step)).where(runs.c.id == run_id)
-    statement = upsert(connection.dialect.name, table).from_select(["run", "store", "attempt", "step"], row)
+    row = sa.select(runs.c.id, sa.literal(store), sa.literal(arrival)).where(runs.c.id == run_id)
+    statement = upsert(connection.dialect.name, table).from_select(["run", "store", "arrival"], row)
     connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=["run", "store"],
-            set_={"attempt": statement.excluded.attempt, "step": statement.excluded.step},
-        )
+        statement.on_conflict_do_update(index_elements=["run", "store"], set_={"arrival": statement.excluded.arrival})
     )
 
 

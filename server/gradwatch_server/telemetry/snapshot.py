@@ -1,7 +1,7 @@
 """The latest sample of each active run, summarised for ``/metrics`` by the same functions that the rules use."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ _STATISTICS: tuple[wire.Statistic, ...] = (
     "nonfinite_count",
     "clipped_unit_share",
 )
+_MOST_CACHED_PARAMETERS = 500_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,16 +102,27 @@ def _load_latest(connection: sa.Connection, run_ids: Sequence[str]) -> Sequence[
 
 
 class ParameterCache:
-    """The parameters of the runs of the last scrape, so that not every scrape loads them."""
+    """The parameters of the runs of the last scrape, so that not every scrape loads them; up to a number of them."""
 
     def __init__(self) -> None:
         self._cached: dict[str, tuple[str, RunParameters]] = {}
 
     def load(self, connection: sa.Connection, run_ids: Sequence[str]) -> dict[str, RunParameters]:
         """Return the parameters of these runs by run id; load those of runs that gained or changed a parameter."""
-        versions, cached = load_parameter_versions(connection, run_ids), self._cached
+        versions, cached = load_parameter_versions(connection, run_ids), dict(self._cached)
         changed = [run_id for run_id in run_ids if run_id not in cached or cached[run_id][0] != versions[run_id]]
         loaded = load_parameters_of_runs(connection, changed)
         fresh = {run_id: (versions[run_id], RunParameters.of(parameters)) for run_id, parameters in loaded.items()}
-        self._cached = {run_id: fresh.get(run_id) or cached[run_id] for run_id in run_ids}
-        return {run_id: parameters for run_id, (_, parameters) in self._cached.items()}
+        kept = {run_id: entry for run_id, entry in cached.items() if run_id not in fresh}
+        width = sum(len(parameters.names) for _, parameters in kept.values())
+        for run_id, entry in fresh.items():
+            width += len(entry[1].names)
+            if width <= _MOST_CACHED_PARAMETERS:
+                kept[run_id] = entry
+        self._cached = kept
+        return {run_id: (fresh.get(run_id) or cached[run_id])[1] for run_id in run_ids}
+
+    def retain(self, run_ids: Iterable[str]) -> None:
+        """Forget all runs but these."""
+        wanted = set(run_ids)
+        self._cached = {run_id: entry for run_id, entry in self._cached.items() if run_id in wanted}

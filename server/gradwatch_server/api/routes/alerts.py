@@ -7,6 +7,7 @@ import msgspec
 import sqlalchemy as sa
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from gradwatch_server import clock
 from gradwatch_server.alerting import silences
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import (
@@ -80,7 +81,7 @@ async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement
         alert = _load_alert(connection, alert_id)
         if alert["state"] != "firing":
             raise Refused(409, "Alert does not fire", f"alert {alert_id!r} is {alert['state']}, not firing")
-        acknowledged = {"acknowledged_at": time.time(), "acknowledged_by": acknowledgement.author}
+        acknowledged = {"acknowledged_at": clock.now(), "acknowledged_by": acknowledgement.author}
         connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(acknowledged))
         return alert | acknowledged
 

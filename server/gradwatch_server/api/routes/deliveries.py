@@ -1,12 +1,12 @@
 """Routes of deliveries and receivers: list them, show what was sent, replay dead letters, enable a receiver."""
 
-import time
 from typing import Annotated, Any, Literal
 
 import msgspec
 import sqlalchemy as sa
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from gradwatch_server import clock
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import AuthorisedRoute, of_delivery, requires
 from gradwatch_server.api.dependencies import Engine, commit
@@ -77,7 +77,7 @@ async def replay_delivery(request: Request, delivery_id: Id) -> Any:
     def work(connection: sa.Connection) -> int:
         if connection.execute(sa.select(_table.c.id).where(_table.c.id == delivery_id)).one_or_none() is None:
             raise _unknown(delivery_id)
-        return outbox.replay(connection, _table.c.id == delivery_id, time.time())
+        return outbox.replay(connection, _table.c.id == delivery_id, clock.now())
 
     return await _replayed(request, await commit(request, work))
 
@@ -92,7 +92,7 @@ async def replay_dead(request: Request, name: Name) -> Any:
     """Send every dead delivery of a receiver again, each with the ones of the same alert that followed it."""
     chosen = (_table.c.receiver == name) & (_table.c.state == "dead")
     return await _replayed(
-        request, await commit(request, lambda connection: outbox.replay(connection, chosen, time.time()))
+        request, await commit(request, lambda connection: outbox.replay(connection, chosen, clock.now()))
     )
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-import time
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from gradwatch import wire
+from gradwatch_server import clock
 from gradwatch_server.api import body, documents
 from gradwatch_server.api.authorisation import AuthorisedRoute, check_named_project, in_document, of_run, requires
 from gradwatch_server.api.problem import problems
@@ -73,12 +73,12 @@ async def store_batch(request: Request, run_id: str) -> Response:
 def _ahead_seconds(request: Request) -> float:
     """Return by how many seconds the sender's clock is ahead; 0 if it sent none, or is right within a few seconds."""
     try:
-        clock = float(request.headers.get(wire.CLOCK_HEADER, "nan"))
+        told = float(request.headers.get(wire.CLOCK_HEADER, "nan"))
     except ValueError:
         return 0.0
-    if not 0 <= clock <= wire.LARGEST_TIME:
+    if not 0 <= told <= wire.LARGEST_TIME:
         return 0.0
-    ahead = clock - time.time()
+    ahead = told - clock.now()
     return ahead if abs(ahead) > _CLOCK_TOLERANCE_SECONDS else 0.0
 
 

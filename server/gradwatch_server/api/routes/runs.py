@@ -14,14 +14,24 @@ from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import AuthorisedRoute, in_query, of_run, requires
 from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.api.number_json import json_response, serialise
+from gradwatch_server.api.paging import Before, read_page
 from gradwatch_server.api.problem import problems
 from gradwatch_server.diagnosis.clip_advice import THRESHOLDS, advise, threshold_in_force
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
+from gradwatch_server.store import schema
 from gradwatch_server.store.deletion import delete_run
 from gradwatch_server.store.parameters import load_depth_order, load_parameters
 from gradwatch_server.store.rollups import queries
-from gradwatch_server.store.runs import RunState, check_run, load_events, load_run, load_runs, unknown_run
+from gradwatch_server.store.runs import (
+    RunState,
+    check_run,
+    describe_runs,
+    load_events,
+    load_run,
+    select_runs,
+    unknown_run,
+)
 from gradwatch_server.store.vectors import padded
 
 ToJson = Callable[[NDArray[np.floating[Any]]], NDArray[np.floating[Any]] | list[Any]]
@@ -34,10 +44,21 @@ Text = Annotated[str | None, Query(max_length=wire.MOST_NAME_CHARACTERS)]
 
 
 @router.get("/runs", dependencies=[requires("read", in_query)], response_model=list[documents.Run])
-def list_runs(engine: Engine, project: Text = None, state: RunState | None = None) -> Any:
-    """List runs, the most recently active first."""
+def list_runs(
+    request: Request,
+    response: Response,
+    engine: Engine,
+    project: Text = None,
+    state: RunState | None = None,
+    limit: Annotated[int, Query(ge=1, le=1_000, description="most runs in one response")] = 1_000,
+    before: Before = None,
+) -> Any:
+    """List runs, the most recently active first; without scalars, if a run has more than 16,384 characters of them."""
+    order = (schema.runs.c.last_seen_at, schema.runs.c.id)
+    query = select_runs(project, state)
     with engine.connect() as connection:
-        return load_runs(connection, project, state)
+        rows = read_page(connection, query, order, before, limit, (request, response))
+        return describe_runs(connection, rows)
 
 
 @router.get(

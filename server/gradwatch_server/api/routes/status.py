@@ -1,15 +1,15 @@
 """Route of the state of the server and of its receivers."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
 
+from gradwatch import __version__
+from gradwatch_server import clock
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import AuthorisedRoute, requires
 from gradwatch_server.api.dependencies import Engine
@@ -33,7 +33,7 @@ def show_server(request: Request, engine: Engine) -> Any:
         runs
         | _count_ingest(services)
         | {
-            "version": metadata.version("gradwatch"),
+            "version": __version__,
             "ready": services.ready,
             "database": services.engine.dialect.name,
             "receivers": receivers,
@@ -75,7 +75,7 @@ def _load_receivers(connection: sa.Connection, configured: Sequence[Receiver]) -
         entry = health.setdefault(name, _unused(name, None))
         entry[state] = count
         entry["last_delivered_at"] = delivered_at or entry["last_delivered_at"]
-    for name, error, at in connection.execute(_recent_errors, {"since": time.time() - _RECENT_SECONDS}):
+    for name, error, at in connection.execute(_recent_errors, {"since": clock.now() - _RECENT_SECONDS}):
         if health[name]["last_error"] is None:  # the newest comes first
             health[name] |= {"last_error": error, "last_error_at": at}
     for row in connection.execute(sa.select(schema.disabled_receivers)):

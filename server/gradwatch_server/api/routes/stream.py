@@ -1,5 +1,6 @@
 """Route of server-sent events, which tell which runs have changed within a second of the commit."""
 
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -8,7 +9,8 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
 from gradwatch_server.api.authorisation import Access, AuthorisedRoute, in_query
-from gradwatch_server.errors import Refused
+from gradwatch_server.api.problem import problems
+from gradwatch_server.errors import Refused, RetryAfter
 from gradwatch_server.services import Services
 
 router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["stream"])
@@ -23,18 +25,26 @@ _ACCESS = Access("read", in_query)
     "/stream",
     dependencies=[Depends(_ACCESS)],
     response_class=StreamingResponse,
-    responses={200: {"content": {STREAM_TYPE: {}}}},
+    responses={200: {"content": {STREAM_TYPE: {}}}, **problems(503)},
 )
 async def stream(request: Request, project: Annotated[str | None, Query(max_length=512)] = None) -> StreamingResponse:
     """Stream ``runs`` events: a list of ``{id, project, last_step, sample_count}`` of runs that have changed."""
+    services = Services.of(request)
+    most = services.settings.configuration.connections.streams
+    if services.change_stream.listeners >= most:
+        detail = f"{most} event streams are open, as many as connections.streams allows"
+        raise Refused(503, "Too many streams", detail, retry_after=RetryAfter.STREAMS)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_events(request, project), media_type=STREAM_TYPE, headers=headers)
 
 
 async def _events(request: Request, project: str | None) -> AsyncIterator[bytes]:
     services = Services.of(request)
+    ends_at = time.monotonic() + services.settings.configuration.connections.stream_seconds
     yield b"retry: 1000\n\n"
     async for changes in services.change_stream.listen():
+        if time.monotonic() > ends_at:
+            return
         try:
             await _ACCESS(request)  # a token may expire while its stream is open
         except Refused:

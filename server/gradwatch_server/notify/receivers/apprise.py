@@ -69,4 +69,4 @@ class _AppriseTransport:
     def _notify(self, notification: Notification) -> bool:
         data = notification.data
         lines = [data["summary"], *parameter_lines(data), data["cause"], data["remedy"], data["url"]]
-        return bool(self._apprise.notify(title=title(data), body="\n".join(line for line in lines if line)))
+        return bool(self._apprise.notify(title=title(data), body="\n".join(filter(None, lines)), body_format="text"))

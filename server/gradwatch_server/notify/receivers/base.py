@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from gradwatch_server.notify.http_client import AddressGuard, DeliveryResult, HttpClient, HttpRequest, parse_networks
+from gradwatch_server.plain_text import visible_document
 
 _MOST_PARAMETERS = 5
 
@@ -24,8 +25,8 @@ class Notification:
 
     @property
     def data(self) -> dict[str, Any]:
-        """Return the payload's object ``data``, which describes the alert."""
-        data: dict[str, Any] = msgspec.json.decode(self.payload)["data"]
+        """Return the payload's object ``data``, which describes the alert, with texts that are safe to show."""
+        data: dict[str, Any] = visible_document(msgspec.json.decode(self.payload)["data"])
         return data
 
 

@@ -1,10 +1,14 @@
 """Receivers for chat services: Slack and Microsoft Teams."""
 
+import re
 from typing import Any
 
 from gradwatch_server.notify.http_client import HttpRequest
 from gradwatch_server.notify.receivers.base import Notification, WebReceiver, parameter_lines, title
 
+_ZERO_WIDTH_SPACE = "\u200b"
+_MENTION = re.compile(r"(?<!\w)@(?=\w)")
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>{}~|#]")
 _MOST_CHARACTERS = 2_900
 """Longest text; Slack refuses more than 3,000 characters."""
 
@@ -36,7 +40,7 @@ class Teams(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=True, 
         firing_color = {"critical": "Attention", "warning": "Warning"}[data["severity"]]
         color = firing_color if data["state"] == "firing" else "Good"
         body = [_block(title(data), weight="Bolder", size="Medium", color=color), _block(data["summary"])]
-        if facts := [{"title": "Parameter", "value": line} for line in parameter_lines(data)]:
+        if facts := [{"title": "Parameter", "value": _escaped_markdown(line)} for line in parameter_lines(data)]:
             body.append({"type": "FactSet", "facts": facts})
         if data["state"] == "firing":
             body += [_block("Cause: " + data["cause"]), _block("Remedy: " + data["remedy"])]
@@ -54,8 +58,16 @@ class Teams(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
 
 def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """Return a text that Slack shows as it is, and in which Mattermost and Rocket.Chat find no link and call nobody."""
+    unlinked = text.replace("](", f"]{_ZERO_WIDTH_SPACE}(")
+    entities = unlinked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MENTION.sub("@" + _ZERO_WIDTH_SPACE, entities)
 
 
 def _block(text: str, **style: str) -> dict[str, Any]:
-    return {"type": "TextBlock", "text": text, "wrap": True, **style}
+    return {"type": "TextBlock", "text": _escaped_markdown(text), "wrap": True, **style}
+
+
+def _escaped_markdown(text: str) -> str:
+    """Return a text in which an Adaptive Card finds no Markdown and no function such as ``{{DATE(...)}}``."""
+    return _MARKDOWN.sub(r"\\\g<0>", text)

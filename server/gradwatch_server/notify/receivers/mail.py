@@ -7,7 +7,10 @@ import ssl
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
+from email.charset import BASE64, Charset
+from email.header import Header
 from email.message import EmailMessage
+from email.policy import Policy
 from email.utils import format_datetime
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -17,6 +20,8 @@ from gradwatch_server.notify.http_client import AddressGuard, DeliveryResult, ti
 from gradwatch_server.notify.receivers.base import Notification, Receiver, Transport, parameter_lines, title
 
 _MOST_ERROR_CHARACTERS = 500
+_BASE64 = Charset("utf-8")
+_BASE64.header_encoding = BASE64
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,9 @@ class Email(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
         super().__post_init__()
         if not self.to:
             raise ValueError(f"receiver {self.name!r}: to is empty: name at least one address")
+        for address in (self.sender, *self.to):
+            if not address.isprintable():
+                raise ValueError(f"receiver {self.name!r}: {address!r} has a character that no header may have")
         if (self.username is None) != (self.password is None):
             raise ValueError(f"receiver {self.name!r}: username and password go together: give both or neither")
 
@@ -56,7 +64,7 @@ class Email(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
         """Return the mail for a notification; the mails of one alert form one thread."""
         data = notification.data
         mail = EmailMessage()
-        mail["From"], mail["To"], mail["Subject"] = self.sender, ", ".join(self.to), _one_line(title(data))
+        mail["From"], mail["To"], mail["Subject"] = self.sender, ", ".join(self.to), _Subject(title(data))
         mail["Date"] = format_datetime(datetime.fromtimestamp(now, UTC))
         mail["Message-ID"] = f"<{notification.id}@gradwatch>"
         mail["References"] = f"<{data['id']}@gradwatch>"
@@ -65,8 +73,20 @@ class Email(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag
         return mail
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+class _Subject(str):
+    """A subject that is always written in encoded words.
+
+    A header of the standard library decodes the encoded words that it is given, and versions of Python before 2024
+    write a line break that comes out of one as it is. With ``name`` and ``fold`` this is a header object (see
+    ``email.policy``), whose text is not parsed.
+    """
+
+    name = "Subject"
+
+    def fold(self, *, policy: Policy) -> str:
+        """Return the header's lines."""
+        words = Header(self, _BASE64, header_name=self.name).encode(linesep=policy.linesep)
+        return f"{self.name}: {words}{policy.linesep}"
 
 
 def _paragraphs(data: dict[str, Any]) -> list[str]:

@@ -5,13 +5,13 @@ run's first and newest samples stay as they were measured: the detectors replay 
 """
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
+from gradwatch_server import clock
 from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.retention import Retention
@@ -62,7 +62,7 @@ class _Span(NamedTuple):
 async def downsample_expired(engine: sa.Engine, writer: Writer, retention: Retention) -> Downsampled:
     """Delete the rows of all levels that have expired."""
     deleted = Downsampled()
-    while levels := await asyncio.to_thread(expired_levels, engine, retention, time.time()):
+    while levels := await asyncio.to_thread(expired_levels, engine, retention, clock.now()):
         for level in levels:
             work = partial(downsample_chunk, expired=level)
             while rows := await asyncio.wrap_future(writer.submit(work, level.run_id)):

@@ -2,8 +2,8 @@
 
 import * as api from "../data/api.js";
 import { moment } from "../data/format.js";
+import { literalPattern } from "../data/patterns.js";
 import { button, el, fill, select } from "../dom/elements.js";
-import { literalPattern } from "./silences.js";
 
 /** @typedef {import("../data/api.js").Alert} Alert */
 

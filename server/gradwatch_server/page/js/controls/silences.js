@@ -2,24 +2,10 @@
 
 import * as api from "../data/api.js";
 import { moment } from "../data/format.js";
+import { matches } from "../data/patterns.js";
 import { button, el } from "../dom/elements.js";
 
 /** @typedef {import("../data/api.js").Silence} Silence */
-
-/** Return the pattern that matches a text and nothing else. @param {string} text */
-export const literalPattern = (text) => text.replace(/[*?[]/g, "[$&]");
-
-/** Return whether a pattern with `*`, `?` and `[x]` matches a text. @param {string} pattern @param {string} text */
-function matches(pattern, text) {
-  const parts = pattern.match(/\[[^\]]\]|[^]/g) ?? [];
-  const source = parts.map((part) => {
-    if (part === "*") return "[^]*";
-    if (part === "?") return "[^]";
-    const character = part.length > 1 ? part[1] : part;
-    return character.replace(/[\\^$.*+?()[\]{}|/]/, "\\$&");
-  });
-  return new RegExp(`^${source.join("")}$`).test(text);
-}
 
 /**
  * Return whether a silence covers an alert.

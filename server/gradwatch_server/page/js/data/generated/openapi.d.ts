@@ -404,6 +404,8 @@ export interface paths {
         get: {
             parameters: {
                 query?: {
+                    before?: string | null;
+                    limit?: number;
                     project?: string | null;
                     state?: ("running" | "stalled" | "finished") | null;
                 };

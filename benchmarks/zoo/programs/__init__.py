@@ -1,0 +1,14 @@
+"""Programs of kinds that the first sets lack, each module one kind; half of them are only ever reported."""
+
+from benchmarks.zoo.case import Case
+from benchmarks.zoo.programs import curricula, faults, generative, late, parameters, reinforcement, silent_parts
+
+CASES: tuple[Case, ...] = (
+    *reinforcement.CASES.cases,
+    *generative.CASES.cases,
+    *curricula.CASES.cases,
+    *late.CASES.cases,
+    *parameters.CASES.cases,
+    *silent_parts.CASES.cases,
+    *faults.CASES.cases,
+)

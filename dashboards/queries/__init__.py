@@ -1,0 +1,1 @@
+"""The SQL behind the panels: what a run was at a time, at which step, and which of its layers are looked at."""

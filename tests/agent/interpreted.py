@@ -1,4 +1,4 @@
-"""What the Triton kernels give, interpreted on the CPU: run by test_kernels.py in a process that is told to."""
+"""What the Triton kernels give, interpreted on the CPU: run by compare_kernels.py in a process that is told to."""
 
 import math
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def launches() -> Iterator[list[str]]:
 
 @pytest.fixture(autouse=True)
 def _tested() -> None:
-    triton_reducer.test_kernels(BufferKey(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.float64))
+    triton_reducer.compare_kernels(BufferKey(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.float64))
 
 
 def test_kernels_are_not_tested_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

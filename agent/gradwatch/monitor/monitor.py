@@ -17,7 +17,7 @@ from gradwatch.monitor.watched_models import WatchedModels
 from gradwatch.norms.streams import StreamLog
 from gradwatch.norms.tensor_spec import local_part
 from gradwatch.norms.transfer import copy_and_check, sum_scalars
-from gradwatch.norms.triton_reducer import test_kernels
+from gradwatch.norms.triton_reducer import compare_kernels
 from gradwatch.ranks.exchange import RankExchange
 from gradwatch.recording.loss_scaling import LossScaling
 from gradwatch.recording.optimizers import WatchedOptimizers
@@ -103,7 +103,7 @@ class Monitor:
         """
         self.models.discover()
         self._note_devices()
-        self._test_kernels()
+        self._compare_kernels()
         self._optimizers.check_named()
         self._check_parts()
 
@@ -172,11 +172,11 @@ class Monitor:
         parameters = (info.parameter() for info in self.models.parameters.watched)
         self.recorder.streams.add_devices(parameter.device for parameter in parameters if parameter is not None)
 
-    def _test_kernels(self) -> None:
+    def _compare_kernels(self) -> None:
         """Test the kernels now: within a step other ranks may wait in a collective."""
         infos = self.models.parameters.watched
         specs = [info.spec(local_part(p)) for info in infos if (p := info.parameter()) is not None]
-        test_kernels({spec.buffer for spec in specs})
+        compare_kernels({spec.buffer for spec in specs})
 
     def _check_parts(self) -> None:
         if self.models.check_parts(watching=self.guard.watching):

@@ -36,11 +36,11 @@ _usable: Final[dict[BufferKey, bool]] = {}
 
 
 def can_use_triton(key: BufferKey) -> bool:
-    """Return whether ``test_kernels`` has found that the kernels can be used; without a test the answer is no."""
+    """Return whether ``compare_kernels`` has found that the kernels can be used; without a test the answer is no."""
     return _usable.get(key, False)
 
 
-def test_kernels(keys: Iterable[BufferKey]) -> None:
+def compare_kernels(keys: Iterable[BufferKey]) -> None:
     """Compare the kernels with the plain operators on some devices, each once in a process.
 
     This compiles them, for some seconds, and waits for the device. So it is done when an agent is attached, never

@@ -1,4 +1,4 @@
-"""What the Triton kernels give, interpreted on the CPU: run by compare_kernels.py in a process that is told to."""
+"""What the Triton kernels give, interpreted on the CPU: run by test_kernels.py in a process that is told to."""
 
 import math
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """The sample builder: computes the statistics and scalars of a sample from the unit norms that one step recorded.
 
-It runs on the collector's thread, and only there waits for numbers that are still on a device.
+It runs on the collector's thread, once all numbers of the step have arrived on the host.
 """
 
 import math
@@ -11,18 +11,17 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.norms.buffers import UnitNorms
-from gradwatch.norms.scalars import Scalar
 from gradwatch.ranks.holdings import Holding
 from gradwatch.ranks.parts import ClipPart, JoinedStatistics, RankPart, join_parts
 from gradwatch.ranks.whole_model import WholeModel
+from gradwatch.recording.recorder import read_numbers
 from gradwatch.samples.agreement import agree
-from gradwatch.samples.origin import origin_in_flags
+from gradwatch.samples.origin import NonfiniteSteps, origin_in_flags
 from gradwatch.statistics import (
     JOINED,
     MEASURED,
@@ -69,13 +68,21 @@ class SampleBuilder:
         """Indices of the parameters that cannot be measured."""
         self._usual_norm = 0.0
         self._was_finite = True
+        self._nonfinite = NonfiniteSteps()
         self._skipped_steps = 0
         self.all_nonfinite = False
         """Whether everything in the last step was non-finite at once, so that nothing shows where it began."""
 
-    def register(self, depths: Sequence[int], held: Sequence[Holding] | None, unreadable: Sequence[int] = ()) -> None:
-        """Take the depths of the parameters, what this rank holds of them, and which of them cannot be measured."""
+    def register(
+        self,
+        names: Sequence[str],
+        depths: Sequence[int],
+        held: Sequence[Holding] | None,
+        unreadable: Sequence[int] = (),
+    ) -> None:
+        """Take the parameters' names and depths, what this rank holds of them, and which cannot be measured."""
         count = len(depths)
+        self._nonfinite.names = names
         self._whole_units = np.array([not holding.split for holding in held or ()], np.bool_)
         self._unreadable = list(unreadable)
         for name, known in self._weights.items():
@@ -84,13 +91,14 @@ class SampleBuilder:
 
     def draft(self, record: StepRecord) -> tuple["Draft | None", dict[str, float], list[wire.Event]]:
         """Return the sample of a step without the other ranks' parts (None: not sampled), its trail and its events."""
-        trail = {name: to_float(value) for name, value in record.logged.items()}
+        read_numbers(record)
+        trail = dict(record.logged)
         if record.losses:
-            trail.setdefault("loss", sum(map(to_float, record.losses)))
+            trail.setdefault("loss", sum(record.losses))
         if record.clips and not record.clips[-1].partial:
-            trail["clip_norm"] = to_float(record.clips[-1].total_norm)
+            trail["clip_norm"] = record.clips[-1].total_norm
         events: list[wire.Event] = []
-        if any(map(to_float, record.found_infs)):
+        if any(record.found_infs):
             record.skip()  # a fused optimizer skips the step by itself
         if record.skipped:
             self._skipped_steps += 1
@@ -99,7 +107,12 @@ class SampleBuilder:
         origin = origin_in_flags(record.seen)
         if origin is not None:
             events.append(origin.event(record.step, record.at))
-        return self._draft(record) if record.measurements else None, trail, events
+        draft = self._draft(record) if record.measurements else None
+        counts = None if draft is None else draft.vectors["nonfinite_count"]
+        found = self._nonfinite.look(record, trail, counts)
+        if found is not None and origin is None:
+            events.append(found)
+        return draft, trail, events
 
     def shows_trouble(self, trail: Mapping[str, float], events: Sequence[wire.Event], draft: "Draft | None") -> bool:
         """Return whether a step shows a sign of trouble: a non-finite number, an event, a jump of the gradient norm."""
@@ -206,7 +219,7 @@ class SampleBuilder:
         vectors.units[indices] = plan.measured_units
         told = measured if not measurement.changed else measured[~np.isin(measured, list(measurement.changed))]
         vectors.note_partial(measurement.clips, told)
-        scale = 1.0 if measurement.scale is None else to_float(measurement.scale)
+        scale = 1.0 if measurement.scale is None else measurement.scale
         factor = _clip_coefficients(measurement.clips, self._third.size)[indices]
         with np.errstate(all="ignore"):
             values = {row.name: row.measure(units, plan.starts) for row in measured_from("gradient")}
@@ -252,7 +265,7 @@ class SampleBuilder:
             units = _units(measurement.norms, self._eps)
             if measurement.scale is not None:
                 with np.errstate(all="ignore"):
-                    units = replace(units, gradient=units.gradient / to_float(measurement.scale))
+                    units = replace(units, gradient=units.gradient / measurement.scale)
             # Parameters that AGC leaves alone are counted in a fourth row, which is thrown away.
             rows = [
                 3 if plan.indices[position] in excluded else self._third[plan.indices[position]]
@@ -264,7 +277,7 @@ class SampleBuilder:
         return {name: counts.tolist() for name, counts in zip(wire.HISTOGRAMS, thirds, strict=True)}
 
     def _scalars(self, record: StepRecord, statistics: Mapping[str, wire.Vector]) -> dict[str, float]:
-        scalars = {name: to_float(value) for name, value in record.scalars.items()} | _learning_rates(record.rates)
+        scalars = record.scalars | _learning_rates(record.rates)
         scalars["global_grad_norm"] = _total(statistics["grad_norm"])
         if "clipped_grad_norm" in statistics:
             scalars["clipped_global_grad_norm"] = _total(statistics["clipped_grad_norm"])
@@ -325,8 +338,8 @@ class _Vectors:
         for clip in clips:
             if clip.partial:
                 scaled = sorted(index for other, mine in self._partial_clips if other is clip for index in mine)
-                total = 0.0 if clip.repeats else to_float(clip.total_norm)
-                parts.append(ClipPart(clip.ranks, total, to_float(clip.max_norm), clip.norm_type, scaled))
+                total = 0.0 if clip.repeats else clip.total_norm
+                parts.append(ClipPart(clip.ranks, total, clip.max_norm, clip.norm_type, scaled))
         return parts
 
     def set_zero(self, index: int) -> None:
@@ -338,11 +351,6 @@ class _Vectors:
     def statistics(self, sources: Collection[Source]) -> dict[wire.Statistic, wire.Vector]:
         """Return the statistics that were measured from these sources."""
         return {row.name: self._values[row.name] for row in measured_from(*sources) if not row.internal}
-
-
-def to_float(value: Scalar) -> float:
-    """Return a scalar as a float; waits for its device."""
-    return float(value.detach().cpu().reshape(())) if isinstance(value, Tensor) else float(value)
 
 
 def _units(norms: UnitNorms, eps: float) -> Units:
@@ -357,7 +365,7 @@ def _clip_coefficients(clips: Sequence[ScaledBy], count: int) -> _Floats:
     for clip, indices in clips:
         if clip.partial:
             continue
-        coefficient = clip_coefficient(to_float(clip.total_norm), to_float(clip.max_norm))
+        coefficient = clip_coefficient(clip.total_norm, clip.max_norm)
         coefficients[np.fromiter(indices, np.intp, len(indices))] *= coefficient
         for index, times in clip.repeated.items():
             coefficients[index] *= coefficient ** (times - 1) if index in indices else 1.0
@@ -372,18 +380,18 @@ def _norm_limit(record: StepRecord, grad_norm: wire.Vector) -> float:
         for clip, indices in () if measurement.before_clip else measurement.clips:
             scaled[id(clip)] |= indices
     whole = (clip for clip in record.clips if clip.norm_type == 2.0 and scaled[id(clip)] >= present)
-    return min((limit for clip in whole if (limit := to_float(clip.max_norm)) > 0), default=math.inf)
+    return min((limit for clip in whole if (limit := clip.max_norm) > 0), default=math.inf)
 
 
 def _add_update(update: WeightUpdate, vectors: _Vectors) -> None:
-    units = Units(change=update.units.detach().cpu().double().numpy())
+    units = Units(change=update.units)
     for row in measured_from("update"):
         vectors[row.name][list(update.indices)] = row.measure(units, update.starts)
 
 
-def _learning_rates(rates: Mapping[int, Scalar]) -> dict[str, float]:
+def _learning_rates(rates: Mapping[int, float]) -> dict[str, float]:
     """Return the learning rate of each parameter group; of many groups the first, the lowest and the highest."""
-    by_group = {place: to_float(rate) for place, rate in sorted(rates.items())}
+    by_group = dict(sorted(rates.items()))
     if max(by_group, default=0) < MOST_RATES:
         return {f"learning_rate.{place}" if place else "learning_rate": rate for place, rate in by_group.items()}
     every = list(by_group.values())

@@ -39,8 +39,14 @@ def copy_and_check(scalar: Tensor) -> tuple[Scalar, bool]:
 
     On the CPU it is read now: a float costs less than a copy. Elsewhere it is a copy on its device.
     """
-    number = _read(scalar)
-    return (copy_scalar(scalar), True) if number is None else (number, math.isfinite(number))
+    if type(scalar) is Tensor and scalar.is_cpu and scalar.dim() == 0 and scalar.is_floating_point():
+        try:
+            number: float = scalar.tolist()  # no operator of torch runs
+        except RuntimeError:  # within a transform it holds no number
+            return copy_scalar(scalar), True
+        return number, math.isfinite(number)
+    read = _read(scalar)
+    return (copy_scalar(scalar), True) if read is None else (read, math.isfinite(read))
 
 
 def _read(scalar: Tensor) -> float | None:

@@ -227,7 +227,7 @@ def _saved_tensors(node: Node) -> Iterator[Tensor]:
     for name, _ in _raw_saved(node):
         try:
             # A function in Python (FSDP adds some) has them all in one attribute, whose name begins otherwise.
-            saved = node.saved_tensors if name == "_saved_tensors" else getattr(node, name)  # type: ignore[attr-defined]
+            saved = node.saved_tensors if name == "_saved_tensors" else getattr(node, name)
         except RuntimeError:  # changed in place since
             continue
         yield from (each for each in (saved if isinstance(saved, tuple) else (saved,)) if isinstance(each, Tensor))

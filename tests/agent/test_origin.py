@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -228,24 +230,25 @@ class Doubled(torch.autograd.Function):
     """A function in Python that saves a tensor: its node has other attributes than those of operators."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return 2 * x
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return 2 * gradient
 
 
 def test_functions_in_python_are_read_like_operators(server: Server) -> None:
     model = network()
-    train(model, server, 4, with_nan, forward=lambda inputs: model[1:](Doubled.apply(model[0](inputs))))
+    doubled: Callable[[Tensor], Tensor] = Doubled.apply
+    train(model, server, 4, with_nan, forward=lambda inputs: model[1:](doubled(model[0](inputs))))
     assert [(event.step, event.parameter) for event in named(server)] == [(4, "0")]
 
 
 def test_origin_under_fsdp2(server: Server) -> None:
     """The graph holds unsharded parameters, and the weights that it saved are freed until the backward pass."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         model = network(EvenRow(), Normalise(6, gain=True))
         with torch.no_grad():

@@ -17,11 +17,11 @@ from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.norms.buffers import UnitNorms
 from gradwatch.ranks.holdings import Holding
-from gradwatch.ranks.parts import ClipPart, JoinedStatistics, RankPart, join_parts
+from gradwatch.ranks.parts import JoinedStatistics, RankPart, join_parts
 from gradwatch.ranks.whole_model import WholeModel
 from gradwatch.recording.recorder import read_numbers
-from gradwatch.samples.agreement import agree
 from gradwatch.samples.origin import NonfiniteSteps, origin_in_flags
+from gradwatch.samples.vectors import Vectors, agree, total_norm
 from gradwatch.statistics import (
     JOINED,
     MEASURED,
@@ -34,7 +34,7 @@ from gradwatch.statistics import (
     measured_from,
     ratio_histogram,
 )
-from gradwatch.steps.state import Measurement, NormClip, ScaledBy, StepRecord, WeightUpdate
+from gradwatch.steps.state import Measurement, ScaledBy, StepRecord, WeightUpdate
 
 MOST_RATES: Final = 16
 """Parameter groups up to which each has a learning rate of its own among the scalars."""
@@ -120,7 +120,7 @@ class SampleBuilder:
         self.all_nonfinite = not math.isfinite(trail.get("loss", 0.0))
         if draft is None:
             return troubled
-        norm, count = _total(draft.vectors["grad_norm"]), draft.vectors["nonfinite_count"]
+        norm, count = total_norm(draft.vectors["grad_norm"]), draft.vectors["nonfinite_count"]
         measured = count[count != MISSING]
         self.all_nonfinite |= bool(measured.size and (measured > 0).all())
         finite = math.isfinite(norm)
@@ -167,7 +167,7 @@ class SampleBuilder:
         statistics = vectors.statistics(sources)
         scalars = self._scalars(record, statistics)
         if self._agc is not None:
-            scalars["removed_grad_norm"] = _total(vectors["removed_norm"])
+            scalars["removed_grad_norm"] = total_norm(vectors["removed_norm"])
         if joined is not None and record.clips and record.clips[-1].partial:
             scalars["clip_norm"] = [clip for clip in joined.clips if clip.ranks == record.clips[-1].ranks][-1].total
         return wire.Sample(
@@ -179,7 +179,7 @@ class SampleBuilder:
         )
 
     def _draft(self, record: StepRecord) -> "Draft":
-        vectors = _Vectors(self._third.size)
+        vectors = Vectors(self._third.size)
         # What was measured before clipping is written over what was measured after it; of several, the first counts.
         before = [measurement for measurement in record.measurements if measurement.before_clip]
         after = [measurement for measurement in record.measurements if not measurement.before_clip]
@@ -195,7 +195,7 @@ class SampleBuilder:
             vectors[name][self._unreadable] = MISSING
         return Draft(record, vectors, self._histograms(record.measurements, record.excluded))
 
-    def _note_unmoved(self, record: StepRecord, vectors: "_Vectors") -> None:
+    def _note_unmoved(self, record: StepRecord, vectors: Vectors) -> None:
         """Note a change of 0 for parameters that an optimizer holds, and left alone for want of a gradient.
 
         It tells them apart from those that no optimizer holds, such as a target network.
@@ -205,7 +205,7 @@ class SampleBuilder:
             held[list(indices)] = True
         vectors["update_norm"][held & (vectors["grad_norm"] == MISSING)] = 0.0
 
-    def _add_measurement(self, measurement: Measurement, vectors: "_Vectors") -> None:
+    def _add_measurement(self, measurement: Measurement, vectors: Vectors) -> None:
         """Write the statistics of one measurement into the vectors of the sample."""
         plan = measurement.norms.plan
         indices = np.array([plan.indices[position] for position in plan.measured], np.intp)
@@ -245,7 +245,7 @@ class SampleBuilder:
                 self._add_agc(proper_units, measurement.limits[plan.measured], plan.starts, indices, vectors)
 
     def _add_agc(
-        self, units: Units, limits: _Floats, starts: Sequence[int], indices: _Indices, vectors: "_Vectors"
+        self, units: Units, limits: _Floats, starts: Sequence[int], indices: _Indices, vectors: Vectors
     ) -> None:
         factors = agc_factors(units, starts, limits, tensor_wise=self._tensor_wise)
         clipped = replace(units, agc_factor=factors)
@@ -278,9 +278,9 @@ class SampleBuilder:
 
     def _scalars(self, record: StepRecord, statistics: Mapping[str, wire.Vector]) -> dict[str, float]:
         scalars = record.scalars | _learning_rates(record.rates)
-        scalars["global_grad_norm"] = _total(statistics["grad_norm"])
+        scalars["global_grad_norm"] = total_norm(statistics["grad_norm"])
         if "clipped_grad_norm" in statistics:
-            scalars["clipped_global_grad_norm"] = _total(statistics["clipped_grad_norm"])
+            scalars["clipped_global_grad_norm"] = total_norm(statistics["clipped_grad_norm"])
         limit = _norm_limit(record, statistics["grad_norm"])
         if math.isfinite(limit):
             scalars["global_grad_norm_limit"] = limit
@@ -296,61 +296,8 @@ class Draft:
     """A sample that holds only what this rank measured: the parts of other ranks may be missing."""
 
     record: StepRecord
-    vectors: "_Vectors"
+    vectors: Vectors
     histograms: dict[str, list[float]]
-
-
-class _Vectors:
-    """The statistics of one sample while they are filled in, each of shape (parameters,)."""
-
-    def __init__(self, count: int) -> None:
-        self._values = {name: np.full(count, MISSING, np.float32) for name in MEASURED}
-        self.norm_before_agc = np.full(count, MISSING, np.float32)
-        """Norm of the gradient that AGC, or else the optimizer, was given: after any other clipping."""
-        self.units = np.zeros(count)
-        """Number of units that were measured."""
-        self.limits = np.full(count, np.inf)
-        """Largest ratio that AGC let through."""
-        self._partial_clips: list[tuple[NormClip, set[int]]] = []
-        """Clippings of which only this rank's part of the norm is known, and the parameters that they had scaled."""
-
-    def __getitem__(self, name: str) -> wire.Vector:
-        return self._values[name]
-
-    def __setitem__(self, name: str, values: wire.Vector) -> None:
-        self._values[name] = values
-
-    def note_partial(self, clips: Sequence[ScaledBy], indices: _Indices) -> None:
-        """Remember which partial clippings had scaled the gradients that were measured last."""
-        entered = set(indices.tolist())
-        for _, scaled in self._partial_clips:
-            scaled -= entered
-        self._partial_clips += [(clip, entered & mine) for clip, mine in clips if clip.partial]
-
-    def replace(self, values: Mapping[str, _Floats]) -> None:
-        """Replace this rank's values by those of the whole parameters."""
-        with np.errstate(all="ignore"):
-            self._values |= {name: whole.astype(np.float32) for name, whole in values.items()}
-
-    def clip_parts(self, clips: Sequence[NormClip]) -> list[ClipPart]:
-        """Return what this rank knows of the clippings of which it saw only a part of the norm."""
-        parts = []
-        for clip in clips:
-            if clip.partial:
-                scaled = sorted(index for other, mine in self._partial_clips if other is clip for index in mine)
-                total = 0.0 if clip.repeats else clip.total_norm
-                parts.append(ClipPart(clip.ranks, total, clip.max_norm, clip.norm_type, scaled))
-        return parts
-
-    def set_zero(self, index: int) -> None:
-        """Set the statistics of a gradient without elements."""
-        for row in measured_from("gradient", "clipping", "agc"):
-            self._values[row.name][index] = 0.0
-        self.norm_before_agc[index] = 0.0
-
-    def statistics(self, sources: Collection[Source]) -> dict[wire.Statistic, wire.Vector]:
-        """Return the statistics that were measured from these sources."""
-        return {row.name: self._values[row.name] for row in measured_from(*sources) if not row.internal}
 
 
 def _units(norms: UnitNorms, eps: float) -> Units:
@@ -383,7 +330,7 @@ def _norm_limit(record: StepRecord, grad_norm: wire.Vector) -> float:
     return min((limit for clip in whole if (limit := clip.max_norm) > 0), default=math.inf)
 
 
-def _add_update(update: WeightUpdate, vectors: _Vectors) -> None:
+def _add_update(update: WeightUpdate, vectors: Vectors) -> None:
     units = Units(change=update.units)
     for row in measured_from("update"):
         vectors[row.name][list(update.indices)] = row.measure(units, update.starts)
@@ -400,10 +347,3 @@ def _learning_rates(rates: Mapping[int, float]) -> dict[str, float]:
         "learning_rate.lowest": min(every),
         "learning_rate.highest": max(every),
     }
-
-
-def _total(vector: wire.Vector) -> float:
-    """Return the norm over all parameters that have a gradient."""
-    present = vector[vector != MISSING].astype(np.float64)
-    with np.errstate(all="ignore"):
-        return float(np.sqrt(np.sum(present * present)))

@@ -5,6 +5,7 @@ RUN python -m venv /opt/gradwatch
 COPY pyproject.toml README.md LICENSE ./
 COPY agent agent
 COPY server server
+COPY dashboards dashboards
 RUN /opt/gradwatch/bin/pip install --no-cache-dir '.[server]'
 
 FROM build AS build-training

@@ -40,6 +40,7 @@ SAMPLES_PER_BATCH = 16
 
 
 ENGINES = ("sqlite", "postgresql")
+Names = tuple[wire.Statistic, ...]
 Figures = Iterator[tuple[str, float, str]]
 """What was measured, the figure, and the bar that it is held against."""
 
@@ -60,7 +61,7 @@ def parameters(count: int) -> list[wire.Parameter]:
     ]
 
 
-def samples(first: int, count: int, width: int, names: tuple[wire.Statistic, ...]) -> list[wire.Sample]:
+def samples(first: int, count: int, width: int, names: Names) -> list[wire.Sample]:
     """Return samples of a healthy run."""
     draws = np.random.default_rng(first).lognormal(-3, 0.1, (count, len(names), width)).astype(np.float32)
     draws[:, [name == "nonfinite_count" for name in names]] = 0.0
@@ -73,6 +74,13 @@ def samples(first: int, count: int, width: int, names: tuple[wire.Statistic, ...
 class Target(Protocol):
     """What the fleet writes to."""
 
+    fleet: int
+    """Runs that report."""
+    connections: int
+    """Connections of the fleet, which share its runs."""
+    values: int
+    """Values of a batch."""
+
     def runs(self, count: int) -> list[str]:
         """Make runs known; return their ids."""
 
@@ -83,13 +91,18 @@ class Target(Protocol):
 class Ours:
     """gradwatch: batches as an agent sends them, prepared beforehand but for step and id."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._draws = [sample.statistics for sample in samples(0, SAMPLES_PER_BATCH, PARAMETERS, STATISTICS)]
+    fleet, connections = RUNS, 10
+
+    def __init__(
+        self, url: str, width: int = PARAMETERS, count: int = SAMPLES_PER_BATCH, names: Names = STATISTICS
+    ) -> None:
+        self._url, self._width = url, width
+        self._draws = [sample.statistics for sample in samples(0, count, width, names)]
+        self.values = count * width * len(names)
 
     def runs(self, count: int) -> list[str]:
         """Register them."""
-        body = wire.encode(wire.Registration(parameters=parameters(PARAMETERS)))
+        body = wire.encode(wire.Registration(parameters=parameters(self._width)))
         headers = {"content-type": wire.MESSAGEPACK_TYPE}
         with httpx.Client(base_url=self._url, timeout=60, trust_env=False) as http:
             answers = [http.post("/api/v1/runs", content=body, headers=headers) for _ in range(count)]
@@ -97,7 +110,7 @@ class Ours:
 
     def request(self, run: str, number: int) -> tuple[str, bytes, Mapping[str, str]]:
         """Return the next samples."""
-        first = number * SAMPLES_PER_BATCH
+        first = number * len(self._draws)
         listed = [
             wire.Sample(step=first + row, at=time.time(), statistics=drawn) for row, drawn in enumerate(self._draws)
         ]
@@ -105,9 +118,19 @@ class Ours:
         return f"/api/v1/runs/{run}/samples", body, {"content-type": wire.MESSAGEPACK_TYPE}
 
 
+class SmallBatches(Ours):
+    """gradwatch: what a large fleet sends, one sample a batch, each run over a connection of its own."""
+
+    fleet, connections = 200, 200
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, 300, 1, ("grad_norm", "weight_norm"))
+
+
 class RemoteWrite:
     """Prometheus remote write: a series for each run, parameter and statistic; prepared but for run and times."""
 
+    fleet, connections, values = RUNS, 10, SAMPLES_PER_BATCH * PARAMETERS * len(STATISTICS)
     _RUN = "r" * 16
     _START = 1_500_000_000_000
 
@@ -143,7 +166,11 @@ class RemoteWrite:
         return "/api/v1/write", remote_write_protocol._compress(content), remote_write_protocol.HEADERS
 
 
-TARGETS: dict[str, Callable[[str], Target]] = {"gradwatch": Ours, "remote-write": RemoteWrite}
+TARGETS: dict[str, Callable[[str], Target]] = {
+    "gradwatch": Ours,
+    "gradwatch-small": SmallBatches,
+    "remote-write": RemoteWrite,
+}
 
 
 def send(address: str, target: Target, runs: list[str], load: Load, until: float, pause_seconds: float) -> None:
@@ -160,7 +187,7 @@ def send(address: str, target: Target, runs: list[str], load: Load, until: float
             told = answer.read()
             assert answer.status in (200, 204), told
             load.seconds.append(time.perf_counter() - started)
-            load.values += SAMPLES_PER_BATCH * PARAMETERS * len(STATISTICS)
+            load.values += target.values
             if pause_seconds:
                 threading.Event().wait(max(0.0, pause_seconds - load.seconds[-1]))
             if time.perf_counter() >= until:
@@ -179,13 +206,12 @@ def ingest(kind: str, url: str, seconds: float, values_per_second: float | None)
 
 
 def client(kind: str, url: str, seconds: float, values_per_second: float) -> None:
-    """Be the fleet: ten connections, each for five runs."""
+    """Be the fleet."""
     target = TARGETS[kind](url)
-    runs = target.runs(RUNS)
-    threads, lanes = [], 10
+    runs = target.runs(target.fleet)
+    threads, lanes = [], target.connections
     loads = [Load([]) for _ in range(lanes)]
-    batch = SAMPLES_PER_BATCH * PARAMETERS * len(STATISTICS)
-    pause = lanes * batch / values_per_second if values_per_second else 0.0
+    pause = lanes * target.values / values_per_second if values_per_second else 0.0
     started = time.perf_counter()
     for index, load in enumerate(loads):
         share = (url.removeprefix("http://"), target, runs[index::lanes], load, started + seconds, pause)
@@ -306,6 +332,8 @@ def measure(engine: str, seconds: float, count: int) -> Figures:
             yield "bytes a value", size, "6.5" if engine == "sqlite" else "8"
             _, p99 = ingest("gradwatch", server.url, seconds, rate / 2)
             yield "acknowledgement at half load, p99 ms", p99 * 1e3, "250"
+            rate, _ = ingest("gradwatch-small", server.url, seconds, None)
+            yield "batches of one sample of 300 parameters, 1/s", rate / 600, ""
             fill_ratio = fill(url, count, 300)
             yield "cost of the last tenth to the first", fill_ratio, "1"
             yield from reads(server, count)

@@ -66,12 +66,7 @@ def _placed(rows: Sequence[Row | Panel]) -> list[Panel]:
     placed, y = [], 0
     for row in rows:
         if isinstance(row, Mapping):
-            closed = dict(row)
-            closed["gridPos"] = {"x": 0, "y": y, "w": COLUMNS, "h": 1}
-            width, height = COLUMNS // len(row["panels"]), 8
-            parts = [(height, [(width, each) for each in row["panels"]])]
-            closed["panels"] = [_shifted(each, y + 1) for each in _placed(parts)]
-            placed.append(closed)
+            placed.append(_closed(row, y))
             y += 1
             continue
         height, panels = row
@@ -82,6 +77,13 @@ def _placed(rows: Sequence[Row | Panel]) -> list[Panel]:
         assert x == COLUMNS, f"the row of {panels[0][1]['title']!r} is {x} columns wide"
         y += height
     return placed
+
+
+def _closed(row: Panel, y: int) -> Panel:
+    """Return the heading of a closed row at this height, with its panels side by side below it."""
+    width = COLUMNS // len(row["panels"])
+    inside = [_shifted(each, y + 1) for each in _placed([(8, [(width, each) for each in row["panels"]])])]
+    return row | {"gridPos": {"x": 0, "y": y, "w": COLUMNS, "h": 1}, "panels": inside}
 
 
 def _shifted(panel: Panel, rows: int) -> Panel:

@@ -40,7 +40,7 @@ AGENT_LAYERS = (
 SERVER = Path(__file__).parents[1] / "server" / "gradwatch_server"
 SERVER_LAYERS = (
     ("cli", "serve"),
-    ("app", "connections", "logs"),
+    ("app", "logs"),
     ("api",),
     ("services",),
     ("telemetry",),
@@ -50,7 +50,7 @@ SERVER_LAYERS = (
     ("notify",),
     ("store",),
     ("diagnosis",),
-    ("clock", "errors", "plain_text"),
+    ("steady_clock", "errors", "plain_text"),
 )
 ONE_FILE_A_THING = ("rules", "receivers", "versions", "integrations")
 

@@ -37,6 +37,9 @@ COMMANDS = {
     "alerts": Entry("gradwatch_server.cli.alerts", "server", "list alerts, or acknowledge one"),
     "silence": Entry("gradwatch_server.cli.silences", "server", "mute alerts for a while"),
     "receivers": Entry("gradwatch_server.cli.receivers", "server", "list, test and enable receivers of alerts"),
+    "dashboards": Entry(
+        "gradwatch_server.cli.dashboards", "server", "write the boards for Grafana and Prometheus' rules"
+    ),
     "demo": Entry(
         "gradwatch.demo", "demo", "train four small networks, three of them sick, and watch the alerts arrive"
     ),

@@ -25,7 +25,7 @@ from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
 from gradwatch.monitor.context import Callbacks, discard, discard_numbers
 from gradwatch.monitor.guard import AgentThread
 from gradwatch.monitor.monitor import Monitor
-from gradwatch.norms.scalars import Scalar
+from gradwatch.norms.transfer import Scalar, copy_scalar
 from gradwatch.ranks.exchange import exchange_for
 from gradwatch.samples.collector import Collector
 from gradwatch.samples.loggers import LoggerName, open_logger
@@ -85,7 +85,9 @@ class Session:
         self._ranks = exchange_for(models)
         watching = not retired and (rank() == 0 or self._ranks is not None)
         self._closed = not watching and clip is None
-        account = OverheadAccount(settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None)
+        account = self._account = OverheadAccount(
+            settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None
+        )
         callbacks = Callbacks(
             exiting=self._exiting,
             forked=self._forked,
@@ -158,6 +160,8 @@ class Session:
             written=_nothing if self._delivery is None else self._delivery.sender.notify,
             trouble=monitor.note_trouble,
             failed=failed,
+            not_measured=monitor.models.note_not_measured,
+            needless=self._other_ranks_are_needless,
             warn=warn,
         )
         self.threads.append(self._collector)
@@ -169,6 +173,13 @@ class Session:
             self._delivery.sender.start()
             self._note = RunNote(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
             write_note(self._note)
+
+    def _other_ranks_are_needless(self) -> None:
+        """Measure nothing on a rank of which nothing is needed; on rank 0, sample without regard to the others."""
+        if self._delivery is not None:
+            self._account.aligned = False
+        else:
+            self.monitor.stop_watching()
 
     def _replace_earlier(self) -> list[str]:
         """Close the session that watches exactly these parameters: a notebook cell was run again.
@@ -206,7 +217,14 @@ class Session:
         return self.monitor.watches(parameter)
 
     def log(self, name: str, value: Scalar) -> None:
-        """Add a number to the next step."""
+        """Add a number to the next step; later changes of a tensor do not reach it."""
+        if isinstance(value, Tensor):
+            streams = self.monitor.recorder.streams
+            streams.add_devices([value.device])
+            if not streams.enter():
+                self.monitor.notices.captured()
+                return
+            value = copy_scalar(value)
         self.monitor.steps.logged(name, value)
 
     def add_logger(self, logger: LoggerName, **options: Any) -> None:
@@ -269,6 +287,7 @@ class Session:
         if state.logged and self._collector is not None:
             last = StepRecord(state.number, time.time(), sampled=False)
             last.logged, state.logged = state.logged, {}
+            self.monitor.recorder.send(last)
             self._collector.put(last)
 
     def _write(self, deadline: float, status: str, exit_code: int | None) -> None:
@@ -276,7 +295,8 @@ class Session:
         assert self._collector is not None
         left_open = self._left_to_launcher and is_launched_command()
         end = None if left_open else wire.End(at=time.time(), status=status, exit_code=exit_code)
-        self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
+        failed = self.monitor.recorder.device_failed
+        self._collector.finish(end, max(deadline - time.monotonic(), 0.1), device_failed=failed)
         if self._note is not None and not left_open:
             write_note(self._note, ended=True)
         if self._delivery is not None:

@@ -94,8 +94,7 @@ def _numbers() -> Panel:
 
 def _run_column() -> Json:
     wrapped = {"minWidth": 180, **WRAPPED}
-    opened = {"title": "Open the run", "url": runs.RUN_URL, "targetBlank": False}
-    return override("name", links=[opened], custom=wrapped)
+    return override("name", links=[runs.OPEN], custom=wrapped)
 
 
 def _firing() -> Panel:

@@ -25,10 +25,12 @@ RANGE = """\
   CASE WHEN r.finished_at IS NULL AND r.last_seen_at > extract(epoch FROM now()) - 120 THEN 'now'
     ELSE ((coalesce(r.finished_at, r.last_seen_at) * 1000)::bigint + 10000)::text END AS opens_to"""
 """Two columns with the time in which the run was: links to its board carry them."""
-RUN_URL = (
+_RUN_URL = (
     "/d/gradwatch-run?var-run=${__data.fields.run}&var-project=${__data.fields.project}"
     "&from=${__data.fields.opens_from}&to=${__data.fields.opens_to}&${postgres:queryparam}&${prometheus:queryparam}"
 )
+OPEN = {"title": "Open the run", "url": _RUN_URL, "targetBlank": False}
+"""The link of the column with the names of runs."""
 HIDDEN = "run|opens_from|opens_to"
 PARTS = 200
 """Moments of a range."""

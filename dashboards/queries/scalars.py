@@ -52,27 +52,27 @@ def _trail(scalar: str, prefix: str) -> str:
     """Return the statement that decodes the steps and values of a scalar that no bucket covers; NULL: not finite."""
     name = scalar.encode()
     key = bytes([0xA0 + len(name)]) + name + b"\x82\xa5steps"
-    value = _float64("v.hex")
+    value = _float64("item.hex")
     return f"""\
-    SELECT DISTINCT ON (s.step) s.step, CASE WHEN v.hex IS NOT NULL THEN {value} END AS value
+    SELECT DISTINCT ON (item.step) item.step, CASE WHEN item.hex IS NOT NULL THEN {value} END AS value
     FROM seen, {prefix}_parts part, trails t
     CROSS JOIN LATERAL (SELECT position('\\x{key.hex()}'::bytea IN t.scalars) AS place) key
     CROSS JOIN LATERAL (SELECT encode(substring(t.scalars FROM key.place + {len(key)}), 'hex') AS hex) body
     CROSS JOIN LATERAL (
-      SELECT n,
-        ('x' || lpad(coalesce(parts[1], parts[2], parts[3], parts[4], parts[5]), 16, '0'))::bit(64)::bigint AS step
-      FROM {_items(1, _STEPS)}
-    ) s
-    JOIN LATERAL (SELECT n, parts[1] AS hex FROM {_items(2, _VALUES)}) v ON v.n = s.n
+      SELECT ('x' || lpad(coalesce(step[1], step[2], step[3], step[4], step[5]), 16, '0'))::bit(64)::bigint AS step,
+        value[1] AS hex
+      FROM ROWS FROM ({_items(1, _STEPS)}, {_items(2, _VALUES)}) AS items(step, value) WHERE step IS NOT NULL
+    ) item
     WHERE part.level = 0 AND t.run = seen.run AND t.first_step > greatest(part.after, from_step) - {TRAIL_STEPS}
-      AND t.first_step <= to_step AND key.place > 0 AND s.step > part.after AND s.step BETWEEN from_step AND to_step
-    ORDER BY s.step, t.attempt DESC, t.arrival DESC"""
+      AND t.first_step <= to_step AND key.place > 0 AND item.step > part.after
+      AND item.step BETWEEN from_step AND to_step
+    ORDER BY item.step, t.attempt DESC, t.arrival DESC"""
 
 
 def _items(part: int, pattern: str) -> str:
     """Return the expression of the items of an array: the one before or the one after the key ``values``."""
     array = f"regexp_replace(split_part(body.hex, '{_VALUES_KEY}', {part}), '{_ARRAY}', '')"
-    return f"regexp_matches({array}, '{pattern}', 'g') WITH ORDINALITY AS found(parts, n)"
+    return f"regexp_matches({array}, '{pattern}', 'g')"
 
 
 def _float64(digits: str) -> str:

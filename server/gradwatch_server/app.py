@@ -26,8 +26,8 @@ from gradwatch_server.services import run_services
 from gradwatch_server.settings import Settings
 
 ROUTED = (
+    ingest,  # routes are tried in this order: what agents send most often comes first
     session,
-    ingest,
     runs,
     tile,
     alerts,

@@ -23,8 +23,8 @@ import uvicorn
 
 from gradwatch.settings import secret
 from gradwatch_server import logs
+from gradwatch_server.api.connections import ConnectionTable, raise_file_limit
 from gradwatch_server.app import create_app
-from gradwatch_server.connections import ConnectionTable, raise_file_limit
 from gradwatch_server.errors import ConfigurationError, GradwatchError
 from gradwatch_server.notify.http_client import ALL_NETWORKS, is_loopback
 from gradwatch_server.notify.receivers import Webhook
@@ -36,6 +36,10 @@ from gradwatch_server.store.tokens import count_tokens
 
 log = logging.getLogger(__name__)
 
+_SWITCH_SECONDS = 0.0005
+"""How long one thread keeps the interpreter while another waits for it. In Python's 5 ms the writer stores some small
+batches, and it gives the interpreter up, and waits for it again, a few times in each of them.
+"""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Options of glibc's ``mallopt``, see malloc.h."""
 
@@ -236,6 +240,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     signal.signal(signal.SIGHUP, server.want_reload)  # before the line is printed after which it may be sent
     print(f"gradwatch serves on {settings.address} (database {shown_address(engine)})", flush=True)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     gc.freeze()  # what is loaded at the start need not be traversed at every collection
     gc.set_threshold(20_000, 20, 20)
     server.run(sockets=[sock])

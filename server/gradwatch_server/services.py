@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import msgspec
 import sqlalchemy as sa
 from starlette.requests import Request
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting.periodic_checks import StallCheck, UnmuteCheck
 from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.errors import Refused
@@ -24,7 +25,7 @@ from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Configuration, Settings
 from gradwatch_server.store import schema
 from gradwatch_server.store.change_stream import ChangeStream
-from gradwatch_server.store.database import read_clock
+from gradwatch_server.store.database import read_clock, shrink_log
 from gradwatch_server.store.deletion import ResolveAlerts, delete_expired_runs
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.rollups.downsampling import downsample_expired
@@ -35,6 +36,7 @@ from gradwatch_server.telemetry.snapshot import ParameterCache
 
 _RETENTION_SECONDS = 3_600
 _FOLLOW_SECONDS = 10.0
+_SHRINK_SECONDS = 5.0
 
 
 def _cores() -> int:
@@ -57,6 +59,8 @@ class Services:
     unmute_check: UnmuteCheck
     change_stream: ChangeStream
     tokens: TokenCache
+    read_slots: asyncio.Semaphore
+    """Each read of the HTTP interface holds one."""
     remote_writer: RemoteWriter | None = None
     parameter_cache: ParameterCache = field(default_factory=ParameterCache)
     request_counts: RequestCounts = field(default_factory=RequestCounts)
@@ -78,11 +82,12 @@ class Services:
             ingest=Ingest(configuration, settings.public_url, pool),
             byte_budget=ByteBudget(limits.held_bytes),
             notifier=Notifier(engine, writer, configuration.receivers, configuration.delivery),
-            stall_check=StallCheck(engine, writer, configuration, settings.public_url, clock.now()),
+            stall_check=StallCheck(engine, writer, configuration, settings.public_url, steady_clock.now()),
             unmute_check=UnmuteCheck(engine, writer, configuration, settings.public_url),
             change_stream=ChangeStream(engine),
             remote_writer=None if remote is None else RemoteWriter(engine, writer, remote),
             tokens=TokenCache(engine),
+            read_slots=asyncio.Semaphore(limits.reads_at_once),
         )
 
     @classmethod
@@ -96,6 +101,7 @@ class Services:
         public_url = self.settings.public_url
         limits = configuration.limits
         self.byte_budget.limit_bytes = limits.held_bytes
+        self.read_slots = asyncio.Semaphore(limits.reads_at_once)  # reads that wait for one of the old ones get it
         self.writer.configure(limits.queued_batches, limits.queued_batches_per_run)
         self.ingest.configure(configuration, public_url)
         self.stall_check.configure(configuration, public_url)
@@ -116,8 +122,15 @@ class Services:
         """Follow the database's clock if servers may share it, for as long as the server runs."""
         while self.engine.dialect.name != "sqlite":
             with suppress(sa.exc.SQLAlchemyError):  # out of reach: the clock goes on by itself
-                clock.follow(await asyncio.to_thread(read_clock, self.engine))
+                steady_clock.follow(await asyncio.to_thread(read_clock, self.engine))
             await asyncio.sleep(_FOLLOW_SECONDS)
+
+    async def shrink_log(self) -> None:
+        """Keep SQLite's write-ahead log small, for as long as the server runs."""
+        while self.engine.dialect.name == "sqlite":
+            await asyncio.sleep(_SHRINK_SECONDS)
+            with suppress(sqlite3.Error, OSError):  # somebody holds a snapshot: again in some seconds
+                await asyncio.to_thread(shrink_log, self.engine)
 
     async def apply_retention(self) -> None:
         """Delete expired runs and levels, now and once an hour, for as long as the server runs."""
@@ -134,7 +147,7 @@ def _start_clock(engine: sa.Engine) -> None:
     latest = [sa.select(sa.func.max(column)) for column in (schema.runs.c.last_seen_at, schema.deliveries.c.created_at)]
     with engine.connect() as connection:
         stored = max(connection.scalar(each) or 0.0 for each in latest)
-    clock.start(read_clock(engine), stored)
+    steady_clock.start(read_clock(engine), stored)
 
 
 @asynccontextmanager
@@ -144,7 +157,8 @@ async def run_services(settings: Settings, engine: sa.Engine) -> AsyncIterator[S
     services = Services.start(settings, engine)
     notifying = asyncio.create_task(services.notifier.run())
     checks = (services.stall_check.run(), services.unmute_check.run())
-    repeating = [asyncio.create_task(work) for work in (services.follow_clock(), services.apply_retention(), *checks)]
+    upkeep = (services.follow_clock(), services.shrink_log(), services.apply_retention())
+    repeating = [asyncio.create_task(work) for work in (*upkeep, *checks)]
     exporting = None if services.remote_writer is None else asyncio.create_task(services.remote_writer.run())
     try:
         yield services

@@ -19,7 +19,7 @@ from gradwatch_server.notify.outbox import DeliverySettings
 from gradwatch_server.notify.receivers import AnyReceiver
 from gradwatch_server.store.retention import Retention
 
-_LEAST_LIMITS = {"body_seconds": 0.001, "drain_seconds": 0}
+_LEAST_LIMITS = {"body_seconds": 0.001, "read_wait_seconds": 0.001, "drain_seconds": 0}
 """Least values of limits that are not 1."""
 _MOST_LIMITS = {"samples_per_batch": wire.MOST_SAMPLES, "name_characters": wire.MOST_NAME_CHARACTERS}
 
@@ -53,10 +53,16 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Most different scalar names in one batch, and names of histograms; most attributes of a run."""
     scalar_names_per_run: int = 2_000
     """Most different scalar names in one run, since each has roll-up levels of its own."""
+    runs_per_project: int = 50_000
+    """Most runs that a project has; beyond it no further one is registered: 429 with Retry-After."""
     queued_batches: int = 1_000
     """Batches that may wait for the writer; beyond it: 503 with Retry-After."""
     queued_batches_per_run: int = 16
     """Batches of one run that may wait; an agent sends the next after the answer. Beyond it: 429 with Retry-After."""
+    reads_at_once: int = 1
+    """Reads of the HTTP interface that run at the same time; the others wait in turn, and writes never do."""
+    read_wait_seconds: float = 10.0
+    """Longest time for which a read waits for its turn; beyond it: 429 with Retry-After."""
     held_bytes: int = 64 * 1024 * 1024
     """Bytes of all bodies that are being received or wait for the writer; beyond it: 503 with Retry-After."""
     drain_seconds: float = 10.0

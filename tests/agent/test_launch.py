@@ -224,6 +224,37 @@ def test_torchrun(server: Server, script: Path) -> None:
     assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
 
 
+SHARDED = """
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(5):
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+distributed.destroy_process_group()
+"""
+
+
+def test_a_model_that_is_sharded_at_its_root_alone(server: Server, tmp_path: Path) -> None:
+    """In its backward pass its parameters are unsharded; at its end the process group is gone before the run ends."""
+    script = tmp_path / "train.py"
+    script.write_text(SHARDED, encoding="utf-8")
+    done = launch(
+        server, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)
+    )
+    assert done.returncode == 0, done.stderr
+    assert server.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert [sample.step for sample in server.samples] == [1, 2, 3, 4, 5]
+    assert [batch.end.status for batch in server.batches if batch.end is not None] == ["completed"]
+
+
 ACCELERATED = """
 import torch
 from accelerate import Accelerator

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def test_every_panel_says_what_it_shows(name: str) -> None:
 
 def _layout_faults(board: Board) -> list[str]:
     """Return which panels overlap, reach over the edge, or are not as high as others of their row."""
-    found, taken = [], {}
+    found: list[str] = []
+    taken: dict[tuple[int, int], str] = {}
     for panel in board["panels"]:
         place = panel["gridPos"]
         if place["x"] + place["w"] > 24:
@@ -193,16 +195,21 @@ def _faults(schema: Board, board: Board) -> list[str]:
     for panel in panels:
         kind = KINDS.get(panel["type"], panel["type"].capitalize())
         found += _check(schema, f"{kind}Options", panel["options"])
-        custom = panel["fieldConfig"]["defaults"].get("custom", {})
-        for override in panel["fieldConfig"]["overrides"]:
-            of_custom = {p["id"]: p["value"] for p in override["properties"] if p["id"].startswith("custom.")}
-            nested = {key.split(".")[1]: value for key, value in of_custom.items() if key.count(".") == 1}
-            custom = custom | {key: value for key, value in nested.items() if key != "hidden"}
-        if panel["type"] == "table":  # wrapText was there before Grafana 12.2, which passes over it
-            custom = custom | {"cellOptions": {"type": custom["cellOptions"]["type"]}}
         if f"{kind}Custom" in schema["definitions"]:
-            found += _check(schema, f"{kind}Custom", custom)
+            found += [fault for custom in _customs(panel) for fault in _check(schema, f"{kind}Custom", custom)]
     return found
+
+
+def _customs(panel: Board) -> Iterator[Board]:
+    """Yield the options of a panel's fields, and what they are with each override."""
+    custom = panel["fieldConfig"]["defaults"].get("custom", {})
+    yield custom
+    for override in panel["fieldConfig"]["overrides"]:
+        changed = {each["id"]: each["value"] for each in override["properties"] if each["id"].startswith("custom.")}
+        known = {key[7:]: value for key, value in changed.items() if key.count(".") == 1 and key != "custom.hidden"}
+        if panel["type"] == "table":  # wrapText was there before Grafana 12.2, which passes over it
+            known["cellOptions"] = {"type": known.get("cellOptions", custom["cellOptions"])["type"]}
+        yield custom | known
 
 
 def _check(schema: Board, kind: str, document: Board) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from gradwatch import wire
 from tests.processes import ROOT, GradwatchServer, sample
@@ -41,3 +42,23 @@ def test_an_unhealthy_run_reaches_alertmanager(server: GradwatchServer, tmp_path
         "severity": "critical",
     }
     assert alert["annotations"]["summary"] == "Run ill (default) is unhealthy"
+    assert alert["annotations"]["page"].endswith(f"/runs/{run_id}")
+    assert alert["annotations"]["dashboard"].endswith(f"/d/gradwatch-run?var-run={run_id}")
+
+
+def test_prometheus_own_alert_is_inhibited_where_gradwatch_sends_one_of_the_run(tmp_path: Path) -> None:
+    def state(alerts: list[dict[str, Any]], name: str, run: str) -> str:
+        (found,) = [alert for alert in alerts if (alert["labels"]["alertname"], alert["labels"]["run"]) == (name, run)]
+        return str(found["status"]["state"])
+
+    with Alertmanager(tmp_path / "alertmanager", RULES / "alertmanager.yml") as alertmanager:
+        sent = [("gradwatch_nonfinite", "ill"), ("GradwatchRunUnhealthy", "ill"), ("GradwatchRunUnhealthy", "other")]
+        alerts = [{"labels": {"alertname": name, "run": run}} for name, run in sent]
+        alertmanager.http.post("/api/v2/alerts", json=alerts).raise_for_status()
+
+        def states() -> list[str] | None:
+            known = alertmanager.http.get("/api/v2/alerts").json()
+            found = [state(known, *each) for each in sent] if len(known) == 3 else ["unprocessed"]
+            return None if "unprocessed" in found else found
+
+        assert until(states, "states of the alerts") == ["active", "suppressed", "active"]

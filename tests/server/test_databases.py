@@ -1,5 +1,6 @@
 """What a database may do to a server and its commands: give other numbers back, change meanwhile, stand still, go."""
 
+import contextlib
 import socket
 import sqlite3
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server.store.database import open_engine, writing
+from gradwatch_server.store.database import open_engine, prepare, shrink_log, writing
 from tests.postgres import migrated_database, plain_owner, postgres_database
 from tests.processes import GradwatchServer, environment, sample
 
@@ -195,3 +196,24 @@ def test_a_client_that_hangs_up_is_no_error_of_the_server(server: GradwatchServe
         client.recv(1)  # until the server has seen it
     assert server.stop() == 0
     assert "Traceback" not in server.log.read_text()
+
+
+def test_the_write_ahead_log_shrinks_after_a_long_snapshot(tmp_path: Path) -> None:
+    file, log = tmp_path / "gradwatch.db", tmp_path / "gradwatch.db-wal"
+    engine = open_engine(f"sqlite:///{file}")
+    prepare(engine)
+    with contextlib.closing(sqlite3.connect(file)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM runs").fetchall()
+        with writing(engine) as connection:
+            connection.execute(sa.text("CREATE TABLE large (content BLOB)"))
+            connection.execute(sa.text("INSERT INTO large VALUES (randomblob(40000000))"))
+        shrink_log(engine)
+        assert log.stat().st_size > 40_000_000
+    with contextlib.closing(sqlite3.connect(file)) as reader:  # another one holds what is there now, as ever
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM runs").fetchall()
+        shrink_log(engine)
+    shrink_log(engine)
+    assert log.stat().st_size == 0
+    engine.dispose()

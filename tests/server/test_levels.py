@@ -152,6 +152,29 @@ def test_steps_sent_backwards_one_by_one_stay_in_small_buckets(engine: sa.Engine
     store.check(17, 211, 7)
 
 
+@pytest.mark.parametrize("apart", [1, 3, 40], ids=["each bucket", "each third", "far apart"])
+def test_late_samples_are_gathered_together(engine: sa.Engine, apart: int) -> None:
+    store = Store(engine, f"late{apart}", 1)
+    for begin in range(0, 3_200, 800):
+        store.put({step * 100: [float(step)] for step in range(begin, begin + 800)})
+    statements: list[str] = []
+
+    def count(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    late = {step + offset: [NAN if step % 3 else 7.0] for step in range(0, 320_000, 1_600 * apart) for offset in (7, 9)}
+    sa.event.listen(engine, "before_cursor_execute", count)
+    try:
+        store.put(late)
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", count)
+    for points in (10, 300):
+        store.check(None, None, points)
+    store.check(1_000, 40_000, 50)
+    if apart < 16:
+        assert len(statements) < 300, "one by one, each takes five on each level"
+
+
 @pytest.mark.parametrize("points", [1, 10, 500])
 def test_one_spike_and_one_nan_show_in_the_widest_view(engine: sa.Engine, points: int) -> None:
     store = Store(engine, f"planted{points}")

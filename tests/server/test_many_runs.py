@@ -83,3 +83,17 @@ def test_a_scrape_keeps_no_more_layouts_than_fit(server: GradwatchServer) -> Non
         of_run = rf'{{[^}}]*run="{run}"[^}}]*}}'
         assert re.findall(rf"\ngradwatch_run_parameters{of_run} (\S+)", text) == ["40000.0"]
         assert len(re.findall(rf"\ngradwatch_parameter_grad_norm{of_run}", text)) == 10
+
+
+def test_a_project_has_only_so_many_runs(tmp_path: Path) -> None:
+    config = tmp_path / "gradwatch.toml"
+    config.write_text("[limits]\nruns_per_project = 2\n")
+    with GradwatchServer(tmp_path / "gradwatch.db", "--config", str(config)) as server:
+        first, _ = [server.register(["a"], project="full") for _ in range(2)]
+        beyond = server.post("/api/v1/runs", wire.Registration(project="full", parameters=[]))
+        assert (beyond.status_code, beyond.headers["retry-after"]) == (429, "30")
+        assert "limits.runs_per_project" in beyond.text
+        server.register(["a"], id=first, project="full", attempt=2)
+        server.register(["a"], project="other")
+        assert server.http.delete(f"/api/v1/runs/{first}").status_code == 204
+        server.register(["a"], project="full")

@@ -227,6 +227,10 @@ def test_the_server_tells_what_it_does(tmp_path: Path) -> None:
     assert told['gradwatch_alerts{rule="nonfinite",severity="critical",state="firing"}'] == 1
     stored = 'method="POST",route="/api/v1/runs/{run_id}/samples",status="200"'
     assert told[f"gradwatch_http_request_duration_seconds_count{{{stored}}}"] == 1
+    assert told[f'gradwatch_http_request_duration_seconds_bucket{{le="+Inf",{stored}}}'] == 1
+    buckets = [value for name, value in told.items() if "_bucket{le=" in name and name.endswith(f"{stored}}}")]
+    assert len(buckets) == 7
+    assert buckets == sorted(buckets)
     assert "process_resident_memory_bytes" in text
 
 

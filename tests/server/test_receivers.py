@@ -470,7 +470,7 @@ def test_an_alertmanager_is_reminded_of_a_warning_while_its_critical_notificatio
             until(lambda: [each["attempts"] for each in server.get("/api/v1/deliveries", state="due")] == [1])
             heard.statuses = [200]
             said = [json.loads(body)[0] for _, body in heard.wait(len(heard.requests) + 4)[-3:]]
-            assert {entry["annotations"]["severity"] for entry in said} == {"warning"}
+            assert {entry["labels"]["severity"] for entry in said} == {"warning"}
             assert len({entry["endsAt"] for entry in said}) == 3, "it is not over"
 
 
@@ -531,6 +531,7 @@ def test_a_real_alertmanager_receives_groups_resolves_and_is_reminded(tmp_path: 
     with WebhookReceiver() as told, alertmanager(tmp_path, told.url) as address:
         config = (
             f'[[receivers]]\nname = "am"\ntype = "alertmanager"\nurl = "{address}"\nresend_seconds = 2\n{LOOPBACK}\n'
+            'grafana_url = "https://grafana.example/"\n'
         )
         with configured(tmp_path, config) as server:
             runs = [fall_ill(server, "vision", name) for name in ("one", "two")]
@@ -542,7 +543,9 @@ def test_a_real_alertmanager_receives_groups_resolves_and_is_reminded(tmp_path: 
 
             alerts = until(lambda: found if len(found := known()) == 2 else None)
             assert [alert["labels"]["run"] for alert in alerts] == runs
-            assert alerts[0]["annotations"]["severity"] == "critical"
+            assert alerts[0]["labels"]["severity"] == "critical"
+            assert alerts[0]["annotations"]["dashboard"] == f"https://grafana.example/d/gradwatch-run?var-run={runs[0]}"
+            assert alerts[0]["annotations"]["page"].startswith(f"{server.url}/runs/{runs[0]}")
             first = alerts[0]["updatedAt"]
             until(lambda: (found := known()) and found[0]["updatedAt"] > first)
             messages = [json.loads(body) for _, body in told.wait(1)]
@@ -552,3 +555,24 @@ def test_a_real_alertmanager_receives_groups_resolves_and_is_reminded(tmp_path: 
             until(lambda: json.loads(told.requests[-1][1])["status"] == "resolved")
             (last,) = [json.loads(told.requests[-1][1])]
             assert {alert["labels"]["run"] for alert in last["alerts"]} <= set(runs)
+
+
+def test_a_real_alertmanager_shows_an_alert_that_became_critical_once(tmp_path: Path) -> None:
+    with WebhookReceiver() as told, alertmanager(tmp_path, told.url) as address:
+        config = (
+            f'[[receivers]]\nname = "am"\ntype = "alertmanager"\nurl = "{address}"\nresend_seconds = 0.2\n{LOOPBACK}\n'
+        )
+        with configured(tmp_path, config) as server:
+
+            def severities() -> list[str]:
+                answer = httpx.get(f"{address}/api/v2/alerts", timeout=PATIENCE_SECONDS, trust_env=False)
+                return sorted(alert["labels"]["severity"] for alert in answer.json())
+
+            run = server.register(["first.weight"])
+            server.store(run, wire.Batch(id="worrying", samples=[sample(1, 1.0, loss=NAN)]))
+            until(lambda: severities() == ["warning"])
+            server.store(run, wire.Batch(id="ill", samples=[sample(2, NAN, loss=NAN)]))
+            until(lambda: "critical" in severities())
+            assert severities() == ["critical"], "the warning has ended in the same request"
+            get_well(server, run)
+            until(lambda: severities() == [])

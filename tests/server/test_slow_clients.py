@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -80,6 +81,21 @@ def test_a_body_that_does_not_arrive_is_given_up(tmp_path: Path) -> None:
         assert b"limits.body_seconds" in told
         large = [sample(step, *[1.0] * 1_000) for step in range(100)]
         assert server.store(run, wire.Batch(id="b", samples=large)).status_code == 200
+
+
+def test_a_slow_body_gives_way_to_others(tmp_path: Path) -> None:
+    config = tmp_path / "gradwatch.toml"
+    config.write_text("[limits]\nbody_bytes = 1000000\ndecoded_bytes = 1000000\nheld_bytes = 1000000\n")
+    with GradwatchServer(tmp_path / "g.db", "--config", str(config)) as server, _connected(server) as slow:
+        run = server.register([f"p{index}" for index in range(1_000)])
+        head = f"POST /api/v1/runs/{run}/samples HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {wire.MESSAGEPACK_TYPE}\r\n"
+        slow.sendall(f"{head}Content-Length: 990000\r\n\r\n".encode() + bytes(900_000))
+        large = wire.Batch(id="b", samples=[sample(step, *[1.0] * 1_000) for step in range(100)])
+        started = time.monotonic()
+        while server.store(run, large).status_code == 503:
+            assert time.monotonic() - started < 50, "a minute is what a body may take where nobody waits for it"
+            threading.Event().wait(0.3)
+        assert slow.recv(12) == b"HTTP/1.1 408"
 
 
 def test_a_database_that_is_away_is_told_as_such(postgres: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gradwatch.hooks import autograd_graph
 from gradwatch.lifecycle.process import default_run_name
+from gradwatch.model.discovery import parameters_of
 from gradwatch.session import Session, running_sessions
 from gradwatch.settings import RUN_ID, Settings, resolve
 
@@ -164,7 +165,7 @@ def _children(module: nn.Module) -> list[nn.Module]:
 
 def _parameters(module: nn.Module) -> list[Tensor]:
     with suppress(Exception):
-        return list(module.parameters())
+        return list(parameters_of([module]))
     return []
 
 

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from gradwatch.clipping.agc import AGC
 from gradwatch.clipping.classifier import SEARCHES, SEARCHES_TO_CLIP, ClassifierFinder
 from gradwatch.clipping.executor import AgcExecutor
+from gradwatch.model.flat_parameters import uses_fsdp1
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.monitor.notices import Notices
-from gradwatch.ranks.exchange import RankExchange, incomplete_reason, uses_fsdp1
-from gradwatch.ranks.parts import RegisteredParameters, ownership
+from gradwatch.ranks.exchange import RankExchange, incomplete_reason
+from gradwatch.ranks.holdings import RegisteredParameters, holdings_of, peers_of
 
 
 class WatchedModels:
@@ -73,8 +74,12 @@ class WatchedModels:
             if self.parameters.newly_unreadable:
                 self._tell_unreadable()
             watched, depths = self.parameters.described()
-            reported = None if self._ranks is None else ownership(watched, self._ranks.rank)
-            self._put(RegisteredParameters(watched, depths, reported))
+            held, peers = None, []
+            if self._ranks is not None:
+                rank = self._ranks.rank
+                models = self.parameters.models
+                held, peers = holdings_of(watched, models, rank), peers_of(models, rank)
+            self._put(RegisteredParameters(watched, depths, held, peers))
 
     def discover(self) -> bool:
         """Look for parameters that are not known yet; return whether there were any."""
@@ -82,6 +87,11 @@ class WatchedModels:
         if new and self.clipper is not None:
             self.clipper.find_excluded(self.parameters.watched)
         return new
+
+    def note_not_measured(self, reason: str) -> None:
+        """Tell the user that something is not measured, unless nothing is anyway."""
+        if not self.parts_only:
+            self._notices.not_measured(reason)
 
     def check_parts(self, *, watching: bool) -> bool:
         """Return whether this rank could measure only its part of the parameters, so that nothing is measured.
@@ -92,11 +102,12 @@ class WatchedModels:
         if self.parts_only:
             return True
         models = self.parameters.models
+        if self.clipper is not None and uses_fsdp1(models):
+            text = "FullyShardedDataParallel (FSDP1) cuts through the units of parameters"
+            raise NotImplementedError(f"{text}, and AGC cannot clip them: use fully_shard (FSDP2)")
         self.parts_only = text = incomplete_reason(models, self._ranks)
         if not text:
             return False
-        if self.clipper is not None and uses_fsdp1(models):
-            raise NotImplementedError(f"{text}; AGC cannot clip them")
         if watching:
             self._notices.parts_only(text)
         return True

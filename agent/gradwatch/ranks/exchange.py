@@ -1,113 +1,230 @@
-"""Sharded training: each rank publishes its part of a sample, rank 0 collects the parts.
+"""Passes what each rank knows to rank 0, through the key-value store that the process group was opened with.
 
-None of this is a collective operation, and none of it runs on the training thread: the parts go through the key-value
-store that the process group was opened with, and rank 0 takes them from there when they are complete. A rank that is
-late, gone or disarmed costs samples, never time.
+None of this is a collective operation, and none of it runs on the training thread: each rank leaves its documents in
+the store, and rank 0 takes them when they are there. A rank that is late, gone or disarmed costs samples, never time.
+The agent has a connection of its own to the store, which outlives ``destroy_process_group()``.
 """
 
+import contextlib
 import itertools
-import sys
-import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from datetime import timedelta
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
-from gradwatch.ranks.parts import RankPart
+from gradwatch.model.discovery import parameters_of
+from gradwatch.model.flat_parameters import flat_reason, uses_fsdp1
+from gradwatch.ranks.holdings import Holdings, is_sharded, uses_pipelining
+from gradwatch.ranks.parts import ClipPart, RankPart
 from gradwatch.statistics import JOINED
 
-PARTS_TIMEOUT_SECONDS: Final = 30.0
-"""How long rank 0 waits for the parts of a sample."""
+_STORE_TIMEOUT: Final = timedelta(seconds=5)
+"""Longest wait for an answer of the store."""
 _agent_numbers = itertools.count()
 """Every rank attaches the same agents in the same order, so that the same number means the same agent."""
+_T = TypeVar("_T")
 _STORED_PARTS: Final = 64
 """Parts that a rank leaves in the store for rank 0."""
 
 
+class StoreGone(Exception):
+    """The store does not answer: the process that kept it has ended."""
+
+
+class LossSeries(msgspec.Struct, frozen=True, array_like=True):
+    """LossSeries of some steps on one rank."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What rank 0 asks of the other ranks; it may ask anew when the model has changed."""
+
+    parts: list[int]
+    """Ranks that measure their parts of each sample; the others have nothing to add."""
+    losses: list[int]
+    """Ranks that tell the losses of all steps."""
+
+
+class _Part(msgspec.Struct, frozen=True, array_like=True):
+    """A ``RankPart`` as it lies in the store."""
+
+    version: int
+    units: bytes
+    rows: bytes
+    limits: bytes
+    clips: list[ClipPart]
+
+
 @dataclass(slots=True)
 class RankExchange:
-    """Passes the parts of samples from all ranks to rank 0.
+    """Passes documents from all ranks to rank 0, and what rank 0 asks for to the others.
+
+    Every method but ``open_store`` may raise ``StoreGone``.
 
     Args:
         name: the same on every rank for one agent, and another for the next agent.
         rank: rank of this process.
         size: number of ranks.
+        divided: whether the ranks are known to hold different parts of the model.
+        store: the store of the process group, with a connection of the agent's own.
     """
 
     name: str
     rank: int
     size: int
+    divided: bool
+    store: Any
     _published: deque[str] = field(default_factory=deque)
     """Keys of the parts that this rank left in the store, the oldest first."""
+    _documents: int = 0
+    """Number of documents with losses that this rank has left in the store."""
+    _taken: dict[int, int] = field(default_factory=dict)
+    """Rank -> number of its documents with losses that were taken."""
 
-    def publish(self, step: int, part: RankPart) -> None:
+    # Any rank
+
+    def declare(self, version: int, holdings: Holdings) -> None:
+        """Tell what this rank holds; a later version replaces an earlier one."""
+        self._set(f"holdings/{self.rank}/{version}", holdings)
+
+    def publish(self, step: int, version: int, part: RankPart) -> None:
         """Leave this rank's part of a step in the store for rank 0."""
-        store = _store()
-        content = {"units": part.units.tobytes(), "rows": part.rows.tobytes(), "totals": part.totals}
-        key = self._key(step, self.rank)
-        store.set(key, msgspec.msgpack.encode(content))
+        key = f"part/{step}/{self.rank}"
+        arrays = part.units.tobytes(), part.rows.tobytes(), part.limits.tobytes()
+        self._set(key, _Part(version, *arrays, list(part.clips)))
         self._published.append(key)
         while len(self._published) > _STORED_PARTS:
-            store.delete_key(self._published.popleft())
+            self._delete(self._published.popleft())
 
-    def collect(self, step: int) -> list[RankPart] | None:
-        """Take the other ranks' parts of a step from the store; None while they are not complete."""
-        if not self.all_published(step):
+    def tell_losses(self, losses: LossSeries) -> None:
+        """Tell the losses of some steps."""
+        self._set(f"losses/{self.rank}/{self._documents}", losses)
+        self._documents += 1
+
+    def end(self) -> None:
+        """Tell that nothing more will come from this rank."""
+        self._set(f"ended/{self.rank}", True)
+
+    def asked(self, number: int) -> Asked | None:
+        """Return what rank 0 has asked for the ``number``-th time; None while it has not."""
+        return self._get(f"asked/{number}", Asked)
+
+    # Rank 0
+
+    def ask(self, number: int, asked: Asked) -> None:
+        """Ask the other ranks for what is needed."""
+        self._set(f"asked/{number}", asked)
+
+    def holdings(self, rank: int, version: int) -> Holdings | None:
+        """Return what another rank has told that it holds; None while it has not."""
+        return self._get(f"holdings/{rank}/{version}", Holdings)
+
+    def collect(self, step: int, ranks: Iterable[int]) -> dict[int, tuple[int, RankPart]] | None:
+        """Take the parts of a step from the store, each with the version of its holdings; None until all are there."""
+        keys = {rank: f"part/{step}/{rank}" for rank in ranks}
+        if keys and not self._check(keys.values()):
             return None
-        store = _store()
-        parts = []
-        for key in self._keys_of_others(step):
-            content = msgspec.msgpack.decode(store.get(key))
-            store.delete_key(key)
-            rows = np.frombuffer(content["rows"], np.float64).reshape(len(JOINED), -1)
-            parts.append(RankPart(np.frombuffer(content["units"], np.float64), rows, content["totals"]))
-        return parts
+        found = {}
+        for rank, key in keys.items():
+            part = self._get(key, _Part)
+            self._delete(key)
+            if part is None:
+                return None
+            units, rows, limits = (np.frombuffer(each, np.float64) for each in (part.units, part.rows, part.limits))
+            found[rank] = part.version, RankPart(units, rows.reshape(len(JOINED), -1), limits, part.clips)
+        return found
 
-    def all_published(self, step: int) -> bool:
-        """Return whether all other ranks have published their parts of a step."""
-        return bool(_store().check(self._keys_of_others(step)))
+    def all_published(self, step: int, ranks: Iterable[int]) -> bool:
+        """Return whether the parts of a step are all there."""
+        return self._check(f"part/{step}/{rank}" for rank in ranks)
 
-    def _keys_of_others(self, step: int) -> list[str]:
-        return [self._key(step, rank) for rank in range(1, self.size)]
+    def take_losses(self, rank: int) -> list[LossSeries]:
+        """Take the losses that another rank has told since the last call."""
+        found: list[LossSeries] = []
+        while True:
+            number = self._taken.get(rank, 0)
+            losses = self._get(f"losses/{rank}/{number}", LossSeries)
+            if losses is None:
+                return found
+            self._delete(f"losses/{rank}/{number}")
+            self._taken[rank] = number + 1
+            found.append(losses)
 
-    def _key(self, step: int, rank: int) -> str:
-        return f"gradwatch/{self.name}/{step}/{rank}"
+    def have_ended(self, ranks: Iterable[int]) -> bool:
+        """Return whether nothing more will come from any of some ranks."""
+        return self._check(f"ended/{rank}" for rank in ranks)
+
+    # The store
+
+    def _check(self, keys: Iterable[str]) -> bool:
+        with _gone_for_errors():
+            return bool(self.store.check([f"gradwatch/{self.name}/{key}" for key in keys]))
+
+    def _get(self, key: str, kind: type[_T]) -> _T | None:
+        if not self._check([key]):
+            return None
+        with _gone_for_errors():
+            return msgspec.msgpack.decode(self.store.get(f"gradwatch/{self.name}/{key}"), type=kind)
+
+    def _set(self, key: str, document: Any) -> None:
+        with _gone_for_errors():
+            self.store.set(f"gradwatch/{self.name}/{key}", msgspec.msgpack.encode(document))
+
+    def _delete(self, key: str) -> None:
+        with _gone_for_errors():
+            self.store.delete_key(f"gradwatch/{self.name}/{key}")
+
+
+@contextlib.contextmanager
+def _gone_for_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, OSError) as error:  # torch's errors of stores and of the network
+        raise StoreGone(str(error)) from error
 
 
 def exchange_for(models: Sequence[nn.Module]) -> RankExchange | None:
-    """Return the exchange with the other ranks where the models are sharded; None where each rank holds everything."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    """Return the exchange with the other ranks; None where this rank is alone or each rank is known to hold everything.
+
+    Whether ranks that hold unsharded models hold the same ones shows only when they have told each other.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return None
-    if not any(is_sharded(parameter) for model in models for parameter in model.parameters()):
+    divided = uses_pipelining() or _is_divided(models)
+    if not divided and all(map(_is_on_every_rank, models)):
         return None
-    return RankExchange(str(next(_agent_numbers)), distributed.get_rank(), distributed.get_world_size())
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    return RankExchange(str(next(_agent_numbers)), rank, size, divided, _open_store())
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this rank holds only a shard of a tensor."""
-    return any(placement.is_shard() for placement in getattr(tensor, "placements", ()))
+def _is_divided(models: Sequence[nn.Module]) -> bool:
+    """Return whether this rank holds only shards of some parameters."""
+    return uses_fsdp1(models) or any(map(is_sharded, parameters_of(models)))
 
 
-def is_partial(norm: Tensor) -> bool:
-    """Return whether a norm is this rank's part of the whole norm."""
-    return any(placement.is_partial() for placement in getattr(norm, "placements", ()))
-
-
-def uses_fsdp1(models: Sequence[nn.Module]) -> bool:
-    """Return whether FSDP1 shards the models: its flat parameters do not say which parameters they hold."""
-    module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    if module is None:
+def _is_on_every_rank(model: nn.Module) -> bool:
+    """Return whether PyTorch keeps copies of a model equal on all ranks."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
         return False
-    wrappers = [
-        inner for model in models for inner in model.modules() if isinstance(inner, module.FullyShardedDataParallel)
-    ]
-    if wrappers:
-        return any(wrapper.sharding_strategy.name != "NO_SHARD" for wrapper in wrappers)
-    return any(getattr(parameter, "_fsdp_flattened", False) for model in models for parameter in model.parameters())
+    return distributed.get_world_size(model.process_group) == distributed.get_world_size()
+
+
+def _open_store() -> Any:
+    """Return the store of the process group with a connection of its own, which nobody else waits on or closes."""
+    store: Any = distributed.distributed_c10d._get_default_store()  # noqa: SLF001
+    try:
+        store = store.clone()
+        store.set_timeout(_STORE_TIMEOUT)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        pass  # a store of another kind: it is used as it is
+    return store
 
 
 def incomplete_reason(models: Sequence[nn.Module], exchange: RankExchange | None) -> str:
@@ -119,24 +236,10 @@ def incomplete_reason(models: Sequence[nn.Module], exchange: RankExchange | None
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return ""
-    if uses_fsdp1(models):
-        return "FullyShardedDataParallel (FSDP1) leaves each rank a part of the parameters: use fully_shard (FSDP2)"
-    if exchange is None and any(is_sharded(parameter) for model in models for parameter in model.parameters()):
+    reason = flat_reason(models)
+    if reason:
+        return reason
+    divided = exchange is not None and exchange.divided
+    if not divided and _is_divided(models):
         return "the model was sharded after attach(), the other ranks do not measure: attach after fully_shard"
     return ""
-
-
-def _store() -> Any:
-    return distributed.distributed_c10d._get_default_store()  # noqa: SLF001
-
-
-@dataclass(slots=True)
-class PartsDeadline:
-    """The time until which rank 0 waits for the parts of a sample."""
-
-    since: float = field(default_factory=time.monotonic)
-
-    @property
-    def has_passed(self) -> bool:
-        """Return whether the other ranks are no longer waited for."""
-        return time.monotonic() - self.since > PARTS_TIMEOUT_SECONDS

@@ -44,20 +44,15 @@ def split_of(tensor: Tensor, axis: UnitAxis, groups: int, granularity: Granulari
     Raises:
         NotImplementedError: the tensor is distributed in a way for which norms cannot be joined.
     """
-    placements = getattr(tensor, "placements", None)
-    if placements is None:
-        return None
-    whole = granularity == "tensor" or axis == "whole" or tensor.dim() < 2
-    unit_dims = () if whole else _UNIT_DIMS[axis]
-    process_groups = []
-    for mesh_dim, placement in enumerate(placements):
+    for placement in getattr(tensor, "placements", ()):
         if placement.is_partial():
             raise NotImplementedError(f"a tensor of shape {tuple(tensor.shape)} holds partial sums ({placement})")
-        if placement.is_shard() and placement.dim % tensor.dim() not in unit_dims:
-            process_groups.append(tensor.device_mesh.get_group(mesh_dim))  # type: ignore[attr-defined]
-    if not process_groups:
+    mesh_dims = dims_that_split(tensor, axis, granularity)
+    if not mesh_dims:
         return None
-    if axis == "transposed" and groups > 1 and not whole:
+    unit_dims = _unit_dims(tensor, axis, granularity)
+    process_groups = [tensor.device_mesh.get_group(mesh_dim) for mesh_dim in mesh_dims]  # type: ignore[attr-defined]
+    if axis == "transposed" and groups > 1 and unit_dims:
         raise NotImplementedError(
             f"a grouped transposed convolution of shape {tuple(tensor.shape)} is sharded across its units: exclude it"
         )
@@ -66,6 +61,29 @@ def split_of(tensor: Tensor, axis: UnitAxis, groups: int, granularity: Granulari
     for dim in unit_dims:
         norms *= local_shape[dim]
     return UnitSplit(tuple(process_groups), norms)
+
+
+def dims_that_split(tensor: Tensor, axis: UnitAxis, granularity: Granularity) -> list[int]:
+    """Return the dims of a DTensor's mesh along which its units are split; none for any other tensor."""
+    unit_dims = _unit_dims(tensor, axis, granularity)
+    sharded = ((place, shard_dim(placement)) for place, placement in enumerate(getattr(tensor, "placements", ())))
+    return [place for place, dim in sharded if dim is not None and dim % tensor.dim() not in unit_dims]
+
+
+def _unit_dims(tensor: Tensor, axis: UnitAxis, granularity: Granularity) -> tuple[int, ...]:
+    """Return the dims of a tensor that tell its units apart; none where it is one unit."""
+    return () if granularity == "tensor" or axis == "whole" or tensor.dim() < 2 else _UNIT_DIMS[axis]
+
+
+def shard_dim(placement: Any) -> int | None:
+    """Return the dim of a tensor that a placement of torch splits over ranks; None where it splits none.
+
+    ``_StridedShard``, which FSDP2 leaves on top of tensor parallelism, is no ``Shard`` and denies ``is_shard()``.
+    """
+    if placement.is_replicate() or placement.is_partial():
+        return None
+    dim: int | None = getattr(placement, "dim", None)
+    return dim
 
 
 def norm_all_reduces(

@@ -1,6 +1,6 @@
 """The sample builder: computes the statistics and scalars of a sample from the unit norms that one step recorded.
 
-It runs on the collector's thread, and only there waits for numbers that are still on a device.
+It runs on the collector's thread, once all numbers of the step have arrived on the host.
 """
 
 import math
@@ -11,16 +11,17 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.norms.buffers import UnitNorms
-from gradwatch.norms.scalars import Scalar
-from gradwatch.ranks.parts import RankPart, ShardOwnership, join_parts, undo_norm_clip
+from gradwatch.ranks.holdings import Holding
+from gradwatch.ranks.parts import ClipPart, JoinedStatistics, RankPart, join_parts
+from gradwatch.ranks.whole_model import WholeModel
+from gradwatch.recording.recorder import read_numbers
 from gradwatch.samples.agreement import agree
-from gradwatch.samples.origin import origin_in_flags
+from gradwatch.samples.origin import NonfiniteSteps, origin_in_flags
 from gradwatch.statistics import (
     JOINED,
     MEASURED,
@@ -54,8 +55,8 @@ class SampleBuilder:
 
     def __init__(self, dropped: Dropped, agc: AGC | None) -> None:
         self._dropped = dropped
-        self._ownership: ShardOwnership | None = None
-        """What this rank reports; None where it measures alone."""
+        self._whole_units = np.zeros(0, np.bool_)
+        """Whether each unit of a parameter lies on this rank; empty where it measures alone."""
         self._agc = agc
         self._eps = RATIO_EPS if agc is None else agc.eps
         self._tensor_wise = agc is not None and agc.granularity == "tensor"
@@ -67,14 +68,22 @@ class SampleBuilder:
         """Indices of the parameters that cannot be measured."""
         self._usual_norm = 0.0
         self._was_finite = True
+        self._nonfinite = NonfiniteSteps()
         self._skipped_steps = 0
         self.all_nonfinite = False
         """Whether everything in the last step was non-finite at once, so that nothing shows where it began."""
 
-    def register(self, depths: Sequence[int], ownership: ShardOwnership | None, unreadable: Sequence[int] = ()) -> None:
-        """Take the depths of the parameters, what this rank reports of them, and which of them cannot be measured."""
+    def register(
+        self,
+        names: Sequence[str],
+        depths: Sequence[int],
+        held: Sequence[Holding] | None,
+        unreadable: Sequence[int] = (),
+    ) -> None:
+        """Take the parameters' names and depths, what this rank holds of them, and which cannot be measured."""
         count = len(depths)
-        self._ownership = ownership
+        self._nonfinite.names = names
+        self._whole_units = np.array([not holding.split for holding in held or ()], np.bool_)
         self._unreadable = list(unreadable)
         for name, known in self._weights.items():
             self._weights[name] = np.append(known, np.zeros(count - known.size, np.float32))
@@ -82,13 +91,14 @@ class SampleBuilder:
 
     def draft(self, record: StepRecord) -> tuple["Draft | None", dict[str, float], list[wire.Event]]:
         """Return the sample of a step without the other ranks' parts (None: not sampled), its trail and its events."""
-        trail = {name: to_float(value) for name, value in record.logged.items()}
+        read_numbers(record)
+        trail = dict(record.logged)
         if record.losses:
-            trail.setdefault("loss", sum(map(to_float, record.losses)))
+            trail.setdefault("loss", sum(record.losses))
         if record.clips and not record.clips[-1].partial:
-            trail["clip_norm"] = to_float(record.clips[-1].total_norm)
+            trail["clip_norm"] = record.clips[-1].total_norm
         events: list[wire.Event] = []
-        if any(map(to_float, record.found_infs)):
+        if any(record.found_infs):
             record.skip()  # a fused optimizer skips the step by itself
         if record.skipped:
             self._skipped_steps += 1
@@ -97,7 +107,12 @@ class SampleBuilder:
         origin = origin_in_flags(record.seen)
         if origin is not None:
             events.append(origin.event(record.step, record.at))
-        return self._draft(record) if record.measurements else None, trail, events
+        draft = self._draft(record) if record.measurements else None
+        counts = None if draft is None else draft.vectors["nonfinite_count"]
+        found = self._nonfinite.look(record, trail, counts)
+        if found is not None and origin is None:
+            events.append(found)
+        return draft, trail, events
 
     def shows_trouble(self, trail: Mapping[str, float], events: Sequence[wire.Event], draft: "Draft | None") -> bool:
         """Return whether a step shows a sign of trouble: a non-finite number, an event, a jump of the gradient norm."""
@@ -118,48 +133,43 @@ class SampleBuilder:
 
     def part(self, draft: "Draft") -> RankPart:
         """Return this rank's part of a sample, for rank 0."""
-        assert self._ownership is not None
-        vectors, owned = draft.vectors, self._ownership.owned
-        has_gradient = owned & (vectors["grad_norm"] != MISSING)
+        vectors = draft.vectors
+        has_gradient = vectors["grad_norm"] != MISSING
         # What AGC did to a unit that lies on several ranks shows only when the parts are joined.
-        knows_clipped = self._ownership.whole_units & ~self._tensor_wise
+        knows_clipped = self._whole_units[: has_gradient.size] & ~self._tensor_wise
         clipped = np.where(knows_clipped, vectors["clipped_grad_norm"], vectors.norm_before_agc)
         rows = []
         with np.errstate(all="ignore"):
             for statistic in JOINED:
                 values = clipped if statistic.name == "clipped_grad_norm" else vectors[statistic.name]
-                measured = owned & (values != MISSING) if statistic.source == "weight" else has_gradient
                 part = statistic.reduction.to_part(values.astype(np.float64), vectors.units)
+                measured = values != MISSING if statistic.source == "weight" else has_gradient
                 rows.append(np.where(measured, part, statistic.reduction.absent))
         units = np.where(has_gradient, vectors.units, MISSING)
-        return RankPart(units, np.stack(rows), [to_float(clip.total_norm) for clip in draft.record.clips])
+        return RankPart(units, np.stack(rows), vectors.limits, vectors.clip_parts(draft.record.clips))
 
-    def finish(self, draft: "Draft", others: Sequence[RankPart]) -> wire.Sample:
-        """Return the sample of a draft, joined with the parts of the other ranks where there are any."""
+    def join(self, parts: Mapping[int, RankPart], whole: WholeModel) -> JoinedStatistics:
+        """Return the statistics of the whole parameters from the parts of all ranks that report."""
+        return join_parts(parts, whole, self._eps, tensor_wise=self._tensor_wise)
+
+    def finish(self, draft: "Draft", joined: JoinedStatistics | None) -> wire.Sample:
+        """Return the sample of a draft, with the statistics of the whole model where other ranks hold parts of it."""
         record, vectors = draft.record, draft.vectors
-        totals: list[float] = []
-        if others:
-            assert self._ownership is not None
-            parts = [self.part(draft), *others]
-            whole = join_parts(parts, self._ownership, self._eps, vectors.limits, tensor_wise=self._tensor_wise)
-            vectors.replace(whole.values)
-            totals = whole.totals
-            for clip, total in zip(record.clips, totals, strict=True):
-                if clip.partial:
-                    vectors.undo_clip(clip, total)
+        if joined is not None:
+            vectors.replace(joined.values)
         sources: set[Source] = {"gradient", "weight"}
         if record.clips or record.value_clipped or self._agc is not None:
             sources.add("clipping")
         if self._agc is not None:
             sources.add("agc")
-        if record.updates and not others:
+        if joined is None and (vectors["update_norm"] != MISSING).any():
             sources.add("update")
         statistics = vectors.statistics(sources)
         scalars = self._scalars(record, statistics)
         if self._agc is not None:
             scalars["removed_grad_norm"] = _total(vectors["removed_norm"])
-        if totals and record.clips[-1].partial:
-            scalars["clip_norm"] = totals[-1]
+        if joined is not None and record.clips and record.clips[-1].partial:
+            scalars["clip_norm"] = [clip for clip in joined.clips if clip.ranks == record.clips[-1].ranks][-1].total
         return wire.Sample(
             step=record.step,
             at=record.at,
@@ -179,10 +189,21 @@ class SampleBuilder:
             vectors.set_zero(index)
         for update in record.updates:
             _add_update(update, vectors)
+        self._note_unmoved(record, vectors)
         for name, known in self._weights.items():
             vectors[name] = known.copy()
             vectors[name][self._unreadable] = MISSING
         return Draft(record, vectors, self._histograms(record.measurements, record.excluded))
+
+    def _note_unmoved(self, record: StepRecord, vectors: "_Vectors") -> None:
+        """Note a change of 0 for parameters that an optimizer holds, and left alone for want of a gradient.
+
+        It tells them apart from those that no optimizer holds, such as a target network.
+        """
+        held = np.zeros(self._third.size, np.bool_)
+        for indices in record.stepped.values():
+            held[list(indices)] = True
+        vectors["update_norm"][held & (vectors["grad_norm"] == MISSING)] = 0.0
 
     def _add_measurement(self, measurement: Measurement, vectors: "_Vectors") -> None:
         """Write the statistics of one measurement into the vectors of the sample."""
@@ -198,7 +219,7 @@ class SampleBuilder:
         vectors.units[indices] = plan.measured_units
         told = measured if not measurement.changed else measured[~np.isin(measured, list(measurement.changed))]
         vectors.note_partial(measurement.clips, told)
-        scale = 1.0 if measurement.scale is None else to_float(measurement.scale)
+        scale = 1.0 if measurement.scale is None else measurement.scale
         factor = _clip_coefficients(measurement.clips, self._third.size)[indices]
         with np.errstate(all="ignore"):
             values = {row.name: row.measure(units, plan.starts) for row in measured_from("gradient")}
@@ -244,7 +265,7 @@ class SampleBuilder:
             units = _units(measurement.norms, self._eps)
             if measurement.scale is not None:
                 with np.errstate(all="ignore"):
-                    units = replace(units, gradient=units.gradient / to_float(measurement.scale))
+                    units = replace(units, gradient=units.gradient / measurement.scale)
             # Parameters that AGC leaves alone are counted in a fourth row, which is thrown away.
             rows = [
                 3 if plan.indices[position] in excluded else self._third[plan.indices[position]]
@@ -256,7 +277,7 @@ class SampleBuilder:
         return {name: counts.tolist() for name, counts in zip(wire.HISTOGRAMS, thirds, strict=True)}
 
     def _scalars(self, record: StepRecord, statistics: Mapping[str, wire.Vector]) -> dict[str, float]:
-        scalars = {name: to_float(value) for name, value in record.scalars.items()} | _learning_rates(record.rates)
+        scalars = record.scalars | _learning_rates(record.rates)
         scalars["global_grad_norm"] = _total(statistics["grad_norm"])
         if "clipped_grad_norm" in statistics:
             scalars["clipped_global_grad_norm"] = _total(statistics["clipped_grad_norm"])
@@ -311,13 +332,15 @@ class _Vectors:
         with np.errstate(all="ignore"):
             self._values |= {name: whole.astype(np.float32) for name, whole in values.items()}
 
-    def undo_clip(self, clip: NormClip, total: float) -> None:
-        """Divide a clipping by norm out of the values that it had scaled, once the norm of all ranks is known."""
-        chosen = sorted(index for other, scaled in self._partial_clips if other is clip for index in scaled)
-        for row in measured_from("gradient"):
-            if row.before_clipping:
-                vector = self._values[row.name]
-                vector[chosen] = undo_norm_clip(vector[chosen].astype(np.float64), total, to_float(clip.max_norm))
+    def clip_parts(self, clips: Sequence[NormClip]) -> list[ClipPart]:
+        """Return what this rank knows of the clippings of which it saw only a part of the norm."""
+        parts = []
+        for clip in clips:
+            if clip.partial:
+                scaled = sorted(index for other, mine in self._partial_clips if other is clip for index in mine)
+                total = 0.0 if clip.repeats else clip.total_norm
+                parts.append(ClipPart(clip.ranks, total, clip.max_norm, clip.norm_type, scaled))
+        return parts
 
     def set_zero(self, index: int) -> None:
         """Set the statistics of a gradient without elements."""
@@ -328,11 +351,6 @@ class _Vectors:
     def statistics(self, sources: Collection[Source]) -> dict[wire.Statistic, wire.Vector]:
         """Return the statistics that were measured from these sources."""
         return {row.name: self._values[row.name] for row in measured_from(*sources) if not row.internal}
-
-
-def to_float(value: Scalar) -> float:
-    """Return a scalar as a float; waits for its device."""
-    return float(value.detach().cpu().reshape(())) if isinstance(value, Tensor) else float(value)
 
 
 def _units(norms: UnitNorms, eps: float) -> Units:
@@ -347,7 +365,7 @@ def _clip_coefficients(clips: Sequence[ScaledBy], count: int) -> _Floats:
     for clip, indices in clips:
         if clip.partial:
             continue
-        coefficient = clip_coefficient(to_float(clip.total_norm), to_float(clip.max_norm))
+        coefficient = clip_coefficient(clip.total_norm, clip.max_norm)
         coefficients[np.fromiter(indices, np.intp, len(indices))] *= coefficient
         for index, times in clip.repeated.items():
             coefficients[index] *= coefficient ** (times - 1) if index in indices else 1.0
@@ -362,18 +380,18 @@ def _norm_limit(record: StepRecord, grad_norm: wire.Vector) -> float:
         for clip, indices in () if measurement.before_clip else measurement.clips:
             scaled[id(clip)] |= indices
     whole = (clip for clip in record.clips if clip.norm_type == 2.0 and scaled[id(clip)] >= present)
-    return min((limit for clip in whole if (limit := to_float(clip.max_norm)) > 0), default=math.inf)
+    return min((limit for clip in whole if (limit := clip.max_norm) > 0), default=math.inf)
 
 
 def _add_update(update: WeightUpdate, vectors: _Vectors) -> None:
-    units = Units(change=update.units.detach().cpu().double().numpy())
+    units = Units(change=update.units)
     for row in measured_from("update"):
         vectors[row.name][list(update.indices)] = row.measure(units, update.starts)
 
 
-def _learning_rates(rates: Mapping[int, Scalar]) -> dict[str, float]:
+def _learning_rates(rates: Mapping[int, float]) -> dict[str, float]:
     """Return the learning rate of each parameter group; of many groups the first, the lowest and the highest."""
-    by_group = {place: to_float(rate) for place, rate in sorted(rates.items())}
+    by_group = dict(sorted(rates.items()))
     if max(by_group, default=0) < MOST_RATES:
         return {f"learning_rate.{place}" if place else "learning_rate": rate for place, rate in by_group.items()}
     every = list(by_group.values())

@@ -20,10 +20,12 @@ from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.processor_time import ProcessorTime, samples_share
 from gradwatch.delivery.spool import Spool
 from gradwatch.norms.buffers import BufferPool
-from gradwatch.ranks.exchange import PartsDeadline, RankExchange
-from gradwatch.ranks.parts import RankPart, RegisteredParameters
+from gradwatch.ranks.exchange import RankExchange
+from gradwatch.ranks.holdings import RegisteredParameters
+from gradwatch.ranks.parts import JoinedStatistics
 from gradwatch.samples.batch import Batch, StepNumbers
 from gradwatch.samples.builder import Draft, SampleBuilder
+from gradwatch.samples.joining import JoiningCallbacks, joining_for
 from gradwatch.samples.loggers import ScalarLogger
 from gradwatch.settings import LONGEST_NAME, can_be_stored
 from gradwatch.steps.state import StepRecord
@@ -47,10 +49,9 @@ _BACKLOG: Final = 8
 """Documents in the spool from which on batches grow: the server is slower than the training then."""
 _GROWN_BATCH_SECONDS: Final = 2.0
 """Age at which a batch is written all the same."""
-_LAST_PARTS_SECONDS: Final = 2.0
-"""Longest wait for the parts of other ranks when the run ends."""
-_LAST_COPY_SECONDS: Final = 5.0
-"""Longest wait for a copy from the device when the run ends."""
+_LAST_COPIES_SECONDS: Final = 5.0
+"""Longest wait for all copies from the devices when the run ends."""
+_FAILED_DEVICE_SECONDS: Final = 0.2  # what a device that has failed has not copied yet will not come
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,13 @@ class Collector:
         dropped: counts steps that are dropped because too many wait.
         template: the registration without its parameters.
         agc: how the agent clips; None: it does not.
-        ranks: exchange with the other ranks; None where parameters are not sharded.
+        ranks: exchange with the other ranks; None where this rank measures alone.
         written: called after each write to the spool.
         trouble: called at a sign of trouble (a non-finite number, a jump of the gradient norm) with True if everything
             is non-finite at once, so that nothing shows where it began.
         failed: called with an exception of this thread.
+        not_measured: called with the reason why something of the other ranks is not measured.
+        needless: called on another rank if nothing of it is needed, on rank 0 if nothing of the others is.
         warn: called with a warning for the user.
     """
 
@@ -94,6 +97,8 @@ class Collector:
         written: Callable[[], None],
         trouble: Callable[[bool], None],
         failed: Callable[[Exception], None],
+        not_measured: Callable[[str], None],
+        needless: Callable[[], None],
         warn: Callable[[str], None],
     ) -> None:
         self._spool = spool
@@ -113,14 +118,24 @@ class Collector:
         self._stop = False
         self._loggers: tuple[ScalarLogger, ...] = ()
         self._builder = SampleBuilder(dropped, agc)
-        self._ranks = ranks
-        self._drafts: deque[tuple[Draft, PartsDeadline]] = deque()
-        """On rank 0: samples that wait for the parts of the other ranks."""
+        callbacks = JoiningCallbacks(
+            registered=self._register_run,
+            finished=self._finish_sample,
+            loss=self._add_loss,
+            not_measured=not_measured,
+            needless=needless,
+        )
+        self._joining = None if ranks is None else joining_for(ranks, self._builder, callbacks)
+        """None where this rank measures alone."""
+        self._registered = ranks is None
+        """Whether batches may be written: the run is registered when the parameters of the other ranks are known."""
         self._batch = Batch()
         self._names: set[str] = set()
         """Names that were logged so far."""
         self._warned_of_name = False
         self._waits_for_device = False
+        self._last_copies = 0.0
+        """Monotonic time until which copies from the devices are waited for when the run ends."""
         self.time = ProcessorTime()
         self._thread = threading.Thread(target=self._work, name="gradwatch-collector", daemon=True)
 
@@ -131,10 +146,7 @@ class Collector:
     def put(self, message: Message) -> None:
         """Queue a message from the training thread, without waiting; a step is dropped if too many wait."""
         if len(self._messages) >= LONGEST_QUEUE and isinstance(message, StepRecord):
-            self._dropped.samples += message.sampled
-            self._dropped.values += len(message.logged) + bool(message.losses) + bool(message.clips)
-            if message.buffers is not None:
-                self._pool.release(message.buffers)
+            self._drop(message)
             return
         self._numbers = None
         self._messages.append(message)
@@ -159,13 +171,28 @@ class Collector:
         numbers.losses.append(loss)
         numbers.steps.append(step)  # last: the collector takes as many as there are steps
 
+    def _drop(self, record: StepRecord) -> None:
+        """Count a step as dropped. A device may still write to its buffers: they are used again only if it did."""
+        self._dropped.samples += record.sampled
+        self._dropped.values += len(record.logged) + bool(record.losses) + bool(record.clips)
+        if record.buffers is not None:
+            (self._pool.release if record.buffers.arrived() else self._pool.abandon)(record.buffers)
+
     def add_logger(self, logger: ScalarLogger) -> None:
         """Write the run-level scalars to this logger, too."""
         self._loggers = (*self._loggers, logger)
 
-    def finish(self, end: wire.End | None, timeout_seconds: float) -> None:
-        """Write everything that waits, and ``end``, to the spool; stop the thread and wait for it."""
+    def finish(self, end: wire.End | None, timeout_seconds: float, *, device_failed: bool) -> None:
+        """Write everything that waits, and ``end``, to the spool; stop the thread and wait for it.
+
+        Args:
+            end: the end of the attempt.
+            timeout_seconds: longest wait.
+            device_failed: whether a device has failed, so that what it has not copied yet will not come.
+        """
         self._messages.append(Ended(end))
+        copies_seconds = _FAILED_DEVICE_SECONDS if device_failed else _LAST_COPIES_SECONDS
+        self._last_copies = time.monotonic() + min(copies_seconds, timeout_seconds / 2)
         self._stop = True
         self._wake.set()
         self._thread.join(timeout_seconds)
@@ -175,7 +202,8 @@ class Collector:
             stopping = self._stop
             try:
                 self._process_messages(wait=stopping)
-                self._join_ranks(wait=stopping)
+                if self._joining is not None:
+                    self._joining.poll(wait=stopping)
                 self._write_batch(force=stopping)
             except Exception as error:
                 self._failed(error)
@@ -185,7 +213,7 @@ class Collector:
                     with contextlib.suppress(Exception):
                         logger.close()
                 return
-            waits = _POLL_SECONDS if self._drafts or self._waits_for_device else WRITE_SECONDS
+            waits = _POLL_SECONDS if self._waits_for_ranks or self._waits_for_device else WRITE_SECONDS
             while not self._wake.wait(waits) and self._is_idle:
                 pass
             self._wake.clear()
@@ -196,10 +224,18 @@ class Collector:
         nothing_new = numbers is None or (
             len(self._messages) == 1 and isinstance(numbers, StepNumbers) and numbers.read == len(numbers.steps)
         )
-        return nothing_new and self._batch.is_empty and not self._drafts
+        return nothing_new and self._batch.is_empty and not self._waits_for_ranks
+
+    @property
+    def _waits_for_ranks(self) -> bool:
+        return self._joining is not None and self._joining.is_waiting
 
     def _process_messages(self, *, wait: bool) -> None:
-        """Process the queue up to the first step whose numbers have not arrived from the device."""
+        """Process the queue up to the first step whose numbers have not arrived from the device.
+
+        With ``wait`` give the copies some seconds; then drop what has not arrived. A step whose numbers cannot arrive
+        is dropped in any case.
+        """
         self._waits_for_device = False
         self._take_numbers(self._earlier)
         while self._messages:
@@ -207,18 +243,30 @@ class Collector:
             if isinstance(message, StepNumbers) and len(self._messages) == 1:
                 self._take_numbers(message)  # it stays: more may come
                 return
-            if isinstance(message, StepRecord) and message.buffers is not None and not _arrived(message, wait=wait):
-                self._waits_for_device = True
-                return
+            if isinstance(message, StepRecord) and message.buffers is not None and not message.buffers.arrived():
+                if not message.buffers.is_lost and not wait:
+                    self._waits_for_device = True
+                    return
+                if wait and time.monotonic() < self._last_copies:
+                    time.sleep(0.001)
+                else:
+                    self._drop(message)
+                    self._messages.popleft()
+                continue
             self._messages.popleft()
             self._process(message)
-            if self._batch.is_full:
-                self._write_batch(force=True)
+            if (full := self._batch.is_full) or self._batch.age_seconds > WRITE_SECONDS:
+                self._write_batch(force=full)
 
     def _process(self, message: Message) -> None:
         if isinstance(message, RegisteredParameters):
-            self._write_batch(force=True)
-            self._register(message)
+            unreadable = [index for index, info in enumerate(message.watched) if info.unreadable]
+            names = [info.name for info in message.watched]
+            self._builder.register(names, message.depths, message.held, unreadable)
+            if self._joining is None:
+                self._register_run(message.described())
+            else:
+                self._joining.register(message)
         elif isinstance(message, wire.Event):
             self._batch.events.append(message)
         elif isinstance(message, StepNumbers):
@@ -229,13 +277,13 @@ class Collector:
         else:
             self._process_step(message)
 
-    def _register(self, parameters: RegisteredParameters) -> None:
-        unreadable = [index for index, info in enumerate(parameters.watched) if info.unreadable]
-        self._builder.register(parameters.depths, parameters.ownership, unreadable)
+    def _register_run(self, parameters: Sequence[wire.Parameter]) -> None:
         if self._spool is None:
             return
-        described = [info.to_wire(parameters.depths[place]) for place, info in enumerate(parameters.watched)]
-        registration = msgspec.structs.replace(self._template, parameters=described)
+        if self._registered:
+            self._write_batch(force=True)
+        self._registered = True
+        registration = msgspec.structs.replace(self._template, parameters=list(parameters))
         self._spool.append("registration", wire.encode(registration))
         self._written()
 
@@ -245,9 +293,12 @@ class Collector:
         if first == last:
             return
         numbers.read = last
+        steps = numbers.steps[first:last]
+        if self._joining is not None:
+            for step, loss in zip(steps, numbers.losses[first:last], strict=True):
+                self._joining.take(step, loss, None)
         if self._spool is None:
             return
-        steps = numbers.steps[first:last]
         for name, values in ("loss", numbers.losses[first:last]), ("clip_norm", numbers.clip_norms[first:last]):
             known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
             if known:
@@ -275,15 +326,12 @@ class Collector:
         if self._builder.shows_trouble(trail, events, draft):
             self._trouble(self._builder.all_nonfinite)
         # 4. A sampled step becomes a sample, on rank 0 once the other ranks have published their parts.
-        if draft is None:
-            return
-        if self._ranks is None:
-            self._finish_sample(draft, [])
-        elif self._ranks.rank:
-            self._ranks.publish(record.step, self._builder.part(draft))
-        else:
-            self._drafts.append((draft, PartsDeadline()))
-        self.time.book_samples("build", 1)
+        if self._joining is not None:
+            self._joining.take(record.step, trail.get("loss"), draft)
+        elif draft is not None:
+            self._finish_sample(draft, None)
+        if draft is not None:
+            self.time.book_samples("build", 1)
 
     def _accepts(self, name: str) -> bool:
         """Return whether the server takes a scalar of this name; count it as dropped, and warn once, if not."""
@@ -307,33 +355,19 @@ class Collector:
             self._write_batch(force=True)
         return self._batch
 
-    def _join_ranks(self, *, wait: bool) -> None:
-        """On rank 0, finish the samples whose parts are complete; drop those whose parts will not come."""
-        if self._ranks is None or self._ranks.rank:
-            return
-        latest = time.monotonic() + _LAST_PARTS_SECONDS
-        while self._drafts:
-            draft, deadline = self._drafts[0]
-            # Asked before the parts are collected: if a later step is complete and this one is not, it never will be.
-            passed = len(self._drafts) > 1 and self._ranks.all_published(self._drafts[1][0].record.step)
-            others = self._ranks.collect(draft.record.step)
-            if others is not None:
-                self._drafts.popleft()
-                self._finish_sample(draft, others)
-                self.time.book_samples("join", 1)
-            elif passed or deadline.has_passed or (wait and time.monotonic() > latest):
-                self._drafts.popleft()
-            elif wait:
-                time.sleep(0.01)
-            else:
-                return
-
-    def _finish_sample(self, draft: Draft, others: Sequence[RankPart]) -> None:
-        sample = self._builder.finish(draft, others)
+    def _finish_sample(self, draft: Draft, joined: JoinedStatistics | None) -> None:
+        sample = self._builder.finish(draft, joined)
+        if joined is not None:
+            self.time.book_samples("join", 1)
         self._batch.add_sample(sample)
         if self._batch.is_full:
             self._write_batch(force=True)
         self._log(sample.step, {name: wire.deserialise(value) for name, value in sample.scalars.items()})
+
+    def _add_loss(self, step: int, value: float) -> None:
+        """Add the loss of a step that another rank has."""
+        self._batch.add_value(step, "loss", value)
+        self._log(step, {"loss": value})
 
     def _log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write scalars to the user's loggers; a logger that raises an error is not used any more."""
@@ -347,10 +381,10 @@ class Collector:
     def _write_batch(self, *, force: bool) -> None:
         """Write the batch to the spool; while the server is slow let it grow for a while, unless forced."""
         batch = self._batch
-        if batch.is_empty or self._spool is None:
+        if batch.is_empty or self._spool is None or not (self._registered or self._stop):
             return
         is_behind = self._spool.pending > _BACKLOG
-        if not force and is_behind and time.monotonic() - batch.opened_at < _GROWN_BATCH_SECONDS:
+        if not force and is_behind and batch.age_seconds < _GROWN_BATCH_SECONDS:
             return
         self._batch = Batch()
         self.time.book()
@@ -359,12 +393,3 @@ class Collector:
         self._spool.append("batch", body, len(batch.samples))
         self.time.book_samples("write", len(batch.samples), samples_share(len(batch.samples), len(body)))
         self._written()
-
-
-def _arrived(record: StepRecord, *, wait: bool) -> bool:
-    """Return whether a step's numbers have arrived from the device; with ``wait``, give the copy some seconds."""
-    assert record.buffers is not None
-    deadline = time.monotonic() + _LAST_COPY_SECONDS
-    while not (arrived := bool(record.buffers.arrived())) and wait and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return arrived

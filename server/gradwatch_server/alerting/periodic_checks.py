@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting import silences
 from gradwatch_server.alerting.run_alerts import RunAlerts
 from gradwatch_server.diagnosis import Finding
@@ -46,7 +46,7 @@ class PeriodicCheck(ABC):
         while True:
             await asyncio.sleep(_INTERVAL_SECONDS)
             with suppress(Refused, sa.exc.SQLAlchemyError):  # the queue is full, or the database out of reach
-                await self.check(clock.now())
+                await self.check(steady_clock.now())
 
     async def check(self, now: float) -> None:
         """Change the alerts that are due to change at ``now``, Unix seconds."""

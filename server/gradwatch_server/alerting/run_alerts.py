@@ -17,7 +17,7 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch.wire import deserialise, serialise
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting import silences
 from gradwatch_server.alerting.lifecycle import Alert, Transition, advance, resolve
 from gradwatch_server.diagnosis import Blame, Finding
@@ -211,7 +211,7 @@ class RunAlerts:
         }
         self._connection.execute(sa.insert(table).values(row))
         receivers = self._receivers(alert_id, alert.finding.rule, transition)
-        outbox.enqueue(self._connection, row, self._fingerprint(alert.finding.rule), receivers, clock.now())
+        outbox.enqueue(self._connection, row, self._fingerprint(alert.finding.rule), receivers, steady_clock.now())
 
     def _receivers(self, alert_id: str, rule: str, transition: Transition) -> list[str]:
         """Return the names of the receivers to notify; of a resolved alert, only those that were notified before."""
@@ -258,7 +258,7 @@ def resolve_deleted(
 ) -> None:
     """Resolve the open alerts of a run that is being deleted, and enqueue the notifications of that."""
     alerts = RunAlerts(connection, run, configuration, public_url)
-    alerts.resolve_all(run.last_step or 0, clock.now(), RUN_DELETED)
+    alerts.resolve_all(run.last_step or 0, steady_clock.now(), RUN_DELETED)
     alerts.save()
 
 

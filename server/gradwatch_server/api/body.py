@@ -2,19 +2,17 @@
 
 import asyncio
 import io
-import re
 import zlib
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import TypeVar
 
-import msgspec
 import zstandard
 from fastapi import Request
 
 from gradwatch import wire
+from gradwatch_server.api.decoding import INLINE_BYTES, decode
 from gradwatch_server.errors import Refused, RetryAfter
 from gradwatch_server.ingest.admission import Reservation
-from gradwatch_server.ingest.validation import beyond_bounds
 from gradwatch_server.settings import Limits
 
 Document = TypeVar("Document", wire.Registration, wire.Batch)
@@ -27,8 +25,6 @@ CONTENT_TYPES = {
 }
 _LARGEST_WINDOW_BYTES = 8 * 1024 * 1024
 """Of a zstd frame, as RFC 9659 recommends: a decoder holds the window in memory beside the content."""
-_INLINE_BYTES = 512 * 1024
-"""Larger bodies are decoded in a thread, so that the event loop goes on."""
 _UNCOMPRESSED = "identity"
 
 
@@ -49,7 +45,7 @@ async def read(request: Request, document: type[Document], limits: Limits, reser
     content_type, encoding = _content_type(request), _content_encoding(request)
     # 2. Read it.
     try:
-        async with asyncio.timeout(limits.body_seconds):
+        async with reservation.receiving(limits.body_seconds):
             body = await _read_bounded(request, limits.body_bytes, reservation)
     except TimeoutError:
         raise _too_slow(limits) from None
@@ -58,11 +54,11 @@ async def read(request: Request, document: type[Document], limits: Limits, reser
         async with reservation.budget.decompressing:
             body = await asyncio.to_thread(_DECOMPRESSORS[encoding], body, limits.decoded_bytes)
         reservation.grow(len(body))
-    # 4. Decode it.
-    loose: dict[type, int] = {wire.Batch: limits.loose_bytes, wire.Registration: limits.decoded_bytes}
-    if len(body) <= _INLINE_BYTES:
-        return _decode(body, document, content_type, loose[document])
-    return await asyncio.to_thread(_decode, body, document, content_type, loose[document])
+    # 4. Decode it: of the large ones one at a time, since objects take many times the memory of their bytes.
+    if len(body) <= INLINE_BYTES:
+        return decode(body, document, content_type, limits)
+    async with reservation.budget.decoding:
+        return await asyncio.to_thread(decode, body, document, content_type, limits)
 
 
 def _content_type(request: Request) -> str:
@@ -153,7 +149,7 @@ def _decompress_zstd(body: bytes, most: int) -> bytes:
     source, most_read = io.BytesIO(body + _END_FRAME), most + len(_END)
     try:
         with decompressor.stream_reader(source, read_across_frames=True) as reader:
-            while len(content) <= most_read and (piece := reader.read(_INLINE_BYTES)):
+            while len(content) <= most_read and (piece := reader.read(INLINE_BYTES)):
                 content += piece
     except zstandard.ZstdError as error:
         raise Refused(400, "Malformed document", f"the body is not zstd, or cut off: {error}") from None
@@ -170,73 +166,3 @@ def _check_decompressed(size: int, most: int) -> None:
     if size > most:
         detail = f"the body unpacks to more than limits.decoded_bytes allows ({most} bytes): send smaller batches"
         raise Refused(413, "Body too large", detail)
-
-
-class _Vectors(msgspec.Struct):
-    """The packed vectors of a sample."""
-
-    statistics: Annotated[dict[str, msgspec.Raw], msgspec.Meta(max_length=len(wire.STATISTICS))] = {}
-
-
-class _Outline(msgspec.Struct):
-    """The packed vectors of a batch; decoding skips everything else."""
-
-    samples: Annotated[list[_Vectors], msgspec.Meta(max_length=wire.MOST_SAMPLES)] = []
-
-
-_outline = msgspec.msgpack.Decoder(_Outline)
-_BINARY_TAGS = (0xC4, 0xC5, 0xC6)
-"""First byte of MessagePack's binary data."""
-_UNDECODABLE = (wire.WireError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_INTEGER_EXPECTED = re.compile("Expected `int.*`, got `float`")
-
-
-def _decode(body: bytes, document: type[Document], content_type: str, most: int) -> Document:
-    try:
-        packed = _packed_bytes(body) if content_type == wire.MESSAGEPACK_TYPE else 0
-        _check_loose(len(body) - packed, most)
-        return _decode_numbers(body, document, content_type)
-    except wire.BoundsError as fault:
-        raise _beyond_bounds(fault, body, content_type) from None
-    except _UNDECODABLE as error:
-        raise Refused(400, "Malformed document", str(error)) from None
-
-
-def _decode_numbers(body: bytes, document: type[Document], content_type: str) -> Document:
-    """Return the document; in JSON, 2.0 is the integer 2, as JSON Schema has it."""
-    try:
-        return wire.decode(body, document, content_type)
-    except wire.WireError as error:
-        if content_type != wire.JSON_TYPE or not _INTEGER_EXPECTED.search(str(error)):
-            raise
-    return wire.decode(msgspec.json.encode(_with_integers(msgspec.json.decode(body))), document, content_type)
-
-
-def _beyond_bounds(fault: wire.BoundsError, body: bytes, content_type: str) -> Refused:
-    """Return the refusal of a value beyond its bounds, or of malformed content after that value."""
-    try:
-        content = msgspec.json.decode(body) if content_type == wire.JSON_TYPE else msgspec.msgpack.decode(body)
-    except _UNDECODABLE as error:
-        return Refused(400, "Malformed document", str(error))
-    return beyond_bounds(fault, content)
-
-
-def _with_integers(value: Any) -> Any:
-    """Return a document in which every float without a fraction is an int."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, dict):
-        return {key: _with_integers(item) for key, item in value.items()}
-    return [_with_integers(item) for item in value] if isinstance(value, list) else value
-
-
-def _check_loose(size: int, most: int) -> None:
-    if size > most:
-        detail = f"{size} bytes that are not packed vectors are more than limits.loose_bytes allows ({most})"
-        raise Refused(413, "Body too large", f"{detail}: send smaller batches, or MessagePack instead of JSON")
-
-
-def _packed_bytes(body: bytes) -> int:
-    """Return how many bytes of a batch are packed vectors: all others become objects of many times their size."""
-    vectors = [memoryview(raw) for sample in _outline.decode(body).samples for raw in sample.statistics.values()]
-    return sum(len(vector) for vector in vectors if vector[0] in _BINARY_TAGS)

@@ -7,9 +7,9 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.diagnosis import History, RunParameters, Thresholds
-from gradwatch_server.errors import Refused
+from gradwatch_server.errors import Refused, RetryAfter
 from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
 from gradwatch_server.store import schema
@@ -29,6 +29,7 @@ def register(
     states: DetectorStateCache,
     thresholds: Thresholds,
     ahead_seconds: float,
+    most_runs: int,
 ) -> bool:
     """Store a run, or what its next attempt adds to it; return whether the run is new.
 
@@ -40,11 +41,12 @@ def register(
         thresholds: thresholds of the run's project.
         ahead_seconds: how far the clock that numbered the attempt is ahead of the server's, by which attempts are
             ordered.
+        most_runs: most runs that a project may have.
 
     Raises:
-        Refused: 409 if the run is of another project or has other parameters.
+        Refused: 409 if the run is of another project or has other parameters, 429 if its project has no room for it.
     """
-    now = clock.now()
+    now = steady_clock.now()
     # 1. Lock the run, if it is known.
     run = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()).one_or_none()
     # 2. Number the attempt by the server's clock.
@@ -56,6 +58,7 @@ def register(
     registration = msgspec.structs.replace(registration, attempt=attempt)
     # 3. Store the run, or what is new of it.
     if run is None:
+        _check_room(connection, registration.project, most_runs)
         _insert_run(connection, run_id, registration, attempts, now, states)
         return True
     if run.project != registration.project:
@@ -71,6 +74,13 @@ def _is_known(run: sa.Row[Any] | None, number: int) -> bool:
     if run is None:
         return False
     return str(number) in run.attempts or str(number) in run.first_steps or number == run.attempt
+
+
+def _check_room(connection: sa.Connection, project: str, most: int) -> None:
+    mine = sa.select(schema.runs.c.id).where(schema.runs.c.project == project).limit(most).subquery()
+    if connection.execute(sa.select(sa.func.count()).select_from(mine)).scalar_one() >= most:
+        detail = f"project {project!r} has {most} runs, as many as limits.runs_per_project allows: delete some"
+        raise Refused(429, "Too many runs", detail, retry_after=RetryAfter.DISK_FULL)
 
 
 def _insert_run(

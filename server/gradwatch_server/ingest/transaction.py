@@ -9,10 +9,10 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting.run_alerts import RunAlerts
 from gradwatch_server.diagnosis import History, Observation, Sample
-from gradwatch_server.diagnosis.clip_advice import advise
+from gradwatch_server.diagnosis.clip_advice import advise, name_threshold
 from gradwatch_server.diagnosis.rules import exploding, nonfinite
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import detector_state
@@ -101,7 +101,8 @@ class Ingest:
         """
         check_registration(registration, self._configuration.limits)
         thresholds = self._configuration.thresholds[registration.project]
-        created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds)
+        most_runs = self._configuration.limits.runs_per_project
+        created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds, most_runs)
         return Registered(run_id, f"{self._public_url}/runs/{run_id}", created)
 
     def store(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> Stored:
@@ -115,7 +116,7 @@ class Ingest:
         Raises:
             Refused: 404 for a run that is not registered, 422 where the content does not fit the run.
         """
-        now = clock.now()
+        now = steady_clock.now()
         # 1. Lock the run, and check that the batch fits it.
         run = connection.execute(_locked_run, {"of_run": run_id}).one_or_none()
         if run is None:
@@ -386,4 +387,4 @@ def _name_threshold(connection: sa.Connection, run_id: str, alerts: RunAlerts) -
     histograms = queries.read_histograms(connection, run_id, None, first_step - 1, _ADVICE_SAMPLES)
     recommended = advise(*histograms).recommended
     if recommended is not None:
-        alerts.refine(exploding.RULE.name, lambda found: exploding.name_threshold(found, recommended))
+        alerts.refine(exploding.RULE.name, lambda found: name_threshold(found, recommended))

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify import outbox
 from gradwatch_server.notify.http_client import DeliveryResult
@@ -110,8 +110,8 @@ class Notifier:
         """Every few seconds, give up deliveries that no receiver takes, and delete the alerts of deleted runs."""
 
         def work(connection: sa.Connection) -> int:
-            outbox.delete_orphaned_alerts(connection, clock.now())
-            return outbox.give_up(connection, names, clock.now())
+            outbox.delete_orphaned_alerts(connection, steady_clock.now())
+            return outbox.give_up(connection, names, steady_clock.now())
 
         while True:
             try:
@@ -206,10 +206,10 @@ class DeliveryWorker:
         if most <= 0:
             return [], states
         lease_seconds = self._settings.lease_seconds
-        return outbox.claim(connection, self._receiver.name, clock.now(), most, lease_seconds), states
+        return outbox.claim(connection, self._receiver.name, steady_clock.now(), most, lease_seconds), states
 
     async def _attempt(self, transport: Transport, delivery: ClaimedDelivery) -> None:
-        at, started = clock.now(), time.perf_counter()
+        at, started = steady_clock.now(), time.perf_counter()
         lease_seconds = delivery.lease_ends - time.monotonic()
         if lease_seconds <= 0:  # this process stood still: another server may have sent it, and what follows, by now
             log.warning("delivery %s to %s: its lease ended before it was sent", delivery.id, self._receiver.name)

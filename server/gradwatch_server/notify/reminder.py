@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.notify import outbox
 from gradwatch_server.notify.http_client import AddressGuard, HttpClient
 from gradwatch_server.notify.outbox import DeliverySettings
@@ -39,7 +39,7 @@ async def remind(engine: sa.Engine, writer: Writer, receiver: Alertmanager, sett
 
 async def _remind_once(engine: sa.Engine, writer: Writer, receiver: Alertmanager, client: HttpClient) -> None:
     after = ""
-    while page := await asyncio.to_thread(_delivered, engine, receiver.name, clock.now(), after):
+    while page := await asyncio.to_thread(_delivered, engine, receiver.name, steady_clock.now(), after):
         notifications = [Notification(row.id, row.payload, row.created_at) for row in page]
         result = await client.post(receiver.batch_request(notifications, time.time()))
         await asyncio.wrap_future(writer.submit(partial(_repeat_newer, receiver=receiver.name, reminded=page)))
@@ -52,7 +52,7 @@ async def _remind_once(engine: sa.Engine, writer: Writer, receiver: Alertmanager
 def _repeat_newer(connection: sa.Connection, receiver: str, reminded: Sequence[sa.Row[Any]]) -> None:
     """Send again what was delivered while the reminder was under way, which may have arrived after it."""
     for row in reminded:
-        outbox.repeat_last(connection, receiver, row.fingerprint, row.sequence, clock.now())
+        outbox.repeat_last(connection, receiver, row.fingerprint, row.sequence, steady_clock.now())
 
 
 def _delivered(engine: sa.Engine, receiver: str, now: float, after: str) -> Sequence[sa.Row[Any]]:

@@ -20,6 +20,7 @@ from gradwatch_server.store.rollups.series import (
     decode_trails,
     readable_statistics,
 )
+from gradwatch_server.store.runs import insert_events
 
 _ATTEMPTS_KEPT = 100
 """Attempts whose first steps are kept apart; all older ones count as one."""
@@ -64,8 +65,7 @@ def insert_batch(
         coverage["batches"] = coverage.get("batches", 0) + 1
         _insert_trail(connection, run.id, batch, trail, coverage["batches"])
     if batch.events:
-        rows = [{"run": run.id, **msgspec.structs.asdict(event)} for event in batch.events]
-        connection.execute(_insert_event_rows, rows)
+        insert_events(connection, run.id, batch.events)
     # 4. Roll up.
     measured = {name for sample in samples for name in sample.statistics}
     statistics = [name for name in STATISTICS if name in measured or name in run.statistics]
@@ -232,7 +232,6 @@ def _stretches(trail: Mapping[str, Trail]) -> dict[int, dict[str, Trail]]:
     return found
 
 
-_insert_event_rows = sa.insert(schema.events)
 _insert_trail_rows = sa.insert(schema.trails)
 
 

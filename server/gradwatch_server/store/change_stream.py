@@ -7,7 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.store import schema
 
 _POLL_SECONDS = 0.5
@@ -98,7 +98,7 @@ class ChangeStream:
     async def _poll(self) -> None:
         while True:
             with suppress(sa.exc.SQLAlchemyError):  # the database is out of reach: readiness says so, streams wait
-                recent = await asyncio.to_thread(self._load_recent, clock.now() - _OVERLAP_SECONDS)
+                recent = await asyncio.to_thread(self._load_recent, steady_clock.now() - _OVERLAP_SECONDS)
                 changes = [_change(recent[run]) for run in recent if self._known.get(run) != recent[run]]
                 self._known = recent
                 if changes:

@@ -3,7 +3,7 @@
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,12 @@ from gradwatch_server.store.vectors import register_vectors
 
 _CONNECT_SECONDS = 10
 _VALUES_PER_STATEMENT = 1_000
+_BUSY_SECONDS = 30
+"""How long SQLite waits for the lock of another process."""
+_LOG_BYTES = 32 * 1024 * 1024
+"""Size to which SQLite's write-ahead log shrinks once it has been written back."""
+_CHECKPOINT_WAIT_MILLISECONDS = 200
+"""How long a checkpoint waits for readers; writers wait with it."""
 
 
 def open_engine(url: str, *, create: bool = True) -> sa.Engine:
@@ -61,7 +67,7 @@ def _open_sqlite(url: sa.URL, *, create: bool) -> sa.Engine:
             "GRADWATCH_DATABASE_URL"
         )
     engine = sa.create_engine(
-        url, pool_size=8, connect_args={"timeout": 30}, json_serializer=_json, json_deserializer=orjson.loads
+        url, pool_size=8, connect_args={"timeout": _BUSY_SECONDS}, json_serializer=_json, json_deserializer=orjson.loads
     )
     file = _FileGuard(Path(url.database).resolve())
     sa.event.listen(engine, "do_connect", file.check)
@@ -138,6 +144,7 @@ def _set_pragmas(connection: Any, _entry: ConnectionPoolEntry) -> None:
     cursor.execute("PRAGMA page_size = 8192")  # of a new file: a sample of 12 kB wastes least of these
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
 
@@ -145,6 +152,21 @@ def _set_pragmas(connection: Any, _entry: ConnectionPoolEntry) -> None:
 def _begin(connection: sa.Connection) -> None:
     writes = connection.get_execution_options().get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def shrink_log(engine: sa.Engine) -> None:
+    """Write SQLite's write-ahead log back and empty it, if it has grown large while somebody held a snapshot.
+
+    A checkpoint that SQLite makes on its own does not wait for readers: as long as they overlap, the log grows.
+    """
+    path = Path(f"{engine.url.database}-wal")
+    if engine.dialect.name != "sqlite" or not path.exists() or path.stat().st_size <= _LOG_BYTES:
+        return
+    with closing(engine.raw_connection()) as connection:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_WAIT_MILLISECONDS}")
+        cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        cursor.execute(f"PRAGMA busy_timeout = {1_000 * _BUSY_SECONDS}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.retention import Retention
@@ -46,7 +46,7 @@ async def delete_expired_runs(
     engine: sa.Engine, writer: Writer, retention: Retention, resolve_alerts: ResolveAlerts
 ) -> int:
     """Delete the runs that have expired; return how many."""
-    run_ids = await asyncio.to_thread(retention.expired_runs, engine, clock.now())
+    run_ids = await asyncio.to_thread(retention.expired_runs, engine, steady_clock.now())
     return sum([await delete_run(writer, run_id, resolve_alerts, retention=retention) for run_id in run_ids])
 
 
@@ -71,12 +71,12 @@ def delete_chunk(
         What remains: some of the run, nothing, or unknown if there is no such run or it has not expired.
     """
     run = connection.execute(sa.select(schema.runs).where(schema.runs.c.id == run_id).with_for_update()).one_or_none()
-    if run is None or (retention is not None and not retention.is_expired(run, clock.now())):
+    if run is None or (retention is not None and not retention.is_expired(run, steady_clock.now())):
         return "unknown"
     if not _delete_rows(connection, run, time.monotonic() + seconds):
         if retention is None and run.deleted_at is None:  # the next server goes on with it if this one ends
             begun = sa.update(schema.runs).where(schema.runs.c.id == run_id)
-            connection.execute(begun.values(deleted_at=clock.now()))
+            connection.execute(begun.values(deleted_at=steady_clock.now()))
         return "some"
     resolve_alerts(connection, run)
     alerts, deliveries = schema.alerts, schema.deliveries

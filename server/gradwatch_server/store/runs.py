@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import msgspec
 import orjson
 import sqlalchemy as sa
 
+from gradwatch import wire
 from gradwatch_server.diagnosis.rules import stalled
 from gradwatch_server.errors import Refused
 from gradwatch_server.store import schema
@@ -15,6 +17,13 @@ RunState = Literal["running", "stalled", "finished"]
 
 MOST_LISTED_SCALARS = 16_384
 """Characters of a run's latest scalars, as JSON, up to which a list tells them."""
+MOST_MESSAGE_CHARACTERS = 4_096
+"""Longer messages are cut, and say so."""
+MOST_KINDS = 100
+"""Different kinds of events in one run; all others are stored as ``OTHER_KIND``."""
+MOST_EVENTS = 10_000
+"""Events that are kept of one run, the newest."""
+OTHER_KIND = "other"
 RUN_ENDED = "the run has ended"
 """First words of the resolution of an alert that fired until its run ended."""
 
@@ -88,19 +97,54 @@ def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
     return run | {"attributes": row["attributes"]}
 
 
+_events = schema.events
+_stored_kinds = sa.select(_events.c.kind).where(_events.c.run == sa.bindparam("of_run")).distinct()
+_insert_events = sa.insert(_events)
+_oldest_kept = (
+    sa.select(_events.c.id)
+    .where(_events.c.run == sa.bindparam("of_run"))
+    .order_by(_events.c.id.desc())
+    .offset(MOST_EVENTS - 1)
+    .limit(1)
+)
+_delete_older = sa.delete(_events).where(_events.c.run == sa.bindparam("of_run"), _events.c.id < sa.bindparam("oldest"))
+
+
+def insert_events(connection: sa.Connection, run_id: str, events: Sequence[wire.Event]) -> None:
+    """Store the events of a batch, and delete the oldest ones of the run beyond ``MOST_EVENTS``."""
+    kinds = set(connection.execute(_stored_kinds, {"of_run": run_id}).scalars())
+    rows = []
+    for event in events[-MOST_EVENTS:]:
+        known = event.kind in kinds or len(kinds) < MOST_KINDS
+        kind = event.kind if known else OTHER_KIND
+        kinds.add(kind)
+        rows.append({"run": run_id, **msgspec.structs.asdict(event), "kind": kind, "message": cut(event.message)})
+    connection.execute(_insert_events, rows)
+    oldest = connection.execute(_oldest_kept, {"of_run": run_id}).scalar()
+    if oldest is not None:
+        connection.execute(_delete_older, {"of_run": run_id, "oldest": oldest})
+
+
+def cut(message: str) -> str:
+    """Return a message of at most ``MOST_MESSAGE_CHARACTERS``; one that was cut says how long it was."""
+    if len(message) <= MOST_MESSAGE_CHARACTERS:
+        return message
+    mark = f"... (cut: {len(message):,} characters)"
+    return message[: MOST_MESSAGE_CHARACTERS - len(mark)] + mark
+
+
 def load_events(connection: sa.Connection, run_id: str) -> list[dict[str, Any]]:
     """Return the last event of each kind that the agent of a run has sent, the newest first."""
-    table = schema.events
     of_kinds = (
-        sa.select(sa.func.count().label("count"), sa.func.max(table.c.id).label("id"))
-        .where(table.c.run == run_id)
-        .group_by(table.c.kind)
+        sa.select(sa.func.count().label("count"), sa.func.max(_events.c.id).label("id"))
+        .where(_events.c.run == run_id)
+        .group_by(_events.c.kind)
         .subquery()
     )
     query = (
-        sa.select(*table.c["kind", "step", "at", "message", "parameter"], of_kinds.c.count)
-        .join(of_kinds, of_kinds.c.id == table.c.id)
-        .order_by(table.c.id.desc())
+        sa.select(*_events.c["kind", "step", "at", "message", "parameter"], of_kinds.c.count)
+        .join(of_kinds, of_kinds.c.id == _events.c.id)
+        .order_by(_events.c.id.desc())
     )
     return [dict(row) for row in connection.execute(query).mappings()]
 

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from gradwatch import __version__, wire
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting.lifecycle import SEVERITIES
 from gradwatch_server.diagnosis import SAMPLE_RULES
 from gradwatch_server.ingest.admission import ByteBudget
@@ -105,7 +105,7 @@ class RunCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Yield the metric families, read from the database piece by piece: the runs may have any number of layouts."""
-        settings, since = self._settings, clock.now() - self._settings.silent_seconds
+        settings, since = self._settings, steady_clock.now() - self._settings.silent_seconds
         with self._engine.connect() as connection:
             active = load_active(connection, since, settings.most_runs)
             beyond = count_active(connection, since) - len(active)
@@ -379,6 +379,6 @@ def _deliveries(connection: sa.Connection, receivers: Sequence[str]) -> Iterable
     for (receiver, state), count in found.items():
         by_state.add_metric([receiver, state], count)
     oldest = connection.execute(sa.select(sa.func.min(table.c.created_at)).where(table.c.state == "due")).scalar_one()
-    lag = 0.0 if oldest is None else max(0.0, clock.now() - oldest)
+    lag = 0.0 if oldest is None else max(0.0, steady_clock.now() - oldest)
     text = "Age of the oldest delivery that is still due; 0 if none is."
     return by_state, GaugeMetricFamily("gradwatch_delivery_lag_seconds", text, value=lag)

@@ -19,7 +19,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.settings import RemoteWrite
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
@@ -221,7 +221,7 @@ def _refuses_content(response: httpx.Response) -> bool:
 
 def _begin(connection: sa.Connection, store: str, settings: RemoteWrite) -> None:
     """Decide where the queue of a store begins that was never written to: of known runs, at the backlog."""
-    now, dialect = clock.now(), connection.dialect.name
+    now, dialect = steady_clock.now(), connection.dialect.name
     stores, runs, samples = schema.remote_write_stores, schema.runs, schema.samples
     new = upsert(dialect, stores).values(store=store, since=now).on_conflict_do_nothing().returning(stores.c.store)
     if connection.execute(new).one_or_none() is None:

@@ -7,11 +7,10 @@ import msgspec
 import sqlalchemy as sa
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting import silences
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import (
-    AuthorisedRoute,
     check_named_project,
     in_document,
     in_query,
@@ -21,10 +20,11 @@ from gradwatch_server.api.authorisation import (
 from gradwatch_server.api.dependencies import Engine, commit
 from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
+from gradwatch_server.api.read_slots import ReadRoute
 from gradwatch_server.errors import Refused
 from gradwatch_server.store import schema
 
-router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["alerts"])
+router = APIRouter(prefix="/api/v1", route_class=ReadRoute, tags=["alerts"])
 
 AlertId = Annotated[str, Path(alias="id", max_length=64)]
 Text = Annotated[str | None, Query(max_length=512)]
@@ -81,7 +81,7 @@ async def acknowledge_alert(request: Request, alert_id: AlertId, acknowledgement
         alert = _load_alert(connection, alert_id)
         if alert["state"] != "firing":
             raise Refused(409, "Alert does not fire", f"alert {alert_id!r} is {alert['state']}, not firing")
-        acknowledged = {"acknowledged_at": clock.now(), "acknowledged_by": acknowledgement.author}
+        acknowledged = {"acknowledged_at": steady_clock.now(), "acknowledged_by": acknowledgement.author}
         connection.execute(sa.update(schema.alerts).where(schema.alerts.c.id == alert_id).values(acknowledged))
         return alert | acknowledged
 

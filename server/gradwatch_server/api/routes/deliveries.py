@@ -6,18 +6,19 @@ import msgspec
 import sqlalchemy as sa
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.api import documents
-from gradwatch_server.api.authorisation import AuthorisedRoute, of_delivery, requires
+from gradwatch_server.api.authorisation import of_delivery, requires
 from gradwatch_server.api.dependencies import Engine, commit
 from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
+from gradwatch_server.api.read_slots import ReadRoute
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify import outbox
 from gradwatch_server.services import Services
 from gradwatch_server.store import schema
 
-router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["deliveries"])
+router = APIRouter(prefix="/api/v1", route_class=ReadRoute, tags=["deliveries"])
 
 Id = Annotated[str, Path(alias="id", max_length=64)]
 Name = Annotated[str, Path(max_length=512)]
@@ -77,7 +78,7 @@ async def replay_delivery(request: Request, delivery_id: Id) -> Any:
     def work(connection: sa.Connection) -> int:
         if connection.execute(sa.select(_table.c.id).where(_table.c.id == delivery_id)).one_or_none() is None:
             raise _unknown(delivery_id)
-        return outbox.replay(connection, _table.c.id == delivery_id, clock.now())
+        return outbox.replay(connection, _table.c.id == delivery_id, steady_clock.now())
 
     return await _replayed(request, await commit(request, work))
 
@@ -92,7 +93,7 @@ async def replay_dead(request: Request, name: Name) -> Any:
     """Send every dead delivery of a receiver again, each with the ones of the same alert that followed it."""
     chosen = (_table.c.receiver == name) & (_table.c.state == "dead")
     return await _replayed(
-        request, await commit(request, lambda connection: outbox.replay(connection, chosen, clock.now()))
+        request, await commit(request, lambda connection: outbox.replay(connection, chosen, steady_clock.now()))
     )
 
 

@@ -9,7 +9,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from gradwatch import wire
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.api import body, documents
 from gradwatch_server.api.authorisation import AuthorisedRoute, check_named_project, in_document, of_run, requires
 from gradwatch_server.api.problem import problems
@@ -78,7 +78,7 @@ def _ahead_seconds(request: Request) -> float:
         return 0.0
     if not 0 <= told <= wire.LARGEST_TIME:
         return 0.0
-    ahead = told - clock.now()
+    ahead = told - steady_clock.now()
     return ahead if abs(ahead) > _CLOCK_TOLERANCE_SECONDS else 0.0
 
 

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from gradwatch import wire
 from gradwatch_server.api import documents
-from gradwatch_server.api.authorisation import AuthorisedRoute, in_query, of_run, requires
+from gradwatch_server.api.authorisation import in_query, of_run, requires
 from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.api.number_json import json_response, serialise
 from gradwatch_server.api.paging import Before, read_page
 from gradwatch_server.api.problem import problems
+from gradwatch_server.api.read_slots import ReadRoute
 from gradwatch_server.diagnosis.clip_advice import THRESHOLDS, advise, threshold_in_force
 from gradwatch_server.errors import Refused
 from gradwatch_server.services import Services
@@ -36,7 +37,7 @@ from gradwatch_server.store.vectors import padded
 
 ToJson = Callable[[NDArray[np.floating[Any]]], NDArray[np.floating[Any]] | list[Any]]
 
-router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["runs"])
+router = APIRouter(prefix="/api/v1", route_class=ReadRoute, tags=["runs"])
 
 RunId = Annotated[str, Path(alias="id", max_length=64)]
 Step = Annotated[int | None, Query(ge=0, le=wire.LARGEST_STEP)]

@@ -9,15 +9,16 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Request
 
 from gradwatch import __version__
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.api import documents
-from gradwatch_server.api.authorisation import AuthorisedRoute, requires
+from gradwatch_server.api.authorisation import requires
 from gradwatch_server.api.dependencies import Engine
+from gradwatch_server.api.read_slots import ReadRoute
 from gradwatch_server.notify.receivers import AnyReceiver as Receiver
 from gradwatch_server.services import Services
 from gradwatch_server.store import schema
 
-router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["health"])
+router = APIRouter(prefix="/api/v1", route_class=ReadRoute, tags=["health"])
 
 _RECENT_SECONDS = 86_400.0
 
@@ -75,7 +76,7 @@ def _load_receivers(connection: sa.Connection, configured: Sequence[Receiver]) -
         entry = health.setdefault(name, _unused(name, None))
         entry[state] = count
         entry["last_delivered_at"] = delivered_at or entry["last_delivered_at"]
-    for name, error, at in connection.execute(_recent_errors, {"since": clock.now() - _RECENT_SECONDS}):
+    for name, error, at in connection.execute(_recent_errors, {"since": steady_clock.now() - _RECENT_SECONDS}):
         if health[name]["last_error"] is None:  # the newest comes first
             health[name] |= {"last_error": error, "last_error_at": at}
     for row in connection.execute(sa.select(schema.disabled_receivers)):

@@ -10,14 +10,15 @@ import numpy as np
 from fastapi import APIRouter, Query, Response
 from numpy.typing import NDArray
 
-from gradwatch_server.api.authorisation import AuthorisedRoute, of_run, requires
+from gradwatch_server.api.authorisation import of_run, requires
 from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.api.problem import problems
+from gradwatch_server.api.read_slots import ReadRoute
 from gradwatch_server.api.routes.runs import RunId, Step
 from gradwatch_server.store.parameters import load_depth_order
 from gradwatch_server.store.rollups import queries
 
-router = APIRouter(prefix="/api/v1", route_class=AuthorisedRoute, tags=["runs"])
+router = APIRouter(prefix="/api/v1", route_class=ReadRoute, tags=["runs"])
 
 TILE_TYPE = "application/octet-stream"
 

@@ -78,6 +78,10 @@ class Buckets:
         """Return the first ``count`` buckets."""
         return Buckets(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
 
+    def chosen(self, mask: NDArray[np.bool_]) -> "Buckets":
+        """Return the buckets where a mask of shape (buckets,) is True."""
+        return self if mask.all() else Buckets(*(getattr(self, name)[mask] for name in self.__dataclass_fields__))
+
     def after(self, step: int) -> "Buckets":
         """Return the buckets that begin after a step."""
         first = int(np.searchsorted(self.first_steps, step, "right"))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from gradwatch_server import clock
+from gradwatch_server import steady_clock
 from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.retention import Retention
@@ -62,7 +62,7 @@ class _Span(NamedTuple):
 async def downsample_expired(engine: sa.Engine, writer: Writer, retention: Retention) -> Downsampled:
     """Delete the rows of all levels that have expired."""
     deleted = Downsampled()
-    while levels := await asyncio.to_thread(expired_levels, engine, retention, clock.now()):
+    while levels := await asyncio.to_thread(expired_levels, engine, retention, steady_clock.now()):
         for level in levels:
             work = partial(downsample_chunk, expired=level)
             while rows := await asyncio.wrap_future(writer.submit(work, level.run_id)):

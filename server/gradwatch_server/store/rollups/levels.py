@@ -9,13 +9,22 @@ added to the finest bucket that is left: there is nothing to gather that bucket 
 counts once more there.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradwatch.wire import LARGEST_STEP
 from gradwatch_server.store.rollups.buckets import Buckets, even_starts
+
+_MOST_LATE = 256
+"""Late samples whose buckets are gathered at once."""
+_MOST_VALUES = 4_000_000
+"""Values that are read for them at once, about."""
+_SPARSE = 16
+"""Buckets of a range for each late sample in it above which each bucket is read by itself."""
 
 
 class Series(Protocol):
@@ -26,6 +35,16 @@ class Series(Protocol):
 
     fan_outs: tuple[int, int]
     """Samples in a bucket of level 1, and buckets of a level in one bucket of the next."""
+
+    @property
+    def width(self) -> int:
+        """Return the number of values in a plane of one bucket."""
+
+    def counts(self, levels: Sequence[int], first: int, last: int, most: int) -> Sequence[int]:
+        """Return how many buckets of each of these levels begin in a range, counting no further than ``most``."""
+
+    def starts(self, level: int, first: int, last: int) -> NDArray[np.int64]:
+        """Return the first steps of the buckets of a level that begin in a range, ascending."""
 
     def load(self, level: int, first: int, last: int) -> Buckets:
         """Return the buckets of a level."""
@@ -169,15 +188,45 @@ class Levels:
     def _regather(self, level: int, late: list[int]) -> list[int]:
         """Gather the buckets that these steps fall into anew, splitting those that have grown; return first steps."""
         rewritten: list[int] = []
-        end = -1
-        for step in late:
-            if step <= end:
-                continue
-            start, end = self._series.around(level, step)
-            end = min(end, self._coverage[level - 1][0])
-            children = self._series.load(level - 1, min(start, step), end)
-            buckets = children.gathered(even_starts(len(children), self._fan_out(level)))
-            self._series.delete(level, start, end)
-            self._series.insert(level, buckets)
-            rewritten += buckets.first_steps.tolist()
+        at_once = max(1, min(_MOST_LATE, _MOST_VALUES // (self._series.width * self._fan_out(level) * _SPARSE)))
+        while late:
+            some, late = late[:at_once], late[at_once:]
+            found = self._series.counts([level], some[0], some[-1], _SPARSE * len(some))[0]
+            if found >= _SPARSE * len(some):  # far apart: what lies between them is not worth reading
+                some, late = some[:1], [*some[1:], *late]
+            start, end = self._series.around(level, some[0])
+            end = min(end if len(some) == 1 else self._series.around(level, some[-1])[1], self._coverage[level - 1][0])
+            rewritten += self._regather_range(level, some, start, end)
+            late = late[bisect_right(late, end) :]
         return rewritten
+
+    def _regather_range(self, level: int, late: list[int], start: int, end: int) -> list[int]:
+        """Gather those buckets of a range anew that steps fall into; return their first steps.
+
+        Args:
+            level: the level of the buckets.
+            late: the steps, ascending.
+            start: first step of the bucket that the first of them falls into.
+            end: last step before the bucket after the one that the last of them falls into.
+        """
+        starts = self._series.starts(level, start, end)
+        children = self._series.load(level - 1, min(start, late[0]), end)
+        # 1. Which buckets are gathered anew, and where the children of each begin.
+        touched: NDArray[np.intp] = np.unique(np.maximum(np.searchsorted(starts, late, "right") - 1, 0))
+        first_children = np.searchsorted(children.first_steps, starts)
+        first_children[0] = 0
+        ends = np.append(first_children[1:], len(children))
+        # 2. All are gathered, the others as they are; only these are written.
+        begins, mine, chosen = [], [], set(touched.tolist())
+        for place, (first, last) in enumerate(zip(first_children.tolist(), ends.tolist(), strict=True)):
+            split = even_starts(last - first, self._fan_out(level)) if place in chosen else np.zeros(1, np.intp)
+            begins.append(first + split)
+            mine += [place in chosen] * len(split)
+        buckets = children.gathered(np.concatenate(begins)).chosen(np.array(mine))
+        # 3. Neighbours are deleted together.
+        for run in np.split(touched, np.flatnonzero(np.diff(touched) > 1) + 1):
+            following = int(starts[run[-1] + 1]) - 1 if run[-1] + 1 < len(starts) else end
+            self._series.delete(level, int(starts[run[0]]), following)
+        self._series.insert(level, buckets)
+        steps: list[int] = buckets.first_steps.tolist()
+        return steps

@@ -5,17 +5,18 @@ its newest sample.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import Any
 
 import msgspec
 import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from gradwatch.wire import LARGEST_STEP, MISSING, STATISTICS, Statistic, Trail, Vector, deserialise
+from gradwatch.wire import MISSING, STATISTICS, Statistic, Trail, Vector, deserialise
 from gradwatch_server.store import schema
 from gradwatch_server.store.rollups.buckets import COUNT_PLANES, PLANES, UNMEASURED, Buckets, Floats
+from gradwatch_server.store.rollups.level_rows import LevelRows, within
 from gradwatch_server.store.rollups.readahead import reading_ahead
 from gradwatch_server.store.vectors import (
     Rows,
@@ -43,44 +44,11 @@ def readable_statistics(measured: Sequence[str]) -> list[str]:
     return [*measured, "ratio"] if both else list(measured)
 
 
-class _LevelRows:
-    """Queries that all series have in common: each row is of one level and begins at one step."""
-
-    _table: ClassVar[sa.Table]
-
-    def __init__(self, connection: sa.Connection, **keys: str) -> None:
-        """Choose the rows whose columns equal ``keys``."""
-        self._connection = connection
-        self._keys = keys
-        self._parameters = {f"of_{name}": value for name, value in keys.items()}
-
-    def _execute(self, statement: sa.Executable, **parameters: object) -> sa.CursorResult[Any]:
-        return self._connection.execute(statement, {**self._parameters, **parameters})
-
-    def counts(self, levels: Sequence[int], first: int, last: int, most: int) -> Sequence[int]:
-        """Return how many buckets of each of these levels begin in a range, counting no further than ``most``."""
-        return tuple(self._execute(_counting(self._table, tuple(levels)), first=first, last=last, most=most).one())
-
-    def end(self, level: int) -> int:
-        """Return the last step that the buckets of a level reach; -1 if there is no bucket."""
-        found = self._execute(_last_bucket(self._table), level=level).scalar()
-        return -1 if found is None else int(found)
-
-    def around(self, level: int, step: int) -> tuple[int, int]:
-        """Return the first step of the bucket that ``step`` falls into, and the last one before the next bucket."""
-        before, first, after = _neighbours(self._table)
-        start = self._execute(before, level=level, at=step).scalar()
-        if start is None and (start := self._execute(first, level=level).scalar_one()) is None:
-            return LARGEST_STEP, LARGEST_STEP
-        following = self._execute(after, level=level, at=max(step, start)).scalar()
-        return start, LARGEST_STEP if following is None else following - 1
-
-
-class SampleSeries(_LevelRows):
+class SampleSeries(LevelRows):
     """Statistics of a run's parameters, side by side: buckets have statistics x parameters columns."""
 
     fan_outs = (16, 4)
-    _table = schema.samples
+    table = schema.samples
 
     def __init__(
         self,
@@ -112,6 +80,11 @@ class SampleSeries(_LevelRows):
         self._columns = None if whole else columns
         self._width = parameter_count if columns is None else len(columns)
 
+    @property
+    def width(self) -> int:
+        """Return the number of statistics times parameters."""
+        return max(1, len(self._names) * self._width)
+
     def load(self, level: int, first: int, last: int) -> Buckets:
         """Return the buckets of a level; of level 0 those samples in which any of the statistics was measured.
 
@@ -129,24 +102,24 @@ class SampleSeries(_LevelRows):
         """Add buckets to a level."""
         starts, ends = buckets.first_steps.tolist(), buckets.last_steps.tolist()
         spans = [
-            self._keys | {"level": level, "step": start, "last_step": end, "attempt": 0, "at": 0.0}
+            self.keys | {"level": level, "step": start, "last_step": end, "attempt": 0, "at": 0.0}
             for start, end in zip(starts, ends, strict=True)
         ]
-        self._connection.execute(_insert_spans, spans)
+        self.connection.execute(_insert_spans, spans)
         self._insert_rollups(level, buckets)
 
     def delete(self, level: int, first: int, last: int) -> None:
         """Delete the buckets of a level above 0 that begin in a range."""
-        self._execute(_delete_spans, level=level, first=first, last=last)
-        self._execute(_delete_rollups, level=level, first=first, last=last)
+        self.execute(_delete_spans, level=level, first=first, last=last)
+        self.execute(_delete_rollups, level=level, first=first, last=last)
 
     def replace(self, level: int, first: int, bucket: Buckets) -> None:
         """Put one bucket in the place of the one that begins at ``first``; its time stays."""
         steps = {"step": int(bucket.first_steps[0]), "last_step": int(bucket.last_steps[0])}
-        span = self._table.c
-        mine = (span.run == self._keys["run"], span.level == level, span.step == first)
-        self._connection.execute(sa.update(self._table).where(*mine).values(steps))
-        self._execute(_delete_rollups, level=level, first=first, last=first)
+        span = self.table.c
+        mine = (span.run == self.keys["run"], span.level == level, span.step == first)
+        self.connection.execute(sa.update(self.table).where(*mine).values(steps))
+        self.execute(_delete_rollups, level=level, first=first, last=first)
         self._insert_rollups(level, bucket)
 
     def _stored_names(self) -> tuple[Statistic, ...]:
@@ -155,9 +128,9 @@ class SampleSeries(_LevelRows):
 
     def _load_samples(self, first: int, last: int) -> Buckets:
         stored, most = self._stored_names(), chunk_count(last - first, self._stored_width)
-        statement = _select_samples(self._connection.dialect.name, stored, self._only, most > 1)
+        statement = _select_samples(self.connection.dialect.name, stored, self._only, most > 1)
         within = {"level": 0, "first": first, "last": last, "chunks": most}
-        found = read_vectors(self._connection, statement, self._parameters | within)
+        found = read_vectors(self.connection, statement, self.parameters | within)
         if not found:
             return self._no_buckets()
         steps, columns = found[""]
@@ -189,17 +162,17 @@ class SampleSeries(_LevelRows):
 
     def _load_rollups(self, level: int, first: int, last: int) -> Buckets:
         # 1. The spans of the buckets.
-        rows = self._execute(_select_spans, level=level, first=first, last=last).all()
+        rows = self.execute(_select_spans, level=level, first=first, last=last).all()
         if not rows:
             return self._no_buckets()
         steps, last_steps = (np.array(column, np.int64) for column in zip(*rows, strict=True))
         # 2. The planes of each statistic.
         most, several = chunk_count(len(steps), self._stored_width), len(self._names) > 1
-        statement = _select_rollups(self._connection.dialect.name, self._planes, self._only, most > 1, several)
-        level_of = {**self._parameters, "level": level, "names": self._names}
-        with reading_ahead(self._connection, _touch_rollups, level_of, steps):
+        statement = _select_rollups(self.connection.dialect.name, self._planes, self._only, most > 1, several)
+        level_of = {**self.parameters, "level": level, "names": self._names}
+        with reading_ahead(self.connection, _touch_rollups, level_of, steps):
             within = {"first": int(steps[0]), "last": int(steps[-1]), "chunks": most}
-            found = read_vectors(self._connection, statement, level_of | within)
+            found = read_vectors(self.connection, statement, level_of | within)
         # 3. The planes of all statistics, side by side.
         nothing = VectorColumns(np.empty(0, np.int64), [[] for _ in self._planes])
         parts = [self._unpack_planes(steps, found.get(name, nothing)) for name in self._names]
@@ -232,7 +205,7 @@ class SampleSeries(_LevelRows):
     def _insert_rollups(self, level: int, buckets: Buckets) -> None:
         starts, width = buckets.first_steps.tolist(), self._stored_width
         rows = [
-            {**self._keys, "statistic": name, "level": level, "step": start}
+            {**self.keys, "statistic": name, "level": level, "step": start}
             | {
                 plane: compact_counts(getattr(buckets, plane)[row, place * width : (place + 1) * width])
                 for plane in PLANES
@@ -240,14 +213,14 @@ class SampleSeries(_LevelRows):
             for place, name in enumerate(self._names)
             for row, start in enumerate(starts)
         ]
-        self._connection.execute(_insert_rollups, rows)
+        self.connection.execute(_insert_rollups, rows)
 
 
-class ScalarSeries(_LevelRows):
+class ScalarSeries(LevelRows):
     """One scalar of the run, such as the loss, at every step: buckets have one column, of float64."""
 
     fan_outs = (64, 4)
-    _table = schema.scalars
+    table = schema.scalars
 
     def __init__(self, connection: sa.Connection, run_id: str, name: str) -> None:
         super().__init__(connection, run=run_id, name=name)
@@ -261,14 +234,14 @@ class ScalarSeries(_LevelRows):
         planes = {name: getattr(buckets, name)[:, 0].tolist() for name in PLANES}
         columns = {"step": buckets.first_steps.tolist(), "last_step": buckets.last_steps.tolist(), **planes}
         rows = [
-            self._keys | {"level": level} | {name: _nan_as_none(column[row]) for name, column in columns.items()}
+            self.keys | {"level": level} | {name: _nan_as_none(column[row]) for name, column in columns.items()}
             for row in range(len(buckets))
         ]
-        self._connection.execute(_insert_scalars, rows)
+        self.connection.execute(_insert_scalars, rows)
 
     def delete(self, level: int, first: int, last: int) -> None:
         """Delete the buckets of a level above 0 that begin in a range."""
-        self._execute(_delete_scalars, level=level, first=first, last=last)
+        self.execute(_delete_scalars, level=level, first=first, last=last)
 
     def replace(self, level: int, first: int, bucket: Buckets) -> None:
         """Put one bucket in the place of the one that begins at ``first``."""
@@ -277,8 +250,8 @@ class ScalarSeries(_LevelRows):
 
     def _load_trail(self, first: int, last: int) -> Buckets:
         found: dict[int, float] = {}
-        for trails in load_trails(self._connection, self._keys["run"], first, last):
-            trail = trails.get(self._keys["name"])
+        for trails in load_trails(self.connection, self.keys["run"], first, last):
+            trail = trails.get(self.keys["name"])
             pairs = [] if trail is None else zip(trail.steps, trail.values, strict=True)
             found |= {step: deserialise(value) for step, value in pairs if first <= step <= last}
         steps = np.array(sorted(found), np.int64)
@@ -286,7 +259,7 @@ class ScalarSeries(_LevelRows):
         return Buckets.of_samples(steps, values[:, None], missing=None)
 
     def _load_rollups(self, level: int, first: int, last: int) -> Buckets:
-        rows = self._execute(_select_scalars, level=level, first=first, last=last).all()
+        rows = self.execute(_select_scalars, level=level, first=first, last=last).all()
         columns = list(zip(*rows, strict=True)) or [()] * 8
         steps, last_steps = np.array(columns[0], np.int64), np.array(columns[1], np.int64)
         kinds = [np.int64 if name in COUNT_PLANES else np.float64 for name in PLANES]
@@ -310,19 +283,7 @@ def load_trails(connection: sa.Connection, run_id: str, first: int, last: int) -
 
 
 # Statements are made once: building one takes SQLAlchemy as long as PostgreSQL needs for a small one.
-_level: sa.ColumnElement[int] = sa.bindparam("level")
 _named = schema.rollups.c.statistic.in_(sa.bindparam("names", expanding=True))
-
-
-def _of_level(table: sa.Table, level: sa.ColumnElement[int] = _level) -> list[sa.ColumnElement[bool]]:
-    """Return the conditions that choose the rows of one level of a series."""
-    keys = [name for name in ("run", "name") if name in table.c]
-    return [*(table.c[name] == sa.bindparam(f"of_{name}") for name in keys), table.c.level == level]
-
-
-def _within(table: sa.Table, level: sa.ColumnElement[int] = _level) -> list[sa.ColumnElement[bool]]:
-    """Return the conditions that choose the rows of one level that begin in a range."""
-    return [*_of_level(table, level), table.c.step.between(sa.bindparam("first"), sa.bindparam("last"))]
 
 
 @lru_cache(256)
@@ -330,8 +291,8 @@ def _select_samples(engine: str, names: Sequence[str], only: int | None, divided
     table = schema.samples
     vectors = [select_bytes(table, name, engine, only) for name in names]
     one = sa.literal_column("''", sa.Text).label("statistic")
-    chosen = sa.select(one, table.c.step, *vectors).where(*_within(table)).order_by(table.c.step)
-    ends = sa.select(sa.func.min(table.c.step), sa.func.max(table.c.step) + 1).where(*_within(table))
+    chosen = sa.select(one, table.c.step, *vectors).where(*within(table)).order_by(table.c.step)
+    ends = sa.select(sa.func.min(table.c.step), sa.func.max(table.c.step) + 1).where(*within(table))
     return select_vectors(chosen, engine, divided=ends if divided else None, several=False)
 
 
@@ -341,59 +302,30 @@ def _select_rollups(
 ) -> sa.Select[Any]:
     table = schema.rollups
     vectors = [select_bytes(table, name, engine, None if name in COUNT_PLANES else only) for name in planes]
-    chosen = sa.select(table.c.statistic, table.c.step, *vectors).where(*_within(table), _named)
+    chosen = sa.select(table.c.statistic, table.c.step, *vectors).where(*within(table), _named)
     first, last = (sa.bindparam(name, type_=sa.BigInteger) for name in ("first", "last"))
     ends: list[sa.ColumnElement[Any]] = [first.label("begin"), (last + 1).label("end")]
     ordered = chosen.order_by(table.c.statistic, table.c.step)
     return select_vectors(ordered, engine, divided=sa.select(*ends) if divided else None, several=several)
 
 
-@lru_cache(64)
-def _counting(table: sa.Table, levels: Sequence[int]) -> sa.Select[Any]:
-    """Return the statement that counts the buckets of several levels at once, a column for each level."""
-
-    def counted(level: int) -> sa.ScalarSelect[int]:
-        mine = _within(table, sa.literal_column(str(level), sa.SmallInteger))
-        few = sa.select(table.c.step).where(*mine).limit(sa.bindparam("most")).subquery()
-        return sa.select(sa.func.count()).select_from(few).scalar_subquery()
-
-    columns: list[sa.ColumnElement[Any]] = [counted(level).label(f"level_{level}") for level in levels]
-    return sa.select(*columns)
-
-
-@cache
-def _last_bucket(table: sa.Table) -> sa.Select[Any]:
-    return sa.select(table.c.last_step).where(*_of_level(table)).order_by(table.c.step.desc()).limit(1)
-
-
-@cache
-def _neighbours(table: sa.Table) -> tuple[sa.Select[Any], sa.Select[Any], sa.Select[Any]]:
-    """Return statements for the last bucket that begins up to a step, the first of all, and the first after it."""
-    at: sa.BindParameter[int] = sa.bindparam("at")
-    return (
-        sa.select(sa.func.max(table.c.step)).where(*_of_level(table), table.c.step <= at),
-        sa.select(sa.func.min(table.c.step)).where(*_of_level(table)),
-        sa.select(sa.func.min(table.c.step)).where(*_of_level(table), table.c.step > at),
-    )
-
-
 _select_spans = (
     sa.select(*schema.samples.c["step", "last_step"])
-    .where(*_within(schema.samples), schema.samples.c.level > sa.literal_column("0"))  # as SQLite's index says it
+    .where(*within(schema.samples), schema.samples.c.level > sa.literal_column("0"))  # as SQLite's index says it
     .order_by(schema.samples.c.step)
 )
 _select_scalars = (
     sa.select(*schema.scalars.c["step", "last_step", *PLANES])
-    .where(*_within(schema.scalars))
+    .where(*within(schema.scalars))
     .order_by(schema.scalars.c.step)
 )
-_touch_rollups = sa.select(sa.func.max(schema.rollups.c.nonfinite)).where(*_within(schema.rollups), _named)
+_touch_rollups = sa.select(sa.func.max(schema.rollups.c.nonfinite)).where(*within(schema.rollups), _named)
 """Reads the last column, and thereby all columns before it."""
 _insert_spans = sa.insert(schema.samples)
 _insert_rollups = sa.insert(schema.rollups)
 _insert_scalars = sa.insert(schema.scalars)
-_delete_spans = sa.delete(schema.samples).where(*_within(schema.samples))
+_delete_spans = sa.delete(schema.samples).where(*within(schema.samples))
 _delete_rollups = sa.delete(schema.rollups).where(
-    *_within(schema.rollups), schema.rollups.c.statistic.in_(STATISTIC_NAMES)
+    *within(schema.rollups), schema.rollups.c.statistic.in_(STATISTIC_NAMES)
 )
-_delete_scalars = sa.delete(schema.scalars).where(*_within(schema.scalars))
+_delete_scalars = sa.delete(schema.scalars).where(*within(schema.scalars))

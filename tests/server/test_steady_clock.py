@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gradwatch import wire
-from gradwatch_server.clock import Clock
+from gradwatch_server.steady_clock import SteadyClock
 from tests.processes import GradwatchServer, WebhookReceiver, sample
 from tests.server.hook import configuration, settled
 
@@ -20,7 +20,7 @@ class _Machine:
     def __init__(self) -> None:
         self.passed = 0.0
         self.ahead = 0.0
-        self.clock = Clock(lambda: 1_000_000.0 + self.passed + self.ahead, lambda: self.passed)
+        self.clock = SteadyClock(lambda: 1_000_000.0 + self.passed + self.ahead, lambda: self.passed)
 
     def seconds(self, passed: float) -> float:
         """Let time pass; return how much of it the clock shows."""
@@ -62,7 +62,7 @@ def test_it_follows_the_clock_of_a_database_and_no_other() -> None:
 
 @pytest.mark.parametrize(("latest", "started"), [(500.0, 2_000.0), (5_000.0, 5_000.0), (2_000.0 + 25 * HOUR, 2_000.0)])
 def test_a_server_that_starts_goes_on_where_the_last_one_was(latest: float, started: float) -> None:
-    clock = Clock(lambda: 2_000.0, lambda: 0.0)
+    clock = SteadyClock(lambda: 2_000.0, lambda: 0.0)
     clock.start(2_000.0, latest)
     assert clock.now() == started
 

@@ -17,7 +17,7 @@ _MOST_AHEAD_SECONDS = 86_400.0
 """A stored time further ahead than this was written by a clock that was wrong: nothing goes on from there."""
 
 
-class Clock:
+class SteadyClock:
     """A clock that all parts of a process share."""
 
     def __init__(
@@ -53,5 +53,5 @@ class Clock:
             self._at = self._monotonic()
 
 
-_clock = Clock()
+_clock = SteadyClock()
 now, follow, start = _clock.now, _clock.follow, _clock.start

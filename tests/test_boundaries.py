@@ -50,7 +50,7 @@ SERVER_LAYERS = (
     ("notify",),
     ("store",),
     ("diagnosis",),
-    ("steady_clock", "errors", "plain_text"),
+    ("errors", "plain_text"),
 )
 ONE_FILE_A_THING = ("rules", "receivers", "versions", "integrations")
 

@@ -8,7 +8,7 @@ the device.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ def copy_and_check(scalar: Tensor) -> tuple[Scalar, bool]:
     """
     if type(scalar) is Tensor and scalar.is_cpu and scalar.dim() == 0 and scalar.is_floating_point():
         try:
-            number: float = scalar.tolist()  # no operator of torch runs
+            number = float(cast("Any", scalar.tolist()))  # no operator of torch runs
         except RuntimeError:  # within a transform it holds no number
             return copy_scalar(scalar), True
         return number, math.isfinite(number)

@@ -161,6 +161,15 @@ def test_an_expert_that_is_never_chosen_gets_a_warning_late() -> None:
     assert [blame.name for blame in found[-1]["dead"].parameters] == ["experts.0.weight"]
 
 
+def test_experts_before_all_that_lives_are_not_cut_off() -> None:
+    """An expert that was trained and is not chosen for a while may be the first layer of the model."""
+    experts = [Parameter(f"experts.{index}.weight", [32, 32], units=32) for index in range(6)]
+    watch = Watch([*experts, Parameter("head.weight", [32, 32], units=32)])
+    watch.learn(50)
+    for index in range(40):
+        assert not watch.tick([MISSING, *[ALIVE] * 6], loss=0.5 * 0.99**index)
+
+
 def test_those_that_take_turns_go_by_the_rhythm_of_their_peers() -> None:
     watch = Watch(_mixture("branches"))
     for index in range(60):

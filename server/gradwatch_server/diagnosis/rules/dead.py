@@ -92,11 +92,12 @@ def _search(observation: Observation, limits: DeadLimits) -> _Dead | None:
     patience = limits.patience * rhythm
     rested = _has_rested(observation, limits)
     ever = extended(observation.history.ever, len(parameters.names), False)
-    cut = candidates & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present
+    together = candidates & ~any_in_set(parameters.experts, profile.alive)  # a single expert may wait for its turn
+    cut = together & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present
     if cut.any():
         cut &= _cut_off(observation)
         cut &= ever | rested | _behind_dead_units(observation)
-    front = candidates & (quiet >= np.maximum(limits.branch_samples, patience))
+    front = together & (quiet >= np.maximum(limits.branch_samples, patience))
     front &= ever & (parameters.depth < _first_living_depth(observation))
     dead = cut | front | (candidates & rested & (quiet >= np.maximum(limits.branch_samples, patience)))
     # 3. Find hidden layers with hardly a unit left.

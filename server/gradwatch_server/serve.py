@@ -22,7 +22,6 @@ import sqlalchemy as sa
 import uvicorn
 
 from gradwatch.settings import secret
-from gradwatch_server import logs
 from gradwatch_server.api.connections import ConnectionTable, raise_file_limit
 from gradwatch_server.app import create_app
 from gradwatch_server.errors import ConfigurationError, GradwatchError
@@ -33,6 +32,7 @@ from gradwatch_server.services import Services
 from gradwatch_server.settings import DATABASE_URL_HELP, Configuration, Settings, resolve_database_url
 from gradwatch_server.store.database import open_engine, prepare, shown_address
 from gradwatch_server.store.tokens import count_tokens
+from gradwatch_server.telemetry import logs
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
 from gradwatch import wire
-from gradwatch_server.logs import LogFormatter
+from gradwatch_server.telemetry.logs import LogFormatter
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, environment, free_port, sample
 
 LINK = "[Reset password](https://evil.example)"

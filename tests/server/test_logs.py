@@ -8,9 +8,9 @@ import pytest
 import sqlalchemy as sa
 
 from gradwatch import wire
-from gradwatch_server import logs
-from gradwatch_server.logs import RepetitionFilter
 from gradwatch_server.store.database import migrate, open_engine
+from gradwatch_server.telemetry import logs
+from gradwatch_server.telemetry.logs import RepetitionFilter
 from tests.postgres import started_server
 from tests.processes import GradwatchServer, sample, wait_for
 

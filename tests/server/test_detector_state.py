@@ -53,7 +53,8 @@ def _story(seed: int) -> list[wire.Registration | wire.Batch]:
                 loss = judge(here, gradients)
                 losses.append(loss)
                 if here % every == 0:
-                    plain = sample(here, *gradients, weight_norm=3.0 + 0.001 * here, loss=loss)
+                    weight = (3.0 + 0.001 * here) * (10.0 if loss > 10.0 else 1.0)  # an explosion moves the weights
+                    plain = sample(here, *gradients, weight_norm=weight, loss=loss)
                     shares = np.full(len(gradients), clipped, np.float32)
                     statistics = {**plain.statistics, "clipped_unit_share": shares}
                     samples.append(msgspec.structs.replace(plain, statistics=statistics))
@@ -157,7 +158,10 @@ def test_a_new_attempt_is_compared_with_what_was_usual_before(engine: sa.Engine,
 
     def batch(attempt: int, steps: range, size: float, loss: float) -> wire.Batch:
         gradients = [size * np.exp(0.05 * random.standard_normal(len(LAYERS))) for _ in steps]
-        samples = [sample(step, *each, weight_norm=1e3, loss=loss) for step, each in zip(steps, gradients, strict=True)]
+        weight = 1e3 * size  # an explosion moves the weights
+        samples = [
+            sample(step, *each, weight_norm=weight, loss=loss) for step, each in zip(steps, gradients, strict=True)
+        ]
         return wire.Batch(id=str(attempt), attempt=attempt, samples=samples)
 
     story: list[tuple[bool, wire.Registration | wire.Batch]] = [

@@ -6,7 +6,9 @@ patched function meanwhile, the patch stays in place and only calls the original
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, MutableMapping, ValuesView
+from collections.abc import Callable, Iterator, MutableMapping
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -118,11 +120,8 @@ class _Hooks(MutableMapping[int, Function]):
 
     def __init__(self, known: MutableMapping[int, Function], added: Function) -> None:
         self._known = known
-        self._added = added
-
-    def values(self) -> ValuesView[Function]:
-        """Return all hooks as they are now; whoever changes them meanwhile disturbs nobody."""
-        return (*self._known.values(), self._added)  # type: ignore[return-value]
+        # No function of ours: each step of an optimizer asks for the hooks twice.
+        self.values = partial(chain, known.values(), (added,))  # type: ignore[assignment, method-assign]
 
     def __getitem__(self, key: int) -> Function:
         return self._known[key]

@@ -44,8 +44,8 @@ class Listener(Protocol):
     def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
         """Tensors, the losses among them, are about to be differentiated; ``after_backward`` gets what this returns."""
 
-    def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
-        """A backward pass is over; where it failed, ``before`` is None."""
+    def after_backward(self, losses: Sequence[Tensor], before: object, retained: bool) -> None:
+        """A backward pass is over, whose graph may be retained; where it failed, ``before`` is None."""
 
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """A loss scaler has multiplied ``original``."""
@@ -225,10 +225,13 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
             return aside(tensors, grad_tensors, *args, **kwargs)
         if isinstance(tensors, Tensor):
             several = [tensors]
-            losses = several if grad_tensors is None and tensors.numel() == 1 else []
+            losses = several if tensors.numel() == 1 else []
         else:
             tensors, several = _listed(tensors)
-            losses = [tensor for tensor in several if tensor.numel() == 1] if grad_tensors is None else []
+            losses = [tensor for tensor in several if tensor.numel() == 1]
+        if grad_tensors is not None:
+            grad_tensors, given = _listed(grad_tensors)
+            losses = _weighted(several, given)
         listening, noted = _listeners, []
         for listener in listening:
             noted.append(listener.before_backward(several, losses))  # noqa: PERF401 -- a comprehension is a call
@@ -236,17 +239,32 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
             result = original(tensors, grad_tensors, *args, **kwargs)
         except BaseException:
             for listener in listening:
-                listener.after_backward(losses, None)
+                listener.after_backward(losses, None, retained=False)
             raise
+        retained = bool(args[0] if args else kwargs.get("retain_graph")) or bool(kwargs.get("create_graph"))
         for listener, before in zip(listening, noted, strict=True):
-            listener.after_backward(losses, before)
+            listener.after_backward(losses, before, retained)
         return result
 
     return backward
 
 
+def _weighted(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Return the losses among tensors that are differentiated with gradients of their own: each times its gradient."""
+    if len(tensors) != len(gradients):
+        return []  # some have none: which ones does not show
+    pairs = zip(tensors, gradients, strict=True)
+    try:
+        with torch.enable_grad():  # the graph tells whether the loss was scaled, and whose it is
+            return [tensor * given.detach() for tensor, given in pairs if tensor.numel() == given.numel() == 1]
+    except RuntimeError:  # the pass itself will say what is wrong with them
+        return []
+
+
 def _listed(tensors: Iterable[Any]) -> tuple[Iterable[Any], list[Tensor]]:
     """Return the argument as something that can be iterated over again, and the tensors in it."""
+    if isinstance(tensors, Tensor):
+        return tensors, [tensors]
     if isinstance(tensors, Iterator):
         tensors = tuple(tensors)
     return tensors, [tensor for tensor in tensors if isinstance(tensor, Tensor)]

@@ -21,6 +21,7 @@ from gradwatch.monitor.other_threads import OtherThreads
 from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar, is_finite
 from gradwatch.ranks.exchange import is_partial
 from gradwatch.recording.gradient_versions import GradientVersions, Version
+from gradwatch.recording.loss_origin import LossOrigin
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.restored_steps import steps_made
 from gradwatch.samples.collector import Message
@@ -56,6 +57,7 @@ class TrainingListener:
         self._notices = parts.notices
         self._origin = parts.origin
         self._versions = GradientVersions(self._parameters)
+        self._loss_origin = LossOrigin(self._parameters, parts.steps)
         self._actions = StepActions(parts.models, parts.optimizers, parts.scaling, parts.recorder)
         self._others = OtherThreads(parts.steps, parts.models.parameters)
 
@@ -147,6 +149,9 @@ class TrainingListener:
             return None
         for key in self._optimizers.take_gone() if self._optimizers.gone else ():
             self._steps.optimizer_gone(key)
+        if self._loss_origin.aside:
+            self._loss_origin.before_step(known.parameters.index_set)
+        self._loss_origin.mark = self._versions.mark = None
         around = None if outer is None else self._optimizers.known(outer)
         event = functools.partial(
             self._steps.step_began,
@@ -273,12 +278,14 @@ class TrainingListener:
         if state.losses or state.clips or state.value_clipped or state.open is not None:
             if state.noted:
                 self._forget_thrown_away()
+            if state.losses:
+                self._loss_origin.before_pass()
             also = state.clipped
         self._steps.backward_began(thread, losses)
         return self._versions.before(also), tensors
 
     @guarded
-    def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
+    def after_backward(self, losses: Sequence[Tensor], before: object, retained: bool) -> None:
         """Tell the step core which gradients a backward pass has changed; none if the pass failed."""
         if not self.guard.watching:
             return
@@ -288,6 +295,12 @@ class TrainingListener:
             versions, tensors = cast("tuple[dict[int, Version], Sequence[Tensor]]", before)
             if thread == self._steps.state.thread or self._others.trains_here(tensors):
                 changed = self._versions.changed(versions, losses)
+        if changed is not None:
+            origin = self._loss_origin
+            origin.mark, origin.retained = self._versions.mark, retained
+            origin.elsewhere = not changed and not self._parameters.any_has_gradient(
+                range(len(self._parameters.watched))
+            )
         unstepped = self._steps.backward_ended(thread, losses, changed)
         if self._steps.state.dropped:
             self._take_back_buffers()
@@ -369,13 +382,15 @@ class TrainingListener:
         everything = frozenset(range(len(self._parameters.watched)))
         trained = self._optimizers.trained_indices if self._steps.expected.known else everything
         if not self._parameters.any_has_gradient(trained - state.cleared):
-            self._steps.losses_dropped()
+            self._loss_origin.losses_dropped()
 
     def _forget_thrown_away(self) -> None:
         """Drop what waits for a step if no gradient is left: no hook shows that gradients were set to None."""
+        if self._loss_origin.elsewhere:
+            return
         everything = range(len(self._parameters.watched))
         if not (self._parameters.any_has_gradient(everything) or self._parameters.any_has_unreduced_gradient):
-            self._steps.losses_dropped()
+            self._loss_origin.losses_dropped()
             self._steps.gradients_changed(frozenset(everything))
             self._take_back_buffers()
 

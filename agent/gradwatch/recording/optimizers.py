@@ -299,13 +299,15 @@ class WatchedOptimizers:
     def are_unscaled(self, parameters: OptimizerParameters, scaler: Any) -> bool:
         """Return whether a loss scaler has unscaled the gradients of an optimizer that steps one of ``parameters``."""
         states = getattr(scaler, "_per_optimizer_states", {})
-        for known in self._alive():
+        unscaled = {key for key, state in states.items() if state["stage"].name != "READY"}
+        for known in self._alive() if unscaled else ():
             optimizer = known.reference()
-            if known.parameters.index_set.isdisjoint(parameters.index_set) or id(optimizer) not in states:
+            if optimizer is None or id(optimizer) not in unscaled:
                 continue
-            if states[id(optimizer)]["stage"].name != "READY":
+            unscaled.remove(id(optimizer))
+            if not (known.parameters.index_set or self._watched_of(optimizer)).isdisjoint(parameters.index_set):
                 return True
-        return False
+        return bool(unscaled)  # one that was not met yet: this is its first step
 
 
 def _tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:

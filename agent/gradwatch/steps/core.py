@@ -179,6 +179,10 @@ class StepCore:
         """No gradient is left of the losses that wait for a step."""
         self.state.drop_losses()
 
+    def losses_replaced(self, numbers: list[Number], finite: bool) -> None:
+        """The gradients that are there come from other losses than those that wait."""
+        self.state.losses, self.state.losses_finite = numbers, finite
+
     # Clipping
 
     @property

@@ -34,7 +34,7 @@ def given_a_gradient(task: Task) -> float | None:
     loss, other = task.loss(), task.loss()
     loss.backward(torch.ones_like(loss))
     torch.autograd.backward([other], [torch.tensor(-0.5)])
-    return loss.item() - 0.5 * other.item()
+    return float(loss.item() - 0.5 * other.item())
 
 
 def one_task_after_the_other(task: Task) -> float | None:
@@ -48,7 +48,7 @@ def one_task_after_the_other(task: Task) -> float | None:
         parts.append([parameter.grad.clone() for parameter in task.parameters if parameter.grad is not None])
     for parameter, *several in zip(task.parameters, *parts, strict=True):
         parameter.grad = torch.stack(several).sum(0)
-    return sum(loss.item() for loss in losses)
+    return float(sum(loss.item() for loss in losses))
 
 
 def moved_elsewhere(task: Task) -> float | None:

@@ -16,6 +16,8 @@ from gradwatch.delivery.processor_time import ProcessorTime, samples_share
 from gradwatch.delivery.splitting import count_values, split_batch
 from gradwatch.delivery.spool import Entry
 
+_LEAST_SECONDS: Final = 1.0
+"""Least time that a request is given: what is left of closing's own time may be too little for any answer."""
 CLOSING_PAUSE_SECONDS: Final = 0.2
 """Shortest pause between attempts while the agent is being closed."""
 FIRST_PAUSE_SECONDS: Final = 0.25
@@ -194,7 +196,7 @@ class Sender:
     def join(self) -> None:
         """Wait until the thread has stopped, hardly longer than the deadline of ``end``."""
         assert self._deadline is not None
-        self._thread.join(max(self._deadline - time.monotonic(), 0.0) + 0.2)
+        self._thread.join(max(self._deadline - time.monotonic(), 0.0) + _LEAST_SECONDS + 0.2)
 
     def deliver(self, deadline: float | None = None) -> bool:
         """Deliver the queue on the calling thread, without pauses; return whether it is empty.
@@ -206,7 +208,7 @@ class Sender:
             left = self._timeout_seconds if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 return False
-            if not self._deliver_entry(entry, min(left, self._timeout_seconds)).is_final:
+            if not self._deliver_entry(entry, self._patience(left)).is_final:
                 return False
         return True
 
@@ -230,7 +232,7 @@ class Sender:
         if entry is None:
             return self._deadline is None and self._wait_for_entry()
         self.time.book()
-        result = self._deliver_entry(entry, min(left, self._timeout_seconds))
+        result = self._deliver_entry(entry, self._patience(left))
         if result.is_final:
             self.time.book_samples("send", entry.samples, samples_share(entry.samples, len(entry.body)))
             self._failed_attempts = 0
@@ -257,6 +259,10 @@ class Sender:
             return False
         time.sleep(min(max(asked, CLOSING_PAUSE_SECONDS), left))  # a server that is being restarted comes back
         return True
+
+    def _patience(self, left_seconds: float) -> float:
+        """Return how long a request may take: what is left, but no less than a busy server needs for the last one."""
+        return min(max(left_seconds, _LEAST_SECONDS), self._timeout_seconds)
 
     def _deliver_entry(self, entry: Entry, timeout_seconds: float) -> DeliveryResult:
         """Send one document and do what the result asks for, except the pause."""

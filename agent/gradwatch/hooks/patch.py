@@ -16,8 +16,8 @@ import torch
 
 _log = logging.getLogger("gradwatch")
 
-compiler: Callable[[], object] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)  # noqa: SLF001
-"""Returns None where no compiler looks at the frames that are run; torch before 2.6 does not tell."""
+compiler: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # noqa: SLF001
+"""Returns None where no compiler looks at the frames that are run."""
 
 Function = Callable[..., Any]
 Make = Callable[[Function, list[bool], Function], Function]

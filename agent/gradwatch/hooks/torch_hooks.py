@@ -132,11 +132,8 @@ def _set_hooks() -> None:
     _apply(Patch(Optimizer, "zero_grad", _zero_grad))
     _apply(Patch(nn.Module, "zero_grad", _zero_grad))
     _apply(inside_no_grad(clip_grad.clip_grad_value_, around(_clip_by_value)))
-    if hasattr(clip_grad, "_clip_grads_with_norm_"):
-        _apply(inside_no_grad(clip_grad.clip_grad_norm_, _note_norm_type))
-        _apply(inside_no_grad(clip_grad._clip_grads_with_norm_, _clip_by_norm))
-    else:
-        _apply(inside_no_grad(clip_grad.clip_grad_norm_, around(_measure_and_clip_by_norm)))
+    _apply(inside_no_grad(clip_grad.clip_grad_norm_, _note_norm_type))
+    _apply(inside_no_grad(clip_grad._clip_grads_with_norm_, _clip_by_norm))
 
 
 def _apply(patch: Patch | AddedHook) -> None:
@@ -356,22 +353,6 @@ def _clip_by_norm(original: Function, active: list[bool], aside: Function) -> Fu
         return result
 
     return clip_grads_with_norm_
-
-
-def _measure_and_clip_by_norm(
-    original: Callable[..., Any],
-    parameters: Any,
-    max_norm: float | Tensor,
-    norm_type: float = 2.0,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Clip, then tell the listeners: torch before 2.6 measures and clips in one function."""
-    several = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    total_norm = original(several, max_norm, norm_type, *args, **kwargs)
-    for listener in _listeners:
-        listener.before_norm_clip(several, total_norm, max_norm, float(norm_type))
-    return total_norm
 
 
 def _clip_by_value(original: Callable[..., Any], parameters: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -34,9 +34,7 @@ def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] 
     inner = []
     for optimizer in several:
         # Accelerate and Lightning hand out wrappers; the optimizer inside is the one that steps.
-        while isinstance(
-            wrapped := getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None), Optimizer
-        ):
+        while (wrapped := _wrapped(optimizer)) is not None:
             optimizer = wrapped
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -44,6 +42,14 @@ def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] 
             )
         inner.append(optimizer)
     return inner
+
+
+def _wrapped(optimizer: Any) -> Optimizer | None:
+    """Return the optimizer that a wrapper holds, and steps; None of an optimizer itself."""
+    # SAM and Lookahead are optimizers that step themselves, and hold another one under these names, too.
+    others = () if isinstance(optimizer, Optimizer) else ("base", "base_optimizer")
+    held = (getattr(optimizer, name, None) for name in ("optimizer", "_optimizer", *others))
+    return next((one for one in held if isinstance(one, Optimizer)), None)
 
 
 class KnownOptimizer:

@@ -351,6 +351,9 @@ class Sender:
         while self._deadline is None and (left := until - time.monotonic()) > 0:
             self._wake.wait(min(left, 1.0))
             self._wake.clear()
+        asked = until - time.monotonic() if result.retry_after_seconds is not None else 0.0
+        if self._deadline is not None and 0 < asked < self._deadline - time.monotonic():
+            time.sleep(asked)  # what the server asks for holds while closing, too
 
     def _warn_once(self, kind: str, text: str) -> None:
         if kind not in self._warned:

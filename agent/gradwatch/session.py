@@ -29,7 +29,7 @@ from gradwatch.norms.transfer import Scalar, copy_scalar
 from gradwatch.ranks.exchange import exchange_for
 from gradwatch.samples.collector import Collector
 from gradwatch.samples.loggers import LoggerName, open_logger
-from gradwatch.settings import RUN_ID, Settings
+from gradwatch.settings import RUN_ID, RUN_TAKEN, Settings
 from gradwatch.steps.event_log import write_events
 from gradwatch.steps.schedule import OverheadAccount, SamplingSchedule
 from gradwatch.steps.state import StepRecord
@@ -131,6 +131,8 @@ class Session:
         except BaseException:
             self.monitor.stop()  # no hook and no reference stays behind
             raise
+        if resumed and settings.run == os.environ.get("GRADWATCH_RUN"):
+            os.environ[RUN_TAKEN] = f"{settings.run} {os.getpid()}"  # a child that trains has a run of its own
         _running = (*_running, self)
         shutdown.close_at_exit(running_sessions)
 

@@ -18,6 +18,9 @@ LONGEST_NAME: Final = 512
 RUN_ID: Final = re.compile(r"run-[0-9a-f]{16}")
 """The form of a run's id. ``run=`` in this form resumes that run as a new attempt; anything else is a name."""
 
+RUN_TAKEN: Final = "GRADWATCH_RUN_TAKEN"
+"""Variable that tells child processes which run their parent has taken over, and its process id."""
+
 _T = TypeVar("_T")
 
 
@@ -101,13 +104,22 @@ def resolve(
         url=_stripped(url or given.get("GRADWATCH_URL") or DEFAULT_URL, "/"),
         token=_stripped(token or secret(given, "GRADWATCH_TOKEN")),
         project=project or given.get("GRADWATCH_PROJECT") or "default",
-        run=run or given.get("GRADWATCH_RUN") or None,
+        run=run or _given_run(given),
         every_steps=_steps(given.get("GRADWATCH_EVERY")) if every is None else _whole("every", every),
         overhead_budget_ratio=overhead_budget,
         step=None if step is None else _whole("step", step),
         spool_directory=spool_directory(given),
         step_log=Path(given["GRADWATCH_STEP_LOG"]).absolute() if given.get("GRADWATCH_STEP_LOG") else None,
     )
+
+
+def _given_run(given: Mapping[str, str]) -> str | None:
+    """Return the run that the environment names; an id belongs to the process that took it, not to its children."""
+    run = given.get("GRADWATCH_RUN") or None
+    taken = given.get(RUN_TAKEN)
+    if run is not None and RUN_ID.fullmatch(run) and taken not in (None, f"{run} {os.getpid()}"):
+        return None
+    return run
 
 
 def secret(environment: Mapping[str, str], name: str) -> str | None:

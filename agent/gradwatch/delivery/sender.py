@@ -14,9 +14,11 @@ import urllib3
 from gradwatch import __version__, wire
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.processor_time import ProcessorTime, samples_share
-from gradwatch.delivery.splitting import count_values, split_batch
+from gradwatch.delivery.splitting import dropped_with, split_entry
 from gradwatch.delivery.spool import Entry
 
+_LEAST_SECONDS: Final = 1.0
+"""Least time that a request is given: what is left of closing's own time may be too little for any answer."""
 CLOSING_PAUSE_SECONDS: Final = 0.2
 """Shortest pause between attempts while the agent is being closed."""
 UNREACHED_SECONDS: Final = 0.5
@@ -207,7 +209,7 @@ class Sender:
     def join(self) -> None:
         """Wait until the thread has stopped, hardly longer than the deadline of ``end``."""
         assert self._deadline is not None
-        self._thread.join(max(self._deadline - time.monotonic(), 0.0) + 0.2)
+        self._thread.join(max(self._deadline - time.monotonic(), 0.0) + _LEAST_SECONDS + 0.2)
 
     def deliver(self, deadline: float | None = None) -> bool:
         """Deliver the queue on the calling thread, without pauses; return whether it is empty.
@@ -219,7 +221,7 @@ class Sender:
             left = self._timeout_seconds if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 return False
-            if not self._deliver_entry(entry, min(left, self._timeout_seconds)).is_final:
+            if not self._deliver_entry(entry, self._patience(left)).is_final:
                 return False
         return True
 
@@ -243,7 +245,7 @@ class Sender:
         if entry is None:
             return self._deadline is None and self._wait_for_entry()
         self.time.book()
-        result = self._deliver_entry(entry, min(left, self._timeout_seconds))
+        result = self._deliver_entry(entry, self._patience(left))
         if result.is_final:
             self.time.book_samples("send", entry.samples, samples_share(entry.samples, len(entry.body)))
             self._failed_attempts = 0
@@ -271,6 +273,10 @@ class Sender:
             return False
         time.sleep(min(max(asked, CLOSING_PAUSE_SECONDS), left))  # a server that is being restarted comes back
         return True
+
+    def _patience(self, left_seconds: float) -> float:
+        """Return how long a request may take: what is left, but no less than a busy server needs for the last one."""
+        return min(max(left_seconds, _LEAST_SECONDS), self._timeout_seconds)
 
     def _deliver_entry(self, entry: Entry, timeout_seconds: float) -> DeliveryResult:
         """Send one document and do what the result asks for, except the pause."""
@@ -309,11 +315,11 @@ class Sender:
                 continue
             if result.outcome != "rejected":
                 return DeliveryResult("retry", result.reason, result.retry_after_seconds)
-            halves = _split(piece) if result.divisible and posts < MOST_PIECES else []
+            halves = split_entry(piece) if result.divisible and posts < MOST_PIECES else []
             waiting += reversed(halves)
             if not halves:
                 reason = result.reason
-                dropped.add(_dropped_with(piece))
+                dropped.add(dropped_with(piece))
         return self._count_rejected(entry, dropped, reason)
 
     def _count_rejected(self, entry: Entry, dropped: Dropped, reason: str) -> DeliveryResult:
@@ -360,30 +366,14 @@ class Sender:
         while self._deadline is None and (left := until - time.monotonic()) > 0:
             self._wake.wait(min(left, 1.0))
             self._wake.clear()
+        asked = until - time.monotonic() if result.retry_after_seconds is not None else 0.0
+        if self._deadline is not None and 0 < asked < self._deadline - time.monotonic():
+            time.sleep(asked)  # what the server asks for holds while closing, too
 
     def _warn_once(self, kind: str, text: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             self._warn(text)
-
-
-def _split(piece: Entry) -> list[Entry]:
-    """Return the two halves of a batch, the earlier one first; nothing if it cannot be split."""
-    batch = _batch(piece)
-    halves = None if batch is None else split_batch(batch)
-    return [piece._replace(samples=len(half.samples), body=wire.encode(half)) for half in halves or ()]
-
-
-def _dropped_with(piece: Entry) -> Dropped:
-    batch = _batch(piece)
-    return Dropped(samples=piece.samples, bytes=len(piece.body), values=0 if batch is None else count_values(batch))
-
-
-def _batch(entry: Entry) -> wire.Batch | None:
-    try:
-        return wire.read_back(entry.body) if entry.kind == "batch" else None
-    except wire.WireError:
-        return None
 
 
 def _json_object(body: bytes) -> dict[str, Any] | None:

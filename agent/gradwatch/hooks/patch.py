@@ -5,14 +5,19 @@ patched function meanwhile, the patch stays in place and only calls the original
 """
 
 import functools
+import logging
 import sys
-from collections.abc import Callable, Iterator, MutableMapping, ValuesView
+from collections.abc import Callable, Iterator, MutableMapping
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 
-compiler: Callable[[], object] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)  # noqa: SLF001
-"""Returns None where no compiler looks at the frames that are run; torch before 2.6 does not tell."""
+_log = logging.getLogger("gradwatch")
+
+compiler: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # noqa: SLF001
+"""Returns None where no compiler looks at the frames that are run."""
 
 Function = Callable[..., Any]
 Make = Callable[[Function, list[bool], Function], Function]
@@ -30,15 +35,28 @@ def _is_one_graph() -> bool:
         return False
 
 
+@functools.cache
+def _tell_unheard() -> None:
+    _log.warning("gradwatch: clipping that is compiled is not heard: grad_norm is the norm of what it leaves")
+
+
+def _told_unheard() -> bool:
+    """Tell the user, once, that calls of a compiled function are not heard; called while it is traced."""
+    _tell_unheard()
+    return True
+
+
 # What ``torch.compiler.assume_constant_result`` does, without an import of the compiler.
 _is_one_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
+_told_unheard._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 class Patch:
     """A function that is replaced while agents are attached.
 
-    A compiled step is not traced into the replacement: the graph breaks there, or, under ``fullgraph=True``, the
-    original runs alone.
+    A compiled step is not traced into the replacement: the graph breaks there, or, under ``fullgraph=True`` and where
+    ``traced`` says so, the original is compiled alone. A graph that breaks elsewhere than without the agent computes
+    other last bits.
 
     Args:
         owner: the module or class that has the function as an attribute, or the closure cell that holds it.
@@ -46,13 +64,17 @@ class Patch:
         make: makes the replacement.
         beside_compiler: whether ``aside`` keeps the compiler out; False while torch is still being imported, where
             ``aside`` is the original.
+        traced: whether a compiler compiles the original, so that the call is not heard.
     """
 
-    def __init__(self, owner: Any, name: str, make: Make, *, beside_compiler: bool = True) -> None:
+    def __init__(
+        self, owner: Any, name: str, make: Make, *, beside_compiler: bool = True, traced: bool = False
+    ) -> None:
         self.owner = owner
         self.name = name
         self._make = make
         self._beside_compiler = beside_compiler
+        self._traced = traced
         self._original: Any = None
         self._patched: Any = None
         self._active: list[bool] = []
@@ -62,9 +84,12 @@ class Patch:
         """Put the patch in place."""
         original = self._original = getattr(self.owner, self.name)
         self._active = active = [True]
+        traced = self._traced
 
         def aside(*args: Any, **kwargs: Any) -> Any:
-            if not active or (torch.compiler.is_compiling() and _is_one_graph()):
+            if not active or (torch.compiler.is_compiling() and (traced or _is_one_graph())):
+                if active and traced:
+                    _told_unheard()
                 return original(*args, **kwargs)
             return disabled(*args, **kwargs)
 
@@ -118,11 +143,8 @@ class _Hooks(MutableMapping[int, Function]):
 
     def __init__(self, known: MutableMapping[int, Function], added: Function) -> None:
         self._known = known
-        self._added = added
-
-    def values(self) -> ValuesView[Function]:
-        """Return all hooks as they are now; whoever changes them meanwhile disturbs nobody."""
-        return (*self._known.values(), self._added)  # type: ignore[return-value]
+        # No function of ours: each step of an optimizer asks for the hooks twice.
+        self.values = partial(chain, known.values(), (added,))  # type: ignore[assignment, method-assign]
 
     def __getitem__(self, key: int) -> Function:
         return self._known[key]
@@ -165,5 +187,5 @@ def inside_no_grad(function: Any, make: Make) -> Patch:
     """
     for cell in function.__closure__ or ():
         if callable(cell.cell_contents):
-            return Patch(cell, "cell_contents", make)
+            return Patch(cell, "cell_contents", make, traced=True)
     raise LookupError(f"{function.__qualname__} holds no function in its closure: this torch is not known")

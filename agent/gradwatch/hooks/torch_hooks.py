@@ -47,8 +47,8 @@ class Listener(Protocol):
     def before_backward(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> object:
         """Tensors, the losses among them, are about to be differentiated; ``after_backward`` gets what this returns."""
 
-    def after_backward(self, losses: Sequence[Tensor], before: object) -> None:
-        """A backward pass is over; where it failed, ``before`` is None."""
+    def after_backward(self, losses: Sequence[Tensor], before: object, retained: bool) -> None:
+        """A backward pass is over, whose graph may be retained; where it failed, ``before`` is None."""
 
     def scaled(self, scaler: object, original: Tensor, scaled: Tensor) -> None:
         """A loss scaler has multiplied ``original``."""
@@ -138,11 +138,8 @@ def _set_hooks() -> None:
     if fsdp1 is not None:
         _apply(Patch(fsdp1.FullyShardedDataParallel, "clip_grad_norm_", around(_clip_flat)))
     _apply(inside_no_grad(clip_grad.clip_grad_value_, around(_clip_by_value)))
-    if hasattr(clip_grad, "_clip_grads_with_norm_"):
-        _apply(inside_no_grad(clip_grad.clip_grad_norm_, _note_norm_type))
-        _apply(inside_no_grad(clip_grad._clip_grads_with_norm_, _clip_by_norm))
-    else:
-        _apply(inside_no_grad(clip_grad.clip_grad_norm_, around(_measure_and_clip_by_norm)))
+    _apply(inside_no_grad(clip_grad.clip_grad_norm_, _note_norm_type))
+    _apply(inside_no_grad(clip_grad._clip_grads_with_norm_, _clip_by_norm))
 
 
 def _apply(patch: Patch | AddedHook) -> None:
@@ -238,10 +235,14 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
             return aside(tensors, grad_tensors, *args, **kwargs)
         if isinstance(tensors, Tensor):
             several = [tensors]
-            losses = several if grad_tensors is None and tensors.numel() == 1 else []
+            losses = several if tensors.numel() == 1 else []
         else:
             tensors, several = _listed(tensors)
-            losses = _losses_among(several, grad_tensors)
+            losses = [tensor for tensor in several if tensor.numel() == 1]
+        if grad_tensors is not None:
+            if isinstance(grad_tensors, Iterator):
+                grad_tensors = tuple(grad_tensors)
+            losses = _weighted(several, grad_tensors)
         listening, noted = _listeners, []
         for listener in listening:
             noted.append(listener.before_backward(several, losses))  # noqa: PERF401 -- a comprehension is a call
@@ -249,27 +250,39 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
             result = original(tensors, grad_tensors, *args, **kwargs)
         except BaseException:
             for listener in listening:
-                listener.after_backward(losses, None)
+                listener.after_backward(losses, None, retained=False)
             raise
+        retained = bool(args[0] if args else kwargs.get("retain_graph")) or bool(kwargs.get("create_graph"))
         for listener, before in zip(listening, noted, strict=True):
-            listener.after_backward(losses, before)
+            listener.after_backward(losses, before, retained)
         return result
 
     return backward
 
 
-def _losses_among(tensors: Sequence[Tensor], grad_tensors: Any) -> list[Tensor]:
-    """Return the tensors that a backward pass starts from with a gradient of 1: pipelines pass a list of None."""
-    if grad_tensors is None:
-        return [tensor for tensor in tensors if tensor.numel() == 1]
-    if not isinstance(grad_tensors, list | tuple) or len(grad_tensors) != len(tensors):
+def _weighted(tensors: Sequence[Tensor], gradients: Tensor | Iterable[Tensor | None]) -> list[Tensor]:
+    """Return the losses among tensors that are differentiated with gradients of their own: each times its gradient.
+
+    Pipelines give None, which stands for 1.
+    """
+    several = [gradients] if isinstance(gradients, Tensor) else list(gradients)
+    if len(tensors) != len(several):
+        return []  # some have none: which ones does not show
+    try:
+        with torch.enable_grad():  # the graph tells whether the loss was scaled, and whose it is
+            return [
+                tensor if given is None else tensor * given.detach()
+                for tensor, given in zip(tensors, several, strict=True)
+                if tensor.numel() == 1 and (given is None or given.numel() == 1)
+            ]
+    except RuntimeError:  # the pass itself will say what is wrong with them
         return []
-    pairs = zip(tensors, grad_tensors, strict=True)
-    return [tensor for tensor, gradient in pairs if gradient is None and tensor.numel() == 1]
 
 
 def _listed(tensors: Iterable[Any]) -> tuple[Iterable[Any], list[Tensor]]:
     """Return the argument as something that can be iterated over again, and the tensors in it."""
+    if isinstance(tensors, Tensor):
+        return tensors, [tensors]
     if isinstance(tensors, Iterator):
         tensors = tuple(tensors)
     return tensors, [tensor for tensor in tensors if isinstance(tensor, Tensor)]
@@ -374,22 +387,6 @@ def _clip_by_norm(original: Function, active: list[bool], aside: Function) -> Fu
 
 def _as_list(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
-
-
-def _measure_and_clip_by_norm(
-    original: Callable[..., Any],
-    parameters: Any,
-    max_norm: float | Tensor,
-    norm_type: float = 2.0,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Clip, then tell the listeners: torch before 2.6 measures and clips in one function."""
-    several = _as_list(parameters)
-    total_norm = original(several, max_norm, norm_type, *args, **kwargs)
-    for listener in _listeners:
-        listener.before_norm_clip(several, total_norm, max_norm, float(norm_type))
-    return total_norm
 
 
 def _clip_by_value(original: Callable[..., Any], parameters: Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError:  # the older package has the same classes, and a Trainer takes its own alone
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[no-redef,assignment,unused-ignore]
 
 from gradwatch.agent import Agent, attach
 from gradwatch.recording.restored_steps import steps_made

@@ -6,16 +6,20 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Final
 
 import torch
+
+_RANKS: Final = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+"""Variables in which torchrun and schedulers tell the rank, before there is a process group."""
 
 
 def rank() -> int:
     """Return the rank of this process; only rank 0 reports, since in data parallel training all gradients are equal."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isdigit() else 0
+    given = (os.environ.get(name, "") for name in _RANKS)
+    return next((int(rank) for rank in given if rank.isdigit()), 0)
 
 
 def default_run_name() -> str:
@@ -26,8 +30,10 @@ def default_run_name() -> str:
 def _script_name(argument: str) -> str:
     """Return the script's name without its folder and suffix, or the package of ``python -m package``."""
     path = Path(argument)
-    if argument in ("", "-c", "-m"):
+    if argument in ("", "-", "-c", "-m"):
         return "python"
+    if path.stem in ("ipykernel_launcher", "colab_kernel_launcher"):
+        return Path(os.environ.get("JPY_SESSION_NAME", "")).stem or "notebook"
     return path.parent.name if path.stem == "__main__" else path.stem
 
 

@@ -16,6 +16,10 @@ CLOSING_SECONDS: Final = 10.0
 _background: Final[list[threading.Thread]] = []
 """Threads that finish runs after which other trainings followed in this process."""
 
+_earlier_errors: Final[list[int]] = []
+"""Id of the last uncaught exception when an agent attached: a slip in an earlier cell of a notebook, which ends no run.
+The interpreter keeps it alive."""
+
 _child_finalizers: Final[list[Finalize]] = []
 """Closes the agents of a child of ``multiprocessing``, which leaves without running ``atexit``; at most one entry."""
 
@@ -60,6 +64,7 @@ def close_at_exit(running: Callable[[], Iterable[Closable]]) -> None:
     Every new agent calls this again. ``atexit`` runs the latest registration first, so that loggers which the user
     opened before the agent (a run of wandb, for example) are still open when the agent writes to them.
     """
+    _earlier_errors[:] = [id(sys.last_value)] if hasattr(sys, "last_value") else []
     atexit.unregister(close_all)
     atexit.register(close_all, running)
     if multiprocessing.parent_process() is None:
@@ -83,7 +88,7 @@ def close_all(running: Callable[[], Iterable[Closable]], how: tuple[str, int | N
             exception was not caught, and completed otherwise.
     """
     deadline = time.monotonic() + CLOSING_SECONDS
-    if how is None and hasattr(sys, "last_value"):
+    if how is None and hasattr(sys, "last_value") and id(sys.last_value) not in _earlier_errors:
         how = "failed", None
     stopped = []
     for agent in list(running()):

@@ -19,6 +19,8 @@ from gradwatch.settings import LONGEST_NAME
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile, FSDP and activation checkpointing put into names."""
+_ONLY_CHILD = ("module", "_module", "_forward_module")
+"""What wrappers of a whole model call it: data parallelism, Opacus, Fabric, averaged weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,7 @@ def find_parameters(models: Sequence[nn.Module]) -> Iterator[ParameterInfo]:
         prefix = f"{place}." if len(models) > 1 else ""
         by_path: dict[str, nn.Module] = {}
         flat = {id(each.parameter): each for each in flat_parameters(model)}
-        for path, module in without_data_parallel(model).named_modules():
+        for path, module in unwrapped(model).named_modules():
             by_path[path] = module
             for name, registered in module.named_parameters(recurse=False):
                 parameter = sharded_of.get(id(registered), registered)
@@ -184,11 +186,19 @@ def names_and_parameters(infos: Sequence[ParameterInfo]) -> tuple[list[str], lis
     )
 
 
-def without_data_parallel(model: nn.Module) -> nn.Module:
-    """Return the model inside DataParallel and DistributedDataParallel, whose only child is named ``module``."""
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers that hold nothing else: no parameter of their own, and no other child."""
+    while (inside := _only_child(model)) is not None:
+        model = inside
     return model
+
+
+def _only_child(model: nn.Module) -> nn.Module | None:
+    children = dict(model.named_children())
+    name = next(iter(children), "")
+    if len(children) != 1 or name not in _ONLY_CHILD or any(True for _ in model.parameters(recurse=False)):
+        return None
+    return children[name]
 
 
 def is_compiled(model: nn.Module) -> bool:

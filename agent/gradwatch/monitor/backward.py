@@ -12,6 +12,7 @@ from gradwatch.monitor.guard import Guard, guarded
 from gradwatch.monitor.other_threads import OtherThreads
 from gradwatch.norms.transfer import Scalar, copy_and_check, is_finite
 from gradwatch.recording.gradient_versions import GradientVersions, Version
+from gradwatch.recording.loss_origin import LossOrigin
 
 _Before = tuple[dict[int, Version], Sequence[Tensor]]
 
@@ -23,6 +24,7 @@ class BackwardListener:
         parts: the parts of the monitor.
         guard: swallows the errors of the listener.
         versions: tells whether a pass added to a watched gradient.
+        loss_origin: knows which losses the present gradients come from.
         others: tells whether another thread trains from now on.
         put: takes an event for the collector.
     """
@@ -32,6 +34,7 @@ class BackwardListener:
         parts: Parts,
         guard: Guard,
         versions: GradientVersions,
+        loss_origin: LossOrigin,
         others: OtherThreads,
         put: Callable[[wire.Event], None],
     ) -> None:
@@ -45,6 +48,7 @@ class BackwardListener:
         self._notices = parts.notices
         self._origin = parts.origin
         self._versions = versions
+        self._loss_origin = loss_origin
         self._others = others
         self._put = put
         self._read: tuple[Tensor, tuple[Scalar, bool]] | None = None
@@ -76,6 +80,8 @@ class BackwardListener:
         if state.losses or state.clips or state.value_clipped or state.open is not None:
             if state.noted:
                 self._forget_thrown_away()
+            if state.losses:
+                self._loss_origin.before_pass()
             also = state.clipped
         self._steps.backward_began(thread, losses)
         return self._versions.before(also), tensors
@@ -85,7 +91,7 @@ class BackwardListener:
         return read[1] if read is not None and read[0] is loss else copy_and_check(loss)
 
     @guarded
-    def after(self, losses: Sequence[Tensor], before: object) -> None:
+    def after(self, losses: Sequence[Tensor], before: object, retained: bool) -> None:
         """Tell the step core which gradients a backward pass has changed; none if the pass failed."""
         if not self.guard.watching:
             return
@@ -95,6 +101,11 @@ class BackwardListener:
             versions, tensors = cast("_Before", before)
             if thread == self._steps.state.thread or self._others.trains_here(tensors):
                 changed = self._versions.changed(versions, losses)
+        if changed is not None:
+            origin = self._loss_origin
+            origin.mark, origin.retained = self._versions.mark, retained
+            everything = range(len(self._parameters.watched))
+            origin.elsewhere = not changed and not self._parameters.any_has_gradient(everything)
         unstepped = self._steps.backward_ended(thread, losses, changed)
         self._read = None
         if self._steps.state.dropped:
@@ -113,8 +124,10 @@ class BackwardListener:
 
     def _forget_thrown_away(self) -> None:
         """Drop what waits for a step if no gradient is left: no hook shows that gradients were set to None."""
+        if self._loss_origin.elsewhere:
+            return
         everything = range(len(self._parameters.watched))
         if not (self._parameters.any_has_gradient(everything) or self._parameters.any_has_unreduced_gradient):
-            self._steps.losses_dropped()
+            self._loss_origin.losses_dropped()
             self._steps.gradients_changed(frozenset(everything))
             self._recorder.take_back(self._steps.state.dropped)

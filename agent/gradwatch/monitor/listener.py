@@ -22,6 +22,7 @@ from gradwatch.monitor.other_threads import OtherThreads
 from gradwatch.norms.transfer import Scalar, copy_and_check, copy_scalar
 from gradwatch.ranks.holdings import is_partial, ranks_of_norm
 from gradwatch.recording.gradient_versions import GradientVersions
+from gradwatch.recording.loss_origin import LossOrigin
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.restored_steps import steps_made
 from gradwatch.samples.collector import Message
@@ -60,9 +61,12 @@ class TrainingListener:
         self._quiet_step = 0
         """Id of the optimizer that began the last step without a record; 0 once that is over."""
         self._versions = GradientVersions(self._parameters)
+        self._loss_origin = LossOrigin(self._parameters, parts.steps)
         self._actions = StepActions(parts.models, parts.optimizers, parts.scaling, parts.recorder)
         self._others = OtherThreads(parts.steps, parts.models.parameters)
-        backward = BackwardListener(parts, guard, self._versions, self._others, lambda event: self.put(event))
+        backward = BackwardListener(
+            parts, guard, self._versions, self._loss_origin, self._others, lambda event: self.put(event)
+        )
         self.ignores = parts.optimizers.is_stranger
         self.before_backward = backward.before
         self.after_backward = backward.after
@@ -160,7 +164,7 @@ class TrainingListener:
     @guarded
     def _begin_quietly(self, optimizer: Optimizer) -> bool:
         """Begin a step that needs no record; return whether it needs none."""
-        if self._parameters.order_pending or self._origin.is_active or self._optimizers.gone:
+        if self._parameters.order_pending or self._origin.is_active or self._optimizers.gone or self._loss_origin.aside:
             return False
         known = self._optimizers.find(optimizer, exact=self._clips or self._steps.schedule.due)
         if known is None or hasattr(optimizer, "found_inf"):
@@ -168,6 +172,7 @@ class TrainingListener:
         if not self._steps.quiet.began(known.key, known.parameters.index_set, threading.get_ident()):
             return False
         self._quiet_step = id(optimizer)
+        self._loss_origin.mark = self._versions.mark = None
         return True
 
     @guarded
@@ -179,6 +184,9 @@ class TrainingListener:
             return None
         for key in self._optimizers.take_gone() if self._optimizers.gone else ():
             self._steps.optimizer_gone(key)
+        if self._loss_origin.aside:
+            self._loss_origin.before_step(known.parameters.index_set)
+        self._loss_origin.mark = self._versions.mark = None
         around = None if outer is None else self._optimizers.known(outer)
         event = functools.partial(
             self._steps.step_began,
@@ -365,4 +373,4 @@ class TrainingListener:
         everything = frozenset(range(len(self._parameters.watched)))
         trained = self._optimizers.trained_indices if self._steps.expected.known else everything
         if not self._parameters.any_has_gradient(trained - state.cleared):
-            self._steps.losses_dropped()
+            self._loss_origin.losses_dropped()

@@ -11,6 +11,9 @@ Version = tuple[Tensor, int] | None
 """A gradient and its version; None where there is none. The gradient is kept while the pass lasts: once it is gone, its
 identity, and its memory, may be another one's."""
 
+Mark = tuple[int, Tensor, int]
+"""Index of a parameter, its gradient as a backward pass left it, and the version of that."""
+
 _SURE_PASSES: Final = 10
 """Backward passes in a row that a few gradients must have told before only these are looked at."""
 _FEW: Final = 16
@@ -38,6 +41,12 @@ class GradientVersions:
         """Passes in a row that changed one of the few."""
         self.elsewhere = 0
         """Passes that changed none of them and were another model's."""
+        self.mark: Mark | None = None
+        """The smallest gradient that the last pass is known to have changed; kept alive until the step."""
+        self._unchanged = 0
+        """Passes that changed no gradient."""
+        self._moved = False
+        """Whether one of them was this training's: hooks move the gradients elsewhere."""
 
     def before(self, also: Iterable[int]) -> dict[int, Version]:
         """Return the versions of the gradients to check after a pass, by index.
@@ -62,22 +71,39 @@ class GradientVersions:
         """
         watched = self._parameters.watched
         found = []
+        mark: Mark | None = None
         for index, version in before.items():
             parameter = watched[index].parameter.reference()
             grad = None if parameter is None else parameter.grad
-            if version is None:
-                if grad is not None:
+            if grad is None:
+                if version is not None:
                     found.append(index)
-            elif grad is not version[0] or version[0]._version != version[1]:  # noqa: SLF001
+            elif version is None or grad is not version[0] or version[0]._version != version[1]:  # noqa: SLF001
                 found.append(index)
+                if mark is None or grad.numel() < mark[1].numel():
+                    mark = index, grad, grad._version  # noqa: SLF001
+        self.mark = mark
         changed = frozenset(found)
         if not self._sure:
             self._learn(changed)
         elif changed.isdisjoint(self._few):
             return self._changed_no_known_one(changed, losses)
-        if changed or (self._parameters.sharded and self._parameters.are_reached(losses)):
+        if changed or ((self._parameters.sharded or self._may_be_elsewhere()) and self._is_mine(losses)):
             return changed
         return None
+
+    def _may_be_elsewhere(self) -> bool:
+        """Return whether to search the graph of a pass that changed no gradient, as hooks may have moved them.
+
+        Passes of other models are many, and each search costs: the more were in vain, the fewer are made.
+        """
+        self._unchanged += 1
+        return self._moved or self._unchanged <= _SEARCHED or self._unchanged & (self._unchanged - 1) == 0
+
+    def _is_mine(self, losses: Sequence[Tensor]) -> bool:
+        mine = self._parameters.are_reached(losses)
+        self._moved = self._moved or mine
+        return mine
 
     def _changed_no_known_one(self, changed: frozenset[int], losses: Sequence[Tensor]) -> frozenset[int] | None:
         """Return what ``changed`` does for a pass that changed none of the few."""

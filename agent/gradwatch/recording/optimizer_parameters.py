@@ -60,7 +60,7 @@ class OptimizerParameters:
         ]
         self.indices = [index for index, _, _ in known]
         self.index_set = frozenset(self.indices)
-        self.unreadable = {index: watched[index].unreadable for index in self.indices if watched[index].unreadable}
+        self.unreadable = {i: watched[i].unreadable for i in self.indices if watched and watched[i].unreadable}
         """Why some of them cannot be measured, by index."""
         self.repeated = {index: times for index, times in Counter(self.indices).items() if times > 1}
         """How often each is listed that is listed more than once: a clipping by norm scales it each time."""

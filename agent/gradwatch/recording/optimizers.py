@@ -38,9 +38,7 @@ def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] 
     inner = []
     for optimizer in several:
         # Accelerate and Lightning hand out wrappers; the optimizer inside is the one that steps.
-        while isinstance(
-            wrapped := getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None), Optimizer
-        ):
+        while (wrapped := _wrapped(optimizer)) is not None:
             optimizer = wrapped
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -48,6 +46,14 @@ def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] 
             )
         inner.append(optimizer)
     return inner
+
+
+def _wrapped(optimizer: Any) -> Optimizer | None:
+    """Return the optimizer that a wrapper holds, and steps; None of an optimizer itself."""
+    # SAM and Lookahead are optimizers that step themselves, and hold another one under these names, too.
+    others = () if isinstance(optimizer, Optimizer) else ("base", "base_optimizer")
+    held = (getattr(optimizer, name, None) for name in ("optimizer", "_optimizer", *others))
+    return next((one for one in held if isinstance(one, Optimizer)), None)
 
 
 class KnownOptimizer:
@@ -350,13 +356,15 @@ class WatchedOptimizers:
     def are_unscaled(self, parameters: OptimizerParameters, scaler: Any) -> bool:
         """Return whether a loss scaler has unscaled the gradients of an optimizer that steps one of ``parameters``."""
         states = getattr(scaler, "_per_optimizer_states", {})
-        for known in self._alive():
+        unscaled = {key for key, state in states.items() if state["stage"].name != "READY"}
+        for known in self._alive() if unscaled else ():
             optimizer = known.reference()
-            if known.parameters.index_set.isdisjoint(parameters.index_set) or id(optimizer) not in states:
+            if optimizer is None or id(optimizer) not in unscaled:
                 continue
-            if states[id(optimizer)]["stage"].name != "READY":
+            unscaled.remove(id(optimizer))
+            if not (known.parameters.index_set or self._watched_of(optimizer)).isdisjoint(parameters.index_set):
                 return True
-        return False
+        return bool(unscaled)  # one that was not met yet: this is its first step
 
 
 def _tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -1,9 +1,8 @@
 """The step core: decides which losses, clippings and measurements belong to which optimizer step.
 
 It is a state machine without torch. Each public method is an event of the training. It changes the state and returns
-the action that must follow, if any. The torch side (``gradwatch.monitor``) translates hooks into events and carries the
-actions out. Losses and norms are opaque: the core keeps them and never reads them, so that every quirk of a framework
-can be told as a table of events with strings for tensors, and replayed.
+the action that must follow, if any. The torch side (``gradwatch.monitor``) translates hooks into events and actions into
+operators. The core never reads losses and norms: a quirk of a framework is a table of events with strings for tensors.
 """
 
 from collections import defaultdict
@@ -180,6 +179,10 @@ class StepCore:
     def losses_dropped(self) -> None:
         """No gradient is left of the losses that wait for a step."""
         self.state.drop_losses()
+
+    def losses_replaced(self, numbers: list[Number], finite: bool) -> None:
+        """The gradients that are there come from other losses than those that wait."""
+        self.state.losses, self.state.losses_finite = numbers, finite
 
     # Clipping
 

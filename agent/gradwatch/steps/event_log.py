@@ -30,6 +30,7 @@ EVENTS: Final = (
     "gradients_changed",
     "gradients_cleared",
     "losses_dropped",
+    "losses_replaced",
     "norm_clipped",
     "value_clipped",
     "optimizer_gone",

@@ -9,9 +9,12 @@ from tests.processes import GradwatchServer, sample
 
 
 def _explosion() -> list[wire.Sample]:
-    """Forty calm steps, then a loss and gradients that grow twentyfold a step."""
+    """Forty calm steps, then a loss, weights, and gradients that grow twentyfold a step."""
     calm = [sample(step, 0.1, 0.1, loss=2.0 * 0.97**step) for step in range(1, 41)]
-    loud = [sample(40 + index, 0.1 * 20**index, 0.1 * 20**index, loss=10.0 * 3**index) for index in range(1, 13)]
+    loud = [
+        sample(40 + index, 0.1 * 20**index, 0.1 * 20**index, weight_norm=2.0**index, loss=10.0 * 3**index)
+        for index in range(1, 13)
+    ]
     return [*calm, *loud]
 
 

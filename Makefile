@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 
-.PHONY: demo test check dist docs pictures lint types page system clean zoo zoo-sparse zoo-default zoo-report \
+.PHONY: demo test test-gpu check dist docs pictures lint types page system clean zoo zoo-sparse zoo-default zoo-report \
   bench-agent bench-agc bench-idle bench-store bench-alerts bench-metrics bench-page bench-paper
 
 demo: .venv/demo-installed
@@ -13,6 +13,10 @@ demo: .venv/demo-installed
 
 test: .venv/test-installed node_modules/.installed system lint types page
 	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+# What needs a GPU, and that `make test` leaves out: on a machine with one, and a torch that can use it.
+test-gpu: .venv/test-installed
+	$(BIN)/python -m pytest -q tests/gpu.py
 
 # Three at a time, because some tests only wait; the plugin that is left out takes a second to load.
 check: .venv/test-installed node_modules/.installed lint types page

@@ -25,6 +25,7 @@ from gradwatch.agent import Agent
 from gradwatch.model.discovery import find_parameters
 from gradwatch.norms.buffers import BufferPool
 from gradwatch.norms.layout import MeasurementPlan
+from gradwatch.norms.streams import StreamLog
 
 NOWHERE = "http://127.0.0.1:9"
 """Nobody listens: what is measured waits in a spool, which is the dearest case."""
@@ -84,7 +85,7 @@ def passes(training: Training) -> dict[str, Callable[[], object]]:
         for known, parameter in zip(find_parameters([training.model]), training.weights, strict=True)
     ]
     plan = MeasurementPlan(range(len(specs)), specs, specs)
-    sample = BufferPool().acquire()
+    sample = BufferPool(StreamLog()).acquire()
     assert sample is not None
     norms = sample.allocate(plan)
 

@@ -10,13 +10,12 @@ Json = dict[str, Any]
 Panel = Json
 PROMETHEUS = {"type": "prometheus", "uid": "${prometheus}"}
 POSTGRES = {"type": "grafana-postgresql-datasource", "uid": "${postgres}"}
-Scale = Literal["linear", "log", "symlog"]
+Scale = Literal["linear", "symlog"]
 _SCALES: dict[Scale, Json] = {
     "linear": {"type": "linear"},
-    "log": {"type": "log", "log": 10},
-    "symlog": {"type": "symlog", "log": 10, "linearThreshold": 1e-6},
+    "symlog": {"type": "symlog", "log": 10, "linearThreshold": 1e-12},
 }
-"""The last one is a logarithm that has a place for 0 and for negative numbers: a loss may be either."""
+"""A logarithm that has a place for 0, which the sickest layers are at, and for a loss below 0."""
 GRAFANA_VERSION = "12.3.0"
 """What the options are written for: without it Grafana takes them for those of an old version and migrates them."""
 AXIS_WIDTH = 220

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 import torch
 from hypothesis import HealthCheck, settings
 
+from gradwatch import wire
 from gradwatch.agent import Agent
 from gradwatch.samples.collector import Collector
 from gradwatch_server.store.database import open_engine, prepare
@@ -86,7 +87,11 @@ def _patient_end(monkeypatch: pytest.MonkeyPatch) -> None:
 def patient_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an agent is closed without its server: the disk is waited for all the same."""
     finish = Collector.finish
-    monkeypatch.setattr(Collector, "finish", lambda self, end, _seconds: finish(self, end, PATIENCE_SECONDS))
+
+    def patient(self: Collector, end: wire.End | None, _seconds: float, *, device_failed: bool) -> None:
+        finish(self, end, PATIENCE_SECONDS, device_failed=device_failed)
+
+    monkeypatch.setattr(Collector, "finish", patient)
 
 
 @pytest.fixture(scope="session")

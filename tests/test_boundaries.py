@@ -40,7 +40,7 @@ AGENT_LAYERS = (
 SERVER = Path(__file__).parents[1] / "server" / "gradwatch_server"
 SERVER_LAYERS = (
     ("cli", "serve"),
-    ("app", "connections", "logs"),
+    ("app", "logs"),
     ("api",),
     ("services",),
     ("telemetry",),

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from gradwatch.clipping.agc import AGC
 from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
-from gradwatch.norms.scalars import copy_scalar
 from gradwatch.recording.optimizers import unwrapped
 from gradwatch.samples.loggers import LoggerName
 from gradwatch.session import Session
@@ -110,7 +109,7 @@ class Agent:
             if isinstance(value, Tensor):
                 if value.numel() != 1:
                     raise TypeError(f"log({name}=...) takes one number, not a tensor of shape {tuple(value.shape)}")
-                self._session.log(name, copy_scalar(value))
+                self._session.log(name, value)
             elif isinstance(value, SupportsFloat):
                 self._session.log(name, _bounded(value))
             else:

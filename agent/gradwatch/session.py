@@ -25,7 +25,7 @@ from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
 from gradwatch.monitor.context import Callbacks, discard, discard_numbers
 from gradwatch.monitor.guard import AgentThread
 from gradwatch.monitor.monitor import Monitor
-from gradwatch.norms.scalars import Scalar
+from gradwatch.norms.transfer import Scalar, copy_scalar
 from gradwatch.ranks.exchange import exchange_for
 from gradwatch.samples.collector import Collector
 from gradwatch.samples.loggers import LoggerName, open_logger
@@ -217,7 +217,14 @@ class Session:
         return self.monitor.watches(parameter)
 
     def log(self, name: str, value: Scalar) -> None:
-        """Add a number to the next step."""
+        """Add a number to the next step; later changes of a tensor do not reach it."""
+        if isinstance(value, Tensor):
+            streams = self.monitor.recorder.streams
+            streams.add_devices([value.device])
+            if not streams.enter():
+                self.monitor.notices.captured()
+                return
+            value = copy_scalar(value)
         self.monitor.steps.logged(name, value)
 
     def add_logger(self, logger: LoggerName, **options: Any) -> None:
@@ -280,6 +287,7 @@ class Session:
         if state.logged and self._collector is not None:
             last = StepRecord(state.number, time.time(), sampled=False)
             last.logged, state.logged = state.logged, {}
+            self.monitor.recorder.send(last)
             self._collector.put(last)
 
     def _write(self, deadline: float, status: str, exit_code: int | None) -> None:
@@ -287,7 +295,8 @@ class Session:
         assert self._collector is not None
         left_open = self._left_to_launcher and is_launched_command()
         end = None if left_open else wire.End(at=time.time(), status=status, exit_code=exit_code)
-        self._collector.finish(end, max(deadline - time.monotonic(), 0.1))
+        failed = self.monitor.recorder.device_failed
+        self._collector.finish(end, max(deadline - time.monotonic(), 0.1), device_failed=failed)
         if self._note is not None and not left_open:
             write_note(self._note, ended=True)
         if self._delivery is not None:

@@ -218,7 +218,10 @@ _TABLE: Final = (
         name="update_norm",
         label="Update norm",
         unit="norm",
-        meaning="norm of the true change of the weight over the step",
+        meaning=(
+            "norm of the true change of the weight over the step; 0 where its optimizer stepped without a gradient "
+            "for it"
+        ),
         cost=(
             "a copy of another part of the model at each sample, in the mean of at most 2^18 elements on the CPU, 2^25 "
             "on an accelerator; parameters of more than 2^22 or 2^25 elements are missing"

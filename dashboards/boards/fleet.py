@@ -53,6 +53,7 @@ SELECT a.rule, count(DISTINCT a.run) AS runs
 FROM alerts a JOIN runs r ON r.id = a.run WHERE a.state = 'firing' AND {_CHOSEN}
 GROUP BY a.rule ORDER BY runs DESC, a.rule"""
 _FRESH = "time() - max by (run) (gradwatch_run_last_seen_timestamp_seconds) < 300"
+_SPEED = 'sum(max by (run) (rate(gradwatch_run_samples_total{project=~"$project"}[$__rate_interval])))'
 _CRITICAL = 'max by (run) (gradwatch_run_firing_alerts{severity="critical",project=~"$project"}) > 0'
 
 
@@ -90,10 +91,8 @@ def _numbers() -> Panel:
 
 
 def _speed() -> Panel:
-    query = promql(
-        "sum(rate(gradwatch_ingest_samples_total[$__rate_interval]))", "Samples stored a second", instant=True
-    )
-    return numbers(2, "", "What the servers store.", query, decimals=1, overrides=[])
+    query = promql(_SPEED, "Samples stored a second", instant=True)
+    return numbers(2, "", "Samples of active runs of the chosen projects.", query, decimals=1, overrides=[])
 
 
 def _runs() -> Panel:
@@ -172,7 +171,7 @@ def _loss() -> Panel:
         "Loss, runs with critical alerts",
         "Loss of the latest step; a run that is not heard of for five minutes ends.",
         promql(_of_unhealthy("gradwatch_run_loss"), "{{name}}"),
-        scale="log",
+        scale="symlog",
         unit="sci",
         decimals=1,
         noValue="Nothing to draw: no run has critical alerts, or Prometheus does not answer",
@@ -185,7 +184,7 @@ def _ratio() -> Panel:
         "Median ratio, runs with critical alerts",
         "Median of gradient norm to weight norm; a run that is not heard of for five minutes ends.",
         promql(_of_unhealthy("gradwatch_run_grad_weight_median_ratio"), "{{name}}"),
-        scale="log",
+        scale="symlog",
         unit="sci",
         decimals=1,
         noValue="Nothing to draw: no run has critical alerts, or Prometheus does not answer",

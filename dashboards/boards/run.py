@@ -59,7 +59,7 @@ def build() -> Json:
     charts = [_loss(), _norm(), _map(), _profile()]
     rows: list[Row | Panel] = [
         (4, [(24, _numbers())]),
-        (5, [(24, _wrong())]),
+        (6, [(24, _wrong())]),
         *((height, [(24, chart)]) for height, chart in zip((7, 7, 20, 9), charts, strict=True)),
         row(20, "By step", *_by_step()),
         row(30, "Clipping and the agent, while the run is active", *_agent()),
@@ -162,7 +162,7 @@ def _norm() -> Panel:
         sql(scalars.by_time("global_grad_norm", "before clipping")),
         sql(scalars.lowered_by_time("clipped_global_grad_norm", "global_grad_norm", "after clipping"), "B"),
         sql(scalars.largest_by_time("global_grad_norm_limit", "limit"), "C"),
-        scale="log",
+        scale="symlog",
         unit="sci",
         decimals=1,
         noValue=_NOTHING,
@@ -279,7 +279,7 @@ def _by_step() -> tuple[Panel, Panel]:
                    sql(scalars.by_step("loss")), "symlog", unit="sci", decimals=2, overrides=looks,
                    noValue=_NOTHING),
         over_steps(22, "Global gradient norm by step", "Norm of the whole gradient before clipping: the smallest and "
-                   "the largest of each span of steps.", sql(scalars.by_step("global_grad_norm")), "log",
+                   "the largest of each span of steps.", sql(scalars.by_step("global_grad_norm")), "symlog",
                    unit="sci", decimals=1, overrides=looks, noValue=_NOTHING),
     )  # fmt: skip
 

@@ -22,8 +22,8 @@ import sqlalchemy as sa
 import uvicorn
 
 from gradwatch.settings import secret
+from gradwatch_server.api.connections import ConnectionTable, raise_file_limit
 from gradwatch_server.app import create_app
-from gradwatch_server.connections import ConnectionTable, raise_file_limit
 from gradwatch_server.errors import ConfigurationError, GradwatchError
 from gradwatch_server.notify.http_client import ALL_NETWORKS, is_loopback
 from gradwatch_server.notify.receivers import Webhook

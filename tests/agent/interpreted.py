@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gradwatch
 from gradwatch import adaptive_clip_grad_
 from gradwatch.norms import reference, triton_kernels, triton_reducer
 from gradwatch.norms.layout import NormLayout
@@ -26,6 +27,47 @@ def launches() -> Iterator[list[str]]:
     yield seen
     for kernel, hook in hooks.items():
         kernel.pre_run_hooks.remove(hook)
+
+
+@pytest.fixture(autouse=True)
+def _tested() -> None:
+    triton_reducer.compare_kernels(BufferKey(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.float64))
+
+
+def test_kernels_are_not_tested_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_reducer, "_usable", {})
+    key = BufferKey(torch.device("cpu"), torch.float32)
+    assert not triton_reducer.can_use_triton(key)
+    model = nn.Linear(3, 4)
+    gradwatch.attach(model, torch.optim.SGD(model.parameters()), clip=0.1).close()
+    assert triton_reducer.can_use_triton(key)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter computes by numpy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_squares_that_overflow(dtype: torch.dtype) -> None:
+    tensors = [torch.full((2, 1500), 1e20, dtype=dtype), torch.full((3, 2), math.inf, dtype=dtype)]
+    layout = NormLayout([spec_of(tensor, "rows") for tensor in tensors])
+    (key,) = layout.sizes
+    out = torch.zeros(layout.sizes[key])
+    triton_reducer.make_reducer(layout, {key: out}, Scratch()).run(tensors)
+    (_, first), (_, second) = layout.places
+    expected = float(tensors[0][0].double().norm())
+    torch.testing.assert_close(out[first : first + 2], torch.full((2,), expected), rtol=1e-5, atol=0)
+    assert bool(out[second : second + 3].isinf().all())
+
+
+def test_a_captured_step_takes_plain_operators(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [torch.ones(3, 5), torch.ones(4, 5)]
+    layout = NormLayout([spec_of(tensor, "rows") for tensor in tensors])
+    (key,) = layout.sizes
+    out = torch.zeros(layout.sizes[key])
+    reducer = triton_reducer.make_reducer(layout, {key: out}, Scratch())
+    launches.clear()
+    monkeypatch.setattr(triton_reducer, "captures", lambda _device: True)
+    reducer.run(tensors)
+    assert launches == []
+    torch.testing.assert_close(out, torch.full((7,), math.sqrt(5)))
 
 
 _KERNELS = {"norms": triton_kernels.unit_norms, "scale": triton_kernels.scale_units}
@@ -155,12 +197,11 @@ def test_a_kernel_that_is_wrong_is_found_out_and_not_used(
         def __getitem__(self, grid: tuple[int]) -> object:
             return lambda *_, **__: None
 
-    triton_reducer.can_use_triton.cache_clear()
+    monkeypatch.setattr(triton_reducer, "_usable", {})
     monkeypatch.setattr(triton_kernels, kernel, Idle())
-    assert not triton_reducer.can_use_triton(BufferKey(torch.device("cpu"), torch.float32))
     parameter = _parameter(torch.ones(3, 4), torch.ones(3, 4))
     adaptive_clip_grad_([parameter], clip=0.1)
     torch.testing.assert_close(_grad(parameter), torch.full((3, 4), 0.1))
-    triton_reducer.can_use_triton.cache_clear()
+    assert not triton_reducer.can_use_triton(BufferKey(torch.device("cpu"), torch.float32))
     (record,) = caplog.records
     assert "the Triton kernels are not used on cpu" in record.getMessage()

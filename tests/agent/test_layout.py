@@ -20,6 +20,7 @@ from gradwatch.norms import reference
 from gradwatch.norms.buffers import BufferPool
 from gradwatch.norms.layout import MeasurementPlan, NormLayout
 from gradwatch.norms.reducer import NormReducer, Scratch
+from gradwatch.norms.streams import StreamLog
 from gradwatch.norms.tensor_spec import BufferKey, UnitAxis, spec_of
 
 from .conftest import Server
@@ -219,7 +220,7 @@ def test_a_tensor_of_another_shape_in_a_bucket_is_refused(
 def test_sample_buffers_are_bounded_and_come_back() -> None:
     """Their number and their memory: a step of a large model is no reason to hold hundreds of them."""
     for rows, fewest, most in ((3, 1000, 2048), (100_000, 75, 85), (10_000_000, 4, 4)):
-        pool = BufferPool()
+        pool = BufferPool(StreamLog())
         plan = MeasurementPlan([0], None, [spec_of(torch.zeros(1).expand(rows, 2), "rows")])
         taken = [sample for sample in iter(pool.acquire, None) if sample.allocate(plan).plan is plan]
         assert fewest <= len(taken) <= most
@@ -231,7 +232,7 @@ def test_a_plan_reads_back_what_was_written() -> None:
     weights = [torch.randn(3, 2), torch.randn(4), torch.randn(2, 2, dtype=torch.float64)]
     grads = [torch.randn(3, 2).to_sparse(1), torch.randn(4), torch.randn(2, 2, dtype=torch.float64)]
     plan = MeasurementPlan([0, 1, 2], [spec_of(g, "rows") for g in grads], [spec_of(w, "rows") for w in weights])
-    sample = BufferPool().acquire()
+    sample = BufferPool(StreamLog()).acquire()
     assert sample is not None
     norms = sample.allocate(plan)
     norms.measure(grads, weights)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -32,7 +33,7 @@ import sys
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 import gradwatch
@@ -98,6 +99,23 @@ for granularity in ("unit", "tensor"):
         gradwatch.adaptive_clip_grad_(each, 0.02, granularity=granularity)
     for one, many in zip(whole.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(many.grad.full_tensor(), one.grad, rtol=1e-4, atol=1e-7)
+
+# FSDP1, in parts and as a whole, clipped by its own function
+for strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"):
+    torch.manual_seed(0)
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    options["sharding_strategy"] = ShardingStrategy[strategy]
+    if strategy == "HYBRID_SHARD":
+        options["device_mesh"] = dp_tp
+    model = layers()
+    model[3] = FullyShardedDataParallel(model[3], **options)
+    model = FullyShardedDataParallel(model, **options)
+    train(
+        model,
+        f"fsdp1 {strategy}",
+        lambda model, step: model(batch(step)).square().mean(),
+        lambda model: model.clip_grad_norm_(0.05),
+    )
 
 # Each pair of ranks trains a stage of its own, with the same names in both
 torch.manual_seed(stage)
@@ -178,6 +196,11 @@ def layers() -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), nn.Linear(8, 3)).double()
 
 
+def mean_square(model: nn.Module, step: int) -> torch.Tensor:
+    loss: torch.Tensor = model(batch(step)).square().mean()
+    return loss
+
+
 def stages() -> nn.ModuleDict:
     found = nn.ModuleDict()
     for place in range(2):
@@ -191,7 +214,9 @@ def pipeline() -> nn.Sequential:
     return nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]).double()
 
 
-def check(run: Run, model: nn.Module, loss: Callable[[int], torch.Tensor]) -> dict[int, float]:
+def check(
+    run: Run, model: nn.Module, loss: Callable[[int], torch.Tensor], max_norm: float | None = None
+) -> dict[int, float]:
     """Compare a run with the same training of the whole model in float64; return its losses."""
     assert run.names == [name for name, _ in model.named_parameters()]
     assert run.ends == ["completed"]
@@ -209,6 +234,10 @@ def check(run: Run, model: nn.Module, loss: Callable[[int], torch.Tensor]) -> di
         assert sample.statistics["weight_norm"].tolist() == pytest.approx([*map(norm, model.parameters())], rel=1e-5)
         total = torch.tensor(gradients).norm().item()
         assert wire.deserialise(sample.scalars["global_grad_norm"]) == pytest.approx(total, rel=1e-5)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            clipped = [norm(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+            assert sample.statistics["clipped_grad_norm"].tolist() == pytest.approx(clipped, rel=1e-5)
         optimizer.step()
     return losses
 
@@ -219,11 +248,16 @@ def test_every_parallelism_reports_the_whole_model(server: Server) -> None:
     assert [event.kind for event in server.events] == []
 
     parallel = layers()
-    check(runs["tp x dp"], parallel, lambda step: parallel(batch(step)).square().mean())
+    check(runs["tp x dp"], parallel, partial(mean_square, parallel))
 
     sharded = layers()
-    losses = check(runs["fsdp2 x tp"], sharded, lambda step: sharded(batch(step)).square().mean())
+    losses = check(runs["fsdp2 x tp"], sharded, partial(mean_square, sharded))
     assert runs["fsdp2 x tp"].losses == pytest.approx(losses, rel=1e-5)
+
+    for strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"):
+        flat = layers()
+        losses = check(runs[f"fsdp1 {strategy}"], flat, partial(mean_square, flat), 0.05)
+        assert runs[f"fsdp1 {strategy}"].losses == pytest.approx(losses, rel=1e-5)
 
     both = stages()
 
@@ -279,7 +313,7 @@ def whole_model(become: Callable[[int], None], make: Callable[[], nn.Module]) ->
         module = make()
         watched = list(find_parameters([module]))
         described = [info.to_wire(place) for place, info in enumerate(watched)]
-        holdings[rank] = Holdings(described, holdings_of(watched, rank), peers_of([module], rank))
+        holdings[rank] = Holdings(described, holdings_of(watched, [module], rank), peers_of([module], rank))
     whole = WholeModel()
     whole.resolve(holdings)
     return whole, holdings

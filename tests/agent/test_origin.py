@@ -2,12 +2,16 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
@@ -220,3 +224,44 @@ def test_hooks_see_nothing_of_a_copy() -> None:
     assert {seen.kind for seen in hooks.take()} == {"output", "gradient"}
     hooks.close()
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Doubled(torch.autograd.Function):
+    """A function in Python that saves a tensor: its node has other attributes than those of operators."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def test_functions_in_python_are_read_like_operators(server: Server) -> None:
+    model = network()
+    doubled: Callable[[Tensor], Tensor] = Doubled.apply
+    train(model, server, 4, with_nan, forward=lambda inputs: model[1:](doubled(model[0](inputs))))
+    assert [(event.step, event.parameter) for event in named(server)] == [(4, "0")]
+
+
+def test_origin_under_fsdp2(server: Server) -> None:
+    """The graph holds unsharded parameters, and the weights that it saved are freed until the backward pass."""
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model = network(EvenRow(), Normalise(6, gain=True))
+        with torch.no_grad():
+            model[0].weight.uniform_(0.1, 1.0)  # type: ignore[operator]
+            model[0].bias.zero_()  # type: ignore[operator]
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in (model[0], model[3], model[4]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        train(model, server, 3, even)
+    finally:
+        distributed.destroy_process_group()
+    assert [(event.step, event.parameter) for event in named(server)] == [(3, "3")]
+    depths = {parameter.name: parameter.depth for parameter in server.registrations[-1].parameters}
+    assert depths["0.weight"] == 0
+    assert depths["6.bias"] == len(depths) - 1

@@ -676,8 +676,8 @@ atexit.register(shutdown.close_all, running_sessions)
 """
 
 
-def test_at_the_interpreters_end_several_agents_share_one_timeout(server: Server, refusing: str) -> None:
-    out, _ = program(refusing, _OTHERS).communicate(timeout=300)
+def test_at_the_interpreters_end_several_agents_share_one_timeout(server: Server, hanging: str) -> None:
+    out, _ = program(hanging, _OTHERS).communicate(timeout=300)
     assert 4 < float(out) < 15, "one after the other they would take 20 seconds"
     assert flush.main(["--url", server.url]) == 0
     assert len({registration.id for registration in server.registrations}) == 4

@@ -51,6 +51,18 @@ def test_update_norm_goes_round(server: Server) -> None:
     assert {name: max(values[name] for values in seen) for name in ("a", "b")} == {"a": 2.5, "b": 6.0}
 
 
+def test_update_norm_tells_who_is_held_by_an_optimizer_without_a_gradient(server: Server) -> None:
+    """It is 0 of what the optimizer steps without a gradient, and missing of what no optimizer holds."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("trained", "cut", "target")})
+    optimizer = torch.optim.SGD([*model["trained"].parameters(), *model["cut"].parameters()], lr=0.5)
+    with watch(model, server, optimizer):
+        model["trained"](torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    updates = server.values("update_norm")
+    assert updates["trained.weight"] == pytest.approx(1.0)  # half of a gradient of four ones
+    assert (updates["cut.weight"], updates["target.weight"]) == (0.0, wire.MISSING)
+
+
 def test_update_norm_of_a_large_parameter_comes_now_and_then(server: Server) -> None:
     model = nn.Linear(1024, 1024, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

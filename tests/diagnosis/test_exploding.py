@@ -11,9 +11,27 @@ from tests.diagnosis.ticks import LAYERS, Watch, fading, held
 def test_a_surge_with_a_rising_loss() -> None:
     watch = Watch()
     watch.learn(30)
-    found = [watch.tick(0.1 * 20 ** (1 + index), loss=2.3 * 3 ** (index + 1)) for index in range(4)]
+    found = [
+        watch.tick(0.1 * 20 ** (1 + index), weights=6.0 * 2**index, loss=2.3 * 3 ** (index + 1)) for index in range(4)
+    ]
     assert all("exploding" in each for each in found)
     assert found[-1]["exploding"].first_step == 31
+
+
+def test_a_loss_that_switches_multiplies_the_gradient_and_leaves_the_weights() -> None:
+    """Another loss, or a sum over more, raises loss and gradient alike; the weights go on as before."""
+    watch = Watch()
+    watch.learn(40)
+    for index in range(60):
+        found = watch.tick(100.0, weights=3.0 + 0.02 * index, loss=2300.0 * 0.99**index, update=0.05)
+        assert not found, found
+
+
+def test_an_update_out_of_proportion_shows_before_the_weights_do() -> None:
+    watch = Watch()
+    watch.learn(40)
+    found = [watch.tick(100.0, loss=2300.0, update=5.0) for _ in range(3)]
+    assert held(found, "exploding") == [True] * 3
 
 
 def test_a_growing_gradient_with_a_falling_loss_leaves_a_saddle() -> None:
@@ -37,10 +55,10 @@ def test_a_spike_that_recovers_does_not_fire() -> None:
 def test_a_run_that_does_not_recover_goes_on_holding() -> None:
     watch = Watch()
     watch.learn(40)
-    watch.tick(500.0, loss=900.0)
-    found = [watch.tick(0.1, loss=40.0) for _ in range(30)]
+    watch.tick(500.0, loss=900.0, update=9.0)
+    found = [watch.tick(0.1, weights=12.0, loss=40.0) for _ in range(30)]
     assert all("exploding" in each for each in found)
-    assert not watch.tick(0.1, loss=0.7)
+    assert not watch.tick(0.1, weights=12.0, loss=0.7)
 
 
 def test_a_warm_restart_is_not_an_explosion() -> None:
@@ -83,7 +101,7 @@ def test_weights_that_multiply_while_the_loss_falls_are_fine() -> None:
 def test_an_explosion_that_overflows_fires_at_once() -> None:
     watch = Watch()
     watch.learn(20)
-    watch.tick(1e4, loss=1e5)
+    watch.tick(1e4, loss=1e5, update=100.0)
     found = watch.tick(math.nan, loss=math.nan)
     assert found["exploding"].hold_samples == 1
     assert "step 21" in found["nonfinite"].cause
@@ -108,7 +126,7 @@ def test_an_explosion_is_not_its_own_yardstick() -> None:
     watch = Watch()
     watch.learn(20)
     for _ in range(200):
-        found = watch.tick(1e4, loss=1e5)
+        found = watch.tick(1e4, weights=100.0, loss=1e5)
     assert "exploding" in found
     assert watch.history.usual_log_gradient == pytest.approx(math.log10(0.1 * (2 * LAYERS) ** 0.5), abs=1e-6)
 
@@ -126,6 +144,29 @@ def test_what_flows_back_may_not_grow_by_decades_even_where_the_loss_falls() -> 
     assert not held([steady.tick(_backward(0.3), loss=2.3 * 0.98**index) for index in range(4)], "exploding")[-1]
 
 
+def test_a_loss_that_is_high_by_design_moves_the_weights_no_further() -> None:
+    watch = Watch(every=10)
+    watch.learn(5)
+    for first in range(51, 400, 10):
+        losses = [(step, 9.0) for step in range(first, first + 10)]
+        assert not watch.tick(0.1, weights=3.0 + first / 100, loss=9.0, losses=losses)
+
+
+@pytest.mark.parametrize("initial", [0.03, 1e-3])
+def test_weights_that_begin_small_are_meant_to_grow(initial: float) -> None:
+    watch = Watch()
+    for index in range(40):
+        assert not watch.tick(0.1, weights=min(5.0, initial * 1.5**index), loss=2.3)
+
+
+def test_a_loss_that_passes_through_zero_says_nothing_of_proportion() -> None:
+    """Losses of policies and critics are near zero by construction: the leverage is as large as one likes."""
+    watch = Watch()
+    watch.tick(50.0, loss=1e-3)
+    for index in range(60):
+        assert not watch.tick(50.0, loss=-1e-3 * (-1) ** index)
+
+
 def test_a_loss_that_stays_high_with_grown_weights_has_diverged() -> None:
     watch = Watch(every=10)
     watch.learn(5)
@@ -133,7 +174,7 @@ def test_a_loss_that_stays_high_with_grown_weights_has_diverged() -> None:
     high = [(step, 9.0) for step in range(51, 111)]
     calm = watch.tick(0.1, weights=weights, loss=9.0, losses=high[:10])
     assert "exploding" not in calm
-    grown = [watch.tick(0.1, weights=7.0, loss=9.0, losses=high[first : first + 10]) for first in (10, 20, 30)]
+    grown = [watch.tick(0.1, weights=16.0, loss=9.0, losses=high[first : first + 10]) for first in (10, 20, 30)]
     assert held(grown, "exploding")[-1]
     assert grown[-1]["exploding"].hold_samples == 1
 

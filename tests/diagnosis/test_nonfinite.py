@@ -41,6 +41,15 @@ def test_a_module_whose_parameters_were_left_out_is_named_too() -> None:
     assert (len(named.parameters), named.left_out) == (20, 10)
 
 
+def test_an_unknown_loss_is_not_taken_for_a_good_one() -> None:
+    finding = Watch().tick(math.nan)["nonfinite"]
+    assert "loss" not in finding.evidence
+    assert "the loss is not known" in finding.cause
+    watch = Watch()
+    known = watch.tick(math.nan, losses=[(watch.step + watch.every, math.nan)])["nonfinite"]
+    assert math.isnan(known.evidence["loss"])
+
+
 def test_a_bad_loss_alone_is_a_warning_about_what_made_it() -> None:
     finding = Watch().tick(0.1, loss=math.inf)["nonfinite"]
     assert finding.severity == "warning"

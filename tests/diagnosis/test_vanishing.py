@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from gradwatch.wire import Parameter
 from tests.diagnosis.ticks import LAYERS, Watch, fading, network
 
 
@@ -94,6 +95,58 @@ def test_a_cut_is_not_vanishing() -> None:
     assert found[-1]["dead"].parameters[0].name == "3.bias"
 
 
-def test_few_layers_say_nothing() -> None:
-    watch = Watch(network(3))
-    assert not watch.tick(fading(3.0, layers=3), loss=2.3)
+def test_few_layers_count_only_while_nothing_is_learned_and_have_to_last() -> None:
+    sick, learning = Watch(network(3)), Watch(network(3))
+    assert sick.tick(fading(3.0, layers=3), loss=2.3)["vanishing"].hold_samples == 20
+    learning.learn(20)
+    for index in range(10):
+        assert not learning.tick(fading(3.0, layers=3), loss=1.2 * 0.99**index)
+
+
+def _actor_and_critic() -> list[Parameter]:
+    return [
+        Parameter(f"{part}.{entry.name}", entry.shape, units=entry.units, kind=entry.kind)
+        for part in ("actor", "critic")
+        for entry in network(3, bias=False)
+    ]
+
+
+def test_networks_side_by_side_are_not_one_chain() -> None:
+    """The actor's gradients are six decades smaller than the critic's, and do not fade within it."""
+    watch = Watch(_actor_and_critic())
+    for _ in range(60):
+        assert not watch.tick([1e-7, 2e-7, 3e-7, 0.1, 0.2, 0.3], loss=2.3)
+    assert "vanishing" in watch.tick([1e-12, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2], loss=2.3)
+
+
+def test_two_chains_side_by_side_are_seen_each_by_itself() -> None:
+    """A gate's gradient is far smaller than its layer's, so that all together are in no order."""
+    parameters = [
+        Parameter(f"{part}.{index}.weight", [32, 32], depth=2 * index + (part == "made"), units=32)
+        for part in ("gates", "made")
+        for index in range(8)
+    ]
+    watch = Watch(parameters)
+    gradients = [10.0 ** (index - 14) for index in range(8)] + [10.0 ** (index - 8) for index in range(8)]
+    assert "vanishing" in watch.tick(gradients, loss=2.3)
+
+
+def test_a_loss_of_zero_by_construction_is_not_starved() -> None:
+    """Group-relative policies have a loss of zero, and no gradient once everything is solved."""
+    watch = Watch()
+    for index in range(40):
+        assert not watch.tick(0.1, loss=1e-8 * (-1) ** index)
+    for index in range(40):
+        assert not watch.tick(1e-12, loss=1e-9 * (-1) ** index)
+
+
+def test_a_collapse_to_chance_is_told_from_convergence_by_losses_that_vary() -> None:
+    """At a minimum of the mean, the gradients of single batches differ from zero unless each batch is fitted."""
+    collapsed, converged = Watch(), Watch()
+    for watch in (collapsed, converged):
+        watch.learn(60, loss=300.0, rate=0.92)
+    for index in range(30):
+        found = collapsed.tick(1e-11, loss=2.3 + 0.01 * (index % 5))
+        fitted = converged.tick(1e-11, loss=2.3)
+        assert index < 5 or not fitted
+    assert found["vanishing"].hold_samples == 20

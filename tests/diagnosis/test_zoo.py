@@ -28,7 +28,7 @@ FAST_SICK = (
     "deep-softsign",
     "softmax-scale",
     "negative-bias",
-    "lora-stuck",
+    "mostly-negative-bias",
     "large-init",
     "chaotic-tanh",
     "unscaled-inputs",

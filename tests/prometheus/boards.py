@@ -56,12 +56,10 @@ def expanded(statement: str, start: float, end: float, **chosen: Sequence[str]) 
     return statement
 
 
-def rows(engine: sa.Engine, statement: str, seconds: float | None = None, /, **chosen: Sequence[str]) -> list[Any]:
-    """Return what a statement yields for the last ``seconds``, or for all of the time."""
-    now = time.time()
-    start = 1_000_000_000 if seconds is None else now - seconds
+def rows(engine: sa.Engine, statement: str, since: float = 1e9, /, **chosen: Sequence[str]) -> list[Any]:
+    """Return what a statement yields for the time since then, Unix seconds."""
     values = {"project": ["vision"], "run": ["run-ill"], "layers": ["all"]} | chosen
-    text = expanded(statement, start, now + 3600, **values)
+    text = expanded(statement, since, time.time() + 3600, **values)
     with engine.connect() as connection:
         return list(connection.exec_driver_sql(text.replace("%", "%%")).all())
 

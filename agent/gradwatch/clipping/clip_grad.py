@@ -15,7 +15,7 @@ from gradwatch.model.discovery import find_parameters
 from gradwatch.norms.layout import NormLayout
 from gradwatch.norms.reducer import NormReducer, Scratch
 from gradwatch.norms.tensor_spec import BufferKey, TensorSpec, UnitAxis, local_part, spec_of
-from gradwatch.norms.triton_reducer import make_reducer
+from gradwatch.norms.triton_reducer import compare_kernels, make_reducer
 from gradwatch.ranks.sharding import Granularity, UnitSplit, split_of
 from gradwatch.statistics import RATIO_EPS
 
@@ -216,6 +216,7 @@ class _GradientSet:
     ) -> None:
         weight_layout = NormLayout(weights)
         grad_layout = weight_layout if list(grads) == list(weights) else NormLayout(grads)
+        compare_kernels(grad_layout.sizes)
         scratch = Scratch()
         self._grad_units, self._grads = _reducer(grad_layout, scratch)
         self._weight_units, self._weights = _reducer(weight_layout, scratch)

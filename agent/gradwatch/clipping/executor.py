@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from gradwatch.clipping.classifier import ClassifierFinder
 from gradwatch.clipping.scaling import UnitScaling
 from gradwatch.hooks.weak_tensors import WeakTensor, weak
 from gradwatch.model.discovery import ParameterInfo, names_and_parameters
-from gradwatch.norms.buffers import SampleBuffers
+from gradwatch.norms.buffers import SampleBuffers, ScratchMemory
 from gradwatch.norms.layout import MeasurementPlan
-from gradwatch.norms.reducer import Scratch
+from gradwatch.norms.streams import StreamLog
+from gradwatch.norms.transfer import Stamps
 from gradwatch.ranks.sharding import split_of
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 
@@ -62,8 +64,9 @@ class AgcExecutor:
         """What was known of the classifier when ``_excluded_classifier`` was concluded."""
         self._excluded_classifier: frozenset[int] = frozenset()
         self._has_warned = False
-        self._buffers = SampleBuffers(Scratch())
-        """Takes the norms of steps that are not sampled."""
+        self._buffers: WeakKeyDictionary[OptimizerParameters, SampleBuffers] = WeakKeyDictionary()
+        """Take the norms of steps that are not sampled: optimizers may step on streams that nothing orders."""
+        self._scratch = ScratchMemory()
         self._scalings: dict[int, _PlanScaling] = {}
         """By id of the plan."""
         self._limits: dict[int, tuple[tuple[Any, ...], Limits]] = {}
@@ -137,8 +140,11 @@ class AgcExecutor:
 
     def measure(self, listed: OptimizerParameters, watched: Sequence[ParameterInfo]) -> Pass | None:
         """Measure the gradients of a step that is not sampled; return None if there are no gradients."""
-        self._buffers.reset()
-        return listed.measure(self._buffers, watched)
+        buffers = self._buffers.get(listed)
+        if buffers is None:
+            buffers = self._buffers[listed] = SampleBuffers(Stamps(), StreamLog(), self._scratch)
+        buffers.reset()
+        return listed.measure(buffers, watched)
 
     def raise_unreadable(self, listed: OptimizerParameters, watched: Sequence[ParameterInfo]) -> None:
         """Raise, once for each, that a gradient which is about to be stepped with cannot be clipped.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gradwatch.norms.layout import NormLayout
 from gradwatch.norms.tensor_spec import BufferKey, TensorSpec, real_view, unit_rows
+from gradwatch.norms.transfer import pinned
 from gradwatch.norms.triton_reducer import TritonTable, can_use_triton
 from gradwatch.ranks.sharding import Granularity, UnitSplit, norm_all_reduces
 
@@ -103,6 +104,8 @@ class _BufferScaling:
         """Where the units of each tensor lie in the buffer, by position."""
         self._same_layout = grads is weights
         self._weight_buffers = list(weights.sizes)
+        self._sources: list[Tensor] = []
+        """What was copied to the device: a captured graph copies it again at each replay."""
         self._owners, self._weight_units = self._unit_indices(size, weights)
         self._limits = torch.full((size,), math.inf, dtype=key.dtype, device=key.device)
         self._factors = torch.ones(size, dtype=key.dtype, device=key.device)
@@ -135,7 +138,13 @@ class _BufferScaling:
             buffer, weight_start = weights.places[position]
             first = buffer_starts[buffer] + weight_start
             weight_units[start:stop] = torch.arange(first, first + stop - start, device="cpu")
-        return owners.to(self._key.device), weight_units.to(self._key.device)
+        return self._to_device(owners), self._to_device(weight_units)
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        """Copy a tensor to the device without waiting for it."""
+        source = pinned(host, self._key.device)
+        self._sources.append(source)
+        return source.to(self._key.device, non_blocking=True)
 
     def _span(self, position: int) -> Tensor:
         start, stop = self._spans[position]
@@ -150,7 +159,8 @@ class _BufferScaling:
 
     def set_limits(self, clips: Sequence[float]) -> None:
         limits = torch.tensor([clips[position] for position in self._spans], dtype=self._key.dtype, device="cpu")
-        self._limits.copy_(limits.to(self._key.device).index_select(0, self._owners))
+        del self._sources[2:]  # those of earlier limits; the first two are those of the indices
+        self._limits.copy_(self._to_device(limits).index_select(0, self._owners))
 
     def norms(
         self, grad_units: Mapping[BufferKey, Tensor], weight_units: Mapping[BufferKey, Tensor]
@@ -173,10 +183,15 @@ class _BufferScaling:
         return joined.index_select(0, self._weight_units).to(self._key.dtype)
 
     def _tensor_norms(self, units: Tensor) -> Tensor:
-        """Return the norm of each tensor from those of its units."""
-        squares = torch.zeros(len(self._spans), dtype=torch.float64, device=units.device)
-        squares.index_add_(0, self._owners, units.double().square())
-        return squares.sqrt_().to(units.dtype)
+        """Return the norm of each tensor from those of its units; no square overflows, and no device needs float64."""
+        largest = torch.zeros(len(self._spans), dtype=units.dtype, device=units.device)
+        largest.scatter_reduce_(0, self._owners, units, "amax")
+        largest.clamp_(torch.finfo(units.dtype).tiny, torch.finfo(units.dtype).max)
+        shares = units.div(largest.index_select(0, self._owners))
+        wide = torch.float64 if units.device.type == "cpu" else units.dtype
+        squares = torch.zeros(len(self._spans), dtype=wide, device=units.device)
+        squares.index_add_(0, self._owners, shares.to(wide).square_())
+        return squares.sqrt_().to(units.dtype).mul_(largest)
 
     def recompute_overflowed(self, norms: Tensor, tensors: Sequence[Tensor]) -> None:
         """Compute norms in float64 that overflow in float32 although every element is finite.
@@ -191,8 +206,8 @@ class _BufferScaling:
             part = norms[place.start : place.stop]
             if not bool(part.isinf().any().numpy().item()):
                 continue
-            rows = unit_rows(tensors[position], spec).double().flatten(1)
-            again = torch.linalg.vector_norm(rows, dim=1)
+            rows = unit_rows(tensors[position], spec).flatten(1)
+            again = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)  # on the CPU
             if self._granularity == "tensor":
                 again = torch.linalg.vector_norm(again).reshape(1)
             part.copy_(torch.where(again.isfinite(), again.clamp(max=largest), again))

@@ -3,7 +3,7 @@
 The hooks never wait for a device: a flag is a tensor of one element, which the collector's thread reads later.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -15,18 +15,30 @@ from torch.utils.hooks import RemovableHandle
 _MOST_FLAGS: Final = 100_000
 
 
-@dataclass(frozen=True, slots=True)
+Flag = Any
+"""A tensor of one element on its device; once it was read, a number."""
+
+
+@dataclass(slots=True)
 class FiniteFlags:
-    """Tells whether an output of a module, or the gradient that reached it, was finite; each flag is on its device."""
+    """Tells whether an output of a module, or the gradient that reached it, was finite."""
 
     module: str
     """Qualified name of the module."""
     kind: Literal["output", "gradient"]
-    finite: Tensor
-    inputs_finite: Tensor | None = None
+    finite: Flag
+    inputs_finite: Flag | None = None
     """Of an output: whether the module's inputs were finite; None: it has no floating-point input."""
-    weights_finite: Tensor | None = None
+    weights_finite: Flag | None = None
     """Of an output: whether the module's own parameters were finite; None: it has none."""
+
+    def map_numbers(self, change: Callable[[Flag], Flag]) -> None:
+        """Put another flag in the place of each."""
+        self.finite = change(self.finite)
+        if self.inputs_finite is not None:
+            self.inputs_finite = change(self.inputs_finite)
+        if self.weights_finite is not None:
+            self.weights_finite = change(self.weights_finite)
 
 
 class OutputHooks:
@@ -99,7 +111,9 @@ class _GradientHook:
 
 
 def _is_finite(tensor: Tensor) -> Tensor:
-    return torch.isfinite(tensor.detach()).all()
+    detached = tensor.detach()
+    to_local = getattr(detached, "to_local", None)  # a check of a whole DTensor would be a collective
+    return torch.isfinite(detached if to_local is None else to_local()).all()
 
 
 def _all_finite(tensors: Iterable[Tensor]) -> Tensor | None:

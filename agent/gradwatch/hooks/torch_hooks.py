@@ -134,6 +134,9 @@ def _set_hooks() -> None:
     _apply(Patch(torch.amp.GradScaler, "step", around(_scaler_step)))
     _apply(Patch(Optimizer, "zero_grad", _zero_grad))
     _apply(Patch(nn.Module, "zero_grad", _zero_grad))
+    fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    if fsdp1 is not None:
+        _apply(Patch(fsdp1.FullyShardedDataParallel, "clip_grad_norm_", around(_clip_flat)))
     _apply(inside_no_grad(clip_grad.clip_grad_value_, around(_clip_by_value)))
     if hasattr(clip_grad, "_clip_grads_with_norm_"):
         _apply(inside_no_grad(clip_grad.clip_grad_norm_, _note_norm_type))
@@ -339,6 +342,15 @@ def _note_norm_type(original: Function, active: list[bool], aside: Function) -> 
             _norm_type.reset(noted)
 
     return clip_grad_norm_
+
+
+def _clip_flat(original: Callable[..., Any], module: Any, max_norm: Any, norm_type: Any = 2.0) -> Any:
+    """Call FSDP1's own ``clip_grad_norm_``, which joins the norm over its ranks by itself and only then tells it."""
+    total_norm = original(module, max_norm, norm_type)
+    if any(handle.uses_sharded_strategy for handle in module._all_handles):  # noqa: SLF001 -- else torch's was called
+        for listener in _listeners:
+            listener.before_norm_clip(list(module.parameters()), total_norm, max_norm, float(norm_type))
+    return total_norm
 
 
 def _clip_by_norm(original: Function, active: list[bool], aside: Function) -> Function:

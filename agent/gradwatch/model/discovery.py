@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from gradwatch import wire
 from gradwatch.hooks.weak_tensors import WeakTensor, weak
+from gradwatch.model.flat_parameters import FlatParameter, flat_parameters
 from gradwatch.model.readability import reason_of, unreadable_reason
 from gradwatch.norms.tensor_spec import MOST_UNITS, TensorSpec, UnitAxis, local_part, spec_of
 from gradwatch.settings import LONGEST_NAME
@@ -96,20 +97,35 @@ def find_parameters(models: Sequence[nn.Module]) -> Iterator[ParameterInfo]:
     for place, model in enumerate(models):
         prefix = f"{place}." if len(models) > 1 else ""
         by_path: dict[str, nn.Module] = {}
+        flat = {id(each.parameter): each for each in flat_parameters(model)}
         for path, module in without_data_parallel(model).named_modules():
             by_path[path] = module
             for name, registered in module.named_parameters(recurse=False):
                 parameter = sharded_of.get(id(registered), registered)
+                if id(parameter) in flat:
+                    yield from _take_flat(prefix, flat.pop(id(parameter)), seen)
                 if id(parameter) in seen or is_lazy(parameter):
                     continue
                 seen.add(id(parameter))
                 full_name = _WRAPPERS.sub("", f"{prefix}{path}.{name}" if path else f"{prefix}{name}")
                 yield _describe(full_name, parameter, _owner(path, by_path))
+        for each in flat.values():  # in a pass, views are in the place of the parameters
+            yield from _take_flat(prefix, each, seen)
+
+
+def _take_flat(prefix: str, flat: FlatParameter, seen: set[int]) -> Iterator[ParameterInfo]:
+    """Yield a parameter of FSDP1 unless it was seen: its shards are cut through its units, so it counts as one."""
+    if id(flat.parameter) not in seen:
+        seen.add(id(flat.parameter))
+        described = _describe(_WRAPPERS.sub("", prefix + flat.name), flat.parameter, flat.owner)
+        yield replace(described, shape=flat.shape, axis="whole", groups=1, units=1)
 
 
 def parameters_of(models: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Yield the parameters of models, the sharded ones of FSDP2 wherever it has others in their place."""
     several = list(models)
+    for model in several:
+        yield from (flat.parameter for flat in flat_parameters(model))
     sharded_of = {id(unsharded): sharded for sharded, unsharded, _ in unsharded_parameters(several)}
     for model in several:
         for parameter in model.parameters():

@@ -184,8 +184,11 @@ class ParameterRegistry:
         return tuple(watched), tuple(self._depths)
 
     def await_order(self) -> None:
-        """Begin to learn the depths from the order in which gradients become ready."""
-        if not any(map(is_compiled, self.models)):
+        """Begin to learn the depths from the order in which gradients become ready.
+
+        FSDP2 makes those of all parameters of a group ready at once, and those of the root at the very end.
+        """
+        if not self.sharded and not any(map(is_compiled, self.models)):
             self._order = ReadyOrder(self.other_than(frozenset()))
             self.order_pending = True
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch.monitor.watched_models import WatchedModels
-from gradwatch.norms.scalars import copy_scalar
+from gradwatch.norms.transfer import copy_scalar
 from gradwatch.recording.clipped_gradients import ClippedGradients
 from gradwatch.recording.loss_scaling import LossScaling
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass

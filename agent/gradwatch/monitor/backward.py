@@ -10,7 +10,7 @@ from gradwatch import wire
 from gradwatch.monitor.context import Parts
 from gradwatch.monitor.guard import Guard, guarded
 from gradwatch.monitor.other_threads import OtherThreads
-from gradwatch.norms.scalars import Scalar, copy_and_check, is_finite
+from gradwatch.norms.transfer import Scalar, copy_and_check, is_finite
 from gradwatch.recording.gradient_versions import GradientVersions, Version
 
 _Before = tuple[dict[int, Version], Sequence[Tensor]]

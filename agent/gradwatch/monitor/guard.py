@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Concatenate, Final, ParamSpec, Protocol, TypeV
 
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.processor_time import ProcessorTime
+from gradwatch.norms.streams import StreamLog
 from gradwatch.steps.schedule import Costs
 
 _log = logging.getLogger("gradwatch")
@@ -33,13 +34,19 @@ class Guard:
     Args:
         watching: whether anything is measured.
         dropped: takes the number of errors.
+        streams: the streams that the training uses.
         disarmed: called with the error after which the agent disarms.
     """
 
     raises_own_errors: ClassVar[bool] = False
     """For tests: raise the agent's own errors instead of counting them."""
 
-    def __init__(self, dropped: Dropped, disarmed: Callable[[Exception], None], *, watching: bool) -> None:
+    def __init__(
+        self, dropped: Dropped, streams: StreamLog, disarmed: Callable[[Exception], None], *, watching: bool
+    ) -> None:
+        self.streams = streams
+        self.captured: Callable[[], None] = _ignore
+        """Called where a hook launches nothing, as its stream captures a graph."""
         self.watching = watching
         self.lock = threading.RLock()
         """Held by each guarded method: several threads may train what one agent watches."""
@@ -71,6 +78,10 @@ class Guard:
             self._disarmed(error)
 
 
+def _ignore() -> None:
+    """Do nothing."""
+
+
 class Guarded(Protocol):
     """An object with guarded methods."""
 
@@ -86,6 +97,9 @@ def guarded(method: Callable[Concatenate[Any, _P], _R]) -> Callable[Concatenate[
         started = time.perf_counter()
         with guard.lock:
             try:
+                if guard.streams.used and not guard.streams.enter():
+                    guard.captured()
+                    return None
                 return method(self, *args, **kwargs)
             except Exception as error:  # the agent's guard
                 guard.failed(error)

@@ -19,7 +19,7 @@ from gradwatch.monitor.backward import BackwardListener
 from gradwatch.monitor.context import Callbacks, Parts, discard, discard_numbers
 from gradwatch.monitor.guard import AgentThread, Guard, guarded
 from gradwatch.monitor.other_threads import OtherThreads
-from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar
+from gradwatch.norms.transfer import Scalar, copy_and_check, copy_scalar
 from gradwatch.ranks.holdings import is_partial, ranks_of_norm
 from gradwatch.recording.gradient_versions import GradientVersions
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
@@ -280,7 +280,9 @@ class TrainingListener:
             return
         if not record.losses:
             self._versions.elsewhere = 0  # its loss may have been taken for another model's
-        if record.buffers is not None:
+        if self._origin.is_active:
+            self._origin.finish_step(record)
+        if record.buffers is not None or self._recorder.streams.used:
             started = time.perf_counter()
             self._recorder.send(record)
             self.guard.book_sample(started)
@@ -288,8 +290,6 @@ class TrainingListener:
         self._steps.step_ended(time.perf_counter(), self.guard.costs(self.threads), learn=learn)
         if record.sampled:
             record.excluded = self._actions.excluded
-        if self._origin.is_active:
-            self._origin.finish_step(record)
         self.put(record)
         if self._parameters.order_pending and self._parameters.learn_order(record.step):
             self._models.register()

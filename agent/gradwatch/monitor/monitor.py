@@ -14,7 +14,10 @@ from gradwatch.monitor.guard import AgentThread, Guard
 from gradwatch.monitor.listener import TrainingListener
 from gradwatch.monitor.notices import Notices
 from gradwatch.monitor.watched_models import WatchedModels
-from gradwatch.norms.scalars import sum_scalars
+from gradwatch.norms.streams import StreamLog
+from gradwatch.norms.tensor_spec import local_part
+from gradwatch.norms.transfer import sum_scalars
+from gradwatch.norms.triton_reducer import compare_kernels
 from gradwatch.ranks.exchange import RankExchange
 from gradwatch.recording.loss_scaling import LossScaling
 from gradwatch.recording.optimizers import WatchedOptimizers
@@ -54,10 +57,12 @@ class Monitor:
     ) -> None:
         clips = clip is not None
         self.dropped = Dropped()
-        self.guard = Guard(self.dropped, self._disarmed, watching=watching)
+        streams = StreamLog()
+        self.guard = Guard(self.dropped, streams, self._disarmed, watching=watching)
         self.notices = Notices(self._put, lambda: self.steps.state.number, clips=clips)
+        self.guard.captured = self.notices.captured
         self.models = WatchedModels(models, clip, ranks, self.notices, put=self._put)
-        self.recorder = NormRecorder(self.models.parameters, self.dropped.add_sample)
+        self.recorder = NormRecorder(self.models.parameters, streams, self.dropped.add_sample)
         self._origin = OriginFinder(self.models.parameters)
         self._optimizers = WatchedOptimizers(
             named,
@@ -96,6 +101,8 @@ class Monitor:
             NotImplementedError: clipping is on, and the gradients cannot be clipped.
         """
         self.models.discover()
+        self._note_devices()
+        self._compare_kernels()
         self._optimizers.check_named()
         self._check_parts()
 
@@ -129,6 +136,7 @@ class Monitor:
             if self.guard.watching:
                 with self.guard.lock:
                     self.listener.end_step()
+                    self.recorder.check_devices()
         except Exception as error:  # a device that failed must not keep the rest from ending
             self.guard.failed(error)
         self.guard.watching = False
@@ -162,8 +170,19 @@ class Monitor:
         if unknown:
             self._optimizers.forget_lists()
             if self.models.discover():
+                self._note_devices()
                 self.models.register()
         self._check_parts()
+
+    def _note_devices(self) -> None:
+        parameters = (info.parameter() for info in self.models.parameters.watched)
+        self.recorder.streams.add_devices(parameter.device for parameter in parameters if parameter is not None)
+
+    def _compare_kernels(self) -> None:
+        """Test the kernels now: within a step other ranks may wait in a collective."""
+        infos = self.models.parameters.watched
+        specs = [info.spec(local_part(p)) for info in infos if (p := info.parameter()) is not None]
+        compare_kernels({spec.buffer for spec in specs})
 
     def _check_parts(self) -> None:
         if self.models.check_parts(watching=self.guard.watching):

@@ -31,6 +31,7 @@ class Notices:
         self._step = step
         self._clips = clips
         self._uncalled_closure_told = False
+        self._captured_told = False
 
     def warn(self, text: str) -> None:
         """Write a warning to the log of the training."""
@@ -78,6 +79,18 @@ class Notices:
         )
         self.warn(text)
         self.report("not_stepped", text)
+
+    def captured(self) -> None:
+        """Tell the user, once, that the steps of a captured graph are not seen."""
+        if self._captured_told:
+            return
+        self._captured_told = True
+        text = (
+            "steps within a captured graph are neither counted nor measured: a replay calls nothing of the training's"
+            + (". Their gradients are clipped as the graph was captured" if self._clips else "")
+        )
+        self.warn(text)
+        self.report("not_measured", text)
 
     def uncalled_closure(self, optimizer: Optimizer) -> None:
         """Tell the user, once, that an optimizer did not call its closure, so that its gradients were not measured."""

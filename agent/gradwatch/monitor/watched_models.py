@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from gradwatch.clipping.agc import AGC
 from gradwatch.clipping.classifier import SEARCHES, SEARCHES_TO_CLIP, ClassifierFinder
 from gradwatch.clipping.executor import AgcExecutor
+from gradwatch.model.flat_parameters import uses_fsdp1
 from gradwatch.model.registry import ParameterRegistry
 from gradwatch.monitor.notices import Notices
-from gradwatch.ranks.exchange import RankExchange, incomplete_reason, uses_fsdp1
+from gradwatch.ranks.exchange import RankExchange, incomplete_reason
 from gradwatch.ranks.holdings import RegisteredParameters, holdings_of, peers_of
 
 
@@ -76,7 +77,8 @@ class WatchedModels:
             held, peers = None, []
             if self._ranks is not None:
                 rank = self._ranks.rank
-                held, peers = holdings_of(watched, rank), peers_of(self.parameters.models, rank)
+                models = self.parameters.models
+                held, peers = holdings_of(watched, models, rank), peers_of(models, rank)
             self._put(RegisteredParameters(watched, depths, held, peers))
 
     def discover(self) -> bool:
@@ -100,11 +102,12 @@ class WatchedModels:
         if self.parts_only:
             return True
         models = self.parameters.models
+        if self.clipper is not None and uses_fsdp1(models):
+            text = "FullyShardedDataParallel (FSDP1) cuts through the units of parameters"
+            raise NotImplementedError(f"{text}, and AGC cannot clip them: use fully_shard (FSDP2)")
         self.parts_only = text = incomplete_reason(models, self._ranks)
         if not text:
             return False
-        if self.clipper is not None and uses_fsdp1(models):
-            raise NotImplementedError(f"{text}; AGC cannot clip them")
         if watching:
             self._notices.parts_only(text)
         return True

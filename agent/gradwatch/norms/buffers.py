@@ -1,4 +1,4 @@
-"""Buffers that carry unit norms from the device to the collector without either side waiting for the other."""
+"""Buffers that carry the unit norms of a sample to the collector: neither the device nor the collector waits."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from gradwatch.norms.layout import MeasurementPlan, NormLayout
 from gradwatch.norms.reducer import NormReducer, Scratch
+from gradwatch.norms.streams import StreamLog, stream_ids
 from gradwatch.norms.tensor_spec import BufferKey
+from gradwatch.norms.transfer import Stamps, Transfer
 from gradwatch.norms.triton_reducer import make_reducer
 
 _POOL_BYTES: Final = 32 << 20
@@ -34,6 +36,7 @@ class UnitNorms:
         buffers: the buffers of the sample.
         grad_at: index of the gradients' first unit norm in each buffer.
         weight_at: index of the weights' first unit norm in each buffer.
+        scratch: memory for buckets.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class UnitNorms:
         buffers: "SampleBuffers",
         grad_at: dict[BufferKey, int],
         weight_at: dict[BufferKey, int],
+        scratch: Scratch,
     ) -> None:
         self.plan = plan
         self._buffers = buffers
@@ -50,7 +54,7 @@ class UnitNorms:
         device = buffers.device
         self.weight_buffers = {key: device[key][weight_at[key] :] for key in plan.weight_layout.sizes}
         """The weights' unit norms on their device."""
-        self._weight_reducer: NormReducer = make_reducer(plan.weight_layout, self.weight_buffers, buffers.scratch)
+        self._weight_reducer: NormReducer = make_reducer(plan.weight_layout, self.weight_buffers, scratch)
         self.grad_buffers: dict[BufferKey, Tensor] = {}
         """The gradients' unit norms on their device."""
         self._grad_reducer: NormReducer | None = None
@@ -62,7 +66,7 @@ class UnitNorms:
         """The same for weights."""
         if plan.grad_layout is not None:
             self.grad_buffers = {key: device[key][grad_at[key] :] for key in plan.grad_layout.sizes}
-            self._grad_reducer = make_reducer(plan.grad_layout, self.grad_buffers, buffers.scratch)
+            self._grad_reducer = make_reducer(plan.grad_layout, self.grad_buffers, scratch)
 
     def measure(self, grads: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
         """Write the unit norms of gradients and weights, which must be of the plan's specifications, in its order.
@@ -111,94 +115,77 @@ class UnitNorms:
         return units
 
 
-class SampleBuffers:
-    """The buffers of one sample: on the device, and where the device is not the CPU, pinned on the host as well.
+class ScratchMemory:
+    """Memory for buckets, shared by the samples of an agent. Streams that nothing orders have memory of their own."""
+
+    def __init__(self) -> None:
+        self._by_streams: dict[tuple[int, ...], Scratch] = {}
+
+    def on(self, streams: tuple[int, ...]) -> Scratch:
+        """Return the memory of some current streams, as ``stream_ids`` tells them."""
+        scratch = self._by_streams.get(streams)
+        if scratch is None:
+            scratch = self._by_streams[streams] = Scratch()
+        return scratch
+
+
+class SampleBuffers(Transfer):
+    """The buffers of one sample, in which the unit norms of several plans find space.
 
     Args:
+        stamps: shared by all samples of an agent.
+        streams: those on which the training's numbers are launched.
         scratch: memory for buckets, shared with other samples.
     """
 
-    def __init__(self, scratch: Scratch) -> None:
-        self.scratch = scratch
-        self.device: dict[BufferKey, Tensor] = {}
-        self.host: dict[BufferKey, Tensor] = {}
-        self.host_arrays: dict[BufferKey, NDArray[Any]] = {}
-        self._used: dict[BufferKey, int] = {}
-        """Number of unit norms in each buffer that this sample has allocated."""
-        self._allocations: dict[tuple[int, tuple[int, ...]], UnitNorms] = {}
-        """(id of plan, start in each buffer) -> allocation of an earlier sample, which is used again."""
-        self._events: list[Any] = []
-        """Events that are recorded behind the copies to the host."""
+    def __init__(self, stamps: Stamps, streams: StreamLog, scratch: ScratchMemory) -> None:
+        super().__init__(stamps, streams)
+        self._scratch = scratch
+        self._allocations: dict[tuple[int, tuple[int, ...], tuple[int, ...]], UnitNorms] = {}
+        """(id of plan, start in each buffer, streams) -> allocation of an earlier sample, which is used again."""
 
     def allocate(self, plan: MeasurementPlan) -> UnitNorms:
         """Return space for ``plan`` after the space that was allocated before for this sample."""
         sizes = plan.sizes
         at = tuple(self._used.get(key, 0) for key in sizes)
-        norms = self._allocations.get((id(plan), at))
+        place = id(plan), at, stream_ids(plan.accelerators)
+        norms = self._allocations.get(place)
         if norms is None or norms.plan is not plan:
-            grads = plan.grad_layout.sizes if plan.grad_layout is not None else {}
-            with torch.inference_mode(False):  # buffers that are made in inference mode are read-only outside of it
-                self._grow(sizes)
-                grad_at = {key: self._used.get(key, 0) for key in sizes}
-                weight_at = {key: grad_at[key] + grads.get(key, 0) for key in sizes}
-                if len(self._allocations) >= _ALLOCATIONS:
-                    self._allocations.clear()
-                norms = self._allocations[id(plan), at] = UnitNorms(plan, self, grad_at, weight_at)
+            norms = self._make(plan, place[2])
+            if len(self._allocations) >= _ALLOCATIONS:
+                self._allocations.clear()
+            self._allocations[place] = norms
         norms.recomputed_grads, norms.recomputed_weights = {}, {}
         for key, size in sizes.items():
             self._used[key] = self._used.get(key, 0) + size
         return norms
 
-    def send(self) -> None:
-        """Start to copy the written norms to the host, without waiting for the copy."""
-        for key, tensor in self.device.items():
-            if tensor.device.type == "cpu":
-                continue
-            used = self._used.get(key, 0)
-            self.host[key][:used].copy_(tensor[:used], non_blocking=True)
-            event = torch.Event(tensor.device.type)
-            event.record()
-            self._events.append(event)
+    def _replaced(self) -> None:
+        self._allocations.clear()  # they hold views of the buffer that was replaced
 
-    def arrived(self) -> bool:
-        """Return whether the copy to the host is complete, without waiting for it."""
-        return all(event.query() for event in self._events)
-
-    def reset(self) -> None:
-        """Free all allocations, for the next sample."""
-        self._used.clear()
-        self._events.clear()
-
-    @property
-    def bytes(self) -> int:
-        """Return the size of the buffers on the device."""
-        return sum(tensor.nbytes for tensor in self.device.values())
-
-    def _grow(self, sizes: dict[BufferKey, int]) -> None:
-        """Enlarge the buffers where ``sizes`` more unit norms do not fit."""
-        for key, size in sizes.items():
-            needed = self._used.get(key, 0) + size
-            old = self.device.get(key)
-            if old is not None and old.numel() >= needed:
-                continue
-            capacity = max(needed, 2 * old.numel() if old is not None else 256)
-            grown = torch.zeros(capacity, dtype=key.dtype, device=key.device)
-            if old is not None:
-                # Norms of this sample are carried over; views of the old buffer are not used again.
-                grown[: old.numel()].copy_(old)
-                self._allocations.clear()
-            self.device[key] = grown
-            on_cpu = key.device.type == "cpu"
-            self.host[key] = grown if on_cpu else torch.zeros_like(grown, device="cpu").pin_memory()
-            self.host_arrays[key] = self.host[key].numpy()
+    @torch.inference_mode(False)  # as the buffers are
+    def _make(self, plan: MeasurementPlan, streams: tuple[int, ...]) -> UnitNorms:
+        self._grow(plan.sizes)
+        grads = plan.grad_layout.sizes if plan.grad_layout is not None else {}
+        grad_at = {key: self._used.get(key, 0) for key in plan.sizes}
+        weight_at = {key: grad_at[key] + grads.get(key, 0) for key in plan.sizes}
+        return UnitNorms(plan, self, grad_at, weight_at, self._scratch.on(streams))
 
 
 class BufferPool:
-    """A bounded supply of buffers for samples: the training thread acquires them, the collector releases them."""
+    """A bounded supply of buffers: the training thread acquires them, the collector releases them.
 
-    def __init__(self) -> None:
-        self._scratch = Scratch()
+    Args:
+        streams: those on which the training's numbers are launched.
+    """
+
+    def __init__(self, streams: StreamLog) -> None:
+        self._streams = streams
+        self._stamps = Stamps()
+        self._scratch = ScratchMemory()
         self._free: deque[SampleBuffers] = deque()
+        self._free_transfers: deque[Transfer] = deque()
+        """For the numbers of steps that are not sampled; there are as many as steps wait for the collector."""
         self._made = 0
         self._most = _POOL_BYTES // _OBJECT_BYTES
         self._last: SampleBuffers | None = None
@@ -213,15 +200,32 @@ class BufferPool:
         except IndexError:
             if self._made >= self._most:
                 return None
-            buffers = SampleBuffers(self._scratch)
+            buffers = SampleBuffers(self._stamps, self._streams, self._scratch)
             self._made += 1
         buffers.reset()
         self._last = buffers
         return buffers
 
-    def release(self, buffers: SampleBuffers) -> None:
+    def acquire_transfer(self) -> Transfer:
+        """Return a transfer for the numbers of a step that is not sampled."""
+        try:
+            transfer = self._free_transfers.pop()
+        except IndexError:
+            return Transfer(self._stamps, self._streams)
+        transfer.reset()
+        return transfer
+
+    def release(self, buffers: Transfer) -> None:
         """Take back buffers that were read."""
-        self._free.append(buffers)
+        if isinstance(buffers, SampleBuffers):
+            self._free.append(buffers)
+        else:
+            self._free_transfers.append(buffers)
+
+    def abandon(self, buffers: Transfer) -> None:
+        """Make room for buffers whose numbers have not arrived: the device may still write to these."""
+        if isinstance(buffers, SampleBuffers):
+            self._made -= 1
 
     @property
     def is_scarce(self) -> bool:

@@ -258,6 +258,8 @@ class MeasurementPlan:
         """Number of unit norms in each buffer, gradients and weights together."""
         for buffer, size in (self.grad_layout.sizes if self.grad_layout is not None else {}).items():
             self.sizes[buffer] = self.sizes.get(buffer, 0) + size
+        self.accelerators = tuple(dict.fromkeys(key.device for key in self.sizes if key.device.type != "cpu"))
+        """Devices of the buffers, without the CPU."""
         self.copy_groups: list[CopyGroup] | None = None
         """Groups of weights that can be copied together; None before ``find_copy_groups`` was called."""
         self._weight_order = None if len(self.weight_layout.sizes) < 2 else self._order(self.weight_layout)

@@ -17,10 +17,18 @@ import torch
 from torch import Tensor
 
 from gradwatch.norms.layout import NormLayout, Reduction, default_bucket_bytes
-from gradwatch.norms.tensor_spec import BufferKey, NormFunction, norm_function
+from gradwatch.norms.tensor_spec import BufferKey, NormFunction, TensorSpec, norm_function
 
 _WIDEST_SERIAL: Final = 1 << 10
 """Elements of a row that one thread of the CPU sums in float32: right to 1e-6 up to here."""
+
+
+_DOWN: Final = 2.0**-66
+"""Factor by which a tensor is scaled where its squares overflow: no square of a float32 number overflows then."""
+_CAN_OVERFLOW: Final = (torch.float32, torch.bfloat16, torch.complex64)
+"""Dtypes whose squares float32 does not hold, while it holds the numbers."""
+_SCALED: Final = 1 << 22
+"""Elements of a tensor that are scaled at once."""
 
 
 class LayoutChangedError(RuntimeError):
@@ -63,13 +71,29 @@ class NormReducer:
         self._direct: list[tuple[int, tuple[int, ...], Tensor, NormFunction]] = []
         """Tensors that are reduced where they lie: position, shape, target of the norms, function that writes them."""
         self._buckets: list[_Bucket] = []
+        self._overflows: dict[BufferKey, tuple[Tensor, Tensor]] = {}
+        """Norms on devices, and the same of the tensors scaled down; on the CPU ``float64`` recomputes them."""
         for reduction in layout.reductions if reductions is None else reductions:
-            out = buffers[reduction.buffer][reduction.start : reduction.stop]
+            span = slice(reduction.start, reduction.stop)
+            out = buffers[reduction.buffer][span]
+            scaled = None
+            if reduction.buffer.device.type != "cpu" and reduction.spec.dtype in _CAN_OVERFLOW:
+                scaled = self._scaled_down(reduction.buffer, buffers)[span]
             if reduction.in_bucket:
-                self._buckets.append(_bucket(layout, reduction, scratch, out))
+                self._buckets.append(_bucket(layout, reduction, scratch, out, scaled))
                 continue
             (position,) = reduction.positions
-            self._direct.append((position, reduction.spec.shape, out, norm_function(reduction.spec)))
+            write = norm_function(reduction.spec)
+            self._direct.append((position, reduction.spec.shape, out, write))
+            if scaled is not None:
+                self._direct.append((position, reduction.spec.shape, scaled, partial(_write_scaled, reduction.spec)))
+
+    def _scaled_down(self, key: BufferKey, buffers: dict[BufferKey, Tensor]) -> Tensor:
+        """Return the buffer for norms of tensors that are scaled down; infinite where nothing is written."""
+        if key not in self._overflows:
+            out = buffers[key][: self.layout.sizes[key]]
+            self._overflows[key] = out, torch.full_like(out, math.inf)
+        return self._overflows[key][1]
 
     def run(self, tensors: Sequence[Tensor], *, warm: bool = False) -> None:
         """Write the unit norms of ``tensors``.
@@ -92,6 +116,10 @@ class NormReducer:
             write(tensor, out)
         if not warm:
             self._run_buckets(tensors)
+        for out, scaled in self._overflows.values():
+            largest = torch.finfo(out.dtype).max
+            overflowed = out.isinf().logical_and_(scaled.isfinite())
+            out.copy_(torch.where(overflowed, scaled.div(_DOWN).clamp_(max=largest), out))
 
     def _run_buckets(self, tensors: Sequence[Tensor]) -> None:
         for bucket in self._buckets:
@@ -112,6 +140,8 @@ class _Bucket:
     """The scratch buffer as ``stack`` or ``cat`` fills it."""
     write_norms: Callable[[], object]
     """Writes the norms of the rows in the scratch buffer."""
+    scale: Callable[[], object] | None
+    """Scales the scratch buffer down, and writes the norms of its rows again; None where no square can overflow."""
 
     def reduce(self, tensors: Sequence[Tensor]) -> None:
         members = self.select(tensors)
@@ -126,20 +156,43 @@ class _Bucket:
                 raise LayoutChangedError(f"a tensor in one bucket with a tensor of {self.shape} has another shape now")
             torch.cat(members, out=self.target)
         self.write_norms()
+        if self.scale is not None:
+            self.scale()
 
 
-def _bucket(layout: NormLayout, reduction: Reduction, scratch: Scratch, out: Tensor) -> _Bucket:
+def _bucket(layout: NormLayout, reduction: Reduction, scratch: Scratch, out: Tensor, scaled: Tensor | None) -> _Bucket:
     shapes = [layout.specs[position].shape for position in reduction.positions]
     shape = reduction.spec.shape
     flat = scratch.take(reduction.buffer, reduction.elements)
     alike = len(set(shapes)) == 1
+    rows = flat.view(reduction.stop - reduction.start, -1)
     return _Bucket(
         select=itemgetter(*reduction.positions),
         shape=shape,
         elements=None if alike else list(map(math.prod, shapes)),
         target=flat.view((len(shapes), *shape) if alike else (-1, *shape[1:])),
-        write_norms=_row_norms(flat.view(reduction.stop - reduction.start, -1), out),
+        write_norms=_row_norms(rows, out),
+        scale=None if scaled is None else partial(_write_scaled_rows, rows, scaled),
     )
+
+
+def _write_scaled_rows(rows: Tensor, out: Tensor) -> None:
+    torch.linalg.vector_norm(rows.mul_(_DOWN), dim=1, out=out)
+
+
+def _write_scaled(spec: TensorSpec, tensor: Tensor, out: Tensor) -> None:
+    """Write the unit norms of a tensor that is scaled down, of a bounded part at a time where units lie one by one."""
+    rows = max(_SCALED * max(spec.shape[0], 1) // max(tensor.numel(), 1), 1) if spec.shape else 1
+    if tensor.numel() <= _SCALED or spec.sparse or spec.axis == "transposed" or rows >= spec.shape[0]:
+        norm_function(spec)(tensor * _DOWN, out)
+        return
+    norms = []
+    for part in tensor.split(rows):
+        part_spec = spec._replace(shape=tuple(part.shape))
+        norms.append(torch.empty(part_spec.units, dtype=out.dtype, device=out.device))
+        norm_function(part_spec)(part * _DOWN, norms[-1])
+    joined = torch.cat(norms)
+    out.copy_(torch.linalg.vector_norm(joined, keepdim=True) if spec.units == 1 else joined)
 
 
 def _row_norms(rows: Tensor, out: Tensor) -> Callable[[], object]:

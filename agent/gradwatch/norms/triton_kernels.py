@@ -26,7 +26,10 @@ def unit_norms(
     double: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Write the L2 norm of each unit, summed in float32, or in float64 with ``double``; address 0 is skipped."""
+    """Write the L2 norm of each unit, summed in float32, or in float64 with ``double``; address 0 is skipped.
+
+    Where squares overflow float32, the norm is that of the unit scaled by 2**-66, scaled back.
+    """
     program = tl.program_id(0)
     owner = tl.load(owners + program)
     address = tl.load(addresses + owner)
@@ -35,11 +38,19 @@ def unit_norms(
         unit = program - tl.load(row)
         width = tl.load(row + 6)
         squares = tl.zeros((block,), tl.float64 if double else tl.float32)
+        scaled = tl.zeros((block,), tl.float64 if double else tl.float32)
         for start in range(0, width, block):
             index = start + tl.arange(0, block)
             values = _load(address, tl.load(row + 2), _offsets(row, unit, index), index < width, double, block)
             squares += values * values
-        tl.store(norms + tl.load(row + 1) + unit, tl.sqrt(tl.sum(squares, 0)))
+            values *= 2.0**-66
+            scaled += values * values
+        norm = tl.sqrt(tl.sum(squares, 0))
+        if not double:
+            small = tl.sqrt(tl.sum(scaled, 0))
+            overflowed = (norm == float("inf")) & (small < float("inf"))
+            norm = tl.where(overflowed, tl.minimum(small * 2.0**66, 3.4028234663852886e38), norm)
+        tl.store(norms + tl.load(row + 1) + unit, norm)
 
 
 @triton.jit

@@ -7,12 +7,11 @@ one warning says so and the plain operators take everything. With ``TRITON_INTER
 slowly, which is how they are tested.
 """
 
-import functools
 import importlib.util
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal, NamedTuple
 
@@ -21,7 +20,9 @@ from torch import Tensor
 
 from gradwatch.norms.layout import NormLayout, Reduction
 from gradwatch.norms.reducer import LayoutChangedError, NormReducer, Scratch
+from gradwatch.norms.streams import captures
 from gradwatch.norms.tensor_spec import WIDEST_ROW, BufferKey, TensorSpec, UnitAxis, norm_function, spec_of
+from gradwatch.norms.transfer import pinned
 
 _log = logging.getLogger("gradwatch")
 
@@ -30,9 +31,27 @@ _DTYPE_CODES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, to
 """Dtypes that the kernels read and write, by the code that they know them by."""
 
 
-@functools.cache
+_usable: Final[dict[BufferKey, bool]] = {}
+"""Whether the kernels run on a device in a precision, and agree there with the plain operators; where it was tested."""
+
+
 def can_use_triton(key: BufferKey) -> bool:
-    """Return whether the kernels run on this device in this precision, and agree there with the plain operators."""
+    """Return whether ``compare_kernels`` has found that the kernels can be used; without a test the answer is no."""
+    return _usable.get(key, False)
+
+
+def compare_kernels(keys: Iterable[BufferKey]) -> None:
+    """Compare the kernels with the plain operators on some devices, each once in a process.
+
+    This compiles them, for some seconds, and waits for the device. So it is done when an agent is attached, never
+    within a step, where other ranks may wait in a collective.
+    """
+    for key in keys:
+        if key not in _usable:
+            _usable[key] = _is_usable(key)
+
+
+def _is_usable(key: BufferKey) -> bool:
     device = key.device
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if not (device.type == "cuda" or interpreted) or importlib.util.find_spec("triton") is None:
@@ -103,8 +122,8 @@ class TritonTable:
             programs += spec.units
         self._device = key.device
         self._grid = (programs,)
-        self._owners = torch.cat(owners).to(key.device) if owners else torch.zeros(0, device="cpu")
-        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu").to(key.device)
+        self._owners = _to_device(torch.cat(owners), key.device) if owners else torch.zeros(0, device="cpu")
+        self._rows = _to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), key.device)
         self._copied_addresses: list[int] = []
         self._addresses = torch.zeros(0, device="cpu")
         self._double = key.dtype == torch.float64
@@ -118,8 +137,11 @@ class TritonTable:
             units: the array of factors that the kernel reads, or of norms that it writes.
 
         Returns:
-            The indices of the tensors that the plain operators have to take.
+            The indices of the tensors that the plain operators have to take: all of them while a graph is captured,
+            whose replays would read a table of addresses that eager steps replace.
         """
+        if captures(self._device):
+            return list(range(len(tensors)))
         misfits = [index for index in self._supported if not _lies_as_specified(tensors[index], self._specs[index])]
         skipped = set(misfits)
         addresses = [0 if index in skipped else tensors[index].data_ptr() for index in self._supported]
@@ -137,10 +159,12 @@ class TritonTable:
         """Copy the addresses to the device where they have changed; a copy from pinned memory waits for nothing."""
         if addresses == self._copied_addresses:
             return
-        host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        host = host.pin_memory() if self._device.type == "cuda" else host
-        self._addresses = host.to(self._device, non_blocking=True)
+        self._addresses = _to_device(torch.tensor(addresses, dtype=torch.int64, device="cpu"), self._device)
         self._copied_addresses = addresses
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    return pinned(host, device).to(device, non_blocking=True)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -233,7 +257,8 @@ def _difference(key: BufferKey) -> str:
             torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
             .reshape(shape)
             .div_(64)
-            .to(device, dtype)
+            .to(dtype)
+            .to(device)
             for shape, _, _ in _PROBES
         ]
         specs = [spec_of(probe, axis, groups) for probe, (_, axis, groups) in zip(probes, _PROBES, strict=True)]

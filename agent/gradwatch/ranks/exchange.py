@@ -7,7 +7,6 @@ The agent has a connection of its own to the store, which outlives ``destroy_pro
 
 import contextlib
 import itertools
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 from torch import distributed, nn
 
 from gradwatch.model.discovery import parameters_of
+from gradwatch.model.flat_parameters import flat_reason, uses_fsdp1
 from gradwatch.ranks.holdings import Holdings, is_sharded, uses_pipelining
 from gradwatch.ranks.parts import ClipPart, RankPart
 from gradwatch.statistics import JOINED
@@ -197,11 +197,16 @@ def exchange_for(models: Sequence[nn.Module]) -> RankExchange | None:
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return None
-    divided = uses_pipelining() or any(map(is_sharded, parameters_of(models)))
+    divided = uses_pipelining() or _is_divided(models)
     if not divided and all(map(_is_on_every_rank, models)):
         return None
     rank, size = distributed.get_rank(), distributed.get_world_size()
     return RankExchange(str(next(_agent_numbers)), rank, size, divided, _open_store())
+
+
+def _is_divided(models: Sequence[nn.Module]) -> bool:
+    """Return whether this rank holds only shards of some parameters."""
+    return uses_fsdp1(models) or any(map(is_sharded, parameters_of(models)))
 
 
 def _is_on_every_rank(model: nn.Module) -> bool:
@@ -222,19 +227,6 @@ def _open_store() -> Any:
     return store
 
 
-def uses_fsdp1(models: Sequence[nn.Module]) -> bool:
-    """Return whether FSDP1 shards the models: its flat parameters do not say which parameters they hold."""
-    module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    if module is None:
-        return False
-    wrappers = [
-        inner for model in models for inner in model.modules() if isinstance(inner, module.FullyShardedDataParallel)
-    ]
-    if wrappers:
-        return any(wrapper.sharding_strategy.name != "NO_SHARD" for wrapper in wrappers)
-    return any(getattr(parameter, "_fsdp_flattened", False) for model in models for parameter in model.parameters())
-
-
 def incomplete_reason(models: Sequence[nn.Module], exchange: RankExchange | None) -> str:
     """Return why this rank can measure only a part of the models; empty where it can measure all of it.
 
@@ -244,9 +236,10 @@ def incomplete_reason(models: Sequence[nn.Module], exchange: RankExchange | None
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return ""
-    if uses_fsdp1(models):
-        return "FullyShardedDataParallel (FSDP1) leaves each rank a part of the parameters: use fully_shard (FSDP2)"
+    reason = flat_reason(models)
+    if reason:
+        return reason
     divided = exchange is not None and exchange.divided
-    if not divided and any(map(is_sharded, parameters_of(models))):
+    if not divided and _is_divided(models):
         return "the model was sharded after attach(), the other ranks do not measure: attach after fully_shard"
     return ""

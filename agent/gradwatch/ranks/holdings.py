@@ -5,7 +5,7 @@ parameter may lie on a mesh of its own, and two ranks may have the same coordina
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 
 from gradwatch import wire
 from gradwatch.model.discovery import ParameterInfo, parameters_of
+from gradwatch.model.flat_parameters import flat_parameters
 from gradwatch.ranks.sharding import dims_that_split, shard_dim
 from gradwatch.ranks.stages import stages_of_parameters
 
@@ -67,10 +68,20 @@ class RegisteredParameters:
         return Holdings(self.described(), list(self.held or ()), list(self.peers))
 
 
-def holdings_of(watched: Sequence[ParameterInfo], rank: int) -> list[Holding]:
-    """Return what this rank holds of each parameter."""
+def holdings_of(watched: Sequence[ParameterInfo], models: Iterable[nn.Module], rank: int) -> list[Holding]:
+    """Return what this rank holds of each parameter of the models."""
     stages = stages_of_parameters()
-    return [_holding(info, rank, stages) for info in watched]
+    flat = {id(each.parameter): each for model in models for each in flat_parameters(model)}
+    found = []
+    for info in watched:
+        parameter = info.parameter()
+        known = None if parameter is None else flat.get(id(parameter))
+        if known is None:
+            found.append(_holding(info, rank, stages))
+        else:
+            stage = stages.get(id(parameter))
+            found.append(Holding(known.ranks, known.first, True, len(known.shape) < 2, stage))
+    return found
 
 
 def _holding(info: ParameterInfo, rank: int, stages: dict[int, int]) -> Holding:
@@ -114,6 +125,8 @@ def peers_of(models: Sequence[nn.Module], rank: int) -> list[int]:
         for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 found.update(distributed.get_process_group_ranks(module.process_group))
+        for flat in flat_parameters(model):
+            found.update(flat.peers)
     for mesh in (getattr(parameter, "device_mesh", None) for parameter in parameters_of(models)):
         if mesh is not None and id(mesh) not in seen:
             seen.add(id(mesh))

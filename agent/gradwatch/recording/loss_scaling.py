@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor
 
 from gradwatch.hooks.autograd_graph import NodeBudget, roots, walk
-from gradwatch.norms.scalars import Scalar, copy_and_check, copy_scalar
+from gradwatch.norms.transfer import Scalar, copy_and_check, copy_scalar
 
 _REMEMBERED: Final = 16
 """Scaled losses that are remembered."""

@@ -70,6 +70,11 @@ class Batch:
         self._bytes += 16 * len(pairs)
 
     @property
+    def age_seconds(self) -> float:
+        """Return for how long it has been filled."""
+        return time.monotonic() - self.opened_at
+
+    @property
     def is_full(self) -> bool:
         """Return whether it is to be written now."""
         return (

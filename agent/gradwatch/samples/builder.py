@@ -1,6 +1,6 @@
 """The sample builder: computes the statistics and scalars of a sample from the unit norms that one step recorded.
 
-It runs on the collector's thread, and only there waits for numbers that are still on a device.
+It runs on the collector's thread, once all numbers of the step have arrived on the host.
 """
 
 import math
@@ -11,18 +11,17 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gradwatch import wire
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.norms.buffers import UnitNorms
-from gradwatch.norms.scalars import Scalar
 from gradwatch.ranks.holdings import Holding
-from gradwatch.ranks.parts import ClipPart, JoinedStatistics, RankPart, join_parts
+from gradwatch.ranks.parts import JoinedStatistics, RankPart, join_parts
 from gradwatch.ranks.whole_model import WholeModel
-from gradwatch.samples.agreement import agree
-from gradwatch.samples.origin import origin_in_flags
+from gradwatch.recording.recorder import read_numbers
+from gradwatch.samples.origin import NonfiniteSteps, origin_in_flags
+from gradwatch.samples.vectors import Vectors, agree, total_norm
 from gradwatch.statistics import (
     JOINED,
     MEASURED,
@@ -35,7 +34,7 @@ from gradwatch.statistics import (
     measured_from,
     ratio_histogram,
 )
-from gradwatch.steps.state import Measurement, NormClip, ScaledBy, StepRecord, WeightUpdate
+from gradwatch.steps.state import Measurement, ScaledBy, StepRecord, WeightUpdate
 
 MOST_RATES: Final = 16
 """Parameter groups up to which each has a learning rate of its own among the scalars."""
@@ -69,13 +68,21 @@ class SampleBuilder:
         """Indices of the parameters that cannot be measured."""
         self._usual_norm = 0.0
         self._was_finite = True
+        self._nonfinite = NonfiniteSteps()
         self._skipped_steps = 0
         self.all_nonfinite = False
         """Whether everything in the last step was non-finite at once, so that nothing shows where it began."""
 
-    def register(self, depths: Sequence[int], held: Sequence[Holding] | None, unreadable: Sequence[int] = ()) -> None:
-        """Take the depths of the parameters, what this rank holds of them, and which of them cannot be measured."""
+    def register(
+        self,
+        names: Sequence[str],
+        depths: Sequence[int],
+        held: Sequence[Holding] | None,
+        unreadable: Sequence[int] = (),
+    ) -> None:
+        """Take the parameters' names and depths, what this rank holds of them, and which cannot be measured."""
         count = len(depths)
+        self._nonfinite.names = names
         self._whole_units = np.array([not holding.split for holding in held or ()], np.bool_)
         self._unreadable = list(unreadable)
         for name, known in self._weights.items():
@@ -84,13 +91,14 @@ class SampleBuilder:
 
     def draft(self, record: StepRecord) -> tuple["Draft | None", dict[str, float], list[wire.Event]]:
         """Return the sample of a step without the other ranks' parts (None: not sampled), its trail and its events."""
-        trail = {name: to_float(value) for name, value in record.logged.items()}
+        read_numbers(record)
+        trail = dict(record.logged)
         if record.losses:
-            trail.setdefault("loss", sum(map(to_float, record.losses)))
+            trail.setdefault("loss", sum(record.losses))
         if record.clips and not record.clips[-1].partial:
-            trail["clip_norm"] = to_float(record.clips[-1].total_norm)
+            trail["clip_norm"] = record.clips[-1].total_norm
         events: list[wire.Event] = []
-        if any(map(to_float, record.found_infs)):
+        if any(record.found_infs):
             record.skip()  # a fused optimizer skips the step by itself
         if record.skipped:
             self._skipped_steps += 1
@@ -99,7 +107,12 @@ class SampleBuilder:
         origin = origin_in_flags(record.seen)
         if origin is not None:
             events.append(origin.event(record.step, record.at))
-        return self._draft(record) if record.measurements else None, trail, events
+        draft = self._draft(record) if record.measurements else None
+        counts = None if draft is None else draft.vectors["nonfinite_count"]
+        found = self._nonfinite.look(record, trail, counts)
+        if found is not None and origin is None:
+            events.append(found)
+        return draft, trail, events
 
     def shows_trouble(self, trail: Mapping[str, float], events: Sequence[wire.Event], draft: "Draft | None") -> bool:
         """Return whether a step shows a sign of trouble: a non-finite number, an event, a jump of the gradient norm."""
@@ -107,7 +120,7 @@ class SampleBuilder:
         self.all_nonfinite = not math.isfinite(trail.get("loss", 0.0))
         if draft is None:
             return troubled
-        norm, count = _total(draft.vectors["grad_norm"]), draft.vectors["nonfinite_count"]
+        norm, count = total_norm(draft.vectors["grad_norm"]), draft.vectors["nonfinite_count"]
         measured = count[count != MISSING]
         self.all_nonfinite |= bool(measured.size and (measured > 0).all())
         finite = math.isfinite(norm)
@@ -149,12 +162,12 @@ class SampleBuilder:
             sources.add("clipping")
         if self._agc is not None:
             sources.add("agc")
-        if record.updates and joined is None:
+        if joined is None and (vectors["update_norm"] != MISSING).any():
             sources.add("update")
         statistics = vectors.statistics(sources)
         scalars = self._scalars(record, statistics)
         if self._agc is not None:
-            scalars["removed_grad_norm"] = _total(vectors["removed_norm"])
+            scalars["removed_grad_norm"] = total_norm(vectors["removed_norm"])
         if joined is not None and record.clips and record.clips[-1].partial:
             scalars["clip_norm"] = [clip for clip in joined.clips if clip.ranks == record.clips[-1].ranks][-1].total
         return wire.Sample(
@@ -166,7 +179,7 @@ class SampleBuilder:
         )
 
     def _draft(self, record: StepRecord) -> "Draft":
-        vectors = _Vectors(self._third.size)
+        vectors = Vectors(self._third.size)
         # What was measured before clipping is written over what was measured after it; of several, the first counts.
         before = [measurement for measurement in record.measurements if measurement.before_clip]
         after = [measurement for measurement in record.measurements if not measurement.before_clip]
@@ -176,12 +189,23 @@ class SampleBuilder:
             vectors.set_zero(index)
         for update in record.updates:
             _add_update(update, vectors)
+        self._note_unmoved(record, vectors)
         for name, known in self._weights.items():
             vectors[name] = known.copy()
             vectors[name][self._unreadable] = MISSING
         return Draft(record, vectors, self._histograms(record.measurements, record.excluded))
 
-    def _add_measurement(self, measurement: Measurement, vectors: "_Vectors") -> None:
+    def _note_unmoved(self, record: StepRecord, vectors: Vectors) -> None:
+        """Note a change of 0 for parameters that an optimizer holds, and left alone for want of a gradient.
+
+        It tells them apart from those that no optimizer holds, such as a target network.
+        """
+        held = np.zeros(self._third.size, np.bool_)
+        for indices in record.stepped.values():
+            held[list(indices)] = True
+        vectors["update_norm"][held & (vectors["grad_norm"] == MISSING)] = 0.0
+
+    def _add_measurement(self, measurement: Measurement, vectors: Vectors) -> None:
         """Write the statistics of one measurement into the vectors of the sample."""
         plan = measurement.norms.plan
         indices = np.array([plan.indices[position] for position in plan.measured], np.intp)
@@ -195,7 +219,7 @@ class SampleBuilder:
         vectors.units[indices] = plan.measured_units
         told = measured if not measurement.changed else measured[~np.isin(measured, list(measurement.changed))]
         vectors.note_partial(measurement.clips, told)
-        scale = 1.0 if measurement.scale is None else to_float(measurement.scale)
+        scale = 1.0 if measurement.scale is None else measurement.scale
         factor = _clip_coefficients(measurement.clips, self._third.size)[indices]
         with np.errstate(all="ignore"):
             values = {row.name: row.measure(units, plan.starts) for row in measured_from("gradient")}
@@ -221,7 +245,7 @@ class SampleBuilder:
                 self._add_agc(proper_units, measurement.limits[plan.measured], plan.starts, indices, vectors)
 
     def _add_agc(
-        self, units: Units, limits: _Floats, starts: Sequence[int], indices: _Indices, vectors: "_Vectors"
+        self, units: Units, limits: _Floats, starts: Sequence[int], indices: _Indices, vectors: Vectors
     ) -> None:
         factors = agc_factors(units, starts, limits, tensor_wise=self._tensor_wise)
         clipped = replace(units, agc_factor=factors)
@@ -241,7 +265,7 @@ class SampleBuilder:
             units = _units(measurement.norms, self._eps)
             if measurement.scale is not None:
                 with np.errstate(all="ignore"):
-                    units = replace(units, gradient=units.gradient / to_float(measurement.scale))
+                    units = replace(units, gradient=units.gradient / measurement.scale)
             # Parameters that AGC leaves alone are counted in a fourth row, which is thrown away.
             rows = [
                 3 if plan.indices[position] in excluded else self._third[plan.indices[position]]
@@ -253,10 +277,10 @@ class SampleBuilder:
         return {name: counts.tolist() for name, counts in zip(wire.HISTOGRAMS, thirds, strict=True)}
 
     def _scalars(self, record: StepRecord, statistics: Mapping[str, wire.Vector]) -> dict[str, float]:
-        scalars = {name: to_float(value) for name, value in record.scalars.items()} | _learning_rates(record.rates)
-        scalars["global_grad_norm"] = _total(statistics["grad_norm"])
+        scalars = record.scalars | _learning_rates(record.rates)
+        scalars["global_grad_norm"] = total_norm(statistics["grad_norm"])
         if "clipped_grad_norm" in statistics:
-            scalars["clipped_global_grad_norm"] = _total(statistics["clipped_grad_norm"])
+            scalars["clipped_global_grad_norm"] = total_norm(statistics["clipped_grad_norm"])
         limit = _norm_limit(record, statistics["grad_norm"])
         if math.isfinite(limit):
             scalars["global_grad_norm_limit"] = limit
@@ -272,66 +296,8 @@ class Draft:
     """A sample that holds only what this rank measured: the parts of other ranks may be missing."""
 
     record: StepRecord
-    vectors: "_Vectors"
+    vectors: Vectors
     histograms: dict[str, list[float]]
-
-
-class _Vectors:
-    """The statistics of one sample while they are filled in, each of shape (parameters,)."""
-
-    def __init__(self, count: int) -> None:
-        self._values = {name: np.full(count, MISSING, np.float32) for name in MEASURED}
-        self.norm_before_agc = np.full(count, MISSING, np.float32)
-        """Norm of the gradient that AGC, or else the optimizer, was given: after any other clipping."""
-        self.units = np.zeros(count)
-        """Number of units that were measured."""
-        self.limits = np.full(count, np.inf)
-        """Largest ratio that AGC let through."""
-        self._partial_clips: list[tuple[NormClip, set[int]]] = []
-        """Clippings of which only this rank's part of the norm is known, and the parameters that they had scaled."""
-
-    def __getitem__(self, name: str) -> wire.Vector:
-        return self._values[name]
-
-    def __setitem__(self, name: str, values: wire.Vector) -> None:
-        self._values[name] = values
-
-    def note_partial(self, clips: Sequence[ScaledBy], indices: _Indices) -> None:
-        """Remember which partial clippings had scaled the gradients that were measured last."""
-        entered = set(indices.tolist())
-        for _, scaled in self._partial_clips:
-            scaled -= entered
-        self._partial_clips += [(clip, entered & mine) for clip, mine in clips if clip.partial]
-
-    def replace(self, values: Mapping[str, _Floats]) -> None:
-        """Replace this rank's values by those of the whole parameters."""
-        with np.errstate(all="ignore"):
-            self._values |= {name: whole.astype(np.float32) for name, whole in values.items()}
-
-    def clip_parts(self, clips: Sequence[NormClip]) -> list[ClipPart]:
-        """Return what this rank knows of the clippings of which it saw only a part of the norm."""
-        parts = []
-        for clip in clips:
-            if clip.partial:
-                scaled = sorted(index for other, mine in self._partial_clips if other is clip for index in mine)
-                total = 0.0 if clip.repeats else to_float(clip.total_norm)
-                parts.append(ClipPart(clip.ranks, total, to_float(clip.max_norm), clip.norm_type, scaled))
-        return parts
-
-    def set_zero(self, index: int) -> None:
-        """Set the statistics of a gradient without elements."""
-        for row in measured_from("gradient", "clipping", "agc"):
-            self._values[row.name][index] = 0.0
-        self.norm_before_agc[index] = 0.0
-
-    def statistics(self, sources: Collection[Source]) -> dict[wire.Statistic, wire.Vector]:
-        """Return the statistics that were measured from these sources."""
-        return {row.name: self._values[row.name] for row in measured_from(*sources) if not row.internal}
-
-
-def to_float(value: Scalar) -> float:
-    """Return a scalar as a float; waits for its device."""
-    return float(value.detach().cpu().reshape(())) if isinstance(value, Tensor) else float(value)
 
 
 def _units(norms: UnitNorms, eps: float) -> Units:
@@ -346,7 +312,7 @@ def _clip_coefficients(clips: Sequence[ScaledBy], count: int) -> _Floats:
     for clip, indices in clips:
         if clip.partial:
             continue
-        coefficient = clip_coefficient(to_float(clip.total_norm), to_float(clip.max_norm))
+        coefficient = clip_coefficient(clip.total_norm, clip.max_norm)
         coefficients[np.fromiter(indices, np.intp, len(indices))] *= coefficient
         for index, times in clip.repeated.items():
             coefficients[index] *= coefficient ** (times - 1) if index in indices else 1.0
@@ -361,18 +327,18 @@ def _norm_limit(record: StepRecord, grad_norm: wire.Vector) -> float:
         for clip, indices in () if measurement.before_clip else measurement.clips:
             scaled[id(clip)] |= indices
     whole = (clip for clip in record.clips if clip.norm_type == 2.0 and scaled[id(clip)] >= present)
-    return min((limit for clip in whole if (limit := to_float(clip.max_norm)) > 0), default=math.inf)
+    return min((limit for clip in whole if (limit := clip.max_norm) > 0), default=math.inf)
 
 
-def _add_update(update: WeightUpdate, vectors: _Vectors) -> None:
-    units = Units(change=update.units.detach().cpu().double().numpy())
+def _add_update(update: WeightUpdate, vectors: Vectors) -> None:
+    units = Units(change=update.units)
     for row in measured_from("update"):
         vectors[row.name][list(update.indices)] = row.measure(units, update.starts)
 
 
-def _learning_rates(rates: Mapping[int, Scalar]) -> dict[str, float]:
+def _learning_rates(rates: Mapping[int, float]) -> dict[str, float]:
     """Return the learning rate of each parameter group; of many groups the first, the lowest and the highest."""
-    by_group = {place: to_float(rate) for place, rate in sorted(rates.items())}
+    by_group = dict(sorted(rates.items()))
     if max(by_group, default=0) < MOST_RATES:
         return {f"learning_rate.{place}" if place else "learning_rate": rate for place, rate in by_group.items()}
     every = list(by_group.values())
@@ -381,10 +347,3 @@ def _learning_rates(rates: Mapping[int, Scalar]) -> dict[str, float]:
         "learning_rate.lowest": min(every),
         "learning_rate.highest": max(every),
     }
-
-
-def _total(vector: wire.Vector) -> float:
-    """Return the norm over all parameters that have a gradient."""
-    present = vector[vector != MISSING].astype(np.float64)
-    with np.errstate(all="ignore"):
-        return float(np.sqrt(np.sum(present * present)))

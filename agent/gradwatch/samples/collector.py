@@ -49,8 +49,9 @@ _BACKLOG: Final = 8
 """Documents in the spool from which on batches grow: the server is slower than the training then."""
 _GROWN_BATCH_SECONDS: Final = 2.0
 """Age at which a batch is written all the same."""
-_LAST_COPY_SECONDS: Final = 5.0
-"""Longest wait for a copy from the device when the run ends."""
+_LAST_COPIES_SECONDS: Final = 5.0
+"""Longest wait for all copies from the devices when the run ends."""
+_FAILED_DEVICE_SECONDS: Final = 0.2  # what a device that has failed has not copied yet will not come
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,8 @@ class Collector:
         """Names that were logged so far."""
         self._warned_of_name = False
         self._waits_for_device = False
+        self._last_copies = 0.0
+        """Monotonic time until which copies from the devices are waited for when the run ends."""
         self.time = ProcessorTime()
         self._thread = threading.Thread(target=self._work, name="gradwatch-collector", daemon=True)
 
@@ -143,10 +146,7 @@ class Collector:
     def put(self, message: Message) -> None:
         """Queue a message from the training thread, without waiting; a step is dropped if too many wait."""
         if len(self._messages) >= LONGEST_QUEUE and isinstance(message, StepRecord):
-            self._dropped.samples += message.sampled
-            self._dropped.values += len(message.logged) + bool(message.losses) + bool(message.clips)
-            if message.buffers is not None:
-                self._pool.release(message.buffers)
+            self._drop(message)
             return
         self._numbers = None
         self._messages.append(message)
@@ -171,13 +171,28 @@ class Collector:
         numbers.losses.append(loss)
         numbers.steps.append(step)  # last: the collector takes as many as there are steps
 
+    def _drop(self, record: StepRecord) -> None:
+        """Count a step as dropped. A device may still write to its buffers: they are used again only if it did."""
+        self._dropped.samples += record.sampled
+        self._dropped.values += len(record.logged) + bool(record.losses) + bool(record.clips)
+        if record.buffers is not None:
+            (self._pool.release if record.buffers.arrived() else self._pool.abandon)(record.buffers)
+
     def add_logger(self, logger: ScalarLogger) -> None:
         """Write the run-level scalars to this logger, too."""
         self._loggers = (*self._loggers, logger)
 
-    def finish(self, end: wire.End | None, timeout_seconds: float) -> None:
-        """Write everything that waits, and ``end``, to the spool; stop the thread and wait for it."""
+    def finish(self, end: wire.End | None, timeout_seconds: float, *, device_failed: bool) -> None:
+        """Write everything that waits, and ``end``, to the spool; stop the thread and wait for it.
+
+        Args:
+            end: the end of the attempt.
+            timeout_seconds: longest wait.
+            device_failed: whether a device has failed, so that what it has not copied yet will not come.
+        """
         self._messages.append(Ended(end))
+        copies_seconds = _FAILED_DEVICE_SECONDS if device_failed else _LAST_COPIES_SECONDS
+        self._last_copies = time.monotonic() + min(copies_seconds, timeout_seconds / 2)
         self._stop = True
         self._wake.set()
         self._thread.join(timeout_seconds)
@@ -216,7 +231,11 @@ class Collector:
         return self._joining is not None and self._joining.is_waiting
 
     def _process_messages(self, *, wait: bool) -> None:
-        """Process the queue up to the first step whose numbers have not arrived from the device."""
+        """Process the queue up to the first step whose numbers have not arrived from the device.
+
+        With ``wait`` give the copies some seconds; then drop what has not arrived. A step whose numbers cannot arrive
+        is dropped in any case.
+        """
         self._waits_for_device = False
         self._take_numbers(self._earlier)
         while self._messages:
@@ -224,18 +243,26 @@ class Collector:
             if isinstance(message, StepNumbers) and len(self._messages) == 1:
                 self._take_numbers(message)  # it stays: more may come
                 return
-            if isinstance(message, StepRecord) and message.buffers is not None and not _arrived(message, wait=wait):
-                self._waits_for_device = True
-                return
+            if isinstance(message, StepRecord) and message.buffers is not None and not message.buffers.arrived():
+                if not message.buffers.is_lost and not wait:
+                    self._waits_for_device = True
+                    return
+                if wait and time.monotonic() < self._last_copies:
+                    time.sleep(0.001)
+                else:
+                    self._drop(message)
+                    self._messages.popleft()
+                continue
             self._messages.popleft()
             self._process(message)
-            if self._batch.is_full:
-                self._write_batch(force=True)
+            if (full := self._batch.is_full) or self._batch.age_seconds > WRITE_SECONDS:
+                self._write_batch(force=full)
 
     def _process(self, message: Message) -> None:
         if isinstance(message, RegisteredParameters):
             unreadable = [index for index, info in enumerate(message.watched) if info.unreadable]
-            self._builder.register(message.depths, message.held, unreadable)
+            names = [info.name for info in message.watched]
+            self._builder.register(names, message.depths, message.held, unreadable)
             if self._joining is None:
                 self._register_run(message.described())
             else:
@@ -357,7 +384,7 @@ class Collector:
         if batch.is_empty or self._spool is None or not (self._registered or self._stop):
             return
         is_behind = self._spool.pending > _BACKLOG
-        if not force and is_behind and time.monotonic() - batch.opened_at < _GROWN_BATCH_SECONDS:
+        if not force and is_behind and batch.age_seconds < _GROWN_BATCH_SECONDS:
             return
         self._batch = Batch()
         self.time.book()
@@ -366,12 +393,3 @@ class Collector:
         self._spool.append("batch", body, len(batch.samples))
         self.time.book_samples("write", len(batch.samples), samples_share(len(batch.samples), len(body)))
         self._written()
-
-
-def _arrived(record: StepRecord, *, wait: bool) -> bool:
-    """Return whether a step's numbers have arrived from the device; with ``wait``, give the copy some seconds."""
-    assert record.buffers is not None
-    deadline = time.monotonic() + _LAST_COPY_SECONDS
-    while not (arrived := bool(record.buffers.arrived())) and wait and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return arrived

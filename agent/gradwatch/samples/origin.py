@@ -7,8 +7,9 @@ somebody's hooks (activation checkpointing computes them anew, offloading may ha
 hooks flag the outputs of the next steps without waiting for the device. They help only while the weights are finite.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,11 +21,15 @@ from gradwatch.hooks.autograd_graph import Node, inputs, inputs_first, leaf, roo
 from gradwatch.hooks.module_outputs import FiniteFlags, OutputHooks
 from gradwatch.model.discovery import is_compiled
 from gradwatch.model.registry import ParameterRegistry
-from gradwatch.norms.scalars import is_finite
+from gradwatch.norms.tensor_spec import local_part
+from gradwatch.norms.transfer import is_finite
+from gradwatch.statistics import MISSING
 from gradwatch.steps.state import StepRecord
 
 _EVERY_STEPS: Final = 100
 """Steps from one search to the next."""
+_MOST_SHOWN: Final = 5
+"""Parameters whose names an event tells."""
 _HOOKED_STEPS: Final = 3
 """Steps for which the forward hooks stay."""
 _ELEMENTWISE: Final = ("MulBackward", "AddBackward", "SubBackward", "DivBackward", "AddcmulBackward", "PowBackward")
@@ -78,17 +83,23 @@ class OriginFinder:
         if originals and all(map(is_finite, originals)):
             return None  # the loss scale overflowed, and the scaler will lower it
         self._next_search = step + _EVERY_STEPS
-        modules: dict[int, str] = {}
         for watched in self._parameters.watched:
             parameter = watched.parameter.reference()
-            if parameter is not None and not watched.unreadable:
-                if not bool(torch.isfinite(parameter.detach()).all().numpy().item()):
-                    return None  # the origin lies in an earlier step
-                modules[id(parameter)] = watched.module
-        origin = origin_in_graph(losses, lambda tensor: modules.get(id(tensor)))
+            if parameter is None or watched.unreadable:
+                continue
+            # A check of a whole DTensor would be a collective.
+            if not bool(torch.isfinite(local_part(parameter.detach())).all().numpy().item()):
+                return None  # the origin lies in an earlier step
+        if self._parameters.sharded:
+            self._parameters.note_unsharded()  # the graph holds those that FSDP puts in the place of sharded ones
+        origin = origin_in_graph(losses, self._module_of)
         self._hooks_wanted = origin is None
         self.is_active |= self._hooks_wanted
         return None if origin is None else origin.event(step + 1, time.time())
+
+    def _module_of(self, tensor: Tensor) -> str | None:
+        index = self._parameters.find(tensor)
+        return None if index is None else self._parameters.watched[index].module
 
     def request_hooks(self, step: int) -> None:
         """Hook the next steps: something is not finite at ``step``, and no graph tells where it began."""
@@ -118,6 +129,43 @@ class OriginFinder:
             self._hooks.close()
 
 
+class NonfiniteSteps:
+    """Tells of the first step on an accelerator that is not finite what can be told without waiting for the device.
+
+    By the time the host learns of it the weights are not finite either, and no forward pass shows where it began.
+    """
+
+    def __init__(self) -> None:
+        self.names: Sequence[str] = ()
+        """Names of the parameters."""
+        self._was_bad = False
+
+    def look(self, record: StepRecord, trail: Mapping[str, float], counts: wire.Vector | None) -> wire.Event | None:
+        """Return the event of a step that is not finite where the last one was.
+
+        Args:
+            record: the step; its numbers have been read.
+            trail: its scalars.
+            counts: non-finite elements or units of each gradient, shape (parameters,); None: it was not sampled.
+        """
+        was_bad = self._was_bad
+        numbers = [trail[name] for name in ("loss", "clip_norm") if name in trail]
+        self._was_bad = not all(map(math.isfinite, numbers)) or (counts is not None and bool((counts > 0).any()))
+        on_device = record.buffers is not None and record.buffers.is_on_device
+        if was_bad or not self._was_bad or record.skipped or not on_device:
+            return None
+        text = "its gradients were not sampled" if counts is None else self._gradients(counts)
+        text = f"the first step that is not finite: {text}; on an accelerator the module where this began cannot be "
+        message = text + "told without waiting for the device"
+        return wire.Event(step=record.step, at=record.at, kind="nonfinite_step", message=message)
+
+    def _gradients(self, counts: wire.Vector) -> str:
+        bad = [name for name, count in zip(self.names, counts.tolist(), strict=True) if count > 0]
+        more = f" and {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
+        measured = int((counts != MISSING).sum())
+        return f"{len(bad)} of {measured} gradients are not ({', '.join(bad[:_MOST_SHOWN]) or 'none'}{more})"
+
+
 def origin_in_graph(losses: Sequence[Tensor], module_of: ModuleOf) -> Origin | None:
     """Return the origin of the first non-finite number according to the graphs of some losses.
 
@@ -140,7 +188,7 @@ def origin_in_graph(losses: Sequence[Tensor], module_of: ModuleOf) -> Origin | N
 
 
 def origin_in_flags(flags: Sequence[FiniteFlags]) -> Origin | None:
-    """Return the first module whose output, or else whose gradient, was not finite; waits for the device."""
+    """Return the first module whose output, or else whose gradient, was not finite; the flags have been read."""
     last_finite = ""
     for entry in flags:
         if entry.kind == "gradient":
@@ -161,8 +209,8 @@ def origin_in_flags(flags: Sequence[FiniteFlags]) -> Origin | None:
     return None
 
 
-def _holds(flag: Tensor | None) -> bool:
-    return flag is None or bool(flag.cpu().numpy().item())
+def _holds(flag: float | None) -> bool:
+    return flag is None or bool(flag)
 
 
 def _origin_at(node: Node, module_of: ModuleOf) -> Origin | None:
@@ -221,16 +269,18 @@ def _raw_saved(node: Node) -> Iterator[tuple[str, tuple[Any, ...]]]:
 def _saved_tensors(node: Node) -> Iterator[Tensor]:
     for name, _ in _raw_saved(node):
         try:
-            saved = getattr(node, name)
+            # A function in Python (FSDP adds some) has them all in one attribute, whose name begins otherwise.
+            saved = node.saved_tensors if name == "_saved_tensors" else getattr(node, name)
         except RuntimeError:  # changed in place since
             continue
-        if isinstance(saved, Tensor):
-            yield saved
+        yield from (each for each in (saved if isinstance(saved, tuple) else (saved,)) if isinstance(each, Tensor))
 
 
 def _all_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.device.type != "cpu" or tensor.layout != torch.strided:
         return True
+    if not tensor.untyped_storage().nbytes():
+        return True  # FSDP has freed a weight until its backward pass; weights are finite
     with torch.no_grad():
         return tensor.numel() == 0 or all(
             bool(torch.isfinite(bound).numpy().item()) for bound in torch.aminmax(tensor.detach())

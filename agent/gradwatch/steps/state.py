@@ -149,6 +149,32 @@ class StepRecord:
     urgent: bool = False
     """Whether it shows a sign of trouble, or follows one that does: it is written and sent at once."""
 
+    def map_numbers(self, change: Callable[[Number], Number], change_units: Callable[[Any], Any]) -> None:
+        """Put another number in the place of each one that may be on a device.
+
+        Args:
+            change: given each number.
+            change_units: given the unit norms of each weight update.
+        """
+        for numbers in (self.losses, self.found_infs):
+            numbers[:] = map(change, numbers)
+        for named in (self.logged, self.scalars):
+            named.update({name: change(number) for name, number in named.items()})
+        self.rates.update({place: change(rate) for place, rate in self.rates.items()})
+        for clip in self._all_clips():
+            clip.total_norm, clip.max_norm = change(clip.total_norm), change(clip.max_norm)
+        for measurement in self.measurements:
+            if measurement.scale is not None:
+                measurement.scale = change(measurement.scale)
+        for update in self.updates:
+            update.units = change_units(update.units)
+        for flags in self.seen:
+            flags.map_numbers(change)
+
+    def _all_clips(self) -> Iterable[NormClip]:
+        earlier = (clip for measurement in self.measurements for clip, _ in measurement.clips)
+        return {id(clip): clip for clip in (*self.clips, *earlier)}.values()
+
     @property
     def clipped(self) -> Indices:
         """Return the parameters with notes that hold only while their gradients stay as clipping left them."""

@@ -81,7 +81,7 @@ class KnownParameter(BaseModel):
 class LastEvent(BaseModel):
     """The last event of one kind that an agent has reported."""
 
-    kind: str = Field(description="such as disarmed, not_measured, not_stepped, skipped_step, nonfinite_module")
+    kind: str = Field(description="such as disarmed, not_measured, not_stepped, skipped_step, nonfinite_step")
     count: int = Field(description="events of this kind")
     step: int
     at: float = Field(description="Unix seconds")

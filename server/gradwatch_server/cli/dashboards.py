@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gradwatch_server.cli.command import run_command
+from gradwatch_server.cli.command import print_line, run_command
 from gradwatch_server.errors import GradwatchError
 
 _PAGE, _GRAFANA, _JOB = "http://127.0.0.1:8321", "http://127.0.0.1:3000", "gradwatch"
@@ -43,7 +43,7 @@ def _write(options: argparse.Namespace) -> int:
         text = (source / "prometheus" / name).read_text()
         text = text.replace(_PAGE, options.page.rstrip("/")).replace(_GRAFANA, options.grafana.rstrip("/"))
         (folder / name).write_text(text.replace(f'job="{_JOB}"', f'job="{options.job}"'))
-    print(f"{folder}: {len(boards)} boards, {' and '.join(_RULES)}")
+    print_line(f"{folder}: {len(boards)} boards, {' and '.join(_RULES)}")
     return 0
 
 

@@ -9,7 +9,8 @@ from gradwatch_server.diagnosis.finding import Blame, Finding
 from gradwatch_server.diagnosis.history import History
 from gradwatch_server.diagnosis.rule import Observation
 from gradwatch_server.diagnosis.rules import RULES, SAMPLE_RULES, Thresholds, diagnose
-from gradwatch_server.diagnosis.sample import RunParameters, Sample
+from gradwatch_server.diagnosis.run_parameters import RunParameters
+from gradwatch_server.diagnosis.sample import Sample
 
 __all__ = [
     "RULES",

@@ -1,16 +1,19 @@
 """Recommends a threshold for adaptive clipping from the units that each candidate would have clipped. It is pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.wire import HISTOGRAM_EDGES
+from gradwatch_server.diagnosis.finding import Finding
 
 Floats = NDArray[np.float64]
 
+CLIP: Final = "gradwatch.attach(..., clip=0.01)"
+"""The call that a remedy names until a threshold is recommended."""
 THRESHOLDS: Final = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 """The candidates: the grid of Brock et al. (2021), with one more at either end."""
 USUAL_SHARE: Final = 0.05
@@ -86,3 +89,9 @@ def _recommend(steps: Sequence[int], rates: Floats) -> tuple[float | None, str]:
         f"Even {THRESHOLDS[-1]} would have clipped {usual[-1]:.0%} of the units at the median step: the gradients are "
         "large beside the weights nearly everywhere. Lower the learning rate or change the initialisation first."
     )
+
+
+def name_threshold(finding: Finding, threshold: float) -> Finding:
+    """Return the finding with the threshold for adaptive clipping that this run's own ratios recommend."""
+    advised = f"gradwatch.attach(..., clip={threshold:g}), which leaves this run's usual steps alone"
+    return replace(finding, remedy=finding.remedy.replace(CLIP, advised))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Final, NamedTuple, Self
 
@@ -10,29 +10,23 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch_server.diagnosis.sample import (
-    Flags,
-    Floats,
-    Profile,
-    RunParameters,
-    Sample,
-    any_in_set,
-    extended,
-    median,
-)
+from gradwatch_server.diagnosis.loss_history import FIRST_SAMPLES, RECENT_SAMPLES, LossHistory
+from gradwatch_server.diagnosis.run_parameters import Flags, Floats
+from gradwatch_server.diagnosis.sample import Profile, Sample, extended, median
 
-VERSION: Final = 3
+VERSION: Final = 4
 """Version of ``History.to_bytes``. The history of a run that was stored in another version has to be replayed."""
 
 HISTORY_SAMPLES = 64
-FIRST_SAMPLES = 8
-RECENT_SAMPLES = 5
-LATELY_STEPS = 64
 GROWTH_SAMPLES = 16
 _SPREAD_OF_MAD = 1.4826
 """Standard deviations in a median absolute deviation of normal noise."""
-_MOST_QUIET_STEPS = 3
-"""Most steps between two samples for which a parameter counts as quiet."""
+OVERSHOOT = 0.6
+"""Change of the typical weight matrix in one step, or growth within a few, as a share of the weight."""
+OVERSHOOT_STEPS = 20
+"""Steps within which that growth counts; where samples lie further apart, since the last one."""
+_GROWN = math.log10(5.0)
+"""Growth of half of the weight matrices, in decades, that no healthy run reaches."""
 CLIPPED_SHARE = 0.95
 """Share of clipped units of a matrix from which the threshold, not the gradient, sets the length of its step."""
 IDLE_SHARE = 0.95
@@ -41,80 +35,20 @@ IDLE_SHARE = 0.95
 Counts = NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class LossHistory:
-    """The course of the loss, which tells whether the run learns."""
+class QuietTimes(NamedTuple):
+    """For how many samples each parameter has been without a gradient; all have the shape (parameters,)."""
 
-    first: tuple[float, ...] = ()
-    recent: tuple[float, ...] = ()
-    """The last few losses, infinity for one that was not finite."""
-    lowest: float = math.inf
-    """Smallest median of a few losses in a row."""
-    lately: tuple[float, ...] = ()
-    """The last medians of a few losses in a row, one for each step."""
-
-    @cached_property
-    def reference(self) -> float:
-        """The loss at the beginning; NaN without any.
-
-        It is the median of the first losses, but at most the very first: a divergence lifts the median.
-        """
-        return min(self.first[0], median(self.first)) if self.first else math.nan
-
-    @cached_property
-    def now(self) -> float:
-        """Median of the last few losses; NaN without any."""
-        return median(self.recent) if self.recent else math.nan
-
-    @property
-    def scale(self) -> float:
-        """The unit in which a change of the loss is measured: its size at the beginning."""
-        return max(abs(self.reference), 1e-12)
-
-    def progress(self, loss: float | None = None) -> float:
-        """Return how far the loss has come down, as a share of the loss at the beginning.
-
-        The share is 1 for a loss of zero, negative for a loss that rose, and NaN where no loss is known.
-
-        Args:
-            loss: the loss now; by default the median of the last few.
-        """
-        loss = self.now if loss is None else loss
-        return (self.reference - loss) / self.scale if self.first else math.nan
-
-    def relapse(self, loss: float | None = None) -> float:
-        """Return the share of the progress so far that is lost again; 0 if there was next to no progress.
-
-        Args:
-            loss: the loss now; by default the median of the last few.
-        """
-        loss = self.now if loss is None else loss
-        made = self.reference - self.lowest
-        if not self.first or not made > 0.1 * self.scale:
-            return 0.0
-        return (loss - self.lowest) / made
-
-    def after(self, loss: float) -> "LossHistory":
-        """Return the history with one more loss."""
-        if math.isnan(loss):
-            return self
-        recent = (*self.recent, loss)[-RECENT_SAMPLES:]
-        now = median(recent)
-        return LossHistory(
-            first=(*self.first, loss) if len(self.first) < FIRST_SAMPLES and math.isfinite(loss) else self.first,
-            recent=recent,
-            lowest=min(self.lowest, now) if len(recent) >= 3 else self.lowest,
-            lately=(*self.lately, now)[-LATELY_STEPS:],
-        )
-
-    def risen(self, share: float, steps: int) -> bool:
-        """Return whether the last ``steps`` medians all exceed the loss at the beginning by more than ``share`` of it.
-
-        A loss that was zero or negative at the beginning never counts as risen: it does not measure how bad a run is.
-        """
-        if len(self.lately) < steps or not self.first or min(self.first) <= 0.0:
-            return False
-        return min(self.lately[-steps:]) > (1.0 + share) * self.reference
+    quiet: Counts
+    longest: Counts
+    """The longest such time that has ended."""
+    idle: Counts
+    """For how many samples nearly all units of the parameter have been without a gradient."""
+    loud: Flags
+    """True where the parameter is not quiet at this sample."""
+    loud_steps: Counts
+    """Step of the last sample at which it was not quiet; the attempt's first step before that."""
+    trained_steps: Counts
+    """Steps from the first sample to the last one before this at which it was not quiet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,13 +66,17 @@ class History:
     """
 
     samples: int = 0
-    losses: LossHistory = LossHistory()
+    losses: LossHistory = field(default_factory=LossHistory)
     log_gradients: tuple[float, ...] = ()
     """log10 of the global gradient norm of the last 64 samples without a sign of an explosion: an explosion must not
     become usual."""
     first_log_gradients: tuple[float, ...] = ()
     growths: tuple[tuple[int, float], ...] = ()
     """(step, log10 of the typical growth of the weight matrices since the first sample) of the last few samples."""
+    proportionate: bool = False
+    """Whether the gradients of some sample were in proportion to weights and loss."""
+    overshot_step: int | None = None
+    """Step of the last sample at which the weights moved out of proportion to themselves."""
     best_leverage: float = 0.0
     """The largest leverage that any weight matrix has had."""
     best_typical_leverage: float = 0.0
@@ -159,6 +97,14 @@ class History:
     """Samples in a row at which nearly all units of a parameter had a zero gradient."""
     weights: Floats | None = None
     """Weight norms at the last sample."""
+    loud_steps: Counts | None = None
+    """Step of the last sample at which each parameter had a gradient other than zero; the first step before that."""
+    trained_steps: Counts | None = None
+    """Steps between the first sample and the last one at which each parameter had a gradient other than zero."""
+    first_step: int | None = None
+    """Step of the attempt's first sample."""
+    knows_holders: bool = False
+    """Whether the agent tells which parameters an optimizer holds without a gradient for them."""
     clipped_samples: int = 0
     """Samples in a row at which nearly everything was clipped."""
     unclipped_samples: int = 0
@@ -195,7 +141,7 @@ class History:
         return extended(getattr(self, name), size, 0)
 
     def after(
-        self, sample: Sample, profile: Profile, quiet: "QuietTimes", rules: Sequence[str], *, suspect: bool
+        self, sample: Sample, profile: Profile, quiet: QuietTimes, rules: Sequence[str], *, suspect: bool
     ) -> "History":
         """Return the history with one more sample in it.
 
@@ -219,6 +165,8 @@ class History:
             log_gradients=(self.log_gradients + log_gradient)[-HISTORY_SAMPLES:],
             first_log_gradients=(self.first_log_gradients + log_gradient)[:FIRST_SAMPLES],
             growths=(*self.growths, (sample.step, profile.typical_growth))[-GROWTH_SAMPLES:],
+            proportionate=self.proportionate or profile.in_proportion,
+            overshot_step=sample.step if self.overshoots(sample.step, profile) else self.overshot_step,
             best_leverage=max(self.best_leverage, float(np.fmax.reduce(profile.leverages, initial=0.0))),
             best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),
             suspect_since=(sample.step if self.suspect_since is None else self.suspect_since) if suspect else None,
@@ -234,17 +182,43 @@ class History:
             losses = losses.after(loss if math.isfinite(loss) else math.inf)
         return losses
 
-    def _counts_after(self, sample: Sample, profile: Profile, quiet: "QuietTimes") -> dict[str, Any]:
+    def _counts_after(self, sample: Sample, profile: Profile, quiet: QuietTimes) -> dict[str, Any]:
         """Return the fields that count samples in a row."""
         everything_clipped, nothing_clipped = _clipping(sample, profile)
         return {
             "quiet": quiet.quiet,
             "longest_quiet": quiet.longest,
             "ever": extended(self.ever, len(profile.gradient), False) | profile.nonzero,
+            "loud_steps": quiet.loud_steps,
+            "trained_steps": np.where(quiet.loud, quiet.loud_steps - self.began_at(sample), quiet.trained_steps),
+            "first_step": self.began_at(sample),
+            "knows_holders": self.knows_holders or "update_norm" in sample.statistics,
             "idle": quiet.idle,
             "clipped_samples": self.clipped_samples + 1 if everything_clipped else 0,
             "unclipped_samples": self.unclipped_samples + 1 if nothing_clipped else 0,
         }
+
+    def overshoots(self, step: int, profile: Profile) -> bool:
+        """Return whether the weights have moved out of proportion to themselves in the last few steps."""
+        oldest = min(step - OVERSHOOT_STEPS, self.growths[-1][0] if self.growths else step)
+        earlier = min((growth for at, growth in self.growths if at >= oldest), default=profile.typical_growth)
+        return profile.typical_update >= OVERSHOOT or profile.typical_growth - earlier >= math.log10(1 + OVERSHOOT)
+
+    def weights_follow(self, step: int, profile: Profile) -> bool:
+        """Return whether weights have moved out of proportion lately, or grown far beyond what they ought to be.
+
+        A loss that joins, switches or is summed over more multiplies loss and gradient alike, and the weights go on as
+        before. Where no loss is known, the gradient alone decides.
+        """
+        if math.isnan(profile.loss) and not self.losses.first:
+            return True
+        since = self.growths[0][0] if self.growths else step
+        lately = self.overshot_step is not None and self.overshot_step >= since
+        return lately or self.overshoots(step, profile) or profile.overflowed or profile.typical_growth >= _GROWN
+
+    def began_at(self, sample: Sample) -> int:
+        """Return the step of the attempt's first sample, which may be this one."""
+        return sample.step if self.first_step is None else self.first_step
 
     def resumed(self) -> "History":
         """Return the history with which a new attempt starts: without what refers to steps, which it may repeat.
@@ -252,7 +226,17 @@ class History:
         The weights of the last sample are dropped, too: those of the new attempt come from a checkpoint.
         """
         losses = replace(self.losses, lately=())
-        return replace(self, losses=losses, growths=(), suspect_since=None, weights=None, since=())
+        return replace(
+            self,
+            losses=losses,
+            growths=(),
+            suspect_since=None,
+            overshot_step=None,
+            weights=None,
+            since=(),
+            first_step=None,
+            loud_steps=None,
+        )
 
     def to_bytes(self) -> bytes:
         """Return the history as bytes that ``from_bytes`` reads."""
@@ -273,58 +257,6 @@ class History:
         losses = content.pop("losses")
         unpacked = {name: _unpacked(value) for name, value in content.items()}
         return cls(losses=LossHistory(tuple(losses[0]), tuple(losses[1]), losses[2], tuple(losses[3])), **unpacked)
-
-
-class QuietTimes(NamedTuple):
-    """For how many samples each parameter has been without a gradient; all have the shape (parameters,)."""
-
-    quiet: Counts
-    longest: Counts
-    """The longest such time that has ended."""
-    idle: Counts
-    """For how many samples nearly all units of the parameter have been without a gradient."""
-
-
-def quiet_times(parameters: RunParameters, history: History, sample: Sample, profile: Profile) -> QuietTimes:
-    """Return for how long each parameter has been without a gradient, this sample included.
-
-    - A sample at which no parameter has a gradient does not count.
-    - A parameter whose weight has changed since the last sample is not quiet: its module steps, but not at the sampled
-      steps. This holds where the gradient is missing. If samples lie apart, it also holds for a parameter that never
-      had a gradient at a sample and whose weight grew. (A weight that only follows momentum after its last gradient,
-      or shrinks by weight decay, is not being trained.)
-    - A parameter whose weight has not changed at all between samples that lie apart was quiet at the steps between
-      them, too: it counts up to three times.
-    """
-    size = len(parameters.names)
-    quiet, longest = history.counts("quiet", size), history.counts("longest_quiet", size)
-    idle = history.counts("idle", size)
-    if not profile.nonzero.any():
-        return QuietTimes(quiet, longest, idle)
-    if not profile.nonzero.all():
-        loud, steps = _changes(parameters, history, sample, profile)
-        longest = np.where(loud, np.maximum(longest, quiet), longest)
-        # A frozen parameter is not quiet: its time would set a rhythm for later.
-        quiet = np.where(loud | ~parameters.trainable, 0, quiet + steps)
-    elif quiet.any():
-        longest, quiet = np.maximum(longest, quiet), np.zeros_like(quiet)
-    silent = sample.vector("zero_unit_share", size) >= IDLE_SHARE
-    if silent.any() or idle.any():
-        idle = np.where(profile.nonzero, np.where(silent, idle + 1, 0), idle)
-    return QuietTimes(quiet, longest, idle)
-
-
-def _changes(parameters: RunParameters, history: History, sample: Sample, profile: Profile) -> tuple[Flags, Counts]:
-    """Return which parameters are not quiet, and by how many samples the quiet time of the others grows."""
-    size = len(parameters.names)
-    before = extended(history.weights, size, np.nan)
-    gap = sample.step - history.growths[-1][0] if history.growths else 1
-    change, little = profile.weight - before, 1e-6 * before
-    moved = np.where(profile.present, change, np.abs(change)) > little
-    elsewhere = ~profile.present if gap == 1 else ~profile.present | ~extended(history.ever, size, False)
-    loud = profile.nonzero | any_in_set(parameters.modules, moved & elsewhere)
-    still = np.abs(change) <= little
-    return loud, np.where(still, min(max(gap, 1), _MOST_QUIET_STEPS), 1)
 
 
 def _clipping(sample: Sample, profile: Profile) -> tuple[bool, bool]:

@@ -13,8 +13,10 @@ import msgspec
 import numpy as np
 
 from gradwatch_server.diagnosis.finding import MOST_BLAMED, Blame, Blamed, Finding, Symptom
-from gradwatch_server.diagnosis.history import History, QuietTimes, quiet_times
-from gradwatch_server.diagnosis.sample import Floats, Indices, Profile, RunParameters, Sample
+from gradwatch_server.diagnosis.history import History, QuietTimes
+from gradwatch_server.diagnosis.quiet_times import quiet_times
+from gradwatch_server.diagnosis.run_parameters import Floats, Indices, RunParameters
+from gradwatch_server.diagnosis.sample import Profile, Sample
 
 Severity = Literal["warning", "critical"]
 Samples = Annotated[int, msgspec.Meta(ge=1, le=100_000)]

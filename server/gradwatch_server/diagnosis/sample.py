@@ -1,28 +1,23 @@
 """One sample of a run, and the run's parameters, as arrays over the parameters for the rules of the diagnosis."""
 
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.statistics import RATIO_EPS
-from gradwatch.wire import MISSING, Parameter, Statistic, Vector
-
-Floats = NDArray[np.float64]
-Flags = NDArray[np.bool_]
-Indices = NDArray[np.intp]
+from gradwatch.wire import MISSING, Statistic, Vector
+from gradwatch_server.diagnosis.run_parameters import Flags, Floats, Indices, RunParameters
 
 TINY = 1e-45
 """The smallest positive float32. It stands for zero on a logarithmic scale."""
 _UNDERFLOW_DECADES = 2.5
 """A gradient that has faded so far before it reaches zero has underflowed."""
 _SETTLED_LOSSES = 5
-_EMBEDDINGS = ("Embedding", "EmbeddingBag")
 
 
 def median(values: Sequence[float] | Floats) -> float:
@@ -41,128 +36,6 @@ def extended(vector: NDArray[Any] | None, size: int, value: float) -> NDArray[An
         return vector
     existing = np.zeros(0, type(value)) if vector is None else vector
     return np.concatenate([existing, np.full(size - len(existing), value, existing.dtype)])
-
-
-@dataclass(frozen=True, eq=False)
-class RunParameters:
-    """The parameters of a run, in the order of its vectors; all arrays have the shape (parameters,)."""
-
-    names: list[str]
-    depth: NDArray[np.int64]
-    order: Indices
-    """Indices from input to output."""
-    elements: Floats
-    units: Floats
-    matrix: Flags
-    """True for weights with two or more dimensions above 1: they multiply the signal from layer to layer."""
-    embedding: Flags
-    """True for embeddings: few inputs use a row, so that most rows have no gradient at any step."""
-    trainable: Flags
-    modules: NDArray[np.int64]
-    """Number of the module that owns each parameter: equal for a weight and its bias."""
-    peers: Sequence[NDArray[np.int64]]
-    """Numbers of sets of parameters whose names differ in one index only, an array for each index that names have.
-    ``experts.3.0.weight`` and ``experts.7.0.weight`` are peers by the first one; -1 where a name has no such index."""
-    experts: NDArray[np.int64]
-    """Number of the set of experts that a parameter belongs to by its name; -1 where it belongs to none."""
-
-    @classmethod
-    def of(cls, parameters: Sequence[Parameter]) -> Self:
-        """Return the parameters of a registered run."""
-        depth = [index if entry.depth is None else entry.depth for index, entry in enumerate(parameters)]
-        return cls(
-            names=[entry.name for entry in parameters],
-            depth=np.array(depth, np.int64),
-            order=np.argsort(np.array(depth, np.int64), kind="stable"),
-            elements=np.array([float(math.prod(entry.shape)) for entry in parameters]),
-            units=np.array([float(entry.units) for entry in parameters]),
-            matrix=np.array([sum(size > 1 for size in entry.shape) >= 2 for entry in parameters], np.bool_),
-            embedding=np.array([entry.kind in _EMBEDDINGS for entry in parameters], np.bool_),
-            trainable=np.array([entry.trainable for entry in parameters], np.bool_),
-            modules=_set_numbers([_module_of(entry.name) for entry in parameters]),
-            peers=_peers(parameters),
-            experts=_set_numbers([_expert_set_of(entry.name) for entry in parameters]),
-        )
-
-    @cached_property
-    def pickled(self) -> bytes:
-        """The parameters for another process."""
-        return pickle.dumps(self, 5)
-
-    @cached_property
-    def matrices(self) -> Indices:
-        """Indices of trainable weight matrices without embeddings, from input to output."""
-        return self.by_depth(self.trainable & (self.elements > 0) & self.matrix & ~self.embedding)
-
-    @cached_property
-    def vectors(self) -> Indices:
-        """Indices of trainable biases and gains, from input to output."""
-        return self.by_depth(self.trainable & (self.elements > 0) & ~self.matrix)
-
-    @cached_property
-    def root_elements(self) -> Floats:
-        """Square root of the number of elements, at least 1."""
-        return np.sqrt(np.maximum(self.elements, 1.0))
-
-    @cached_property
-    def least_weight(self) -> Floats:
-        """A tenth of the norm of an orthonormal matrix with as many units."""
-        return 0.1 * np.sqrt(self.units)
-
-    def by_depth(self, flags: Flags) -> Indices:
-        """Return the indices of the flagged parameters, from input to output."""
-        return self.order[flags[self.order]]
-
-
-def _module_of(name: str) -> str:
-    """Return the module of a parameter; each layer and direction of a recurrent module counts as a module."""
-    path, _, own = name.rpartition(".")
-    return f"{path}.{own.partition('_l')[2]}"
-
-
-def _set_numbers(keys: Sequence[object]) -> NDArray[np.int64]:
-    """Return a number for each key, equal for equal keys; -1 for None."""
-    numbers: dict[object, int] = {}
-    return np.array([-1 if key is None else numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
-
-
-def _peers(parameters: Sequence[Parameter]) -> list[NDArray[np.int64]]:
-    names = [entry.name.split(".") for entry in parameters]
-    indices = [[place for place, part in enumerate(parts) if part.isdecimal()] for parts in names]
-    return [
-        _set_numbers(
-            [
-                (*parts[: found[rank]], *parts[found[rank] + 1 :], tuple(entry.shape)) if rank < len(found) else None
-                for parts, found, entry in zip(names, indices, parameters, strict=True)
-            ]
-        )
-        for rank in range(max(map(len, indices), default=0))
-    ]
-
-
-def _expert_set_of(name: str) -> str | None:
-    """Return the path of the set of experts, such as ``blocks.2.experts`` for ``blocks.2.experts.3.weight``."""
-    parts = name.split(".")
-    for place, part in enumerate(parts):
-        if "expert" in part.lower():
-            return ".".join([*parts[:place], part.rstrip("0123456789_")])
-    return None
-
-
-def any_in_set(sets: NDArray[np.int64], flags: Flags) -> Flags:
-    """Return for each parameter whether a flag of its set is True; False where it is in no set."""
-    flagged = np.zeros(int(sets.max(initial=-1)) + 2, np.bool_)
-    flagged[sets[flags]] = True
-    flagged[-1] = False  # -1 addresses the last place, which belongs to those in no set
-    return flagged[sets]
-
-
-def largest_in_set(sets: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each parameter the largest count in its set; 0 where it is in no set."""
-    largest = np.zeros(int(sets.max(initial=-1)) + 2, np.int64)
-    np.maximum.at(largest, sets, counts)
-    largest[-1] = 0  # likewise
-    return largest[sets]
 
 
 def rank_correlation(values: Floats) -> float:
@@ -215,6 +88,10 @@ class Profile:
     """NaN where the loss is not known or not finite."""
     global_gradient: float
     """L2 norm over all finite gradients, before any clipping."""
+    usual_weight: Floats
+    """Half of the norm of an orthonormal matrix with as many units: about what common initialisations draw."""
+    update: Floats
+    """Norm of the change that the step made to the weight; MISSING where it was not measured."""
     first_weight: Floats | None
     """Weight norms at the first sample, NaN for a parameter that came later; None at the first sample."""
 
@@ -249,16 +126,28 @@ class Profile:
     def growth(self) -> Floats:
         """Log10 of the growth of each weight matrix since the first sample, from input to output.
 
-        The growth is 0 for a matrix that began below a hundredth: a matrix that began at zero grows without limit.
+        It is measured from the size that a matrix ought to have, half of an orthonormal one's norm, or from where it
+        began if that is more: weights that begin small grow many times over, and are meant to.
         """
         members = self.matrices
         if not members.size or self.first_weight is None:
             return np.zeros(len(members))
-        now, first = self.weight[members], self.first_weight[members]
-        began = np.maximum(np.where(np.isnan(first), now, first), TINY)
-        grew: Floats = np.log10(np.maximum(now, TINY) / began)
-        grew[began < 10 * RATIO_EPS] = 0.0
+        least = self.usual_weight[members]
+        now, first = np.maximum(self.weight[members], least), self.first_weight[members]
+        grew: Floats = np.log10(now / np.maximum(np.where(np.isnan(first), now, first), least))
         return grew
+
+    @cached_property
+    def typical_update(self) -> float:
+        """Median over the weight matrices of what the step changed, as a share of the weight, or of its usual norm.
+
+        It is the true change, whatever the optimizer made of the gradient; NaN where no change was measured.
+        """
+        update = self.update[self.matrices]
+        measured = self.matrices[update > 0.0]
+        if not measured.size:
+            return math.nan
+        return median(self.update[measured] / np.maximum(self.weight[measured], self.usual_weight[measured]))
 
     @cached_property
     def typical_growth(self) -> float:
@@ -281,6 +170,11 @@ class Profile:
     def typical_leverage(self) -> float:
         """Median of ``leverages``; NaN without matrices."""
         return median(self.leverages) if self.matrices.size else math.nan
+
+    @property
+    def in_proportion(self) -> bool:
+        """Whether the gradients of half of the matrices are no larger than their weights; False without matrices."""
+        return self.matrices.size > 0 and self.typical(self.ratio) <= 1.0
 
     def typical(self, values: Floats) -> float:
         """Return the median of ``values`` over the weight matrices; NaN without matrices."""
@@ -380,6 +274,8 @@ class Sample:
                 vectors=parameters.vectors if whole else parameters.vectors[usable[parameters.vectors]],
                 loss=loss,
                 global_gradient=math.sqrt(np.square(gradient if everything else gradient[finite]).sum()),
+                usual_weight=5.0 * parameters.least_weight,
+                update=self.vector("update_norm", size),
                 first_weight=None if first_weights is None else extended(first_weights, size, np.nan),
             )
 

@@ -12,7 +12,7 @@ from gradwatch import wire
 from gradwatch_server import steady_clock
 from gradwatch_server.alerting.run_alerts import RunAlerts
 from gradwatch_server.diagnosis import History, Observation, Sample
-from gradwatch_server.diagnosis.clip_advice import advise
+from gradwatch_server.diagnosis.clip_advice import advise, name_threshold
 from gradwatch_server.diagnosis.rules import exploding, nonfinite
 from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import detector_state
@@ -387,4 +387,4 @@ def _name_threshold(connection: sa.Connection, run_id: str, alerts: RunAlerts) -
     histograms = queries.read_histograms(connection, run_id, None, first_step - 1, _ADVICE_SAMPLES)
     recommended = advise(*histograms).recommended
     if recommended is not None:
-        alerts.refine(exploding.RULE.name, lambda found: exploding.name_threshold(found, recommended))
+        alerts.refine(exploding.RULE.name, lambda found: name_threshold(found, recommended))

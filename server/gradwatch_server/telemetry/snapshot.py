@@ -10,7 +10,8 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.diagnosis import RunParameters, Sample
-from gradwatch_server.diagnosis.sample import Floats, Indices, Profile, log10
+from gradwatch_server.diagnosis.run_parameters import Floats, Indices
+from gradwatch_server.diagnosis.sample import Profile, log10
 from gradwatch_server.store import schema
 from gradwatch_server.store.parameters import load_parameter_versions, load_parameters_of_runs
 

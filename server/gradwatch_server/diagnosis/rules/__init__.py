@@ -15,7 +15,8 @@ import numpy as np
 from gradwatch_server.diagnosis.finding import Finding
 from gradwatch_server.diagnosis.history import History
 from gradwatch_server.diagnosis.rule import Limits, LimitsT, Observation, Rule
-from gradwatch_server.diagnosis.sample import RunParameters, Sample
+from gradwatch_server.diagnosis.run_parameters import RunParameters
+from gradwatch_server.diagnosis.sample import Sample
 
 RULES: tuple[Rule[Any, Any], ...] = tuple(
     import_module(f"{__name__}.{name}").RULE for name in sorted(module.name for module in iter_modules(__path__))

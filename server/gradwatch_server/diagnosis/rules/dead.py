@@ -7,7 +7,8 @@ import numpy as np
 from gradwatch_server.diagnosis.finding import Symptom
 from gradwatch_server.diagnosis.history import IDLE_SHARE
 from gradwatch_server.diagnosis.rule import AtLeastOne, Limits, Observation, Rule, Samples
-from gradwatch_server.diagnosis.sample import Flags, Floats, Indices, any_in_set, largest_in_set
+from gradwatch_server.diagnosis.run_parameters import Flags, Floats, Indices, any_in_set, largest_in_set
+from gradwatch_server.diagnosis.sample import extended
 
 _FEWEST_UNITS = 16.0
 """In a layer with fewer units, nearly all of them may be silent by chance."""
@@ -23,6 +24,11 @@ class DeadLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     branch_samples: Samples = 12
     """The same beside the main path, or with a missing gradient: another optimizer or another task may step the
     parameter at every few steps."""
+    rest_steps: Samples = 100
+    """What has had no gradient since the run began may be meant to be trained later: it is dead after so many steps. A
+    part beside the main path that was trained may rest for as many steps, or for as long as it was trained."""
+    late_steps: Samples = 1_000
+    """From then on it is critical if a part has never been trained; before, it is a warning."""
     patience: AtLeastOne = 4.0
     """A parameter may be quiet for this many times the longest quiet time that has ended: experts and rare heads set
     their own rhythm."""
@@ -40,7 +46,7 @@ class _Dead:
     dead: Flags
     """The cut ones, and those beside the main path."""
     steady: Flags
-    """The dead ones that were never quiet before. Others may be out of use, which is not critical."""
+    """The dead ones that are surely not meant to rest: cut off midway, behind dead units, or never trained for long."""
     idle: Flags
     samples: Floats
     """For how many samples."""
@@ -73,7 +79,7 @@ def _is_most(observation: Observation, steady: Flags) -> bool:
 
 def _search(observation: Observation, limits: DeadLimits) -> _Dead | None:
     parameters, profile = observation.parameters, observation.profile
-    quiet, longest, idle = observation.quiet_times
+    quiet, longest, idle = observation.quiet_times[:3]
     # 1. Rule out most samples at little cost. Where nothing is alive, nothing says that the others should be.
     idling = idle >= limits.idle_samples
     if not profile.alive.any() or (profile.all_alive and not idling.any()):
@@ -84,10 +90,16 @@ def _search(observation: Observation, limits: DeadLimits) -> _Dead | None:
     # 2. Find what has been quiet for longer than the limits, and than its own rhythm and that of its peers.
     rhythm = np.max([longest, *(largest_in_set(sets, longest) for sets in parameters.peers)], axis=0)
     patience = limits.patience * rhythm
-    cut = candidates & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present
+    rested = _has_rested(observation, limits)
+    ever = extended(observation.history.ever, len(parameters.names), False)
+    together = candidates & ~any_in_set(parameters.experts, profile.alive)  # a single expert may wait for its turn
+    cut = together & (quiet >= np.maximum(limits.cut_samples, patience)) & profile.present
     if cut.any():
         cut &= _cut_off(observation)
-    dead = cut | (candidates & (quiet >= np.maximum(limits.branch_samples, patience)))
+        cut &= ever | rested | _behind_dead_units(observation)
+    front = together & (quiet >= np.maximum(limits.branch_samples, patience))
+    front &= ever & (parameters.depth < _first_living_depth(observation))
+    dead = cut | front | (candidates & rested & (quiet >= np.maximum(limits.branch_samples, patience)))
     # 3. Find hidden layers with hardly a unit left.
     idling &= _may_idle(observation)
     chosen = dead | idling
@@ -95,7 +107,32 @@ def _search(observation: Observation, limits: DeadLimits) -> _Dead | None:
         return None
     samples = np.maximum(quiet, idle).astype(np.float64)
     limit = float(quiet[chosen].min() or limits.idle_samples)
-    return _Dead(cut, dead, dead & (rhythm == 0), idling, samples, limit)
+    late = observation.sample.step - observation.quiet_times.loud_steps >= limits.late_steps
+    steady = dead & (rhythm == 0) & (ever | late | (cut & _behind_dead_units(observation)))
+    return _Dead(cut, dead, steady, idling, samples, limit)
+
+
+def _has_rested(observation: Observation, limits: DeadLimits) -> Flags:
+    """Return which parameters have been quiet for longer than a part rests that is trained later or by turns."""
+    times = observation.quiet_times
+    rest = observation.sample.step - times.loud_steps
+    return rest > np.maximum(limits.rest_steps - 1, times.trained_steps)
+
+
+def _behind_dead_units(observation: Observation) -> bool:
+    """Return whether a living layer gets nothing but zeros: its bias has a gradient, its weight has none.
+
+    Then units are dead. Otherwise the gradient ends between two layers, as where it is cut off or multiplied by zero.
+    """
+    parameters, profile = observation.parameters, observation.profile
+    zero_weight = profile.zero & parameters.matrix & ~parameters.embedding
+    return bool((zero_weight & any_in_set(parameters.modules, profile.alive & ~parameters.matrix)).any())
+
+
+def _first_living_depth(observation: Observation) -> int:
+    """Return the depth of the weight matrix nearest to the input that is alive; 0 if there is none."""
+    living = observation.parameters.matrices[observation.profile.alive[observation.parameters.matrices]]
+    return int(observation.parameters.depth[living[0]]) if living.size else 0
 
 
 def _candidates(observation: Observation) -> Flags:
@@ -103,13 +140,13 @@ def _candidates(observation: Observation) -> Flags:
 
     A parameter of a module that is alive is not dead: a weight whose bias has a gradient only has an input of zero, so
     that something before it is dead; a bias whose weight has a gradient has none by nature, before a norm or as the key
-    of an attention. Experts are dead only all together.
+    of an attention.
     """
     parameters, alive = observation.parameters, observation.profile.alive
     candidates = parameters.trainable & (parameters.elements > 0) & ~alive
     if not candidates.any():
         return candidates
-    return candidates & ~any_in_set(parameters.modules, alive) & ~any_in_set(parameters.experts, alive)
+    return candidates & ~any_in_set(parameters.modules, alive)
 
 
 def _cut_off(observation: Observation) -> Flags:
@@ -132,6 +169,7 @@ def _may_idle(observation: Observation) -> Flags:
     """
     parameters = observation.parameters
     hidden = observation.profile.finite & parameters.matrix & ~parameters.embedding & parameters.trainable
+    hidden &= parameters.layer
     hidden &= parameters.units >= _FEWEST_UNITS
     if parameters.matrices.size:
         hidden[parameters.matrices[-1]] = False
@@ -180,18 +218,27 @@ RULE = Rule(
     notes="""\
 It is critical where a third of the weight matrices is dead.
 
+Between "unused so far" and "dead" lies rest. What has never had a gradient may be meant to be trained later (a head
+first and then the body, an encoder under no_grad for the first updates, a loss that joins): it is dead after
+`rest_steps`, and until `late_steps` that is a warning. What was trained and lies beside the main path may rest for as
+long as it was trained (tasks that take turns by epochs). What is cut off midway, and what lies before dead units (a
+layer whose weight gets no gradient while its bias does), is dead at once.
+
+The agent tells which parameters an optimizer holds: `update_norm` is 0 where it stepped without a gradient for them.
+What no optimizer steps is only used by the training, as a target network, an averaged model, a teacher or a loss
+network, or not trained yet: it is not dead. Of sharded parameters the agent does not tell it, and all count as held.
+
 Where samples lie apart, a weight that has not changed at all since the last one counts up to three times: it was quiet
-at the steps between as well. One that has grown was trained between them. Experts (by their name, or because they take
-turns with parameters whose names differ in one index only) go by the rhythm of their peers; experts by name are dead
-only all together.
+at the steps between as well. One that has grown was trained between them. Experts (because they take turns with
+parameters whose names differ in one index only) go by the rhythm of their peers.
 
 The rule leaves out:
 - frozen parameters. The agent reads `requires_grad` with each sample, so that a parameter that is frozen midway is left
   alone from then on; its frozen time does not count once it is unfrozen;
 - samples at which no parameter has a gradient;
-- biases whose weight is alive (before a norm, attention keys);
+- biases whose weight is alive (before a norm, attention keys, the last layer of a critic);
 - weights that change between samples;
-- embeddings, and the rows of the last matrix;
+- embeddings, raw tables of features, and the rows of the last matrix;
 - gradients that faded by 2.5 decades before they reached zero.
 """,
 )

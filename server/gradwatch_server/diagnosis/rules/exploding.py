@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated
 
 import msgspec
 import numpy as np
 
-from gradwatch_server.diagnosis.finding import Blamed, Finding, Symptom
+from gradwatch_server.diagnosis.clip_advice import CLIP
+from gradwatch_server.diagnosis.finding import Blamed, Symptom
 from gradwatch_server.diagnosis.rule import (
     AboveOne,
     ChartLimit,
@@ -20,18 +20,9 @@ from gradwatch_server.diagnosis.rule import (
     Samples,
     Share,
 )
-from gradwatch_server.diagnosis.sample import (
-    Floats,
-    Profile,
-    Sample,
-    attenuation,
-    extended,
-    log10,
-    median,
-    rank_correlation,
-)
+from gradwatch_server.diagnosis.run_parameters import Floats
+from gradwatch_server.diagnosis.sample import Profile, Sample, attenuation, extended, log10, median, rank_correlation
 
-_CLIP = "gradwatch.attach(..., clip=0.01)"
 _LEARNING = 0.2
 """Share of the first loss by which it has to have come down for the run to count as learning."""
 _UNLEARNED = 0.8
@@ -65,8 +56,8 @@ class ExplodingLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=T
     growth_decades_alone: Decades = 2.5
     """A surge has to be this large where no loss is known."""
     leverage: Positive = 5.0
-    """Half of the weight matrices exceed this leverage and the ratio below before half of the loss is gone: the
-    initialisation is too large. A loss near zero raises the leverage alone."""
+    """From the first sample on, half of the weight matrices exceed this leverage and the ratio below, and half of the
+    loss is not gone: the initialisation is too large. A loss near zero raises the leverage alone."""
     ratio: Positive = 5.0
     """The ratio that goes with it. A summed loss raises the ratio alone."""
     amplification_decades: Decades = 1.0
@@ -91,8 +82,8 @@ class ExplodingLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=T
     losses pass through zero."""
     loss_rise_steps: Annotated[int, msgspec.Meta(ge=5, le=64)] = 20
     """Steps for which the loss has to stay there."""
-    risen_growth: AboveOne = 2.0
-    """With the risen loss, half of the matrices have doubled since the first sample."""
+    risen_growth: AboveOne = 5.0
+    """With the risen loss, half of the matrices have grown fivefold since the first sample. Healthy runs reach 3.8."""
     loss_surge_decades: Decades = 3.0
     """Between two samples the loss was a thousand times its beginning for three steps in a row: an explosion that was
     over before the next sample. Healthy runs reach 28 times, once (lbfgs)."""
@@ -119,6 +110,7 @@ def _symptom(
     blamed: Blamed,
     evidence: Mapping[str, float],
     hold_samples: int | None = None,
+    by_loss_alone: bool = False,
 ) -> Symptom:
     """Return the symptom of an explosion; one that has ended in NaN or infinity fires at once."""
     history, sample, profile = observation.history, observation.sample, observation.profile
@@ -136,7 +128,7 @@ def _symptom(
         first_step=sample.step,
         blamed=blamed,
         evidence={**usual, **evidence},
-        critical=overflowed or history.losses.progress(profile.loss) < 0.5,
+        critical=overflowed or (history.losses.progress(profile.loss) < 0.5 and not by_loss_alone),
         hold_samples=1 if overflowed else hold_samples,
     )
 
@@ -164,6 +156,7 @@ def _loss_burst(observation: Observation, limits: ExplodingLimits) -> Symptom | 
         blamed=observation.blame_larger_half(profile.ratio, limits.ratio),
         evidence={"largest_loss": largest},
         hold_samples=1,
+        by_loss_alone=not observation.history.weights_follow(observation.sample.step, profile),
     )
 
 
@@ -172,6 +165,8 @@ def _gradient_surge(observation: Observation, limits: ExplodingLimits) -> Sympto
     history, profile = observation.history, observation.profile
     needed = _needed_surge(observation, limits)
     if needed is None or not history.log_gradients or not profile.global_gradient > 0.0:
+        return None
+    if not history.weights_follow(observation.sample.step, profile):
         return None
     decades = math.log10(profile.global_gradient) - history.usual_log_gradient
     if decades < needed or decades < limits.growth_deviations * history.spread_log_gradient:
@@ -227,6 +222,8 @@ def _out_of_proportion(observation: Observation, limits: ExplodingLimits) -> Sym
     leverage = profile.typical_leverage
     if len(profile.matrices) < _FEWEST or not leverage >= limits.leverage:
         return None
+    if observation.history.proportionate or not losses.has_scale:
+        return None
     if losses.progress(profile.loss) > 0.5 or losses.progress() > 0.5:
         return None
     ratio = profile.typical(profile.ratio)
@@ -248,6 +245,8 @@ def _amplification(observation: Observation, limits: ExplodingLimits) -> Symptom
     profile, members = observation.profile, observation.profile.matrices
     third = len(members) // 3
     if third < 2 or _is_learning(observation) or not profile.typical_leverage > limits.leverage:
+        return None
+    if not observation.history.losses.has_scale:
         return None
     decades = min(-attenuation(log10(measure[members])) for measure in (profile.rms, profile.ratio))
     if decades < limits.amplification_decades:
@@ -372,14 +371,8 @@ def _remedy(sample: Sample) -> str:
     lower = f"Lower the learning rate from {rate:.3g} to {rate / 10:.3g}" if rate else "Lower the learning rate tenfold"
     return (
         f"{lower} or warm it up, initialise with torch.nn.init.kaiming_normal_ or add normalisation, and clip "
-        f"adaptively: {_CLIP}."
+        f"adaptively: {CLIP}."
     )
-
-
-def name_threshold(finding: Finding, threshold: float) -> Finding:
-    """Return the finding with the threshold for adaptive clipping that this run's own ratios recommend."""
-    advised = f"gradwatch.attach(..., clip={threshold:g}), which leaves this run's usual steps alone"
-    return replace(finding, remedy=finding.remedy.replace(_CLIP, advised))
 
 
 RULE = Rule(
@@ -390,6 +383,14 @@ RULE = Rule(
     inhibited_by="nonfinite",
     chart_limits=(ChartLimit("median_ratio", "ratio"), ChartLimit("amplification_decades", "ratio")),
     notes="""\
+A loss that rises is no explosion by itself: another loss may join or take its place, batches or sequences may grow
+under a sum, episodes may grow longer, a margin may be ramped up. So a surge of the gradient or of the loss counts
+where the weights follow: in one step half of the matrices changed by 60% of themselves, or grew by as much within 20
+steps, or have grown fivefold since the first sample (healthy runs reach 3.8 times, measured from half of an
+orthonormal matrix's norm at least, so that weights that begin small may grow). A loss a thousandfold between two
+samples is a warning without them. Signs of an initialisation that is too large count from the first sample on only,
+and not where the loss passes through zero.
+
 The rule fires at once where the numbers overflow after one of these signs (or where the losses between two samples
 rose to three times the beginning before they overflowed), where `leverage` and `ratio` are both exceeded twentyfold,
 and where `clip_grad_norm_` saw an infinite norm. After a sign it goes on holding while the loss is as bad as at the

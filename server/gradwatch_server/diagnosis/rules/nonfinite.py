@@ -8,7 +8,8 @@ import numpy as np
 
 from gradwatch_server.diagnosis.finding import MOST_BLAMED, Blame, Finding, Symptom
 from gradwatch_server.diagnosis.rule import Limits, Observation, Rule, Samples
-from gradwatch_server.diagnosis.sample import Flags, Floats, Indices, Sample
+from gradwatch_server.diagnosis.run_parameters import Flags, Floats, Indices
+from gradwatch_server.diagnosis.sample import Sample
 
 EVENT = "nonfinite_module"
 """Kind of the event by which an agent names the first module whose output or gradient was not finite.
@@ -31,8 +32,8 @@ def _find(observation: Observation, _limits: NonfiniteLimits) -> Symptom | None:
     ``refine``. Where the loss alone is bad, the last weight matrix is blamed, which made it.
     """
     history, sample, profile = observation.history, observation.sample, observation.profile
-    bad_weight, loss = ~np.isfinite(profile.weight), sample.scalars.get("loss", 0.0)
-    if not (profile.nonfinite.any() or bad_weight.any() or not math.isfinite(loss)):
+    bad_weight, loss = ~np.isfinite(profile.weight), _loss_of(sample)
+    if not (profile.nonfinite.any() or bad_weight.any() or (loss is not None and not math.isfinite(loss))):
         return None
     bad, bad_weights, gradients = (int(flags.sum()) for flags in (profile.nonfinite, bad_weight, profile.present))
     exploded = {} if history.suspect_since is None else {"explosion_step": float(history.suspect_since)}
@@ -53,7 +54,7 @@ def _find(observation: Observation, _limits: NonfiniteLimits) -> Symptom | None:
             "nonfinite_gradients": float(bad),
             "nonfinite_weights": float(bad_weights),
             "gradients": float(gradients),
-            "loss": loss,
+            **({} if loss is None else {"loss": loss}),
             **exploded,
         },
         critical=bool(bad or bad_weights),
@@ -120,21 +121,28 @@ def _first_step(sample: Sample) -> int:
     return min((step for step, loss in sample.losses if not math.isfinite(loss)), default=sample.step)
 
 
-def _summary(bad: int, gradients: int, bad_weights: int, loss: float) -> str:
+def _loss_of(sample: Sample) -> float | None:
+    """Return the loss of the sample's step; None where it is not known, which may be because it comes later."""
+    return sample.scalars.get("loss", dict(sample.losses).get(sample.step))
+
+
+def _summary(bad: int, gradients: int, bad_weights: int, loss: float | None) -> str:
     of_all = f"{bad} of {gradients} gradients" if gradients > 1 else "the only gradient"
     parts = [f"{of_all} {'is' if bad == 1 else 'are'} not finite"] if bad else []
     parts += [f"{bad_weights} {'weight is' if bad_weights == 1 else 'weights are'} not finite"] if bad_weights else []
-    parts += ["the loss is not finite"] if not math.isfinite(loss) else []
+    parts += ["the loss is not finite"] if loss is not None and not math.isfinite(loss) else []
     return ", ".join(parts)
 
 
-def _cause(*, everything: bool, loss: float, where: str, suspect_since: int | None) -> str:
+def _cause(*, everything: bool, loss: float | None, where: str, suspect_since: int | None) -> str:
     if suspect_since is not None:
         return f"The numbers grew until they overflowed: an explosion that began at step {suspect_since}."
-    if math.isinf(loss):
+    if loss is not None and math.isinf(loss):
         return "The loss itself overflowed or is the logarithm of zero, so every gradient behind it is bad."
-    if not math.isfinite(loss):
+    if loss is not None and not math.isfinite(loss):
         return "The forward pass produced NaN somewhere before the loss, so every gradient is bad at once."
+    if everything and loss is None:
+        return "Every gradient is bad, the loss is not known: the fault lies in the forward pass or the loss."
     if everything:
         return "Every gradient is bad, the loss is not: the fault lies in the loss's slope or in the last layers."
     return f"The backward pass went bad at or just after {where}; gradients nearer to the output are finite."

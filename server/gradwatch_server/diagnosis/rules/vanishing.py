@@ -8,7 +8,8 @@ import numpy as np
 
 from gradwatch_server.diagnosis.finding import Symptom
 from gradwatch_server.diagnosis.rule import ChartLimit, Decades, Limits, Observation, Positive, Rule, Samples, Share
-from gradwatch_server.diagnosis.sample import Indices, Profile, attenuation, log10, median, rank_correlation
+from gradwatch_server.diagnosis.run_parameters import Floats, Indices
+from gradwatch_server.diagnosis.sample import Profile, attenuation, log10, median, rank_correlation
 
 _LEARNED = 0.9
 """Share of the first loss that has to be gone for a run to be converged whose gradients were tiny all along."""
@@ -18,6 +19,9 @@ _UNLEARNED = 0.8
 """Share of the progress that has to be lost for the run to count as fallen back to where it began."""
 _STUCK = 0.1
 """A run whose loss has come down by no more than this share does not learn."""
+_FEWEST_LAYERS = 3
+_BATCHES_DIFFER = 1e-2
+"""Share of the limits of leverage and ratio: below it, weights do nothing although the loss varies between batches."""
 _ABRUPT_SHARE = 0.6
 """Share of the attenuation between two neighbours from which it is not that of the chain rule."""
 _PATIENCE = 5
@@ -28,7 +32,7 @@ class VanishingLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Gradients that fade from the output to the input, or everywhere, while the run does not learn."""
 
     layers: Annotated[int, msgspec.Meta(ge=3)] = 5
-    """Fewer layers have no profile."""
+    """Fewer layers, but at least three, count only while nothing is learned, and it has to last five times as long."""
     attenuation_decades: Decades = 4.0
     """The first third of the layers receives a ten-thousandth of the gradient of the last third. Networks that learn in
     spite of decay reach 2.8."""
@@ -74,14 +78,29 @@ def _find(observation: Observation, limits: VanishingLimits) -> Symptom | None:
     profile, stuck = observation.profile, _is_stuck(observation)
     decay = max(
         (
-            _find_decay(profile, _without_dead(observation, members), limits, stuck=stuck)
-            for members in (profile.matrices, profile.vectors)
+            _find_decay(profile, _without_dead(observation, members), limits, parts, stuck=stuck)
+            for members, parts in _chains(observation)
         ),
         key=lambda found: found.decades,
     )
     if decay.decades > 0.0 and not (decay.abrupt and _is_learning(observation)):
         return _faded(observation, limits, decay)
     return _starved(observation, limits) or _collapsed(observation, limits)
+
+
+def _chains(observation: Observation) -> list[tuple[Indices, Indices]]:
+    """Return parameters that may lie behind each other, from input to output, each with the numbers of its parts.
+
+    They are the weight matrices, the biases and gains, and the matrices of each part of the model by itself: two chains
+    side by side, as layers and their gates, are ordered within each only.
+    """
+    profile, parts = observation.profile, observation.parameters.parts
+    chains = [(members, parts[members]) for members in (profile.matrices, profile.vectors)]
+    numbers = np.unique(parts[profile.matrices])
+    if len(numbers) > 1:
+        alone = [profile.matrices[parts[profile.matrices] == number] for number in numbers if number >= 0]
+        chains += [(members, parts[members]) for members in alone]
+    return chains
 
 
 def _is_stuck(observation: Observation) -> bool:
@@ -117,13 +136,25 @@ def _without_dead(observation: Observation, members: Indices) -> Indices:
     return members if _is_stuck(observation) and not fed_by_zero and at_the_input else living
 
 
-def _find_decay(profile: Profile, members: Indices, limits: VanishingLimits, *, stuck: bool) -> _Decay:
+def _fades_within(logs: Floats, parts: Indices, decades: float) -> bool:
+    """Return whether a part of the model shows half of an attenuation by itself.
+
+    Networks with a loss each, such as actor and critic, do not lie behind each other: between them, it says nothing.
+    """
+    numbers = np.unique(parts)
+    return len(numbers) < 2 or any(
+        attenuation(logs[parts == number]) >= decades / 2 for number in numbers if np.count_nonzero(parts == number) > 1
+    )
+
+
+def _find_decay(profile: Profile, members: Indices, limits: VanishingLimits, parts: Indices, *, stuck: bool) -> _Decay:
     """Measure how the gradient fades over these parameters.
 
     Ratio and RMS must both fade: weights that start at zero mislead the ratio alone, layers of other widths the RMS.
     """
     none = _Decay(0.0, 0.0, members[:0])
-    if len(members) < limits.layers:
+    few = len(members) < limits.layers
+    if len(members) < _FEWEST_LAYERS or (few and not stuck):
         return none
     # 1. Most samples end here.
     logs, least = log10(profile.rms[members]), min(limits.attenuation_decades, limits.stuck_decades)
@@ -137,7 +168,9 @@ def _find_decay(profile: Profile, members: Indices, limits: VanishingLimits, *, 
     # 2. It has to be steady; where the run is stuck, less suffices if it is steadier.
     order = min(rank_correlation(logs), rank_correlation(ratios))
     mild = stuck and decades >= limits.stuck_decades and order >= limits.stuck_order
-    if not mild and (decades < limits.attenuation_decades or order < limits.order):
+    if (few or not mild) and (decades < limits.attenuation_decades or order < limits.order):
+        return none
+    if len(parts) == len(members) and not _fades_within(logs, parts, decades):
         return none
     # 3. Describe it.
     steps = np.diff(np.convolve(logs, np.full(3, 1 / 3), "valid") if len(logs) > 9 else logs)
@@ -146,7 +179,7 @@ def _find_decay(profile: Profile, members: Indices, limits: VanishingLimits, *, 
         decades,
         profile.decades_per_layer(members),
         starved=members[logs < last - min(decades, limits.attenuation_decades)],
-        abrupt=bool(steps.max() > _ABRUPT_SHARE * decades),
+        abrupt=few or bool(steps.max() > _ABRUPT_SHARE * decades),
         mild=decades < limits.attenuation_decades,
     )
 
@@ -183,9 +216,14 @@ def _starved(observation: Observation, limits: VanishingLimits) -> Symptom | Non
     leverage, members = profile.leverages, profile.matrices
     if not members.size or not (leverage.max() < limits.leverage and profile.ratio[members].max() < limits.ratio):
         return None
+    if not losses.has_scale:
+        return None
     progress = losses.progress(profile.loss)
+    # At a minimum of the mean the gradients of single batches differ from zero, unless every batch is fitted.
+    collapsed = profile.loss > 0.0 and losses.varies and leverage.max() < _BATCHES_DIFFER * limits.leverage
     always = observation.history.best_leverage < limits.leverage and not progress > _LEARNED
-    if not always and losses.relapse(profile.loss) < _UNLEARNED and progress > -_LEARNING:
+    kept = losses.relapse(profile.loss) < _UNLEARNED and progress > -_LEARNING
+    if not always and kept and not collapsed:
         return None
     worst = members[np.argsort(leverage, kind="stable")]
     return Symptom(
@@ -198,6 +236,7 @@ def _starved(observation: Observation, limits: VanishingLimits) -> Symptom | Non
         blamed=observation.blame(worst, profile.leverage, limits.leverage),
         evidence={"largest_leverage": float(leverage.max()), "loss": profile.loss, "first_loss": losses.reference},
         critical=True,
+        hold_samples=_PATIENCE * limits.hold_samples if kept and not always else None,
     )
 
 
@@ -239,6 +278,13 @@ RULE = Rule(
     inhibited_by="nonfinite",
     chart_limits=(ChartLimit("attenuation_decades", "grad_norm", of_rms=True),),
     notes="""\
+Networks side by side (actor and critic, generator and judge) are no chain: at least half of an attenuation has to lie
+within one part of the model, as the names tell parts. Chains side by side, such as layers and their gates, are also
+looked at each by itself. A loss that passes through zero, or is zero by construction, does not show starvation.
+
+Where the losses of batches differ and yet no matrix has a hundredth of the gradient that could move them, the run has
+collapsed, to chance for instance, and has not converged; it has to last five times as long.
+
 An attenuation most of which lies between two neighbours (a head or gain that starts at zero) has to last five times as
 long, and is silent once the run learns. Gradients that end at exactly zero at once are dead, not vanishing, unless
 squashing functions explain them.

@@ -50,7 +50,7 @@ SERVER_LAYERS = (
     ("notify",),
     ("store",),
     ("diagnosis",),
-    ("errors", "plain_text"),
+    ("steady_clock", "errors", "plain_text"),
 )
 ONE_FILE_A_THING = ("rules", "receivers", "versions", "integrations")
 

@@ -14,6 +14,7 @@ import msgspec
 import sqlalchemy as sa
 from starlette.requests import Request
 
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting.periodic_checks import StallCheck, UnmuteCheck
 from gradwatch_server.alerting.run_alerts import resolve_deleted
 from gradwatch_server.errors import Refused
@@ -22,7 +23,7 @@ from gradwatch_server.ingest.diagnosis_pool import LARGE_TIME_SHARE, DiagnosisPo
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Configuration, Settings
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server.store import schema
 from gradwatch_server.store.change_stream import ChangeStream
 from gradwatch_server.store.database import read_clock, shrink_log
 from gradwatch_server.store.deletion import ResolveAlerts, delete_expired_runs

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gradwatch import wire
-from gradwatch_server.store.steady_clock import SteadyClock
+from gradwatch_server.steady_clock import SteadyClock
 from tests.processes import GradwatchServer, WebhookReceiver, sample
 from tests.server.hook import configuration, settled
 

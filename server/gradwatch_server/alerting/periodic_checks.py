@@ -9,13 +9,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting import silences
 from gradwatch_server.alerting.run_alerts import RunAlerts
 from gradwatch_server.diagnosis import Finding
 from gradwatch_server.diagnosis.rules import stalled
 from gradwatch_server.errors import Refused
 from gradwatch_server.settings import Configuration
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer
 
 _INTERVAL_SECONDS = 1.0

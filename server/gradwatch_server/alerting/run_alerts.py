@@ -17,13 +17,14 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch.wire import deserialise, serialise
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting import silences
 from gradwatch_server.alerting.lifecycle import Alert, Transition, advance, resolve
 from gradwatch_server.diagnosis import Blame, Finding
 from gradwatch_server.diagnosis.rules import stalled
 from gradwatch_server.notify import outbox
 from gradwatch_server.settings import Configuration, Route
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server.store import schema
 
 RUN_DELETED = "the run was deleted"
 _open_alerts = sa.select(schema.alerts).where(

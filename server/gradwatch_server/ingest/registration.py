@@ -7,11 +7,12 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import steady_clock
 from gradwatch_server.diagnosis import History, RunParameters, Thresholds
 from gradwatch_server.errors import Refused, RetryAfter
 from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server.store import schema
 from gradwatch_server.store.batch_store import stored_attempt
 from gradwatch_server.store.parameters import (
     changed_parameters,

@@ -9,6 +9,7 @@ import msgspec
 import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting.run_alerts import RunAlerts
 from gradwatch_server.diagnosis import History, Observation, Sample
 from gradwatch_server.diagnosis.clip_advice import advise, name_threshold
@@ -20,7 +21,7 @@ from gradwatch_server.ingest.diagnosis_pool import Diagnosed, DiagnosisPool
 from gradwatch_server.ingest.registration import register
 from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration
 from gradwatch_server.settings import Configuration
-from gradwatch_server.store import batch_store, schema, steady_clock
+from gradwatch_server.store import batch_store, schema
 from gradwatch_server.store.database import upsert
 from gradwatch_server.store.group_commit import Deferred
 from gradwatch_server.store.rollups import queries

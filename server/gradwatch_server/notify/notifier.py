@@ -15,13 +15,13 @@ from typing import TypeVar
 
 import sqlalchemy as sa
 
+from gradwatch_server import steady_clock
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify import outbox
 from gradwatch_server.notify.http_client import DeliveryResult
 from gradwatch_server.notify.outbox import Attempt, ClaimedDelivery, DeliverySettings
 from gradwatch_server.notify.receivers import Alertmanager, Notification, Receiver, Transport
 from gradwatch_server.notify.reminder import remind
-from gradwatch_server.store import steady_clock
 from gradwatch_server.store.group_commit import Writer
 
 _POLL_SECONDS = 1.0

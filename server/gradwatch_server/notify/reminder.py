@@ -12,11 +12,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from gradwatch_server import steady_clock
 from gradwatch_server.notify import outbox
 from gradwatch_server.notify.http_client import AddressGuard, HttpClient
 from gradwatch_server.notify.outbox import DeliverySettings
 from gradwatch_server.notify.receivers import Alertmanager, Notification
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer
 
 _RESOLVED_SECONDS = 300.0

@@ -7,7 +7,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server import steady_clock
+from gradwatch_server.store import schema
 
 _POLL_SECONDS = 0.5
 _KEEPALIVE_SECONDS = 15.0

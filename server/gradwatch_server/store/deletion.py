@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeAlias
 
 import sqlalchemy as sa
 
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server import steady_clock
+from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.retention import Retention
 

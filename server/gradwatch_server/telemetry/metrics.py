@@ -14,13 +14,14 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from gradwatch import __version__, wire
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting.lifecycle import SEVERITIES
 from gradwatch_server.diagnosis import SAMPLE_RULES
 from gradwatch_server.ingest.admission import ByteBudget
 from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Settings
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server.store import schema
 from gradwatch_server.store.database import batched
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.runs import count_active, load_active

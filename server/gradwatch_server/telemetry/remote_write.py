@@ -19,8 +19,9 @@ import numpy as np
 import sqlalchemy as sa
 
 from gradwatch import wire
+from gradwatch_server import steady_clock
 from gradwatch_server.settings import RemoteWrite
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.parameters import load_parameters

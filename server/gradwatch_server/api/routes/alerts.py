@@ -7,6 +7,7 @@ import msgspec
 import sqlalchemy as sa
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from gradwatch_server import steady_clock
 from gradwatch_server.alerting import silences
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import (
@@ -21,7 +22,7 @@ from gradwatch_server.api.paging import Before, Limit, read_page
 from gradwatch_server.api.problem import problems
 from gradwatch_server.api.read_slots import ReadRoute
 from gradwatch_server.errors import Refused
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server.store import schema
 
 router = APIRouter(prefix="/api/v1", route_class=ReadRoute, tags=["alerts"])
 

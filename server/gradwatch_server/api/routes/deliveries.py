@@ -6,6 +6,7 @@ import msgspec
 import sqlalchemy as sa
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from gradwatch_server import steady_clock
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import of_delivery, requires
 from gradwatch_server.api.dependencies import Engine, commit
@@ -15,7 +16,7 @@ from gradwatch_server.api.read_slots import ReadRoute
 from gradwatch_server.errors import Refused
 from gradwatch_server.notify import outbox
 from gradwatch_server.services import Services
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server.store import schema
 
 router = APIRouter(prefix="/api/v1", route_class=ReadRoute, tags=["deliveries"])
 

@@ -9,11 +9,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from gradwatch import wire
+from gradwatch_server import steady_clock
 from gradwatch_server.api import body, documents
 from gradwatch_server.api.authorisation import AuthorisedRoute, check_named_project, in_document, of_run, requires
 from gradwatch_server.api.problem import problems
 from gradwatch_server.services import Services
-from gradwatch_server.store import steady_clock
 
 _CLOCK_TOLERANCE_SECONDS = 5.0
 

@@ -9,13 +9,14 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Request
 
 from gradwatch import __version__
+from gradwatch_server import steady_clock
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import requires
 from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.api.read_slots import ReadRoute
 from gradwatch_server.notify.receivers import AnyReceiver as Receiver
 from gradwatch_server.services import Services
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server.store import schema
 
 router = APIRouter(prefix="/api/v1", route_class=ReadRoute, tags=["health"])
 

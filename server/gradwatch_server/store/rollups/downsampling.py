@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from gradwatch_server.store import schema, steady_clock
+from gradwatch_server import steady_clock
+from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.retention import Retention
 from gradwatch_server.store.rollups.levels import pruned_to

@@ -2,7 +2,7 @@
 
 It is a state machine without torch. Each public method is an event of the training. It changes the state and returns
 the action that must follow, if any. The torch side (``gradwatch.monitor``) translates hooks into events and actions into
-operators. Losses and norms are never read here: a framework's quirk is a table of events with strings for tensors.
+operators. Losses and norms are never read here: a quirk of a framework is a table of events with strings.
 """
 
 from collections import defaultdict

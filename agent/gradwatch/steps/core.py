@@ -1,8 +1,8 @@
 """The step core: decides which losses, clippings and measurements belong to which optimizer step.
 
 It is a state machine without torch. Each public method is an event of the training. It changes the state and returns
-the action that must follow, if any. The torch side (``gradwatch.monitor``) translates hooks into events and actions into
-operators. Losses and norms are never read here: a quirk of a framework is a table of events with strings.
+the action that must follow, if any. The torch side (``gradwatch.monitor``) translates hooks into events and actions
+into operators. Losses and norms are never read here: a quirk of a framework is a table of events with strings.
 """
 
 from collections import defaultdict

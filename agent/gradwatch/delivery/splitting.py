@@ -1,12 +1,15 @@
 """Splitting a batch in two, for a server that does not take it whole."""
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from gradwatch import wire
 from gradwatch.delivery.dropped import Dropped
-from gradwatch.delivery.spool import Entry
+
+if TYPE_CHECKING:
+    from gradwatch.delivery.spool import Entry  # which counts by this module
 
 _Item = tuple[int, wire.Sample | wire.Event | wire.End | tuple[str, wire.Number]]
 """(step, the smallest thing that can be sent alone: a sample, an event, the end or one value of a trail)."""
@@ -58,20 +61,20 @@ def _batch_of(batch: wire.Batch, batch_id: str, items: Iterable[_Item]) -> wire.
     return msgspec.structs.replace(batch, id=batch_id, samples=samples, trail=trails, events=events, end=end)
 
 
-def split_entry(piece: Entry) -> list[Entry]:
+def split_entry(piece: "Entry") -> "list[Entry]":
     """Return the two halves of a batch, the earlier one first; nothing if it cannot be split."""
     batch = _batch(piece)
     halves = None if batch is None else split_batch(batch)
     return [piece._replace(samples=len(half.samples), body=wire.encode(half)) for half in halves or ()]
 
 
-def dropped_with(piece: Entry) -> Dropped:
+def dropped_with(piece: "Entry") -> Dropped:
     """Return what is dropped with a document."""
     batch = _batch(piece)
     return Dropped(samples=piece.samples, bytes=len(piece.body), values=0 if batch is None else count_values(batch))
 
 
-def _batch(entry: Entry) -> wire.Batch | None:
+def _batch(entry: "Entry") -> wire.Batch | None:
     try:
         return wire.read_back(entry.body) if entry.kind == "batch" else None
     except wire.WireError:

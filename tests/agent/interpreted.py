@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gradwatch
 from gradwatch import adaptive_clip_grad_
-from gradwatch.norms import reference, triton_kernels, triton_reducer
+from gradwatch.norms import buffers, reference, triton_kernels, triton_reducer
 from gradwatch.norms.layout import NormLayout
 from gradwatch.norms.reducer import Scratch
 from gradwatch.norms.tensor_spec import WIDEST_ROW, BufferKey, UnitAxis, spec_of
@@ -50,7 +50,7 @@ def test_squares_that_overflow(dtype: torch.dtype) -> None:
     layout = NormLayout([spec_of(tensor, "rows") for tensor in tensors])
     (key,) = layout.sizes
     out = torch.zeros(layout.sizes[key])
-    triton_reducer.make_reducer(layout, {key: out}, Scratch()).run(tensors)
+    buffers.make_reducer(layout, {key: out}, Scratch()).run(tensors)
     (_, first), (_, second) = layout.places
     expected = float(tensors[0][0].double().norm())
     torch.testing.assert_close(out[first : first + 2], torch.full((2,), expected), rtol=1e-5, atol=0)
@@ -62,7 +62,7 @@ def test_a_captured_step_takes_plain_operators(launches: list[str], monkeypatch:
     layout = NormLayout([spec_of(tensor, "rows") for tensor in tensors])
     (key,) = layout.sizes
     out = torch.zeros(layout.sizes[key])
-    reducer = triton_reducer.make_reducer(layout, {key: out}, Scratch())
+    reducer = buffers.make_reducer(layout, {key: out}, Scratch())
     launches.clear()
     monkeypatch.setattr(triton_reducer, "captures", lambda _device: True)
     reducer.run(tensors)
@@ -96,7 +96,7 @@ def test_norms_of_every_axis_and_type_take_one_launch(dtype: torch.dtype, launch
     layout = NormLayout(specs)
     (key,) = layout.sizes
     out = torch.full((layout.sizes[key],), -1.0, dtype=key.dtype)
-    reducer = triton_reducer.make_reducer(layout, {key: out}, Scratch())
+    reducer = buffers.make_reducer(layout, {key: out}, Scratch())
     launches.clear()
     reducer.run(tensors)
     assert launches == ["norms"]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from gradwatch.clipping.agc import AGC, as_list
 from gradwatch.clipping.scaling import UnitScaling
 from gradwatch.model.discovery import find_parameters
+from gradwatch.norms.buffers import make_reducer
 from gradwatch.norms.layout import NormLayout
 from gradwatch.norms.reducer import NormReducer, Scratch
 from gradwatch.norms.tensor_spec import BufferKey, TensorSpec, UnitAxis, local_part, spec_of
-from gradwatch.norms.triton_reducer import compare_kernels, make_reducer
+from gradwatch.norms.triton_reducer import compare_kernels
 from gradwatch.ranks.sharding import Granularity, UnitSplit, split_of
 from gradwatch.statistics import RATIO_EPS
 

@@ -88,7 +88,7 @@ class StepActions:
         if measured is None:
             return
         _, measurement = measured
-        scale = self._scaling.scale
+        scale = self._scaling.scale if self._scaling.has_scaler else None
         if scale is not None and not self._optimizers.are_unscaled(listed, self._scaling.scaler):
             measurement.scale = copy_scalar(scale)
         measurement.void, measurement.clips = action.void, action.clips

@@ -322,7 +322,8 @@ class TrainingListener:
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
         # before, where it can be seen. So where gradients may change before they are stepped with.
         destroys = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
-        sampled = self._steps.is_sampled
+        step = self._steps.state.open
+        sampled = self._steps.schedule.due or (step is not None and step.sampled)
         measure = destroys or (sampled and not self._actions.clipped_gradients.are_left_alone)
         action = self._steps.norm_clipped(clip, listed.indices, measure)
         if action is not None:

@@ -14,7 +14,7 @@ from gradwatch.norms.reducer import NormReducer, Scratch
 from gradwatch.norms.streams import StreamLog, stream_ids
 from gradwatch.norms.tensor_spec import BufferKey
 from gradwatch.norms.transfer import Stamps, Transfer
-from gradwatch.norms.triton_reducer import make_reducer
+from gradwatch.norms.triton_reducer import reducer_class
 
 _POOL_BYTES: Final = 32 << 20
 _OBJECT_BYTES: Final = 16 << 10
@@ -148,7 +148,7 @@ class SampleBuffers(Transfer):
         """Return space for ``plan`` after the space that was allocated before for this sample."""
         sizes = plan.sizes
         at = tuple(self._used.get(key, 0) for key in sizes)
-        place = id(plan), at, stream_ids(plan.accelerators)
+        place = id(plan), at, stream_ids(plan.accelerators) if plan.accelerators else ()
         norms = self._allocations.get(place)
         if norms is None or norms.plan is not plan:
             norms = self._make(plan, place[2])
@@ -231,3 +231,9 @@ class BufferPool:
     def is_scarce(self) -> bool:
         """Return whether so many buffers are in use that the collector should read them now."""
         return self._made - len(self._free) > min(_SCARCE, self._most // 2)
+
+
+def make_reducer(layout: NormLayout, buffers: dict[BufferKey, Tensor], scratch: Scratch) -> NormReducer:
+    """Return a reducer that writes to ``buffers``, by the Triton kernels where they can be used."""
+    reducer: NormReducer = (layout.reducer_class or reducer_class(layout))(layout, buffers, scratch)
+    return reducer

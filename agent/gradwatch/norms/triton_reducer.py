@@ -223,12 +223,6 @@ class TritonNormReducer(NormReducer):
         super().run(tensors, warm=warm)
 
 
-def make_reducer(layout: NormLayout, buffers: dict[BufferKey, Tensor], scratch: Scratch) -> NormReducer:
-    """Return a reducer that writes to ``buffers``, by the Triton kernels where they can be used."""
-    reducer: NormReducer = (layout.reducer_class or reducer_class(layout))(layout, buffers, scratch)
-    return reducer
-
-
 def reducer_class(layout: NormLayout) -> type[NormReducer]:
     """Return the class of reducers for a layout: the Triton kernels' where these can be used."""
     by_kernels = bool(layout.sizes) and all(can_use_triton(key) for key in layout.sizes)

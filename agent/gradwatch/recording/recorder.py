@@ -77,7 +77,8 @@ class NormRecorder:
             self._parameters.mark_unreadable(parameters.unreadable)
         if pass_ is None:
             return None
-        self.streams.add_devices(pass_.plan.accelerators)
+        if pass_.plan.accelerators:
+            self.streams.add_devices(pass_.plan.accelerators)
         measurement = Measurement(frozenset(pass_.plan.indices), pass_.norms, before_clip)
         recompute(measurement, pass_.grads, pass_.members)
         record.measurements.append(measurement)
@@ -122,8 +123,8 @@ class NormRecorder:
             _log.debug("gradwatch: the numbers of step %d cannot be read: %s", record.step, error)
 
     def _measure_resting(self, record: StepRecord) -> None:
-        count = len(self._parameters.watched)
-        if record.measurements and not (len(record.measurements) == 1 and len(record.measurements[0].indices) == count):
+        measured = frozenset[int]().union(*(known.indices for known in record.measurements))
+        if record.measurements and len(measured) < len(self._parameters.watched):
             record.measurements += self._resting.measure(record, record.buffers)
 
     def check_devices(self) -> None:

@@ -186,12 +186,6 @@ class StepCore:
 
     # Clipping
 
-    @property
-    def is_sampled(self) -> bool:
-        """Return whether the open step or the next one is sampled."""
-        record = self.state.open
-        return self.schedule.due or (record is not None and record.sampled)
-
     def norm_clipped(self, clip: NormClip, listed: Sequence[int], measure: bool) -> Measure | None:
         """Gradients are about to be clipped by their total norm.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import gradwatch
 from benchmarks.networks import NETWORKS, Network
-from benchmarks.operators import allowed, launched
+from benchmarks.operators import allowed_on_accelerator, launched
 from gradwatch.agent import Agent
 from gradwatch.model.discovery import find_parameters
 from gradwatch.norms.buffers import BufferPool
@@ -202,7 +202,7 @@ def report(network: Network, rounds: int, seconds: float) -> list[str]:
     training = Training(network)
     tensors = training.weights
     shapes = network.shapes()
-    operators, most = launched(shapes, "meta"), allowed(shapes)
+    operators, most = launched(shapes, "meta"), allowed_on_accelerator(shapes)
     rows = torch.ones(65536, 1024)  # 256 MiB: far larger than any cache
     acts: dict[str, Callable[[], object]] = {
         **passes(training),

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.norms.layout import NormLayout
-from gradwatch.norms.reducer import NormReducer, Scratch
+from gradwatch.norms.reducer import SCALED_ELEMENTS, NormReducer, Scratch
 from gradwatch.norms.tensor_spec import spec_of
 
 
@@ -51,3 +51,13 @@ def launched(shapes: Sequence[tuple[int, ...]], device: str) -> int:
 def allowed(shapes: Sequence[tuple[int, ...]]) -> int:
     """Return the bar: 8 for each unit width, and 20."""
     return 8 * len({spec_of(torch.zeros(1).expand(shape), "rows").width for shape in shapes}) + 20
+
+
+def allowed_on_accelerator(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Return the bar without Triton: twice as many, and more for tensors that are reduced alone and scaled in parts.
+
+    Each norm is computed once more of the tensor scaled down, since its squares may overflow float32. Gradients and
+    weights take three operators more for each part.
+    """
+    parts = sum(math.prod(shape) // SCALED_ELEMENTS for shape in shapes)
+    return 2 * allowed(shapes) + 2 * 3 * parts

@@ -137,9 +137,9 @@ def test_a_firing_alert_is_notified_without_a_sample_when_its_silence_ends(tmp_p
 def test_exploding_is_muted_while_nonfinite_fires_and_notified_afterwards(tmp_path: Path) -> None:
     """An explosion that overflows for one sample; after it the numbers are finite again, and the loss still bad."""
     calm = [sample(step, *[1.0] * 4, loss=1.0) for step in range(1, 31)]
-    grown = [sample(step, *[1e4] * 4, loss=50.0) for step in (31, 32)]
+    grown = [sample(step, *[1e4] * 4, weight_norm=100.0, loss=50.0) for step in (31, 32)]
     overflown = sample(33, *[NAN] * 4, loss=NAN)
-    finite = [sample(step, *[1e4] * 4, loss=50.0) for step in range(34, 40)]
+    finite = [sample(step, *[1e4] * 4, weight_norm=100.0, loss=50.0) for step in range(34, 40)]
     with (
         WebhookReceiver() as receiver,
         GradwatchServer(tmp_path / "gradwatch.db", "--webhook", receiver.url) as server,
@@ -217,7 +217,7 @@ def test_becoming_critical_is_notified_unless_the_alert_is_acknowledged(tmp_path
 def test_the_mute_reason_is_kept_after_an_alert_resolved(server: GradwatchServer) -> None:
     run = server.register([f"layer{number}.weight" for number in range(4)])
     calm = [sample(step, *[1.0] * 4, loss=1.0) for step in range(1, 31)]
-    grown = [sample(step, *[1e4] * 4, loss=50.0) for step in (31, 32)]
+    grown = [sample(step, *[1e4] * 4, weight_norm=100.0, loss=50.0) for step in (31, 32)]
     server.store(run, wire.Batch(id="b1", samples=[*calm, *grown, sample(33, *[NAN] * 4, loss=NAN)]))
     server.store(run, wire.Batch(id="b2", end=wire.End(at=1_790_000_100.0)))
     muted_by = {alert["rule"]: (alert["state"], alert["muted"]) for alert in server.get("/api/v1/alerts")}

@@ -57,9 +57,9 @@ class Listener(Protocol):
         """A loss scaler has stepped an optimizer, or skipped its step."""
 
     def before_norm_clip(
-        self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: float | Tensor, norm_type: float
+        self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: Any, norm_type: float, *, done: bool = False
     ) -> bool | None:
-        """Gradients are about to be clipped by their total norm; return whether to call ``after_norm_clip``."""
+        """Gradients are about to be clipped by their norm, or were (``done``); return whether to tell afterwards."""
 
     def after_norm_clip(self, parameters: Sequence[Tensor]) -> None:
         """Gradients have been clipped by their total norm."""
@@ -361,8 +361,10 @@ def _clip_flat(original: Callable[..., Any], module: Any, max_norm: Any, norm_ty
     """Call FSDP1's own ``clip_grad_norm_``, which joins the norm over its ranks by itself and only then tells it."""
     total_norm = original(module, max_norm, norm_type)
     if any(handle.uses_sharded_strategy for handle in module._all_handles):  # noqa: SLF001 -- else torch's was called
+        several = list(module.parameters())
         for listener in _listeners:
-            listener.before_norm_clip(list(module.parameters()), total_norm, max_norm, float(norm_type))
+            if listener.before_norm_clip(several, total_norm, max_norm, float(norm_type), done=True):
+                listener.after_norm_clip(several)
     return total_norm
 
 

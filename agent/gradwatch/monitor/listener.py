@@ -306,9 +306,15 @@ class TrainingListener:
 
     @guarded
     def before_norm_clip(
-        self, parameters: Sequence[Tensor], total_norm: Tensor, max_norm: Scalar, norm_type: float
+        self,
+        parameters: Sequence[Tensor],
+        total_norm: Tensor,
+        max_norm: Scalar,
+        norm_type: float,
+        *,
+        done: bool = False,
     ) -> bool:
-        """Gradients are about to be clipped by their total norm; return whether to tell when they are."""
+        """Gradients are about to be clipped by their total norm, or that is ``done``; return whether to tell then."""
         if not self.guard.watching:
             return False
         listed = self._optimizers.lists.find(parameters, exact=self._clips or self._steps.schedule.due)
@@ -324,7 +330,7 @@ class TrainingListener:
         destroys = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
         step = self._steps.state.open
         sampled = self._steps.schedule.due or (step is not None and step.sampled)
-        measure = destroys or (sampled and not self._actions.clipped_gradients.are_left_alone)
+        measure = not done and (destroys or (sampled and not self._actions.clipped_gradients.are_left_alone))
         action = self._steps.norm_clipped(clip, listed.indices, measure)
         if action is not None:
             self._measure_before_clip(listed, action)

@@ -181,7 +181,8 @@ class Monitor:
     def _compare_kernels(self) -> None:
         """Test the kernels now: within a step other ranks may wait in a collective."""
         infos = self.models.parameters.watched
-        specs = [info.spec(local_part(p)) for info in infos if (p := info.parameter()) is not None]
+        readable = (info for info in infos if not info.unreadable)
+        specs = [info.spec(local_part(p)) for info in readable if (p := info.parameter()) is not None]
         compare_kernels({spec.buffer for spec in specs})
 
     def _check_parts(self) -> None:

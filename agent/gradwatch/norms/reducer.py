@@ -27,7 +27,7 @@ _DOWN: Final = 2.0**-66
 """Factor by which a tensor is scaled where its squares overflow: no square of a float32 number overflows then."""
 _CAN_OVERFLOW: Final = (torch.float32, torch.bfloat16, torch.complex64)
 """Dtypes whose squares float32 does not hold, while it holds the numbers."""
-_SCALED: Final = 1 << 22
+SCALED_ELEMENTS: Final = 1 << 22
 """Elements of a tensor that are scaled at once."""
 
 
@@ -182,8 +182,8 @@ def _write_scaled_rows(rows: Tensor, out: Tensor) -> None:
 
 def _write_scaled(spec: TensorSpec, tensor: Tensor, out: Tensor) -> None:
     """Write the unit norms of a tensor that is scaled down, of a bounded part at a time where units lie one by one."""
-    rows = max(_SCALED * max(spec.shape[0], 1) // max(tensor.numel(), 1), 1) if spec.shape else 1
-    if tensor.numel() <= _SCALED or spec.sparse or spec.axis == "transposed" or rows >= spec.shape[0]:
+    rows = max(SCALED_ELEMENTS * max(spec.shape[0], 1) // max(tensor.numel(), 1), 1) if spec.shape else 1
+    if tensor.numel() <= SCALED_ELEMENTS or spec.sparse or spec.axis == "transposed" or rows >= spec.shape[0]:
         norm_function(spec)(tensor * _DOWN, out)
         return
     norms = []

@@ -30,6 +30,12 @@ Result = TypeVar("Result")
 ROOT = Path(__file__).parent.parent
 PATIENCE_SECONDS = 60.0
 """How long an event is waited for that comes within a second on a machine that does nothing else."""
+LEAVE = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+"""The last lines of a rank's program whose agents are closed.
+
+While the interpreter ends, a thread of torch's process group may still let go of the last collective's tensors, which
+now and then ends the process with "terminate called".
+"""
 STOP_POLL_SECONDS = 0.02
 """How often a server in a thread looks whether it is to stop; Python's default makes each test wait half a second."""
 

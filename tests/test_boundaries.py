@@ -163,7 +163,7 @@ def test_each_extra_brings_only_its_own() -> None:
 def test_torch_is_not_capped_for_users() -> None:
     found = [Requirement(line) for line in metadata.requires("gradwatch") or []]
     (torch,) = {entry for entry in found if entry.name == "torch" and "agent" in str(entry.marker)}
-    assert str(torch.specifier) == ">=2.4"
+    assert str(torch.specifier) == ">=2.6"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from gradwatch.clipping.executor import AgcExecutor
 from gradwatch.hooks import torch_hooks
 from gradwatch.monitor.guard import Guard
 from gradwatch.recording import recorder
-from tests.processes import free_port
+from tests.processes import LEAVE, free_port
 
 from .conftest import OwnErrors, Server
 from .watching import monitor_of
@@ -479,7 +479,19 @@ def test_several_ranks_clip_what_one_would(server: Server, tmp_path: Path, kind:
     out = tmp_path / "ranks.pt"
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _RANKS, str(rank), port, server.url, kind, granularity, str(out)]
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-c",
+                _RANKS + LEAVE,
+                str(rank),
+                port,
+                server.url,
+                kind,
+                granularity,
+                str(out),
+            ]
         )
         for rank in range(2)
     ]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradwatch import wire
-from tests.processes import free_port
+from tests.processes import LEAVE, free_port
 
 from .conftest import Server
 
@@ -60,7 +60,9 @@ dist.destroy_process_group()
 def run_ranks(server: Server, kind: str, size: int = 2, program: str = _RANKS) -> None:
     port = str(free_port())
     ranks = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(rank), str(size), port, server.url, kind])
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", program + LEAVE, str(rank), str(size), port, server.url, kind]
+        )
         for rank in range(size)
     ]
     assert [process.wait(400) for process in ranks] == [0] * size

@@ -17,7 +17,7 @@ import gradwatch
 from gradwatch import wire
 from gradwatch.hooks.patch import _tell_unheard
 from gradwatch.norms.buffers import SampleBuffers
-from tests.processes import free_port
+from tests.processes import LEAVE, free_port
 
 from .conftest import OwnErrors, Server
 from .watching import GRAD_A, Two, watch
@@ -608,7 +608,8 @@ def test_data_parallel_rank_0_reports(server: Server) -> None:
 
     port = str(free_port())
     ranks = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", _DDP, str(rank), port, server.url]) for rank in range(2)
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", _DDP + LEAVE, str(rank), port, server.url])
+        for rank in range(2)
     ]
     assert [process.wait(300) for process in ranks] == [0, 0]
     assert {registration.id for registration in server.registrations} == {server.registrations[0].id}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 import gradwatch
-from tests.processes import free_port
+from tests.processes import LEAVE, free_port
 
 from .conftest import OwnErrors, Server
 from .watching import GRAD_A, Two, watch
@@ -258,7 +258,7 @@ dist.destroy_process_group()
 def test_zero_redundancy_on_two_ranks(server: Server, kind: str) -> None:
     """Rank 0 knows all gradients, although it steps only its share of the weights."""
     port = str(free_port())
-    command = [sys.executable, "-W", "ignore", "-c", _ZERO]
+    command = [sys.executable, "-W", "ignore", "-c", _ZERO + LEAVE]
     ranks = [
         subprocess.Popen([*command, str(rank), port, server.url, kind], stdout=subprocess.PIPE, text=True)
         for rank in range(2)

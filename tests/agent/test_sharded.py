@@ -160,6 +160,12 @@ if "late" not in kind:
         agent = attach()
     except NotImplementedError as error:
         assert "FSDP1" in str(error) and "clip" in kind, error
+        for alone in (wrapped, list(wrapped.parameters())):
+            try:
+                gradwatch.adaptive_clip_grad_(alone)
+                raise SystemExit("units that were cut apart were clipped")
+            except NotImplementedError as refused:
+                assert "fully_shard" in str(refused), refused
         dist.barrier()  # the first rank holds the store that the others need until they are here
         os._exit(0)
 optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
@@ -184,8 +190,10 @@ def test_one_ranks_part_is_never_taken_for_the_whole(server: Server, kind: str) 
     assert 3 in server.trail("loss")
 
 
-def test_what_fsdp1_shards_cannot_be_clipped(server: Server) -> None:
-    run_ranks(server, "fsdp1 clip", program=_UNMEASURABLE)
+@pytest.mark.parametrize("kind", ["fsdp1 clip", "fsdp1 orig clip"])
+def test_what_fsdp1_shards_cannot_be_clipped(server: Server, kind: str) -> None:
+    """Neither by the agent nor by the function alone, which gets the module or its parameters."""
+    run_ranks(server, kind, program=_UNMEASURABLE)
     assert server.samples == []
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradwatch.clipping.agc import AGC, as_list
 from gradwatch.clipping.scaling import UnitScaling
 from gradwatch.model.discovery import find_parameters
+from gradwatch.model.flat_parameters import are_shards, uses_fsdp1
 from gradwatch.norms.buffers import make_reducer
 from gradwatch.norms.layout import NormLayout
 from gradwatch.norms.reducer import NormReducer, Scratch
@@ -50,6 +51,7 @@ def adaptive_clip_grad_(
 
     Raises:
         ValueError: an option cannot be right, or a pattern matches nothing; the text names it.
+        NotImplementedError: FSDP1 has cut the parameters into shards, and units with them.
     """
     names = (experts,) if isinstance(experts, str) else tuple(experts)
     agc = AGC(clip, eps, granularity, tuple(as_list(exclude)), names)
@@ -60,6 +62,8 @@ def adaptive_clip_grad_(
         if tensors is not None:
             prepared.clip(tensors)
             return
+    if uses_fsdp1([given]) if isinstance(given, nn.Module) else are_shards(given):
+        raise NotImplementedError("FSDP1 has cut units apart, which AGC cannot clip: use fully_shard (FSDP2)")
     prepared = _PreparedParameters(given, agc)
     tensors = prepared.tensors_of(given, options)
     assert tensors is not None

@@ -71,6 +71,12 @@ def _is_flattened(model: nn.Module) -> bool:
     return any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
 
 
+def are_shards(tensors: Iterable[Tensor]) -> bool:
+    """Return whether some parameters are shards of FSDP1. Outside of the passes it leaves vectors of all of them."""
+    flat = [tensor for tensor in tensors if getattr(tensor, "_fsdp_flattened", False)]
+    return bool(flat) and all(tensor.dim() < 2 for tensor in flat)
+
+
 def flat_reason(models: Iterable[nn.Module]) -> str:
     """Return why what FSDP1 has flattened cannot be measured; empty where it can."""
     for model in models:

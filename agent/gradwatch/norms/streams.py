@@ -8,7 +8,7 @@ import torch
 
 def current_stream(device: torch.device) -> torch.Stream | None:
     """Return the current stream of a device; None on the CPU, and on a device whose streams torch does not tell."""
-    if device.type == "cpu" or not hasattr(torch, "accelerator"):  # torch before 2.6
+    if device.type == "cpu":
         return None
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or accelerator.type != device.type:

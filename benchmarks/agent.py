@@ -220,7 +220,7 @@ def report(network: Network, rounds: int, seconds: float) -> list[str]:
         f"step {plain * 1e3:.1f} ms, {bandwidth / 1e9:.1f} GB/s\n"
         f"  sample           {sample * 1e3:8.2f} ms  {sample / len(tensors) * 1e6:6.2f} us a parameter  "
         f"x{sample / floor:.2f} of the floor {floor * 1e3:.2f} ms  x{sample / foreach:.2f} of _foreach_norm\n"
-        f"  operators        {operators} a sample on an accelerator, at most {most} (8 a unit width and 20); "
+        f"  operators        {operators} a sample on an accelerator, at most {most} (see docs/agent.md); "
         f"on this CPU {launched(shapes, 'cpu')}\n"
         f"  every=1          {inside * 1e3:8.2f} ms in the hooks {inside / plain:7.2%}"
         f"  paired {pair * 1e3:+.2f} ms {pair / plain:+.2%}\n"

@@ -111,6 +111,7 @@ def test_a_lost_connection_says_so_and_recovers(tolerant_page: Page, server: Gra
     page = tolerant_page
     page.goto(server.url)
     expect(page.get_by_text("Live")).to_be_visible()
+    expect(page.locator("table.runs tbody tr")).to_contain_text("interrupted")  # the page has all that it loads
 
     server.kill()
     expect(page.get_by_text("Connection lost, trying again")).to_be_visible()

@@ -221,6 +221,8 @@ def test_the_server_tells_what_it_does(tmp_path: Path) -> None:
     assert told["gradwatch_ingest_values_total"] == 6
     assert told["gradwatch_queue_refusals_total"] == 0
     assert told["gradwatch_queue_limit_batches"] == 1000
+    assert told["gradwatch_held_bytes"] == 0
+    assert told["gradwatch_held_limit_bytes"] == 64 * 1024 * 1024
     assert told["gradwatch_delivery_lag_seconds"] == 0
     assert told["gradwatch_commit_duration_seconds_count"] >= 2
     assert told['gradwatch_delivery_attempts_total{receiver="webhook",result="delivered"}'] == 1

@@ -50,6 +50,14 @@ def _connected(server: GradwatchServer, buffer_bytes: int | None = None) -> sock
     return opened
 
 
+def _wait_until_held(server: GradwatchServer, count: int) -> None:
+    """Wait until the server has received that many bytes of bodies: what comes before them would take their room."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while f"\ngradwatch_held_bytes {float(count)}\n" not in server.http.get("/metrics").text:
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.05)
+
+
 def test_clients_that_take_their_answers_slowly_keep_nobody_else_waiting(server: GradwatchServer) -> None:
     run = _fill(server, [f"p{index}" for index in range(1_000)], 400)
     ask = f"GET /api/v1/runs/{run}/tile?statistic=grad_norm HTTP/1.1\r\nHost: [::1]\r\n\r\n".encode()
@@ -90,6 +98,7 @@ def test_a_slow_body_gives_way_to_others(tmp_path: Path) -> None:
         run = server.register([f"p{index}" for index in range(1_000)])
         head = f"POST /api/v1/runs/{run}/samples HTTP/1.1\r\nHost: [::1]\r\nContent-Type: {wire.MESSAGEPACK_TYPE}\r\n"
         slow.sendall(f"{head}Content-Length: 990000\r\n\r\n".encode() + bytes(900_000))
+        _wait_until_held(server, 900_000)
         large = wire.Batch(id="b", samples=[sample(step, *[1.0] * 1_000) for step in range(100)])
         started = time.monotonic()
         while server.store(run, large).status_code == 503:

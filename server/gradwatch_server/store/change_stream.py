@@ -62,7 +62,8 @@ class ChangeStream:
     async def listen(self) -> AsyncIterator[list[Change]]:
         """Yield the runs that have changed, or an empty list if none has for a while; ends when the server stops.
 
-        It begins with what changed just before, so that nothing falls between a page's first request and its stream.
+        An empty list comes first, as soon as it listens; then what changed just before, so that nothing falls between a
+        page's first request and its stream.
         """
         listener = _Listener()
         self._listeners.add(listener)
@@ -72,6 +73,7 @@ class ChangeStream:
         elif self._known:
             listener.notify(_change(row) for row in self._known.values())
         try:
+            yield []
             while not self._closed:
                 changes = await listener.next()
                 if not self._closed:

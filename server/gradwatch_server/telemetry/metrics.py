@@ -331,6 +331,9 @@ def _queue(services: Sources) -> Iterable[Metric]:
     )
     yield GaugeMetricFamily("gradwatch_queued_batches", "Batches received and not stored yet.", value=writer.waiting)
     yield GaugeMetricFamily("gradwatch_queue_limit_batches", "Batches that the queue holds.", value=writer.capacity)
+    held, limit = services.byte_budget.held_bytes, services.byte_budget.limit_bytes
+    yield GaugeMetricFamily("gradwatch_held_bytes", "Bytes of bodies received and not stored yet.", value=held)
+    yield GaugeMetricFamily("gradwatch_held_limit_bytes", "Bytes of bodies held at most.", value=limit)
 
 
 def _requests(services: Sources) -> Metric:

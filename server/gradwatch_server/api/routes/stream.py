@@ -41,7 +41,7 @@ async def stream(request: Request, project: Annotated[str | None, Query(max_leng
 async def _events(request: Request, project: str | None) -> AsyncIterator[bytes]:
     services = Services.of(request)
     ends_at = time.monotonic() + services.settings.configuration.connections.stream_seconds
-    yield b"retry: 1000\n\n"
+    greeting = b"retry: 1000\n\n"  # it comes once this stream is counted
     async for changes in services.change_stream.listen():
         if time.monotonic() > ends_at:
             return
@@ -50,4 +50,6 @@ async def _events(request: Request, project: str | None) -> AsyncIterator[bytes]
         except Refused:
             return
         seen = [change for change in changes if project in (None, change["project"])]
-        yield b"event: runs\ndata: " + msgspec.json.encode(seen) + b"\n\n" if seen else b": still here\n\n"
+        told = b"event: runs\ndata: " + msgspec.json.encode(seen) + b"\n\n" if seen else b": still here\n\n"
+        yield greeting + told
+        greeting = b""

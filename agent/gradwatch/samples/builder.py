@@ -157,6 +157,7 @@ class SampleBuilder:
         record, vectors = draft.record, draft.vectors
         if joined is not None:
             vectors.replace(joined.values)
+        vectors.clip_late(record.clipped_late, record.value_clipped_late)
         sources: set[Source] = {"gradient", "weight"}
         if record.clips or record.value_clipped or self._agc is not None:
             sources.add("clipping")
@@ -326,6 +327,8 @@ def _norm_limit(record: StepRecord, grad_norm: wire.Vector) -> float:
     for measurement in record.measurements:
         for clip, indices in () if measurement.before_clip else measurement.clips:
             scaled[id(clip)] |= indices
+    for clip, indices in record.clipped_late:
+        scaled[id(clip)] |= indices
     whole = (clip for clip in record.clips if clip.norm_type == 2.0 and scaled[id(clip)] >= present)
     return min((limit for clip in whole if (limit := clip.max_norm) > 0), default=math.inf)
 

@@ -80,13 +80,13 @@ WITH RECURSIVE {SEEN}, {_ROWS}, top AS (
   SELECT p.span, v.place, CASE WHEN v.gradient < 'Infinity' THEN {_RATIO} ELSE 'NaN' END AS ratio
   FROM seen, pieces p, samples s
   CROSS JOIN LATERAL unnest(s.grad_norm, s.weight_norm) WITH ORDINALITY AS v(gradient, weight, place)
-  WHERE p.level = 0 AND s.run = seen.run AND s.level = 0 AND s.step = p.step AND v.gradient <> -1
+  WHERE p.level = 0 AND s.run = seen.run AND s.level = 0 AND s.step = p.step AND v.gradient >= 0
   UNION ALL
   SELECT p.span, v.place, CASE WHEN coalesce(r.nonfinite[v.place::int], r.nonfinite[1]) > 0 THEN 'NaN' ELSE v.high END
   FROM seen, pieces p, rollups r
   CROSS JOIN LATERAL unnest(r.high) WITH ORDINALITY AS v(high, place)
   WHERE p.level > 0 AND r.run = seen.run AND r.statistic = 'ratio' AND r.level = p.level AND r.step = p.step
-    AND v.high <> -1
+    AND v.high >= 0
 ), cells AS (
   SELECT m.span, l.band, max(m.ratio) FILTER (WHERE l.counts OR m.ratio = 'NaN') AS ratio
   FROM measured m JOIN members l ON l.position = m.place - 1 GROUP BY m.span, l.band
@@ -124,7 +124,7 @@ WITH RECURSIVE {SEEN}, ordered AS (
   SELECT o.place, o.name, o.matrix, v.gradient = 0 AS nothing, v.gradient = 'NaN' OR v.gradient = 'Infinity' AS broken,
     CASE WHEN v.gradient > 0 AND v.gradient < 'Infinity' THEN {_RATIO} END AS ratio
   FROM latest CROSS JOIN LATERAL unnest(grad_norm, weight_norm) WITH ORDINALITY AS v(gradient, weight, n)
-  JOIN ordered o ON o.position = v.n - 1 WHERE v.gradient <> -1
+  JOIN ordered o ON o.position = v.n - 1 WHERE v.gradient >= 0
 ), edges AS (SELECT coalesce(min(ratio), 1e-6) / 10 AS low, coalesce(max(ratio), 1) * 10 AS high FROM measured)
 SELECT place AS depth, CASE WHEN matrix THEN ratio END AS "weight matrices",
   CASE WHEN NOT matrix THEN ratio END AS "biases and norms", CASE WHEN nothing THEN low END AS "exactly 0",

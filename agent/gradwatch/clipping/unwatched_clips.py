@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradwatch.model.registry import ParameterRegistry
-from gradwatch.recording.optimizer_parameters import OptimizerParameters
-from gradwatch.recording.optimizers import ListedParameters
+from gradwatch.recording.optimizer_parameters import ListedParameters, OptimizerParameters
 from gradwatch.steps.state import NormClip
 
 _SEARCHED: Final = 8

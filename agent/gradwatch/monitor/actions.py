@@ -57,6 +57,15 @@ class StepActions:
         clipper = self._models.clipper
         return self._models.classifier.indices if clipper is None else clipper.excluded(self._models.parameters.watched)
 
+    @property
+    def unstepped(self) -> frozenset[int]:
+        """Return the trainable parameters that have a gradient, but no optimizer that was seen to step holds them."""
+        parameters = self._models.parameters
+        if parameters.sharded or len(self._optimizers.stepped_indices) >= len(parameters.watched):
+            return frozenset()
+        others = parameters.other_than(self._optimizers.held_indices)
+        return frozenset(index for index, other in others if other.requires_grad and other.grad is not None)
+
     def _note_frozen(self, listed: OptimizerParameters) -> None:
         """Register again where ``requires_grad`` has changed.
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -171,12 +172,14 @@ class SampleBuilder:
             scalars["removed_grad_norm"] = total_norm(vectors["removed_norm"])
         if joined is not None and record.clips and record.clips[-1].partial:
             scalars["clip_norm"] = [clip for clip in joined.clips if clip.ranks == record.clips[-1].ranks][-1].total
+        unstepped = sorted(record.unstepped - set(np.flatnonzero(statistics["grad_norm"] != MISSING).tolist()))
         return wire.Sample(
             step=record.step,
             at=record.at,
             statistics=statistics,
             scalars={name: wire.serialise(value) for name, value in scalars.items()},
             histograms=draft.histograms,
+            unstepped=unstepped if unstepped and joined is None else msgspec.UNSET,
         )
 
     def _draft(self, record: StepRecord) -> "Draft":

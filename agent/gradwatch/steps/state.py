@@ -139,6 +139,8 @@ class StepRecord:
     updates: list[WeightUpdate] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     """Parameters without elements that have a gradient."""
+    unstepped: Indices = NO_INDICES
+    """Parameters with a gradient that no optimizer holds."""
     excluded: Indices = frozenset()
     """Parameters that AGC leaves alone, or would leave alone: those of the classifier."""
     seen: Sequence[Any] = ()

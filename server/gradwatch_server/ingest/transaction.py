@@ -19,7 +19,7 @@ from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
 from gradwatch_server.ingest.diagnosis_pool import Diagnosed, DiagnosisPool
 from gradwatch_server.ingest.registration import register
-from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration
+from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration, with_states
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import batch_store, schema
 from gradwatch_server.store.database import upsert
@@ -125,6 +125,7 @@ class Ingest:
         # 2. Claim the batch's id. A batch that is sent again changes nothing.
         if not self._is_new(connection, run, batch, now):
             return Stored(batch.id, 0, duplicate=True)
+        batch = with_states(batch)
         # 3. Begin to diagnose. While another process may do so, store the content.
         scalars = batch_store.scalars_by_step(batch)
         diagnosis = None

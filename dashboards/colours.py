@@ -30,6 +30,7 @@ RULES = {
     "vanishing": "blue",
     "dead": "purple",
     "throttled": "yellow",
+    "unmoved": "light-blue",
     "stalled": "orange",
 }
 assert set(RULES) == {rule.name for rule in DIAGNOSIS_RULES}, "a rule has no colour"

@@ -12,6 +12,7 @@ import gradwatch
 from gradwatch import wire
 from gradwatch_server.alerting.lifecycle import Alert, advance
 from gradwatch_server.diagnosis import Finding, History, RunParameters, Sample, Thresholds, diagnose
+from gradwatch_server.ingest.validation import with_states
 
 DEVELOPMENT = {case.name: case for case in development()}
 FAST_HEALTHY = (
@@ -56,7 +57,7 @@ def watched(case: Case, seed: int) -> list[tuple[int, Finding]]:
     fired = []
     losses = {step: loss for batch in recorder.batches for step, loss in _losses(batch)}
     for batch in recorder.batches:
-        for sample in batch.samples:
+        for sample in with_states(batch).samples:
             scalars = {name: wire.deserialise(value) for name, value in sample.scalars.items()}
             scalars["loss"] = losses[sample.step]
             measured = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)

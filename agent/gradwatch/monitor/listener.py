@@ -301,7 +301,7 @@ class TrainingListener:
         self._optimizers.counts_strangers = False
         self._steps.step_ended(time.perf_counter(), self.guard.costs(self.threads), learn=learn)
         if record.sampled:
-            record.excluded, record.unstepped = self._actions.excluded, self._actions.unstepped
+            record.excluded, record.unstepped = self._actions.excluded, self._actions.unstepped(record.step)
         self.put(record)
         if self._parameters.order_pending and self._parameters.learn_order(record.step):
             self._models.register()

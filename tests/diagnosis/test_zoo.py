@@ -24,6 +24,7 @@ FAST_HEALTHY = (
     "scalar-to-scalar",
     "converged-to-a-floor",
     "frozen-backbone",
+    "turns-by-rates",
 )
 FAST_SICK = (
     "deep-softsign",

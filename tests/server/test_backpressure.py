@@ -234,10 +234,13 @@ def test_runs_take_turns_however_much_waits_on_one(database_url: str, monkeypatc
         held.set()
         return gate.wait(PATIENCE_SECONDS)
 
+    def note(_connection: sa.Connection, name: str) -> None:
+        done.append(name)
+
     holding = queue.submit(hold, greedy)
     assert held.wait(PATIENCE_SECONDS)
     pieces = [(greedy, f"greedy {number}") for number in range(8)] + [(other, "other")]
-    futures = [queue.submit(lambda _, name=name: done.append(name), run) for run, name in pieces]
+    futures = [queue.submit(partial(note, name=name), run) for run, name in pieces]
     gate.set()
     assert holding.result(PATIENCE_SECONDS)
     wait(futures, PATIENCE_SECONDS)

@@ -1,6 +1,7 @@
 // Loads the map's tiles: each reaches a little beyond the visible range, so that panning has something to show.
 
 import * as api from "./api.js";
+import { isStatistic, NEEDS } from "./statistics.js";
 import { decodeTile, findDecades } from "./tile.js";
 import { rangeChanged } from "./viewport.js";
 
@@ -56,6 +57,19 @@ export class TileSource extends EventTarget {
     const inside = covered.from <= Math.max(0, from) && covered.to >= Math.min(end, to);
     const width = to - from;
     return this.stale || !inside || width < covered.width * 0.67 || width > covered.width * 1.5;
+  }
+
+  /**
+   * Return why the tile shows nothing, in words; "" if it holds samples.
+   * @param {import("./api.js").Run} run
+   */
+  emptiness({ sample_count: samples, state }) {
+    const { tile, covered } = this;
+    if (!tile || tile.steps.length) return "";
+    if (!samples) return state === "finished" ? "This run ended without a sample" : "Waiting for the first sample";
+    if (covered.from > 0 || covered.to < this.viewport.state.end) return "Not measured in these steps";
+    const need = isStatistic(tile.statistic) ? NEEDS[tile.statistic] : undefined;
+    return need ? `Not measured in this run: ${need}` : "Not measured in this run";
   }
 
   /** Load again if the run's new samples belong to the tile. @returns {Promise<void>} */

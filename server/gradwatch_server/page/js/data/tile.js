@@ -1,5 +1,7 @@
 // A tile of the layer x step map: one statistic of every parameter, in buckets of samples.
 
+import { inView } from "./viewport.js";
+
 /** Value of a cell whose gradient was missing: neither zero nor NaN. Statistics are never negative. */
 export const MISSING = -1;
 
@@ -94,18 +96,11 @@ export function bucketsWithin(tile, { from, to }) {
 }
 
 /**
- * Return the index of the bucket nearest to a step; -1 if the tile is empty.
- * @param {Tile} tile @param {number} step
+ * Return the bucket at the crosshair or, unless one is in view, the newest bucket before the right edge; -1: none.
+ * @param {Tile} tile @param {{step: number | null, from: number, to: number}} state
  */
-export function nearestBucket(tile, step) {
-  return Math.max(bucketAt(tile.steps, step), tile.steps.length ? 0 : -1);
-}
-
-/**
- * Return the bucket at the crosshair or, without one, the newest visible bucket.
- * @param {Tile} tile @param {{step: number | null, to: number}} state
- */
-export const crosshairBucket = (tile, { step, to }) => nearestBucket(tile, step ?? Math.ceil(to) - 1);
+export const crosshairBucket = (tile, state) =>
+  bucketAt(tile.steps, inView(state) ? Number(state.step) : Math.ceil(state.to) - 1);
 
 /** @param {number} value @returns {number | null} */
 export const orNull = (value) => (value === MISSING ? null : value);

@@ -131,10 +131,10 @@ class RunPage {
 
   /** Show the cell under the pointer or, elsewhere, that of the chosen parameter. */
   showReadout() {
-    const { step, parameter } = this.viewport.state;
+    const { parameter } = this.viewport.state;
     const { tile } = this.source;
     const chosen = tile?.parameters.indexOf(parameter ?? "") ?? -1;
-    this.readout.show(tile, step, this.hoveredRow >= 0 ? this.hoveredRow : chosen);
+    this.readout.show(tile, this.viewport.state, this.hoveredRow >= 0 ? this.hoveredRow : chosen);
   }
 
   /** Show a new tile: first the map, then the parts that take longer. */
@@ -143,6 +143,7 @@ class RunPage {
     if (!tile) return;
     // 1. Draw the map and the parts that need only the tile.
     this.map.show(tile, decades);
+    this.map.setNote(this.source.emptiness(this.run));
     this.legend.show(decades);
     this.profile.draw();
     clearTimeout(this.timer);

@@ -48,7 +48,8 @@ export class LayerMap {
       "aria-roledescription": "layer by step map",
       "aria-label": `Layer by step map. ${KEYS}`,
     });
-    this.box = el("div", { class: "map" }, this.base, this.over);
+    this.note = el("p", { class: "map-note", role: "status", hidden: true });
+    this.box = el("div", { class: "map" }, this.base, this.over, this.note);
     this.cells = document.createElement("canvas");
     this.draw = oncePerFrame(() => this.drawBase());
     this.redrawCrosshair = oncePerFrame(() => this.drawOver());
@@ -92,6 +93,12 @@ export class LayerMap {
     this.coloured = colourTile(tile, this.viewport.state.cell, decades);
     if (otherRows) this.resize(this.size.width);
     this.draw();
+  }
+
+  /** Say in words why there is nothing to see; "" where there is. @param {string} text */
+  setNote(text) {
+    this.note.hidden = text === "";
+    if (this.note.textContent !== text) this.note.textContent = text;
   }
 
   /** @param {Alert[]} alerts to mark */

@@ -7,7 +7,7 @@ import { el, fill } from "../dom/elements.js";
 import { crosshairX, frame, ticks } from "./axis.js";
 import { STATES } from "./colours.js";
 import { listenToPointer } from "./pointer.js";
-import { joinLines, logarithmicAxis, uPlot, valueRange } from "./scales.js";
+import { joinLines, logarithmicAxis, lonePoints, uPlot, valueRange } from "./scales.js";
 
 /** @typedef {import("../data/api.js").Buckets} Buckets */
 /**
@@ -223,6 +223,11 @@ function lineSeries(colour, limit) {
   return [
     { ...edge },
     { ...edge },
-    { ...edge, stroke: colour, ...(limit ? { width: 1, dash: DASH } : { width: 1.5 }) },
+    {
+      ...edge,
+      stroke: colour,
+      ...(limit ? { width: 1, dash: DASH } : { width: 1.5 }),
+      points: { show: true, size: 5, width: 0, fill: colour, filter: lonePoints },
+    },
   ];
 }

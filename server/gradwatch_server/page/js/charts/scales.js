@@ -68,6 +68,17 @@ export const logarithmicAxis = {
   filter: (_plot, splits) => splits,
 };
 
+/**
+ * Return the indices of the values without a neighbour, which no line joins: they are drawn as dots.
+ * @param {import("uplot")} plot @param {number} series
+ */
+export function lonePoints({ data }, series) {
+  const values = data[series];
+  /** @param {number} index */
+  const isValue = (index) => values[index] !== null && values[index] !== undefined;
+  return [...values.keys()].filter((index) => isValue(index) && !isValue(index - 1) && !isValue(index + 1));
+}
+
 /** @param {number} low @param {number} high */
 const splitsWithinDecade = (low, high) =>
   [-1, 0, 1]

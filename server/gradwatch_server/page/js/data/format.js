@@ -21,6 +21,13 @@ export const countEach = (numbers) =>
 export const stepRange = (first, last) =>
   first >= last ? `step ${count(first)}` : `steps ${count(first)} to ${count(last)}`;
 
+/** Format a position as an ordinal: 1st, 2nd, 10th. @param {number} number */
+export function ordinal(number) {
+  const last = number % 10;
+  const suffix = number % 100 > 10 && number % 100 < 14 ? "th" : (["th", "st", "nd", "rd"][last] ?? "th");
+  return `${count(number)}${suffix}`;
+}
+
 /**
  * Format a measured value with three digits; null is a missing one.
  * @param {number | string | null | undefined} value "NaN" and "Infinity" stay as they are

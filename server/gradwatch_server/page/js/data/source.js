@@ -11,10 +11,11 @@ import { rangeChanged } from "./viewport.js";
 
 const MARGIN = 0.5;
 const SETTLE_MS = 90;
+const RETRY_MS = 3_000;
 const MOST_CELLS = 2_000_000;
 const FEWEST_POINTS = 50;
 
-/** Dispatches "tile" when a new tile has arrived. */
+/** Dispatches "tile" when a new tile has arrived, and "failed" (detail: the error) when none has. */
 export class TileSource extends EventTarget {
   /**
    * @param {string} runId @param {Viewport} viewport @param {number} rows parameters of the run
@@ -34,7 +35,7 @@ export class TileSource extends EventTarget {
     this.covered = { from: 0, to: 0, width: 0 };
     /** @type {AbortController | null} */
     this.request = null;
-    this.timer = 0;
+    this.timer = this.retry = 0;
     this.stale = false;
     viewport.subscribe((state, before) => {
       if (state.statistic !== before.statistic) this.load();
@@ -99,8 +100,13 @@ export class TileSource extends EventTarget {
       this.request = null;
       this.dispatchEvent(new Event("tile"));
       if (this.insufficient()) this.load();
-    } catch {
-      if (!request.signal.aborted) this.request = null;
+    } catch (error) {
+      if (request.signal.aborted) return;
+      this.request = null;
+      this.stale = true;
+      this.dispatchEvent(new CustomEvent("failed", { detail: error }));
+      clearTimeout(this.retry);
+      this.retry = window.setTimeout(() => this.request || this.load(), RETRY_MS);
     }
   }
 
@@ -120,6 +126,13 @@ export class TileSource extends EventTarget {
 
   close() {
     clearTimeout(this.timer);
+    clearTimeout(this.retry);
     this.request?.abort();
   }
+}
+
+/** Return a "failed" event of a source in words. @param {Event} event */
+export function notLoaded(event) {
+  const { detail: error } = /** @type {CustomEvent<unknown>} */ (event);
+  return `Not loaded, trying again: ${error instanceof Error ? error.message : error}`;
 }

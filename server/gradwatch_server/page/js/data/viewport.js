@@ -89,8 +89,8 @@ export class Viewport {
   }
 }
 
-/** Return whether the crosshair is in view. @param {Pick<ViewportState, "step" | "from" | "to">} state */
-export const inView = ({ step, from, to }) => step !== null && step >= from && step < to;
+/** Return whether a part of the crosshair's step is in view. @param {Pick<ViewportState, "step" | "from" | "to">} state */
+export const inView = ({ step, from, to }) => step !== null && step + 1 > from && step < to;
 
 /** Return whether another range of steps is visible. @param {ViewportState} state @param {ViewportState} before */
 export const rangeChanged = (state, before) => state.from !== before.from || state.to !== before.to;

@@ -10,7 +10,7 @@ import * as api from "../data/api.js";
 import { reloadOnRunChanges } from "../data/live.js";
 import { current } from "../data/navigation.js";
 import { keepPermalink, readPermalink } from "../data/permalink.js";
-import { TileSource } from "../data/source.js";
+import { notLoaded, TileSource } from "../data/source.js";
 import { SCALARS } from "../data/statistics.js";
 import { Viewport } from "../data/viewport.js";
 import { el, fill } from "../dom/elements.js";
@@ -67,6 +67,7 @@ class Comparison {
     const map = new LayerMap(this.viewport, MAP_HEIGHT);
     const width = () => (map.box.clientWidth || this.main.clientWidth / 2) * (window.devicePixelRatio || 1);
     const source = new TileSource(run.id, this.viewport, run.parameters.length, width);
+    source.addEventListener("failed", (event) => map.setNote(notLoaded(event)));
     source.addEventListener("tile", () => {
       this.drawMaps();
       clearTimeout(this.timer);

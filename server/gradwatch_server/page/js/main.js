@@ -49,6 +49,7 @@ async function show() {
     if (opening === openings) showError(error);
     return;
   }
+  scrollTo(0, navigation.place());
   if (!first) main.focus({ preventScroll: true });
 }
 

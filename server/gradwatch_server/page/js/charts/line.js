@@ -51,7 +51,7 @@ export class LineChart {
     this.recreate = oncePerFrame(() => this.create());
     viewport.subscribe(() => this.move());
     new ResizeObserver(([entry]) => this.resize(entry.contentRect.width)).observe(this.area);
-    onThemeChange(this.box, this.recreate);
+    onThemeChange(this.box, () => this.create());
     listenToPointer(this.area, viewport, () => frame(this.width));
   }
 
@@ -86,8 +86,21 @@ export class LineChart {
   create() {
     this.close();
     if (!this.width || !this.lines.length) return;
-    this.plot = new (uPlot())(this.options(), joinLines(this.lines, this.logarithmic), this.area);
-    this.followViewport();
+    try {
+      this.plot = new (uPlot())(this.options(), joinLines(this.lines, this.logarithmic), this.area);
+      this.followViewport();
+    } catch (error) {
+      this.fail(error, "Not drawn");
+      reportError(error);
+    }
+  }
+
+  /** Say in words why the chart shows nothing. @param {unknown} error @param {string} [what] */
+  fail(error, what = "Not loaded") {
+    this.close();
+    this.lines = [];
+    const text = `${what}: ${error instanceof Error ? error.message : error}`;
+    fill(this.values, el("span", { class: "wrong" }, text));
   }
 
   /** @returns {import("uplot").Options} */

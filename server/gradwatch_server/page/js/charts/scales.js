@@ -9,8 +9,12 @@ import { measured, power } from "../data/format.js";
 /** JoinNullMode.Expand of uPlot: lines keep their gaps. */
 const EXPAND_NULLS = 2;
 
-/** uPlot is a classic script: it has only a global name. */
-export const uPlot = () => /** @type {typeof import("uplot")} */ (Reflect.get(globalThis, "uPlot"));
+/** Return the charts' library. It is a classic script: it has only a global name. */
+export function uPlot() {
+  const library = Reflect.get(globalThis, "uPlot");
+  if (!library) throw new Error("the library for charts was not loaded");
+  return /** @type {typeof import("uplot")} */ (library);
+}
 
 /**
  * Join the lines on one x, each bucket in the middle of its steps.

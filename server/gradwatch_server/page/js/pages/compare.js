@@ -65,7 +65,7 @@ class Comparison {
   /** @param {api.RunDetail} run @returns {Side} */
   side(run) {
     const map = new LayerMap(this.viewport, MAP_HEIGHT);
-    const width = () => (map.box.clientWidth || this.main.clientWidth / 2) * (window.devicePixelRatio || 1);
+    const width = () => (map.box.clientWidth || this.main.clientWidth / 2) * Math.max(1, window.devicePixelRatio || 1);
     const source = new TileSource(run.id, this.viewport, run.parameters.length, width);
     source.addEventListener("failed", (event) => map.setNote(notLoaded(event)));
     source.addEventListener("tile", () => {

@@ -59,7 +59,7 @@ class RunPage {
 
     this.viewport = new Viewport(readPermalink((run.last_step ?? 0) + 1));
     this.map = new LayerMap(this.viewport);
-    const width = () => (this.map.box.clientWidth || main.clientWidth) * (window.devicePixelRatio || 1);
+    const width = () => (this.map.box.clientWidth || main.clientWidth) * Math.max(1, window.devicePixelRatio || 1);
     this.source = new TileSource(run.id, this.viewport, run.parameters.length, width);
     const matrices = run.parameters.filter(({ shape }) => shape.length > 1).map(({ name }) => name);
     this.profile = new Profile(this.map, new Set(matrices));

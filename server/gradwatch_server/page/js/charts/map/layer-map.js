@@ -57,7 +57,7 @@ export class LayerMap {
     this.draw = oncePerFrame(() => this.drawBase());
     this.redrawCrosshair = oncePerFrame(() => this.drawOver());
     new ResizeObserver(([entry]) => this.resize(entry.contentRect.width)).observe(this.box);
-    onThemeChange(this.box, this.draw);
+    onThemeChange(this.box, () => this.drawBase());
     viewport.subscribe((state, before) => this.follow(state, before));
     listenToPointer(this.over, viewport, () => this.frame, {
       hover: (event) => this.hovered(event ? this.rowAt(event) : -1),

@@ -49,7 +49,7 @@ export class Profile {
     map.viewport.subscribe(() => this.draw());
     map.box.addEventListener("sized", this.draw);
     new ResizeObserver(this.draw).observe(this.box);
-    onThemeChange(this.box, this.draw);
+    onThemeChange(this.box, () => this.drawAll());
   }
 
   drawAll() {

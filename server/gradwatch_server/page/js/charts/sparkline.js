@@ -127,6 +127,12 @@ export function drawSparkline(canvas, min, max, logarithmic = false) {
     if (lows[index] < high) context.lineTo(x(index), y(lows[index]));
   });
   context.stroke();
+  // A value without neighbours, such as that of a run's only sample, is a dot.
+  context.fillStyle = themeColour("accent");
+  highs.forEach((high, index) => {
+    const alone = !Number.isFinite(highs[index - 1]) && !Number.isFinite(highs[index + 1]);
+    if (Number.isFinite(high) && alone) context.fillRect(x(index) - 1.5, y(high) - 1.5, 3, 3);
+  });
   context.fillStyle = themeColour("bad");
   min.forEach((value, index) => {
     if (value !== null && !Number.isFinite(value)) context.fillRect(x(index) - 1, HEIGHT - 4, 3, 4);

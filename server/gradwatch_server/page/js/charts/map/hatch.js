@@ -2,7 +2,7 @@
 
 import { themeColour } from "../../dom/canvas.js";
 
-const TILE = 6;
+const TILE = 8;
 
 /** Make one tile of the hatching, in the colours of the theme. */
 export function hatch() {
@@ -10,8 +10,8 @@ export function hatch() {
   tile.width = tile.height = TILE;
   const context = /** @type {CanvasRenderingContext2D} */ (tile.getContext("2d"));
   context.strokeStyle = themeColour("card");
-  context.globalAlpha = 0.75;
-  context.lineWidth = 1.5;
+  context.globalAlpha = 0.45;
+  context.lineWidth = 1;
   context.beginPath();
   for (const shift of [-TILE, 0, TILE]) {
     context.moveTo(shift - 1, TILE + 1);

@@ -100,9 +100,11 @@ class Connections(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     send_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     """How long a client may take nothing of its response."""
     streams: Annotated[int, msgspec.Meta(ge=0)] = 500
-    """Most event streams, one for each open page; beyond it: 503 with Retry-After."""
+    """Most event streams, one for each browser that has a page open; beyond it: 503 with Retry-After."""
     stream_seconds: Annotated[float, msgspec.Meta(gt=0)] = 3_600.0
     """Age at which an event stream ends; a page opens the next by itself."""
+    stream_beat_seconds: Annotated[float, msgspec.Meta(gt=0)] = 15.0
+    """An event stream without news sends a beat this often; a page that misses two of them connects anew."""
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

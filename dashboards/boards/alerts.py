@@ -92,6 +92,9 @@ def _numbers() -> Panel:
     )
 
 
+_PROJECT = {"width": 170, **WRAPPED}
+
+
 def _run_column() -> Json:
     wrapped = {"minWidth": 180, **WRAPPED}
     return override("name", links=[runs.OPEN], custom=wrapped)
@@ -106,7 +109,7 @@ def _firing() -> Panel:
         state_column("severity", colours.SEVERITIES, 80),
         override("rule", custom={"width": 90}),
         _run_column(),
-        override("project", custom={"width": 130, **WRAPPED}),
+        override("project", custom=_PROJECT),
         when("since", 120),
         text_column("what"),
         text_column("cause"),
@@ -157,7 +160,7 @@ def _transitions() -> Panel:
         state_column("severity", colours.SEVERITIES, 80),
         override("rule", custom={"width": 90}),
         _run_column(),
-        override("project", custom={"minWidth": 150, **WRAPPED}),
+        override("project", custom=_PROJECT),
         override("step", unit="locale", decimals=0, custom={"width": 85}),
         text_column("what"),
         hidden(runs.HIDDEN),

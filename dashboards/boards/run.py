@@ -268,7 +268,9 @@ def _profile() -> Panel:
         "fillOpacity": 80,
         "scaleDistribution": {"type": "log", "log": 10},
     }
-    overrides = [override(name, color=fixed(colour)) for name, colour in _POINTS.items()]
+    # The tooltip lists every column of the row, three of them empty: it has the column with the ratio as a text.
+    unlisted = {"hideFrom": {"legend": False, "tooltip": True, "viz": False}}
+    overrides = [override(name, color=fixed(colour), custom=unlisted) for name, colour in _POINTS.items()]
     overrides += [
         override(
             "depth", unit="locale", custom={"scaleDistribution": {"type": "linear"}, "axisLabel": "layer, input first"}

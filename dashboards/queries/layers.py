@@ -175,13 +175,15 @@ WITH RECURSIVE {SEEN}, ordered AS (
 ), edges AS (SELECT coalesce(min(ratio), 1e-6) / 10 AS low, coalesce(max(ratio), 1) * 10 AS high FROM measured)
 SELECT place AS depth, CASE WHEN matrix THEN ratio END AS "weight matrices",
   CASE WHEN NOT matrix THEN ratio END AS "biases and norms", CASE WHEN nothing THEN low END AS "exactly 0",
-  CASE WHEN broken THEN high END AS "NaN or infinite", name AS parameter
+  CASE WHEN broken THEN high END AS "NaN or infinite", name AS parameter,
+  CASE WHEN broken THEN 'NaN or infinite' WHEN nothing THEN 'exactly 0'
+    ELSE trim(to_char(ratio, '9.9EEEE')) END AS ratio
 FROM measured, edges
 UNION ALL
-SELECT NULL, NULL, NULL, NULL, NULL, '{NO_SAMPLE}' WHERE NOT EXISTS (SELECT FROM measured)
+SELECT NULL, NULL, NULL, NULL, NULL, '{NO_SAMPLE}', NULL WHERE NOT EXISTS (SELECT FROM measured)
 ORDER BY depth"""
 """The ratio of every parameter at the latest sample of the range, the input's first.
 
 What a logarithm cannot show, a gradient of exactly zero and one that is not finite, has a series of its own at the
-lower and the upper edge.
+lower and the upper edge. The tooltip shows the last two columns.
 """

@@ -154,6 +154,7 @@ def test_a_nan_is_a_nan_in_the_map_and_in_the_profile(seen: _Seen) -> None:
     *sound, ill = rows(seen.engine, PROFILE)
     assert [row[4] for row in sound] == [None, None]
     assert (ill.parameter, ill[1], ill[2], ill[4] > 0) == ("head.weight", None, None, True)
+    assert [row.ratio for row in (*sound, ill)] == ["1.0e-01", "2.0e-01", "NaN or infinite"]
 
 
 def test_after_clipping_is_drawn_where_it_made_the_norm_smaller(seen: _Seen) -> None:

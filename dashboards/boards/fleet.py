@@ -95,7 +95,7 @@ def _speed() -> Panel:
     return numbers(2, "", "Samples of active runs of the chosen projects.", query, decimals=1, overrides=[])
 
 
-_LOSS = {"width": 90, "cellOptions": {"type": "color-text"}}
+_LOSS = {"width": 105, "cellOptions": {"type": "color-text"}}
 
 
 def _runs() -> Panel:

@@ -18,6 +18,7 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
 from gradwatch_server.ingest.diagnosis_pool import Diagnosed, DiagnosisPool
+from gradwatch_server.ingest.parameter_order import in_run_order
 from gradwatch_server.ingest.registration import register
 from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration
 from gradwatch_server.settings import Configuration
@@ -122,6 +123,7 @@ class Ingest:
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         batch = msgspec.structs.replace(batch, attempt=batch_store.stored_attempt(run.attempts, batch.attempt))
+        batch = in_run_order(batch, run.orders, run.parameter_count)
         # 2. Claim the batch's id. A batch that is sent again changes nothing.
         if not self._is_new(connection, run, batch, now):
             return Stored(batch.id, 0, duplicate=True)

@@ -73,6 +73,21 @@ def register(
     return False
 
 
+def check_latest_attempt(connection: sa.Connection, run_id: str, after: int | None) -> None:
+    """Lock a run, and refuse to go on with it if another process has begun a new attempt meanwhile.
+
+    Raises:
+        Refused: 409, ``after`` is not the run's latest attempt.
+    """
+    if after is None:
+        return
+    latest = sa.select(schema.runs.c.attempt).where(schema.runs.c.id == run_id).with_for_update()
+    found = connection.execute(latest).scalar()
+    if found != after:
+        detail = f"the latest attempt of run {run_id!r} is {found}, not {after}: another process goes on with it"
+        raise Refused(409, "Another attempt", detail)
+
+
 def _is_known(run: sa.Row[Any] | None, number: int) -> bool:
     """Return whether an attempt of this number has been ordered already: who sends it again changes nothing."""
     if run is None:

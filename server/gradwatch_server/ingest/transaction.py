@@ -19,7 +19,7 @@ from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
 from gradwatch_server.ingest.diagnosis_pool import Diagnosed, DiagnosisPool
 from gradwatch_server.ingest.parameter_order import in_run_order
-from gradwatch_server.ingest.registration import register
+from gradwatch_server.ingest.registration import check_latest_attempt, register
 from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import batch_store, schema
@@ -87,7 +87,12 @@ class Ingest:
         self._public_url = public_url
 
     def register(
-        self, connection: sa.Connection, run_id: str, registration: wire.Registration, ahead_seconds: float = 0.0
+        self,
+        connection: sa.Connection,
+        run_id: str,
+        registration: wire.Registration,
+        ahead_seconds: float = 0.0,
+        after: int | None = None,
     ) -> Registered:
         """Store a run, or what its next attempt adds to it.
 
@@ -96,6 +101,7 @@ class Ingest:
             run_id: the run.
             registration: the registration as the agent sent it.
             ahead_seconds: how far the agent's clock is ahead of the server's.
+            after: the run's latest attempt, as the agent knows it; None: any.
 
         Raises:
             Refused: 409 where the id is taken by a run with other parameters, 422 where the content is wrong.
@@ -103,6 +109,7 @@ class Ingest:
         check_registration(registration, self._configuration.limits)
         thresholds = self._configuration.thresholds[registration.project]
         most_runs = self._configuration.limits.runs_per_project
+        check_latest_attempt(connection, run_id, after)
         created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds, most_runs)
         return Registered(run_id, f"{self._public_url}/runs/{run_id}", created)
 

@@ -187,3 +187,123 @@ def test_only_what_was_interrupted_goes_on(
     attributes = {ATTRIBUTE: msgspec.json.encode(before).decode()}
     run = Resumable("run-1", 1, status, 3, silent_seconds, attributes, "")
     assert (interrupted([run], mine) is not None) == goes_on
+
+
+RESTARTED = """
+import os, signal, torch, gradwatch
+from torch import nn
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+model = nn.Linear(3, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+agent = gradwatch.attach(model, optimizer, every=1)
+for _ in range(3):
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+if attempt == 0:
+    agent.close(60.0, status="failed")
+    raise RuntimeError("lost")
+agent.close(60.0)
+"""
+
+
+def test_restarts_of_torchrun_are_attempts_of_one_run(real: GradwatchServer, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RESTARTED, encoding="utf-8")
+    given = {"GRADWATCH_URL": real.url, "GRADWATCH_PROJECT": "restarts", "GRADWATCH_SPOOL_DIR": str(tmp_path)}
+    given["GRADWATCH_RESUME_SECONDS"] = str(PATIENCE_SECONDS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=1", "--nproc-per-node=1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script)]
+    done = subprocess.run(command, env=environment(**NO_JOB | given), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (run,) = real.get("/api/v1/runs", project="restarts")
+    assert (run["status"], run["last_step"], run["sample_count"]) == ("completed", 6, 6)
+
+
+KILLED_AT_STEP_5 = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+folder, restored = sys.argv[1], os.path.exists(sys.argv[1] + "/killed")
+
+def die(agent, step):
+    if step == 5 and not restored:
+        agent._session._collector.finish(None, 60.0, device_failed=False)
+        agent._session._delivery.sender.deliver()
+        Path(folder, "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+data = [{"x": torch.full((3,), float(index)), "labels": torch.tensor([1.0])} for index in range(32)]
+"""
+LIGHTNING = (
+    KILLED_AT_STEP_5
+    + """
+import lightning.pytorch as lightning
+from lightning.pytorch.callbacks import ModelCheckpoint
+from gradwatch.integrations.lightning import GradwatchCallback
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+    def training_step(self, batch):
+        return (self.net(batch["x"]) - batch["labels"]).square().mean()
+    def on_train_batch_start(self, batch, index):
+        die(watching.agent, self.trainer.global_step)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+watching = GradwatchCallback(every=1)
+saving = ModelCheckpoint(folder, save_last=True, every_n_train_steps=4, save_top_k=-1)
+trainer = lightning.Trainer(max_steps=7, accelerator="cpu", logger=False, enable_progress_bar=False,
+    enable_model_summary=False, default_root_dir=folder, callbacks=[watching, saving])
+last = Path(folder, "last.ckpt")
+trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=2), ckpt_path=last if last.exists() else None)
+"""
+)
+TRANSFORMERS = (
+    KILLED_AT_STEP_5
+    + """
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from gradwatch.integrations.transformers import GradwatchCallback
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 1)
+    def forward(self, x, labels=None):
+        out = self.inner(x)
+        return {"loss": (out - labels).square().mean(), "logits": out}
+
+class Killing(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        die(watching.agent, state.global_step)
+
+watching = GradwatchCallback(every=1)
+arguments = TrainingArguments(output_dir=folder, max_steps=7, per_device_train_batch_size=2, optim="sgd", report_to=[],
+    use_cpu=True, save_steps=4, logging_strategy="no", disable_tqdm=True)
+trainer = Trainer(model=Net(), args=arguments, train_dataset=data, callbacks=[watching, Killing()])
+trainer.train(resume_from_checkpoint=restored)
+"""
+)
+
+
+@pytest.mark.parametrize("script", [LIGHTNING, TRANSFORMERS], ids=["lightning", "transformers"])
+def test_a_training_that_is_restored_from_its_checkpoint_goes_on(
+    real: GradwatchServer, tmp_path: Path, script: str, request: pytest.FixtureRequest
+) -> None:
+    """Without any job: the checkpoint of step 4 names the run, which was killed at step 5."""
+    program = tmp_path / "train.py"
+    program.write_text(script, encoding="utf-8")
+    project = request.node.name
+    given = {"GRADWATCH_URL": real.url, "GRADWATCH_PROJECT": project, "GRADWATCH_SPOOL_DIR": str(tmp_path / "spool")}
+    given["GRADWATCH_RESUME_SECONDS"] = str(PATIENCE_SECONDS)
+    for status in (-9, 0):
+        command = [sys.executable, str(program), str(tmp_path / "out")]
+        done = subprocess.run(command, env=environment(**NO_JOB | given), capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+    (run,) = real.get("/api/v1/runs", project=project)
+    assert (run["status"], run["last_step"]) == ("completed", 7)
+    loss = real.get(f"/api/v1/runs/{run['id']}/series", statistic="loss", points=100)
+    assert loss["steps"] == [1, 2, 3, 4, 5, 6, 7]

@@ -13,6 +13,7 @@ const LABELS = [
   ["infinite", "Inf"],
   ["nan", "NaN (or Inf, zoomed out)"],
   ["missing", "missing, or stepped by no optimizer"],
+  ["unsampled", "not sampled"],
 ];
 
 /** @returns {{element: HTMLElement, show: (decades: import("../../data/tile.js").Decades) => void}} */

@@ -1,4 +1,4 @@
-"""What a batch changes in the row of its run, but for its diagnosis: when it was heard of, its last step and numbers."""
+"""What a batch changes in the row of its run, without its diagnosis: when it was heard of, last step, numbers."""
 
 from collections.abc import Sequence
 from operator import itemgetter

@@ -19,7 +19,7 @@ from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.delivery import Delivery
 from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
-from gradwatch.lifecycle.process import attributes, default_run_name, rank
+from gradwatch.lifecycle.process import attributes, default_run_name, name_parent, rank
 from gradwatch.lifecycle.resumption import begin_run, unwatched
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
 from gradwatch.monitor.context import Callbacks, discard, discard_numbers
@@ -182,6 +182,7 @@ class Session:
         if self._delivery is not None:
             self.threads.append(self._delivery.sender)
             self._delivery.sender.start()
+            name_parent(self.run_id)
             self._note = RunNote(run=self.run_id, url=settings.url, attempt=self._attempt, pid=os.getpid())
             write_note(self._note)
 
@@ -305,6 +306,7 @@ class Session:
         if self._event_log is not None:
             self._event_log.close()
         _running = tuple(session for session in _running if session is not self)
+        name_parent(_running[-1].run_id if _running else "")
         return self._collector is not None
 
     def _put_logged(self) -> None:

@@ -1,5 +1,6 @@
 """Receives what an agent sends, in place of a server, and keeps it, so that the rules can run on it repeatedly."""
 
+import gzip
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,8 @@ class Recorder:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
+                if self.headers["content-encoding"] == "gzip":  # a large registration
+                    body = gzip.decompress(body)
                 if self.path.endswith("/samples"):
                     recorder.batches.append(wire.decode(body, wire.Batch))
                 else:

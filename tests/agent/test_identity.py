@@ -41,6 +41,37 @@ def test_a_child_that_trains_has_a_run_of_its_own(server: Server, tmp_path: Path
         steps.setdefault(server.run_of[batch.id], []).extend(sample.step for sample in batch.samples)
     assert steps.pop(run) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert list(steps.values()) == [[1, 2]]
+    parents = {registration.id: registration.attributes.get("parent_run") for registration in server.registrations}
+    assert parents == {run: None, next(iter(steps)): run}
+
+
+FORKED = """
+import os, torch
+from torch import nn
+def train(steps):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    return model, optimizer
+kept = train(3)
+child = os.fork()
+if not child:
+    train(2)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_child_that_leaves_by_exit_makes_no_run(server: Server, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(FORKED, encoding="utf-8")
+    done = launch(server, sys.executable, str(script))
+    assert done.returncode == 0, done.stderr
+    assert len({registration.id for registration in server.registrations}) == 1
+    assert [sample.step for sample in server.samples] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"])

@@ -28,6 +28,13 @@ def _warn_once(url: str, warn: Callable[[str], None], text: str) -> None:
         warn(text)
 
 
+def _place(spool: Spool) -> str:
+    """Return where the documents wait, and how they get to the server when this process has ended."""
+    if spool.path is None:
+        return "the spool (in memory, which ends with this process)"
+    return f"the spool ({spool.path.parent}, from where the next training or gradwatch flush delivers them)"
+
+
 class Delivery:
     """Delivers the documents that are appended to its spool, and once the leftover spools on this machine.
 
@@ -55,7 +62,14 @@ class Delivery:
         self._http = HttpTransport(settings.url, settings.token)
         self.spool = Spool(settings.spool_directory, url=settings.url, run=run_id, dropped=dropped, warn=warn)
         self.sender = Sender(
-            self.spool, self._http, dropped, self._warn, first_idle=self._deliver_leftovers, failed=failed
+            self.spool,
+            self._http,
+            dropped,
+            self._warn,
+            first_idle=self._deliver_leftovers,
+            failed=failed,
+            last=self.spool.last,
+            place=_place(self.spool),
         )
 
     def _deliver_leftovers(self) -> None:
@@ -73,5 +87,6 @@ class Delivery:
     def close(self) -> None:
         """Wait until the sender has stopped, as ``sender.end`` told it to, and close the spool."""
         self.sender.join()
+        self.sender.warn_of_what_waits(self.spool.pending)
         self.spool.close(timeout_seconds=0.2)
         self._http.close()

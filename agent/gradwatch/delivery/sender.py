@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from gradwatch import wire
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.processor_time import ProcessorTime, samples_share
 from gradwatch.delivery.splitting import dropped_with, split_entry
@@ -25,8 +26,6 @@ UNAUTHORIZED_PAUSE_SECONDS: Final = 60.0
 """Pause between attempts while the server refuses the token."""
 MOST_PIECES: Final = 64
 """Requests after which a rejected batch is not split any further."""
-
-_UNREGISTERED: Final = "the server refuses to register the run, whose measurements wait in the spool"
 
 
 class Queue(Protocol):
@@ -60,6 +59,8 @@ class Sender:
         chance: source of the jitter, uniform in [0, 1).
         first_idle: called once, when the queue is empty for the first time.
         failed: called with an exception of the thread, which goes on.
+        last: returns the last document of the queue, which holds how the run ended once it has.
+        place: where the documents wait, in words.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Sender:
         chance: Callable[[], float] | None = None,
         first_idle: Callable[[], None] | None = None,
         failed: Callable[[Exception], None] | None = None,
+        last: Callable[[], Entry | None] | None = None,
+        place: str = "the spool",
     ) -> None:
         self._queue = queue
         self._transport = transport
@@ -82,6 +85,8 @@ class Sender:
         self._chance = chance or random.Random(time.time_ns()).random  # noqa: S311 -- jitter, and never the user's generator
         self._first_idle = first_idle
         self._failed = failed
+        self._last = last
+        self._place = place
         self._registration: Entry | None = None
         self._failed_attempts = 0
         """Since the last delivered document."""
@@ -89,6 +94,8 @@ class Sender:
         self._wake = threading.Event()
         self._was_reached = False
         """Whether there was ever a connection to the server."""
+        self._was_taken = False
+        """Whether the server has ever taken a document."""
         self._patience_ends = math.inf
         """Monotonic time until which a server that was never reached is tried."""
         self._deadline: float | None = None
@@ -115,7 +122,7 @@ class Sender:
     def join(self) -> None:
         """Wait until the thread has stopped, hardly longer than the deadline of ``end``."""
         assert self._deadline is not None
-        self._thread.join(max(self._deadline - time.monotonic(), 0.0) + _LEAST_SECONDS + 0.2)
+        self._thread.join(max(self._deadline - time.monotonic(), 0.0) + 2 * _LEAST_SECONDS + 0.2)
 
     def deliver(self, deadline: float | None = None) -> bool:
         """Deliver the queue on the calling thread, without pauses; return whether it is empty.
@@ -141,6 +148,19 @@ class Sender:
                     raise
                 self._failed(error)
                 working = self._pause_unless_ending(DeliveryResult("retry"))
+
+        if self._was_taken:
+            self._send_end()
+
+    def _send_end(self) -> None:
+        """Send how the run ended, if only what was measured does not get through in time; the spool keeps both."""
+        entry = self._last() if self._last is not None else None
+        if entry is None or entry.kind != "batch":
+            return
+        batch = wire.read_back(entry.body)
+        if batch.end is not None:
+            alone = wire.Batch(id=f"{batch.id}-end", attempt=batch.attempt, dropped=batch.dropped, end=batch.end)
+            self._post(Entry(entry.number, "batch", 0, wire.encode(alone)), _LEAST_SECONDS)
 
     def _advance(self) -> bool:
         """Deliver one document, or wait for one; return False when it is time to stop."""
@@ -188,6 +208,7 @@ class Sender:
         """Send one document and do what the result asks for, except the pause."""
         result = self._post(entry, timeout_seconds)
         self._was_reached |= not result.refused
+        self._was_taken |= result.outcome == "committed"
         if result.outcome == "unknown_run":
             result = self._register_and_post(entry, result, timeout_seconds)
         if result.outcome == "rejected":
@@ -197,9 +218,12 @@ class Sender:
         elif result.outcome == "unauthorized":
             self._warn_once("unauthorized", f"the server refuses the token: {result.reason}; set GRADWATCH_TOKEN")
         elif result.outcome == "unregistered":
-            self._warn_once("unregistered", f"{_UNREGISTERED}: {result.reason}")
+            refusal = f"the server refuses to register the run, whose measurements wait in {self._place}"
+            self._warn_once("unregistered", f"{refusal}: {result.reason}")
         else:
-            self._warn_once("retry", f"the server cannot be reached, measurements wait in the spool: {result.reason}")
+            self._warn_once(
+                "retry", f"the server cannot be reached, measurements wait in {self._place}: {result.reason}"
+            )
         return result
 
     def _deliver_pieces(self, entry: Entry, result: DeliveryResult, timeout_seconds: float) -> DeliveryResult:
@@ -275,6 +299,11 @@ class Sender:
         asked = until - time.monotonic() if result.retry_after_seconds is not None else 0.0
         if self._deadline is not None and 0 < asked < self._deadline - time.monotonic():
             time.sleep(asked)  # what the server asks for holds while closing, too
+
+    def warn_of_what_waits(self, documents: int) -> None:
+        """Warn that documents are left, if no earlier warning has said that they wait."""
+        if documents and not self._warned & {"retry", "unregistered", "unauthorized"}:
+            self._warn_once("retry", f"not all was delivered in time, {documents} documents wait in {self._place}")
 
     def _warn_once(self, kind: str, text: str) -> None:
         if kind not in self._warned:

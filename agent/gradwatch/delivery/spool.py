@@ -118,6 +118,13 @@ class Spool:
         with self._lock:
             return _first_after(self._connection, self._last_acknowledged)
 
+    def last(self) -> Entry | None:
+        """Return the newest document, None if none waits."""
+        query = "SELECT number, kind, samples, body FROM entry WHERE number > ? ORDER BY number DESC LIMIT 1"
+        with self._lock:
+            row = self._connection.execute(query, (self._last_acknowledged,)).fetchone()
+        return Entry(*row) if row else None
+
     def forget(self, entry: Entry) -> None:
         """Remove a document that was committed or given up; it is deleted from the file with the next write."""
         with self._lock:

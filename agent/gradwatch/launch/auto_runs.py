@@ -1,6 +1,8 @@
 """The runs of a process that was auto-attached: finds the models and optimizers, and opens a run for each training."""
 
 import gc
+import multiprocessing
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -32,6 +34,7 @@ class AutoRuns:
         """Earlier session -> (its step when it was last seen to advance, the step of the newest session then)."""
         self._stand_ins: dict[Session, list[nn.Module]] = {}
         """Session -> modules made for a program that has parameters but no modules; kept alive here."""
+        self._process = os.getpid()
         self._run_count = 0
         self._name = ""
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -62,6 +65,8 @@ class AutoRuns:
         Raises:
             RuntimeError: the process has opened too many runs.
         """
+        if self._sessions and os.getpid() != self._process and multiprocessing.parent_process() is None:
+            return False  # a child of os.fork beside a training: it leaves by os._exit, without an end
         if self._sessions and all(map(self._is_watched, _stepped(new_optimizers))):
             self._known.update(new_optimizers)
             return False

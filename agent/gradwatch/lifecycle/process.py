@@ -10,6 +10,8 @@ from typing import Final
 
 import torch
 
+_PARENT: Final = "GRADWATCH_PARENT_RUN"
+"""Variable that tells child processes which run their parent reports, and its process id."""
 _RANKS: Final = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 """Variables in which torchrun and schedulers tell the rank, before there is a process group."""
 
@@ -37,9 +39,24 @@ def _script_name(argument: str) -> str:
     return path.parent.name if path.stem == "__main__" else path.stem
 
 
+def name_parent(run_id: str) -> None:
+    """Tell child processes from now on which run this process reports; an empty text: none any more."""
+    own = f" {os.getpid()}"
+    if run_id:
+        os.environ[_PARENT] = run_id + own
+    elif os.environ.get(_PARENT, "").endswith(own):
+        del os.environ[_PARENT]
+
+
+def _parent() -> dict[str, str]:
+    run, _, process = os.environ.get(_PARENT, "").partition(" ")
+    return {"parent_run": run} if run and process != str(os.getpid()) else {}
+
+
 def attributes() -> dict[str, str]:
-    """Return the attributes of a registration that describe the process: host, pid, versions of Python and torch."""
+    """Return the attributes of a registration that describe the process: host, pid, versions, the parent's run."""
     return {
+        **_parent(),
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
         "python": platform.python_version(),

@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 import sqlalchemy as sa
 from fastapi import FastAPI
+from fastapi.middleware.gzip import GZipMiddleware
 
 from gradwatch import __version__
 from gradwatch_server.api import openapi, problem
@@ -64,7 +65,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
     problem.install(app)
     for part in ROUTED:
         app.include_router(part.router)
-    app.mount("/page", page.PageFiles(), name="page")
+    app.mount("/page", GZipMiddleware(page.PageFiles()), name="page")
     app.router.default = not_found
     app.add_middleware(RequestMiddleware)
     openapi.install(app)

@@ -9,7 +9,9 @@ The types carry the bounds of their values. Decoding checks them and the OpenAPI
 check anything, so that it costs a training nothing.
 """
 
+import hashlib
 import re
+from collections.abc import Iterable, Sequence
 from email.utils import parsedate_to_datetime
 from types import GenericAlias
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, get_type_hints
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from gradwatch import statistics
 from gradwatch.statistics import MISSING as MISSING
 from gradwatch.statistics import RATIO_EPS as RATIO_EPS
+from gradwatch.statistics import UNSTEPPED as UNSTEPPED
 
 VERSION: Final = 1
 """Version of the documents below; a server refuses any other version."""
@@ -127,6 +130,9 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """Numbers of the whole run that are measured only with a sample, such as ``global_grad_norm``."""
     histograms: dict[Name, Annotated[list[float], Meta(max_length=MOST_BINS)]] = {}
     """Counts over fixed bins: ``HISTOGRAMS`` over ``HISTOGRAM_EDGES``."""
+    unstepped: list[Count] | msgspec.UnsetType = msgspec.UNSET
+    """Places of parameters whose gradient is missing because no optimizer steps it: a gradient is there. Absent: none.
+    A server that does not know this field takes it for missing."""
 
 
 class Trail(msgspec.Struct, frozen=True, kw_only=True):
@@ -311,6 +317,12 @@ def decode(body: bytes, document: type[Document], content_type: str = MESSAGEPAC
         kind = BoundsError if _BEYOND_BOUNDS.match(str(error)) else WireError
         raise kind(str(error)) from None
     return decoded
+
+
+def checksum_of_parameters(parameters: Iterable[tuple[str, Sequence[int]]]) -> str:
+    """Return a checksum over names and shapes in any order: 16 hexadecimal digits."""
+    lines = sorted(f"{name} {list(shape)}" for name, shape in parameters)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def retry_after_seconds(header: str | None, now: float) -> float | None:

@@ -1,8 +1,7 @@
 """The transaction behind every 2xx: sample rows, alerts, transitions and due deliveries of a batch commit together."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from operator import itemgetter
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,19 +17,20 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
 from gradwatch_server.ingest.diagnosis_pool import Diagnosed, DiagnosisPool
-from gradwatch_server.ingest.registration import register
-from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration
+from gradwatch_server.ingest.parameter_order import in_run_order
+from gradwatch_server.ingest.progress import progress
+from gradwatch_server.ingest.registration import check_latest_attempt, register
+from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration, with_states
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import batch_store, schema
 from gradwatch_server.store.database import upsert
 from gradwatch_server.store.group_commit import Deferred
+from gradwatch_server.store.prepared import Prepared
 from gradwatch_server.store.rollups import queries
 from gradwatch_server.store.runs import RUN_ENDED
 
 _ADVICE_SAMPLES = 100
 """Most samples before an explosion from which its remedy is derived."""
-_LARGEST_INTERVAL_GROWTH = 5.0
-"""Times the usual interval between samples that one batch may count as: a long pause does not become usual."""
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -86,7 +86,12 @@ class Ingest:
         self._public_url = public_url
 
     def register(
-        self, connection: sa.Connection, run_id: str, registration: wire.Registration, ahead_seconds: float = 0.0
+        self,
+        connection: sa.Connection,
+        run_id: str,
+        registration: wire.Registration,
+        ahead_seconds: float = 0.0,
+        after: int | None = None,
     ) -> Registered:
         """Store a run, or what its next attempt adds to it.
 
@@ -95,6 +100,7 @@ class Ingest:
             run_id: the run.
             registration: the registration as the agent sent it.
             ahead_seconds: how far the agent's clock is ahead of the server's.
+            after: the run's latest attempt, as the agent knows it; None: any.
 
         Raises:
             Refused: 409 where the id is taken by a run with other parameters, 422 where the content is wrong.
@@ -102,6 +108,7 @@ class Ingest:
         check_registration(registration, self._configuration.limits)
         thresholds = self._configuration.thresholds[registration.project]
         most_runs = self._configuration.limits.runs_per_project
+        check_latest_attempt(connection, run_id, after)
         created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds, most_runs)
         return Registered(run_id, f"{self._public_url}/runs/{run_id}", created)
 
@@ -118,19 +125,21 @@ class Ingest:
         """
         now = steady_clock.now()
         # 1. Lock the run, and check that the batch fits it.
-        run = connection.execute(_locked_run, {"of_run": run_id}).one_or_none()
+        run = _locked_run.one_or_none(connection, {"of_run": run_id})
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         batch = msgspec.structs.replace(batch, attempt=batch_store.stored_attempt(run.attempts, batch.attempt))
+        batch = in_run_order(batch, run.orders, run.parameter_count)
         # 2. Claim the batch's id. A batch that is sent again changes nothing.
         if not self._is_new(connection, run, batch, now):
             return Stored(batch.id, 0, duplicate=True)
+        batch = with_states(batch)
         # 3. Begin to diagnose. While another process may do so, store the content.
         scalars = batch_store.scalars_by_step(batch)
         diagnosis = None
         if batch.attempt >= run.attempt:
             diagnosis = self._begin_diagnosis(connection, run, batch, scalars)
-        changes = batch_store.insert_batch(connection, run, batch, scalars) | _progress(run, batch, now)
+        changes = batch_store.insert_batch(connection, run, batch, scalars) | progress(run, batch, now)
 
         # 4. Once the diagnosis is there: alerts, and the run's row.
         def finish() -> Stored:
@@ -139,7 +148,8 @@ class Ingest:
                 entered = self._enter_findings(connection, run, batch, diagnosis, now)
                 if batch.end is not None:
                     entered |= self._end_run(connection, run, batch.end, changes.get("last_step", run.last_step))
-            connection.execute(_update_run, changes | entered | {"of_run": run_id})
+            changed = changes | entered
+            _update_run(tuple(changed)).execute(connection, changed | {"of_run": run_id})
             count = changes["arrivals"] - run.arrivals
             return Stored(batch.id, count, duplicate=False, left_out=len(batch.samples) - count)
 
@@ -170,7 +180,7 @@ class Ingest:
                 return False
             raise
         row = {"run": run.id, "rank": batch.rank, "id": batch.id, "at": now}
-        return connection.execute(_insert_batch_id(connection.dialect.name), row).one_or_none() is not None
+        return _insert_batch_id.one_or_none(connection, row) is not None
 
     def _begin_diagnosis(
         self,
@@ -252,16 +262,21 @@ class Ingest:
         return {"finished_at": end.at, "status": end.status, "exit_code": end.exit_code}
 
 
-# Made once: building a statement takes SQLAlchemy as long as executing it.
-_locked_run = sa.select(schema.runs).where(schema.runs.c.id == sa.bindparam("of_run")).with_for_update()
-_update_run = sa.update(schema.runs).where(schema.runs.c.id == sa.bindparam("of_run"))
-"""Sets the columns that the parameters name."""
+_columns = [column for column in schema.runs.c if column.name != "attributes"]
+"""What a batch has to know of its run; attributes may have a megabyte."""
+_mine = schema.runs.c.id == sa.bindparam("of_run")
+_locked_run = Prepared(lambda _: sa.select(*_columns).where(_mine).with_for_update())
+_insert_batch_id = Prepared(
+    lambda engine: upsert(engine, schema.batches).on_conflict_do_nothing().returning(schema.batches.c.id),
+    ("run", "rank", "id", "at"),
+)
+"""Yields a row only if the batch is new."""
 
 
-@cache
-def _insert_batch_id(engine: str) -> sa.sql.dml.ReturningInsert[tuple[str]]:
-    """Return the insert that yields a row only if the batch is new."""
-    return upsert(engine, schema.batches).on_conflict_do_nothing().returning(schema.batches.c.id)
+@lru_cache(256)
+def _update_run(names: Sequence[str]) -> Prepared:
+    """Return the update of these columns of a run."""
+    return Prepared(lambda _: sa.update(schema.runs).where(_mine), (*names, "of_run"))
 
 
 def _is_stored(connection: sa.Connection, run_id: str, batch: wire.Batch) -> bool:
@@ -274,50 +289,6 @@ def _is_stored(connection: sa.Connection, run_id: str, batch: wire.Batch) -> boo
 def _diagnosed_step(run: sa.Row[Any]) -> int:
     """Return the step of the last sample that has been diagnosed; -1 if there is none."""
     return -1 if run.diagnosed_step is None else int(run.diagnosed_step)
-
-
-def _progress(run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
-    """Return the new values of the run's row after a batch, without those of the diagnosis."""
-    changes: dict[str, Any] = {"last_seen_at": now}
-    if batch.samples:
-        changes["usual_interval_seconds"] = _usual_interval(run, batch.samples, now)
-    if batch.attempt < run.attempt:
-        return changes
-    before = run.scalar_steps
-    latest = {name: (step, value) for name, (step, value) in _latest(batch).items() if step >= before.get(name, 0)}
-    changes["scalars"] = run.scalars | batch_store.serialised({name: value for name, (_, value) in latest.items()})
-    changes["scalar_steps"] = before | {name: step for name, (step, _) in latest.items()}
-    dropped = msgspec.to_builtins(batch.dropped)
-    changes["dropped"] = {name: max(count, run.dropped.get(name, 0)) for name, count in dropped.items()}
-    steps = [sample.step for sample in batch.samples]
-    steps += [max(scalar.steps) for scalar in batch.trail.values() if scalar.steps]
-    if steps:
-        changes["last_step"] = max([*steps, run.last_step or 0])
-    return changes
-
-
-def _usual_interval(run: sa.Row[Any], samples: Sequence[wire.Sample], now: float) -> float:
-    """Return the usual time between samples in seconds, smoothed over batches."""
-    times = sorted(sample.at for sample in samples)
-    interval: float = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else now - run.last_seen_at
-    usual: float | None = run.usual_interval_seconds
-    if usual is None:
-        return interval
-    return 0.8 * usual + 0.2 * min(interval, _LARGEST_INTERVAL_GROWTH * (usual or interval))
-
-
-def _latest(batch: wire.Batch) -> dict[str, tuple[int, wire.Number]]:
-    """Return scalar -> its last step in the batch and its value there."""
-    latest = {
-        name: max(zip(scalar.steps, scalar.values, strict=True), key=itemgetter(0))
-        for name, scalar in batch.trail.items()
-        if scalar.steps
-    }
-    for sample in batch.samples:
-        for name, value in sample.scalars.items():
-            if name not in latest or sample.step >= latest[name][0]:
-                latest[name] = (sample.step, value)
-    return latest
 
 
 def _losses(batch: wire.Batch) -> dict[int, float]:

@@ -51,8 +51,8 @@ function gather(tile, row, { first, past }) {
     const cell = bucket * tile.rows + row;
     const high = tile.max[cell];
     if (tile.nonfinite[cell] && badBucket < 0) badBucket = bucket;
-    if (tile.last[cell] !== MISSING) found.last = tile.last[cell];
-    if (high === MISSING) found.missing++;
+    if (!(tile.last[cell] <= MISSING)) found.last = tile.last[cell];
+    if (high <= MISSING) found.missing++;
     else if (high === 0) found.zeros++;
     if (high < 0 || !Number.isFinite(high)) continue;
     highs.push(high);

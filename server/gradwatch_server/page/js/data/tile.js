@@ -4,6 +4,8 @@ import { inView } from "./viewport.js";
 
 /** Value of a cell whose gradient was missing: neither zero nor NaN. Statistics are never negative. */
 export const MISSING = -1;
+/** Value of a cell whose parameter has a gradient, but no optimizer that would step it. */
+export const UNSTEPPED = -2;
 
 const MOST_COLOUR_SAMPLES = 20_000;
 const WIDEST_DECADES = 20;
@@ -113,7 +115,7 @@ export const crosshairBucket = (tile, state) =>
   bucketAt(tile.steps, inView(state) ? Number(state.step) : Math.ceil(state.to) - 1);
 
 /** @param {number} value @returns {number | null} */
-export const orNull = (value) => (value === MISSING ? null : value);
+export const orNull = (value) => (value <= MISSING ? null : value);
 
 /**
  * Return the whole decades that hold nearly all finite values, at least three of them.

@@ -12,7 +12,7 @@ const LABELS = [
   ["zero", "zero"],
   ["infinite", "Inf"],
   ["nan", "NaN (or Inf, zoomed out)"],
-  ["missing", "missing"],
+  ["missing", "missing, or stepped by no optimizer"],
   ["unsampled", "not sampled"],
 ];
 

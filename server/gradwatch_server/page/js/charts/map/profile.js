@@ -119,7 +119,7 @@ export class Profile {
     };
     for (let row = 0; row < tile.rows; row++) {
       const value = tile.last[bucket * tile.rows + row];
-      if (value === MISSING) continue;
+      if (value <= MISSING) continue;
       const [x, colour] = place(value);
       context.fillStyle = colour;
       context.globalAlpha = colour === accent && !this.matrices.has(tile.parameters[row]) ? 0.4 : 1;

@@ -1,7 +1,7 @@
 // The step, the parameter and the value under the crosshair, as text.
 
 import { count, measured, stepRange } from "../../data/format.js";
-import { bucketAt, orNull } from "../../data/tile.js";
+import { bucketAt, orNull, UNSTEPPED } from "../../data/tile.js";
 import { inView } from "../../data/viewport.js";
 import { el, fill } from "../../dom/elements.js";
 
@@ -13,6 +13,7 @@ import { el, fill } from "../../dom/elements.js";
  */
 export function cellText(tile, bucket, row) {
   const cell = bucket * tile.rows + row;
+  if (tile.last[cell] === UNSTEPPED) return "a gradient, but no optimizer steps it";
   const [min, max, last] = [tile.min[cell], tile.max[cell], tile.last[cell]].map(orNull);
   if (tile.steps[bucket] === tile.lastSteps[bucket] || max === null) return measured(last);
   const range = min === max ? measured(max) : `${measured(min)} to ${measured(max)}`;

@@ -1,5 +1,6 @@
 """What the agent's tests share: a real server on a free port that decodes what it gets, and a strict agent."""
 
+import gzip
 import json
 import logging
 import threading
@@ -49,6 +50,8 @@ class Server:
 
     def receive(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers["Content-Length"]))
+        if handler.headers["Content-Encoding"] == "gzip":
+            body = gzip.decompress(body)
         with self.changed:
             self.requests.append((handler.path, dict(handler.headers)))
             status, headers, content = (self.answer and self.answer(self, handler.path)) or (200, {}, b"")

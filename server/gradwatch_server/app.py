@@ -6,6 +6,7 @@ from typing import cast
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gradwatch import __version__
@@ -66,7 +67,7 @@ def create_app(settings: Settings, engine: sa.Engine) -> FastAPI:
     problem.install(app)
     for part in ROUTED:
         app.include_router(part.router)
-    app.mount("/page", page.PageFiles(), name="page")
+    app.mount("/page", GZipMiddleware(page.PageFiles()), name="page")
     app.router.default = not_found
     app.add_middleware(DirectRoutes, routes=[ingest.batch_route])
     app.add_middleware(RequestMiddleware)

@@ -240,6 +240,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     signal.signal(signal.SIGHUP, server.want_reload)  # before the line is printed after which it may be sent
     print(f"gradwatch serves on {settings.address} (database {shown_address(engine)})", flush=True)
+    if settings.public_url != settings.address.rstrip("/"):
+        print(f"links lead to {settings.public_url}; public_url is where people reach the page", flush=True)
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.freeze()  # what is loaded at the start need not be traversed at every collection
     gc.set_threshold(20_000, 20, 20)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -158,7 +159,8 @@ class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """The content of ``gradwatch.toml``."""
 
     public_url: str | None = None
-    """Address at which people reach the page, such as ``https://gradwatch.example.org``; absent: where it listens."""
+    """Address at which people reach the page, such as ``https://gradwatch.example.org``; absent: where it listens, or
+    this machine's name if it listens on all addresses."""
     limits: Limits = Limits()
     connections: Connections = Connections()
     metrics: Metrics = Metrics()
@@ -248,6 +250,10 @@ def resolve_database_url(given: str | None) -> str:
     return given or secret(os.environ, "GRADWATCH_DATABASE_URL") or "sqlite:///gradwatch.db"
 
 
+EVERY_ADDRESS = ("", "0.0.0.0", "::")  # noqa: S104
+"""Hosts at which a server listens on all addresses of its machine."""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """All settings of one server process."""
 
@@ -258,7 +264,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def public_url(self) -> str:
-        """Return the address at which people reach the page; links in alerts and metrics begin with it."""
+        """Return the address at which people reach the page; links in alerts and metrics begin with it.
+
+        Nobody reaches a server at ``0.0.0.0``: links lead to this machine's name where it listens on all addresses.
+        """
+        if self.configuration.public_url is None and self.host in EVERY_ADDRESS:
+            return f"http://{socket.gethostname()}:{self.port}"
         return (self.configuration.public_url or self.address).rstrip("/")
 
     @cached_property

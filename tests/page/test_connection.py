@@ -82,6 +82,7 @@ def test_a_request_without_an_answer_ends_in_words(tolerant_page: Page, filled: 
     page.route("**/tile?*", lambda route: kept.append(route), times=1)
     with page.expect_request("**/tile?*"):
         page.goto(filled.run("resnet-digits"))
+    expect(page.locator("aside .alerts li").first).to_be_visible()  # nothing else is under way
 
     page.clock.run_for(31_000)
 

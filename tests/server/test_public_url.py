@@ -1,16 +1,19 @@
 """Links lead to where people reach the server, which behind a proxy is not where it listens."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from gradwatch import wire
 from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.settings import Configuration
-from tests.processes import GradwatchServer, WebhookReceiver, environment, sample
+from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, environment, sample
+from tests.server.test_tokens import token
 
 PUBLIC = "https://gradwatch.example.org"
 
@@ -48,6 +51,22 @@ def test_every_link_begins_with_the_public_address(tmp_path: Path) -> None:
 def test_without_one_links_lead_to_where_the_server_listens(server: GradwatchServer) -> None:
     registration = wire.Registration(id="run1", parameters=[wire.Parameter("a", [4])])
     assert server.post("/api/v1/runs", registration).json()["url"] == f"{server.url}/runs/run1"
+
+
+def test_links_of_a_server_on_all_addresses_lead_to_the_machines_name(tmp_path: Path) -> None:
+    database = tmp_path / "gradwatch.db"
+    secret = token(database, "create", "--scope", "ingest")
+    with GradwatchServer(database, "--host", "0.0.0.0") as server:
+        port = server.url.rpartition(":")[2]
+        http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_SECONDS, trust_env=False)
+        registration = wire.encode(wire.Registration(id="run1", parameters=[wire.Parameter("a", [4])]))
+        headers = {"content-type": wire.MESSAGEPACK_TYPE, "authorization": f"Bearer {secret}"}
+        answer = http.post("/api/v1/runs", content=registration, headers=headers)
+        reachable = f"http://{socket.gethostname()}:{port}"
+        assert answer.json()["url"] == f"{reachable}/runs/run1"
+        http.close()
+        assert server.process.stdout is not None
+        assert server.process.stdout.readline().decode().startswith(f"links lead to {reachable};")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ export async function open(main, { changes, names: { run: runId } }) {
   const page = new RunPage(main, await api.run(runId));
   const stopPermalink = keepPermalink(page.viewport);
   page.draw();
-  await Promise.all([page.source.load(), page.loadAlerts()]);
+  await Promise.all([page.source.load(), page.loadAlerts().catch((error) => page.alertsFailed(error))]);
   const stopReloading = reloadOnRunChanges(changes, runId, () => page.renew());
   return {
     close() {
@@ -165,6 +165,12 @@ class RunPage {
     this.map.setAlerts(this.alerts);
     this.trace.setAlerts(this.alerts);
     this.showAlerts();
+  }
+
+  /** Say in words that the alerts were not loaded; all else is shown. @param {unknown} error */
+  alertsFailed(error) {
+    const reason = error instanceof Error ? error.message : String(error);
+    fill(this.alertList, el("li", { class: "wrong" }, `Not loaded: ${reason}`));
   }
 
   showAlerts() {

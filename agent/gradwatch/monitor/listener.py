@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from gradwatch.hooks import torch_hooks
 from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, with_closure
+from gradwatch.monitor.arrived_numbers import ArrivedNumbers
 from gradwatch.monitor.backward import BackwardListener
 from gradwatch.monitor.context import Callbacks, Parts, discard, discard_numbers
 from gradwatch.monitor.guard import AgentThread, Guard, guarded
@@ -64,6 +65,8 @@ class TrainingListener:
         self._loss_origin = LossOrigin(self._parameters, parts.steps)
         self._actions = StepActions(parts.models, parts.optimizers, parts.scaling, parts.recorder)
         self._others = OtherThreads(parts.steps, parts.models.parameters)
+        self._arrived = ArrivedNumbers(parts.steps)
+        parts.recorder.pool.before_reuse = self._arrived.look
         backward = BackwardListener(
             parts, guard, self._versions, self._loss_origin, self._others, lambda event: self.put(event)
         )
@@ -182,6 +185,8 @@ class TrainingListener:
         if known is None:
             self._steps.other_stepped()
             return None
+        if self._recorder.streams.used:
+            self._arrived.look()
         for key in self._optimizers.take_gone() if self._optimizers.gone else ():
             self._steps.optimizer_gone(key)
         if self._loss_origin.aside:
@@ -293,6 +298,8 @@ class TrainingListener:
         if record.buffers is not None or self._recorder.streams.used:
             started = time.perf_counter()
             self._recorder.send(record)
+            if self._recorder.streams.used:
+                self._arrived.sent(record)
             self.guard.book_sample(started)
         self._optimizers.counts_strangers = False
         self._steps.step_ended(time.perf_counter(), self.guard.costs(self.threads), learn=learn)

@@ -30,6 +30,7 @@ RULES = {
     "vanishing": "blue",
     "dead": "purple",
     "throttled": "yellow",
+    "unmoved": "light-blue",
     "stalled": "orange",
 }
 assert set(RULES) == {rule.name for rule in DIAGNOSIS_RULES}, "a rule has no colour"
@@ -47,6 +48,13 @@ _VIRIDIS = (
 _DECADES = (-12, -10, -8, -6, -5, -4, -3, -2, -1, 0, 3)
 RATIO: Steps = ((None, _VIRIDIS[0]), *zip((10.0**decade for decade in _DECADES), _VIRIDIS[1:], strict=True))
 """Ratios of gradient to weight by decades: the page's scale, dark is small and bright is large; none of it is bad."""
+_WORDS = (f"< 1e{_DECADES[0]}", *(f"\u2265 1e{decade}" for decade in _DECADES))
+RATIO_LEGEND = dict(zip(_WORDS, _VIRIDIS, strict=True)) | {
+    "exactly 0": ZERO,
+    "NaN or infinite": NOT_FINITE,
+    "blank: no sample, or no gradient": "transparent",
+}
+"""What the colours of a map mean, in the order of its legend."""
 NEUTRAL: Steps = ((None, PLAIN),)
 NONE_IS_BEST: Steps = ((None, PLAIN), (1, CRITICAL))
 FEW_ARE_BEST: Steps = ((None, PLAIN), (1, WARNING))

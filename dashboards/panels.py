@@ -21,6 +21,8 @@ GRAFANA_VERSION = "12.3.0"
 AXIS_WIDTH = 220
 """Pixels left of every chart that stands above or below the map, whose rows have names: their times are aligned."""
 
+NO_NUMBER = "No number from Prometheus in this time"
+
 
 def sql(statement: str, ref_id: str = "A") -> Json:
     """Return a query of PostgreSQL that yields a table."""
@@ -128,28 +130,49 @@ def lines(
     title: str,
     description: str,
     *targets: Json,
+    nothing: str = NO_NUMBER,
     scale: Scale = "linear",
     custom: Mapping[str, Any] | None = None,
-    legend: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Panel:
-    """Return a panel with lines over time."""
-    options = {"legend": legend_at("bottom") | dict(legend or {}), "tooltip": {"mode": "multi", "sort": "desc"}}
+    """Return a panel with lines over time; ``nothing`` is said where there is none."""
+    options = {"legend": legend_at("bottom"), "tooltip": {"mode": "multi", "sort": "desc"}}
     drawn = _line(scale) | dict(custom or {})
-    return panel(number, "timeseries", title, description, targets, options=options, custom=drawn, **settings)
+    made = panel(number, "timeseries", title, description, targets, options=options, custom=drawn, **settings)
+    made["fieldConfig"]["defaults"]["noValue"] = nothing
+    return made
 
 
 def over_steps(number: int, title: str, description: str, target: Json, scale: Scale, **settings: Any) -> Panel:
-    """Return a panel with lines over steps, which are the column ``step``."""
+    """Return a panel with lines over steps, whose query yields ``step``, ``series`` and ``value``."""
     options = {"xField": "step", "legend": legend_at("bottom"), "tooltip": {"mode": "multi", "sort": "none"}}
     overrides = [
         override("step", unit="none", decimals=0, custom={"scaleDistribution": {"type": "linear"}}),
         *settings.pop("overrides", ()),
     ]
-    drawn = _line(scale)
-    return panel(
-        number, "trend", title, description, [target], options=options, custom=drawn, overrides=overrides, **settings
+    made = panel(
+        number,
+        "trend",
+        title,
+        description,
+        [target],
+        options=options,
+        custom=_line(scale),
+        overrides=overrides,
+        **settings,
     )
+    return made | {"transformations": [*matrix("step", "series", "value"), renamed(r"step\\.*", "step")]}
+
+
+def matrix(row_field: str, column_field: str, value_field: str) -> list[Json]:
+    """Return the transformation of rows to a table with a column for each value of ``column_field``."""
+    fields = {"rowField": row_field, "columnField": column_field, "valueField": value_field}
+    return [{"id": "groupingToMatrix", "options": fields | {"emptyValue": "null"}}]
+
+
+def renamed(pattern: str, name: str) -> Json:
+    """Return the transformation that renames the columns which a regular expression matches as a whole."""
+    return {"id": "renameByRegex", "options": {"regex": f"^{pattern}$", "renamePattern": name}}
 
 
 def table(number: int, title: str, description: str, target: Json, *overrides: Json, nothing: str) -> Panel:
@@ -165,10 +188,9 @@ WRAPPED: Json = {"cellOptions": {"type": "auto", "wrapText": True}, "wrapText": 
 """Newer and older versions of Grafana look for the setting in different places."""
 
 
-def text_column(name: str, width: int | None = None) -> Json:
-    """Return the settings of a column of sentences: they are wrapped, not cut."""
-    wide = {"width": width} if width else {"minWidth": 160}
-    return override(name, custom={**WRAPPED, **wide})
+def text_column(name: str, least: int = 160) -> Json:
+    """Return the settings of a column of sentences, at least so many pixels wide: they are wrapped, not cut."""
+    return override(name, custom={**WRAPPED, "minWidth": least})
 
 
 def state_column(name: str, colour_of: Mapping[str, str], width: int = 92) -> Json:

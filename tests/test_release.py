@@ -150,3 +150,10 @@ def test_the_workflow_runs_the_targets_that_a_person_runs() -> None:
     called = set(re.findall(r"run: make (\S+)", text))
     assert "test" in called
     assert called <= targets
+
+
+def test_windows_is_told_the_way_out() -> None:
+    program = "import sys; sys.platform = 'win32'; import gradwatch"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "WSL" in done.stderr.splitlines()[-1]

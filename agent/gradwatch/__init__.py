@@ -1,7 +1,11 @@
 """gradwatch watches the health of gradients in any PyTorch training job, and clips them adaptively."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":
+    raise ImportError("gradwatch runs on Linux and macOS, and on Windows only within WSL (Windows Subsystem for Linux)")
 
 if TYPE_CHECKING:
     from gradwatch.agent import Agent, attach

@@ -31,6 +31,7 @@ COMMANDS = {
     "migrate": Entry("gradwatch_server.cli.migrate", "server", "upgrade the schema of a database to this version"),
     "token": Entry("gradwatch_server.cli.tokens", "server", "create, list and revoke tokens"),
     "prune": Entry("gradwatch_server.cli.prune", "server", "delete expired samples and runs"),
+    "projects": Entry("gradwatch_server.cli.projects", "server", "list what each project takes of the database"),
     "export": Entry("gradwatch_server.cli.export", "server", "write the samples of a run as CSV or Parquet"),
     "run": Entry("gradwatch.launch.command", "agent", "run a training command with the agent attached"),
     "flush": Entry("gradwatch.delivery.flush", "agent", "deliver what agents on this machine left in the spool"),

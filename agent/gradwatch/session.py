@@ -253,7 +253,21 @@ class Session:
         return True
 
     def deliver(self) -> None:
-        """Wait until the server has taken everything, or until the deadline that ``stop`` was given."""
+        """Wait until the server has taken everything, or until the deadline that ``stop`` was given.
+
+        Where not everything is written by then, the collector goes on in the background.
+        """
+        assert self._collector is not None
+        if self._collector.is_running:
+            if self._delivery is not None:
+                self._delivery.sender.join()
+            shutdown.finish_in_background(self._finish_late, self._collector.give_up)
+        else:
+            self._finish_late()
+
+    def _finish_late(self) -> None:
+        assert self._collector is not None
+        self._collector.join()
         if self._delivery is not None:
             self._delivery.close()
 
@@ -261,7 +275,8 @@ class Session:
         """End a training after which others follow in this process, without waiting for the server or a disk."""
         self._left_to_launcher = False
         if self._leave():
-            shutdown.finish_in_background(self._write_and_deliver)
+            assert self._collector is not None
+            shutdown.finish_in_background(self._write_and_deliver, self._collector.give_up)
 
     def _write_and_deliver(self) -> None:
         self._write(time.monotonic() + CLOSING_SECONDS, "completed", None)

@@ -23,6 +23,9 @@ unless told otherwise (Brock et al., 2021): weights that start at zero have a ra
 MISSING: Final = -1.0
 """The value of a statistic that was not measured, because the parameter had no gradient; all others are 0 or more."""
 
+UNSTEPPED: Final = -2.0
+"""The gradient norm, as the server keeps it, of a parameter that has a gradient, but no optimizer that steps it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Units:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from gradwatch import statistics
 from gradwatch.statistics import MISSING as MISSING
 from gradwatch.statistics import RATIO_EPS as RATIO_EPS
+from gradwatch.statistics import UNSTEPPED as UNSTEPPED
 
 VERSION: Final = 1
 """Version of the documents below; a server refuses any other version."""
@@ -127,6 +128,9 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """Numbers of the whole run that are measured only with a sample, such as ``global_grad_norm``."""
     histograms: dict[Name, Annotated[list[float], Meta(max_length=MOST_BINS)]] = {}
     """Counts over fixed bins: ``HISTOGRAMS`` over ``HISTOGRAM_EDGES``."""
+    unstepped: list[Count] | msgspec.UnsetType = msgspec.UNSET
+    """Places of parameters whose gradient is missing because no optimizer steps it: a gradient is there. Absent: none.
+    A server that does not know this field takes it for missing."""
 
 
 class Trail(msgspec.Struct, frozen=True, kw_only=True):

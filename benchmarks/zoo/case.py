@@ -19,6 +19,7 @@ NEIGHBOURS = {
     "vanishing": ("dead",),
     "dead": ("vanishing",),
     "throttled": (),
+    "unmoved": (),
 }
 """Rule -> rules that are right about the same fault: what explodes overflows, what vanishes reaches zero."""
 

@@ -92,6 +92,9 @@ def _numbers() -> Panel:
     )
 
 
+_PROJECT = {"width": 170, **WRAPPED}
+
+
 def _run_column() -> Json:
     wrapped = {"minWidth": 180, **WRAPPED}
     return override("name", links=[runs.OPEN], custom=wrapped)
@@ -106,11 +109,11 @@ def _firing() -> Panel:
         state_column("severity", colours.SEVERITIES, 80),
         override("rule", custom={"width": 90}),
         _run_column(),
-        override("project", custom={"minWidth": 150, **WRAPPED}),
+        override("project", custom=_PROJECT),
         when("since", 120),
         text_column("what"),
         text_column("cause"),
-        text_column("remedy"),
+        text_column("remedy", least=230),
         hidden(runs.HIDDEN),
         nothing="No alert fires",
     )
@@ -123,6 +126,7 @@ def _by_rule() -> Panel:
         "Alerts that fire, by rule",
         "Alerts that fired at each time, of runs that have ended as well.",
         sql(runs.firing_over_time("rule", colours.RULES)),
+        nothing="No alert fired in this time",
         min=0,
         decimals=0,
         custom=custom,
@@ -137,6 +141,7 @@ def _attempts() -> Panel:
         "Attempts to deliver",
         "Attempts in each two-hundredth of the chosen time, by how they ended.",
         sql(_ATTEMPTS),
+        nothing="No attempt in this time",
         min=0,
         decimals=0,
         custom=custom,
@@ -155,7 +160,7 @@ def _transitions() -> Panel:
         state_column("severity", colours.SEVERITIES, 80),
         override("rule", custom={"width": 90}),
         _run_column(),
-        override("project", custom={"minWidth": 150, **WRAPPED}),
+        override("project", custom=_PROJECT),
         override("step", unit="locale", decimals=0, custom={"width": 85}),
         text_column("what"),
         hidden(runs.HIDDEN),

@@ -69,7 +69,7 @@ def build() -> Json:
         (4, [(18, _numbers()), (6, _speed())]),
         (14, [(24, _runs())]),
         (8, [(12, _firing()), (12, _by_rule())]),
-        (9, [(12, _loss()), (12, _ratio())]),
+        (12, [(12, _loss()), (12, _ratio())]),
     ]
     about = "All runs, worst first, and what is wrong with them."
     return board("gradwatch-fleet", about, rows, variables=[project_variable()])
@@ -95,6 +95,9 @@ def _speed() -> Panel:
     return numbers(2, "", "Samples of active runs of the chosen projects.", query, decimals=1, overrides=[])
 
 
+_LOSS = {"width": 105, "cellOptions": {"type": "color-text"}}
+
+
 def _runs() -> Panel:
     return table(
         3,
@@ -107,12 +110,7 @@ def _runs() -> Panel:
         override("project", custom={"minWidth": 150, **WRAPPED}),
         text_column("what is wrong"),
         override("step", unit="locale", decimals=0, custom={"width": 85}),
-        override(
-            "loss",
-            mappings=list(NUMBERS),
-            custom={"width": 90, "cellOptions": {"type": "color-text"}},
-            color=fixed("text"),
-        ),
+        override("loss", mappings=list(NUMBERS), custom=_LOSS, color=fixed("text")),
         when("last sample", 145),
         hidden(runs.HIDDEN),
         nothing="No run was heard of in this time",
@@ -125,6 +123,7 @@ def _firing() -> Panel:
         "Alerts that fire",
         "Alerts that fired at each time, by severity, of runs that have ended as well.",
         sql(runs.firing_over_time("severity", colours.SEVERITIES)),
+        nothing="No alert fired in this time",
         min=0,
         decimals=0,
         custom={"lineInterpolation": "stepAfter", "fillOpacity": 20, "showPoints": "never"},
@@ -174,7 +173,7 @@ def _loss() -> Panel:
         scale="symlog",
         unit="sci",
         decimals=1,
-        noValue="Nothing to draw: no run has critical alerts, or Prometheus does not answer",
+        nothing="Nothing to draw: no run has critical alerts, or Prometheus does not answer",
     )
 
 
@@ -187,5 +186,5 @@ def _ratio() -> Panel:
         scale="symlog",
         unit="sci",
         decimals=1,
-        noValue="Nothing to draw: no run has critical alerts, or Prometheus does not answer",
+        nothing="Nothing to draw: no run has critical alerts, or Prometheus does not answer",
     )

@@ -11,11 +11,13 @@ from dashboards.panels import (
     fixed,
     legend_at,
     lines,
+    matrix,
     numbers,
     over_steps,
     override,
     panel,
     promql,
+    renamed,
     row,
     sql,
     state_column,
@@ -24,8 +26,8 @@ from dashboards.panels import (
     when,
 )
 from dashboards.queries import layers, runs, scalars
+from dashboards.queries.steps import NO_SAMPLE, UNSAMPLED
 
-_NOTHING = "No sample in this time"
 _RUN = "r.id = ANY (ARRAY[${run:sqlstring}]::text[])"
 _SUMMARY = f"""\
 SELECT {runs.STATE} AS "State", r.last_step AS "Step",
@@ -70,7 +72,12 @@ def build() -> Json:
         "gradwatch-run",
         "One run: its state, what is wrong with it, loss, gradients and layers.",
         rows,
-        variables=[project_variable(), run_variable(), query_variable("layers", "Layers", layers.PAGES)],
+        variables=[
+            project_variable(),
+            run_variable(),
+            query_variable("layers", "Layers", layers.PAGES),
+            query_variable("unsampled", "", UNSAMPLED, hide=2, skipUrlSync=True),
+        ],
         links=[page],
         annotations=[_regions(severity) for severity in ("critical", "warning")],
     )
@@ -147,7 +154,7 @@ def _loss() -> Panel:
         scale="symlog",
         unit="sci",
         decimals=2,
-        noValue=_NOTHING,
+        nothing=NO_SAMPLE,
         custom={"axisWidth": AXIS_WIDTH},
         overrides=[*_band("loss", colours.LINE), _not_finite()],
     )
@@ -165,7 +172,7 @@ def _norm() -> Panel:
         scale="symlog",
         unit="sci",
         decimals=1,
-        noValue=_NOTHING,
+        nothing=NO_SAMPLE,
         custom={"axisWidth": AXIS_WIDTH},
         overrides=[
             *_band("before clipping", colours.LINE),
@@ -180,14 +187,22 @@ def _norm() -> Panel:
     )
 
 
+_MAP_MAPPINGS = (
+    special("nan", "NaN", colours.NOT_FINITE),
+    {"type": "value", "options": {"0": {"text": "exactly 0", "color": colours.ZERO, "index": 94}}},
+)
+_OFF_THE_MAP = " " * 64
+"""Follows a name that has no room beside the map: names end at the map, so this pushes it off."""
+
+
 def _map() -> Panel:
-    turned = {"rowField": "time", "columnField": "layer", "valueField": "ratio", "emptyValue": "null"}
     made = panel(
         5,
         "state-timeline",
-        "Layers over time: gradient norm to weight norm (NaN is red, exactly 0 black)",
-        "The input's layer is at the top. A row of several parameters shows the largest ratio of its weight matrices, "
-        "and NaN if any of them is not finite. Choose layers at the top of the board to see each parameter.",
+        "Layers over time: gradient norm to weight norm",
+        "The input's layer is at the top; where nothing is drawn, nothing was sampled. Choose at the top of the board "
+        "whether a row is a parameter or a block. A block shows the largest ratio of its weight matrices, and NaN if "
+        "any of its parameters is not finite. Where names have no room beside the map, the tooltip has them.",
         [sql(layers.MAP)],
         unit="sci",
         steps=colours.RATIO,
@@ -200,14 +215,33 @@ def _map() -> Panel:
             "legend": legend_at("bottom"),
             "tooltip": {"mode": "single", "sort": "none"},
         },
-        custom={"lineWidth": 0, "fillOpacity": 100, "axisWidth": AXIS_WIDTH},
+        custom={
+            "lineWidth": 0,
+            "fillOpacity": 100,
+            "axisWidth": AXIS_WIDTH,
+            "hideFrom": {"legend": True, "tooltip": False, "viz": False},
+        },
         color={"mode": "thresholds"},
-        mappings=[
-            special("nan", "NaN", colours.NOT_FINITE),
-            {"type": "value", "options": {"0": {"text": "exactly 0", "color": colours.ZERO, "index": 94}}},
-        ],
+        noValue=NO_SAMPLE,
+        mappings=list(_MAP_MAPPINGS),
+        overrides=[_map_legend()],
     )
-    return made | {"transformations": [{"id": "groupingToMatrix", "options": turned}]}
+    unnamed = renamed(f"(.*){layers.UNNAMED}", f"$1{_OFF_THE_MAP}")
+    return made | {"transformations": [*matrix("time", "layer", "ratio"), unnamed]}
+
+
+def _map_legend() -> Json:
+    """Return the settings of the row that is not drawn: Grafana's legend names the values of a row that are mapped."""
+    items = {
+        str(number): {"text": word, "color": colour, "index": number}
+        for number, (word, colour) in enumerate(colours.RATIO_LEGEND.items(), 1)
+    }
+    return override(
+        layers.LEGEND,
+        color=fixed(colours.PLAIN),
+        mappings=[{"type": "value", "options": items}, special("null", "")],
+        custom={"hideFrom": {"legend": False, "tooltip": True, "viz": True}},
+    )
 
 
 _POINTS = {
@@ -234,7 +268,9 @@ def _profile() -> Panel:
         "fillOpacity": 80,
         "scaleDistribution": {"type": "log", "log": 10},
     }
-    overrides = [override(name, color=fixed(colour)) for name, colour in _POINTS.items()]
+    # The tooltip lists every column of the row, three of them empty: it has the column with the ratio as a text.
+    unlisted = {"hideFrom": {"legend": False, "tooltip": True, "viz": False}}
+    overrides = [override(name, color=fixed(colour), custom=unlisted) for name, colour in _POINTS.items()]
     overrides += [
         override(
             "depth", unit="locale", custom={"scaleDistribution": {"type": "linear"}, "axisLabel": "layer, input first"}
@@ -245,7 +281,7 @@ def _profile() -> Panel:
     return panel(
         6,
         "xychart",
-        "Depth profile: gradient norm to weight norm",
+        "Depth profile: gradient norm to weight norm${unsampled}",
         "Ratio of every parameter at the latest sample in the chosen time, the input's at the left: a slope of the "
         "weight matrices is a fading gradient. What is exactly 0 lies at the lower edge, NaN at the upper.",
         [sql(layers.PROFILE)],
@@ -257,7 +293,7 @@ def _profile() -> Panel:
             "legend": legend_at("bottom"),
             "tooltip": {"mode": "single", "sort": "none"},
         },
-        noValue=_NOTHING,
+        noValue=NO_SAMPLE,
         custom=points | {"axisWidth": AXIS_WIDTH},
         overrides=overrides,
     )
@@ -277,10 +313,10 @@ def _by_step() -> tuple[Panel, Panel]:
     return (
         over_steps(21, "Loss by step", "Smallest and largest loss of each span of steps: no step is left out.",
                    sql(scalars.by_step("loss")), "symlog", unit="sci", decimals=2, overrides=looks,
-                   noValue=_NOTHING),
+                   noValue=NO_SAMPLE),
         over_steps(22, "Global gradient norm by step", "Norm of the whole gradient before clipping: the smallest and "
                    "the largest of each span of steps.", sql(scalars.by_step("global_grad_norm")), "symlog",
-                   unit="sci", decimals=1, overrides=looks, noValue=_NOTHING),
+                   unit="sci", decimals=1, overrides=looks, noValue=NO_SAMPLE),
     )  # fmt: skip
 
 
@@ -290,14 +326,19 @@ def _of_run(metric: str) -> str:
     return f'max by (run) ({metric}{{run="$run"}} and on (run) ({fresh}))'
 
 
+_NOT_ACTIVE = "No number from Prometheus, which has those of active runs alone"
+
+
 def _agent() -> tuple[Panel, ...]:
     return (
         lines(31, "Clipped parameters", "Share of the parameters whose gradient was clipped at the latest sample.",
-              promql(_of_run("gradwatch_run_clipped_parameters_ratio"), "clipped"), unit="percentunit", min=0, max=1),
+              promql(_of_run("gradwatch_run_clipped_parameters_ratio"), "clipped"), unit="percentunit", min=0, max=1,
+              nothing=_NOT_ACTIVE),
         lines(32, "Agent's share of a step", "Share of the step's time that the agent takes.",
-              promql(_of_run("gradwatch_run_agent_overhead_ratio"), "agent"), unit="percentunit", min=0),
+              promql(_of_run("gradwatch_run_agent_overhead_ratio"), "agent"), unit="percentunit", min=0,
+              nothing=_NOT_ACTIVE),
         lines(33, "Time of a step", "Time that a step takes.",
-              promql(_of_run("gradwatch_run_step_duration_seconds"), "step"), unit="s", min=0),
+              promql(_of_run("gradwatch_run_step_duration_seconds"), "step"), unit="s", min=0, nothing=_NOT_ACTIVE),
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ No step is left out, whatever the range: the roll-ups hold the smallest and the 
 what they do not reach yet is read from the trails, which are MessagePack.
 """
 
-from dashboards.queries.steps import SEEN, time_of
+from dashboards.queries.steps import NO_SAMPLE, SEEN, time_of
 from gradwatch_server.store.rollups.series import TRAIL_STEPS
 
 MOST_SPANS = 400
@@ -19,14 +19,15 @@ _ARRAY = "^(9.|dc.{4}|dd.{8})"
 
 def spans_of(scalar: str, prefix: str) -> str:
     """Return the CTE ``{prefix}_spans`` of a scalar: step, last_step, low, high, and whether it is broken by NaN."""
-    mine = f"s.run = seen.run AND s.name = '{scalar}'"
+    mine = f"s.run = (SELECT run FROM seen) AND s.name = '{scalar}'"
     covered = (
         f"SELECT s.last_step FROM scalars s WHERE {mine} AND s.level = each.level + 1 ORDER BY s.step DESC LIMIT 1"
     )
     return f"""\
 {prefix}_top AS (
   SELECT coalesce(max(level), 0) AS level FROM (
-    SELECT s.level FROM seen, scalars s WHERE {mine} AND s.step BETWEEN from_step AND to_step
+    SELECT s.level FROM scalars s
+    WHERE {mine} AND s.step BETWEEN (SELECT from_step FROM seen) AND (SELECT to_step FROM seen)
     GROUP BY s.level HAVING count(*) >= {_ENOUGH}
   ) enough
 ), {prefix}_parts AS (
@@ -35,9 +36,11 @@ def spans_of(scalar: str, prefix: str) -> str:
 ), {prefix}_rows AS (
   SELECT s.step, s.last_step, CASE WHEN s.finite > 0 THEN s.low END AS low,
     CASE WHEN s.finite > 0 THEN s.high END AS high, s.nonfinite > 0 AS broken
-  FROM seen, {prefix}_parts part, scalars s
-  WHERE part.level > 0 AND {mine} AND s.level = part.level AND s.step > part.after
-    AND s.last_step >= from_step AND s.step <= to_step
+  FROM seen CROSS JOIN {prefix}_parts part CROSS JOIN LATERAL (
+    SELECT s.* FROM scalars s
+    WHERE {mine} AND s.level = part.level AND s.step > part.after AND s.step <= seen.to_step OFFSET 0
+  ) s
+  WHERE part.level > 0 AND s.last_step >= from_step
   UNION ALL
   SELECT step, step, value, value, value IS NULL FROM (
 {_trail(scalar, prefix)}
@@ -55,7 +58,10 @@ def _trail(scalar: str, prefix: str) -> str:
     value = _float64("item.hex")
     return f"""\
     SELECT DISTINCT ON (item.step) item.step, CASE WHEN item.hex IS NOT NULL THEN {value} END AS value
-    FROM seen, {prefix}_parts part, trails t
+    FROM seen CROSS JOIN {prefix}_parts part CROSS JOIN LATERAL (
+      SELECT * FROM trails WHERE run = seen.run AND first_step <= to_step
+        AND first_step > greatest(part.after, from_step) - {TRAIL_STEPS} OFFSET 0
+    ) t
     CROSS JOIN LATERAL (SELECT position('\\x{key.hex()}'::bytea IN t.scalars) AS place) key
     CROSS JOIN LATERAL (SELECT encode(substring(t.scalars FROM key.place + {len(key)}), 'hex') AS hex) body
     CROSS JOIN LATERAL (
@@ -63,9 +69,7 @@ def _trail(scalar: str, prefix: str) -> str:
         value[1] AS hex
       FROM ROWS FROM ({_items(1, _STEPS)}, {_items(2, _VALUES)}) AS items(step, value) WHERE step IS NOT NULL
     ) item
-    WHERE part.level = 0 AND t.run = seen.run AND t.first_step > greatest(part.after, from_step) - {TRAIL_STEPS}
-      AND t.first_step <= to_step AND key.place > 0 AND item.step > part.after
-      AND item.step BETWEEN from_step AND to_step
+    WHERE part.level = 0 AND key.place > 0 AND item.step > part.after AND item.step BETWEEN from_step AND to_step
     ORDER BY item.step, t.attempt DESC, t.arrival DESC"""
 
 
@@ -87,18 +91,20 @@ def _float64(digits: str) -> str:
 
 
 def by_step(scalar: str) -> str:
-    """Return the query of step, smallest, largest and ``not finite``, for a chart over steps.
+    """Return the query of step, series and value, for a chart over steps: smallest, largest and ``not finite``.
 
-    Without a step in the range it is one row of nothing, because a chart over steps complains if its axis is missing.
+    Without a step in the range a series without values says so, because Grafana would draw empty axes.
     """
     return f"""\
-WITH RECURSIVE {SEEN}, {spans_of(scalar, "own")}
-SELECT step, low AS smallest, high AS largest,
-  CASE WHEN broken THEN coalesce(max(high) OVER (), 1) END AS "not finite"
-FROM own_spans
-UNION ALL
-SELECT NULL, NULL, NULL, NULL WHERE NOT EXISTS (SELECT FROM own_spans)
-ORDER BY step"""
+WITH RECURSIVE {SEEN}, {spans_of(scalar, "own")}, drawn AS (
+  SELECT step, low, high, CASE WHEN broken THEN coalesce(max(high) OVER (), 1) END AS mark FROM own_spans
+)
+SELECT step, series, value FROM (
+  SELECT step, n, series, value FROM drawn CROSS JOIN LATERAL (
+    VALUES (1, 'smallest', low), (2, 'largest', high), (3, 'not finite', mark)) AS each(n, series, value)
+  UNION ALL
+  SELECT NULL, 0, '{NO_SAMPLE}', NULL WHERE NOT EXISTS (SELECT FROM drawn)
+) listed ORDER BY step, n"""
 
 
 def by_time(scalar: str, label: str) -> str:

@@ -4,6 +4,9 @@ Samples carry a time, the scalars of every step do not, and there is no index by
 found by bisection over the samples' steps, and the time of any other step by its neighbours.
 """
 
+NO_SAMPLE = "No sample in this time"
+"""What an empty chart says: as its legend or in its title where Grafana would draw axes without a word."""
+
 CHOSEN = """\
 chosen AS (
   SELECT id AS run, started_at, last_seen_at, last_step, greatest(60, 20 * coalesce(usual_interval_seconds, 0)) AS pause
@@ -40,6 +43,16 @@ SEEN = f"""\
   FROM found b JOIN found a ON a.bound > b.bound
 )"""
 """One row ``seen`` with the first and the last step of the range; begin the statement with WITH RECURSIVE."""
+
+
+UNSAMPLED = f"""\
+WITH RECURSIVE {SEEN}
+SELECT __text, __text AS __value FROM (
+  SELECT CASE WHEN EXISTS (
+    SELECT FROM seen, samples s WHERE s.run = seen.run AND s.level = 0 AND s.step BETWEEN from_step AND to_step
+  ) THEN '' ELSE ' \u00b7 {NO_SAMPLE.lower()}' END AS __text
+) said"""
+"""What a title adds where there is no sample: nothing, or the words; one row."""
 
 
 def time_of(step: str, name: str) -> str:

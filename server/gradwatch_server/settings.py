@@ -17,7 +17,7 @@ from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.notify.http_client import check_url
 from gradwatch_server.notify.outbox import DeliverySettings
 from gradwatch_server.notify.receivers import AnyReceiver
-from gradwatch_server.store.retention import Retention
+from gradwatch_server.store.rollups.retention import Retention
 
 _LEAST_LIMITS = {"body_seconds": 0.001, "read_wait_seconds": 0.001, "drain_seconds": 0}
 """Least values of limits that are not 1."""
@@ -42,7 +42,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     name_characters: int = wire.MOST_NAME_CHARACTERS
     """Longest project, run, parameter or scalar name; at most 512, since names are in the keys of the database."""
     attribute_characters: int = 4_096
-    """Longest value of an attribute of a run: attributes are read with the run at every batch."""
+    """Longest value of an attribute of a run."""
     samples_per_batch: int = 1_000
     """Most samples in one batch."""
     scalars_per_batch: int = 100_000
@@ -100,9 +100,11 @@ class Connections(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     send_seconds: Annotated[float, msgspec.Meta(gt=0)] = 60.0
     """How long a client may take nothing of its response."""
     streams: Annotated[int, msgspec.Meta(ge=0)] = 500
-    """Most event streams, one for each open page; beyond it: 503 with Retry-After."""
+    """Most event streams, one for each browser that has a page open; beyond it: 503 with Retry-After."""
     stream_seconds: Annotated[float, msgspec.Meta(gt=0)] = 3_600.0
     """Age at which an event stream ends; a page opens the next by itself."""
+    stream_beat_seconds: Annotated[float, msgspec.Meta(gt=0)] = 15.0
+    """An event stream without news sends a beat this often; a page that misses two of them connects anew."""
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
-from gradwatch.recording import optimizers
-from gradwatch.recording.optimizer_parameters import OptimizerParameters
-from gradwatch.recording.optimizers import ListedParameters
+from gradwatch.recording import optimizer_parameters
+from gradwatch.recording.optimizer_parameters import ListedParameters, OptimizerParameters
 
 from .conftest import Server
 from .watching import GRAD_A, Two, watch
@@ -275,7 +274,7 @@ def test_gradients_that_are_clipped_in_the_closure_belong_to_its_step(server: Se
 
 
 def test_lists_that_are_clipped_in_turn_are_each_known_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "_LISTS", 50)
+    monkeypatch.setattr(optimizer_parameters, "_LISTS", 50)
     first, second = [torch.zeros(1)], [torch.zeros(2), torch.zeros(3)]
     lists = ListedParameters(lambda parameters: OptimizerParameters([parameters], lambda _parameter: None))
     known = [lists.find(first), lists.find(second)]

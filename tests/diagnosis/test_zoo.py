@@ -12,6 +12,7 @@ import gradwatch
 from gradwatch import wire
 from gradwatch_server.alerting.lifecycle import Alert, advance
 from gradwatch_server.diagnosis import Finding, History, RunParameters, Sample, Thresholds, diagnose
+from gradwatch_server.ingest.validation import with_states
 
 DEVELOPMENT = {case.name: case for case in development()}
 FAST_HEALTHY = (
@@ -56,7 +57,7 @@ def watched(case: Case, seed: int) -> list[tuple[int, Finding]]:
     fired = []
     losses = {step: loss for batch in recorder.batches for step, loss in _losses(batch)}
     for batch in recorder.batches:
-        for sample in batch.samples:
+        for sample in with_states(batch).samples:
             scalars = {name: wire.deserialise(value) for name, value in sample.scalars.items()}
             scalars["loss"] = losses[sample.step]
             measured = Sample(step=sample.step, at=sample.at, statistics=sample.statistics, scalars=scalars)
@@ -92,7 +93,7 @@ def test_every_case_has_a_name_and_a_label_of_its_own() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     sick = [case for case in CASES if case.rule is not None]
     assert all(case.twin is not None for case in sick)
-    assert {case.rule for case in sick} == {"vanishing", "dead", "exploding", "nonfinite", "throttled"}
+    assert {case.rule for case in sick} == {"vanishing", "dead", "exploding", "nonfinite", "throttled", "unmoved"}
 
 
 def test_the_reported_half_is_the_one_that_was_drawn_with_its_labels() -> None:

@@ -43,6 +43,7 @@ class Watch:
         losses: Sequence[tuple[int, float]] = (),
         zero_unit_share: Sequence[float] | None = None,
         update: float | Sequence[float] | None = None,
+        clipped: float | None = None,
         **scalars: float,
     ) -> dict[str, Finding]:
         """Look at one more sample; return the findings by rule."""
@@ -56,6 +57,8 @@ class Watch:
             statistics["zero_unit_share"] = np.array(zero_unit_share, np.float32)
         if update is not None:
             statistics["update_norm"] = np.broadcast_to(np.array(update, np.float32), size).copy()
+        if clipped is not None:
+            statistics["clipped_grad_norm"] = np.full(size, clipped, np.float32)
         if loss is not None:
             scalars["loss"] = loss
         sample = Sample(step=self.step, at=0.0, statistics=statistics, scalars=scalars, losses=losses)

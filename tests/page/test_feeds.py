@@ -94,7 +94,7 @@ def test_the_stream_tells_of_an_alert_that_changed_while_its_run_was_silent(serv
         "evidence": {},
     }
     with server.http.stream("GET", "/api/v1/stream") as stream:
-        lines = (line for line in stream.iter_lines() if line.startswith("data: "))
+        lines = (line for line in stream.iter_lines() if line.startswith("data: ["))
         assert run in next(lines)
         engine = sa.create_engine(f"sqlite:///{server.database}", connect_args={"timeout": 30})
         with engine.begin() as connection:

@@ -9,14 +9,14 @@ import pytest
 
 from tests.page.api_types import PAGE
 
-LAYERS = ({""}, {"pages"}, {"controls"}, {"charts/map"}, {"charts"}, {"data", "dom"}, {"data/generated"})
+LAYERS = ({""}, {"pages"}, {"controls"}, {"charts/map"}, {"charts"}, {"data", "dom"}, {"data/generated", "data/stream"})
 """From top to bottom; a folder imports from itself and from the layers below it."""
 MOST_AT_THE_ROOT, MOST_IN_A_FOLDER = 9, 12
 ANY_NUMBER = {"pages"}
 """One file a page."""
 ENTRY, GLOBALS = "main.js", {"uplot"}
-_IMPORT = re.compile(r'\b(?:from\s+|import\s+|import\()"([^"]+)"')
-"""Static and dynamic imports, exports from elsewhere, and types that a comment imports."""
+_IMPORT = re.compile(r'\b(?:from\s+|import\s+|import\(|SharedWorker\(new URL\()"([^"]+)"')
+"""Static and dynamic imports, workers, exports from elsewhere, and types that a comment imports."""
 
 
 def modules(js: Path) -> dict[str, list[str]]:
@@ -111,6 +111,10 @@ SOUND = {
             "pages/run.js must not import pages/runs.js",
         ),
         ({"pages/run.js": ""}, "pages/run.js is imported by no module"),
+        (
+            {"dom/elements.js": 'new SharedWorker(new URL("./gone.js", import.meta.url));'},
+            "dom/elements.js imports ./gone.js, which is not there",
+        ),
         ({"dom/elements.js": 'import "./gone.js";'}, "dom/elements.js imports ./gone.js, which is not there"),
         (
             {"main.js": 'import "./routes.js"; import "./other/x.js";', "other/x.js": ""},

@@ -210,4 +210,72 @@ def test_a_network_of_5000_parameters_is_drawn_in_bounded_pieces(page: Page, ser
         open_run(page, f"{server.url}/runs/{run}")
 
     assert len(answered.value.body()) < 14 * 2_000_000 + 500_000
-    expect(page.locator(".parameters tbody tr").first).to_contain_text("1,000,000 at step")
+    expect(page.locator(".parameters tbody tr").first).to_contain_text("1,000,000 in steps 332 to 333")
+
+
+def test_steps_that_were_not_sampled_show_the_sample_before_them(page: Page, server: GradwatchServer) -> None:
+    """A NaN at step 100, the next sample 100 steps later: the colour goes on, hatched; white would look like a loss."""
+    page.emulate_media(color_scheme="light")
+    run = server.register(("weight",))
+    sampled = [*range(0, 101, 10), *range(200, 301, 10)]
+    samples = [sample(step, float("nan") if step == 100 else 1.0, interval_steps=10.0) for step in sampled]
+    server.store(run, wire.Batch(id="1", samples=samples))
+    open_run(page, f"{server.url}/runs/{run}")
+    plot = seen.plot(page)
+
+    def share_of_nan(first: int, past: int) -> float:
+        left, right = plot.x(first, 0, 301), plot.x(past, 0, 301)
+        drawn = seen.pixels(page, seen.Plot(left, plot.top + 10, right - left, plot.height - 20))
+        return float(seen.near(drawn, NAN).mean())
+
+    assert share_of_nan(102, 108) == 1
+    assert 0.3 < share_of_nan(120, 190) < 0.9
+    assert share_of_nan(0, 98) == share_of_nan(202, 300) == 0
+    expect(page.locator(".legend")).to_contain_text("not sampled")
+    expect(page.locator(".facts").first).to_contain_text("samples every 10th step")
+
+
+def test_a_run_with_one_sample_draws_a_column_and_dots(page: Page, server: GradwatchServer) -> None:
+    page.emulate_media(color_scheme="light")
+    run = server.register(("weight",))
+    trail = {"loss": wire.Trail(steps=[90_000], values=[1.0])}
+    samples = [sample(50_000, float("nan"), global_grad_norm=2.0)]
+    server.store(run, wire.Batch(id="1", samples=samples, trail=trail))
+    open_run(page, f"{server.url}/runs/{run}?parameter=weight&statistic=weight_norm")
+    end = server.get(f"/api/v1/runs/{run}")["last_step"] + 1
+    plot = seen.plot(page)
+
+    around = plot.x(50_000, 0, end)
+    column = seen.pixels(page, seen.Plot(around - 8, plot.top + 10, 16, 40))
+    drawn = ~seen.near(column, "#f0f3f7", most=4)
+    assert 4 <= drawn.all(axis=0).sum() <= 6
+    for figure in (page.locator(".trace"), page.locator("figure", has_text="Global gradient norm")):
+        expect(figure.locator(".chart-values b").first).to_be_visible()
+        area = figure.locator(".chart-area")
+        area.scroll_into_view_if_needed()
+        box = area.bounding_box()
+        assert box is not None
+        dot = seen.pixels(page, seen.Plot(around - 8, box["y"] + 2, 16, box["height"] - 4))
+        assert seen.near(dot, "#17697a", most=40).sum() >= 8
+
+
+def test_a_single_bad_cell_among_many_is_large_enough_to_see(page: Page, server: GradwatchServer) -> None:
+    names = [f"layers.{index}.weight" for index in range(2_000)]
+    run = server.register(names)
+    bad, row = 333, 1_234
+    fine = np.ones(len(names))
+    broken = fine.copy()
+    broken[row] = np.nan
+    for first in range(0, 2_000, 200):
+        steps = range(first, first + 200)
+        samples = [sample(step, *(broken if step == bad else fine)) for step in steps]
+        assert server.store(run, wire.Batch(id=str(first), samples=samples)).status_code == 200
+    open_run(page, f"{server.url}/runs/{run}")
+    plot = seen.plot(page)
+
+    red = seen.near(seen.pixels(page, plot), NAN)
+    rows, columns = np.flatnonzero(red.any(axis=1)), np.flatnonzero(red.any(axis=0))
+    assert 4 <= len(rows) <= 6
+    assert 4 <= len(columns) <= 6
+    assert abs(columns.mean() - (plot.x(bad, 0, 2_000) - plot.left)) < 5
+    assert abs(rows.mean() - (plot.y(row, len(names)) - plot.top)) < 5

@@ -300,7 +300,7 @@ def test_every_shared_module_is_asked_for_at_once() -> None:
     named = re.findall(r'<link rel="modulepreload" href="/page/js/(.+\.js)">', (PAGE / "index.html").read_text())
     files = {file.relative_to(PAGE / "js").as_posix() for file in (PAGE / "js").rglob("*.js")}
     loaded_by_routes = {f"pages/{name}" for name in re.findall(r'import\("./pages/(.+?)"\)', ROUTES.read_text())}
-    assert named == sorted(files - loaded_by_routes - {"main.js"})
+    assert named == sorted(files - loaded_by_routes - {"main.js", "data/stream/worker.js"})
 
 
 def test_the_server_answers_at_the_address_of_every_page(filled: Filled) -> None:

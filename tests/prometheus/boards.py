@@ -39,7 +39,7 @@ EVERY_STATEMENT = STATEMENTS | VARIABLES | ANNOTATIONS
 CHOICES: dict[str, tuple[list[str], ...]] = {
     "project": ([], ["vision"], ["vision", "o'hara"]),
     "run": ([], ["run-ill"], ["unknown"]),
-    "layers": ([], ["all"], ["1-2"], ["it's none"]),
+    "layers": ([], ["all"], ["1-2"], ["2-1"], ["1-999999999"], ["it's none"]),
 }
 """What may be chosen of each variable: nothing, one, several, and what is not there."""
 
@@ -62,6 +62,18 @@ def rows(engine: sa.Engine, statement: str, since: float = 1e9, /, **chosen: Seq
     text = expanded(statement, since, time.time() + 3600, **values)
     with engine.connect() as connection:
         return list(connection.exec_driver_sql(text.replace("%", "%%")).all())
+
+
+def calls(engine: sa.Engine, statement: str, since: float = 1e9, /, **chosen: Sequence[str]) -> int:
+    """Return how often a statement unnests an array or takes a text apart: what it costs, whatever else is stored."""
+    (((plan,),),) = rows(engine, f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", since, **chosen)
+    nodes, found = [plan["Plan"]], 0
+    while nodes:
+        node = nodes.pop()
+        nodes += node.get("Plans", [])
+        if node["Node Type"] == "Function Scan" and node.get("Function Name") != "generate_series":
+            found += node["Actual Loops"]
+    return found
 
 
 def choices(statement: str) -> Iterator[dict[str, list[str]]]:

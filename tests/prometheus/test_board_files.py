@@ -13,6 +13,8 @@ import pytest
 from dashboards import colours
 from dashboards.build import FOLDER, render
 from dashboards.frame import TITLES
+from dashboards.queries.layers import LEGEND
+from dashboards.queries.steps import NO_SAMPLE
 
 from tests.processes import ROOT
 from tests.prometheus.boards import BOARDS, PANELS, Board, panels_of
@@ -106,6 +108,31 @@ def test_no_number_without_a_sample_is_0_and_none_that_is_not_finite_is_blank(na
     special = {m["options"]["match"]: m["options"]["result"] for m in defaults["mappings"] if m["type"] == "special"}
     assert (special["nan"]["text"], bool(special["nan"]["color"])) == ("NaN", True)
     assert panel["type"] == "state-timeline" or special["null"]["text"] == colours.UNKNOWN  # a gap is one there
+
+
+@pytest.mark.parametrize("name", [name for name, panel in PANELS.items() if panel["type"] != "stat"])
+def test_a_chart_says_in_words_that_it_is_empty(name: str) -> None:
+    panel = PANELS[name]
+    assert len(re.findall(r"[a-z]+", panel["fieldConfig"]["defaults"]["noValue"], re.IGNORECASE)) >= 3
+    if panel["type"] in ("trend", "state-timeline"):  # Grafana draws axes there, or complains that a column is missing
+        assert NO_SAMPLE in panel["targets"][0]["rawSql"]
+    if panel["type"] == "xychart":
+        assert panel["title"].endswith("${unsampled}")
+
+
+def test_the_legend_of_the_map_names_every_colour_of_it() -> None:
+    defaults, overrides = (PANELS["gradwatch-run.json 5"]["fieldConfig"][key] for key in ("defaults", "overrides"))
+    (legend,) = [each["properties"] for each in overrides if each["matcher"]["options"] == LEGEND]
+    settings = {each["id"]: each["value"] for each in legend}
+    items = sorted(settings["mappings"][0]["options"].values(), key=lambda item: int(item["index"]))
+    steps = [step["color"] for step in defaults["thresholds"]["steps"]]
+    assert [item["color"] for item in items][: len(steps)] == steps
+    nan, zero = (mapping["options"] for mapping in defaults["mappings"])
+    words = {item["text"]: item["color"] for item in items[len(steps) :]}
+    assert words.pop("NaN or infinite") == nan["result"]["color"]
+    assert words.pop("exactly 0") == zero["0"]["color"]
+    assert [word.partition(":")[0] for word in words] == ["blank"]
+    assert (settings["custom.hideFrom"]["legend"], defaults["custom"]["hideFrom"]["legend"]) == (False, True)
 
 
 @pytest.mark.parametrize("name", PANELS)

@@ -1,27 +1,46 @@
 """The dashboards' queries on a real PostgreSQL and a real Prometheus: with every choice, and right to the last step."""
 
+import gzip
 import json
 import math
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import sqlalchemy as sa
+from dashboards.colours import RATIO_LEGEND
+from dashboards.queries.layers import LEGEND, MOST_ROWS, NAMED_ROWS, UNNAMED
+from dashboards.queries.steps import NO_SAMPLE
 
 from gradwatch import wire
 from gradwatch_server.store.database import migrate, open_engine, writing
 from tests.postgres import migrated_database, postgres_database
 from tests.processes import GradwatchServer, WebhookReceiver, sample
-from tests.prometheus.boards import ANNOTATIONS, EVERY_STATEMENT, EXPRESSIONS, STATEMENTS, choices, rows
+from tests.prometheus.boards import ANNOTATIONS, EVERY_STATEMENT, EXPRESSIONS, STATEMENTS, calls, choices, rows
 from tests.prometheus.programs import Prometheus, scraping, until
 from tests.prometheus.scraped import scrape
 
 RUNS, WRONG = STATEMENTS["gradwatch-fleet.json 3 A"], STATEMENTS["gradwatch-run.json 2 A"]
 SUMMARY, LOSS, NORM, AFTER = (STATEMENTS[f"gradwatch-run.json {name}"] for name in ("1 A", "3 A", "4 A", "4 B"))
 MAP, PROFILE, LOSS_BY_STEP = (STATEMENTS[f"gradwatch-run.json {panel} A"] for panel in (5, 6, 21))
+PAGES, UNSAMPLED = (EVERY_STATEMENT[f"gradwatch-run.json variable {name}"] for name in ("layers", "unsampled"))
+
+
+def _cells(engine: sa.Engine, *since: float, **chosen: list[str]) -> list[Any]:
+    """Return the cells of the map, without those of its legend."""
+    return [row for row in rows(engine, MAP, *since, **chosen) if row.layer != LEGEND]
+
+
+def _by_step(engine: sa.Engine, *since: float, **chosen: list[str]) -> list[tuple[Any, ...]]:
+    """Return step, smallest, largest and the mark of what is not finite, as the chart over steps turns its rows."""
+    turned: dict[int, dict[str, Any]] = {}
+    for row in rows(engine, LOSS_BY_STEP, *since, **chosen):
+        turned.setdefault(row.step, {})[row.series] = row.value
+    return [(step, *(found[name] for name in ("smallest", "largest", "not finite"))) for step, found in turned.items()]
 
 
 class _Seen:
@@ -107,7 +126,16 @@ def fresh(postgres: str) -> Iterator[sa.Engine]:
 def test_a_query_of_something_unknown_returns_none(seen: _Seen) -> None:
     assert not seen.prometheus.query("gradwatch_run_looss")
     assert not rows(seen.engine, SUMMARY, run=["unknown"])
-    assert [row.layer for row in rows(seen.engine, MAP, run=["unknown"])] == ["no sample in this time"]
+
+
+@pytest.mark.parametrize("chosen", [{"run": ["unknown"]}, {"run": []}, {}])
+def test_a_chart_without_a_sample_says_so(seen: _Seen, chosen: dict[str, list[str]]) -> None:
+    later = time.time() + 1800
+    assert [row.layer for row in rows(seen.engine, MAP, later, **chosen)] == [NO_SAMPLE]
+    assert [tuple(row) for row in rows(seen.engine, LOSS_BY_STEP, later, **chosen)] == [(None, NO_SAMPLE, None)]
+    assert [row[0] for row in rows(seen.engine, UNSAMPLED, later, **chosen)] == [f" · {NO_SAMPLE.lower()}"]
+    assert not rows(seen.engine, LOSS, later, **chosen), "Grafana says what the panel has for no value"
+    assert [row[0] for row in rows(seen.engine, UNSAMPLED)] == [""]
 
 
 def test_a_run_is_known_and_what_is_wrong_with_it_is_said(seen: _Seen) -> None:
@@ -119,13 +147,14 @@ def test_a_run_is_known_and_what_is_wrong_with_it_is_said(seen: _Seen) -> None:
 
 
 def test_a_nan_is_a_nan_in_the_map_and_in_the_profile(seen: _Seen) -> None:
-    cells = rows(seen.engine, MAP)
+    cells = _cells(seen.engine)
     assert [row.layer for row in cells[:3]] == ["stem.weight", "body.weight", "head.weight"]
     assert {row.layer for row in cells if math.isnan(row.ratio or 0.0)} == {"head.weight"}
     assert [row.depth for row in rows(seen.engine, PROFILE)] == [1, 2, 3]
     *sound, ill = rows(seen.engine, PROFILE)
     assert [row[4] for row in sound] == [None, None]
     assert (ill.parameter, ill[1], ill[2], ill[4] > 0) == ("head.weight", None, None, True)
+    assert [row.ratio for row in (*sound, ill)] == ["1.0e-01", "2.0e-01", "NaN or infinite"]
 
 
 def test_after_clipping_is_drawn_where_it_made_the_norm_smaller(seen: _Seen) -> None:
@@ -215,8 +244,8 @@ def _began(engine: sa.Engine) -> float:
 
 
 def test_long_ranges_are_read_from_the_rollups_and_nothing_is_lost(long: sa.Engine) -> None:
-    cells = rows(long, MAP, run=["run-long"])
-    losses = rows(long, LOSS_BY_STEP, run=["run-long"])
+    cells = _cells(long, run=["run-long"])
+    losses = _by_step(long, run=["run-long"])
     times = sorted({row.time for row in cells})
     stem, head = ([row for row in cells if row.layer == layer] for layer in ("stem.weight", "head.weight"))
     assert 40 <= len(stem) == len(head) <= 92
@@ -227,14 +256,14 @@ def test_long_ranges_are_read_from_the_rollups_and_nothing_is_lost(long: sa.Engi
     assert 150 < len(losses) <= 400
     assert [row[0] for row in losses] == sorted({row[0] for row in losses})
     assert (min(row[1] for row in losses), max(row[2] for row in losses)) == (0.0, 39_000 - 1 - 5_000.0)
-    assert [row[0] for row in losses if row[3] is not None] == [losses[1].step if losses[1].step <= 100 else 0]
+    assert [row[0] for row in losses if row[3] is not None] == [losses[1][0] if losses[1][0] <= 100 else 0]
 
 
 @pytest.mark.parametrize("seconds", [20, 60, 300, 850])
 def test_a_zoom_holds_every_step_of_its_time_and_no_other(long: sa.Engine, seconds: float) -> None:
     with long.connect() as connection:
         (last,) = connection.exec_driver_sql("SELECT max(at) FROM samples WHERE level = 0").one()
-    found = rows(long, LOSS_BY_STEP, last - seconds, run=["run-long"])
+    found = _by_step(long, last - seconds, run=["run-long"])
     first = 38_987 - 10 * seconds
     assert found[0][0] == pytest.approx(first, abs=26)
     assert max(row[2] for row in found) == 33_999.0
@@ -245,32 +274,96 @@ def test_a_zoom_holds_every_step_of_its_time_and_no_other(long: sa.Engine, secon
 
 
 def test_a_run_that_was_killed_does_not_go_on_as_a_line(long: sa.Engine) -> None:
-    cells = rows(long, MAP, run=["run-long"])
+    cells = _cells(long, run=["run-long"])
     assert [row.ratio for row in cells[-2:]] == [None, None], "the map ends where the samples do"
     assert max(row.time.timestamp() for row in cells) - _began(long) == pytest.approx(3899, abs=2)
 
 
-def test_a_board_of_318_parameters_is_small(postgres: str, tmp_path: Path) -> None:
-    names = [f"layers.{layer}.{part}.weight" for layer in range(26) for part in ("query", "key", "value")]
-    names += [f"layers.{layer}.{part}.bias" for layer in range(60) for part in ("a", "b", "c", "d")]
+_WIDE = [f"layers.{layer}.{part}.weight" for layer in range(26) for part in ("query", "key", "value")]
+_WIDE += [f"layers.{layer}.{part}.bias" for layer in range(60) for part in ("a", "b", "c", "d")]
+_WIDER = [f"decoder.{layer}.{part}" for layer in range(250) for part in "abcdefgh"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, postgres: str) -> Iterator[sa.Engine]:
+    """A run of 318 parameters of which 600 steps are sampled, a copy of it, and one of 2,000 with a few samples."""
+    plan = [("run-wide", _WIDE, 600), ("run-copy", _WIDE, 600), ("run-wider", _WIDER, 20)]
     with migrated_database(postgres) as url:
         engine = open_engine(url)
-        with GradwatchServer(tmp_path / "gradwatch.db", "--database-url", url) as server:
-            run_id = server.register(names, id="run-wide", project="vision", name="wide")
-            for first in range(0, 600, 100):
-                samples = [sample(step, *[0.1] * len(names), loss=1.0) for step in range(first, first + 100)]
-                server.store(run_id, wire.Batch(id=str(first), samples=samples)).raise_for_status()
-        sizes = {}
-        for name in ("1 A", "2 A", "3 A", "4 A", "4 B", "4 C", "5 A", "6 A"):
-            found = rows(engine, STATEMENTS[f"gradwatch-run.json {name}"], run=["run-wide"])
-            sizes[name] = len(json.dumps([list(row) for row in found], default=str))
-        pages = rows(engine, EVERY_STATEMENT["gradwatch-run.json variable layers"], run=["run-wide"])
-        page = rows(engine, MAP, run=["run-wide"], layers=["281-318"])
+        folder = tmp_path_factory.mktemp("wide")
+        with GradwatchServer(folder / "gradwatch.db", "--database-url", url) as server:
+            for run_id, names, count in plan:
+                server.register(names, id=run_id, project="vision", name=run_id)
+                for first in range(0, count, 100):
+                    steps = range(first, min(first + 100, count))
+                    samples = [sample(step, *[0.1234567] * len(names), loss=1.0) for step in steps]
+                    server.store(run_id, wire.Batch(id=str(first), samples=samples)).raise_for_status()
+        yield engine
         engine.dispose()
+
+
+def test_a_board_of_318_parameters_is_small_as_it_is_sent(wide: sa.Engine) -> None:
+    """Grafana and the proxies before it compress what they send."""
+    sizes = {}
+    for name in ("1 A", "2 A", "3 A", "4 A", "4 B", "4 C", "5 A", "6 A"):
+        found = rows(wide, STATEMENTS[f"gradwatch-run.json {name}"], run=["run-wide"], layers=["1-318"])
+        columns = [[str(value) for value in column] for column in zip(*found, strict=True)]
+        sizes[name] = len(gzip.compress(json.dumps(columns).encode()))
     assert sizes["5 A"] < 500_000
     assert sum(sizes.values()) < 1_000_000
-    assert [row[1] for row in pages] == ["all", *(f"{low}-{min(low + 39, 318)}" for low in range(1, 318, 40))]
-    assert len({row.layer for row in page}) == 38
+
+
+def test_a_chart_costs_what_its_run_and_its_time_hold_and_not_what_else_is_stored(wide: sa.Engine) -> None:
+    cells = _cells(wide, run=["run-wide"], layers=["1-318"])
+    assert calls(wide, MAP, run=["run-wide"], layers=["1-318"]) <= 640 + len({row.time for row in cells})
+    assert calls(wide, PROFILE, run=["run-wide"]) == 1
+
+
+@pytest.mark.parametrize("panel", [3, 21])
+def test_a_zoom_does_not_take_the_whole_run_apart(long: sa.Engine, panel: int) -> None:
+    with long.connect() as connection:
+        (last,) = connection.exec_driver_sql("SELECT max(at) FROM samples WHERE level = 0").one()
+    with long.connect() as connection:
+        (trails,) = connection.exec_driver_sql("SELECT count(*) FROM trails").one()
+    assert calls(long, STATEMENTS[f"gradwatch-run.json {panel} A"], last - 20, run=["run-long"]) <= 4 < trails
+
+
+def test_every_layer_of_the_map_is_reached(wide: sa.Engine) -> None:
+    (first, *others), wider = (rows(wide, PAGES, run=[run]) for run in ("run-wide", "run-wider"))
+    assert (tuple(first), tuple(others[0])) == (("all 318", "1-318"), ("by blocks", "all"))
+    assert [row[1] for row in others[1:]] == [f"{low}-{min(low + 39, 318)}" for low in range(1, 318, NAMED_ROWS)]
+    assert wider[0][1] == "all"
+    assert [row[1] for row in wider[1:8]] == [f"{low}-{min(low + 319, 2000)}" for low in range(1, 2000, MOST_ROWS)]
+    assert [row[1] for row in wider[8:]] == [f"{low}-{low + 39}" for low in range(1, 2000, NAMED_ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("run", "layers", "height", "named"),
+    [
+        ("run-wide", "1-318", 318, 40),
+        ("run-wide", "all", 40, 40),
+        ("run-wide", "281-318", 38, 38),
+        ("run-wider", "1-320", 320, 40),
+        ("run-wider", "all", 40, 40),
+        ("run-wider", "1-2000", 40, 40),
+        ("run-wider", "1921-2000", 80, 40),
+    ],
+)
+def test_a_map_has_a_row_for_each_parameter_that_is_chosen_and_names_with_room(
+    wide: sa.Engine, run: str, layers: str, height: int, named: int
+) -> None:
+    found = list(dict.fromkeys(row.layer for row in _cells(wide, run=[run], layers=[layers])))
+    assert len(found) == height
+    assert len([layer for layer in found if not layer.endswith(UNNAMED)]) == named
+    assert max(map(len, found)) <= 34
+    if (run, layers) == ("run-wider", "all"):
+        assert found[:2] == ["decoder.0 to 6", "decoder.7 to 13"]
+
+
+def test_the_legend_of_the_map_is_before_its_time(wide: sa.Engine) -> None:
+    legend = [row for row in rows(wide, MAP, run=["run-wide"]) if row.layer == LEGEND]
+    assert [row.ratio for row in legend] == list(range(1, len(RATIO_LEGEND) + 1))
+    assert max(row.time.timestamp() for row in legend) < 0.91e9
 
 
 def test_a_layer_is_named_by_its_end_and_no_two_alike(postgres: str, tmp_path: Path) -> None:
@@ -280,7 +373,7 @@ def test_a_layer_is_named_by_its_end_and_no_two_alike(postgres: str, tmp_path: P
         with GradwatchServer(tmp_path / "gradwatch.db", "--database-url", url) as server:
             run_id = server.register(names, id="run-long-names", project="vision", name="long names")
             server.store(run_id, wire.Batch(id="1", samples=[sample(1, 0.1, 0.2, 0.3)])).raise_for_status()
-        layers = [row.layer for row in rows(engine, MAP, run=[run_id])][:3]
+        layers = [row.layer for row in _cells(engine, run=[run_id])][:3]
         engine.dispose()
     assert len(set(layers)) == 3
     assert all(layer.startswith("…") and "every.one.of.them" in layer for layer in layers)

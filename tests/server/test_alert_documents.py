@@ -14,7 +14,7 @@ from gradwatch_server.cli.receivers import _test_payload
 from gradwatch_server.notify.outbox import DeliverySettings
 from gradwatch_server.notify.receivers import AnyReceiver
 from gradwatch_server.settings import Configuration, Connections, Limits, Metrics, RemoteWrite, Route
-from gradwatch_server.store.retention import Retention
+from gradwatch_server.store.rollups.retention import Retention
 from tests.processes import ROOT, GradwatchServer, WebhookReceiver, sample
 
 SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "alert.schema.json").read_text())

@@ -195,9 +195,9 @@ def _one_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_one_group")
-def test_a_piece_begins_while_one_of_another_run_waits(database_url: str) -> None:
+def test_a_piece_begins_while_those_of_other_runs_wait(database_url: str) -> None:
     done, results = _begun_and_finished(database_url)
-    order = "begin a1, finish a1, begin a2, begin b, finish a2, begin c, finish b, finish c"
+    order = "begin a1, finish a1, begin a2, begin b, begin c, finish a2, finish b, finish c"
     assert ", ".join(done) == order
     assert results == ["c", "a1", "b", "a2"]
 
@@ -218,8 +218,35 @@ def test_a_piece_that_fails_halfway_leaves_its_neighbours_alone(database_url: st
     done, results = _begun_and_finished(database_url, failing="b")
     assert [str(result) for result in results] == ["c", "a1", "b", "a2"]
     assert [isinstance(result, ValueError) for result in results] == [False, False, True, False]
-    again = done[done.index("begin c") + 1 :]  # all of them, one by one
+    again = done[done.index("finish a2") + 1 :]  # all of them, one by one
     assert again == ["begin a1", "finish a1", "begin a2", "finish a2", "begin b", "begin c", "finish c"]
+
+
+def test_runs_take_turns_however_much_waits_on_one(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_commit, "_MOST_IN_ONE_COMMIT", 1)
+    engine = open_engine(database_url)
+    queue = Writer(engine, capacity=1_000, capacity_per_run=1_000)
+    greedy, other = itertools.islice(_of_one_writer(), 2)
+    held, gate = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def hold(_connection: sa.Connection) -> bool:
+        held.set()
+        return gate.wait(PATIENCE_SECONDS)
+
+    def note(_connection: sa.Connection, name: str) -> None:
+        done.append(name)
+
+    holding = queue.submit(hold, greedy)
+    assert held.wait(PATIENCE_SECONDS)
+    pieces = [(greedy, f"greedy {number}") for number in range(8)] + [(other, "other")]
+    futures = [queue.submit(partial(note, name=name), run) for run, name in pieces]
+    gate.set()
+    assert holding.result(PATIENCE_SECONDS)
+    wait(futures, PATIENCE_SECONDS)
+    queue.close(PATIENCE_SECONDS)
+    engine.dispose()
+    assert done == ["greedy 0", "other", *(f"greedy {number}" for number in range(1, 8))]
 
 
 def test_sigterm_readiness_goes_first_and_what_was_taken_is_answered(fleet: Fleet, database_url: str) -> None:

@@ -28,7 +28,7 @@ def test_a_listener_that_does_not_read_is_told_the_newest_of_each_run_and_no_mor
 
     async def told() -> list[list[tuple[str, int | None]]]:
         feed, seen = ChangeStream(engine), []
-        stream, reader = feed.listen(), feed.listen()
+        stream, reader = feed.listen(15.0), feed.listen(15.0)
         assert [await anext(stream), await anext(reader)] == [[], []], "they listen"
         seen.append(await anext(stream))
         for step in range(1, 4):

@@ -52,7 +52,7 @@ def _same(one: Diagnosed, other: Diagnosed) -> bool:
 def pool() -> Iterator[DiagnosisPool]:
     """A pool of which this thread's worker takes jobs."""
     made = DiagnosisPool(from_time_share=0.0)
-    made.begin(PARAMETERS, History(), _samples(0, 1, 1), Thresholds())()
+    made.begin(PARAMETERS, History(), _samples(0, 1, 8), Thresholds())()
     assert made.workers[0].is_ready(PATIENCE_SECONDS)
     yield made
     made.close()
@@ -81,6 +81,16 @@ def test_a_worker_finds_the_same_bit_for_bit(only_there: DiagnosisPool) -> None:
             here, there = expected.history, found.history
             rules |= {finding.rule for findings in found.findings for finding in findings}
     assert {"exploding", "nonfinite"} <= rules
+
+
+def test_a_single_small_sample_is_not_worth_handing_over(pool: DiagnosisPool) -> None:
+    _kill(pool)
+    samples = _samples(1, 1, 1)
+    assert _same(
+        pool.begin(PARAMETERS, History(), samples, Thresholds())(),
+        diagnose_all(PARAMETERS, History(), samples, Thresholds()),
+    )
+    assert pool.workers, "the worker was asked and found to be dead"
 
 
 def test_networks_too_large_for_the_cache_or_the_pipe_are_diagnosed_too(only_there: DiagnosisPool) -> None:

@@ -21,7 +21,6 @@ from gradwatch_server.errors import ConfigurationError
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import writing
-from gradwatch_server.store.retention import Retention
 from gradwatch_server.store.rollups import queries
 from gradwatch_server.store.rollups.downsampling import (
     REPLAYED_FIRST_SAMPLES,
@@ -29,6 +28,7 @@ from gradwatch_server.store.rollups.downsampling import (
     downsample_chunk,
     expired_levels,
 )
+from gradwatch_server.store.rollups.retention import Retention
 from tests.processes import GradwatchServer, environment, sample
 from tests.server.test_levels import Store, agrees, numbered, rows, some_examples
 

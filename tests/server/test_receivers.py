@@ -98,6 +98,31 @@ def test_each_kind_of_web_receiver_gets_its_own_form(tmp_path: Path) -> None:
             assert _read_as_alertmanager(old.wait(2)[1][1]) == ("resolved", "gradwatch_nonfinite", run)
 
 
+def test_a_run_that_ends_with_an_alert_on_is_not_resolved_for_people(tmp_path: Path) -> None:
+    """Chat says so, and the pager's incident stays open."""
+    with WebhookReceiver() as slack, WebhookReceiver() as teams, WebhookReceiver() as pager:
+        config = "\n".join(
+            f'[[receivers]]\nname = "{kind}"\ntype = "{kind}"\nurl = "{url}"\n{LOOPBACK}\n{more}'
+            for kind, url, more in (
+                ("slack", slack.url, ""),
+                ("teams", teams.url, ""),
+                ("pagerduty", pager.url, 'routing_key = "key"'),
+            )
+        )
+        with configured(tmp_path, config) as server:
+            run = fall_ill(server, name="resnet")
+            server.store(run, wire.Batch(id="end", end=wire.End(at=5.0, status="failed")))
+            text = json.loads(slack.wait(2)[1][1])
+            assert text["text"] == "ENDED WITH THE ALERT ON: nonfinite in vision / resnet"
+            assert "the run has ended: failed" in text["blocks"][0]["text"]["text"]
+            card = json.loads(teams.wait(2)[1][1])["attachments"][0]["content"]
+            assert card["body"][0]["color"] == "Attention"
+            events = [json.loads(body) for _, body in pager.wait(2)]
+            assert [event["event_action"] for event in events] == ["trigger", "trigger"]
+            assert events[0]["dedup_key"] == events[1]["dedup_key"]
+            assert events[1]["payload"]["summary"].startswith("ENDED WITH THE ALERT ON")
+
+
 def _read_as_alertmanager(body: bytes) -> tuple[str, str, str]:
     """Read as a receiver written for Alertmanager does: by its documented fields, every one of them required."""
     message = json.loads(body)

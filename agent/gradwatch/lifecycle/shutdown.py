@@ -13,8 +13,8 @@ from typing import Final, Protocol
 CLOSING_SECONDS: Final = 10.0
 """Longest wait for the server when an agent is closed; of all agents together at the end of the interpreter."""
 
-_background: Final[list[threading.Thread]] = []
-"""Threads that finish runs after which other trainings followed in this process."""
+_background: Final[list[tuple[threading.Thread, Callable[[], None]]]] = []
+"""Threads that finish runs which nobody waits for any more, each with what stops its work where the time is over."""
 
 _earlier_errors: Final[list[int]] = []
 """Id of the last uncaught exception when an agent attached: a slip in an earlier cell of a notebook, which ends no run.
@@ -51,11 +51,22 @@ def outcome(error: BaseException | None) -> tuple[str, int | None]:
     return "completed" if error is None else "failed", None
 
 
-def finish_in_background(finish: Callable[[], None]) -> None:
-    """Call ``finish`` on a thread of its own; the end of the interpreter waits for it."""
-    _background[:] = [thread for thread in _background if thread.is_alive()]
-    _background.append(threading.Thread(target=finish, name="gradwatch-finishing", daemon=True))
-    _background[-1].start()
+def finish_in_background(finish: Callable[[], None], give_up: Callable[[], None]) -> None:
+    """Call ``finish`` on a thread of its own; the end of the interpreter waits for it.
+
+    Args:
+        finish: finishes a run.
+        give_up: called where the end of the interpreter can wait no longer; returns once no thread of the run calls
+            PyTorch any more. A thread that does so while the interpreter is taken down aborts the process.
+    """
+    _background[:] = [(thread, stop) for thread, stop in _background if thread.is_alive()]
+    thread = threading.Thread(target=finish, name="gradwatch-finishing", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter ends
+        give_up()
+    else:
+        _background.append((thread, give_up))
 
 
 def close_at_exit(running: Callable[[], Iterable[Closable]]) -> None:
@@ -98,5 +109,9 @@ def close_all(running: Callable[[], Iterable[Closable]], how: tuple[str, int | N
     with suppress(KeyboardInterrupt):  # what the server has not taken yet stays in the spool
         for agent in stopped:
             agent.deliver()
-        for thread in _background:
+        for thread, _ in _background:
             thread.join(max(deadline - time.monotonic(), 0.0))
+    with suppress(KeyboardInterrupt):
+        for thread, give_up in _background:
+            if thread.is_alive():
+                give_up()

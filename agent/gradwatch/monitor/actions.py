@@ -1,7 +1,7 @@
 """Carrying out the actions of the step core: one pass measures the gradients of a step and clips them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,6 +15,9 @@ from gradwatch.recording.optimizers import WatchedOptimizers, holds_optimizers
 from gradwatch.recording.recorder import NormRecorder
 from gradwatch.steps.core import Measure
 from gradwatch.steps.state import Measurement, StepRecord, scaled_by
+
+_STEPS_UNTIL_SURE: Final = 100
+"""Steps after which an optimizer that nobody named and that has not stepped is no longer waited for."""
 
 
 class StepActions:
@@ -35,6 +38,8 @@ class StepActions:
         self._scaling = scaling
         self._recorder = recorder
         self.clipped_gradients = ClippedGradients()
+        self._first_step: int | None = None
+        """The first step that was sampled."""
 
     def measure_step(self, optimizer: Optimizer, record: StepRecord) -> tuple[Pass, Measurement] | None:
         """Measure the gradients that an optimizer is about to step with."""
@@ -56,6 +61,21 @@ class StepActions:
         """Return the parameters that AGC does not clip; without AGC, those of the classifier."""
         clipper = self._models.clipper
         return self._models.classifier.indices if clipper is None else clipper.excluded(self._models.parameters.watched)
+
+    def unstepped(self, step: int) -> frozenset[int]:
+        """Return the trainable parameters that have a gradient, but no optimizer that is known holds them.
+
+        Where the user named no optimizer, those that have not stepped are not known: it takes some steps to be sure.
+        """
+        parameters = self._models.parameters
+        if self._first_step is None:
+            self._first_step = step
+        if self._optimizers.named_keys is None and step - self._first_step < _STEPS_UNTIL_SURE:
+            return frozenset()
+        if parameters.sharded or len(self._optimizers.stepped_indices) >= len(parameters.watched):
+            return frozenset()
+        others = parameters.other_than(self._optimizers.held_indices)
+        return frozenset(index for index, other in others if other.requires_grad and other.grad is not None)
 
     def _note_frozen(self, listed: OptimizerParameters) -> None:
         """Register again where ``requires_grad`` has changed.

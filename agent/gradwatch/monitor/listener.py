@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch.clipping.unwatched_clips import UnwatchedClips
 from gradwatch.hooks import torch_hooks
 from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, with_closure
 from gradwatch.monitor.arrived_numbers import ArrivedNumbers
@@ -64,6 +65,7 @@ class TrainingListener:
         self._versions = GradientVersions(self._parameters)
         self._loss_origin = LossOrigin(self._parameters, parts.steps)
         self._actions = StepActions(parts.models, parts.optimizers, parts.scaling, parts.recorder)
+        self._unwatched_clips = UnwatchedClips(self._parameters, self._optimizers.lists)
         self._others = OtherThreads(parts.steps, parts.models.parameters)
         self._arrived = ArrivedNumbers(parts.steps)
         parts.recorder.pool.before_reuse = self._arrived.look
@@ -97,6 +99,8 @@ class TrainingListener:
             Exception: clipping failed; errors of the measuring are swallowed.
         """
         closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
+        if self._unwatched_clips.waiting and self.guard.watching:
+            self._claim_unwatched_clips()
         if (
             self.guard.watching
             and not self._steps.schedule.due
@@ -165,6 +169,11 @@ class TrainingListener:
         self.guard.book_sample(started)
 
     @guarded
+    def _claim_unwatched_clips(self) -> None:
+        for clip in self._unwatched_clips.claimed():
+            self._steps.norm_clipped(clip, sorted(clip.indices), measure=False)
+
+    @guarded
     def _begin_quietly(self, optimizer: Optimizer) -> bool:
         """Begin a step that needs no record; return whether it needs none."""
         if self._parameters.order_pending or self._origin.is_active or self._optimizers.gone or self._loss_origin.aside:
@@ -193,15 +202,10 @@ class TrainingListener:
             self._loss_origin.before_step(known.parameters.index_set)
         self._loss_origin.mark = self._versions.mark = None
         around = None if outer is None else self._optimizers.known(outer)
+        reached = self._others.reached() if self._steps.state.under_way else frozenset[int]()
+        now, outside, stepped = time.time(), None if around is None else around.key, known.parameters.index_set
         event = functools.partial(
-            self._steps.step_began,
-            known.key,
-            known.parameters.index_set,
-            threading.get_ident(),
-            time.time(),
-            None if around is None else around.key,
-            closure,
-            self._others.reached() if self._steps.state.under_way else frozenset(),
+            self._steps.step_began, known.key, stepped, threading.get_ident(), now, outside, closure, reached
         )
         began = event()
         while not isinstance(began, Began):
@@ -304,7 +308,7 @@ class TrainingListener:
         self._optimizers.counts_strangers = False
         self._steps.step_ended(time.perf_counter(), self.guard.costs(self.threads), learn=learn)
         if record.sampled:
-            record.excluded = self._actions.excluded
+            record.excluded, record.unstepped = self._actions.excluded, self._actions.unstepped(record.step)
         self.put(record)
         if self._parameters.order_pending and self._parameters.learn_order(record.step):
             self._models.register()
@@ -326,12 +330,18 @@ class TrainingListener:
             return False
         listed = self._optimizers.lists.find(parameters, exact=self._clips or self._steps.schedule.due)
         if not listed.indices:
-            return False
+            listed = self._unwatched_clips.listed(parameters)
+            if not (listed.indices or self._unwatched_clips.compares):
+                return False
+        within_step = bool(self._steps.state.stepping) and self._is_within_step(listed.index_set)
         limit = copy_scalar(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
         total, finite = copy_and_check(total_norm)
         partial = type(total_norm) is not Tensor and is_partial(total_norm)
         ranks, repeats = ranks_of_norm(total_norm) if partial else ((), False)
         clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite, ranks, repeats)
+        if not listed.indices:
+            self._unwatched_clips.note(clip, parameters)
+            return False
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
         # before, where it can be seen. So where gradients may change before they are stepped with.
         destroys = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
@@ -341,7 +351,14 @@ class TrainingListener:
         action = self._steps.norm_clipped(clip, listed.indices, measure)
         if action is not None:
             self._measure_before_clip(listed, action)
-        return sampled and not measure
+        return sampled and not measure and not within_step
+
+    def _is_within_step(self, indices: frozenset[int]) -> bool:
+        """Return whether an optimizer is in the middle of its step, to which clipping these gradients belongs."""
+        if self._steps.state.stepping.isdisjoint(indices):
+            return False
+        self._steps.quiet.write_down(time.time())
+        return True
 
     @guarded
     def after_norm_clip(self, parameters: Sequence[Tensor]) -> None:
@@ -353,9 +370,8 @@ class TrainingListener:
         """Gradients are about to be clipped by value."""
         if not self.guard.watching:
             return
-        listed = self._optimizers.lists.find(parameters, exact=self._clips or self._steps.schedule.due)
-        if not listed.indices:
-            return
+        listed = self._unwatched_clips.listed(parameters)
+        self._is_within_step(listed.index_set)
         action = self._steps.value_clipped(listed.index_set, listed.indices)
         if action is not None:
             self._measure_before_clip(listed, action)
@@ -381,10 +397,9 @@ class TrainingListener:
     def _gradients_cleared(self, indices: frozenset[int]) -> None:
         self._steps.gradients_cleared(indices)
         self._recorder.take_back(self._steps.state.dropped)
-        state = self._steps.state
-        if not state.losses:
+        if not self._steps.state.losses:
             return
         everything = frozenset(range(len(self._parameters.watched)))
         trained = self._optimizers.trained_indices if self._steps.expected.known else everything
-        if not self._parameters.any_has_gradient(trained - state.cleared):
+        if not self._parameters.any_has_gradient(trained - self._steps.state.cleared):
             self._loss_origin.losses_dropped()

@@ -81,6 +81,8 @@ class RankExchange:
     size: int
     divided: bool
     store: Any
+    given_up: bool = False
+    """Whether nothing more may be asked of the store."""
     _published: deque[str] = field(default_factory=deque)
     """Keys of the parts that this rank left in the store, the oldest first."""
     _documents: int = 0
@@ -164,30 +166,31 @@ class RankExchange:
     # The store
 
     def _check(self, keys: Iterable[str]) -> bool:
-        with _gone_for_errors():
+        with self._answers():
             return bool(self.store.check([f"gradwatch/{self.name}/{key}" for key in keys]))
 
     def _get(self, key: str, kind: type[_T]) -> _T | None:
         if not self._check([key]):
             return None
-        with _gone_for_errors():
+        with self._answers():
             return msgspec.msgpack.decode(self.store.get(f"gradwatch/{self.name}/{key}"), type=kind)
 
     def _set(self, key: str, document: Any) -> None:
-        with _gone_for_errors():
+        with self._answers():
             self.store.set(f"gradwatch/{self.name}/{key}", msgspec.msgpack.encode(document))
 
     def _delete(self, key: str) -> None:
-        with _gone_for_errors():
+        with self._answers():
             self.store.delete_key(f"gradwatch/{self.name}/{key}")
 
-
-@contextlib.contextmanager
-def _gone_for_errors() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, OSError) as error:  # torch's errors of stores and of the network
-        raise StoreGone(str(error)) from error
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        if self.given_up:
+            raise StoreGone("the program ends")
+        try:
+            yield
+        except (RuntimeError, OSError) as error:  # torch's errors of stores and of the network
+            raise StoreGone(str(error)) from error
 
 
 def exchange_for(models: Sequence[nn.Module]) -> RankExchange | None:

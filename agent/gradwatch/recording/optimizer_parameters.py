@@ -17,6 +17,12 @@ from gradwatch.norms.buffers import SampleBuffers, UnitNorms
 from gradwatch.norms.layout import MeasurementPlan
 from gradwatch.norms.tensor_spec import local_part
 
+_LISTS: Final = 4096
+"""Lists that are remembered: a loop may clip several, even each parameter by itself, at every step."""
+_PROBES: Final = 16
+"""Parameters of a long list by which it is recognised between two full checks."""
+_CHECKED_EVERY: Final = 64
+"""Uses after which a list is checked parameter by parameter."""
 _PLANS: Final = 8
 """Plans kept for an optimizer: one for each set of parameters that had gradients together."""
 
@@ -176,3 +182,44 @@ class OptimizerParameters:
         if len(self._plans) > _PLANS:
             self._plans.popitem(last=False)
         return plan
+
+
+class ListedParameters:
+    """The lists of parameters that were clipped lately.
+
+    Args:
+        look_up: finds the watched parameters of a list.
+    """
+
+    def __init__(self, look_up: Callable[[Sequence[Tensor]], OptimizerParameters]) -> None:
+        self._look_up = look_up
+        self._known: OrderedDict[tuple[int, ...], OptimizerParameters] = OrderedDict()
+        """By the length and some of the ids."""
+
+    def find(self, parameters: Sequence[Tensor], *, exact: bool = True) -> OptimizerParameters:
+        """Return the watched parameters of a list; the same object for the same parameters in the same order.
+
+        Args:
+            parameters: the list.
+            exact: compare every parameter. Otherwise a long list is recognised by some of them, most of the time.
+        """
+        count = len(parameters)
+        key = (count, *map(id, parameters[:: count // _PROBES + 1]))
+        known = self._known.get(key)
+        if known is not None and known.deaths == deaths.count:
+            known.uses += 1
+            if count < _PROBES or not (exact or known.uses % _CHECKED_EVERY == 0):
+                return known
+            if known.signature == list(map(id, parameters)):
+                return known
+        elif known is not None and known.whole and known.signature == list(map(id, parameters)):
+            return known
+        known = self._known[key] = self._look_up(parameters)
+        known.signature = list(map(id, parameters))
+        if len(self._known) > _LISTS:
+            self._known.popitem(last=False)
+        return known
+
+    def clear(self) -> None:
+        """Forget all lists: the watched parameters have changed."""
+        self._known.clear()

@@ -5,7 +5,7 @@ This module only finds the optimizers; ``gradwatch.steps.ownership`` decides whi
 
 import itertools
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, cast
 
@@ -14,15 +14,13 @@ from torch.optim import Optimizer
 
 from gradwatch.hooks.weak_tensors import deaths
 from gradwatch.model.registry import ParameterRegistry
-from gradwatch.recording.optimizer_parameters import OptimizerParameters
+from gradwatch.recording.optimizer_parameters import ListedParameters, OptimizerParameters
 from gradwatch.steps.ownership import ADOPTED, Adoption, Named, adoption_of
 
-_LISTS: Final = 4096
-"""Lists that are remembered: a loop may clip several, even each parameter by itself, at every step."""
 _PROBES: Final = 16
-"""Parameters of a long list, or groups of an optimizer, by which it is recognised between two full checks."""
+"""Groups of an optimizer by which it is recognised between two full checks."""
 _CHECKED_EVERY: Final = 64
-"""Uses after which a list, or an optimizer, is checked parameter by parameter."""
+"""Uses after which an optimizer is checked parameter by parameter."""
 
 
 def unwrapped(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer] | None:
@@ -77,47 +75,6 @@ class KnownOptimizer:
         """Uses until it is checked again."""
         self.places: list[int] = []
         """Places of its parameter groups among those of all optimizers; they stay what they are."""
-
-
-class ListedParameters:
-    """The lists of parameters that were clipped lately.
-
-    Args:
-        look_up: finds the watched parameters of a list.
-    """
-
-    def __init__(self, look_up: Callable[[Sequence[Tensor]], OptimizerParameters]) -> None:
-        self._look_up = look_up
-        self._known: OrderedDict[tuple[int, ...], OptimizerParameters] = OrderedDict()
-        """By the length and some of the ids."""
-
-    def find(self, parameters: Sequence[Tensor], *, exact: bool = True) -> OptimizerParameters:
-        """Return the watched parameters of a list; the same object for the same parameters in the same order.
-
-        Args:
-            parameters: the list.
-            exact: compare every parameter. Otherwise a long list is recognised by some of them, most of the time.
-        """
-        count = len(parameters)
-        key = (count, *map(id, parameters[:: count // _PROBES + 1]))
-        known = self._known.get(key)
-        if known is not None and known.deaths == deaths.count:
-            known.uses += 1
-            if count < _PROBES or not (exact or known.uses % _CHECKED_EVERY == 0):
-                return known
-            if known.signature == list(map(id, parameters)):
-                return known
-        elif known is not None and known.whole and known.signature == list(map(id, parameters)):
-            return known
-        known = self._known[key] = self._look_up(parameters)
-        known.signature = list(map(id, parameters))
-        if len(self._known) > _LISTS:
-            self._known.popitem(last=False)
-        return known
-
-    def clear(self) -> None:
-        """Forget all lists: the watched parameters have changed."""
-        self._known.clear()
 
 
 class WatchedOptimizers:
@@ -178,6 +135,12 @@ class WatchedOptimizers:
     def stepped_indices(self) -> frozenset[int]:
         """Return the watched parameters of the optimizers that are known so far."""
         return frozenset().union(*(known.parameters.index_set for known in self._alive()))
+
+    @property
+    def held_indices(self) -> frozenset[int]:
+        """Return the watched parameters of all optimizers that were met, whether their steps count or not."""
+        met = (known.reference() for known in list(self._known.values()))
+        return frozenset().union(*(self._watched_of(optimizer) for optimizer in met if optimizer is not None))
 
     @property
     def trained_indices(self) -> frozenset[int]:

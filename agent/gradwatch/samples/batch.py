@@ -10,6 +10,7 @@ import msgspec
 
 from gradwatch import wire
 from gradwatch.model.discovery import shorten_name
+from gradwatch.settings import LONGEST_NAME, can_be_stored
 
 # A batch is written when it reaches one of these, all well below what a server takes by default.
 LARGEST_BATCH_BYTES: Final = 4 << 20
@@ -17,6 +18,37 @@ LARGEST_BATCH_SAMPLES: Final = 500
 LARGEST_BATCH_VALUES: Final = 50_000
 """Losses and logged scalars."""
 LARGEST_BATCH_EVENTS: Final = 5_000
+LARGEST_BATCH_NAMES: Final = 200
+"""Different names of scalars."""
+
+_MOST_NAMES: Final = 1_000
+"""Different names that a run may log: the server keeps the latest value of each with the run."""
+_OWN_NAMES: Final = ("loss", "clip_norm")
+
+
+class ScalarNames:
+    """The names of scalars that a run has logged, of which the server takes only so many."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._has_warned = False
+
+    def accept(self, name: str) -> bool:
+        """Return whether the server takes a scalar of this name."""
+        if name in self._names or name in _OWN_NAMES:
+            return True
+        if len(self._names) < _MOST_NAMES and len(name) <= LONGEST_NAME and can_be_stored(name):
+            self._names.add(name)
+            return True
+        return False
+
+    def warning(self, name: str) -> str:
+        """Return why a name is not taken; empty where this has been told."""
+        if self._has_warned:
+            return ""
+        self._has_warned = True
+        why = f"that has a name of more than {LONGEST_NAME} characters or with NUL, or a new one beyond {_MOST_NAMES:,}"
+        return f"log({name[:40]}=...) is dropped, as all is {why}"
 
 
 class StepNumbers:
@@ -53,6 +85,10 @@ class Batch:
         self.samples.append(sample)
         self._bytes += sum(4 * vector.size for vector in sample.statistics.values()) + 256
         self._bytes += 32 * len(sample.scalars) + 9 * sum(map(len, sample.histograms.values()))
+
+    def takes(self, name: str) -> bool:
+        """Return whether there is room for a scalar of this name."""
+        return name in self.trail or len(self.trail) < LARGEST_BATCH_NAMES
 
     def add_value(self, step: int, name: str, value: float) -> None:
         """Add a number that belongs to no sample; a later one of the same step and name replaces it."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -157,6 +158,7 @@ class SampleBuilder:
         record, vectors = draft.record, draft.vectors
         if joined is not None:
             vectors.replace(joined.values)
+        vectors.clip_late(record.clipped_late, record.value_clipped_late)
         sources: set[Source] = {"gradient", "weight"}
         if record.clips or record.value_clipped or self._agc is not None:
             sources.add("clipping")
@@ -170,12 +172,14 @@ class SampleBuilder:
             scalars["removed_grad_norm"] = total_norm(vectors["removed_norm"])
         if joined is not None and record.clips and record.clips[-1].partial:
             scalars["clip_norm"] = [clip for clip in joined.clips if clip.ranks == record.clips[-1].ranks][-1].total
+        unstepped = sorted(record.unstepped - set(np.flatnonzero(statistics["grad_norm"] != MISSING).tolist()))
         return wire.Sample(
             step=record.step,
             at=record.at,
             statistics=statistics,
             scalars={name: wire.serialise(value) for name, value in scalars.items()},
             histograms=draft.histograms,
+            unstepped=unstepped if unstepped and joined is None else msgspec.UNSET,
         )
 
     def _draft(self, record: StepRecord) -> "Draft":
@@ -326,6 +330,8 @@ def _norm_limit(record: StepRecord, grad_norm: wire.Vector) -> float:
     for measurement in record.measurements:
         for clip, indices in () if measurement.before_clip else measurement.clips:
             scaled[id(clip)] |= indices
+    for clip, indices in record.clipped_late:
+        scaled[id(clip)] |= indices
     whole = (clip for clip in record.clips if clip.norm_type == 2.0 and scaled[id(clip)] >= present)
     return min((limit for clip in whole if (limit := clip.max_norm) > 0), default=math.inf)
 

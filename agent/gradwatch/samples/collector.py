@@ -23,11 +23,10 @@ from gradwatch.norms.buffers import BufferPool
 from gradwatch.ranks.exchange import RankExchange
 from gradwatch.ranks.holdings import RegisteredParameters
 from gradwatch.ranks.parts import JoinedStatistics
-from gradwatch.samples.batch import Batch, StepNumbers
+from gradwatch.samples.batch import Batch, ScalarNames, StepNumbers
 from gradwatch.samples.builder import Draft, SampleBuilder
 from gradwatch.samples.joining import JoiningCallbacks, joining_for
 from gradwatch.samples.loggers import ScalarLogger
-from gradwatch.settings import LONGEST_NAME, can_be_stored
 from gradwatch.steps.state import StepRecord
 
 WRITE_SECONDS: Final = 0.8
@@ -35,23 +34,16 @@ WRITE_SECONDS: Final = 0.8
 _POLL_SECONDS: Final = 0.1
 """Pause while a copy from a device, or the parts of other ranks, are waited for."""
 
-LARGEST_BATCH_NAMES: Final = 200
-"""Different names of scalars in a batch."""
-
-MOST_NAMES: Final = 1_000
-"""Different names that a run may log: the server keeps the latest value of each with the run."""
-_OWN_NAMES: Final = ("loss", "clip_norm")
 LONGEST_QUEUE: Final = 20_000
 """Steps that may wait for the collector; further ones are dropped and counted."""
-_MOST_NUMBERS: Final = 4096
-"""Steps without a record that are one message."""
+_MOST_NUMBERS: Final = 4096  # steps without a record that are one message
 _BACKLOG: Final = 8
 """Documents in the spool from which on batches grow: the server is slower than the training then."""
-_GROWN_BATCH_SECONDS: Final = 2.0
-"""Age at which a batch is written all the same."""
+_GROWN_BATCH_SECONDS: Final = 2.0  # age at which a batch is written all the same
 _LAST_COPIES_SECONDS: Final = 5.0
 """Longest wait for all copies from the devices when the run ends."""
 _FAILED_DEVICE_SECONDS: Final = 0.2  # what a device that has failed has not copied yet will not come
+_LONGEST_CALL_SECONDS: Final = 6.0  # of a call into PyTorch: a store answers within five seconds or not at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +101,7 @@ class Collector:
         self._trouble = trouble
         self._failed = failed
         self._warn = warn
+        self._ranks = ranks
         self._messages: deque[Message] = deque()
         self._numbers: StepNumbers | None = None
         """The last message, if it takes the numbers of further steps."""
@@ -116,6 +109,7 @@ class Collector:
         """The last numbers that were taken out of the queue: one more may just have been appended to them."""
         self._wake = threading.Event()
         self._stop = False
+        self._given_up = False
         self._loggers: tuple[ScalarLogger, ...] = ()
         self._builder = SampleBuilder(dropped, agc)
         callbacks = JoiningCallbacks(
@@ -130,9 +124,7 @@ class Collector:
         self._registered = ranks is None
         """Whether batches may be written: the run is registered when the parameters of the other ranks are known."""
         self._batch = Batch()
-        self._names: set[str] = set()
-        """Names that were logged so far."""
-        self._warned_of_name = False
+        self._names = ScalarNames()
         self._waits_for_device = False
         self._last_copies = 0.0
         """Monotonic time until which copies from the devices are waited for when the run ends."""
@@ -195,7 +187,26 @@ class Collector:
         self._last_copies = time.monotonic() + min(copies_seconds, timeout_seconds / 2)
         self._stop = True
         self._wake.set()
+        self.join(timeout_seconds)
+
+    def join(self, timeout_seconds: float | None = None) -> None:
+        """Wait until everything is written, or until the time is over."""
         self._thread.join(timeout_seconds)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread has not written everything yet."""
+        return self._thread.is_alive()
+
+    def give_up(self) -> None:
+        """Stop the thread, whatever still waits, and wait until it calls PyTorch no more."""
+        self._given_up = True
+        if self._ranks is not None:
+            self._ranks.given_up = True
+        self._wake.set()
+        self.join(_LONGEST_CALL_SECONDS)
+        if left := sum(isinstance(message, StepRecord) for message in self._messages):
+            self._warn(f"the program ends before the last {left:,} steps with samples or events are written")
 
     def _work(self) -> None:
         while True:
@@ -238,7 +249,7 @@ class Collector:
         """
         self._waits_for_device = False
         self._take_numbers(self._earlier)
-        while self._messages:
+        while self._messages and not self._given_up:
             message = self._messages[0]
             if isinstance(message, StepNumbers) and len(self._messages) == 1:
                 self._take_numbers(message)  # it stays: more may come
@@ -335,23 +346,16 @@ class Collector:
 
     def _accepts(self, name: str) -> bool:
         """Return whether the server takes a scalar of this name; count it as dropped, and warn once, if not."""
-        if name in self._names or name in _OWN_NAMES:
-            return True
-        if len(self._names) < MOST_NAMES and len(name) <= LONGEST_NAME and can_be_stored(name):
-            self._names.add(name)
+        if self._names.accept(name):
             return True
         self._dropped.values += 1
-        if not self._warned_of_name:
-            self._warned_of_name = True
-            self._warn(
-                f"log({name[:40]}=...) is dropped, as all is that has a name of more than {LONGEST_NAME} characters "
-                f"or with NUL, or a new one beyond {MOST_NAMES:,}"
-            )
+        if warning := self._names.warning(name):
+            self._warn(warning)
         return False
 
-    def _batch_for(self, name: str) -> "Batch":
+    def _batch_for(self, name: str) -> Batch:
         """Return the batch that takes a scalar of this name: a new one if the current one has too many names."""
-        if name not in self._batch.trail and len(self._batch.trail) >= LARGEST_BATCH_NAMES:
+        if not self._batch.takes(name):
             self._write_batch(force=True)
         return self._batch
 

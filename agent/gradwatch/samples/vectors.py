@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gradwatch import wire
 from gradwatch.norms.tensor_spec import TensorSpec
 from gradwatch.ranks.parts import ClipPart
-from gradwatch.statistics import MEASURED, MISSING, Source, measured_from
+from gradwatch.statistics import MEASURED, MISSING, Source, clip_coefficient, measured_from
 from gradwatch.steps.state import NormClip, ScaledBy
 
 _TOLERANCE = 1e-4
@@ -59,6 +59,20 @@ class Vectors:
                 total = 0.0 if clip.repeats else clip.total_norm
                 parts.append(ClipPart(clip.ranks, total, clip.max_norm, clip.norm_type, scaled))
         return parts
+
+    def clip_late(self, clips: Sequence[ScaledBy], unknown: Collection[int]) -> None:
+        """Scale the norms after clipping by what was clipped within the optimizer's step, after they were measured.
+
+        Args:
+            clips: clippings by norm.
+            unknown: parameters that were clipped by value, which does not tell their norms.
+        """
+        norms = self._values["clipped_grad_norm"]
+        for clip, indices in clips:
+            scaled = [index for index in indices if norms[index] != MISSING]
+            with np.errstate(all="ignore"):
+                norms[scaled] *= clip_coefficient(clip.total_norm, clip.max_norm)
+        norms[list(unknown)] = MISSING
 
     def set_zero(self, index: int) -> None:
         """Set the statistics of a gradient without elements."""

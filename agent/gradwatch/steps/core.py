@@ -152,6 +152,7 @@ class StepCore:
             mine = [loss for loss in mine if is_among(loss, losses)]
         if changed is None:
             return None
+        state.stepping = NO_INDICES
         if changed and (state.clips or state.value_clipped or state.coming or state.open):
             state.forget_clipping(changed)  # there is more to them now than what was clipped
         if not losses:
@@ -197,14 +198,17 @@ class StepCore:
         Returns:
             The measurement to make before the clipping, None if none is needed.
         """
+        if self.state.stepping and self.state.clip_within_step(clip):
+            return None
         action = self._measure_before(clip.indices, listed, force=not clip.finite) if measure else None
         self.state.clips.append(clip)
         return action
 
     def value_clipped(self, indices: Indices, listed: Sequence[int]) -> Measure | None:
         """Gradients are about to be clipped by value; return the measurement to make before, if any."""
+        indices = self.state.value_clip_within_step(indices) if self.state.stepping else indices
         self.state.value_clipped |= indices
-        return self._measure_before(indices, listed, force=False)
+        return self._measure_before(indices, listed, force=False) if indices else None
 
     def _measure_before(self, indices: Indices, listed: Sequence[int], *, force: bool) -> Measure | None:
         state, record = self.state, self.state.open
@@ -277,6 +281,7 @@ class StepCore:
             self.state.awaiting_closure = optimizer
         else:
             self._hand_over(record, optimizer)
+            self.state.stepping = indices
         return Began(owner, record)
 
     def _beginning(self, optimizer: OptimizerKey, indices: Indices, outer: OptimizerKey | None) -> Beginning:
@@ -338,6 +343,7 @@ class StepCore:
     def step_made(self, optimizer: OptimizerKey) -> Made:
         """An optimizer has stepped."""
         state, record = self.state, self.state.open
+        state.stepping = NO_INDICES
         if record is None or optimizer not in record.stepped:
             return _IN_PROGRESS
         without_closure = state.awaiting_closure == optimizer

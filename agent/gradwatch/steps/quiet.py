@@ -6,7 +6,7 @@ from typing import Final, Self
 
 from gradwatch.steps.ownership import ExpectedOptimizers
 from gradwatch.steps.schedule import SamplingSchedule, Signs
-from gradwatch.steps.state import Indices, NormClip, Number, OptimizerKey, StepRecord, StepState
+from gradwatch.steps.state import NO_INDICES, Indices, NormClip, Number, OptimizerKey, StepRecord, StepState
 
 
 @dataclass(slots=True)
@@ -119,6 +119,7 @@ class QuietSteps:
         state.losses = []
         state.clips.clear()
         state.evaluated = None
+        state.stepping = indices
         self._announced[optimizer] = self._announced.get(optimizer, 0) + 1
         self.step = step
         return True
@@ -131,6 +132,7 @@ class QuietSteps:
             spent_seconds: time that the agent has taken on the training thread since it was attached.
         """
         step, state = self.step, self._state
+        state.stepping = NO_INDICES
         if step is None:
             return None
         self.step = None

@@ -126,6 +126,10 @@ class StepRecord:
     losses_finite: bool = True
     clips: list[NormClip] = field(default_factory=list)
     value_clipped: bool = False
+    clipped_late: list[ScaledBy] = field(default_factory=list)
+    """Clippings by norm within the step of an optimizer, after its gradients were measured."""
+    value_clipped_late: Indices = NO_INDICES
+    """Parameters that were clipped by value then."""
     logged: dict[str, Number] = field(default_factory=dict)
     scalars: dict[str, Number] = field(default_factory=dict)
     rates: dict[int, Number] = field(default_factory=dict)
@@ -135,6 +139,8 @@ class StepRecord:
     updates: list[WeightUpdate] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     """Parameters without elements that have a gradient."""
+    unstepped: Indices = NO_INDICES
+    """Parameters with a gradient that no optimizer holds."""
     excluded: Indices = frozenset()
     """Parameters that AGC leaves alone, or would leave alone: those of the classifier."""
     seen: Sequence[Any] = ()
@@ -235,6 +241,8 @@ class StepState:
     """The optimizer that steps with gradients which its closure is still to make."""
     evaluated: OptimizerKey | None = None
     """The optimizer whose closure has made the gradients that are there."""
+    stepping: Indices = NO_INDICES
+    """Parameters of the optimizer that is in the middle of its step, until their gradients change."""
     gone: set[OptimizerKey] = field(default_factory=set)
     """Optimizers of the open step, or awaited ones, that do not exist any more."""
 
@@ -285,6 +293,7 @@ class StepState:
 
     def forget_clipping(self, indices: Indices) -> None:
         """Forget the notes on gradients that changed after clipping, before an optimizer stepped with them."""
+        self.stepping = NO_INDICES
         for clip in self.clips:
             clip.indices -= indices
         self.clips = deque((clip for clip in self.clips if clip.indices), maxlen=MOST_CLIPS)
@@ -296,6 +305,29 @@ class StepState:
                 self.coming = None
         if self.open is not None and (known := indices & self.open.clipped):
             self.open.forget(frozenset(index for index in known if not self.has_stepped(index)))
+
+    def clip_within_step(self, clip: NormClip) -> bool:
+        """Give a clipping to the step that an optimizer is making; return whether nothing of it waits for another.
+
+        Hooks of the optimizer, or the optimizer itself, clip after the gradients were measured.
+        """
+        record, late = self.open, clip.indices & self.stepping
+        if record is None or not late or clip.partial:
+            return False
+        clip.indices -= late
+        record.clips.append(clip)
+        record.clipped_late.append((clip, late))
+        record.finite &= clip.finite
+        return not clip.indices
+
+    def value_clip_within_step(self, indices: Indices) -> Indices:
+        """Give clipping by value to the step that an optimizer is making; return the parameters that wait."""
+        record, late = self.open, indices & self.stepping
+        if record is None or not late:
+            return indices
+        record.value_clipped = True
+        record.value_clipped_late |= late
+        return indices - late
 
     def has_stepped(self, index: int) -> bool:
         """Return whether an optimizer has stepped a parameter in the open step."""

@@ -1,7 +1,16 @@
 """Programs of kinds that the first sets lack, each module one kind; half of them are only ever reported."""
 
 from benchmarks.zoo.case import Case
-from benchmarks.zoo.programs import curricula, faults, generative, late, parameters, reinforcement, silent_parts
+from benchmarks.zoo.programs import (
+    curricula,
+    faults,
+    generative,
+    late,
+    parameters,
+    reinforcement,
+    silent_parts,
+    unmoved,
+)
 
 CASES: tuple[Case, ...] = (
     *reinforcement.CASES.cases,
@@ -12,3 +21,5 @@ CASES: tuple[Case, ...] = (
     *silent_parts.CASES.cases,
     *faults.CASES.cases,
 )
+SILENT_CASES: tuple[Case, ...] = tuple(unmoved.CASES.cases)
+"""Silent errors: drawn apart from the others, whose halves were drawn before."""

@@ -25,10 +25,13 @@ from gradwatch_server.diagnosis.rules import stalled
 from gradwatch_server.notify import outbox
 from gradwatch_server.settings import Configuration, Route
 from gradwatch_server.store import schema
+from gradwatch_server.store.prepared import Prepared
 
 RUN_DELETED = "the run was deleted"
-_open_alerts = sa.select(schema.alerts).where(
-    schema.alerts.c.run == sa.bindparam("of_run"), schema.alerts.c.state != "resolved"
+_open_alerts = Prepared(
+    lambda _: sa.select(schema.alerts).where(
+        schema.alerts.c.run == sa.bindparam("of_run"), schema.alerts.c.state != "resolved"
+    )
 )
 
 
@@ -45,7 +48,7 @@ class RunAlerts:
         self._run = run
         self._configuration = configuration
         self._public_url = public_url
-        rows = connection.execute(_open_alerts, {"of_run": run.id}).all()
+        rows = _open_alerts.all(connection, {"of_run": run.id})
         # By rule: the open alerts with their ids, and the last alert of this transaction that has resolved.
         self._open: dict[str, tuple[str, Alert]] = {row.rule: (row.id, _read_alert(row)) for row in rows}
         self._last_resolved: dict[str, Alert] = {}

@@ -39,7 +39,7 @@ def _dump(value: Any) -> bytes:
 def serialise(values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]] | list[Any]:
     """Return a vector or matrix of statistics as JSON carries it: null where missing, text where not finite."""
     rows_with_nonfinite = ~np.isfinite(values).all(axis=-1)
-    clean = np.ascontiguousarray(np.where(values == wire.MISSING, np.nan, values))  # orjson writes NaN as null
+    clean = np.ascontiguousarray(np.where(values <= wire.MISSING, np.nan, values))  # orjson writes NaN as null
     if not rows_with_nonfinite.any():
         return clean
     if values.ndim == 1:
@@ -50,6 +50,6 @@ def serialise(values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]] | 
 
 def _serialise_row(row: NDArray[np.floating[Any]]) -> list[Any]:
     listed: list[Any] = list(row)
-    for place in np.flatnonzero(~np.isfinite(row) | (row == wire.MISSING)):
-        listed[place] = None if row[place] == wire.MISSING else wire.serialise(float(row[place]))
+    for place in np.flatnonzero(~np.isfinite(row) | (row <= wire.MISSING)):
+        listed[place] = None if row[place] <= wire.MISSING else wire.serialise(float(row[place]))
     return listed

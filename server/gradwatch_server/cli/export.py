@@ -89,7 +89,7 @@ class ParquetTable:
 
     def _array(self, column: Column) -> Any:
         if isinstance(column, np.ndarray):
-            return self._pa.array(column, mask=column == MISSING)
+            return self._pa.array(column, mask=column <= MISSING)
         return self._pa.array(column)
 
     def close(self) -> None:

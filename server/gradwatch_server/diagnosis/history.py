@@ -14,7 +14,7 @@ from gradwatch_server.diagnosis.loss_history import FIRST_SAMPLES, RECENT_SAMPLE
 from gradwatch_server.diagnosis.run_parameters import Flags, Floats
 from gradwatch_server.diagnosis.sample import Profile, Sample, extended, median
 
-VERSION: Final = 4
+VERSION: Final = 5
 """Version of ``History.to_bytes``. The history of a run that was stored in another version has to be replayed."""
 
 HISTORY_SAMPLES = 64
@@ -105,6 +105,12 @@ class History:
     """Step of the attempt's first sample."""
     knows_holders: bool = False
     """Whether the agent tells which parameters an optimizer holds without a gradient for them."""
+    still: Counts | None = None
+    """Samples in a row at which each parameter had a gradient and its weight had not changed."""
+    still_since: Counts | None = None
+    """Step of the sample before them."""
+    still_updates: Floats | None = None
+    """The last change of a step that was measured since then; NaN where none was."""
     clipped_samples: int = 0
     """Samples in a row at which nearly everything was clipped."""
     unclipped_samples: int = 0
@@ -141,7 +147,14 @@ class History:
         return extended(getattr(self, name), size, 0)
 
     def after(
-        self, sample: Sample, profile: Profile, quiet: QuietTimes, rules: Sequence[str], *, suspect: bool
+        self,
+        sample: Sample,
+        profile: Profile,
+        quiet: QuietTimes,
+        still: tuple[Counts, Counts, Floats],
+        rules: Sequence[str],
+        *,
+        suspect: bool,
     ) -> "History":
         """Return the history with one more sample in it.
 
@@ -149,6 +162,7 @@ class History:
             sample: the sample.
             profile: its profile.
             quiet: the quiet times, this sample included.
+            still: for how long each parameter has not moved, this sample included.
             rules: the names of the rules that hold at the sample.
             suspect: whether the sample shows a sign of an explosion.
         """
@@ -160,6 +174,9 @@ class History:
         return replace(
             self,
             **self._counts_after(sample, profile, quiet),
+            still=still[0],
+            still_since=still[1],
+            still_updates=still[2],
             samples=self.samples + 1,
             losses=self._losses_after(sample),
             log_gradients=(self.log_gradients + log_gradient)[-HISTORY_SAMPLES:],

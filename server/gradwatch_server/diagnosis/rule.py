@@ -17,6 +17,7 @@ from gradwatch_server.diagnosis.history import History, QuietTimes
 from gradwatch_server.diagnosis.quiet_times import quiet_times
 from gradwatch_server.diagnosis.run_parameters import Floats, Indices, RunParameters
 from gradwatch_server.diagnosis.sample import Profile, Sample
+from gradwatch_server.diagnosis.still_times import StillTimes, still_times
 
 Severity = Literal["warning", "critical"]
 Samples = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
@@ -58,6 +59,11 @@ class Observation:
     def quiet_times(self) -> QuietTimes:
         """For how long each parameter has been without a gradient, this sample included."""
         return quiet_times(self.parameters, self.history, self.sample, self.profile)
+
+    @cached_property
+    def still_times(self) -> StillTimes:
+        """For how long each parameter has had a gradient and not moved, this sample included."""
+        return still_times(self.history, self.sample, self.profile)
 
     @property
     def matrices_with_gradient(self) -> Indices:

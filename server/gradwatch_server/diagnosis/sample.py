@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.statistics import RATIO_EPS
-from gradwatch.wire import MISSING, Statistic, Vector
+from gradwatch.wire import MISSING, UNSTEPPED, Statistic, Vector
 from gradwatch_server.diagnosis.run_parameters import Flags, Floats, Indices, RunParameters
 
 TINY = 1e-45
@@ -92,6 +92,8 @@ class Profile:
     """Half of the norm of an orthonormal matrix with as many units: about what common initialisations draw."""
     update: Floats
     """Norm of the change that the step made to the weight; MISSING where it was not measured."""
+    unstepped: Flags
+    """True where there was a gradient, but no optimizer that would step it; its norm is not known."""
     first_weight: Floats | None
     """Weight norms at the first sample, NaN for a parameter that came later; None at the first sample."""
 
@@ -252,7 +254,7 @@ class Sample:
         """Return the numbers that the rules share; ``first_weights`` are the weight norms at the run's first sample."""
         size = len(parameters.names)
         gradient, weight = self.vector("grad_norm", size), self.vector("weight_norm", size)
-        present = gradient != MISSING
+        present = ~(gradient <= MISSING)  # NaN is present
         finite = present & np.isfinite(gradient)
         loss = self.scalars.get("loss", math.nan)
         loss = loss if math.isfinite(loss) else math.nan
@@ -276,6 +278,7 @@ class Sample:
                 global_gradient=math.sqrt(np.square(gradient if everything else gradient[finite]).sum()),
                 usual_weight=5.0 * parameters.least_weight,
                 update=self.vector("update_norm", size),
+                unstepped=gradient == UNSTEPPED,
                 first_weight=None if first_weights is None else extended(first_weights, size, np.nan),
             )
 

@@ -32,6 +32,11 @@ from gradwatch_server.diagnosis import Finding, History, RunParameters, Sample, 
 
 LARGE_TIME_SHARE = 0.1
 """Share of a writer's time from which its diagnosis moves to a worker process."""
+_LEAST_WORK = 4_000
+"""Smallest work that is worth handing over, in parameters; each sample counts as 1,000 more.
+
+To hand one sample of 300 parameters over takes the writer as long as to diagnose it, and the worker as long again.
+"""
 READY = b"ready"
 """What a worker process sends first: from then on it takes jobs."""
 PICKLE_PROTOCOL = 5
@@ -245,7 +250,7 @@ class DiagnosisPool:
         """Begin to diagnose samples; return the function that waits for the result, the same in any process."""
         here = partial(self._diagnose_here, parameters, history, samples, thresholds)
         worker = self._of_thread().worker
-        if worker is None or not samples:
+        if worker is None or not _is_large(parameters, samples):
             return here
         try:
             if not worker.is_ready():
@@ -281,7 +286,7 @@ class DiagnosisPool:
         diagnosed = diagnose_all(parameters, history, samples, thresholds)
         thread = self._of_thread()
         share = thread.time_share(time.perf_counter() - started)
-        if share > self._from_time_share and thread.worker is None:
+        if share > self._from_time_share and thread.worker is None and _is_large(parameters, samples):
             self._start_worker(thread, share)
         return diagnosed
 
@@ -318,6 +323,10 @@ class DiagnosisPool:
         )
         log.warning("diagnosis worker %d %s: the server diagnoses on its own for now", worker.pid, event)
         worker.close()
+
+
+def _is_large(parameters: RunParameters, samples: Sequence[Sample]) -> bool:
+    return len(samples) * (len(parameters.names) + 1_000) >= _LEAST_WORK
 
 
 def _encode_job(

@@ -7,7 +7,7 @@ that it has unpickled for earlier ones.
 import pickle
 import signal
 import sys
-from functools import lru_cache
+from collections import OrderedDict
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,15 +17,14 @@ from gradwatch.wire import Statistic
 from gradwatch_server.diagnosis import Sample
 from gradwatch_server.ingest.diagnosis_pool import PICKLE_PROTOCOL, READY, diagnose_all
 
-_CACHED_OBJECTS = 64
-_LARGEST_CACHED_BYTES = 1 << 18
+_CACHE_BYTES = 32 << 20
 
 
 def _do_job(job: bytes) -> bytes:
     """Return the pickled ``Diagnosed`` of a job that the pool has encoded."""
     parameters, thresholds, history, plain = _unpickle(job)
     samples = [_sample(*values) for values in plain]
-    diagnosed = diagnose_all(_unpickle_cached(parameters), history, samples, _unpickle_cached(thresholds))
+    diagnosed = diagnose_all(_cache.unpickle(parameters), history, samples, _cache.unpickle(thresholds))
     return pickle.dumps(tuple(diagnosed), PICKLE_PROTOCOL)
 
 
@@ -38,12 +37,30 @@ def _unpickle(content: bytes) -> Any:
     return pickle.loads(content)  # noqa: S301  # it comes from the server that started this process
 
 
-_cached = lru_cache(_CACHED_OBJECTS)(_unpickle)
+class _Cache:
+    """Objects that come with every job of a run: unpickled once, while the pickled ones fit into some bytes.
+
+    A fleet of small batches has hundreds of runs that take turns, so it is bounded in bytes and not in objects.
+    """
+
+    def __init__(self, limit_bytes: int = _CACHE_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
+        self._objects: OrderedDict[bytes, Any] = OrderedDict()
+
+    def unpickle(self, content: bytes) -> Any:
+        """Return the object; those that were asked for longest ago leave the cache first."""
+        if content in self._objects:
+            self._objects.move_to_end(content)
+            return self._objects[content]
+        found = self._objects[content] = _unpickle(content)
+        self._bytes += len(content)
+        while self._bytes > self._limit_bytes:
+            self._bytes -= len(self._objects.popitem(last=False)[0])
+        return found
 
 
-def _unpickle_cached(content: bytes) -> Any:
-    """Return an object that comes with every job of a run, unpickled once unless it is large."""
-    return _cached(content) if len(content) <= _LARGEST_CACHED_BYTES else _unpickle(content)
+_cache = _Cache()
 
 
 def main() -> None:

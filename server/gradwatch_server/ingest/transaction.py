@@ -1,7 +1,7 @@
 """The transaction behind every 2xx: sample rows, alerts, transitions and due deliveries of a batch commit together."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -19,11 +19,12 @@ from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
 from gradwatch_server.ingest.diagnosis_pool import Diagnosed, DiagnosisPool
 from gradwatch_server.ingest.registration import register
-from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration
+from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration, with_states
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import batch_store, schema
 from gradwatch_server.store.database import upsert
 from gradwatch_server.store.group_commit import Deferred
+from gradwatch_server.store.prepared import Prepared
 from gradwatch_server.store.rollups import queries
 from gradwatch_server.store.runs import RUN_ENDED
 
@@ -118,13 +119,14 @@ class Ingest:
         """
         now = steady_clock.now()
         # 1. Lock the run, and check that the batch fits it.
-        run = connection.execute(_locked_run, {"of_run": run_id}).one_or_none()
+        run = _locked_run.one_or_none(connection, {"of_run": run_id})
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         batch = msgspec.structs.replace(batch, attempt=batch_store.stored_attempt(run.attempts, batch.attempt))
         # 2. Claim the batch's id. A batch that is sent again changes nothing.
         if not self._is_new(connection, run, batch, now):
             return Stored(batch.id, 0, duplicate=True)
+        batch = with_states(batch)
         # 3. Begin to diagnose. While another process may do so, store the content.
         scalars = batch_store.scalars_by_step(batch)
         diagnosis = None
@@ -139,7 +141,8 @@ class Ingest:
                 entered = self._enter_findings(connection, run, batch, diagnosis, now)
                 if batch.end is not None:
                     entered |= self._end_run(connection, run, batch.end, changes.get("last_step", run.last_step))
-            connection.execute(_update_run, changes | entered | {"of_run": run_id})
+            changed = changes | entered
+            _update_run(tuple(changed)).execute(connection, changed | {"of_run": run_id})
             count = changes["arrivals"] - run.arrivals
             return Stored(batch.id, count, duplicate=False, left_out=len(batch.samples) - count)
 
@@ -170,7 +173,7 @@ class Ingest:
                 return False
             raise
         row = {"run": run.id, "rank": batch.rank, "id": batch.id, "at": now}
-        return connection.execute(_insert_batch_id(connection.dialect.name), row).one_or_none() is not None
+        return _insert_batch_id.one_or_none(connection, row) is not None
 
     def _begin_diagnosis(
         self,
@@ -252,16 +255,21 @@ class Ingest:
         return {"finished_at": end.at, "status": end.status, "exit_code": end.exit_code}
 
 
-# Made once: building a statement takes SQLAlchemy as long as executing it.
-_locked_run = sa.select(schema.runs).where(schema.runs.c.id == sa.bindparam("of_run")).with_for_update()
-_update_run = sa.update(schema.runs).where(schema.runs.c.id == sa.bindparam("of_run"))
-"""Sets the columns that the parameters name."""
+_columns = [column for column in schema.runs.c if column.name != "attributes"]
+"""What a batch has to know of its run; attributes may have a megabyte."""
+_mine = schema.runs.c.id == sa.bindparam("of_run")
+_locked_run = Prepared(lambda _: sa.select(*_columns).where(_mine).with_for_update())
+_insert_batch_id = Prepared(
+    lambda engine: upsert(engine, schema.batches).on_conflict_do_nothing().returning(schema.batches.c.id),
+    ("run", "rank", "id", "at"),
+)
+"""Yields a row only if the batch is new."""
 
 
-@cache
-def _insert_batch_id(engine: str) -> sa.sql.dml.ReturningInsert[tuple[str]]:
-    """Return the insert that yields a row only if the batch is new."""
-    return upsert(engine, schema.batches).on_conflict_do_nothing().returning(schema.batches.c.id)
+@lru_cache(256)
+def _update_run(names: Sequence[str]) -> Prepared:
+    """Return the update of these columns of a run."""
+    return Prepared(lambda _: sa.update(schema.runs).where(_mine), (*names, "of_run"))
 
 
 def _is_stored(connection: sa.Connection, run_id: str, batch: wire.Batch) -> bool:

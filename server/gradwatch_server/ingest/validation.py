@@ -131,10 +131,27 @@ def check_fit(
                     f"samples[{index}].statistics.{name} has {vector.size} values, the run has {parameter_count} "
                     "parameters: register the run again if it has gained some"
                 )
+        _check_unstepped(f"samples[{index}]", sample, parameter_count)
     names = {*existing_scalars, *batch.trail, *(name for sample in batch.samples for name in sample.scalars)}
     most = limits.scalar_names_per_run
     if len(names) > most:
         raise invalid(f"{len(names)} scalar names are more than limits.scalar_names_per_run allows a run ({most})")
+
+
+def with_states(batch: wire.Batch) -> wire.Batch:
+    """Return a batch whose gradient norms say, as they are kept, where a gradient is there that no optimizer steps."""
+    if all(not sample.unstepped for sample in batch.samples):
+        return batch
+    return msgspec.structs.replace(batch, samples=[_with_states(sample) for sample in batch.samples])
+
+
+def _with_states(sample: wire.Sample) -> wire.Sample:
+    norms = sample.statistics.get("grad_norm")
+    if not sample.unstepped or norms is None:
+        return sample
+    norms = norms.copy()
+    norms[[place for place in sample.unstepped if norms[place] == wire.MISSING]] = wire.UNSTEPPED
+    return msgspec.structs.replace(sample, statistics={**sample.statistics, "grad_norm": norms})
 
 
 def _check_counts(document: wire.Registration | wire.Batch, limits: Limits) -> None:
@@ -155,6 +172,14 @@ def _check_sample(place: str, sample: wire.Sample) -> None:
     for histogram, counts in sample.histograms.items():
         if not all(map(math.isfinite, counts)):
             raise invalid(f"{place}.histograms.{histogram} holds a count that is not finite")
+
+
+def _check_unstepped(place: str, sample: wire.Sample, parameter_count: int) -> None:
+    norms = sample.statistics.get("grad_norm")
+    width = parameter_count if norms is None else norms.size
+    beyond = [index for index in sample.unstepped or () if index >= width]
+    if beyond:
+        raise invalid(f"{place}.unstepped holds {beyond[0]}: the sample has {width} parameters")
 
 
 def _check_trail(trail: Mapping[str, wire.Trail], limits: Limits) -> None:

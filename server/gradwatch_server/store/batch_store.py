@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -12,6 +12,7 @@ from gradwatch import wire
 from gradwatch.wire import LARGEST_STEP, STATISTICS, Trail
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import upsert
+from gradwatch_server.store.prepared import Prepared
 from gradwatch_server.store.rollups.levels import Levels, pruned_to
 from gradwatch_server.store.rollups.series import (
     TRAIL_STEPS,
@@ -179,21 +180,21 @@ def _insert_samples(
         }
         for arrival, sample in enumerate(samples, run.arrivals + 1)
     ]
-    connection.execute(_insert_sample_rows(connection.dialect.name), rows)
+    _insert_sample_rows.execute(connection, *rows)
 
 
-@cache
-def _insert_sample_rows(engine: str) -> sa.Insert:
-    """Return the insert of samples: a step that is sent again is replaced, unless a later attempt stored it.
-
-    The statement is made once, because building it takes as long as running it.
-    """
+def _upsert_samples(engine: str) -> sa.Insert:
+    """Return the insert of samples: a step that is sent again is replaced, unless a later attempt stored it."""
     table = schema.samples
     insert = upsert(engine, table)
     replaced = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
     return insert.on_conflict_do_update(
         index_elements=["run", "level", "step"], set_=replaced, where=table.c.attempt <= insert.excluded.attempt
     )
+
+
+_SAMPLE_COLUMNS = ("run", "level", "step", "attempt", "at", "scalars", "histograms", *STATISTICS, "arrival")
+_insert_sample_rows = Prepared(_upsert_samples, _SAMPLE_COLUMNS)
 
 
 def _insert_trail(
@@ -214,7 +215,7 @@ def _insert_trail(
                 "scalars": msgspec.msgpack.encode(piece),
             }
         )
-    connection.execute(_insert_trail_rows, rows)
+    _insert_trail_rows.execute(connection, *rows)
 
 
 def _stretches(trail: Mapping[str, Trail]) -> dict[int, dict[str, Trail]]:
@@ -232,7 +233,7 @@ def _stretches(trail: Mapping[str, Trail]) -> dict[int, dict[str, Trail]]:
     return found
 
 
-_insert_trail_rows = sa.insert(schema.trails)
+_insert_trail_rows = Prepared(lambda _: sa.insert(schema.trails), schema.trails.c.keys())
 
 
 def _whole_trail(batch: wire.Batch) -> dict[str, Trail]:

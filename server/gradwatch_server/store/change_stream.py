@@ -11,8 +11,6 @@ from gradwatch_server import steady_clock
 from gradwatch_server.store import schema
 
 _POLL_SECONDS = 0.5
-_KEEPALIVE_SECONDS = 15.0
-"""A listener is sent something at least this often, so that both sides notice a dead connection."""
 _OVERLAP_SECONDS = 10.0
 """How far back each poll looks: a transaction takes its time before it commits."""
 
@@ -31,10 +29,10 @@ class _Listener:
         self._unread |= {change["id"]: change for change in changes}
         self._arrived.set()
 
-    async def next(self) -> list[Change]:
-        """Wait for a change, or for a while; return the changes since the last call."""
+    async def next(self, beat_seconds: float) -> list[Change]:
+        """Wait for a change, at most for so long; return the changes since the last call."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_KEEPALIVE_SECONDS):
+            async with asyncio.timeout(beat_seconds):
                 await self._arrived.wait()
         self._arrived.clear()
         unread, self._unread = self._unread, {}
@@ -59,8 +57,8 @@ class ChangeStream:
         """Return how many listen."""
         return len(self._listeners)
 
-    async def listen(self) -> AsyncIterator[list[Change]]:
-        """Yield the runs that have changed, or an empty list if none has for a while; ends when the server stops.
+    async def listen(self, beat_seconds: float) -> AsyncIterator[list[Change]]:
+        """Yield the runs that have changed, or an empty list if none has for ``beat_seconds``; ends with the server.
 
         An empty list comes first, as soon as it listens; then what changed just before, so that nothing falls between a
         page's first request and its stream.
@@ -75,7 +73,7 @@ class ChangeStream:
         try:
             yield []
             while not self._closed:
-                changes = await listener.next()
+                changes = await listener.next(beat_seconds)
                 if not self._closed:
                     yield changes
         finally:

@@ -262,6 +262,14 @@ def read_clock(engine: sa.Engine) -> float:
         return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
 
+def size_bytes(connection: sa.Connection) -> int:
+    """Return what the database takes on disk, without its write-ahead log."""
+    if connection.dialect.name == "postgresql":
+        return int(connection.execute(sa.text("SELECT pg_database_size(current_database())")).scalar_one())
+    pages, size = (connection.execute(sa.text(f"PRAGMA {name}")).scalar_one() for name in ("page_count", "page_size"))
+    return int(pages * size)
+
+
 def batched(values: Sequence[str]) -> Iterator[Sequence[str]]:
     """Yield values in batches for one statement each: PostgreSQL takes 65,535 in one."""
     for begin in range(0, len(values), _VALUES_PER_STATEMENT):

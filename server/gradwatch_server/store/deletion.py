@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from gradwatch_server import steady_clock
 from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer
-from gradwatch_server.store.retention import Retention
+from gradwatch_server.store.rollups.retention import Retention
 
 Remaining = Literal["unknown", "some", "nothing"]
 ResolveAlerts: TypeAlias = Callable[[sa.Connection, sa.Row[Any]], None]

@@ -3,10 +3,9 @@
 SQLite has one writer. PostgreSQL has two: while one waits for the database, the other works.
 """
 
-import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -64,7 +63,7 @@ class Writer:
         self._busy_since: dict[int, float] = {}
         """Writer's thread -> when its present group began, by the monotonic clock."""
         count = _POSTGRESQL_WRITERS if engine.dialect.name == "postgresql" else 1
-        self._queues: list[queue.SimpleQueue[_WorkItem | None]] = [queue.SimpleQueue() for _ in range(count)]
+        self._queues = [_RunQueue() for _ in range(count)]
         self._threads = [
             threading.Thread(target=self._loop, args=(items,), name="gradwatch-writer", daemon=True)
             for items in self._queues
@@ -118,18 +117,14 @@ class Writer:
         with self._lock:
             self._closed = True
             for items in self._queues:
-                items.put(None)
+                items.close()
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
 
-    def _loop(self, items: queue.SimpleQueue[_WorkItem | None]) -> None:
+    def _loop(self, items: "_RunQueue") -> None:
         usual_seconds = 0.0
-        while (first := items.get()) is not None:
-            most = min(_MOST_IN_ONE_COMMIT, max(1, int(_COMMIT_SECONDS / max(usual_seconds, 1e-6))))
-            group, last = _take_group(first, items, most)
+        while group := items.take(_MOST_IN_ONE_COMMIT if not usual_seconds else int(_COMMIT_SECONDS / usual_seconds)):
             usual_seconds = 0.8 * usual_seconds + 0.2 * self._commit(group) / len(group)
-            if last:
-                return
 
     def _commit(self, group: list[_WorkItem]) -> float:
         """Do and answer a group; return the work's processor time in seconds, without the sync that ended it."""
@@ -166,20 +161,39 @@ class Writer:
             return do(connection, group), time.thread_time() - started
 
 
-def _take_group(
-    first: _WorkItem, items: queue.SimpleQueue[_WorkItem | None], most: int
-) -> tuple[list[_WorkItem], bool]:
-    """Return the first item with up to ``most - 1`` that are queued behind it, and whether they are the last."""
-    group = [first]
-    while len(group) < most:
-        try:
-            following = items.get_nowait()
-        except queue.Empty:
-            break
-        if following is None:
-            return group, True
-        group.append(following)
-    return group, False
+class _RunQueue:
+    """Work that waits for a writer. Runs take turns: however much waits on one, work on another comes next."""
+
+    def __init__(self) -> None:
+        self._of_run: OrderedDict[str, deque[_WorkItem]] = OrderedDict()
+        """Run -> its work in the order in which it came; the runs in the order of their turns."""
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, item: _WorkItem) -> None:
+        """Queue work behind what waits on its run."""
+        with self._changed:
+            self._of_run.setdefault(item.run_id, deque()).append(item)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End once nothing waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def take(self, most: int) -> list[_WorkItem]:
+        """Wait for work; return up to ``most`` pieces, at least one, or none if the queue is closed and empty."""
+        group: list[_WorkItem] = []
+        with self._changed:
+            while not self._of_run and not self._closed:
+                self._changed.wait()
+            while self._of_run and len(group) < min(max(most, 1), _MOST_IN_ONE_COMMIT):
+                run_id, items = self._of_run.popitem(last=False)
+                group.append(items.popleft())
+                if items:
+                    self._of_run[run_id] = items
+        return group
 
 
 class _GroupFailedError(Exception):
@@ -187,32 +201,32 @@ class _GroupFailedError(Exception):
 
 
 def _do_together(connection: sa.Connection, group: list[_WorkItem]) -> list[_Settle]:
-    """Do work, ordered by run, in the transaction of the group; return the functions that settle the futures."""
-    settles: list[_Settle] = []
-    waiting: tuple[_WorkItem, Deferred[Any]] | None = None
+    """Do work, ordered by run, in the transaction of the group; return the functions that settle the futures.
 
-    def finish() -> None:
-        nonlocal waiting
-        if waiting is not None:
-            item, deferred = waiting
-            waiting = None
+    What waits for something outside is finished once all work has begun, or when the next work is on the same run.
+    """
+    settles: list[_Settle] = []
+    waiting: deque[tuple[_WorkItem, Deferred[Any]]] = deque()
+
+    def finish_all() -> None:
+        while waiting:
+            item, deferred = waiting.popleft()
             settles.append(partial(item.future.set_result, deferred.finish()))
 
     try:
         for item in group:
-            if waiting is not None and waiting[0].run_id == item.run_id:
-                finish()
+            if waiting and waiting[-1][0].run_id == item.run_id:
+                finish_all()
             try:
                 result = item.work(connection)
             except Refused as refusal:
                 settles.append(partial(item.future.set_exception, refusal))
                 continue
-            finish()
             if isinstance(result, Deferred):
-                waiting = (item, result)
+                waiting.append((item, result))
             else:
                 settles.append(partial(item.future.set_result, result))
-        finish()
+        finish_all()
     except Exception as error:
         raise _GroupFailedError from error
     return settles

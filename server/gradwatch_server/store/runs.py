@@ -97,6 +97,27 @@ def load_run(connection: sa.Connection, run_id: str) -> dict[str, Any]:
     return run | {"attributes": row["attributes"]}
 
 
+def sum_up_projects(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
+    """Return of each project its name, runs, unfinished runs, samples, values and when it was last heard of.
+
+    Values are what its samples measured, whether or not their levels have been deleted since. The largest comes first.
+    """
+    length = sa.func.jsonb_array_length if connection.dialect.name == "postgresql" else sa.func.json_array_length
+    values = sa.func.sum(_runs.c.sample_count * _runs.c.parameter_count * length(_runs.c.statistics))
+    return connection.execute(
+        sa.select(
+            _runs.c.project,
+            sa.func.count().label("runs"),
+            sa.func.count().filter(_runs.c.finished_at.is_(None)).label("unfinished"),
+            sa.func.sum(_runs.c.sample_count).label("samples"),
+            values.label("measured"),
+            sa.func.max(_runs.c.last_seen_at).label("last_seen_at"),
+        )
+        .group_by(_runs.c.project)
+        .order_by(values.desc(), _runs.c.project)
+    ).all()
+
+
 _events = schema.events
 _stored_kinds = sa.select(_events.c.kind).where(_events.c.run == sa.bindparam("of_run")).distinct()
 _insert_events = sa.insert(_events)

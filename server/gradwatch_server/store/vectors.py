@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from psycopg import abc, adapt, postgres, pq
 
 from gradwatch.statistics import RATIO_EPS
-from gradwatch.wire import MISSING
+from gradwatch.wire import MISSING, UNSTEPPED
 
 _ELEMENT = np.dtype([("bytes", ">i4"), ("value", ">f4")])
 _HEADER = struct.Struct(">5i")
@@ -38,10 +38,10 @@ def ratio(grad_norm: NDArray[np.float32], weight_norm: NDArray[np.float32]) -> N
     with np.errstate(invalid="ignore", over="ignore"):
         divided = weight_norm + np.float32(RATIO_EPS)
         np.divide(grad_norm, divided, out=divided)
-    missing = grad_norm == MISSING
+    missing = grad_norm <= MISSING
     missing |= weight_norm == MISSING
     if missing.any():
-        divided[missing] = MISSING
+        divided[missing] = np.where(grad_norm == UNSTEPPED, np.float32(UNSTEPPED), np.float32(MISSING))[missing]
     return divided
 
 

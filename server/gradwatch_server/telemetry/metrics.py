@@ -22,7 +22,7 @@ from gradwatch_server.ingest.transaction import Ingest
 from gradwatch_server.notify.notifier import Notifier
 from gradwatch_server.settings import Settings
 from gradwatch_server.store import schema
-from gradwatch_server.store.database import batched
+from gradwatch_server.store.database import batched, size_bytes
 from gradwatch_server.store.group_commit import Writer
 from gradwatch_server.store.runs import count_active, load_active
 from gradwatch_server.telemetry.remote_write import RemoteWriter
@@ -118,6 +118,8 @@ class RunCollector(Collector):
                     families.add(run, snapshots.get(run["id"]), most)
             unhealthy = _unhealthy(connection, [run["id"] for run in active])
             alerts = _alerts(connection)
+            size = size_bytes(connection)
+        yield GaugeMetricFamily("gradwatch_database_bytes", "Size of the database on disk.", value=size)
         yield self._run_info(active)
         yield GaugeMetricFamily("gradwatch_runs_left_out", "Active runs beyond metrics.most_runs.", value=beyond)
         yield from families.families

@@ -78,7 +78,7 @@ class SamplePoints:
             values[_labels(common, "scalar", scalar=name)] = wire.deserialise(value)
         for statistic in wire.STATISTICS:
             vector = getattr(row, statistic)
-            for position in [] if vector is None else np.flatnonzero(vector != wire.MISSING).tolist():
+            for position in [] if vector is None else np.flatnonzero(~(vector <= wire.MISSING)).tolist():
                 parameter, depth = parameters[position]
                 labels = _labels(common, statistic, parameter=parameter, depth=depth)
                 values[labels] = float(vector[position])

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -68,6 +68,10 @@ async def store_batch(request: Request, run_id: str) -> Response:
     services.ingest.count(stored, batch)
     services.notifier.wake()
     return _json(stored, 200)
+
+
+batch_route = cast("AuthorisedRoute", router.routes[-1])
+"""The route of batches, which are most of all requests."""
 
 
 def _ahead_seconds(request: Request) -> float:

@@ -28,7 +28,11 @@ _ACCESS = Access("read", in_query)
     responses={200: {"content": {STREAM_TYPE: {}}}, **problems(503)},
 )
 async def stream(request: Request, project: Annotated[str | None, Query(max_length=512)] = None) -> StreamingResponse:
-    """Stream ``runs`` events: a list of ``{id, project, last_step, sample_count}`` of runs that have changed."""
+    """Stream ``runs`` events: a list of ``{id, project, last_step, sample_count}`` of runs that have changed.
+
+    A ``beat`` comes first, and whenever nothing has changed for ``seconds``, which it tells: a client that hears
+    nothing for longer has lost its connection, even if it was never closed.
+    """
     services = Services.of(request)
     most = services.settings.configuration.connections.streams
     if services.change_stream.listeners >= most:
@@ -40,9 +44,11 @@ async def stream(request: Request, project: Annotated[str | None, Query(max_leng
 
 async def _events(request: Request, project: str | None) -> AsyncIterator[bytes]:
     services = Services.of(request)
-    ends_at = time.monotonic() + services.settings.configuration.connections.stream_seconds
+    limits = services.settings.configuration.connections
+    ends_at = time.monotonic() + limits.stream_seconds
+    beat = b"event: beat\ndata: " + msgspec.json.encode({"seconds": limits.stream_beat_seconds}) + b"\n\n"
     greeting = b"retry: 1000\n\n"  # it comes once this stream is counted
-    async for changes in services.change_stream.listen():
+    async for changes in services.change_stream.listen(limits.stream_beat_seconds):
         if time.monotonic() > ends_at:
             return
         try:
@@ -50,6 +56,6 @@ async def _events(request: Request, project: str | None) -> AsyncIterator[bytes]
         except Refused:
             return
         seen = [change for change in changes if project in (None, change["project"])]
-        told = b"event: runs\ndata: " + msgspec.json.encode(seen) + b"\n\n" if seen else b": still here\n\n"
+        told = b"event: runs\ndata: " + msgspec.json.encode(seen) + b"\n\n" if seen else beat
         yield greeting + told
         greeting = b""

@@ -40,7 +40,7 @@ def show_tile(
     """Show the map as bytes: header length (uint32), header (JSON), then max, min and last (float32) and nonfinite.
 
     Everything is little-endian; each plane has shape (buckets, parameters in the order of depth). A missing gradient is
-    -1, NaN and infinity are themselves, ``nonfinite`` (uint16) counts up to 65,535.
+    -1, one that no optimizer steps -2; NaN and infinity are themselves, ``nonfinite`` (uint16) counts up to 65,535.
     """
     with engine.connect() as connection:
         order, names = load_depth_order(connection, run_id)

@@ -97,5 +97,6 @@ def diagnose(
         rules = [finding.rule for finding in findings]
         # A sign of an explosion counts for the history even where the rule is not enabled.
         suspect = any(rule.name == "exploding" for rule in symptoms)
-        after = history.after(sample, observation.profile, observation.quiet_times, rules, suspect=suspect)
+        times = observation.quiet_times, observation.still_times
+        after = history.after(sample, observation.profile, *times, rules, suspect=suspect)
         return after, findings

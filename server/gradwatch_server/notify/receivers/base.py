@@ -6,8 +6,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from gradwatch_server.diagnosis.rules import stalled
 from gradwatch_server.notify.http_client import AddressGuard, DeliveryResult, HttpClient, HttpRequest, parse_networks
 from gradwatch_server.plain_text import visible_document
+from gradwatch_server.store.runs import RUN_ENDED
 
 _MOST_PARAMETERS = 5
 
@@ -126,10 +128,18 @@ class _HttpTransport:
         return await self._client.post(self._receiver.request(notification, now))
 
 
+def ended_with_run(data: dict[str, Any]) -> bool:
+    """Return whether an alert was resolved only because its run ended: nothing got better."""
+    over = data["state"] == "resolved" and (data["resolution"] or "").startswith(RUN_ENDED)
+    return over and data["rule"] != stalled.RULE.name  # a run that has ended is no longer silent
+
+
 def title(data: dict[str, Any]) -> str:
     """Return one line that says which alert fires or is resolved, such as "CRITICAL: nonfinite in vision / resnet"."""
     run = data["run"]
     state = "RESOLVED" if data["state"] == "resolved" else data["severity"].upper()
+    if ended_with_run(data):
+        state = "ENDED WITH THE ALERT ON"
     return f"{state}: {data['rule']} in {run['project']} / {run['name']}"
 
 

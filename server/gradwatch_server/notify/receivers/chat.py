@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from gradwatch_server.notify.http_client import HttpRequest
-from gradwatch_server.notify.receivers.base import Notification, WebReceiver, parameter_lines, title
+from gradwatch_server.notify.receivers.base import Notification, WebReceiver, ended_with_run, parameter_lines, title
 
 _ZERO_WIDTH_SPACE = "\u200b"
 _MENTION = re.compile(r"(?<!\w)@(?=\w)")
@@ -38,7 +38,7 @@ class Teams(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=True, 
         """Return the request that posts the card."""
         data = notification.data
         firing_color = {"critical": "Attention", "warning": "Warning"}[data["severity"]]
-        color = firing_color if data["state"] == "firing" else "Good"
+        color = firing_color if data["state"] == "firing" or ended_with_run(data) else "Good"
         body = [_block(title(data), weight="Bolder", size="Medium", color=color), _block(data["summary"])]
         if facts := [{"title": "Parameter", "value": _escaped_markdown(line)} for line in parameter_lines(data)]:
             body.append({"type": "FactSet", "facts": facts})

@@ -1,13 +1,13 @@
 """Receiver for PagerDuty, Events API version 2."""
 
 from gradwatch_server.notify.http_client import HttpRequest
-from gradwatch_server.notify.receivers.base import Notification, WebReceiver, title
+from gradwatch_server.notify.receivers.base import Notification, WebReceiver, ended_with_run, title
 
 _DETAILS = ("cause", "remedy", "evidence", "parameters", "step")
 
 
 class PagerDuty(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="pagerduty"):
-    """Triggers and resolves one PagerDuty incident per alert."""
+    """Triggers and resolves one PagerDuty incident per alert; a run that ends with the alert on leaves it open."""
 
     url: str = "https://events.pagerduty.com/v2/enqueue"
     """PagerDuty's URL; in Europe ``https://events.eu.pagerduty.com/v2/enqueue``."""
@@ -17,10 +17,11 @@ class PagerDuty(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def request(self, notification: Notification, now: float) -> HttpRequest:
         """Return the request that sends a PagerDuty event; all notifications of an alert have the same dedup_key."""
         data = notification.data
+        on = data["state"] == "firing" or ended_with_run(data)  # an incident that nobody mended stays open
         return self.json_request(
             {
                 "routing_key": self.routing_key,
-                "event_action": "trigger" if data["state"] == "firing" else "resolve",
+                "event_action": "trigger" if on else "resolve",
                 "dedup_key": f"gradwatch-{data['id']}",
                 "client": "gradwatch",
                 "client_url": data["url"],

@@ -16,7 +16,7 @@ const COUNT_MS = 1000;
 const element = (selector) => /** @type {HTMLElement} */ (document.querySelector(selector));
 const main = element("#main");
 const bar = { links: element("nav"), session: element("#session") };
-const changes = new ChangeStream(element("#connection"));
+const changes = new ChangeStream(element("#connection"), element("#age"));
 const links = ROUTES.filter(({ link }) => link).map((route) => {
   const number = el("span", { class: "count", hidden: true });
   return { route, number, anchor: el("a", { href: route.path }, route.link, " ", number) };
@@ -49,6 +49,7 @@ async function show() {
     if (opening === openings) showError(error);
     return;
   }
+  scrollTo(0, navigation.place());
   if (!first) main.focus({ preventScroll: true });
 }
 

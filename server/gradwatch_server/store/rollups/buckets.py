@@ -54,7 +54,7 @@ class Buckets:
         if missing is None:
             finite, nonfinite = measurable, ~measurable
         else:
-            present = values != missing
+            present = ~(values <= missing)  # NaN is present; a gradient that no optimizer steps lies below
             finite, nonfinite = measurable & present, ~measurable & present
         mean = values if means else values[:, :0]
         return cls(steps, steps, values, values, mean, values, finite.view(np.uint8), nonfinite.view(np.uint8))

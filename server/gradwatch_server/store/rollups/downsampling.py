@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from gradwatch_server import steady_clock
 from gradwatch_server.store import schema
 from gradwatch_server.store.group_commit import Writer
-from gradwatch_server.store.retention import Retention
 from gradwatch_server.store.rollups.levels import pruned_to
+from gradwatch_server.store.rollups.retention import Retention
 from gradwatch_server.store.rollups.series import STATISTIC_NAMES
 
 REPLAYED_FIRST_SAMPLES = 16

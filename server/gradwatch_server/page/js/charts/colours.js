@@ -61,7 +61,7 @@ export const PALETTE = (() => {
  * @param {number} value @param {import("../data/tile.js").Decades} decades that the shades span
  */
 export function colourIndex(value, decades) {
-  if (value === MISSING) return NO_GRADIENT;
+  if (value <= MISSING) return NO_GRADIENT;
   if (value === 0) return ZERO;
   if (Number.isNaN(value)) return NOT_A_NUMBER;
   if (!Number.isFinite(value)) return INFINITE;

@@ -7,7 +7,7 @@ import { el, fill } from "../dom/elements.js";
 import { crosshairX, frame, ticks } from "./axis.js";
 import { STATES } from "./colours.js";
 import { listenToPointer } from "./pointer.js";
-import { joinLines, logarithmicAxis, uPlot, valueRange } from "./scales.js";
+import { joinLines, logarithmicAxis, lonePoints, uPlot, valueRange } from "./scales.js";
 
 /** @typedef {import("../data/api.js").Buckets} Buckets */
 /**
@@ -51,7 +51,7 @@ export class LineChart {
     this.recreate = oncePerFrame(() => this.create());
     viewport.subscribe(() => this.move());
     new ResizeObserver(([entry]) => this.resize(entry.contentRect.width)).observe(this.area);
-    onThemeChange(this.box, this.recreate);
+    onThemeChange(this.box, () => this.create());
     listenToPointer(this.area, viewport, () => frame(this.width));
   }
 
@@ -86,8 +86,21 @@ export class LineChart {
   create() {
     this.close();
     if (!this.width || !this.lines.length) return;
-    this.plot = new (uPlot())(this.options(), joinLines(this.lines, this.logarithmic), this.area);
-    this.followViewport();
+    try {
+      this.plot = new (uPlot())(this.options(), joinLines(this.lines, this.logarithmic), this.area);
+      this.followViewport();
+    } catch (error) {
+      this.fail(error, "Not drawn");
+      reportError(error);
+    }
+  }
+
+  /** Say in words why the chart shows nothing. @param {unknown} error @param {string} [what] */
+  fail(error, what = "Not loaded") {
+    this.close();
+    this.lines = [];
+    const text = `${what}: ${error instanceof Error ? error.message : error}`;
+    fill(this.values, el("span", { class: "wrong" }, text));
   }
 
   /** @returns {import("uplot").Options} */
@@ -223,6 +236,11 @@ function lineSeries(colour, limit) {
   return [
     { ...edge },
     { ...edge },
-    { ...edge, stroke: colour, ...(limit ? { width: 1, dash: DASH } : { width: 1.5 }) },
+    {
+      ...edge,
+      stroke: colour,
+      ...(limit ? { width: 1, dash: DASH } : { width: 1.5 }),
+      points: { show: true, size: 5, width: 0, fill: colour, filter: lonePoints },
+    },
   ];
 }

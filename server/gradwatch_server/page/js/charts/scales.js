@@ -9,8 +9,12 @@ import { measured, power } from "../data/format.js";
 /** JoinNullMode.Expand of uPlot: lines keep their gaps. */
 const EXPAND_NULLS = 2;
 
-/** uPlot is a classic script: it has only a global name. */
-export const uPlot = () => /** @type {typeof import("uplot")} */ (Reflect.get(globalThis, "uPlot"));
+/** Return the charts' library. It is a classic script: it has only a global name. */
+export function uPlot() {
+  const library = Reflect.get(globalThis, "uPlot");
+  if (!library) throw new Error("the library for charts was not loaded");
+  return /** @type {typeof import("uplot")} */ (library);
+}
 
 /**
  * Join the lines on one x, each bucket in the middle of its steps.
@@ -67,6 +71,17 @@ export const logarithmicAxis = {
     splits.map((value) => (isDecade(value) ? power(Math.round(Math.log10(value))) : measured(value))),
   filter: (_plot, splits) => splits,
 };
+
+/**
+ * Return the indices of the values without a neighbour, which no line joins: they are drawn as dots.
+ * @param {import("uplot")} plot @param {number} series
+ */
+export function lonePoints({ data }, series) {
+  const values = data[series];
+  /** @param {number} index */
+  const isValue = (index) => values[index] !== null && values[index] !== undefined;
+  return [...values.keys()].filter((index) => isValue(index) && !isValue(index - 1) && !isValue(index + 1));
+}
 
 /** @param {number} low @param {number} high */
 const splitsWithinDecade = (low, high) =>

@@ -1,7 +1,7 @@
 // Sparklines: small curves without axes. In the list of runs, only those in sight are loaded and drawn.
 
 import * as api from "../data/api.js";
-import { prepareCanvas, themeColour } from "../dom/canvas.js";
+import { onThemeChange, prepareCanvas, themeColour } from "../dom/canvas.js";
 import { el } from "../dom/elements.js";
 
 const WIDTH = 120;
@@ -17,6 +17,7 @@ const SMALLEST = 1e-30; // stands for zero on a logarithmic scale
  * @property {number | null} step last step of the run
  * @property {number | null | undefined} drawn step up to which it is drawn
  * @property {number} loadedAt @property {number} timer
+ * @property {api.Buckets | null} series what is drawn
  */
 
 /** The sparklines of the loss of many runs. */
@@ -31,6 +32,13 @@ export class LossSparklines {
         sparkline.visible = isIntersecting;
         if (isIntersecting) this.update(runId, sparkline.step);
       }
+    });
+  }
+
+  /** Draw all sparklines again in another theme, as long as the list is on the page. @param {Element} list */
+  followTheme(list) {
+    onThemeChange(list, () => {
+      for (const { canvas, series } of this.sparklines.values()) if (series) drawSeries(canvas, series);
     });
   }
 
@@ -49,7 +57,16 @@ export class LossSparklines {
     const existing = this.sparklines.get(runId);
     if (existing) return existing;
     const canvas = el("canvas", { class: "spark", role: "img", "aria-label": "loss over the run" });
-    const sparkline = { canvas, visible: false, step: null, drawn: undefined, loadedAt: -Infinity, timer: 0 };
+    /** @type {Sparkline} */
+    const sparkline = {
+      canvas,
+      visible: false,
+      step: null,
+      drawn: undefined,
+      loadedAt: -Infinity,
+      timer: 0,
+      series: null,
+    };
     this.sparklines.set(runId, sparkline);
     return sparkline;
   }
@@ -73,10 +90,14 @@ export class LossSparklines {
     const series = await api.series(runId, { statistic: "loss", points: POINTS }).catch(() => null);
     sparkline.timer = 0;
     sparkline.drawn = step;
-    if (series) drawSparkline(sparkline.canvas, series.min.map(api.number), series.max.map(api.number));
+    sparkline.series = series ?? sparkline.series;
+    if (series) drawSeries(sparkline.canvas, series);
     if (sparkline.step !== step) this.update(runId, sparkline.step);
   }
 }
+
+/** @param {HTMLCanvasElement} canvas @param {api.Buckets} series */
+const drawSeries = (canvas, { min, max }) => drawSparkline(canvas, min.map(api.number), max.map(api.number));
 
 /**
  * Draw a band from min to max, with a dot in the colour of NaN at every value that is not finite.
@@ -106,6 +127,12 @@ export function drawSparkline(canvas, min, max, logarithmic = false) {
     if (lows[index] < high) context.lineTo(x(index), y(lows[index]));
   });
   context.stroke();
+  // A value without neighbours, such as that of a run's only sample, is a dot.
+  context.fillStyle = themeColour("accent");
+  highs.forEach((high, index) => {
+    const alone = !Number.isFinite(highs[index - 1]) && !Number.isFinite(highs[index + 1]);
+    if (Number.isFinite(high) && alone) context.fillRect(x(index) - 1.5, y(high) - 1.5, 3, 3);
+  });
   context.fillStyle = themeColour("bad");
   min.forEach((value, index) => {
     if (value !== null && !Number.isFinite(value)) context.fillRect(x(index) - 1, HEIGHT - 4, 3, 4);

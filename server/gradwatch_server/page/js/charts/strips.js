@@ -81,7 +81,8 @@ export class Strips {
         this.show(plan, await Promise.all(asked));
       } catch (error) {
         if (request.signal.aborted) return;
-        if (!(error instanceof api.ApiError)) throw error;
+        this.chart(plan).fail(error); // the charts after it are shown all the same
+        if (!(error instanceof api.ApiError)) reportError(error);
       }
     }
     this.box.dispatchEvent(new Event("shown"));

@@ -98,8 +98,8 @@ export class Trace {
     try {
       const lines = await this.loadLines(parameter, kept, request.signal);
       this.show(parameter, lines);
-    } catch {
-      if (!request.signal.aborted) this.chart.show([]);
+    } catch (error) {
+      if (!request.signal.aborted) this.chart.fail(error);
     }
   }
 

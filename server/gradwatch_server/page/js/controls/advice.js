@@ -81,7 +81,8 @@ export class Advice {
     const now = performance.now();
     if (now - this.loadedAt < RELOAD_MS && from === this.loadedFrom) return;
     [this.loadedAt, this.loadedFrom] = [now, from];
-    const advice = await api.clipAdvice(this.runId, { from_step: from, to_step: to, points: POINTS });
+    const advice = await this.ask(from, to);
+    if (!advice) return;
     this.box.hidden = this.chart.box.hidden = advice.samples === 0;
     if (!advice.samples) return;
     this.advice = advice;
@@ -89,6 +90,20 @@ export class Advice {
     const proposed = advice.recommended ?? advice.clip ?? DEFAULT_THRESHOLD;
     if (!this.chosen) this.slider.value = String(Math.max(0, advice.thresholds.indexOf(proposed)));
     this.show();
+  }
+
+  /**
+   * Return the advice; null, which is said in words, if it cannot be loaded.
+   * @param {number} from @param {number} to
+   */
+  async ask(from, to) {
+    try {
+      return await api.clipAdvice(this.runId, { from_step: from, to_step: to, points: POINTS });
+    } catch (error) {
+      this.box.hidden = false;
+      this.text.textContent = `Not loaded: ${error instanceof Error ? error.message : error}`;
+      return null;
+    }
   }
 
   /** Show the threshold of the slider in the text, the chart and the curve. */

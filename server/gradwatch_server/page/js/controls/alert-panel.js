@@ -3,7 +3,7 @@
 import { stateText } from "../data/alerts.js";
 import * as api from "../data/api.js";
 import { ago, count, measured, moment } from "../data/format.js";
-import { button, descriptions, el, fill, scrollable, tableHead } from "../dom/elements.js";
+import { breakable, button, descriptions, el, fill, scrollable, tableHead } from "../dom/elements.js";
 import { AlertActions } from "./actions.js";
 import { deliveryList } from "./deliveries.js";
 import { covers, silenceList } from "./silences.js";
@@ -191,7 +191,7 @@ function blamedParameters(alert, choose) {
       el(
         "th",
         { scope: "row" },
-        button(name, () => choose(name), { class: "plain mono" }),
+        button(breakable(name), () => choose(name), { class: "plain mono" }),
       ),
       el("td", null, measured(value)),
       el("td", null, limit === "Infinity" ? "finite" : measured(limit)),

@@ -39,6 +39,7 @@ export function chartTable(viewport) {
 /** @param {Map<string, Buckets>} series @param {{from: number, to: number}} range */
 function table(series, { from, to }) {
   const longest = [...series.values()].sort((a, b) => b.steps.length - a.steps.length)[0];
+  const lastSteps = new Map(longest?.steps.map((step, index) => [step, longest.last_steps[index]]));
   const steps = (longest?.steps ?? []).filter((step) => step >= from && step < to);
   const stride = Math.ceil(steps.length / MOST_ROWS) || 1;
   const points = `${count(steps.length)} points in view`;
@@ -48,7 +49,7 @@ function table(series, { from, to }) {
       el(
         "tr",
         null,
-        el("th", { scope: "row" }, count(step)),
+        el("th", { scope: "row" }, range(step, lastSteps.get(step) ?? step)),
         [...series.values()].map((buckets) => el("td", { class: "mono" }, valueAt(buckets, step))),
       ),
     );
@@ -56,10 +57,13 @@ function table(series, { from, to }) {
     "table",
     null,
     el("caption", { class: "soft" }, stride > 1 ? `every ${stride}th of ${points}` : points),
-    tableHead(["Step", ...series.keys()]),
+    tableHead(["Steps", ...series.keys()]),
     el("tbody", null, rows),
   );
 }
+
+/** @param {number} first @param {number} last */
+const range = (first, last) => (first === last ? count(first) : `${count(first)} to ${count(last)}`);
 
 /** Return the value of the bucket that contains a step, as text. @param {Buckets} buckets @param {number} step */
 function valueAt(buckets, step) {

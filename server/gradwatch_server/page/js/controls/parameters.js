@@ -6,6 +6,7 @@ import { findConspicuous } from "../data/conspicuous.js";
 import { count, measured } from "../data/format.js";
 import { bucketsWithin, crosshairBucket, orNull } from "../data/tile.js";
 import { rangeChanged } from "../data/viewport.js";
+import { onThemeChange } from "../dom/canvas.js";
 import { button, el, fill, scrollable, tableHead } from "../dom/elements.js";
 
 /** @typedef {import("../data/tile.js").Tile} Tile */
@@ -41,6 +42,7 @@ export class ParameterTable {
     const caption = el("caption", { class: "hidden-text" }, "Parameters, the most conspicuous first");
     const table = el("table", { class: "parameters" }, caption, tableHead(COLUMNS), this.body);
     this.box = el("div", null, scrollable("Parameters", table), this.more);
+    onThemeChange(this.box, () => this.draw());
     let timer = 0;
     viewport.subscribe((state, before) => {
       if (rangeChanged(state, before)) {

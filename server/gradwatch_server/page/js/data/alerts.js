@@ -25,7 +25,7 @@ export const endedWithRun = ({ state, resolution }) =>
 export const recovered = (alert) => alert.state === "resolved" && !endedWithRun(alert);
 
 /** Return the state of an alert in words. @param {Alert} alert */
-export const stateText = (alert) => (endedWithRun(alert) ? "held until the run ended" : alert.state);
+export const stateText = (alert) => (endedWithRun(alert) ? "ended with the alert on" : alert.state);
 
 /**
  * Return the statistic that a rule judged and its limit there; null if no statistic is drawn in the limit's unit.

@@ -50,13 +50,18 @@
  * @typedef {Paths[Path] extends Record<Method, {responses: {200: {content: {"application/json": infer Found}}}}> ? Found : never} ResponseBody
  */
 
-/** A request that the server refused, in the server's own words. */
+const DEADLINE_MS = 30_000; // of one request, its body included
+const PATIENCE_MS = 120_000; // for a server that is busy
+const BUSY = 429;
+
+/** A request that the server refused, in the server's own words; status 0: it gave no answer. */
 export class ApiError extends Error {
-  /** @param {number} status @param {string} title @param {string} detail */
-  constructor(status, title, detail) {
+  /** @param {number} status @param {string} title @param {string} detail @param {number} [retryAfter] in seconds */
+  constructor(status, title, detail, retryAfter = 1) {
     super(detail || title);
     this.status = status;
     this.title = title;
+    this.retryAfter = retryAfter;
   }
 }
 
@@ -65,6 +70,11 @@ export let session = { login: true, scope: null, project: null };
 
 /** Name of the window's event for a request that was refused because it lacks a valid token. */
 export const LOGIN_REQUIRED = "gradwatch:login-required";
+
+/** Name of the window's event that tells how many requests wait because the server is busy (detail: number). */
+export const WAITING = "gradwatch:waiting";
+
+let waiting = 0;
 
 /**
  * Return the address of a path with its placeholders and its query filled in.
@@ -78,13 +88,66 @@ function address(path, { path: names = {}, query = {} }) {
   return search ? `${filled}?${search}` : filled;
 }
 
-/** Send a request; a response that is not 2xx becomes an ApiError. @param {string} url @param {RequestInit} options */
-async function request(url, options) {
-  const response = await fetch(url, options);
-  if (response.ok) return response;
+/**
+ * Send a request and read its response, within a deadline; a response that is not 2xx becomes an ApiError.
+ * @template Body
+ * @param {string} url @param {RequestInit} options @param {(response: Response) => Promise<Body>} read
+ */
+async function request(url, options, read) {
+  const controller = new AbortController();
+  const abort = () => controller.abort();
+  if (options.signal?.aborted) abort();
+  options.signal?.addEventListener("abort", abort);
+  let late = false;
+  const timer = setTimeout(() => {
+    late = true;
+    abort();
+  }, DEADLINE_MS);
+  try {
+    const response = await fetch(url, { ...options, signal: controller.signal });
+    if (response.ok) return await read(response);
+    throw await refusal(response);
+  } catch (error) {
+    if (late) throw new ApiError(0, "No answer", `the server gave no answer within ${DEADLINE_MS / 1000} s`);
+    if (error instanceof TypeError) throw new ApiError(0, "No answer", "the server cannot be reached");
+    throw error;
+  } finally {
+    clearTimeout(timer);
+    options.signal?.removeEventListener("abort", abort);
+  }
+}
+
+/** Return the error of a response that is not 2xx. @param {Response} response */
+async function refusal(response) {
   const problem = await response.json().catch(() => ({}));
   if (response.status === 401 && session.scope) dispatchEvent(new Event(LOGIN_REQUIRED));
-  throw new ApiError(response.status, problem.title ?? response.statusText, problem.detail ?? "");
+  const retryAfter = Number(response.headers.get("retry-after")) || 1;
+  return new ApiError(response.status, problem.title ?? response.statusText, problem.detail ?? "", retryAfter);
+}
+
+/**
+ * Send a request that only reads. A server that is busy is asked again, and the window is told that it waits.
+ * @template Body
+ * @param {string} url @param {AbortSignal | undefined} signal @param {(response: Response) => Promise<Body>} read
+ */
+async function ask(url, signal, read) {
+  const until = Date.now() + PATIENCE_MS;
+  for (;;) {
+    try {
+      return await request(url, { signal }, read);
+    } catch (error) {
+      if (!(error instanceof ApiError) || error.status !== BUSY || Date.now() > until) throw error;
+      await wait(error.retryAfter * 1000 * (1 + Math.random()));
+      if (signal?.aborted) throw error;
+    }
+  }
+}
+
+/** Wait because the server is busy. @param {number} milliseconds */
+async function wait(milliseconds) {
+  dispatchEvent(new CustomEvent(WAITING, { detail: ++waiting }));
+  await new Promise((resolve) => setTimeout(resolve, milliseconds));
+  dispatchEvent(new CustomEvent(WAITING, { detail: --waiting }));
 }
 
 /**
@@ -92,7 +155,7 @@ async function request(url, options) {
  * @param {Path} path @param {Parameters<Path, "get">} parameters @param {AbortSignal} [signal]
  * @returns {Promise<ResponseBody<Path, "get">>}
  */
-const get = async (path, parameters, signal) => (await request(address(path, parameters), { signal })).json();
+const get = (path, parameters, signal) => ask(address(path, parameters), signal, (response) => response.json());
 
 /**
  * @template {PathOf<"post">} Path
@@ -100,7 +163,8 @@ const get = async (path, parameters, signal) => (await request(address(path, par
  */
 function post(path, parameters, body) {
   const headers = body ? { "content-type": "application/json" } : undefined;
-  return request(address(path, parameters), { method: "POST", headers, body: body && JSON.stringify(body) });
+  const options = { method: "POST", headers, body: body && JSON.stringify(body) };
+  return request(address(path, parameters), options, (response) => response.text());
 }
 
 /**
@@ -108,7 +172,7 @@ function post(path, parameters, body) {
  * @param {Path} path @param {Parameters<Path, "delete">} parameters
  */
 async function remove(path, parameters) {
-  await request(address(path, parameters), { method: "DELETE" });
+  await request(address(path, parameters), { method: "DELETE" }, (response) => response.text());
 }
 
 /** Load the permissions of this page. */
@@ -119,8 +183,8 @@ export async function renewSession() {
 
 /** Log in; the server keeps the token in a cookie. @param {string} token */
 export async function logIn(token) {
-  const response = await post("/api/v1/session", {}, { token });
-  session = /** @type {ResponseBody<"/api/v1/session", "post">} */ (await response.json());
+  const answer = await post("/api/v1/session", {}, { token });
+  session = /** @type {ResponseBody<"/api/v1/session", "post">} */ (JSON.parse(answer));
 }
 
 /** Log out; the browser forgets the cookie. */
@@ -144,9 +208,9 @@ export const series = (runId, query, signal) => get("/api/v1/runs/{id}/series", 
  * Return a tile's bytes.
  * @param {string} runId @param {Query<"/api/v1/runs/{id}/tile">} query @param {AbortSignal} [signal]
  */
-export async function tile(runId, query, signal) {
+export function tile(runId, query, signal) {
   const url = address(/** @satisfies {PathOf<"get">} */ ("/api/v1/runs/{id}/tile"), { path: { id: runId }, query });
-  return (await request(url, { signal })).arrayBuffer();
+  return ask(url, signal, (response) => response.arrayBuffer());
 }
 
 /** @param {string} runId @param {Query<"/api/v1/runs/{id}/clip-advice">} query */

@@ -4,7 +4,7 @@
 // to the newest sample to choose the parameters that get series of their own. The page applies it to all visible
 // samples, where a gradient that never came, a spike, and zeros in some of the samples rank in between.
 
-import { percent, power } from "./format.js";
+import { percent, power, stepRange } from "./format.js";
 import { MISSING } from "./tile.js";
 
 /** @typedef {import("./tile.js").Tile} Tile */
@@ -45,22 +45,39 @@ function gather(tile, row, { first, past }) {
   const buckets = past - first;
   const severalSamples = buckets > 1 || (buckets === 1 && tile.lastSteps[first] > tile.steps[first]);
   const found = { buckets, severalSamples, min: Infinity, max: -Infinity, last: MISSING, zeros: 0, missing: 0 };
-  let [maxStep, badStep, badBucket] = [-1, -1, 0];
+  let [maxBucket, badBucket] = [-1, -1];
   const highs = [];
   for (let bucket = first; bucket < past; bucket++) {
     const cell = bucket * tile.rows + row;
     const high = tile.max[cell];
-    if (tile.nonfinite[cell] && badStep < 0) [badStep, badBucket] = [tile.steps[bucket], bucket - first];
-    if (tile.last[cell] !== MISSING) found.last = tile.last[cell];
-    if (high === MISSING) found.missing++;
+    if (tile.nonfinite[cell] && badBucket < 0) badBucket = bucket;
+    if (!(tile.last[cell] <= MISSING)) found.last = tile.last[cell];
+    if (high <= MISSING) found.missing++;
     else if (high === 0) found.zeros++;
     if (high < 0 || !Number.isFinite(high)) continue;
     highs.push(high);
     found.min = Math.min(found.min, tile.min[cell]);
-    if (high > found.max) [found.max, maxStep] = [high, tile.steps[bucket]];
+    if (high > found.max) [found.max, maxBucket] = [high, bucket];
   }
   const median = highs.sort((a, b) => a - b)[highs.length >> 1] ?? 0;
-  return { ...found, median, maxStep, badStep, badBucket };
+  return {
+    ...found,
+    median,
+    badBuckets: badBucket < 0 ? -1 : badBucket - first,
+    maxAt: place(tile, maxBucket),
+    badAt: place(tile, badBucket, true),
+  };
+}
+
+/**
+ * Return where the samples of a bucket lie, as text: a bucket of several tells only that it was one of them.
+ * @param {Tile} tile @param {number} bucket @param {boolean} [onwards] whether it goes on from there
+ */
+function place({ steps, lastSteps }, bucket, onwards = false) {
+  if (bucket < 0) return "";
+  const range = stepRange(steps[bucket], lastSteps[bucket]);
+  if (steps[bucket] === lastSteps[bucket]) return onwards ? `from ${range}` : `at ${range}`;
+  return onwards ? `first in ${range}` : `in ${range}`;
 }
 
 /** Return the finding on one parameter, without comparing it to others. @param {ReturnType<typeof gather>} values */
@@ -68,15 +85,16 @@ function judge(values) {
   const { buckets, missing, zeros, max, median } = values;
   /** @param {number} rank @param {number} weight @param {string} reason @param {Tone} tone */
   const finding = (rank, weight, reason, tone) => ({ rank, weight, reason, tone });
-  if (values.badStep >= 0)
-    return finding(RANKS.nonfinite, -values.badBucket, `not finite from step ${values.badStep}`, "critical");
-  if (buckets > 0 && missing === buckets && values.severalSamples)
+  if (buckets === 0) return finding(RANKS.missing, 0, "", "");
+  if (values.badBuckets >= 0)
+    return finding(RANKS.nonfinite, -values.badBuckets, `not finite ${values.badAt}`, "critical");
+  if (missing === buckets && values.severalSamples)
     return finding(RANKS.neverMeasured, 0, "never had a gradient", "warning");
-  if (missing === buckets) return finding(RANKS.missing, 0, buckets > 0 ? "missing" : "", "");
+  if (missing === buckets) return finding(RANKS.missing, 0, "missing", "");
   if (zeros === buckets - missing) return finding(RANKS.zero, 0, "always exactly zero", "warning");
   if (median > 0 && max / median > SPIKE_RATIO) {
     const times = Math.round(max / median).toLocaleString("en-US");
-    return finding(RANKS.spike, max / median, `spike ×${times} at step ${values.maxStep}`, "warning");
+    return finding(RANKS.spike, max / median, `spike ×${times} ${values.maxAt}`, "warning");
   }
   if (zeros > buckets * SOME_ZERO_SHARE)
     return finding(RANKS.someZero, 0, `exactly zero in ${percent(zeros / buckets)} of the samples`, "warning");

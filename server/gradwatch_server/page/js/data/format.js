@@ -22,6 +22,22 @@ export const stepRange = (first, last) =>
   first >= last ? `step ${count(first)}` : `steps ${count(first)} to ${count(last)}`;
 
 /**
+ * Cut a long name in its middle: names differ at their ends.
+ * @param {string} name @param {number} longest in characters
+ */
+export function shorten(name, longest) {
+  const kept = (longest - 1) / 2;
+  return name.length <= longest ? name : `${name.slice(0, Math.floor(kept))}…${name.slice(-Math.ceil(kept))}`;
+}
+
+/** Format a position as an ordinal: 1st, 2nd, 10th. @param {number} number */
+export function ordinal(number) {
+  const last = number % 10;
+  const suffix = number % 100 > 10 && number % 100 < 14 ? "th" : (["th", "st", "nd", "rd"][last] ?? "th");
+  return `${count(number)}${suffix}`;
+}
+
+/**
  * Format a measured value with three digits; null is a missing one.
  * @param {number | string | null | undefined} value "NaN" and "Infinity" stay as they are
  */

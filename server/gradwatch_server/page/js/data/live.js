@@ -1,32 +1,53 @@
-// The stream of changes from the server (server-sent events), and reloading after a change.
+// The stream of changes from the server, what the bar says of it, and reloading after a change.
 
-import { LOGIN_REQUIRED, streamAddress } from "./api.js";
+import { LOGIN_REQUIRED, streamAddress, WAITING } from "./api.js";
+import { ago } from "./format.js";
+import { listen } from "./stream/listen.js";
 
-/**
- * @typedef {{id: string, project: string, last_step: number | null, sample_count: number}} Change one run
- */
+/** @typedef {import("./stream/connection.js").Change} Change */
+/** @typedef {import("./stream/connection.js").StreamMessage} StreamMessage */
 
-const RECONNECT_MS = [500, 1000, 2000, 5000];
 const RELOAD_MS = 700;
 const RELOAD_ANYWAY_MS = 15_000;
 const PAUSE_MS = 300;
+const RETRY_MS = 3_000;
+const LOOK_MS = 1_000;
+const WORKER_SILENCE = 2; // times what its stream may be silent; then the worker itself is gone
 
 /** Dispatches "runs" (detail: Change[]) after changes and "reconnected" when a lost connection is back. */
 export class ChangeStream extends EventTarget {
-  /** @param {HTMLElement} status where the state of the connection is shown */
-  constructor(status) {
+  /**
+   * @param {HTMLElement} status where the state of the connection is shown
+   * @param {HTMLElement} age where the age of what is shown is told, unless it is live
+   */
+  constructor(status, age) {
     super();
     this.status = status;
-    this.failures = 0;
-    /** @type {EventSource | null} */
-    this.connection = null;
-    this.timer = 0;
+    this.age = age;
+    /** Stops listening; null: it does not listen. @type {(() => void) | null} */
+    this.leave = null;
+    this.connected = false;
+    /** Whether the stream broke off or fell silent, and has not been heard since. */
+    this.lost = false;
+    /** Whether changes may have been missed. */
     this.interrupted = false;
     this.stopped = true;
-    // A hidden tab closes its connection: browsers allow only six to a server.
+    /** Why what is shown could not be loaded again; "" if it could. */
+    this.trouble = "";
+    /** How many requests wait because the server is busy. */
+    this.waiting = 0;
+    /** When the server was heard last, and when what is shown was up to date last. Milliseconds. */
+    this.heardAt = this.freshAt = Date.now();
+    this.silenceMs = Infinity;
+    // A hidden tab needs no changes; when it is seen again, everything is loaded.
     document.addEventListener("visibilitychange", () => (document.hidden ? this.disconnect() : this.connect()));
     addEventListener("pagehide", () => this.disconnect());
     addEventListener("pageshow", (event) => event.persisted && this.connect());
+    addEventListener(WAITING, (event) => {
+      this.waiting = /** @type {CustomEvent<number>} */ (event).detail;
+      this.show();
+    });
+    setInterval(() => this.look(), LOOK_MS);
   }
 
   start() {
@@ -38,54 +59,75 @@ export class ChangeStream extends EventTarget {
   stop() {
     this.stopped = true;
     this.disconnect();
-    delete this.status.dataset.state;
-    this.status.textContent = "";
+    this.show();
   }
 
   connect() {
-    if (this.stopped || this.connection || document.hidden) return;
-    clearTimeout(this.timer);
-    const connection = new EventSource(streamAddress());
-    this.connection = connection;
-    connection.addEventListener("open", () => this.connected());
-    connection.addEventListener("runs", (event) => {
-      this.dispatchEvent(new CustomEvent("runs", { detail: JSON.parse(event.data) }));
-    });
-    connection.addEventListener("error", () => this.failed(connection));
-  }
-
-  connected() {
-    this.failures = 0;
-    this.showStatus("live", "Live");
-    if (this.interrupted) this.dispatchEvent(new Event("reconnected"));
-    this.interrupted = false;
-  }
-
-  /** @param {EventSource} connection */
-  failed(connection) {
-    // A closed connection was refused; one that was cut off would reconnect by itself.
-    if (connection.readyState === EventSource.CLOSED) dispatchEvent(new Event(LOGIN_REQUIRED));
-    connection.close();
-    if (this.connection !== connection) return;
-    this.connection = null;
-    this.interrupted = true;
-    this.showStatus("lost", "Connection lost, trying again");
-    const wait = RECONNECT_MS[Math.min(this.failures++, RECONNECT_MS.length - 1)];
-    this.timer = window.setTimeout(() => this.connect(), wait);
+    if (this.stopped || this.leave || document.hidden) return;
+    this.heardAt = Date.now();
+    this.silenceMs = Infinity;
+    this.leave = listen(streamAddress(), (message) => this.receive(message));
   }
 
   disconnect() {
-    clearTimeout(this.timer);
-    this.connection?.close();
-    this.connection = null;
+    this.leave?.();
+    this.leave = null;
+    this.connected = false;
     this.interrupted = true;
   }
 
-  /** @param {"live" | "lost"} state @param {string} text */
-  showStatus(state, text) {
-    if (this.status.textContent === text) return;
-    this.status.dataset.state = state;
-    this.status.textContent = text;
+  /** @param {StreamMessage} message */
+  receive({ kind, changes = [], silenceMs = this.silenceMs }) {
+    this.heardAt = Date.now();
+    this.silenceMs = silenceMs;
+    this.connected = kind === "word";
+    this.lost = !this.connected;
+    if (kind === "refused") dispatchEvent(new Event(LOGIN_REQUIRED));
+    if (this.connected && this.interrupted) this.dispatchEvent(new Event("reconnected"));
+    this.interrupted = this.lost;
+    if (changes.length) this.dispatchEvent(new CustomEvent("runs", { detail: changes }));
+    this.show();
+  }
+
+  /** Note whether what is shown could be loaded again. @param {unknown} [error] */
+  loaded(error) {
+    this.trouble = error === undefined ? "" : error instanceof Error ? error.message : String(error);
+    if (!this.trouble) this.freshAt = Date.now();
+    this.show();
+  }
+
+  /** Look every second: a worker that says nothing at all is replaced, and the age goes on. */
+  look() {
+    if (this.leave && Date.now() - this.heardAt > this.silenceMs * WORKER_SILENCE) {
+      this.lost = true;
+      this.disconnect();
+      this.connect();
+    }
+    this.show();
+  }
+
+  /** Show the state of the connection and, unless all is well, the age of what is shown. */
+  show() {
+    const [state, text] = this.stateText();
+    if (state === "live") this.freshAt = Date.now();
+    if (this.status.textContent !== text) {
+      this.status.textContent = text;
+      if (state) this.status.dataset.state = state;
+      else delete this.status.dataset.state;
+    }
+    this.age.hidden = state !== "lost" && state !== "busy";
+    const age = `shown as of ${ago(this.freshAt / 1000)}`;
+    if (!this.age.hidden && this.age.textContent !== age) this.age.textContent = age;
+  }
+
+  /** @returns {["" | "live" | "lost" | "busy", string]} */
+  stateText() {
+    if (this.stopped) return ["", ""];
+    if (this.lost) return ["lost", "Connection lost, trying again"];
+    if (!this.connected) return ["", "Connecting"];
+    if (this.waiting) return ["busy", "The server is busy, waiting for it"];
+    if (this.trouble) return ["lost", `Not loaded: ${this.trouble}`];
+    return ["live", "Live"];
   }
 }
 
@@ -98,7 +140,7 @@ export function reloadOnChanges(changes, load) {
   let timer = 0;
   const reload = () =>
     load()
-      .catch(() => undefined)
+      .then(() => changes.loaded(), (error) => changes.loaded(error))
       .finally(() => (timer = 0));
   const schedule = () => {
     timer ||= window.setTimeout(reload, RELOAD_MS);
@@ -111,6 +153,7 @@ export function reloadOnChanges(changes, load) {
     changes.removeEventListener("reconnected", schedule);
     clearInterval(interval);
     clearTimeout(timer);
+    changes.loaded();
   };
 }
 
@@ -120,17 +163,24 @@ export function reloadOnChanges(changes, load) {
  * @returns {() => void} stops it
  */
 export function reloadOnRunChanges(changes, runId, load) {
-  let [busy, wanted] = [false, false];
+  let [busy, wanted, closed] = [false, false, false];
   const reload = async () => {
     wanted = true;
     if (busy) return;
     busy = true;
-    while (wanted) {
+    while (wanted && !closed) {
       wanted = false;
       const started = performance.now();
-      await load().catch(() => undefined);
+      let pause = PAUSE_MS;
+      try {
+        await load();
+        if (!closed) changes.loaded();
+      } catch (error) {
+        if (!closed) changes.loaded(error);
+        [wanted, pause] = [true, RETRY_MS];
+      }
       const took = performance.now() - started;
-      await new Promise((resolve) => setTimeout(resolve, Math.max(PAUSE_MS, took)));
+      await new Promise((resolve) => setTimeout(resolve, Math.max(pause, took)));
     }
     busy = false;
   };
@@ -142,6 +192,8 @@ export function reloadOnRunChanges(changes, runId, load) {
   changes.addEventListener("runs", changed);
   changes.addEventListener("reconnected", reload);
   return () => {
+    closed = true;
+    changes.loaded();
     changes.removeEventListener("runs", changed);
     changes.removeEventListener("reconnected", reload);
   };

@@ -23,8 +23,21 @@ const pathAndQuery = () => location.pathname + location.search;
 /** Path and query that are shown. A link to a place within the page (#main) fires popstate too, but changes neither. */
 let shown = pathAndQuery();
 
+/** Remember in the history how far this page is scrolled. */
+function keepPlace() {
+  try {
+    history.replaceState({ ...history.state, scroll: scrollY }, "");
+  } catch {
+    // The history has changed too often for this browser.
+  }
+}
+
+/** Return how far the page of the current address was scrolled when it was left. */
+export const place = () => Number(history.state?.scroll ?? 0);
+
 /** Go to another page of this site. @param {string} url */
 export function go(url) {
+  keepPlace();
   history.pushState(null, "", url);
   shown = pathAndQuery();
   dispatchEvent(new Event(CHANGED));
@@ -41,8 +54,13 @@ export function setQuery(changes) {
     else query.set(name, String(value));
   }
   const written = query.toString();
-  if (written !== new URLSearchParams(location.search).toString())
-    history.replaceState(null, "", written ? `${path}?${written}` : path);
+  if (written !== new URLSearchParams(location.search).toString()) {
+    try {
+      history.replaceState(history.state, "", written ? `${path}?${written}` : path);
+    } catch {
+      // The address has changed too often for this browser: it stays behind until the next change.
+    }
+  }
   shown = pathAndQuery();
 }
 
@@ -51,6 +69,8 @@ export function setQuery(changes) {
  * @param {() => void} show shows the current address @param {(path: string) => boolean} isPage
  */
 export function followLinks(show, isPage) {
+  history.scrollRestoration = "manual"; // the browser would scroll before the page is drawn
+  addEventListener("pagehide", keepPlace);
   addEventListener("popstate", () => {
     if (pathAndQuery() === shown) return;
     shown = pathAndQuery();

@@ -2,7 +2,6 @@
 
 import { current, setQuery, wholeNumber } from "./navigation.js";
 import { DEFAULT_STATISTIC, isStatistic } from "./statistics.js";
-import { rangeChanged } from "./viewport.js";
 
 /** @typedef {import("./viewport.js").ViewportState} ViewportState */
 
@@ -40,13 +39,18 @@ export function readPermalink(end) {
  */
 export function keepPermalink(viewport) {
   let timer = 0;
-  viewport.subscribe((state, before) => {
+  const stop = () => {
     clearTimeout(timer);
-    // Browsers limit how often the address may change: while the range moves, only its end is written.
-    if (rangeChanged(state, before)) timer = window.setTimeout(() => write(viewport.state), WRITE_MS);
-    else write(state);
+    timer = 0;
+  };
+  viewport.subscribe(() => {
+    // Browsers limit how often the address may change, WebKit to 100 times in 10 seconds.
+    timer ||= window.setTimeout(() => {
+      timer = 0;
+      write(viewport.state);
+    }, WRITE_MS);
   });
-  return () => clearTimeout(timer);
+  return stop;
 }
 
 /** @param {ViewportState} state */

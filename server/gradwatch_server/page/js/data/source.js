@@ -1,6 +1,7 @@
 // Loads the map's tiles: each reaches a little beyond the visible range, so that panning has something to show.
 
 import * as api from "./api.js";
+import { isStatistic, NEEDS } from "./statistics.js";
 import { decodeTile, findDecades } from "./tile.js";
 import { rangeChanged } from "./viewport.js";
 
@@ -10,10 +11,11 @@ import { rangeChanged } from "./viewport.js";
 
 const MARGIN = 0.5;
 const SETTLE_MS = 90;
+const RETRY_MS = 3_000;
 const MOST_CELLS = 2_000_000;
 const FEWEST_POINTS = 50;
 
-/** Dispatches "tile" when a new tile has arrived. */
+/** Dispatches "tile" when a new tile has arrived, and "failed" (detail: the error) when none has. */
 export class TileSource extends EventTarget {
   /**
    * @param {string} runId @param {Viewport} viewport @param {number} rows parameters of the run
@@ -33,7 +35,7 @@ export class TileSource extends EventTarget {
     this.covered = { from: 0, to: 0, width: 0 };
     /** @type {AbortController | null} */
     this.request = null;
-    this.timer = 0;
+    this.timer = this.retry = 0;
     this.stale = false;
     viewport.subscribe((state, before) => {
       if (state.statistic !== before.statistic) this.load();
@@ -56,6 +58,19 @@ export class TileSource extends EventTarget {
     const inside = covered.from <= Math.max(0, from) && covered.to >= Math.min(end, to);
     const width = to - from;
     return this.stale || !inside || width < covered.width * 0.67 || width > covered.width * 1.5;
+  }
+
+  /**
+   * Return why the tile shows nothing, in words; "" if it holds samples.
+   * @param {import("./api.js").Run} run
+   */
+  emptiness({ sample_count: samples, state }) {
+    const { tile, covered } = this;
+    if (!tile || tile.steps.length) return "";
+    if (!samples) return state === "finished" ? "This run ended without a sample" : "Waiting for the first sample";
+    if (covered.from > 0 || covered.to < this.viewport.state.end) return "Not measured in these steps";
+    const need = isStatistic(tile.statistic) ? NEEDS[tile.statistic] : undefined;
+    return need ? `Not measured in this run: ${need}` : "Not measured in this run";
   }
 
   /** Load again if the run's new samples belong to the tile. @returns {Promise<void>} */
@@ -85,8 +100,13 @@ export class TileSource extends EventTarget {
       this.request = null;
       this.dispatchEvent(new Event("tile"));
       if (this.insufficient()) this.load();
-    } catch {
-      if (!request.signal.aborted) this.request = null;
+    } catch (error) {
+      if (request.signal.aborted) return;
+      this.request = null;
+      this.stale = true;
+      this.dispatchEvent(new CustomEvent("failed", { detail: error }));
+      clearTimeout(this.retry);
+      this.retry = window.setTimeout(() => this.request || this.load(), RETRY_MS);
     }
   }
 
@@ -106,6 +126,13 @@ export class TileSource extends EventTarget {
 
   close() {
     clearTimeout(this.timer);
+    clearTimeout(this.retry);
     this.request?.abort();
   }
+}
+
+/** Return a "failed" event of a source in words. @param {Event} event */
+export function notLoaded(event) {
+  const { detail: error } = /** @type {CustomEvent<unknown>} */ (event);
+  return `Not loaded, trying again: ${error instanceof Error ? error.message : error}`;
 }

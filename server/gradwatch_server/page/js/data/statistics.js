@@ -18,6 +18,13 @@ export const STATISTICS = {
 /** @type {Statistic} */
 export const DEFAULT_STATISTIC = "ratio";
 
+/** By statistic, what a run needs so that it is measured; all others are in every sample. @type {Partial<Record<Statistic, string>>} */
+export const NEEDS = {
+  clipped_grad_norm: "it needs gradients that are clipped, by clip= or clip_grad_norm_",
+  clipped_unit_share: "it needs clip=",
+  update_norm: "its agent told no changes of weights",
+};
+
 /** By statistic, the one that measures the same after clipping. @type {Partial<Record<Statistic, Statistic>>} */
 export const AFTER_CLIPPING = { grad_norm: "clipped_grad_norm" };
 

@@ -1,12 +1,16 @@
 // A tile of the layer x step map: one statistic of every parameter, in buckets of samples.
 
+import { inView } from "./viewport.js";
+
 /** Value of a cell whose gradient was missing: neither zero nor NaN. Statistics are never negative. */
 export const MISSING = -1;
+/** Value of a cell whose parameter has a gradient, but no optimizer that would step it. */
+export const UNSTEPPED = -2;
 
 const MOST_COLOUR_SAMPLES = 20_000;
 const WIDEST_DECADES = 20;
 const NARROWEST_DECADES = 3;
-const LONGEST_STRIDES = 4;
+const LONGEST_STRIDES = 1.5;
 
 /**
  * @typedef {object} Tile
@@ -15,6 +19,7 @@ const LONGEST_STRIDES = 4;
  * @property {number[]} steps first step of each bucket
  * @property {number[]} lastSteps last step of each bucket
  * @property {number[]} ends where each bucket ends on the axis, exclusive
+ * @property {{from: number, to: number}[]} gaps steps that were not sampled, between samples that usually lie closer
  * @property {number} rows number of parameters
  * @property {Float32Array} max shape (buckets, rows)
  * @property {Float32Array} min shape (buckets, rows)
@@ -39,12 +44,14 @@ export function decodeTile(body) {
   const start = 4 + length;
   /** @param {number} index */
   const plane = (index) => new Float32Array(body, start + 4 * cells * index, cells);
+  const usual = usualStride(header.steps, header.last_steps);
   return {
     statistic: header.statistic,
     parameters: header.parameters,
     steps: header.steps,
     lastSteps: header.last_steps,
-    ends: bucketEnds(header.steps, header.last_steps),
+    ends: bucketEnds(header.steps, header.last_steps, usual),
+    gaps: gapsBetween(header.steps, header.last_steps, usual),
     rows,
     max: plane(0),
     min: plane(1),
@@ -54,19 +61,26 @@ export function decodeTile(body) {
 }
 
 /**
- * Return where each bucket ends: at the start of the next one, except before a gap, where samples are missing.
- * @param {number[]} steps @param {number[]} lastSteps
+ * Return where each bucket ends: at the start of the next one, for a sample stands for the steps up to the next.
+ * @param {number[]} steps @param {number[]} lastSteps @param {number} usual steps from a sample to the next
  */
-function bucketEnds(steps, lastSteps) {
-  const strides = steps
-    .slice(1)
-    .map((step, index) => step - lastSteps[index])
-    .sort((a, b) => a - b);
-  const usual = strides[strides.length >> 1] ?? 1;
-  return steps.map((_, index) => {
-    const next = steps[index + 1];
-    const gap = next === undefined || next - lastSteps[index] > LONGEST_STRIDES * usual;
-    return gap ? lastSteps[index] + usual : next;
+const bucketEnds = (steps, lastSteps, usual) =>
+  steps.map((_, index) => steps[index + 1] ?? lastSteps[index] + usual);
+
+/** Return the usual number of steps from one bucket to the next. @param {number[]} steps @param {number[]} lastSteps */
+function usualStride(steps, lastSteps) {
+  const strides = steps.slice(1).map((step, index) => step - lastSteps[index]);
+  return strides.sort((a, b) => a - b)[strides.length >> 1] ?? 1;
+}
+
+/**
+ * Return the ranges of steps without a sample, where samples lie much farther apart than usual. `to` is exclusive.
+ * @param {number[]} steps @param {number[]} lastSteps @param {number} usual steps from a sample to the next
+ */
+function gapsBetween(steps, lastSteps, usual) {
+  return steps.slice(1).flatMap((to, index) => {
+    const from = lastSteps[index] + usual;
+    return to - lastSteps[index] > LONGEST_STRIDES * usual ? [{ from, to }] : [];
   });
 }
 
@@ -94,21 +108,14 @@ export function bucketsWithin(tile, { from, to }) {
 }
 
 /**
- * Return the index of the bucket nearest to a step; -1 if the tile is empty.
- * @param {Tile} tile @param {number} step
+ * Return the bucket at the crosshair or, unless one is in view, the newest bucket before the right edge; -1: none.
+ * @param {Tile} tile @param {{step: number | null, from: number, to: number}} state
  */
-export function nearestBucket(tile, step) {
-  return Math.max(bucketAt(tile.steps, step), tile.steps.length ? 0 : -1);
-}
-
-/**
- * Return the bucket at the crosshair or, without one, the newest visible bucket.
- * @param {Tile} tile @param {{step: number | null, to: number}} state
- */
-export const crosshairBucket = (tile, { step, to }) => nearestBucket(tile, step ?? Math.ceil(to) - 1);
+export const crosshairBucket = (tile, state) =>
+  bucketAt(tile.steps, inView(state) ? Number(state.step) : Math.ceil(state.to) - 1);
 
 /** @param {number} value @returns {number | null} */
-export const orNull = (value) => (value === MISSING ? null : value);
+export const orNull = (value) => (value <= MISSING ? null : value);
 
 /**
  * Return the whole decades that hold nearly all finite values, at least three of them.

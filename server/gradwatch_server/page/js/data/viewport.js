@@ -40,7 +40,13 @@ export class Viewport {
     const state = { ...before, ...changes };
     if (Object.keys(changes).every((key) => Reflect.get(before, key) === Reflect.get(state, key))) return;
     this.state = state;
-    for (const listener of this.listeners) listener(state, before);
+    for (const listener of this.listeners) {
+      try {
+        listener(state, before);
+      } catch (error) {
+        reportError(error); // the other parts of the page follow all the same
+      }
+    }
   }
 
   /**
@@ -88,6 +94,12 @@ export class Viewport {
     return step !== null && step >= from && step < to ? step + 0.5 : (from + to) / 2;
   }
 }
+
+/**
+ * Return whether a part of the crosshair's step is in view.
+ * @param {Pick<ViewportState, "step" | "from" | "to">} state
+ */
+export const inView = ({ step, from, to }) => step !== null && step + 1 > from && step < to;
 
 /** Return whether another range of steps is visible. @param {ViewportState} state @param {ViewportState} before */
 export const rangeChanged = (state, before) => state.from !== before.from || state.to !== before.to;

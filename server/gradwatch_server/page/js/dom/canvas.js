@@ -35,12 +35,17 @@ export function oncePerFrame(work) {
   };
 }
 
+const THEMES = ["(prefers-color-scheme: dark)", "(forced-colors: active)", "print"].map((query) => matchMedia(query));
+
 /**
- * Draw again when the theme changes between light and dark, for as long as the element is on the page.
+ * Draw again when the theme changes, for as long as the element is on the page: between light and dark, to forced
+ * colours, to paper. Paper shows what is drawn at once: `draw` must not wait for a frame.
  * @param {Element} element @param {() => void} draw
  */
 export function onThemeChange(element, draw) {
-  const scheme = matchMedia("(prefers-color-scheme: dark)");
-  const changed = () => (element.isConnected ? draw() : scheme.removeEventListener("change", changed));
-  scheme.addEventListener("change", changed);
+  const changed = () => {
+    if (element.isConnected) draw();
+    else for (const theme of THEMES) theme.removeEventListener("change", changed);
+  };
+  for (const theme of THEMES) theme.addEventListener("change", changed);
 }

@@ -34,9 +34,13 @@ export function fill(parent, ...children) {
   parent.replaceChildren(...nodes(children.flat()));
 }
 
-/** Make a button. @param {string} text @param {() => void} onclick @param {Attributes} [attributes] */
+/** Make a button. @param {string | Node[]} text @param {() => void} onclick @param {Attributes} [attributes] */
 export const button = (text, onclick, attributes = {}) =>
   el("button", { type: "button", onclick, ...attributes }, text);
+
+/** Let a dotted name break behind its dots, and nowhere else. @param {string} name @returns {Node[]} */
+export const breakable = (name) =>
+  name.split(/(?<=\.)/).flatMap((part, index) => [...(index ? [el("wbr")] : []), document.createTextNode(part)]);
 
 /** Make a menu. @param {[value: string, text: string][]} options @param {Attributes} [attributes] */
 export const select = (options, attributes = {}) =>

@@ -10,7 +10,7 @@ import * as api from "../data/api.js";
 import { reloadOnRunChanges } from "../data/live.js";
 import { current } from "../data/navigation.js";
 import { keepPermalink, readPermalink } from "../data/permalink.js";
-import { TileSource } from "../data/source.js";
+import { notLoaded, TileSource } from "../data/source.js";
 import { SCALARS } from "../data/statistics.js";
 import { Viewport } from "../data/viewport.js";
 import { el, fill } from "../dom/elements.js";
@@ -22,6 +22,7 @@ const POINTS = 1000;
 const MAP_HEIGHT = 170;
 const CHART_HEIGHT = 170;
 const SETTLE_MS = 60; // the tiles of the maps arrive one after the other
+const NO_SPAN = { low: -6, high: 0 }; // decades of the colours where no run has a sample
 const COLOURS = ["accent", "second", "third", "fourth"];
 const CURVES = [
   { scalar: "loss", logarithmic: false },
@@ -64,8 +65,9 @@ class Comparison {
   /** @param {api.RunDetail} run @returns {Side} */
   side(run) {
     const map = new LayerMap(this.viewport, MAP_HEIGHT);
-    const width = () => (map.box.clientWidth || this.main.clientWidth / 2) * (window.devicePixelRatio || 1);
+    const width = () => (map.box.clientWidth || this.main.clientWidth / 2) * Math.max(1, window.devicePixelRatio || 1);
     const source = new TileSource(run.id, this.viewport, run.parameters.length, width);
+    source.addEventListener("failed", (event) => map.setNote(notLoaded(event)));
     source.addEventListener("tile", () => {
       this.drawMaps();
       clearTimeout(this.timer);
@@ -77,12 +79,14 @@ class Comparison {
   /** Draw all maps in colours that span the values of all of them. */
   drawMaps() {
     const spans = this.sides.filter(({ source }) => source.tile?.steps.length).map(({ source }) => source.decades);
-    if (!spans.length) return;
-    const low = Math.min(...spans.map((span) => span.low));
-    const high = Math.max(...spans.map((span) => span.high));
+    const low = spans.length ? Math.min(...spans.map((span) => span.low)) : NO_SPAN.low;
+    const high = spans.length ? Math.max(...spans.map((span) => span.high)) : NO_SPAN.high;
     this.legend.show({ low, high });
     const loaded = this.sides.filter(({ source }) => source.tile);
-    for (const { map, source } of loaded) if (source.tile) map.show(source.tile, { low, high });
+    for (const { run, map, source } of loaded) {
+      if (source.tile) map.show(source.tile, { low, high });
+      map.setNote(source.emptiness(run));
+    }
     this.main.dataset.drawn = String(loaded.length);
   }
 
@@ -107,8 +111,8 @@ class Comparison {
 
   /** Take in the new samples of a run. @param {Side} side */
   async renew({ run, source }) {
-    const { last_step: last } = await api.run(run.id);
-    this.viewport.extend((last ?? 0) + 1);
+    Object.assign(run, await api.run(run.id));
+    this.viewport.extend((run.last_step ?? 0) + 1);
     await source.renew();
   }
 

@@ -15,11 +15,11 @@ import { runState } from "../controls/run-state.js";
 import { toolbar } from "../controls/toolbar.js";
 import { sortAlerts } from "../data/alerts.js";
 import * as api from "../data/api.js";
-import { ago, count, countEach, countOf, moment } from "../data/format.js";
+import { ago, count, countEach, countOf, moment, ordinal, percent } from "../data/format.js";
 import { reloadOnRunChanges } from "../data/live.js";
 import { setTitle } from "../data/navigation.js";
 import { keepPermalink, readPermalink } from "../data/permalink.js";
-import { TileSource } from "../data/source.js";
+import { notLoaded, TileSource } from "../data/source.js";
 import { Viewport } from "../data/viewport.js";
 import { descriptions, el, fill } from "../dom/elements.js";
 
@@ -59,7 +59,7 @@ class RunPage {
 
     this.viewport = new Viewport(readPermalink((run.last_step ?? 0) + 1));
     this.map = new LayerMap(this.viewport);
-    const width = () => (this.map.box.clientWidth || main.clientWidth) * (window.devicePixelRatio || 1);
+    const width = () => (this.map.box.clientWidth || main.clientWidth) * Math.max(1, window.devicePixelRatio || 1);
     this.source = new TileSource(run.id, this.viewport, run.parameters.length, width);
     const matrices = run.parameters.filter(({ shape }) => shape.length > 1).map(({ name }) => name);
     this.profile = new Profile(this.map, new Set(matrices));
@@ -87,6 +87,7 @@ class RunPage {
       this.showReadout();
     };
     this.source.addEventListener("tile", () => this.showTile());
+    this.source.addEventListener("failed", (event) => this.map.setNote(notLoaded(event)));
     this.strips.box.addEventListener("shown", () => this.chartTable.show(this.strips.shown));
     this.viewport.subscribe((state, before) => {
       this.showReadout();
@@ -131,10 +132,10 @@ class RunPage {
 
   /** Show the cell under the pointer or, elsewhere, that of the chosen parameter. */
   showReadout() {
-    const { step, parameter } = this.viewport.state;
+    const { parameter } = this.viewport.state;
     const { tile } = this.source;
     const chosen = tile?.parameters.indexOf(parameter ?? "") ?? -1;
-    this.readout.show(tile, step, this.hoveredRow >= 0 ? this.hoveredRow : chosen);
+    this.readout.show(tile, this.viewport.state, this.hoveredRow >= 0 ? this.hoveredRow : chosen);
   }
 
   /** Show a new tile: first the map, then the parts that take longer. */
@@ -143,6 +144,7 @@ class RunPage {
     if (!tile) return;
     // 1. Draw the map and the parts that need only the tile.
     this.map.show(tile, decades);
+    this.map.setNote(this.source.emptiness(this.run));
     this.legend.show(decades);
     this.profile.draw();
     clearTimeout(this.timer);
@@ -212,10 +214,22 @@ function heading(run) {
       runState(run),
       el("span", null, "step ", el("b", null, count(run.last_step))),
       el("span", null, countOf(run.parameters.length, "parameter")),
+      sampling(run),
       el("span", { title: moment(run.last_seen_at) }, "seen ", ago(run.last_seen_at)),
       dropped && el("span", { class: "chip warning" }, `dropped: ${dropped}`),
     ),
   ];
+}
+
+/** Say how often the agent samples, and what that depends on. @param {api.RunDetail} run */
+function sampling({ scalars }) {
+  const interval = api.number(scalars.interval_steps) ?? 0;
+  if (!(interval >= 1)) return false;
+  const why = "As often as the agent's budget for its share of a step allows, or as attach(every=...) says.";
+  const often = interval < 1.5 ? "every step" : `every ${ordinal(Math.round(interval))} step`;
+  const share = api.number(scalars.overhead_ratio);
+  const cost = share === null ? "" : `, costs ${percent(share)} of the time`;
+  return el("span", { title: why }, `samples ${often}${cost}`);
 }
 
 /** Make the section with events that keep the agent from measuring. @param {api.RunDetail} run */

@@ -3,7 +3,7 @@
 import { LossSparklines } from "../charts/sparkline.js";
 import { runState } from "../controls/run-state.js";
 import * as api from "../data/api.js";
-import { ago, count, measured, moment } from "../data/format.js";
+import { ago, count, measured, moment, shorten } from "../data/format.js";
 import { reloadOnChanges } from "../data/live.js";
 import { current, go, setQuery } from "../data/navigation.js";
 import { el, fill, select, tableHead } from "../dom/elements.js";
@@ -12,6 +12,7 @@ import { el, fill, select, tableHead } from "../dom/elements.js";
 
 const MOST_COMPARED = 4;
 const COLUMNS = ["Run", "Project", "State", "Step", "Loss", "Worst rule", "Last seen"];
+const LONGEST_OPTION = 40;
 const STATES = ["running", "stalled", "finished"];
 
 /** @param {HTMLElement} main @param {import("../data/navigation.js").PageContext} context */
@@ -52,6 +53,7 @@ class RunList {
     const head = tableHead([el("span", { class: "hidden-text" }, "Compare"), ...COLUMNS]);
     const caption = el("caption", { class: "hidden-text" }, "Runs, the one seen last first");
     this.table = el("table", { class: "runs" }, caption, head, this.body);
+    this.sparklines.followTheme(this.table);
     this.empty = el("div", { class: "empty", hidden: true });
   }
 
@@ -168,7 +170,7 @@ class RunList {
  */
 function filter(label, values) {
   /** @type {[string, string][]} */
-  const options = values.map((value) => [value, value]);
+  const options = values.map((value) => [value, shorten(value, LONGEST_OPTION)]);
   return select([["", `All ${label.toLowerCase()}s`], ...options], { "aria-label": label });
 }
 

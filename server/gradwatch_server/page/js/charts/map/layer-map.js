@@ -6,6 +6,7 @@ import { rangeChanged } from "../../data/viewport.js";
 import { el } from "../../dom/elements.js";
 import { ALERT_LANE, AXIS, crosshairX, drawAxis, frame, plotWidth, toX } from "../axis.js";
 import { parsePixel } from "../colours.js";
+import { hatch } from "./hatch.js";
 import { listenToPointer } from "../pointer.js";
 import { listenToKeyboard } from "./keyboard.js";
 import { drawLabels } from "./labels.js";
@@ -18,6 +19,8 @@ import { colourTile, rasterise } from "./raster.js";
 /** @typedef {import("../../data/api.js").Alert} Alert */
 
 const ROW_PIXELS = 14;
+const LEAST_PIXELS = 4; // width and height of a cell that is not finite
+const NARROWEST_GAP = 2;
 const KEYS = "Arrow keys move the crosshair, plus and minus zoom, 0 shows the whole run.";
 
 /** Its box dispatches "sized" when the map has another size. */
@@ -48,12 +51,13 @@ export class LayerMap {
       "aria-roledescription": "layer by step map",
       "aria-label": `Layer by step map. ${KEYS}`,
     });
-    this.box = el("div", { class: "map" }, this.base, this.over);
+    this.note = el("p", { class: "map-note", role: "status", hidden: true });
+    this.box = el("div", { class: "map" }, this.base, this.over, this.note);
     this.cells = document.createElement("canvas");
     this.draw = oncePerFrame(() => this.drawBase());
     this.redrawCrosshair = oncePerFrame(() => this.drawOver());
     new ResizeObserver(([entry]) => this.resize(entry.contentRect.width)).observe(this.box);
-    onThemeChange(this.box, this.draw);
+    onThemeChange(this.box, () => this.drawBase());
     viewport.subscribe((state, before) => this.follow(state, before));
     listenToPointer(this.over, viewport, () => this.frame, {
       hover: (event) => this.hovered(event ? this.rowAt(event) : -1),
@@ -92,6 +96,12 @@ export class LayerMap {
     this.coloured = colourTile(tile, this.viewport.state.cell, decades);
     if (otherRows) this.resize(this.size.width);
     this.draw();
+  }
+
+  /** Say in words why there is nothing to see; "" where there is. @param {string} text */
+  setNote(text) {
+    this.note.hidden = text === "";
+    if (this.note.textContent !== text) this.note.textContent = text;
   }
 
   /** @param {Alert[]} alerts to mark */
@@ -145,16 +155,37 @@ export class LayerMap {
     if (!this.coloured || !this.tile?.rows) return;
     const { from, to } = this.viewport.state;
     const [width, height] = [plotWidth(this.frame), this.cellsHeight];
-    const scale = window.devicePixelRatio || 1;
+    const scale = Math.max(1, window.devicePixelRatio || 1); // a smaller one would merge samples
     this.cells.width = Math.max(1, Math.round(width * scale));
     this.cells.height = Math.max(1, Math.min(this.tile.rows, Math.round(height * scale)));
     const surface = /** @type {CanvasRenderingContext2D} */ (this.cells.getContext("2d"));
     const image = surface.createImageData(this.cells.width, this.cells.height);
     const missing = { ground: parsePixel(themeColour("missing")), stripe: parsePixel(themeColour("missing-line")) };
-    rasterise(this.coloured, image, from, to, missing);
+    const least = {
+      width: Math.round(LEAST_PIXELS * scale),
+      height: Math.ceil((LEAST_PIXELS * this.cells.height) / height),
+    };
+    rasterise(this.coloured, image, from, to, missing, least);
     surface.putImageData(image, 0, 0);
     context.imageSmoothingEnabled = false;
     context.drawImage(this.cells, this.frame.left, ALERT_LANE, width, height);
+    this.drawGaps(context);
+  }
+
+  /**
+   * Mark the steps that were not sampled, over which the sample before them is drawn.
+   * @param {CanvasRenderingContext2D} context
+   */
+  drawGaps(context) {
+    const pattern = this.tile?.gaps.length ? context.createPattern(hatch(), "repeat") : null;
+    if (!pattern) return;
+    const { frame: box, viewport } = this;
+    context.fillStyle = pattern;
+    for (const { from, to } of this.tile?.gaps ?? []) {
+      const left = Math.max(box.left, toX(box, viewport.state, from));
+      const right = Math.min(box.width - box.right, toX(box, viewport.state, to));
+      if (right - left >= NARROWEST_GAP) context.fillRect(left, ALERT_LANE, right - left, this.cellsHeight);
+    }
   }
 
   /**

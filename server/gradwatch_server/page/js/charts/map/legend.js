@@ -12,7 +12,8 @@ const LABELS = [
   ["zero", "zero"],
   ["infinite", "Inf"],
   ["nan", "NaN (or Inf, zoomed out)"],
-  ["missing", "missing"],
+  ["missing", "missing, or stepped by no optimizer"],
+  ["unsampled", "not sampled"],
 ];
 
 /** @returns {{element: HTMLElement, show: (decades: import("../../data/tile.js").Decades) => void}} */

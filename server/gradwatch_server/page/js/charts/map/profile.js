@@ -49,7 +49,7 @@ export class Profile {
     map.viewport.subscribe(() => this.draw());
     map.box.addEventListener("sized", this.draw);
     new ResizeObserver(this.draw).observe(this.box);
-    onThemeChange(this.box, this.draw);
+    onThemeChange(this.box, () => this.drawAll());
   }
 
   drawAll() {
@@ -59,7 +59,10 @@ export class Profile {
     if (!tile || !width) return;
     const context = prepareCanvas(this.canvas, width, height);
     const bucket = crosshairBucket(tile, this.map.viewport.state);
-    if (bucket < 0) return;
+    if (bucket < 0) {
+      this.describeNothing();
+      return;
+    }
     const plot = this.plot(width, height, decades);
     drawGrid(context, plot, decades);
     drawBand(context, tile, bucket, plot);
@@ -116,7 +119,7 @@ export class Profile {
     };
     for (let row = 0; row < tile.rows; row++) {
       const value = tile.last[bucket * tile.rows + row];
-      if (value === MISSING) continue;
+      if (value <= MISSING) continue;
       const [x, colour] = place(value);
       context.fillStyle = colour;
       context.globalAlpha = colour === accent && !this.matrices.has(tile.parameters[row]) ? 0.4 : 1;
@@ -125,6 +128,13 @@ export class Profile {
       context.fill();
     }
     context.globalAlpha = 1;
+  }
+
+  /** Say that there is no sample to draw; what was drawn before is gone. */
+  describeNothing() {
+    fill(this.title, el("b", null, "Depth profile"));
+    this.caption.textContent = "no sample";
+    this.canvas.setAttribute("aria-label", "Depth profile: no sample");
   }
 
   /** @param {number} step @param {number | null} slope */

@@ -50,13 +50,12 @@ class ArrivedNumbers:
         """Note a step whose numbers are being copied to the host; a sign that was found makes it urgent."""
         if self._urgent:
             self._urgent, record.urgent = False, True
-        transfer = record.buffers
-        if transfer is None or record.skipped or not transfer.is_on_device:
+        if record.skipped:
             return
         clip = record.clips[-1] if record.clips and not record.clips[-1].partial else None
         optimizer = next(iter(record.stepped), 0)
         norm = None if clip is None else clip.total_norm
-        self._sent.append(_Sent(transfer, optimizer, tuple(record.losses), norm, tuple(record.found_infs)))
+        self._sent.append(_Sent(record.buffers, optimizer, tuple(record.losses), norm, tuple(record.found_infs)))
 
     def look(self) -> None:
         """Judge what has arrived, in order; nothing is waited for."""

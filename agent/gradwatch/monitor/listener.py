@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from gradwatch.clipping.unwatched_clips import UnwatchedClips
 from gradwatch.hooks import torch_hooks
 from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, with_closure
-from gradwatch.monitor.arrived_numbers import ArrivedNumbers
 from gradwatch.monitor.backward import BackwardListener
 from gradwatch.monitor.context import Callbacks, Parts, discard, discard_numbers
 from gradwatch.monitor.guard import AgentThread, Guard, guarded
@@ -67,8 +66,6 @@ class TrainingListener:
         self._actions = StepActions(parts.models, parts.optimizers, parts.scaling, parts.recorder)
         self._unwatched_clips = UnwatchedClips(self._parameters, self._optimizers.lists)
         self._others = OtherThreads(parts.steps, parts.models.parameters)
-        self._arrived = ArrivedNumbers(parts.steps)
-        parts.recorder.pool.before_reuse = self._arrived.look
         backward = BackwardListener(
             parts, guard, self._versions, self._loss_origin, self._others, lambda event: self.put(event)
         )
@@ -195,7 +192,7 @@ class TrainingListener:
             self._steps.other_stepped()
             return None
         if self._recorder.streams.used:
-            self._arrived.look()
+            self._recorder.pool.before_reuse()
         for key in self._optimizers.take_gone() if self._optimizers.gone else ():
             self._steps.optimizer_gone(key)
         if self._loss_origin.aside:
@@ -302,8 +299,6 @@ class TrainingListener:
         if record.buffers is not None or self._recorder.streams.used:
             started = time.perf_counter()
             self._recorder.send(record)
-            if self._recorder.streams.used:
-                self._arrived.sent(record)
             self.guard.book_sample(started)
         self._optimizers.counts_strangers = False
         self._steps.step_ended(time.perf_counter(), self.guard.costs(self.threads), learn=learn)

@@ -57,6 +57,27 @@ def test_flush_delivers_to_a_real_server_what_was_left(server: GradwatchServer, 
     assert not list((tmp_path / "spool").glob("*"))
 
 
+def test_a_lazy_network_is_resumed_from_its_checkpoint(server: GradwatchServer) -> None:
+    """Its first layer was found last in the first attempt, and is found first in the second."""
+
+    def train(model: nn.Module, run: str | None, step: int) -> str:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with gradwatch.attach(model, optimizer, url=server.url, every=1, run=run, step=step) as agent:
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(torch.ones(4, 8)).square().mean().backward()
+                optimizer.step()
+        return agent.run_id
+
+    first, second = (nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Linear(6, 1)) for _ in range(2))
+    run = train(first, None, 0)
+    second.load_state_dict(first.state_dict())
+    assert train(second, run, 2) == run
+    assert server.get(f"/api/v1/runs/{run}")["sample_count"] == 4
+    weights = server.get(f"/api/v1/runs/{run}/series", statistic="weight_norm", parameter="0.weight", from_step=3)
+    assert weights["last"][0] == pytest.approx(float(first.get_parameter("0.weight").detach().norm()), rel=1e-5)
+
+
 def _leave_behind(directory: Path, url: str, *documents: wire.Registration | wire.Batch) -> None:
     """Leave a spool with these documents, of a run "gained", as a process that has ended does."""
     spool = Spool(directory, url=url, run="gained", dropped=Dropped(), warn=print)

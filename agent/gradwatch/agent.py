@@ -60,15 +60,34 @@ def attach(
         ValueError: ``clip`` cannot be right, names parameters that are not there, or is given with an optimizer that
             holds none of the model's parameters.
     """
+    options = {"url": url, "token": token, "project": project, "run": run, "every": every, "step": step}
+    return attach_restored(model, optimizer, None, clip=clip, overhead_budget=overhead_budget, **options)
+
+
+def attach_restored(
+    model: nn.Module | Iterable[nn.Module],
+    optimizer: Optimizer | Iterable[Optimizer] | None,
+    checkpoint: str | None,
+    *,
+    clip: float | AGC | None = None,
+    **options: Any,
+) -> "Agent":
+    """Do what ``attach`` does for a training that a callback saves and restores.
+
+    Args:
+        model: a module or several.
+        optimizer: as of ``attach``.
+        checkpoint: the run that the checkpoint names which the training was restored from: if that run was interrupted,
+            it goes on. Empty: it was restored from none that names a run. None: nobody keeps it with checkpoints.
+        clip: as of ``attach``.
+        options: the others of ``attach``.
+    """
     agc = clip if isinstance(clip, AGC) or clip is None else AGC(clip)
     given: Any = model
     models = [given] if not isinstance(given, Iterable) or isinstance(given, nn.Module) else list(given)
     if not models or not all(isinstance(module, nn.Module) for module in models):
         raise TypeError(f"model must be a torch.nn.Module or several of them, not {model!r:.80}")
-    settings = resolve(
-        url=url, token=token, project=project, run=run, every=every, overhead_budget=overhead_budget, step=step
-    )
-    return Agent(Session(models, unwrapped(optimizer), settings, clip=agc))
+    return Agent(Session(models, unwrapped(optimizer), resolve(**options), clip=agc, checkpoint=checkpoint))
 
 
 class Agent:

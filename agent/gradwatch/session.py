@@ -4,7 +4,6 @@
 """
 
 import os
-import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from gradwatch.delivery.delivery import Delivery
 from gradwatch.lifecycle import shutdown
 from gradwatch.lifecycle.launcher import RunNote, is_launched_command, write_note
 from gradwatch.lifecycle.process import attributes, default_run_name, rank
+from gradwatch.lifecycle.resumption import begin_run, unwatched
 from gradwatch.lifecycle.shutdown import CLOSING_SECONDS
 from gradwatch.monitor.context import Callbacks, discard, discard_numbers
 from gradwatch.monitor.guard import AgentThread
@@ -29,7 +29,7 @@ from gradwatch.norms.transfer import Scalar, copy_scalar
 from gradwatch.ranks.exchange import exchange_for
 from gradwatch.samples.collector import Collector
 from gradwatch.samples.loggers import LoggerName, open_logger
-from gradwatch.settings import RUN_ID, RUN_TAKEN, Settings
+from gradwatch.settings import RUN_TAKEN, Settings
 from gradwatch.steps.event_log import write_events
 from gradwatch.steps.schedule import OverheadAccount, SamplingSchedule
 from gradwatch.steps.state import StepRecord
@@ -52,6 +52,8 @@ class Session:
         automatic: whether ``gradwatch run`` attached it.
         clip: how gradients are clipped adaptively; None: not at all.
         retired: whether the session does nothing, because it stands for one of another process.
+        checkpoint: the run that the checkpoint names which the training was restored from, empty where it names none;
+            None: nobody keeps it with checkpoints.
 
     Raises:
         ValueError: clipping is on, and an optimizer that was given steps no parameter of the models.
@@ -67,9 +69,18 @@ class Session:
         automatic: bool = False,
         clip: AGC | None = None,
         retired: bool = False,
+        checkpoint: str | None = None,
     ) -> None:
-        resumed = settings.run is not None and RUN_ID.fullmatch(settings.run) is not None
-        self.run_id = settings.run if resumed and settings.run else f"run-{secrets.token_hex(8)}"
+        self._ranks = exchange_for(models)
+        watching = not retired and (rank() == 0 or self._ranks is not None)
+        self._attempt = time.time_ns() // 1_000_000
+        told = attributes() | ({} if clip is None else clip.attributes)
+        begun = self._begun = (
+            begin_run(settings, models, self._ranks, self._attempt, told, checkpoint=checkpoint)
+            if watching
+            else unwatched(settings)
+        )
+        self.run_id = begun.id
         self.run_url = f"{settings.url}/runs/{self.run_id}"
         self._left_to_launcher = automatic
         """Whether ``gradwatch run`` ends the run where this is the process of its command: it sees the exit status."""
@@ -82,8 +93,6 @@ class Session:
         self._note: RunNote | None = None
         self._event_log: FileIO | None = None
         self.threads: list[AgentThread] = []
-        self._ranks = exchange_for(models)
-        watching = not retired and (rank() == 0 or self._ranks is not None)
         self._closed = not watching and clip is None
         account = self._account = OverheadAccount(
             settings.every_steps, settings.overhead_budget_ratio, aligned=self._ranks is not None
@@ -98,7 +107,8 @@ class Session:
             optimizers,
             SamplingSchedule(account),
             callbacks,
-            step=settings.step if resumed else settings.step or 0,
+            step=settings.step if begun.resumed else settings.step or 0,
+            stored_step=begun.last_step,
             clip=clip,
             ranks=self._ranks,
             watching=watching,
@@ -106,7 +116,7 @@ class Session:
         if settings.step_log is not None and watching:
             self._write_events(settings.step_log, account)
         if not self._closed:
-            self._begin(settings, clip, resumed=resumed, watching=watching)
+            self._begin(settings, clip, watching=watching)
 
     def _write_events(self, path: Path, account: OverheadAccount) -> None:
         """Write the events of the training to a file for a later replay (see ``gradwatch.steps.event_log``)."""
@@ -118,39 +128,38 @@ class Session:
         self._event_log = log
         write_events(self.monitor.steps, account, log.write)
 
-    def _begin(self, settings: Settings, clip: AGC | None, *, resumed: bool, watching: bool) -> None:
+    def _begin(self, settings: Settings, clip: AGC | None, *, watching: bool) -> None:
         global _running
         try:
             self.monitor.check()
             self.monitor.listen()  # before an earlier one leaves: the last listener drops all references to tensors
             clipped = self._replace_earlier()
             if watching:
-                self._report(settings, clip, resumed=resumed)
+                self._report(settings, clip)
             for run in clipped if clip is None else ():
                 self.monitor.notices.clipping_ended(run)
         except BaseException:
             self.monitor.stop()  # no hook and no reference stays behind
             raise
-        if resumed and settings.run == os.environ.get("GRADWATCH_RUN"):
+        if self._begun.resumed and settings.run == os.environ.get("GRADWATCH_RUN"):
             os.environ[RUN_TAKEN] = f"{settings.run} {os.getpid()}"  # a child that trains has a run of its own
         _running = (*_running, self)
         shutdown.close_at_exit(running_sessions)
 
-    def _report(self, settings: Settings, clip: AGC | None, *, resumed: bool) -> None:
+    def _report(self, settings: Settings, clip: AGC | None) -> None:
         """Start the threads that build samples and send them."""
         monitor = self.monitor
         warn, failed = monitor.notices.warn, monitor.guard.failed
         if self._ranks is None or self._ranks.rank == 0:
             self._delivery = Delivery(self.run_id, settings, monitor.dropped, warn, failed)
-        attempt = time.time_ns() // 1_000_000
         template = wire.Registration(
             project=settings.project,
-            name="" if resumed else settings.run or default_run_name(),
+            name="" if self._begun.resumed else settings.run or default_run_name(),
             parameters=[],
             id=self.run_id,
-            started_at=attempt / 1000,
-            attempt=attempt,
-            attributes=attributes() | ({} if clip is None else clip.attributes),
+            started_at=self._attempt / 1000,
+            attempt=self._attempt,
+            attributes=self._begun.attributes,
         )
         self._collector = Collector(
             None if self._delivery is None else self._delivery.spool,
@@ -173,7 +182,7 @@ class Session:
         if self._delivery is not None:
             self.threads.append(self._delivery.sender)
             self._delivery.sender.start()
-            self._note = RunNote(run=self.run_id, url=settings.url, attempt=attempt, pid=os.getpid())
+            self._note = RunNote(run=self.run_id, url=settings.url, attempt=self._attempt, pid=os.getpid())
             write_note(self._note)
 
     def _other_ranks_are_needless(self) -> None:
@@ -320,7 +329,7 @@ class Session:
             self._delivery.sender.end(deadline)
 
     def _warn_of_unknown_step(self, optimizer: Optimizer) -> None:
-        if self._delivery is not None:
+        if self._delivery is not None and not self._begun.by_itself:
             self.monitor.notices.warn(
                 f"run {self.run_id} is resumed, but {type(optimizer).__name__} does not say how many steps were made: "
                 "they are counted from 1 again, which hides the earlier ones; pass step= to attach()"

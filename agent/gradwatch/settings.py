@@ -36,6 +36,10 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     project: str = "default"
     run: str | None = None
+    resume_seconds: float = 5.0
+    """Longest wait for each of the two answers by which an interrupted job finds its run; 0: it is not looked for."""
+    training_name: str = ""
+    """Name of the training within its job: that of the run, without the time."""
     every_steps: int | None = None
     """Steps between samples; None: as ``overhead_budget_ratio`` allows."""
     overhead_budget_ratio: float = 0.01
@@ -105,6 +109,8 @@ def resolve(
         token=_stripped(token or secret(given, "GRADWATCH_TOKEN")),
         project=project or given.get("GRADWATCH_PROJECT") or "default",
         run=run or _given_run(given),
+        resume_seconds=_seconds("GRADWATCH_RESUME_SECONDS", given.get("GRADWATCH_RESUME_SECONDS"), 5.0),
+        training_name=str(run or _given_run(given) or ""),
         every_steps=_steps(given.get("GRADWATCH_EVERY")) if every is None else _whole("every", every),
         overhead_budget_ratio=overhead_budget,
         step=None if step is None else _whole("step", step),
@@ -190,3 +196,13 @@ def _steps(text: str | None) -> int | None:
         return int(text)
     except ValueError:
         raise SettingsError(f"GRADWATCH_EVERY={text!r} must be a whole number of steps") from None
+
+
+def _seconds(name: str, text: str | None, default: float) -> float:
+    try:
+        seconds = float(text) if text else default
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise SettingsError(f"{name}={text!r:.80} must be a number of seconds, 0 or more")
+    return seconds

@@ -9,7 +9,9 @@ The types carry the bounds of their values. Decoding checks them and the OpenAPI
 check anything, so that it costs a training nothing.
 """
 
+import hashlib
 import re
+from collections.abc import Iterable, Sequence
 from email.utils import parsedate_to_datetime
 from types import GenericAlias
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, get_type_hints
@@ -315,6 +317,12 @@ def decode(body: bytes, document: type[Document], content_type: str = MESSAGEPAC
         kind = BoundsError if _BEYOND_BOUNDS.match(str(error)) else WireError
         raise kind(str(error)) from None
     return decoded
+
+
+def checksum_of_parameters(parameters: Iterable[tuple[str, Sequence[int]]]) -> str:
+    """Return a checksum over names and shapes in any order: 16 hexadecimal digits."""
+    lines = sorted(f"{name} {list(shape)}" for name, shape in parameters)
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def retry_after_seconds(header: str | None, now: float) -> float | None:

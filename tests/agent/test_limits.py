@@ -16,9 +16,10 @@ import gradwatch
 from gradwatch import settings, wire
 from gradwatch.agent import Agent
 from gradwatch.delivery.dropped import Dropped
-from gradwatch.delivery.sender import DeliveryResult, Sender
+from gradwatch.delivery.sender import Sender
 from gradwatch.delivery.splitting import split_batch
 from gradwatch.delivery.spool import Entry
+from gradwatch.delivery.transport import DeliveryResult, HttpTransport
 from gradwatch.monitor.notices import Notices
 from gradwatch.steps.state import StepRecord
 from tests.processes import PATIENCE_SECONDS, GradwatchServer
@@ -110,23 +111,22 @@ def test_names_that_never_end_are_bounded_counted_and_said_once(real: GradwatchS
 
 def test_a_backlog_of_a_fast_training_arrives(real: GradwatchServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the server is away batches grow: to what it takes at once, not beyond."""
-    from gradwatch.delivery import sender
     from gradwatch.samples import builder, collector
 
     monkeypatch.setattr(collector, "_BACKLOG", 0)
     monkeypatch.setattr(collector, "_GROWN_BATCH_SECONDS", 3600.0)
     draft, drafted = builder.SampleBuilder.draft, threading.Semaphore(0)
-    post, away = sender.HttpTransport.post, [True]
+    post, away = HttpTransport.post, [True]
 
     def counted(self: builder.SampleBuilder, record: StepRecord) -> Any:
         drafted.release()
         return draft(self, record)
 
-    def reached(self: sender.HttpTransport, *args: Any) -> DeliveryResult:
+    def reached(self: HttpTransport, *args: Any) -> DeliveryResult:
         return DeliveryResult("retry", "away") if away[0] else post(self, *args)
 
     monkeypatch.setattr(builder.SampleBuilder, "draft", counted)
-    monkeypatch.setattr(sender.HttpTransport, "post", reached)
+    monkeypatch.setattr(HttpTransport, "post", reached)
     model, optimizer = one_layer()
     agent = gradwatch.attach(model, optimizer, url=real.url, every=1)
     for _ in range(10):

@@ -25,8 +25,9 @@ from gradwatch import wire
 from gradwatch.agent import Agent
 from gradwatch.delivery import flush
 from gradwatch.delivery.dropped import Dropped
-from gradwatch.delivery.sender import FIRST_PAUSE_SECONDS, DeliveryResult, Sender, interpret_response
+from gradwatch.delivery.sender import FIRST_PAUSE_SECONDS, Sender
 from gradwatch.delivery.spool import Entry, Kind, Spool, leftovers
+from gradwatch.delivery.transport import DeliveryResult, interpret_response
 from gradwatch.hooks import torch_hooks
 from gradwatch.monitor.guard import Guard
 from gradwatch.samples import collector

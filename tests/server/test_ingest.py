@@ -339,10 +339,9 @@ def test_a_registration_from_before_the_run_gained_parameters_may_come_again(sha
     for attempt, names in ((1, ["a"]), (2, ["a", "b"])):
         shared_server.register(names, id=run, attempt=attempt)
         assert shared_server.get(f"/api/v1/runs/{run}") == before
-    for attempt, names, reason in ((1, ["z"], "'a'"), (3, ["a"], "has 3 parameters already")):
-        listed = [wire.Parameter(name, [4, 4], units=4) for name in names]
-        refused = shared_server.post("/api/v1/runs", wire.Registration(id=run, attempt=attempt, parameters=listed))
-        assert (refused.status_code, reason in refused.json()["detail"]) == (409, True)
+    listed = [wire.Parameter("z", [4, 4], units=4)]
+    refused = shared_server.post("/api/v1/runs", wire.Registration(id=run, attempt=1, parameters=listed))
+    assert (refused.status_code, "'a'" in refused.json()["detail"]) == (409, True)
 
 
 def test_parameters_are_shown_in_the_order_of_depth(shared_server: GradwatchServer) -> None:

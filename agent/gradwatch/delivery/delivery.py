@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Final
 
 from gradwatch.delivery.dropped import Dropped
-from gradwatch.delivery.sender import HttpTransport, Sender
+from gradwatch.delivery.sender import Sender
 from gradwatch.delivery.spool import Spool, leftovers
+from gradwatch.delivery.transport import HttpTransport
 from gradwatch.settings import Settings
 
 _LEFTOVER_SECONDS: Final = 30.0

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gradwatch.delivery.dropped import Dropped
-from gradwatch.delivery.sender import HttpTransport, Sender
+from gradwatch.delivery.sender import Sender
 from gradwatch.delivery.spool import Leftover, leftovers
+from gradwatch.delivery.transport import HttpTransport
 from gradwatch.settings import SettingsError, resolve
 
 

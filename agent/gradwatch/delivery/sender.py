@@ -1,21 +1,17 @@
 """The sender: a thread that posts the spooled documents to the server in order, with retries and back-off."""
 
-import json
 import math
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from collections.abc import Callable
+from typing import Final, Protocol
 
-import urllib3
-
-from gradwatch import __version__, wire
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.processor_time import ProcessorTime, samples_share
 from gradwatch.delivery.splitting import dropped_with, split_entry
 from gradwatch.delivery.spool import Entry
+from gradwatch.delivery.transport import DeliveryResult
 
 _LEAST_SECONDS: Final = 1.0
 """Least time that a request is given: what is left of closing's own time may be too little for any answer."""
@@ -25,43 +21,12 @@ UNREACHED_SECONDS: Final = 0.5
 """Time after which an agent that is being closed gives up a server that has refused all connections so far."""
 FIRST_PAUSE_SECONDS: Final = 0.25
 LONGEST_PAUSE_SECONDS: Final = 30.0
-LONGEST_RETRY_AFTER_SECONDS: Final = 3600.0
-"""Longest pause that the server can ask for by Retry-After."""
 UNAUTHORIZED_PAUSE_SECONDS: Final = 60.0
 """Pause between attempts while the server refuses the token."""
 MOST_PIECES: Final = 64
 """Requests after which a rejected batch is not split any further."""
 
 _UNREGISTERED: Final = "the server refuses to register the run, whose measurements wait in the spool"
-
-Outcome = Literal["committed", "unknown_run", "rejected", "unauthorized", "unregistered", "retry"]
-"""What became of one document:
-
-- ``committed``: it is on the server's disk.
-- ``unknown_run``: the server wants the registration first.
-- ``rejected``: the server will never take it.
-- ``unauthorized``: the server refuses the token; the document waits.
-- ``unregistered``: the server refuses the registration; the documents of the run wait.
-- ``retry``: the server cannot be reached, or asks to come back later.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryResult:
-    """The result of one attempt to deliver a document."""
-
-    outcome: Outcome
-    reason: str = ""
-    retry_after_seconds: float | None = None
-    divisible: bool = False
-    """Whether the server may take a part of the document that it rejected."""
-    refused: bool = False
-    """Whether there was no connection."""
-
-    @property
-    def is_final(self) -> bool:
-        """Return whether the document can leave the queue."""
-        return self.outcome in ("committed", "rejected")
 
 
 class Queue(Protocol):
@@ -81,65 +46,6 @@ class Transport(Protocol):
 
     def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
         """Send one document and return what became of it."""
-
-
-class HttpTransport:
-    """Sends documents over HTTP.
-
-    Args:
-        url: root of the server.
-        token: bearer token, None where the server wants none.
-        tell_clock: whether the documents were made by this machine's clock, which the server then learns.
-    """
-
-    def __init__(self, url: str, token: str | None, *, tell_clock: bool = True) -> None:
-        self._url = url
-        self._tell_clock = tell_clock
-        self._pool = urllib3.PoolManager(num_pools=1, maxsize=1, retries=False)
-        self._headers = {
-            "Content-Type": wire.MESSAGEPACK_TYPE,
-            "Accept": wire.JSON_TYPE,
-            "User-Agent": f"gradwatch/{__version__}",
-        }
-        if token:
-            self._headers["Authorization"] = f"Bearer {token}"
-
-    def post(self, path: str, body: bytes, timeout_seconds: float) -> DeliveryResult:
-        """Send one document; return an error of the network as a result."""
-        timeout = urllib3.Timeout(total=max(timeout_seconds, 0.01))
-        headers = self._headers | ({wire.CLOCK_HEADER: f"{time.time():.3f}"} if self._tell_clock else {})
-        try:
-            response = self._pool.request(
-                "POST", self._url + path, body=body, headers=headers, timeout=timeout, redirect=False
-            )
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            refused = isinstance(error, urllib3.exceptions.NewConnectionError)
-            return DeliveryResult("retry", f"{type(error).__name__}: {error}", refused=refused)
-        return interpret_response(response.status, response.headers, response.data)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._pool.clear()
-
-
-def interpret_response(status: int, headers: Mapping[str, str], body: bytes) -> DeliveryResult:
-    """Return what an HTTP response means for the document that was sent.
-
-    A 2xx counts only with a JSON object as its body: a captive portal or a wrong server also answers 200.
-    """
-    reason = f"{status} {_problem(body)}".strip()
-    if 200 <= status < 300:
-        if _json_object(body) is None:
-            return DeliveryResult("retry", f"{status} without a JSON object")
-        return DeliveryResult("committed")
-    if status in (404, 409):
-        return DeliveryResult("unknown_run", reason)
-    if status in (401, 403):
-        return DeliveryResult("unauthorized", reason)
-    if status in (400, 413, 415, 422):
-        return DeliveryResult("rejected", reason, divisible=status in (413, 422))
-    asked = wire.retry_after_seconds(headers.get("Retry-After"), time.time())
-    return DeliveryResult("retry", reason, None if asked is None else min(asked, LONGEST_RETRY_AFTER_SECONDS))
 
 
 class Sender:
@@ -374,17 +280,3 @@ class Sender:
         if kind not in self._warned:
             self._warned.add(kind)
             self._warn(text)
-
-
-def _json_object(body: bytes) -> dict[str, Any] | None:
-    try:
-        content = json.loads(body)
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _problem(body: bytes) -> str:
-    """Return the detail or title of a problem document (RFC 9457), else the beginning of the body."""
-    content = _json_object(body) or {}
-    return str(content.get("detail") or content.get("title") or body[:200].decode("utf-8", "replace"))

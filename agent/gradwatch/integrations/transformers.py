@@ -1,12 +1,17 @@
 """The callback for the Hugging Face Trainer: ``Trainer(..., callbacks=[GradwatchCallback()])``."""
 
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
 
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from gradwatch.agent import Agent, attach
+from gradwatch.agent import Agent, attach_restored
+
+_RUN_FILE: Final = "gradwatch_run.txt"
+"""File in a checkpoint's folder that names the run."""
 
 
 class GradwatchCallback(TrainerCallback):
@@ -34,7 +39,14 @@ class GradwatchCallback(TrainerCallback):
             self.agent.close(timeout_seconds=1.0, status="failed")
         if model is not None:
             known = {"run": args.run_name or None, "step": state.global_step}
-            self.agent = attach(model, **{**known, **self._options})
+            self.agent = attach_restored(model, None, _run_of_checkpoint(args, state), **{**known, **self._options})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the run beside the checkpoint, so that it goes on where the training is interrupted and restored."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if self.agent is not None and state.is_world_process_zero and folder.is_dir():
+            with suppress(OSError):
+                (folder / _RUN_FILE).write_text(f"{self.agent.run_id}\n", encoding="utf-8")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -42,3 +54,14 @@ class GradwatchCallback(TrainerCallback):
         """Close the agent with the status ``completed``."""
         if self.agent is not None:
             self.agent.close()
+
+
+def _run_of_checkpoint(args: TrainingArguments, state: TrainerState) -> str:
+    """Return the run that the checkpoint names which a trainer was restored from; empty if there is none."""
+    if not state.global_step:
+        return ""
+    folders = [Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", Path(args.resume_from_checkpoint or "")]
+    for folder in folders:
+        with suppress(OSError, UnicodeDecodeError):
+            return (folder / _RUN_FILE).read_text(encoding="utf-8").strip()
+    return ""

@@ -117,7 +117,8 @@ class AutoRuns:
         if self._run_count == 1:
             self._name = default_run_name() if resumed or settings.run is None else settings.run
             return settings if resumed else replace(settings, run=self._name)
-        return replace(settings, run=f"{self._name} #{self._run_count}")
+        training = f"{settings.training_name} #{self._run_count}"
+        return replace(settings, run=f"{self._name} #{self._run_count}", training_name=training)
 
 
 def _stepped(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:

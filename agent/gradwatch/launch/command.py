@@ -22,8 +22,9 @@ from typing import Final
 from gradwatch import wire
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.flush import deliver
-from gradwatch.delivery.sender import HttpTransport, Sender
+from gradwatch.delivery.sender import Sender
 from gradwatch.delivery.spool import Spool, leftovers
+from gradwatch.delivery.transport import HttpTransport
 from gradwatch.lifecycle.launcher import RunNote, read_notes
 from gradwatch.settings import Settings, SettingsError, resolve
 

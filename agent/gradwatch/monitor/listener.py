@@ -218,7 +218,7 @@ class TrainingListener:
             self.end_step(learn=True)
             return
         # Where a resumed training stands is asked at its first step: the optimizer may have been restored by now.
-        made = steps_made([optimizer, *self._optimizers.named])
+        made = steps_made([optimizer, *self._optimizers.named]) or self._steps.state.number
         self._steps.steps_counted(made)
         if not made:
             self._callbacks.unknown_step(optimizer)

@@ -39,6 +39,7 @@ class Monitor:
         schedule: says which steps are sampled.
         callbacks: those of the agent.
         step: steps made so far; None: the step count of a restored optimizer.
+        stored_step: steps made so far where neither tells: the last one that the server has stored.
         clip: how gradients are clipped adaptively; None: not at all.
         ranks: the ranks of a sharded training; None where this rank measures alone.
         watching: whether anything is measured.
@@ -52,6 +53,7 @@ class Monitor:
         callbacks: Callbacks,
         *,
         step: int | None,
+        stored_step: int = 0,
         clip: AGC | None,
         ranks: RankExchange | None,
         watching: bool,
@@ -76,7 +78,7 @@ class Monitor:
         )
         made = steps_made(self._optimizers.named, wait=True) if step is None else step
         self.steps = StepCore(
-            made,
+            made or (stored_step if step is None else 0),
             schedule,
             self._optimizers.named_keys,
             number_is_open=step is None and not made,

@@ -118,7 +118,16 @@ class RankExchange:
         """Return what rank 0 has asked for the ``number``-th time; None while it has not."""
         return self._get(f"asked/{number}", Asked)
 
+    def start(self) -> tuple[str, int]:
+        """Wait until rank 0 has told which run it goes on with; empty and 0 for none."""
+        with self._answers():
+            return msgspec.msgpack.decode(self.store.get(f"gradwatch/{self.name}/start"), type=tuple[str, int])
+
     # Rank 0
+
+    def tell_start(self, run: str, step: int) -> None:
+        """Tell the other ranks which run goes on, and which of its steps is the last one."""
+        self._set("start", (run, step))
 
     def ask(self, number: int, asked: Asked) -> None:
         """Ask the other ranks for what is needed."""

@@ -34,6 +34,18 @@ class Registered(BaseModel):
     created: bool = Field(description="false: the run existed already")
 
 
+class Resumable(BaseModel):
+    """A run that did not end by itself, as an agent sees it that may go on with it."""
+
+    id: str
+    attempt: int = Field(description="number of its latest attempt")
+    status: str | None = Field(description="failed, killed or null: it did not say how it ended")
+    last_step: int | None = Field(description="last step that is stored")
+    silent_seconds: float = Field(description="since it was last heard of")
+    attributes: dict[str, str]
+    parameters: str = Field(description="checksum over the names and shapes of its parameters")
+
+
 class Stored(BaseModel):
     """A batch is committed and synced to disk."""
 

@@ -12,6 +12,7 @@ from gradwatch_server.diagnosis import History, RunParameters, Thresholds
 from gradwatch_server.errors import Refused, RetryAfter
 from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
+from gradwatch_server.ingest.parameter_order import check_same_network, is_plain, order_of
 from gradwatch_server.store import schema
 from gradwatch_server.store.batch_store import stored_attempt
 from gradwatch_server.store.parameters import (
@@ -20,6 +21,9 @@ from gradwatch_server.store.parameters import (
     load_parameters,
     update_parameters,
 )
+
+_ORDERS_KEPT = 100
+"""Attempts with an order of their own whose order is kept, the latest."""
 
 
 def register(
@@ -67,6 +71,21 @@ def register(
     _extend(connection, run, registration, states, thresholds)
     _start_attempt(connection, run, registration, attempts, now)
     return False
+
+
+def check_latest_attempt(connection: sa.Connection, run_id: str, after: int | None) -> None:
+    """Lock a run, and refuse to go on with it if another process has begun a new attempt meanwhile.
+
+    Raises:
+        Refused: 409, ``after`` is not the run's latest attempt.
+    """
+    if after is None:
+        return
+    latest = sa.select(schema.runs.c.attempt).where(schema.runs.c.id == run_id).with_for_update()
+    found = connection.execute(latest).scalar()
+    if found != after:
+        detail = f"the latest attempt of run {run_id!r} is {found}, not {after}: another process goes on with it"
+        raise Refused(409, "Another attempt", detail)
 
 
 def _is_known(run: sa.Row[Any] | None, number: int) -> bool:
@@ -124,32 +143,51 @@ def _extend(
 ) -> None:
     """Add new parameters to a known run; change the depths of known ones, and whether they are trained.
 
-    An agent of an earlier attempt may send an earlier registration again, with fewer parameters; it changes nothing.
+    The list may be in any order, and leave some out that this attempt has not found yet. An agent may send an earlier
+    registration again, with fewer parameters than its attempt has listed since; it changes nothing.
     """
-    count, listed = run.parameter_count, registration.parameters
-    stored = load_parameters(connection, run.id)
-    _check_same_names(run.id, stored, listed)
-    if len(listed) < count and registration.attempt <= run.attempt:
+    listed, stored = registration.parameters, load_parameters(connection, run.id)
+    check_same_network(run.id, stored, listed)
+    if len(listed) < _listed_before(run, registration.attempt):
         return
-    if len(listed) < count:
-        detail = f"run {run.id!r} has {count} parameters already, the registration lists {len(listed)}"
-        raise Refused(409, "Parameters missing", f"{detail}: list the known ones first, new ones after them")
-    changed = changed_parameters(stored, listed) if registration.attempt >= run.attempt else {}
-    added = listed[count:]
+    names = {parameter.name for parameter in stored}
+    added = [parameter for parameter in listed if parameter.name not in names]
+    by_name = {parameter.name: parameter for parameter in listed}
+    aligned = [by_name.get(parameter.name, parameter) for parameter in stored]
+    changed = changed_parameters(stored, aligned) if registration.attempt >= run.attempt else {}
     if changed or added or registration.attempt > run.attempt:
         _save_state(connection, run, states, thresholds)
     update_parameters(connection, run.id, changed)
-    if added:
-        insert_parameters(connection, run.id, added, count)
-        mine = schema.runs.c.id == run.id
-        connection.execute(sa.update(schema.runs).where(mine).values(parameter_count=len(listed)))
+    insert_parameters(connection, run.id, added, len(stored))
+    _keep_order(connection, run, registration, [parameter.name for parameter in [*stored, *added]])
 
 
-def _check_same_names(run_id: str, stored: Sequence[wire.Parameter], listed: Sequence[wire.Parameter]) -> None:
-    for position, (before, after) in enumerate(zip(stored, listed, strict=False)):
-        if before.name != after.name:
-            detail = f"run {run_id!r} has parameter {before.name!r} at {position}, not {after.name!r}"
-            raise Refused(409, "Another run", f"{detail}: use another run id for another network")
+def _listed_before(run: sa.Row[Any], attempt: int) -> int:
+    """Return how many parameters an attempt has listed; of one before the latest it is not known to the last one."""
+    order = run.orders.get(str(attempt))
+    if order is not None:
+        return sum(length for _, length in order)
+    return int(run.parameter_count) if attempt <= run.attempt else 0
+
+
+def _keep_order(
+    connection: sa.Connection, run: sa.Row[Any], registration: wire.Registration, names: Sequence[str]
+) -> None:
+    """Store how many parameters the run has, and the order of this attempt's, if that is not the run's."""
+    attempt, orders = str(registration.attempt), dict(run.orders)
+    order = order_of(names, registration.parameters)
+    if registration.attempt < run.attempt and len(names) > run.parameter_count:
+        orders.setdefault(
+            str(run.attempt), [[0, run.parameter_count]]
+        )  # the latest attempt has not listed the new ones
+    if is_plain(order, len(names)):
+        orders.pop(attempt, None)
+    else:
+        orders[attempt] = order
+    orders = dict(sorted(orders.items(), key=lambda entry: int(entry[0]))[-_ORDERS_KEPT:])
+    values = {"parameter_count": len(names), "orders": orders}
+    if values != {"parameter_count": run.parameter_count, "orders": run.orders}:
+        connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run.id).values(values))
 
 
 def _save_state(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,7 +17,9 @@ from gradwatch_server.errors import Refused
 from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
 from gradwatch_server.ingest.diagnosis_pool import Diagnosed, DiagnosisPool
-from gradwatch_server.ingest.registration import register
+from gradwatch_server.ingest.parameter_order import in_run_order
+from gradwatch_server.ingest.progress import progress
+from gradwatch_server.ingest.registration import check_latest_attempt, register
 from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration, with_states
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import batch_store, schema
@@ -30,8 +31,6 @@ from gradwatch_server.store.runs import RUN_ENDED
 
 _ADVICE_SAMPLES = 100
 """Most samples before an explosion from which its remedy is derived."""
-_LARGEST_INTERVAL_GROWTH = 5.0
-"""Times the usual interval between samples that one batch may count as: a long pause does not become usual."""
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -87,7 +86,12 @@ class Ingest:
         self._public_url = public_url
 
     def register(
-        self, connection: sa.Connection, run_id: str, registration: wire.Registration, ahead_seconds: float = 0.0
+        self,
+        connection: sa.Connection,
+        run_id: str,
+        registration: wire.Registration,
+        ahead_seconds: float = 0.0,
+        after: int | None = None,
     ) -> Registered:
         """Store a run, or what its next attempt adds to it.
 
@@ -96,6 +100,7 @@ class Ingest:
             run_id: the run.
             registration: the registration as the agent sent it.
             ahead_seconds: how far the agent's clock is ahead of the server's.
+            after: the run's latest attempt, as the agent knows it; None: any.
 
         Raises:
             Refused: 409 where the id is taken by a run with other parameters, 422 where the content is wrong.
@@ -103,6 +108,7 @@ class Ingest:
         check_registration(registration, self._configuration.limits)
         thresholds = self._configuration.thresholds[registration.project]
         most_runs = self._configuration.limits.runs_per_project
+        check_latest_attempt(connection, run_id, after)
         created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds, most_runs)
         return Registered(run_id, f"{self._public_url}/runs/{run_id}", created)
 
@@ -123,6 +129,7 @@ class Ingest:
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         batch = msgspec.structs.replace(batch, attempt=batch_store.stored_attempt(run.attempts, batch.attempt))
+        batch = in_run_order(batch, run.orders, run.parameter_count)
         # 2. Claim the batch's id. A batch that is sent again changes nothing.
         if not self._is_new(connection, run, batch, now):
             return Stored(batch.id, 0, duplicate=True)
@@ -132,7 +139,7 @@ class Ingest:
         diagnosis = None
         if batch.attempt >= run.attempt:
             diagnosis = self._begin_diagnosis(connection, run, batch, scalars)
-        changes = batch_store.insert_batch(connection, run, batch, scalars) | _progress(run, batch, now)
+        changes = batch_store.insert_batch(connection, run, batch, scalars) | progress(run, batch, now)
 
         # 4. Once the diagnosis is there: alerts, and the run's row.
         def finish() -> Stored:
@@ -282,50 +289,6 @@ def _is_stored(connection: sa.Connection, run_id: str, batch: wire.Batch) -> boo
 def _diagnosed_step(run: sa.Row[Any]) -> int:
     """Return the step of the last sample that has been diagnosed; -1 if there is none."""
     return -1 if run.diagnosed_step is None else int(run.diagnosed_step)
-
-
-def _progress(run: sa.Row[Any], batch: wire.Batch, now: float) -> dict[str, Any]:
-    """Return the new values of the run's row after a batch, without those of the diagnosis."""
-    changes: dict[str, Any] = {"last_seen_at": now}
-    if batch.samples:
-        changes["usual_interval_seconds"] = _usual_interval(run, batch.samples, now)
-    if batch.attempt < run.attempt:
-        return changes
-    before = run.scalar_steps
-    latest = {name: (step, value) for name, (step, value) in _latest(batch).items() if step >= before.get(name, 0)}
-    changes["scalars"] = run.scalars | batch_store.serialised({name: value for name, (_, value) in latest.items()})
-    changes["scalar_steps"] = before | {name: step for name, (step, _) in latest.items()}
-    dropped = msgspec.to_builtins(batch.dropped)
-    changes["dropped"] = {name: max(count, run.dropped.get(name, 0)) for name, count in dropped.items()}
-    steps = [sample.step for sample in batch.samples]
-    steps += [max(scalar.steps) for scalar in batch.trail.values() if scalar.steps]
-    if steps:
-        changes["last_step"] = max([*steps, run.last_step or 0])
-    return changes
-
-
-def _usual_interval(run: sa.Row[Any], samples: Sequence[wire.Sample], now: float) -> float:
-    """Return the usual time between samples in seconds, smoothed over batches."""
-    times = sorted(sample.at for sample in samples)
-    interval: float = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else now - run.last_seen_at
-    usual: float | None = run.usual_interval_seconds
-    if usual is None:
-        return interval
-    return 0.8 * usual + 0.2 * min(interval, _LARGEST_INTERVAL_GROWTH * (usual or interval))
-
-
-def _latest(batch: wire.Batch) -> dict[str, tuple[int, wire.Number]]:
-    """Return scalar -> its last step in the batch and its value there."""
-    latest = {
-        name: max(zip(scalar.steps, scalar.values, strict=True), key=itemgetter(0))
-        for name, scalar in batch.trail.items()
-        if scalar.steps
-    }
-    for sample in batch.samples:
-        for name, value in sample.scalars.items():
-            if name not in latest or sample.step >= latest[name][0]:
-                latest[name] = (sample.step, value)
-    return latest
 
 
 def _losses(batch: wire.Batch) -> dict[int, float]:

@@ -12,6 +12,7 @@ from gradwatch_server.diagnosis.rules import stalled
 from gradwatch_server.errors import Refused
 from gradwatch_server.store import schema
 from gradwatch_server.store.database import batched
+from gradwatch_server.store.parameters import load_parameters_of_runs
 
 RunState = Literal["running", "stalled", "finished"]
 
@@ -21,6 +22,8 @@ MOST_MESSAGE_CHARACTERS = 4_096
 """Longer messages are cut, and say so."""
 MOST_KINDS = 100
 """Different kinds of events in one run; all others are stored as ``OTHER_KIND``."""
+MOST_RESUMABLE = 20
+"""Runs of a job that are told to an agent which looks for one to go on with."""
 MOST_EVENTS = 10_000
 """Events that are kept of one run, the newest."""
 OTHER_KIND = "other"
@@ -116,6 +119,41 @@ def sum_up_projects(connection: sa.Connection) -> Sequence[sa.Row[Any]]:
         .group_by(_runs.c.project)
         .order_by(values.desc(), _runs.c.project)
     ).all()
+
+
+def load_resumable(
+    connection: sa.Connection, project: str, job: str | None, run_id: str | None, now: float
+) -> list[dict[str, Any]]:
+    """Return the runs that did not end by themselves and whose job or id is given, the last started first.
+
+    Args:
+        connection: a connection that reads.
+        project: the project of the runs.
+        job: hexadecimal digits with which the ids of a job's runs begin.
+        run_id: the id of one run.
+        now: Unix seconds.
+    """
+    named = _runs.c.id == run_id
+    if job is not None:
+        named |= _runs.c.id.between(f"run-{job}{'0' * (16 - len(job))}", f"run-{job}{'f' * (16 - len(job))}")
+    unfinished = _runs.c.status.is_(None) | (_runs.c.status != "completed")
+    query = sa.select(_runs).where(named, _runs.c.project == project, unfinished, _runs.c.deleted_at.is_(None))
+    rows = connection.execute(query.order_by(_runs.c.started_at.desc(), _runs.c.id).limit(MOST_RESUMABLE)).all()
+    listed = load_parameters_of_runs(connection, [row.id for row in rows])
+    samples = schema.samples
+    newest = sa.select(sa.func.max(samples.c.step)).where(samples.c.run == sa.bindparam("of_run"), samples.c.level == 0)
+    return [
+        {
+            "id": row.id,
+            "attempt": row.attempt,
+            "status": row.status,
+            "last_step": connection.scalar(newest, {"of_run": row.id}) if row.last_step is None else row.last_step,
+            "silent_seconds": max(0.0, now - row.last_seen_at),
+            "attributes": row.attributes,
+            "parameters": wire.checksum_of_parameters((each.name, each.shape) for each in listed[row.id]),
+        }
+        for row in rows
+    ]
 
 
 _events = schema.events

@@ -110,6 +110,13 @@ runs = sa.Table(
         server_default="{}",
         comment="attempt -> its first step: from there on nothing is of an older one, see batch_store.py",
     ),
+    sa.Column(
+        "orders",
+        _json,
+        nullable=False,
+        server_default="{}",
+        comment="attempt -> segments of the run's parameters, where it lists them in another order",
+    ),
     sa.Column("statistics", _json, nullable=False, comment="every statistic that was ever measured"),
     sa.Column("coverage", _json, nullable=False, comment="how far the levels of each series reach, see levels.py"),
     sa.Column("attributes", _json, nullable=False),

@@ -3,17 +3,26 @@
 import asyncio
 import secrets
 from functools import partial
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from gradwatch import wire
 from gradwatch_server import steady_clock
 from gradwatch_server.api import body, documents
-from gradwatch_server.api.authorisation import AuthorisedRoute, check_named_project, in_document, of_run, requires
+from gradwatch_server.api.authorisation import (
+    AuthorisedRoute,
+    check_named_project,
+    in_document,
+    in_query,
+    of_run,
+    requires,
+)
+from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.api.problem import problems
 from gradwatch_server.services import Services
+from gradwatch_server.store.runs import load_resumable
 
 _CLOCK_TOLERANCE_SECONDS = 5.0
 
@@ -38,7 +47,13 @@ def _request_body(document: type) -> dict[str, Any]:
     },
     openapi_extra=_request_body(wire.Registration),
 )
-async def register_run(request: Request) -> Response:
+async def register_run(
+    request: Request,
+    after: Annotated[
+        int | None,
+        Query(ge=0, le=wire.LARGEST_STEP, description="refuse unless this is the run's latest attempt until now"),
+    ] = None,
+) -> Response:
     """Register a run; with the id of an existing run, start its next attempt or add parameters to it."""
     services = Services.of(request)
     with services.byte_budget.reserve() as reservation:
@@ -46,9 +61,23 @@ async def register_run(request: Request) -> Response:
         check_named_project(request, registration.project)
         run_id = secrets.token_hex(8) if registration.id is None else registration.id
         ahead = _ahead_seconds(request)
-        work = partial(services.ingest.register, run_id=run_id, registration=registration, ahead_seconds=ahead)
+        work = partial(
+            services.ingest.register, run_id=run_id, registration=registration, ahead_seconds=ahead, after=after
+        )
         registered = await asyncio.wrap_future(services.writer.submit(work, run_id))
     return _json(registered, 201 if registered.created else 200)
+
+
+@router.get("/resumable", dependencies=[requires("ingest", in_query)], response_model=list[documents.Resumable])
+def list_resumable_runs(
+    engine: Engine,
+    project: Annotated[str, Query(max_length=wire.MOST_NAME_CHARACTERS)],
+    job: Annotated[str | None, Query(pattern="^[0-9a-f]{10}$", description="begin of the ids of its runs")] = None,
+    run: Annotated[str | None, Query(max_length=64)] = None,
+) -> Any:
+    """List the runs of a job, or the one named, that did not end by themselves: one of them may be resumed."""
+    with engine.connect() as connection:
+        return load_resumable(connection, project, job, run, steady_clock.now())
 
 
 @router.post(

@@ -1,0 +1,309 @@
+"""A job that is interrupted and started again goes on as one run; trainings that only look alike stay apart."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from gradwatch.lifecycle import job
+from gradwatch.lifecycle.job import Job, job_of, process_of, this_job
+from gradwatch.lifecycle.resumption import ATTRIBUTE, Resumable, interrupted
+from tests.processes import PATIENCE_SECONDS, GradwatchServer, environment
+
+TRAIN = """
+import os, signal, sys, torch, gradwatch
+from torch import nn
+steps, end = int(os.environ["STEPS"]), os.environ["END"]
+model = nn.Linear(3, int(os.environ.get("WIDTH", "2")))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+agent = gradwatch.attach(model, optimizer, every=1, step=int(os.environ["STEP"]) if "STEP" in os.environ else None)
+for _ in range(steps):
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+print(agent.run_id, agent.step, flush=True)
+if end == "waits":
+    sys.stdin.readline()
+if end in ("killed", "waits"):
+    agent._session._collector.finish(None, 60.0, device_failed=False)
+    agent._session._delivery.sender.deliver()
+    os.kill(os.getpid(), signal.SIGKILL)
+if end == "failed":
+    sys.exit(3)
+"""
+NO_JOB = dict.fromkeys(
+    ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "KUBERNETES_SERVICE_HOST", "TORCHELASTIC_RUN_ID", "HOSTNAME"), ""
+)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GradwatchServer]:
+    with GradwatchServer(tmp_path_factory.mktemp("server") / "gradwatch.db") as started:
+        yield started
+
+
+class Program:
+    """A training as a job starts it, again and again."""
+
+    def __init__(self, server: GradwatchServer, folder: Path, project: str) -> None:
+        self._server, self._folder, self._project = server, folder, project
+        self.script = folder / "train.py"
+        self.script.write_text(TRAIN, encoding="utf-8")
+
+    def start(self, *arguments: str, steps: int = 3, end: str = "killed", **variables: str) -> subprocess.Popen[str]:
+        given = {"GRADWATCH_URL": self._server.url, "GRADWATCH_PROJECT": self._project, "STEPS": str(steps), "END": end}
+        given["GRADWATCH_RESUME_SECONDS"] = str(PATIENCE_SECONDS)
+        return subprocess.Popen(
+            [sys.executable, str(self.script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(**NO_JOB | given | {"GRADWATCH_SPOOL_DIR": str(self._folder)} | variables),
+        )
+
+    def run(self, *arguments: str, **options: Any) -> tuple[str, int]:
+        """Return the run of a training, and its last step."""
+        output, _ = self.start(*arguments, **options).communicate()
+        run, step = output.split()
+        return run, int(step)
+
+    def runs(self) -> int:
+        return len(self._server.get("/api/v1/runs", project=self._project))
+
+
+@pytest.fixture
+def program(real: GradwatchServer, tmp_path: Path, request: pytest.FixtureRequest) -> Program:
+    return Program(real, tmp_path, request.node.name)
+
+
+def test_a_requeued_job_goes_on_with_its_run(real: GradwatchServer, program: Program) -> None:
+    first, _ = program.run(SLURM_JOB_ID="17")
+    second, step = program.run(end="completed", SLURM_JOB_ID="17", SLURM_RESTART_COUNT="1")
+    assert (second, step) == (first, 6)
+    run = real.get(f"/api/v1/runs/{first}")
+    assert (run["state"], run["status"], run["last_step"], program.runs()) == ("finished", "completed", 6, 1)
+    loss = real.get(f"/api/v1/runs/{first}/series", statistic="loss", points=100)
+    assert loss["steps"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_step_of_the_checkpoint_wins(real: GradwatchServer, program: Program) -> None:
+    first, _ = program.run(GRADWATCH_RUN_KEY="k")
+    assert program.run(GRADWATCH_RUN_KEY="k", STEP="2") == (first, 5)
+    assert program.run(GRADWATCH_RUN_KEY="k") == (first, 8)
+
+
+@pytest.mark.parametrize(("first", "second"), [({"end": "completed"}, {}), ({}, {"WIDTH": "4"})])
+def test_trainings_that_are_not_the_same_stay_apart(
+    program: Program, first: dict[str, str], second: dict[str, str]
+) -> None:
+    earlier, _ = program.run(GRADWATCH_RUN_KEY="k", **first)
+    later, step = program.run(GRADWATCH_RUN_KEY="k", **second)
+    assert (later != earlier, step) == (True, 3)
+
+
+def test_a_training_is_known_by_job_program_arguments_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def training(*arguments: str, key: str = "k", name: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        monkeypatch.setattr(job, "_trainings", {})  # as in a new process
+        return this_job({"GRADWATCH_RUN_KEY": key}, name, "weights").training
+
+    seen = [training(), training("--seed=1"), training(key="l"), training(name="a name")]
+    assert len(set(seen)) == len(seen)
+    assert seen == [training(), training("--seed=1"), training(key="l"), training(name="a name")]
+    again = this_job({"GRADWATCH_RUN_KEY": "k"}, "a name", "weights")
+    assert again.training not in seen  # the second one of a process
+
+
+def test_two_at_the_same_time_share_nothing(program: Program) -> None:
+    first = program.start(end="waits", GRADWATCH_RUN_KEY="k")
+    assert first.stdout is not None
+    running = first.stdout.readline().split()[0]
+    other, _ = program.run(GRADWATCH_RUN_KEY="k")
+    assert other != running
+    first.communicate("\n")
+
+
+def test_what_failed_goes_on_where_it_was_started_again(program: Program) -> None:
+    first, _ = program.run(end="failed", SLURM_JOB_ID="17")
+    assert program.run(SLURM_JOB_ID="17", SLURM_RESTART_COUNT="1") == (first, 6)
+
+
+@pytest.mark.parametrize(
+    ("variables", "kind"),
+    [
+        ({}, ""),
+        ({"TORCHELASTIC_RUN_ID": "none"}, ""),
+        ({"TORCHELASTIC_RUN_ID": "", "SLURM_JOB_ID": ""}, ""),
+        ({"TORCHELASTIC_RUN_ID": "job7"}, "torchelastic"),
+        ({"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}, "torchrun"),
+        ({"TORCHELASTIC_RUN_ID": "job7", "SLURM_JOB_ID": "3"}, "slurm"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "bert-x7k2p"}, "kubernetes"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "notebook"}, ""),
+        ({"HOSTNAME": "bert-x7k2p"}, ""),
+        ({"GRADWATCH_RUN_KEY": "k", "SLURM_JOB_ID": "3"}, "key"),
+    ],
+)
+def test_the_jobs_that_are_known(variables: dict[str, str], kind: str) -> None:
+    assert job_of(variables)[0] == kind
+
+
+def test_the_pods_of_a_job_are_one_job() -> None:
+    pods = [{"KUBERNETES_SERVICE_HOST": "x", "HOSTNAME": f"bert-{suffix}"} for suffix in ("x7k2p", "b8c9d")]
+    assert job_of(pods[0]) == job_of(pods[1])
+    indexed = [pods[0] | {"JOB_COMPLETION_INDEX": index} for index in "01"]
+    assert job_of(indexed[0]) != job_of(indexed[1])
+
+
+HERE = process_of(os.getpid())
+GONE = msgspec.structs.replace(HERE, started="1")
+ELSEWHERE = msgspec.structs.replace(HERE, host="another-machine")
+
+
+@pytest.mark.parametrize(
+    ("process", "status", "silent_seconds", "restarts", "goes_on"),
+    [
+        (GONE, None, 0.5, 0, True),
+        (GONE, "killed", 0.5, 0, True),
+        (GONE, "completed", 0.5, 1, False),
+        (GONE, "failed", 0.5, 0, False),
+        (GONE, "failed", 0.5, 1, True),
+        (HERE, None, 1e6, 1, False),
+        (ELSEWHERE, None, 0.5, 0, False),
+        (ELSEWHERE, None, 61.0, 0, True),
+        (ELSEWHERE, None, 0.5, 1, True),
+        (ELSEWHERE, "killed", 0.5, 0, True),
+    ],
+)
+def test_only_what_was_interrupted_goes_on(
+    process: Any, status: str | None, silent_seconds: float, restarts: int, goes_on: bool
+) -> None:
+    mine = Job("slurm", "t", "p", "weights", [restarts, 0], "", HERE)
+    before = msgspec.structs.replace(mine, restarts=[0, 0], process=process)
+    attributes = {ATTRIBUTE: msgspec.json.encode(before).decode()}
+    run = Resumable("run-1", 1, status, 3, silent_seconds, attributes, "")
+    assert (interrupted([run], mine) is not None) == goes_on
+
+
+RESTARTED = """
+import os, signal, torch, gradwatch
+from torch import nn
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+model = nn.Linear(3, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+agent = gradwatch.attach(model, optimizer, every=1)
+for _ in range(3):
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+if attempt == 0:
+    agent.close(60.0, status="failed")
+    raise RuntimeError("lost")
+agent.close(60.0)
+"""
+
+
+def test_restarts_of_torchrun_are_attempts_of_one_run(real: GradwatchServer, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RESTARTED, encoding="utf-8")
+    given = {"GRADWATCH_URL": real.url, "GRADWATCH_PROJECT": "restarts", "GRADWATCH_SPOOL_DIR": str(tmp_path)}
+    given["GRADWATCH_RESUME_SECONDS"] = str(PATIENCE_SECONDS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts=1", "--nproc-per-node=1"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script)]
+    done = subprocess.run(command, env=environment(**NO_JOB | given), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (run,) = real.get("/api/v1/runs", project="restarts")
+    assert (run["status"], run["last_step"], run["sample_count"]) == ("completed", 6, 6)
+
+
+KILLED_AT_STEP_5 = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+folder, restored = sys.argv[1], os.path.exists(sys.argv[1] + "/killed")
+
+def die(agent, step):
+    if step == 5 and not restored:
+        agent._session._collector.finish(None, 60.0, device_failed=False)
+        agent._session._delivery.sender.deliver()
+        Path(folder, "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+data = [{"x": torch.full((3,), float(index)), "labels": torch.tensor([1.0])} for index in range(32)]
+"""
+LIGHTNING = (
+    KILLED_AT_STEP_5
+    + """
+import lightning.pytorch as lightning
+from lightning.pytorch.callbacks import ModelCheckpoint
+from gradwatch.integrations.lightning import GradwatchCallback
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+    def training_step(self, batch):
+        return (self.net(batch["x"]) - batch["labels"]).square().mean()
+    def on_train_batch_start(self, batch, index):
+        die(watching.agent, self.trainer.global_step)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+watching = GradwatchCallback(every=1)
+saving = ModelCheckpoint(folder, save_last=True, every_n_train_steps=4, save_top_k=-1)
+trainer = lightning.Trainer(max_steps=7, accelerator="cpu", logger=False, enable_progress_bar=False,
+    enable_model_summary=False, default_root_dir=folder, callbacks=[watching, saving])
+last = Path(folder, "last.ckpt")
+trainer.fit(Module(), torch.utils.data.DataLoader(data, batch_size=2), ckpt_path=last if last.exists() else None)
+"""
+)
+TRANSFORMERS = (
+    KILLED_AT_STEP_5
+    + """
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from gradwatch.integrations.transformers import GradwatchCallback
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 1)
+    def forward(self, x, labels=None):
+        out = self.inner(x)
+        return {"loss": (out - labels).square().mean(), "logits": out}
+
+class Killing(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        die(watching.agent, state.global_step)
+
+watching = GradwatchCallback(every=1)
+arguments = TrainingArguments(output_dir=folder, max_steps=7, per_device_train_batch_size=2, optim="sgd", report_to=[],
+    use_cpu=True, save_steps=4, logging_strategy="no", disable_tqdm=True)
+trainer = Trainer(model=Net(), args=arguments, train_dataset=data, callbacks=[watching, Killing()])
+trainer.train(resume_from_checkpoint=restored)
+"""
+)
+
+
+@pytest.mark.parametrize("script", [LIGHTNING, TRANSFORMERS], ids=["lightning", "transformers"])
+def test_a_training_that_is_restored_from_its_checkpoint_goes_on(
+    real: GradwatchServer, tmp_path: Path, script: str, request: pytest.FixtureRequest
+) -> None:
+    """Without any job: the checkpoint of step 4 names the run, which was killed at step 5."""
+    program = tmp_path / "train.py"
+    program.write_text(script, encoding="utf-8")
+    project = request.node.name
+    given = {"GRADWATCH_URL": real.url, "GRADWATCH_PROJECT": project, "GRADWATCH_SPOOL_DIR": str(tmp_path / "spool")}
+    given["GRADWATCH_RESUME_SECONDS"] = str(PATIENCE_SECONDS)
+    for status in (-9, 0):
+        command = [sys.executable, str(program), str(tmp_path / "out")]
+        done = subprocess.run(command, env=environment(**NO_JOB | given), capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
+    (run,) = real.get("/api/v1/runs", project=project)
+    assert (run["status"], run["last_step"]) == ("completed", 7)
+    loss = real.get(f"/api/v1/runs/{run['id']}/series", statistic="loss", points=100)
+    assert loss["steps"] == [1, 2, 3, 4, 5, 6, 7]

@@ -14,7 +14,9 @@ DEVICE = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _device() -> None:
     if not torch.cuda.is_available():
-        pytest.fail("this torch sees no CUDA device")
+        seen = f"torch {torch.__version__} sees no CUDA device"
+        text = f"{seen}: run `make test-gpu` on a machine with a GPU, and with a torch that is built for it"
+        pytest.fail(text, pytrace=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -2,12 +2,15 @@
 //
 // Memory that was not written yet, or is freed, holds NaN, so that a read which is not ordered shows. See device.py.
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/InferSize.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/set_cpu_dispatch.h>
+#include <ATen/ops/view_as_complex_native.h>
+#include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <c10/core/DeviceGuard.h>
@@ -694,6 +697,23 @@ std::vector<IValue> on_cpu(const std::vector<IValue>& arguments) {
   return changed;
 }
 
+// Random numbers are drawn as on a GPU: by a seed that the host took when it launched the operator, not by what the
+// CPU's generator has come to when the stream does.
+std::vector<IValue> with_own_seed(const c10::OperatorHandle& op, std::vector<IValue> arguments) {
+  const auto& named = op.schema().arguments();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (named[i].name() != "generator" || !arguments[i].isNone()) continue;
+    auto shared = at::detail::getDefaultCPUGenerator();
+    uint64_t seed;
+    {
+      std::lock_guard<std::mutex> lock(shared.mutex());
+      seed = at::check_generator<at::CPUGeneratorImpl>(shared)->random64();
+    }
+    arguments[i] = IValue(at::detail::createCPUGenerator(seed));
+  }
+  return arguments;
+}
+
 // The result depends on the data: waits for the device.
 std::vector<IValue> run_now(const c10::OperatorHandle& op, int device, const std::vector<IValue>& arguments) {
   synchronize(current_stream(device), op.schema().name());
@@ -745,7 +765,7 @@ std::vector<IValue> run(const c10::OperatorHandle& op, std::vector<IValue> argum
     }
   }
   auto* stream = current_stream(device);
-  launch(stream, [op, inputs = on_cpu(arguments), targets] {
+  launch(stream, [op, inputs = with_own_seed(op, on_cpu(arguments)), targets] {
     auto stack = inputs;
     op.callBoxed(&stack);
     for (size_t i = 0; i < targets.size(); ++i) {
@@ -783,6 +803,13 @@ void convolution_backward(const c10::OperatorHandle&, torch::jit::Stack* stack) 
   std::vector<int64_t> bias{given[0].toTensor().size(1)};
   given.insert(given.begin() + 3, given[9].toBoolList().get(2) ? IValue(bias) : IValue());
   for (auto& result : run(find("aten::convolution_backward"), given)) stack->push_back(std::move(result));
+}
+
+// By bernoulli_, which is given a seed: the CPU's own kernel takes its numbers when the stream comes to it.
+std::tuple<Tensor, Tensor> dropout(const Tensor& input, double p, std::optional<bool> train) {
+  if (!train.value_or(true)) return {input.clone(), at::ones_like(input, input.options().dtype(at::kBool))};
+  auto mask = at::empty_like(input).bernoulli_(1.0 - p);
+  return {(input * mask).mul_(p < 1.0 ? 1.0 / (1.0 - p) : 0.0), mask.to(at::kBool)};
 }
 
 Tensor empty(c10::IntArrayRef sizes, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
@@ -826,6 +853,9 @@ Tensor as_strided(const Tensor& self, c10::IntArrayRef sizes, c10::IntArrayRef s
 Tensor view(const Tensor& self, c10::IntArrayRef sizes) {
   return at::native::view(self, sizes);
 }
+
+Tensor view_as_real(const Tensor& self) { return at::native::view_as_real(self); }
+Tensor view_as_complex(const Tensor& self) { return at::native::view_as_complex(self); }
 
 Tensor reshape_alias(const Tensor& self, c10::IntArrayRef sizes, c10::IntArrayRef strides) {
   return at::native::_reshape_alias(self, sizes, strides);
@@ -886,8 +916,11 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
+  m.impl("view_as_real", view_as_real);
+  m.impl("view_as_complex", view_as_complex);
   m.impl("as_strided", as_strided);
   m.impl("view", view);
+  m.impl("native_dropout", dropout);
   m.impl("_reshape_alias", reshape_alias);
   m.impl("resize_", resize_op);
   m.impl("set_.source_Storage_storage_offset", set_storage);

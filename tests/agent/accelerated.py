@@ -3,10 +3,11 @@
 import ast
 import gc
 import math
+import random
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +67,7 @@ def by_step(numbers: list[float]) -> dict[int, object]:
     return {step: pytest.approx(number, rel=1e-5) for step, number in enumerate(numbers, 1)}
 
 
-def check(server: Server, training: Training, sampled: range) -> None:
+def check(server: Server, training: Training, sampled: Sequence[int]) -> None:
     """Compare everything that a server got with what the training computed."""
     assert server.trail("loss") == by_step(floats(training.losses))
     assert server.trail("clip_norm") == by_step(floats(training.norms))
@@ -95,6 +96,45 @@ def test_every_number_arrives_and_nobody_waits(server: Server, device: Accelerat
     assert device.waits() == []
     device.reset()
     check(server, training, range(1, 31, every))
+
+
+@pytest.mark.parametrize("every", [1, None], ids=["every step", "default"])
+@pytest.mark.parametrize("behaviour", ["lag", "full queue"])
+def test_what_the_device_has_made_is_written_although_nothing_more_is_heard(
+    server: Server, device: Accelerator, behaviour: str, every: int | None
+) -> None:
+    training = Training("sim:0")
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=every, overhead_budget=1e-9)
+    if behaviour == "lag":
+        device.change(latency_seconds=LAG_SECONDS)
+    else:
+        device.change(cost_seconds=1e-4, capacity=100)
+    for _ in range(25):
+        training.step()
+    sampled = range(1, 26 if every else 21)  # then the budget is spent
+    server.wait(lambda: [sample.step for sample in server.samples] == list(sampled))
+    server.wait(lambda: len(server.trail("loss")) == len(server.trail("clip_norm")) == 25)
+    agent.close()
+    device.reset()
+    check(server, training, sampled)
+
+
+def test_samples_without_room_are_counted_and_their_numbers_told(
+    server: Server, device: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradwatch.norms.buffers._POOL_BYTES", 4 << 14)  # room for 4 samples
+    training = Training("sim:0")
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=1)
+    device.change(held=True)
+    for _ in range(10):
+        training.step()
+    device.change(held=False)
+    torch.accelerator.synchronize(0)
+    server.wait(lambda: len(server.samples) == 4)
+    training.step()
+    agent.close()
+    check(server, training, [1, 2, 3, 4, 11])
+    assert server.batches[-1].dropped == wire.Dropped(samples=6)
 
 
 def test_what_has_arrived_is_written_while_the_device_stands_still(server: Server, device: Accelerator) -> None:
@@ -214,6 +254,79 @@ def test_a_device_that_fails_ends_the_run_with_the_steps_before(server: Server, 
     assert [sample.step for sample in server.samples] == [1, 3, 5]
     assert [batch.end.status for batch in server.batches if batch.end is not None] == ["failed"]
     assert server.batches[-1].dropped.values >= 1
+
+
+SIGNS = {
+    "loss x 1,000": (1000.0, 1.0),
+    "loss NaN": (math.nan, 1.0),
+    "gradient x 1,000": (1.0, 1000.0),
+    "gradient zero": (1.0, 0.0),
+    "gradient infinite": (1.0, math.inf),
+}
+
+
+def sampled_with_sign(
+    server: Server, device: Accelerator, *, bad_step: int, loss_factor: float, gradient_factor: float, lag_steps: int
+) -> list[int]:
+    """Multiply one step's loss or gradient; return the steps that were sampled after the first.
+
+    The device stands still, but after each ``lag_steps`` steps, when all numbers arrive at once.
+    """
+    model = nn.Linear(4, 1, bias=False).to("sim:0")
+    given, noise = torch.ones(1, 4).to("sim:0"), random.Random(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1_000_000):
+        for step in range(1, bad_step + 2 * lag_steps + 1):
+            device.change(held=True)
+            factors = (loss_factor, gradient_factor) if step == bad_step else (1.0, 1.0)
+            optimizer.zero_grad()
+            loss = model(given).square().sum() * (1.0 + 0.1 * noise.random()) * factors[1]
+            loss = loss + ((factors[0] - 1) * loss).detach()
+            loss.backward()
+            clip_grad_norm_(model.parameters(), 100.0)
+            optimizer.step()
+            if step % lag_steps == 0:
+                device.change(held=False)
+                torch.accelerator.synchronize(0)
+    assert server.samples[0].step == 1
+    return [sample.step for sample in server.samples[1:]]
+
+
+@pytest.mark.parametrize("lag_steps", [1, 5])
+@pytest.mark.parametrize(("loss_factor", "gradient_factor"), SIGNS.values(), ids=SIGNS)
+def test_a_sign_brings_a_sample_of_the_step_after_it_has_arrived(
+    server: Server, device: Accelerator, loss_factor: float, gradient_factor: float, lag_steps: int
+) -> None:
+    factors = {"loss_factor": loss_factor, "gradient_factor": gradient_factor}
+    assert sampled_with_sign(server, device, bad_step=30, lag_steps=lag_steps, **factors) == [31]
+
+
+def test_a_sign_brings_a_burst_in_the_default_setting(server: Server, device: Accelerator) -> None:
+    model = nn.Linear(4, 1).to("sim:0")
+    given, noise = torch.ones(1, 4).to("sim:0"), random.Random(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.attach(model, optimizer, url=server.url, overhead_budget=1e-9):
+        for step in range(1, 61):
+            optimizer.zero_grad()
+            (model(given).square().sum() * (1000.0 if step == 30 else 1.0 + 0.1 * noise.random())).backward()
+            optimizer.step()
+            torch.accelerator.synchronize(0)
+    assert [sample.step for sample in server.samples] == [*range(1, 21), *range(31, 52)]
+    assert sorted(server.trail("loss")) == list(range(1, 61))
+
+
+def test_a_sign_is_written_although_no_further_step_is_made(server: Server, device: Accelerator) -> None:
+    """Nothing more is heard of the training, so the collector has to look for itself."""
+    training = Training("sim:0")
+    agent = gradwatch.attach(training.model, training.optimizer, url=server.url, every=100)
+    for _ in range(5):
+        training.step()
+    device.change(held=True)
+    training.input = training.input * math.nan
+    training.step()
+    device.change(held=False)
+    server.wait(lambda: [event.step for event in server.events if event.kind == "nonfinite_step"] == [6])
+    agent.close()
 
 
 def test_only_the_training_thread_calls_a_device_and_only_its_own(server: Server, device: Accelerator) -> None:

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
@@ -37,6 +39,30 @@ def test_the_loss_is_unscaled_however_it_was_scaled(server: Server) -> None:
     with torch.no_grad():
         expected = float(model(GRAD_A, 1.0) + model(GRAD_A, 2.0))
     assert server.trail("loss") == pytest.approx({1: expected, 2: expected})
+
+
+class Counting(TorchFunctionMode):
+    """As ``torch.set_default_device``: torch hands its functions to it, which calls them."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("modes", [1, 2])
+def test_a_loss_counts_once_within_modes_of_torch(server: Server, modes: int) -> None:
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer) as agent, ExitStack() as stack:
+        for _ in range(modes):
+            stack.enter_context(Counting())
+        torch.autograd.backward([model(GRAD_A, 1.0), model(GRAD_A, 2.0)])
+        optimizer.step()
+        model(GRAD_A, 1.0).backward()
+        optimizer.step()
+        assert agent.step == 2
+    with torch.no_grad():
+        one, two = float(model(GRAD_A, 1.0)), float(model(GRAD_A, 2.0))
+    assert server.trail("loss") == pytest.approx({1: one + two, 2: one})
 
 
 def test_backward_takes_what_torch_takes(server: Server) -> None:

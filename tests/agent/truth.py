@@ -12,7 +12,7 @@ def norm(tensor: torch.Tensor) -> float:
     """Return the L2 norm of all elements."""
     values = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
     values = values.to(torch.complex128 if values.is_complex() else torch.float64)
-    return float(np.sqrt(np.sum(np.abs(values.numpy()) ** 2)))
+    return float(np.sqrt(np.sum(np.abs(values.cpu().numpy()) ** 2)))
 
 
 def norms(parameters: Iterable[nn.Parameter], *, gradients: bool) -> NDArray[np.float64]:

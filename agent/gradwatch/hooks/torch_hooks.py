@@ -239,6 +239,8 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
         else:
             tensors, several = _listed(tensors)
             losses = [tensor for tensor in several if tensor.numel() == 1]
+        if torch.overrides.has_torch_function(several):  # within a mode, torch calls this again
+            return original(tensors, grad_tensors, *args, **kwargs)
         if grad_tensors is not None:
             if isinstance(grad_tensors, Iterator):
                 grad_tensors = tuple(grad_tensors)

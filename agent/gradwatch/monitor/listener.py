@@ -191,6 +191,8 @@ class TrainingListener:
         if known is None:
             self._steps.other_stepped()
             return None
+        if self._recorder.streams.used:
+            self._recorder.pool.before_reuse()
         for key in self._optimizers.take_gone() if self._optimizers.gone else ():
             self._steps.optimizer_gone(key)
         if self._loss_origin.aside:

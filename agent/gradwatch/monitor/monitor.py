@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from gradwatch.clipping.agc import AGC
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.hooks import torch_hooks
+from gradwatch.monitor.arrived_numbers import ArrivedNumbers
 from gradwatch.monitor.context import Callbacks, Parts
 from gradwatch.monitor.guard import AgentThread, Guard
 from gradwatch.monitor.listener import TrainingListener
@@ -84,6 +85,8 @@ class Monitor:
             thread=threading.get_ident(),
             summed=sum_scalars,
         )
+        arrived = ArrivedNumbers(self.steps)
+        self.recorder.sent, self.recorder.pool.before_reuse = arrived.sent, arrived.look
         parts = Parts(
             steps=self.steps,
             models=self.models,

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from gradwatch.model.registry import ParameterRegistry
@@ -36,6 +37,9 @@ class OtherThreads:
         Each check searches the graph of the losses, so a thread that trains another model is checked more and more
         rarely.
         """
+        state = self._steps.state
+        if state.under_way.get(state.thread) and torch._C._current_autograd_node() is not None:  # noqa: SLF001
+            return False  # a pass within the training's own, on autograd's thread for a device
         times: int = getattr(self._elsewhere, "times", 0)
         self._elsewhere.times = times + 1
         if (times > _ASKED and times & (times - 1)) or not self._parameters.are_reached(tensors):

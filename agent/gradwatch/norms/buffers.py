@@ -1,7 +1,7 @@
 """Buffers that carry the unit norms of a sample to the collector: neither the device nor the collector waits."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -180,6 +180,8 @@ class BufferPool:
     """
 
     def __init__(self, streams: StreamLog) -> None:
+        self.before_reuse: Callable[[], None] = _nothing
+        """Called before the numbers of a step that came from a device are overwritten by another's."""
         self._streams = streams
         self._stamps = Stamps()
         self._scratch = ScratchMemory()
@@ -202,6 +204,9 @@ class BufferPool:
                 return None
             buffers = SampleBuffers(self._stamps, self._streams, self._scratch)
             self._made += 1
+        else:
+            if self._streams.used:
+                self.before_reuse()
         buffers.reset()
         self._last = buffers
         return buffers
@@ -212,6 +217,8 @@ class BufferPool:
             transfer = self._free_transfers.pop()
         except IndexError:
             return Transfer(self._stamps, self._streams)
+        if self._streams.used:
+            self.before_reuse()
         transfer.reset()
         return transfer
 
@@ -231,6 +238,10 @@ class BufferPool:
     def is_scarce(self) -> bool:
         """Return whether so many buffers are in use that the collector should read them now."""
         return self._made - len(self._free) > min(_SCARCE, self._most // 2)
+
+
+def _nothing() -> None:
+    """Do nothing: nobody looks at the numbers."""
 
 
 def make_reducer(layout: NormLayout, buffers: dict[BufferKey, Tensor], scratch: Scratch) -> NormReducer:

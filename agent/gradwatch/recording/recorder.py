@@ -42,6 +42,8 @@ class NormRecorder:
         """Whether nothing is measured any more, because the numbers would be wrong."""
         self.device_failed = False
         """Whether a device has raised when it was called."""
+        self.sent: Callable[[StepRecord], None] = _nothing
+        """Called with a step whose numbers are on their way from a device."""
         self._no_room = no_room
         self._updates = WeightUpdates()
         self._resting = RestingWeights(parameters)
@@ -118,6 +120,8 @@ class NormRecorder:
         try:
             self._measure_resting(record)
             record.buffers.send(numbers)
+            if record.buffers.is_on_device:
+                self.sent(record)
         except RuntimeError as error:
             record.buffers.is_lost = self.device_failed = True
             _log.debug("gradwatch: the numbers of step %d cannot be read: %s", record.step, error)
@@ -142,6 +146,10 @@ class NormRecorder:
             buffers = dropped.pop().buffers
             if buffers is not None:
                 self.pool.release(buffers)
+
+
+def _nothing(_record: StepRecord) -> None:
+    """Do nothing: nobody looks at the numbers as they arrive."""
 
 
 def _noting(numbers: list[Tensor]) -> Callable[[Any], Any]:

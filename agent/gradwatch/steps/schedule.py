@@ -33,7 +33,6 @@ _REVIEW_STEPS: Final = 16
 """Steps after which the medians of times and hooks are taken again."""
 _REVIEW_SECONDS: Final = 2.0
 """Time over which the work of the threads is averaged."""
-
 _WARM_UP: Final = 16
 """Numbers after which it is known what is usual."""
 _WEIGHT: Final = 1 / 16
@@ -333,6 +332,17 @@ class SamplingSchedule:
             record.sampled = record.stepped.keys() <= stepping
             self._forced = not record.sampled
         return True
+
+    def sample_next(self, *, finite: bool, begun: bool) -> None:
+        """Sample the next step, as ``alarm`` does this one: an earlier step has shown a sign of trouble.
+
+        Args:
+            finite: whether the numbers of that step are finite.
+            begun: whether a step has begun that is not over.
+        """
+        if self._account.affords_sample or not finite:
+            self._forced, self.due = self._forced or begun, self.due or not begun
+        self._burst_wanted = self.needs_record = True
 
     def ended(self, record: StepRecord, now: float, costs: Costs) -> None:
         """Book a step that is over, and decide whether the next one is sampled.

@@ -59,9 +59,8 @@ LEFT_OUT: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "steps": ("test_a_gradient_is_looked_at_by_no_thread_but_its_own",),
         "traps": ("test_data_parallel_rank_0_reports",),
     },
-    "the test makes some hundred steps or trainings, which takes too long behind a lag": {
+    "the test makes some hundred trainings, which takes too long behind a lag": {
         "steps": ("test_accumulation_over_any_number_of_batches_sums_the_loss",),
-        "loops": ("test_each_of_many_parameters_is_clipped_by_itself",),
     },
     "a default device is one thread's, and these tests train in several": {
         "steps": (

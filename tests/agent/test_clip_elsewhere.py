@@ -164,6 +164,62 @@ def test_clipping_of_lent_gradients_is_heard(server: Server, every: int) -> None
         assert says(server, sample.step, {"a": 5.0, "b": 12.0}, {"a": 2.5, "b": 6.0})
 
 
+@pytest.mark.parametrize("clip_other", [clip_grad_norm_, clip_grad_value_])
+def test_a_flat_buffer_is_heard_beside_clipping_of_another_model(
+    server: Server, clip_other: Callable[[Any, float], object]
+) -> None:
+    model, other = Two(), Two()
+    flat = nn.Parameter(torch.zeros(7))
+    flat.grad = torch.zeros(7)
+    model.a.grad, model.b.grad = flat.grad[:6].view(2, 3), flat.grad[6:]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    others = torch.optim.SGD(other.parameters(), lr=0.0)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1000):
+        for _ in range(40):
+            other(GRAD_A, 12.0).backward()
+            clip_other(other.parameters(), 1.0)
+            others.step()
+            others.zero_grad()
+            flat.grad.zero_()
+            model(GRAD_A, 12.0).backward()
+            clip_grad_norm_([flat], 6.5)
+            optimizer.step()
+    assert server.trail("clip_norm") == dict.fromkeys(range(1, 41), 13.0)
+
+
+def test_lent_gradients_are_heard_beside_clipping_of_another_model(server: Server) -> None:
+    shared, other = Two(), Two()
+    worker = copy.deepcopy(shared)
+    optimizer = torch.optim.SGD(shared.parameters(), lr=0.0)
+    with gradwatch.attach(shared, optimizer, url=server.url, every=1000):
+        for _ in range(40):
+            worker.zero_grad()
+            worker(GRAD_A, 12.0).backward()
+            clip_grad_norm_(worker.parameters(), 6.5)
+            other(GRAD_A, 12.0).backward()
+            clip_grad_norm_(other.parameters(), 1.0)
+            for mine, its in zip(shared.parameters(), worker.parameters(), strict=True):
+                mine.grad = its.grad
+            optimizer.step()
+    assert server.trail("clip_norm") == dict.fromkeys(range(1, 41), 13.0)
+
+
+def test_a_list_that_rested_without_gradients_is_heard(server: Server) -> None:
+    model = Two()
+    flat = nn.Parameter(torch.zeros(7))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1000):
+        for _ in range(20):
+            clip_grad_norm_([flat], 6.5)
+        for _ in range(3):
+            flat.grad = torch.zeros(7)
+            model.a.grad, model.b.grad = flat.grad[:6].view(2, 3), flat.grad[6:]
+            model(GRAD_A, 12.0).backward()
+            clip_grad_norm_([flat], 6.5)
+            optimizer.step()
+    assert server.trail("clip_norm") == dict.fromkeys((1, 2, 3), 13.0)
+
+
 def test_clipping_of_another_model_is_not_heard_and_keeps_nothing_alive(server: Server) -> None:
     model, other = Two(), Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -17,14 +17,15 @@ from gradwatch.recording.optimizer_parameters import ListedParameters, Optimizer
 from gradwatch.steps.state import NormClip
 
 _SEARCHED: Final = 8
-"""Clippings of something else whose memory is always compared; then ever fewer of them are."""
+"""Clippings of a list of something else whose memory is always compared; then ever fewer of them are."""
 _MOST_WAITING: Final = 8
 
 
 class UnwatchedClips:
     """Finds the watched parameters whose gradients lie in the memory of clipped gradients.
 
-    Clipping of another model costs a comparison with all watched gradients at first, and then ever more rarely.
+    Clipping of another model costs a comparison with all watched gradients at first, and then ever more rarely. This is
+    counted for each list: what one list has missed says nothing about another.
 
     Args:
         parameters: the watched parameters.
@@ -36,38 +37,38 @@ class UnwatchedClips:
         self._lists = lists
         self.compares = False
         """Whether the gradients of the list that was asked for last are compared with the watched ones."""
-        self.waiting: deque[tuple[NormClip, list[StorageWeakRef]]] = deque(maxlen=_MOST_WAITING)
-        """Clippings since the last step, with the memory of what they clipped."""
-        self._vain = 0
-        """Clippings in a row whose memory was compared, and was no watched gradient's."""
-        self._asked = 0
+        self.waiting: deque[tuple[NormClip, OptimizerParameters, list[StorageWeakRef]]] = deque(maxlen=_MOST_WAITING)
+        """Clippings since the last step, with the list and the memory of what they clipped."""
 
     def listed(self, tensors: Sequence[Tensor]) -> OptimizerParameters:
         """Return the watched parameters of a list, or else those whose gradients lie in the memory of its gradients."""
         listed = self._lists.find(tensors)
         if listed.indices:
             return listed
-        self._asked += 1
-        self.compares = self._vain < _SEARCHED or self._asked & (self._asked - 1) == 0
-        flat = self._found({_memory(tensor.grad) for tensor in tensors} - {0}) if self.compares else []
+        self.compares = listed.misses < _SEARCHED or listed.misses.bit_count() == 1
+        memory = {_memory(tensor.grad) for tensor in tensors} - {0} if self.compares else set()
+        if self.compares and not memory:
+            return listed  # a list without gradients is not compared
+        flat = self._found(memory)
+        listed.misses = 0 if flat else listed.misses + 1
         return self._lists.find(flat) if flat else listed
 
-    def note(self, clip: NormClip, tensors: Sequence[Tensor]) -> None:
-        """Note a clipping whose gradients may be given to watched parameters before the next step."""
+    def note(self, clip: NormClip, listed: OptimizerParameters, tensors: Sequence[Tensor]) -> None:
+        """Note a clipping of a list whose gradients may be given to watched parameters before the next step."""
         grads = [tensor.grad for tensor in tensors]
         lent = [StorageWeakRef(grad.untyped_storage()) for grad in grads if grad is not None and _has_memory(grad)]
         if lent:
-            self.waiting.append((clip, lent))
+            self.waiting.append((clip, listed, lent))
 
     def claimed(self) -> Iterator[NormClip]:
         """Yield the clippings of what are now gradients of watched parameters, and forget all of them."""
         waiting = tuple(self.waiting)
         self.waiting.clear()
-        for clip, lent in waiting:
+        for clip, listed, lent in waiting:
             found = map(self._parameters.find, self._found({memory.cdata for memory in lent}))
             clip.indices = frozenset(index for index in found if index is not None)
-            self._vain = 0 if clip.indices else self._vain + 1
             if clip.indices:
+                listed.misses = 0
                 yield clip
 
     def _found(self, memory: set[int]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
@@ -218,6 +218,59 @@ def test_a_list_that_rested_without_gradients_is_heard(server: Server) -> None:
             clip_grad_norm_([flat], 6.5)
             optimizer.step()
     assert server.trail("clip_norm") == dict.fromkeys((1, 2, 3), 13.0)
+
+
+def neighbours() -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of gradients, the first of Two's ``a``, that lie in one buffer and have no element in common."""
+    ends, turns = torch.zeros(7), torch.zeros(13)
+    columns = torch.zeros(3, 4)
+    return [
+        (ends[:6].view(2, 3), ends[6:]),
+        (ends[1:].view(2, 3), ends[:1]),
+        (turns[1::2].view(2, 3), turns[::2]),
+        (columns[:, :2].t(), columns[:, 2:]),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
+def test_clipping_of_a_neighbour_in_the_same_buffer_is_not_heard(
+    server: Server, clip: Callable[[Any, float], object], place: int
+) -> None:
+    model = Two()
+    grad, beside = neighbours()[place]
+    model.a.grad, head = grad, nn.Parameter(torch.zeros_like(beside))
+    head.grad = beside
+    optimizer = torch.optim.SGD([*model.parameters(), head], lr=0.0)
+    with watch(model, server, optimizer):
+        for _ in range(3):
+            grad.zero_()
+            model.b.grad = None
+            (model(GRAD_A, 12.0) + head.sum()).backward()
+            clip([head], 0.1)
+            optimizer.step()
+    assert not server.trail("clip_norm")
+    assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+    assert "clipped_grad_norm" not in server.samples[-1].statistics
+
+
+def test_clipping_a_gradient_in_pieces_is_heard(server: Server) -> None:
+    model = Two()
+    flat = torch.zeros(7)
+    model.a.grad, model.b.grad = flat[:6].view(2, 3), flat[6:]
+    pieces = [nn.Parameter(torch.zeros_like(piece)) for piece in flat.split(2)]
+    for piece, its in zip(pieces, flat.split(2), strict=True):
+        piece.grad = its
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        for _ in range(3):
+            flat.zero_()
+            model(GRAD_A, 12.0).backward()
+            clip_grad_norm_(reversed(pieces), 6.5)
+            optimizer.step()
+    assert server.trail("clip_norm") == pytest.approx(dict.fromkeys((1, 2, 3), 13.0))
+    assert says(server, -1, {"a": 5.0, "b": 12.0}, {"a": 2.5, "b": 6.0})
 
 
 def test_clipping_of_another_model_is_not_heard_and_keeps_nothing_alive(server: Server) -> None:

@@ -75,9 +75,8 @@ def test_what_the_database_refuses_is_an_error_of_sqlalchemy(engine: sa.Engine, 
         assert _insert.execute(connection, _row(run, 1)) == 1
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)  # SQLite's connections are not lost
 def test_a_connection_that_is_lost_is_replaced(engine: sa.Engine, database_url: str) -> None:
-    if engine.dialect.name == "sqlite":
-        pytest.skip("SQLite's connections are not lost")
     with engine.connect() as connection:
         own = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
         with psycopg.connect(database_url, autocommit=True) as other:

@@ -307,3 +307,21 @@ def test_a_training_that_is_restored_from_its_checkpoint_goes_on(
     assert (run["status"], run["last_step"]) == ("completed", 7)
     loss = real.get(f"/api/v1/runs/{run['id']}/series", statistic="loss", points=100)
     assert loss["steps"] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("given", "run"),
+    [(True, "run-of-step-4"), ("", "run-of-step-4"), ("other", "run-of-other"), ("no\0path", "run-of-step-4")],
+)
+def test_the_checkpoint_that_a_trainer_names_is_looked_at_first(tmp_path: Path, given: str | bool, run: str) -> None:
+    from transformers import TrainerState, TrainingArguments
+
+    from gradwatch.integrations.transformers import _run_of_checkpoint
+
+    for folder, content in (("checkpoint-4", "run-of-step-4"), ("other", "run-of-other")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "gradwatch_run.txt").write_text(f"{content}\n", encoding="utf-8")
+    named = str(tmp_path / given) if given == "other" else given
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    arguments.resume_from_checkpoint = named  # type: ignore[assignment]  # what users give, whatever its type
+    assert _run_of_checkpoint(arguments, TrainerState(global_step=4)) == run

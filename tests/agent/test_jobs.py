@@ -157,6 +157,46 @@ def test_the_pods_of_a_job_are_one_job() -> None:
     assert job_of(pods[0]) == job_of(pods[1])
     indexed = [pods[0] | {"JOB_COMPLETION_INDEX": index} for index in "01"]
     assert job_of(indexed[0]) != job_of(indexed[1])
+    assert job_of(indexed[0] | {"JOB_NAME": "t"}) != job_of(indexed[0])
+    # Jenkins sets this one.
+    assert job_of(pods[0] | {"JOB_NAME": "team/train"}) == job_of(pods[0])
+    assert job_of(pods[0] | {"JOB_NAME": "team/train", "HOSTNAME": "agent"}) == ("", "")
+
+
+POD = {"KUBERNETES_SERVICE_HOST": "x", "HOSTNAME": "bert-x7k2p"}
+OTHER_POD = POD | {"HOSTNAME": "bert-b8c9d"}
+INDEX_0 = POD | {"HOSTNAME": "bert-0", "JOB_COMPLETION_INDEX": "0"}
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "status", "silent_seconds", "goes_on"),
+    [
+        (POD, OTHER_POD, None, 0.5, False),
+        (POD, OTHER_POD, None, 299.0, False),
+        (POD, OTHER_POD, None, 301.0, True),
+        (POD, OTHER_POD, "killed", 0.5, True),
+        (POD, OTHER_POD, "failed", 0.5, False),
+        (INDEX_0, INDEX_0, None, 0.5, False),
+        (INDEX_0, INDEX_0, "failed", 0.5, True),
+        (INDEX_0, INDEX_0, "completed", 0.5, False),
+    ],
+)
+def test_a_pod_follows_another_one_that_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+    earlier: dict[str, str],
+    later: dict[str, str],
+    status: str | None,
+    silent_seconds: float,
+    goes_on: bool,
+) -> None:
+    def started(variables: dict[str, str], namespace: str) -> Job:
+        monkeypatch.setattr(job, "_trainings", {})  # as in a new process
+        monkeypatch.setattr(job, "_namespace", lambda: namespace)  # as in another container
+        return this_job(variables, "", "weights")
+
+    before, mine = started(earlier, "pid:[1]"), started(later, "pid:[2]")
+    run = Resumable("run-1", 1, status, 3, silent_seconds, {ATTRIBUTE: msgspec.json.encode(before).decode()}, "")
+    assert (interrupted([run], mine) is not None) == goes_on
 
 
 HERE = process_of(os.getpid())
@@ -174,7 +214,8 @@ ELSEWHERE = msgspec.structs.replace(HERE, host="another-machine")
         (GONE, "failed", 0.5, 1, True),
         (HERE, None, 1e6, 1, False),
         (ELSEWHERE, None, 0.5, 0, False),
-        (ELSEWHERE, None, 61.0, 0, True),
+        (ELSEWHERE, None, 299.0, 0, False),
+        (ELSEWHERE, None, 301.0, 0, True),
         (ELSEWHERE, None, 0.5, 1, True),
         (ELSEWHERE, "killed", 0.5, 0, True),
     ],

@@ -67,7 +67,7 @@ class Job(msgspec.Struct, frozen=True):
     restarts: list[int]
     """How often the scheduler, and torchrun, have started it again."""
     instance: str
-    """The pod; empty where there is none."""
+    """The container of an indexed Kubernetes Job; empty elsewhere, where other pods of a job do not replace it."""
     process: Process
 
     @property
@@ -139,7 +139,8 @@ def _kubernetes_job(environment: Mapping[str, str]) -> str:
     if not environment.get("KUBERNETES_SERVICE_HOST"):
         return ""
     pod, index = environment.get("HOSTNAME") or socket.gethostname(), environment.get("JOB_COMPLETION_INDEX", "")
-    name = environment.get("JOB_NAME") or _POD_SUFFIX.sub("", pod)
+    # Others, Jenkins for one, set JOB_NAME as well: it counts beside an index only.
+    name = (environment.get("JOB_NAME") if index else "") or _POD_SUFFIX.sub("", pod)
     if name == pod and not index:
         return ""
     return f"{_text_of(str(_NAMESPACE_FILE))} {name} {index}"
@@ -163,14 +164,18 @@ def this_job(environment: Mapping[str, str], name: str, parameters: str) -> Job:
     program = _checksum(*_program(), child, name)
     same = _checksum(kind, job, program, parameters)
     number = _trainings[same] = _trainings.get(same, -1) + 1
+    process = process_of(os.getpid())
+    # The pods that follow each other at an index may have the same name.
+    container = " ".join((process.host, process.boot, process.namespace))
+    indexed = kind == "kubernetes" and bool(environment.get("JOB_COMPLETION_INDEX"))
     return Job(
         kind=kind,
         training=_checksum(kind, job, program, str(number)),
         program=program,
         parameters=parameters,
         restarts=[_count(environment, "SLURM_RESTART_COUNT"), _count(environment, "TORCHELASTIC_RESTART_COUNT")],
-        instance=environment.get("HOSTNAME", "") if kind == "kubernetes" else "",
-        process=process_of(os.getpid()),
+        instance=container if indexed else "",
+        process=process,
     )
 
 

@@ -24,8 +24,9 @@ _log = logging.getLogger("gradwatch")
 
 ATTRIBUTE: Final = "job"
 """Attribute of a run that keeps its ``Job`` as JSON."""
-_SILENT_SECONDS: Final = 60.0
-"""A run whose process cannot be seen from here counts as interrupted when it was not heard of for so long."""
+_SILENT_SECONDS: Final = 300.0
+"""A run whose process cannot be seen from here counts as interrupted when it was not heard of for so long: nothing is
+heard of one that evaluates for minutes."""
 
 
 class Resumable(msgspec.Struct, frozen=True):
@@ -85,15 +86,16 @@ def _is_interrupted(run: Resumable, job: Job, *, from_checkpoint: bool) -> bool:
     if job.parameters not in (before.parameters, run.parameters):
         return False
     # 2. It did not end by itself: what failed goes on only where something has started it again.
-    restarted = before.restarts < job.restarts or before.instance != job.instance
+    again = before.restarts < job.restarts
+    replaced = bool(job.instance) and before.instance != job.instance
     if run.status == "completed":
         return False
-    if run.status == "failed" and not (restarted or from_checkpoint or job.kind == "key"):
+    if run.status == "failed" and not (again or replaced or from_checkpoint or job.kind == "key"):
         return False
-    # 3. Nobody else is training it.
+    # 3. Nobody else is training it. Several pods of a job may be alive: another one is no restart.
     alive = before.process.is_alive
     if alive is None:
-        return restarted or run.status is not None or run.silent_seconds >= _SILENT_SECONDS
+        return again or run.status is not None or run.silent_seconds >= _SILENT_SECONDS
     return not alive
 
 

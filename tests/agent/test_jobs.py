@@ -202,6 +202,7 @@ def test_a_pod_follows_another_one_that_has_ended(
 HERE = process_of(os.getpid())
 GONE = msgspec.structs.replace(HERE, started="1")
 ELSEWHERE = msgspec.structs.replace(HERE, host="another-machine")
+SAME_NAME = msgspec.structs.replace(HERE, boot="another-boot")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,8 @@ ELSEWHERE = msgspec.structs.replace(HERE, host="another-machine")
         (GONE, "failed", 0.5, 1, True),
         (HERE, None, 1e6, 1, False),
         (ELSEWHERE, None, 0.5, 0, False),
+        (SAME_NAME, None, 0.5, 0, False),
+        (SAME_NAME, None, 301.0, 0, True),
         (ELSEWHERE, None, 299.0, 0, False),
         (ELSEWHERE, None, 301.0, 0, True),
         (ELSEWHERE, None, 0.5, 1, True),

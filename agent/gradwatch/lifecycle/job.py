@@ -38,10 +38,9 @@ class Process(msgspec.Struct, frozen=True):
     def is_alive(self) -> bool | None:
         """Return whether the process exists; None if that cannot be seen from here."""
         here = process_of(self.pid)
-        if here.host != self.host or (here.boot == self.boot and here.namespace != self.namespace):
+        # Machines of a cluster may have one name: another boot id may be another machine.
+        if (here.host, here.boot, here.namespace) != (self.host, self.boot, self.namespace):
             return None
-        if here.boot != self.boot:
-            return False
         if self.started:
             return here.started == self.started
         try:

@@ -106,7 +106,7 @@ def test_trainings_that_are_not_the_same_stay_apart(
     assert (later != earlier, step) == (True, 3)
 
 
-def test_a_training_is_known_by_job_program_arguments_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_is_known_by_job_program_arguments_and_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def training(*arguments: str, key: str = "k", name: str = "") -> str:
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         monkeypatch.setattr(job, "_trainings", {})  # as in a new process
@@ -117,6 +117,14 @@ def test_a_training_is_known_by_job_program_arguments_and_name(monkeypatch: pyte
     assert seen == [training(), training("--seed=1"), training(key="l"), training(name="a name")]
     again = this_job({"GRADWATCH_RUN_KEY": "k"}, "a name", "weights")
     assert again.training not in seen  # the second one of a process
+    monkeypatch.setattr(sys, "argv", [script := str(Path("train.py").absolute())])
+    program = this_job({}, "", "weights").program
+    monkeypatch.chdir(tmp_path)
+    assert training() not in seen
+    monkeypatch.setattr(sys, "argv", [script])
+    elsewhere = this_job({"GRADWATCH_RUN_KEY": "k"}, "", "weights")
+    assert elsewhere.training not in seen
+    assert elsewhere.program == program  # a checkpoint may be restored in another directory
 
 
 def test_two_at_the_same_time_share_nothing(program: Program) -> None:
@@ -126,6 +134,13 @@ def test_two_at_the_same_time_share_nothing(program: Program) -> None:
     other, _ = program.run(GRADWATCH_RUN_KEY="k")
     assert other != running
     first.communicate("\n")
+
+
+def test_trainings_that_follow_each_other_in_a_job_stay_apart(program: Program) -> None:
+    """The first one was killed, and the job goes on with the next one."""
+    first, _ = program.run(SLURM_JOB_ID="17")
+    second, step = program.run(SLURM_JOB_ID="17")
+    assert (second != first, step) == (True, 3)
 
 
 def test_what_failed_goes_on_where_it_was_started_again(program: Program) -> None:
@@ -199,6 +214,7 @@ def test_a_pod_follows_another_one_that_has_ended(
     assert (interrupted([run], mine) is not None) == goes_on
 
 
+COUNTING = ("slurm", "torchelastic", "torchrun")
 HERE = process_of(os.getpid())
 GONE = msgspec.structs.replace(HERE, started="1")
 ELSEWHERE = msgspec.structs.replace(HERE, host="another-machine")
@@ -206,31 +222,43 @@ SAME_NAME = msgspec.structs.replace(HERE, boot="another-boot")
 
 
 @pytest.mark.parametrize(
-    ("process", "status", "silent_seconds", "restarts", "goes_on"),
+    ("kind", "process", "status", "silent_seconds", "restarts", "goes_on"),
     [
-        (GONE, None, 0.5, 0, True),
-        (GONE, "killed", 0.5, 0, True),
-        (GONE, "completed", 0.5, 1, False),
-        (GONE, "failed", 0.5, 0, False),
-        (GONE, "failed", 0.5, 1, True),
-        (HERE, None, 1e6, 1, False),
-        (ELSEWHERE, None, 0.5, 0, False),
-        (SAME_NAME, None, 0.5, 0, False),
-        (SAME_NAME, None, 301.0, 0, True),
-        (ELSEWHERE, None, 299.0, 0, False),
-        (ELSEWHERE, None, 301.0, 0, True),
-        (ELSEWHERE, None, 0.5, 1, True),
-        (ELSEWHERE, "killed", 0.5, 0, True),
+        ("key", GONE, None, 0.5, 0, True),
+        ("key", GONE, "killed", 0.5, 0, True),
+        ("key", GONE, "failed", 0.5, 0, True),
+        ("kubernetes", GONE, None, 0.5, 0, True),
+        ("kubernetes", GONE, "failed", 0.5, 0, False),
+        *((kind, GONE, status, 0.5, 0, False) for kind in COUNTING for status in (None, "killed", "failed")),
+        *((kind, GONE, status, 0.5, 1, True) for kind in COUNTING for status in (None, "killed", "failed")),
+        ("slurm", GONE, "completed", 0.5, 1, False),
+        ("slurm", HERE, None, 1e6, 1, False),
+        ("key", ELSEWHERE, None, 0.5, 0, False),
+        ("key", SAME_NAME, None, 0.5, 0, False),
+        ("key", SAME_NAME, None, 301.0, 0, True),
+        ("key", ELSEWHERE, None, 299.0, 0, False),
+        ("key", ELSEWHERE, None, 301.0, 0, True),
+        ("slurm", ELSEWHERE, None, 0.5, 1, True),
+        ("key", ELSEWHERE, "killed", 0.5, 0, True),
     ],
 )
 def test_only_what_was_interrupted_goes_on(
-    process: Any, status: str | None, silent_seconds: float, restarts: int, goes_on: bool
+    kind: str, process: Any, status: str | None, silent_seconds: float, restarts: int, goes_on: bool
 ) -> None:
-    mine = Job("slurm", "t", "p", "weights", [restarts, 0], "", HERE)
+    mine = Job(kind, "t", "p", "weights", [restarts, 0], "", HERE)
     before = msgspec.structs.replace(mine, restarts=[0, 0], process=process)
     attributes = {ATTRIBUTE: msgspec.json.encode(before).decode()}
     run = Resumable("run-1", 1, status, 3, silent_seconds, attributes, "")
     assert (interrupted([run], mine) is not None) == goes_on
+
+
+@pytest.mark.parametrize("kind", ["", *COUNTING])
+def test_a_checkpoint_goes_on_without_a_restart(kind: str) -> None:
+    mine = Job(kind, "t", "p", "weights", [0, 0], "", HERE)
+    before = msgspec.structs.replace(mine, training="of another job", process=GONE)
+    run = Resumable("run-1", 1, "failed", 3, 0.5, {ATTRIBUTE: msgspec.json.encode(before).decode()}, "")
+    assert interrupted([run], mine) is None
+    assert interrupted([run], mine, checkpoint="run-1") == run
 
 
 RESTARTED = """

@@ -19,6 +19,8 @@ import msgspec
 RUN_KEY: Final = "GRADWATCH_RUN_KEY"
 _POD_SUFFIX: Final = re.compile(r"-[bcdfghjklmnpqrstvwxz2456789]{5}$")
 """What Kubernetes appends to the name of a Job for each of its pods."""
+_COUNTING: Final = ("slurm", "torchelastic", "torchrun")
+"""Kinds whose scheduler counts how often it has started a job: without a restart, nothing was interrupted."""
 _NAMESPACE_FILE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -58,7 +60,7 @@ class Job(msgspec.Struct, frozen=True):
     kind: str
     """``key``, ``slurm``, ``kubernetes``, ``torchelastic`` or ``torchrun``; empty: the training is of no job."""
     training: str
-    """Checksum over the job, ``program``, and the number of the training within its process."""
+    """Checksum over the job, the working directory, ``program``, and the number of the training within its process."""
     program: str
     """Checksum over program, arguments and the name of the run."""
     parameters: str
@@ -75,9 +77,14 @@ class Job(msgspec.Struct, frozen=True):
         return self.training[:10]
 
     @property
+    def counts_restarts(self) -> bool:
+        """Return whether the scheduler says that it has started the job again."""
+        return self.kind in _COUNTING
+
+    @property
     def may_go_on(self) -> bool:
-        """Return whether an earlier process of the job may have left a run: torchrun's first workers follow nobody."""
-        return bool(self.kind) and (self.kind != "torchrun" or any(self.restarts))
+        """Return whether an earlier process of the job may have left a run: a counted first one follows nobody."""
+        return bool(self.kind) and (not self.counts_restarts or any(self.restarts))
 
 
 def process_of(pid: int) -> Process:
@@ -146,7 +153,7 @@ def _kubernetes_job(environment: Mapping[str, str]) -> str:
 
 
 _trainings: dict[str, int] = {}
-"""Checksum over job, program, arguments and name -> number of trainings of this process that had it."""
+"""Checksum over job, directory, program, arguments and name -> number of trainings of this process that had it."""
 
 
 def this_job(environment: Mapping[str, str], name: str, parameters: str) -> Job:
@@ -161,7 +168,8 @@ def this_job(environment: Mapping[str, str], name: str, parameters: str) -> Job:
     # A child of multiprocessing has its parent's arguments, and does other work.
     child = multiprocessing.current_process().name if multiprocessing.parent_process() is not None else ""
     program = _checksum(*_program(), child, name)
-    same = _checksum(kind, job, program, parameters)
+    folder = _folder()
+    same = _checksum(kind, job, folder, program, parameters)
     number = _trainings[same] = _trainings.get(same, -1) + 1
     process = process_of(os.getpid())
     # The pods that follow each other at an index may have the same name.
@@ -169,7 +177,7 @@ def this_job(environment: Mapping[str, str], name: str, parameters: str) -> Job:
     indexed = kind == "kubernetes" and bool(environment.get("JOB_COMPLETION_INDEX"))
     return Job(
         kind=kind,
-        training=_checksum(kind, job, program, str(number)),
+        training=_checksum(kind, job, folder, program, str(number)),
         program=program,
         parameters=parameters,
         restarts=[_count(environment, "SLURM_RESTART_COUNT"), _count(environment, "TORCHELASTIC_RESTART_COUNT")],
@@ -184,6 +192,14 @@ def _program() -> list[str]:
     if arguments[:1] == ["-c"]:
         return sys.orig_argv[1:]
     return [str(Path(argument).absolute()) for argument in arguments[:1]] + arguments[1:]
+
+
+def _folder() -> str:
+    """Return the working directory; empty if it was deleted."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return ""
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:

@@ -88,7 +88,7 @@ def _is_interrupted(run: Resumable, job: Job, *, from_checkpoint: bool) -> bool:
     # 2. It did not end by itself: what failed goes on only where something has started it again.
     again = before.restarts < job.restarts
     replaced = bool(job.instance) and before.instance != job.instance
-    if run.status == "completed":
+    if run.status == "completed" or (job.counts_restarts and not (again or from_checkpoint)):
         return False
     if run.status == "failed" and not (again or replaced or from_checkpoint or job.kind == "key"):
         return False

@@ -1,18 +1,22 @@
 """A job that is interrupted and started again goes on as one run; trainings that only look alike stay apart."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from torch import nn
 
 from gradwatch.lifecycle import job
 from gradwatch.lifecycle.job import Job, job_of, process_of, this_job
-from gradwatch.lifecycle.resumption import ATTRIBUTE, Resumable, interrupted
+from gradwatch.lifecycle.resumption import ATTRIBUTE, Resumable, begin_run, interrupted, resume
+from gradwatch.settings import resolve
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, environment
 
 TRAIN = """
@@ -259,6 +263,44 @@ def test_a_checkpoint_goes_on_without_a_restart(kind: str) -> None:
     run = Resumable("run-1", 1, "failed", 3, 0.5, {ATTRIBUTE: msgspec.json.encode(before).decode()}, "")
     assert interrupted([run], mine) is None
     assert interrupted([run], mine, checkpoint="run-1") == run
+
+
+def test_a_name_that_is_not_looked_up_in_time_does_not_delay_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, ended = threading.Event(), threading.Event()
+
+    def look_up(*_: Any, **__: Any) -> Any:
+        goes_on.wait(PATIENCE_SECONDS)
+        ended.set()
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    given = {"GRADWATCH_URL": "http://gradwatch.invalid", "GRADWATCH_RESUME_SECONDS": "0.05"}
+    monkeypatch.setenv("GRADWATCH_RUN_KEY", "k")
+    begun = begin_run(resolve(environment=given), [nn.Linear(2, 2)], None, 2, {}, checkpoint=None)
+    assert not ended.is_set()
+    assert not begun.resumed
+    goes_on.set()
+    assert ended.wait(PATIENCE_SECONDS)
+
+
+def test_what_is_found_too_late_begins_no_attempt(real: GradwatchServer) -> None:
+    mine = Job("key", "0123456789", "p", "weights", [0, 0], "", HERE)
+    attributes = {ATTRIBUTE: msgspec.json.encode(msgspec.structs.replace(mine, process=GONE)).decode()}
+    run = real.register(id="run-0123456789abcdef", project="late", attempt=1, attributes=attributes)
+    given = {"GRADWATCH_URL": real.url, "GRADWATCH_PROJECT": "late", "GRADWATCH_RESUME_SECONDS": str(PATIENCE_SECONDS)}
+
+    def attempt() -> int:
+        (told,) = real.get("/api/v1/resumable", project="late", run=run)
+        return int(told["attempt"])
+
+    late = threading.Event()
+    late.set()
+    assert resume(resolve(environment=given), mine, 2, {}, checkpoint=None, late=late) is None
+    assert attempt() == 1
+    late.clear()
+    begun = resume(resolve(environment=given), mine, 2, {}, checkpoint=None, late=late)
+    assert begun is not None
+    assert (begun.id, attempt()) == (run, 2)
 
 
 RESTARTED = """

@@ -1,12 +1,14 @@
 """Going on with the run of a job that was preempted, as a new attempt of it.
 
 Only where this process belongs to a job, or was restored from a checkpoint that names a run, the server is asked once,
-for at most ``resume_seconds``, when the agent attaches. If it does not answer, the training has a run of its own.
+when the agent attaches, which waits for at most twice ``resume_seconds``. If it does not answer, the training has a run
+of its own.
 """
 
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -132,7 +134,7 @@ def begin_run(
         job = this_job(os.environ, settings.training_name, wire.checksum_of_parameters(parameters))
         if job.kind or checkpoint is not None:
             known[ATTRIBUTE] = msgspec.json.encode(job).decode()
-        if named is None and (job.may_go_on or checkpoint):
+        if named is None and settings.resume_seconds and (job.may_go_on or checkpoint):
             found = _resume_on_all_ranks(settings, job, ranks, attempt, known, checkpoint)
     except Exception:  # the training has a run of its own then
         _log.debug("the run of this job cannot be looked for", exc_info=True)
@@ -156,15 +158,44 @@ def _resume_on_all_ranks(
         return Begun(run, resumed=True, attributes={}, last_step=step, by_itself=True) if run else None
     found = None
     try:
-        found = resume(settings, job, attempt, attributes, checkpoint=checkpoint)
+        found = _resume_in_time(settings, job, attempt, attributes, checkpoint)
     finally:
         if ranks is not None:
             ranks.tell_start(found.id if found else "", found.last_step if found else 0)
     return found
 
 
+def _resume_in_time(
+    settings: Settings, job: Job, attempt: int, attributes: Mapping[str, str], checkpoint: str | None
+) -> Begun | None:
+    """Do what ``resume`` does within twice ``resume_seconds``; return None where it takes longer.
+
+    Limits of time of single reads bound neither the look-up of a name nor a server that sends a byte at a time.
+    """
+    found: list[Begun | None] = []
+    late = threading.Event()
+
+    def look() -> None:
+        try:
+            found.append(resume(settings, job, attempt, attributes, checkpoint=checkpoint, late=late))
+        except Exception:  # as if the server had not answered
+            _log.debug("the run of this job cannot be looked for", exc_info=True)
+
+    thread = threading.Thread(target=look, name="gradwatch-resume", daemon=True)
+    thread.start()
+    thread.join(2 * settings.resume_seconds)
+    late.set()
+    return found[0] if found else None
+
+
 def resume(
-    settings: Settings, job: Job, attempt: int, attributes: Mapping[str, str], *, checkpoint: str | None = None
+    settings: Settings,
+    job: Job,
+    attempt: int,
+    attributes: Mapping[str, str],
+    *,
+    checkpoint: str | None,
+    late: threading.Event,
 ) -> Begun | None:
     """Look for the interrupted run of a training, and begin a new attempt of it before anybody else does.
 
@@ -174,18 +205,17 @@ def resume(
         attempt: number of the new attempt.
         attributes: those of the new attempt.
         checkpoint: the run that the checkpoint names which the training was restored from.
+        late: set when the training has a run of its own already: no attempt begins then.
     """
     query = {"project": settings.project}
     query |= {"job": job.prefix} if job.may_go_on else {}
     query |= {"run": checkpoint} if checkpoint else {}
-    if len(query) == 1 or not settings.resume_seconds:
-        return None
     http = HttpTransport(settings.url, settings.token)
     try:
         answer = http.get("/api/v1/resumable", query, settings.resume_seconds)
         runs = [] if answer is None else _resumable(answer)
         found = interrupted(runs, job, checkpoint=checkpoint)
-        if found is None:
+        if found is None or late.is_set():
             return None
         registration = wire.Registration(
             project=settings.project,

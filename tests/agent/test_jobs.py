@@ -11,11 +11,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from torch import nn
+from torch import distributed, nn
 
 from gradwatch.lifecycle import job
 from gradwatch.lifecycle.job import Job, job_of, process_of, this_job
 from gradwatch.lifecycle.resumption import ATTRIBUTE, Resumable, begin_run, interrupted, resume
+from gradwatch.ranks.exchange import RankExchange
 from gradwatch.settings import resolve
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, environment
 
@@ -301,6 +302,45 @@ def test_what_is_found_too_late_begins_no_attempt(real: GradwatchServer) -> None
     begun = resume(resolve(environment=given), mine, 2, {}, checkpoint=None, late=late)
     assert begun is not None
     assert (begun.id, attempt()) == (run, 2)
+
+
+def _store() -> Any:
+    """Return a key-value store within this process."""
+    return distributed.HashStore()  # type: ignore[attr-defined]
+
+
+def test_other_ranks_hear_of_the_run_or_start_on_their_own() -> None:
+    store = _store()
+    first, other = (RankExchange("0", rank, 2, True, store) for rank in (0, 1))
+    assert other.start(0.0) == ("", 0)  # the store's own limit are minutes
+    told: list[tuple[str, int]] = []
+    waiting = threading.Thread(target=lambda: told.append(other.start(PATIENCE_SECONDS)))
+    waiting.start()
+    first.tell_start("run-1", 7)
+    waiting.join()
+    assert told == [("run-1", 7)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_share_the_connection_of_the_process_group_do_not_resume(
+    real: GradwatchServer, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setenv("GRADWATCH_RUN_KEY", "k")
+    monkeypatch.setattr(job, "_trainings", {})  # as in a new process
+    model, project = nn.Linear(2, 2), f"shared-{rank}"
+    given = {"GRADWATCH_URL": real.url, "GRADWATCH_PROJECT": project, "GRADWATCH_RESUME_SECONDS": str(PATIENCE_SECONDS)}
+    earlier = begin_run(resolve(environment=given), [model], None, 1, {}, checkpoint=None)
+    mine = msgspec.json.decode(earlier.attributes[ATTRIBUTE], type=Job)
+    attributes = {ATTRIBUTE: msgspec.json.encode(msgspec.structs.replace(mine, process=GONE)).decode()}
+    real.register(id=earlier.id, project=project, attempt=1, attributes=attributes)
+    store = _store()
+    for own, run in ((False, ""), (True, earlier.id)):
+        monkeypatch.setattr(job, "_trainings", {})
+        if rank:
+            RankExchange(str(own), 0, 2, True, store).tell_start(earlier.id, 7)
+        ranks = RankExchange(str(own), rank, 2, True, store, own_connection=own)
+        begun = begin_run(resolve(environment=given), [model], ranks, 2, {}, checkpoint=None)
+        assert (begun.id if begun.resumed else "") == run
 
 
 RESTARTED = """

@@ -153,8 +153,10 @@ def _resume_on_all_ranks(
     attributes: Mapping[str, str],
     checkpoint: str | None,
 ) -> Begun | None:
+    if ranks is not None and not ranks.own_connection:
+        return None  # ranks that go on at different steps are worse than a run of their own
     if ranks is not None and ranks.rank > 0:
-        run, step = ranks.start()
+        run, step = ranks.start(2 * settings.resume_seconds + 1)
         return Begun(run, resumed=True, attributes={}, last_step=step, by_itself=True) if run else None
     found = None
     try:

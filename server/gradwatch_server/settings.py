@@ -104,7 +104,7 @@ class Connections(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Most event streams, one for each browser that has a page open; beyond it: 503 with Retry-After."""
     stream_seconds: Annotated[float, msgspec.Meta(gt=0)] = 3_600.0
     """Age at which an event stream ends; a page opens the next by itself."""
-    stream_beat_seconds: Annotated[float, msgspec.Meta(gt=0)] = 15.0
+    stream_beat_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=3_600)] = 15.0
     """An event stream without news sends a beat this often; a page that misses two of them connects anew."""
 
 

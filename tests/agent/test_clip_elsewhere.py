@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
@@ -162,6 +162,115 @@ def test_clipping_of_lent_gradients_is_heard(server: Server, every: int) -> None
     assert server.trail("clip_norm") == dict.fromkeys(range(1, STEPS + 1), 13.0)
     for sample in server.samples:
         assert says(server, sample.step, {"a": 5.0, "b": 12.0}, {"a": 2.5, "b": 6.0})
+
+
+@pytest.mark.parametrize("clip_other", [clip_grad_norm_, clip_grad_value_])
+def test_a_flat_buffer_is_heard_beside_clipping_of_another_model(
+    server: Server, clip_other: Callable[[Any, float], object]
+) -> None:
+    model, other = Two(), Two()
+    flat = nn.Parameter(torch.zeros(7))
+    flat.grad = torch.zeros(7)
+    model.a.grad, model.b.grad = flat.grad[:6].view(2, 3), flat.grad[6:]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    others = torch.optim.SGD(other.parameters(), lr=0.0)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1000):
+        for _ in range(40):
+            other(GRAD_A, 12.0).backward()
+            clip_other(other.parameters(), 1.0)
+            others.step()
+            others.zero_grad()
+            flat.grad.zero_()
+            model(GRAD_A, 12.0).backward()
+            clip_grad_norm_([flat], 6.5)
+            optimizer.step()
+    assert server.trail("clip_norm") == dict.fromkeys(range(1, 41), 13.0)
+
+
+def test_lent_gradients_are_heard_beside_clipping_of_another_model(server: Server) -> None:
+    shared, other = Two(), Two()
+    worker = copy.deepcopy(shared)
+    optimizer = torch.optim.SGD(shared.parameters(), lr=0.0)
+    with gradwatch.attach(shared, optimizer, url=server.url, every=1000):
+        for _ in range(40):
+            worker.zero_grad()
+            worker(GRAD_A, 12.0).backward()
+            clip_grad_norm_(worker.parameters(), 6.5)
+            other(GRAD_A, 12.0).backward()
+            clip_grad_norm_(other.parameters(), 1.0)
+            for mine, its in zip(shared.parameters(), worker.parameters(), strict=True):
+                mine.grad = its.grad
+            optimizer.step()
+    assert server.trail("clip_norm") == dict.fromkeys(range(1, 41), 13.0)
+
+
+def test_a_list_that_rested_without_gradients_is_heard(server: Server) -> None:
+    model = Two()
+    flat = nn.Parameter(torch.zeros(7))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.attach(model, optimizer, url=server.url, every=1000):
+        for _ in range(20):
+            clip_grad_norm_([flat], 6.5)
+        for _ in range(3):
+            flat.grad = torch.zeros(7)
+            model.a.grad, model.b.grad = flat.grad[:6].view(2, 3), flat.grad[6:]
+            model(GRAD_A, 12.0).backward()
+            clip_grad_norm_([flat], 6.5)
+            optimizer.step()
+    assert server.trail("clip_norm") == dict.fromkeys((1, 2, 3), 13.0)
+
+
+def neighbours() -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of gradients, the first of Two's ``a``, that lie in one buffer and have no element in common."""
+    ends, turns = torch.zeros(7), torch.zeros(13)
+    columns = torch.zeros(3, 4)
+    return [
+        (ends[:6].view(2, 3), ends[6:]),
+        (ends[1:].view(2, 3), ends[:1]),
+        (turns[1::2].view(2, 3), turns[::2]),
+        (columns[:, :2].t(), columns[:, 2:]),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
+def test_clipping_of_a_neighbour_in_the_same_buffer_is_not_heard(
+    server: Server, clip: Callable[[Any, float], object], place: int
+) -> None:
+    model = Two()
+    grad, beside = neighbours()[place]
+    model.a.grad, head = grad, nn.Parameter(torch.zeros_like(beside))
+    head.grad = beside
+    optimizer = torch.optim.SGD([*model.parameters(), head], lr=0.0)
+    with watch(model, server, optimizer):
+        for _ in range(3):
+            grad.zero_()
+            model.b.grad = None
+            (model(GRAD_A, 12.0) + head.sum()).backward()
+            clip([head], 0.1)
+            optimizer.step()
+    assert not server.trail("clip_norm")
+    assert server.values("grad_norm") == {"a": 5.0, "b": 12.0}
+    assert "clipped_grad_norm" not in server.samples[-1].statistics
+
+
+def test_clipping_a_gradient_in_pieces_is_heard(server: Server) -> None:
+    model = Two()
+    flat = torch.zeros(7)
+    model.a.grad, model.b.grad = flat[:6].view(2, 3), flat[6:]
+    pieces = [nn.Parameter(torch.zeros_like(piece)) for piece in flat.split(2)]
+    for piece, its in zip(pieces, flat.split(2), strict=True):
+        piece.grad = its
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, server, optimizer):
+        for _ in range(3):
+            flat.zero_()
+            model(GRAD_A, 12.0).backward()
+            clip_grad_norm_(reversed(pieces), 6.5)
+            optimizer.step()
+    assert server.trail("clip_norm") == pytest.approx(dict.fromkeys((1, 2, 3), 13.0))
+    assert says(server, -1, {"a": 5.0, "b": 12.0}, {"a": 2.5, "b": 6.0})
 
 
 def test_clipping_of_another_model_is_not_heard_and_keeps_nothing_alive(server: Server) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import gradwatch
 
@@ -140,6 +140,21 @@ def test_a_backward_pass_looks_at_few_gradients(server: Server, in_turns: bool) 
                 torch.stack([parameter.sum() for network in turn for parameter in network]).sum().backward()
                 optimizer.step()
         assert LookedAt.looks <= 20 * len(turns)
+
+
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_value_])
+def test_clipping_of_another_model_looks_at_few_gradients(
+    server: Server, clip: Callable[[list[nn.Parameter], float], object]
+) -> None:
+    watched = nn.ParameterList([LookedAt(torch.ones(2)) for _ in range(200)])
+    other = [nn.Parameter(torch.ones(2)) for _ in range(6)]
+    optimizer = torch.optim.SGD(watched, lr=0.1)
+    with gradwatch.attach(watched, optimizer, url=server.url, every=NEVER):
+        torch.stack([parameter.sum() for parameter in [*watched, *other]]).sum().backward()
+        LookedAt.looks = 0
+        for _ in range(100):
+            clip(other, 0.5)
+        assert LookedAt.looks <= 15 * len(watched)
 
 
 def test_steps_that_have_only_a_loss_are_written_in_large_pieces(server: Server) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,17 +44,25 @@ def _exit_codes(ending: str, cache: Path, programs: int) -> list[int]:
     return codes
 
 
+def _left(cache: Path) -> Iterator[wire.Batch]:
+    """Yield the batches in the spools."""
+    for spool in leftovers(cache / "gradwatch"):
+        while entry := spool.first():
+            if entry.kind == "batch":
+                yield wire.decode(entry.body, wire.Batch)
+            spool.forget(entry)
+
+
 @pytest.mark.parametrize("ending", ["agent.close(0.0)", "agent.close(0.0)\nshutdown.CLOSING_SECONDS = 0.0"])
 def test_a_thread_that_is_late_does_not_abort_the_program(ending: str, tmp_path: Path) -> None:
     assert _exit_codes(ending, tmp_path, programs=4) == [0] * 4
 
 
+def test_the_end_is_in_the_spool_though_there_was_no_time_for_the_steps(tmp_path: Path) -> None:
+    assert _exit_codes("agent.close(0.0)\nshutdown.CLOSING_SECONDS = 0.0", tmp_path, programs=1) == [0]
+    assert [batch.end.status for batch in _left(tmp_path) if batch.end is not None] == ["completed"]
+
+
 def test_what_is_written_after_closing_is_in_the_spool(tmp_path: Path) -> None:
     assert _exit_codes("agent.close(0.0)", tmp_path, programs=1) == [0]
-    steps = []
-    for spool in leftovers(tmp_path / "gradwatch"):
-        while entry := spool.first():
-            if entry.kind == "batch":
-                steps += [sample.step for sample in wire.decode(entry.body, wire.Batch).samples]
-            spool.forget(entry)
-    assert steps == list(range(1, STEPS + 1))
+    assert [sample.step for batch in _left(tmp_path) for sample in batch.samples] == list(range(1, STEPS + 1))

@@ -78,6 +78,18 @@ def test_a_proxy_reaches_a_server_that_only_it_knows(
     assert headers["proxy-authorization"].startswith("Basic ")
 
 
+@pytest.mark.parametrize(
+    "proxy", ["socks5://me:secret@127.0.0.1:1080", "http://[::1", "proxy:abc", "http://me:x@p:99999"]
+)
+def test_a_proxy_that_cannot_be_used_is_told_and_left_out(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, proxy: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    assert _post("http://gradwatch.invalid") == "retry"
+    assert "the environment's proxy cannot be used" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_https_goes_through_a_tunnel(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", recorder.address)
     assert _post("https://gradwatch.invalid") == "retry"

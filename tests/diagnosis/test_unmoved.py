@@ -44,10 +44,10 @@ def moving(first: int) -> list[bool]:
 
 def test_what_no_optimizer_holds_is_told_within_five_samples() -> None:
     weights = Weights(Watch())
-    found = [weights.tick(moving(6), states(6), loss=2.0) for _ in range(7)]
+    found = [weights.tick(moving(6), states(6), loss=2.0) for _ in range(21)]
     assert held(found, "unmoved").index(True) == 5
     finding = found[5]["unmoved"]
-    assert finding.severity == "critical"
+    assert [each["unmoved"].severity for each in found[5:]] == ["warning"] * 15 + ["critical"]
     assert [blame.name for blame in finding.parameters[:6]] == [f"{layer}.weight" for layer in range(6)]
     assert finding.summary == "12 parameters, 0.weight first, have gradients, but no optimizer steps them"
     assert finding.first_step == 1
@@ -98,10 +98,22 @@ def test_a_network_that_never_moves_has_a_cause(scalars: dict[str, float], clipp
 def test_a_schedule_that_has_run_out() -> None:
     weights = Weights(Watch())
     assert not any(weights.tick(True, loss=2.0 * 0.97**index, learning_rate=1e-3) for index in range(20))
-    found = [weights.tick(False, loss=1.0, learning_rate=0.0) for _ in range(7)]
-    assert held(found, "unmoved").index(True) == 5
+    found = [weights.tick(False, loss=1.0, learning_rate=0.0) for _ in range(22)]
+    assert held(found, "unmoved").index(True) == 20
     assert "has run out" in found[-1]["unmoved"].cause
-    assert found[5]["unmoved"].first_step == 21
+    assert found[20]["unmoved"].first_step == 21
+
+
+def test_a_warm_up_of_a_resumed_attempt_is_none() -> None:
+    weights = Weights(Watch())
+    weights.tick(False, loss=2.0, learning_rate=0.0)
+    weights.watch.history = weights.watch.history.resumed()
+    assert not any("unmoved" in weights.tick(False, loss=2.0, learning_rate=0.0) for _ in range(12))
+
+
+def test_an_optimizer_that_sums_up_gradients_of_some_steps_moves_now_and_then() -> None:
+    weights = Weights(Watch())
+    assert not any("unmoved" in weights.tick(step % 16 == 0, loss=2.0) for step in range(100))
 
 
 def test_a_rate_that_begins_at_zero_or_ends_there_is_silent() -> None:

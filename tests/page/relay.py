@@ -1,6 +1,7 @@
-"""A TCP relay before a server, which can fall silent as a VPN or a NAT does: it closes nothing, it forwards nothing."""
+"""A TCP relay before a server: it can fall silent as a VPN or a NAT does, which closes nothing, and it can be slow."""
 
 import contextlib
+import math
 import socket
 import threading
 from typing import Self
@@ -8,6 +9,9 @@ from urllib.parse import urlsplit
 
 _CHUNK_BYTES = 65_536
 _STREAM = b"GET /api/v1/stream"
+_TILE = b"/tile?"
+PIECE_BYTES = 4_096
+"""Of a slow relay; more than the headers of a response."""
 
 
 class Relay:
@@ -26,6 +30,11 @@ class Relay:
         self._silenced: set[socket.socket] = set()
         self._streams: set[socket.socket] = set()
         self._lock = threading.Lock()
+        self._slow = False
+        self._slowed: set[socket.socket] = set()
+        self._sending = threading.Condition()
+        self._allowed = 0.0
+        """Bytes that slow responses may still send."""
         self.streams_asked = 0
         """How many event streams were asked for so far."""
 
@@ -34,6 +43,7 @@ class Relay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.hurry()
         _close(self._listener)
         self._threads[0].join()
         for each in self._sockets:
@@ -51,6 +61,31 @@ class Relay:
         """Forward nothing more on the connections that are open now; new ones work."""
         with self._lock:
             self._silenced |= set(self._sockets)
+
+    def slow(self) -> None:
+        """From now on, send tiles in pieces, each of them when ``send_piece`` is called."""
+        self._slow = True
+
+    def send_piece(self) -> None:
+        """Send the next piece of a tile."""
+        self._add(PIECE_BYTES)
+
+    def hurry(self) -> None:
+        """Send all pieces without waiting."""
+        self._add(math.inf)
+
+    def _add(self, allowed: float) -> None:
+        with self._sending:
+            self._allowed += allowed
+            self._sending.notify_all()
+
+    def _take(self, most: int) -> int:
+        """Wait until a slow response may go on; return how many bytes of it may be sent now."""
+        with self._sending:
+            self._sending.wait_for(lambda: self._allowed > 0)
+            taken = int(min(most, self._allowed))
+            self._allowed -= taken
+        return taken
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -74,8 +109,13 @@ class Relay:
                     if source is client and _STREAM in chunk:
                         self.streams_asked += 1
                         self._streams.add(client)
-                if not silenced:
-                    target.sendall(chunk)
+                    if source is client and self._slow and _TILE in chunk:
+                        self._slowed.add(client)
+                    slowed = target in self._slowed
+                while chunk and not silenced:
+                    length = self._take(len(chunk)) if slowed else len(chunk)
+                    target.sendall(chunk[:length])
+                    chunk = chunk[length:]
         with self._lock:
             self._streams.discard(client)
         _close(source)

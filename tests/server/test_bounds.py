@@ -75,12 +75,14 @@ def test_bounds_of_what_the_agent_dropped_are_described_and_enforced(
 @pytest.mark.parametrize("name", ["Registration", "Batch"])
 def test_what_is_at_a_bound_is_taken(shared_server: GradwatchServer, described: Any, name: str) -> None:
     for edge in _edges(described, name):
-        if edge.within is None:
+        if edge.within is None or ".unstepped[]" in edge.place:  # places in the sample, which has few
             continue
         path = "/api/v1/runs"
         document = edge.within
         if name == "Batch":
             path = f"/api/v1/runs/{shared_server.register(['a'])}/samples"
+            for stored in document.get("samples", []):
+                stored.pop("unstepped", None)
         elif edge.place != "id pattern":
             document = document | {"id": None}
         answer = _post(shared_server, path, document)

@@ -5,6 +5,7 @@ import pytest
 
 from gradwatch import wire
 from gradwatch_server.ingest.parameter_order import order_of
+from gradwatch_server.ingest.registration import _bounded
 from tests.processes import GradwatchServer, sample
 
 
@@ -57,6 +58,39 @@ def test_an_older_attempt_that_finds_more_leaves_the_latest_as_it_is(shared_serv
     _store(shared_server, run, 1, 1, 1.0, 2.0)
     _store(shared_server, run, 2, 2, 10.0)
     assert _measured(shared_server, run) == [{"a": 1.0, "b": 2.0}, {"a": 10.0, "b": None}]
+
+
+def test_a_late_batch_of_an_attempt_that_found_more_since(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a", "b", "c"], attempt=1)
+    shared_server.register(["c"], id=run, attempt=2)
+    shared_server.register(["c", "a", "b"], id=run, attempt=2)
+    shared_server.register(["a", "b", "c"], id=run, attempt=3)
+    _store(shared_server, run, 2, 1, 7.0)
+    assert _measured(shared_server, run) == [{"a": None, "b": None, "c": 7.0}]
+    long = wire.Batch(id="long", attempt=2, samples=[sample(2, 1.0, 2.0, 3.0, 4.0)])
+    assert shared_server.store(run, long).status_code == 422
+
+
+def test_a_state_belongs_to_the_parameter_that_the_attempt_means(shared_server: GradwatchServer) -> None:
+    run = shared_server.register(["a", "b", "c"], attempt=1)
+    shared_server.register(["c", "a", "b"], id=run, attempt=2)
+    told = wire.Sample(step=1, at=1.0, statistics={"grad_norm": np.array([-1, -1, 0.5], np.float32)}, unstepped=[1])
+    assert shared_server.store(run, wire.Batch(id="1", attempt=2, samples=[told])).status_code == 200
+    body = shared_server.http.get(f"/api/v1/runs/{run}/tile", params={"statistic": "grad_norm"}).content
+    assert body.count(np.float32(wire.UNSTEPPED).tobytes()) > 0
+    (kept,) = shared_server.get(f"/api/v1/runs/{run}/map", statistic="grad_norm", points=10)["last"]
+    assert kept == [None, 0.5, None]
+
+
+def test_orders_beyond_the_bound_are_forgotten_and_what_comes_of_them_is_refused() -> None:
+    wide = [[2 * index, 1] for index in range(3_000)]
+    kept = _bounded({"1": [[1, 1]], "2": wide, "3": wide, "4": wide})
+    assert [(attempt, len(order)) for attempt, order in kept.items()] == [
+        ("4", 3_000),
+        ("3", 3_000),
+        ("2", 0),
+        ("1", 0),
+    ]
 
 
 def test_a_blamed_parameter_is_the_one_that_the_attempt_means(shared_server: GradwatchServer) -> None:

@@ -1,5 +1,6 @@
 """What the server tells an agent of runs that it may go on with, and who of several gets one."""
 
+import httpx
 import pytest
 
 from gradwatch import wire
@@ -52,3 +53,20 @@ def test_only_one_process_goes_on_with_a_run(shared_server: GradwatchServer, kno
         for attempt in (8, 9)
     ]
     assert answers == ([200, 409] if known else [409, 409])
+
+
+def test_a_claim_may_be_sent_again_and_tells_nothing_of_another_project(shared_server: GradwatchServer) -> None:
+    run = _run(shared_server, "0000cc", None, "mine")
+
+    def claim(project: str, attempt: int, after: int) -> httpx.Response:
+        return shared_server.http.post(
+            "/api/v1/runs",
+            params={"after": after},
+            content=wire.encode(wire.Registration(id=run, project=project, attempt=attempt, parameters=[])),
+            headers={"Content-Type": wire.MESSAGEPACK_TYPE},
+        )
+
+    assert [claim("mine", 8, 5).status_code for _ in range(2)] == [200, 200]
+    told = [claim("other", 9, after) for after in (5, 8)]
+    assert {answer.status_code for answer in told} == {409}
+    assert told[0].json()["detail"] == told[1].json()["detail"]

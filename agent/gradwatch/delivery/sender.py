@@ -149,8 +149,13 @@ class Sender:
                 self._failed(error)
                 working = self._pause_unless_ending(DeliveryResult("retry"))
 
-        if self._was_taken:
-            self._send_end()
+        try:
+            if self._was_taken:
+                self._send_end()
+        except Exception as error:  # the spool may be closed by now
+            if self._failed is None:
+                raise
+            self._failed(error)
 
     def _send_end(self) -> None:
         """Send how the run ended, if only what was measured does not get through in time; the spool keeps both."""

@@ -3,6 +3,7 @@
 import gzip
 import ipaddress
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from urllib.request import getproxies, proxy_bypass
 import urllib3
 
 from gradwatch import __version__, wire
+
+_log = logging.getLogger("gradwatch")
 
 LONGEST_RETRY_AFTER_SECONDS: Final = 3600.0
 """Longest pause that the server can ask for by Retry-After."""
@@ -61,7 +64,15 @@ def open_pool(url: str) -> urllib3.PoolManager:
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy or _is_this_machine(parts.hostname or "") or proxy_bypass(parts.netloc.rpartition("@")[2]):
         return urllib3.PoolManager(num_pools=1, maxsize=1, retries=False)
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        return _proxied(proxy if "://" in proxy else f"http://{proxy}")
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
+        kind = type(error).__name__  # the error's text may hold the proxy's password
+        _log.warning("gradwatch: the environment's proxy cannot be used (%s), the server is reached without it", kind)
+        return urllib3.PoolManager(num_pools=1, maxsize=1, retries=False)
+
+
+def _proxied(proxy: str) -> urllib3.ProxyManager:
     given = urlsplit(proxy)
     headers = None
     if given.username is not None:

@@ -24,8 +24,7 @@ from gradwatch.hooks.patch import AddedHook, Function, Patch, around, compiler, 
 _STEP_WRAPPER: Final = next(
     (code for code in Optimizer.profile_hook_step.__code__.co_consts if getattr(code, "co_name", "") == "wrapper"), None
 )
-"""Code of the function that torch puts around each ``step``; None in a torch that has another one: steps within steps
-are not told apart there."""
+"""Code of what torch puts around each ``step``; None in a torch that has another: steps within steps are one there."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -230,6 +229,8 @@ def _wrappers_above(frame: FrameType) -> list[int]:
 
 
 def _backward(original: Function, active: list[bool], aside: Function) -> Function:
+    dispatches = "has_torch_function" in getattr(getattr(original, "__code__", None), "co_names", ())
+
     def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
         if not active or torch.compiler.is_compiling() or compiler() is not None:
             return aside(tensors, grad_tensors, *args, **kwargs)
@@ -239,11 +240,10 @@ def _backward(original: Function, active: list[bool], aside: Function) -> Functi
         else:
             tensors, several = _listed(tensors)
             losses = [tensor for tensor in several if tensor.numel() == 1]
-        if torch.overrides.has_torch_function(several):  # within a mode, torch calls this again
+        if dispatches and torch.overrides.has_torch_function(several):  # within a mode, torch calls this again
             return original(tensors, grad_tensors, *args, **kwargs)
         if grad_tensors is not None:
-            if isinstance(grad_tensors, Iterator):
-                grad_tensors = tuple(grad_tensors)
+            grad_tensors = tuple(grad_tensors) if isinstance(grad_tensors, Iterator) else grad_tensors
             losses = _weighted(several, grad_tensors)
         listening, noted = _listeners, []
         for listener in listening:

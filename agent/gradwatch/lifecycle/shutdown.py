@@ -13,7 +13,10 @@ from typing import Final, Protocol
 CLOSING_SECONDS: Final = 10.0
 """Longest wait for the server when an agent is closed; of all agents together at the end of the interpreter."""
 
-_background: Final[list[tuple[threading.Thread, Callable[[], None]]]] = []
+_LONGEST_CALL_SECONDS: Final = 6.0
+"""Longest wait for calls into PyTorch to return: a store answers within five seconds or not at all."""
+
+_background: Final[list[tuple[threading.Thread, Callable[[float], None]]]] = []
 """Threads that finish runs which nobody waits for any more, each with what stops its work where the time is over."""
 
 _earlier_errors: Final[list[int]] = []
@@ -51,20 +54,21 @@ def outcome(error: BaseException | None) -> tuple[str, int | None]:
     return "completed" if error is None else "failed", None
 
 
-def finish_in_background(finish: Callable[[], None], give_up: Callable[[], None]) -> None:
+def finish_in_background(finish: Callable[[], None], give_up: Callable[[float], None]) -> None:
     """Call ``finish`` on a thread of its own; the end of the interpreter waits for it.
 
     Args:
         finish: finishes a run.
-        give_up: called where the end of the interpreter can wait no longer; returns once no thread of the run calls
-            PyTorch any more. A thread that does so while the interpreter is taken down aborts the process.
+        give_up: called with a number of seconds where the end of the interpreter can wait no longer; returns once no
+            thread of the run calls PyTorch any more, or when they are over. A thread that does so while the interpreter
+            is taken down aborts the process.
     """
     _background[:] = [(thread, stop) for thread, stop in _background if thread.is_alive()]
     thread = threading.Thread(target=finish, name="gradwatch-finishing", daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # the interpreter ends
-        give_up()
+    except RuntimeError:  # the system has no room for a thread
+        give_up(0.0)
     else:
         _background.append((thread, give_up))
 
@@ -112,6 +116,9 @@ def close_all(running: Callable[[], Iterable[Closable]], how: tuple[str, int | N
         for thread, _ in _background:
             thread.join(max(deadline - time.monotonic(), 0.0))
     with suppress(KeyboardInterrupt):
-        for thread, give_up in _background:
-            if thread.is_alive():
-                give_up()
+        late = [give_up for thread, give_up in _background if thread.is_alive()]
+        for give_up in late:
+            give_up(0.0)
+        deadline = time.monotonic() + _LONGEST_CALL_SECONDS
+        for give_up in late:
+            give_up(max(deadline - time.monotonic(), 0.0))

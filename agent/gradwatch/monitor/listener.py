@@ -335,7 +335,7 @@ class TrainingListener:
         ranks, repeats = ranks_of_norm(total_norm) if partial else ((), False)
         clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite, ranks, repeats)
         if not listed.indices:
-            self._unwatched_clips.note(clip, parameters)
+            self._unwatched_clips.note(clip, listed, parameters)
             return False
         # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
         # before, where it can be seen. So where gradients may change before they are stepped with.

@@ -84,6 +84,8 @@ class OptimizerParameters:
         """Of the groups, or of the list: what differs where they were changed."""
         self.uses = 0
         """How often the list was found again."""
+        self.misses = 0
+        """Clippings of the list in a row that were not found to be of watched gradients."""
         self.next_part = 0
         """Of the weights: the one whose change is measured next."""
         self.update_credit = 0

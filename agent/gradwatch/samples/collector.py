@@ -31,8 +31,7 @@ from gradwatch.steps.state import StepRecord
 
 WRITE_SECONDS: Final = 0.8
 """Time after which everything that waits is written: after a kill no more than the last second is missing."""
-_POLL_SECONDS: Final = 0.1
-"""Pause while a copy from a device, or the parts of other ranks, are waited for."""
+_POLL_SECONDS: Final = 0.1  # pause while a copy from a device, or the parts of other ranks, are waited for
 
 LONGEST_QUEUE: Final = 20_000
 """Steps that may wait for the collector; further ones are dropped and counted."""
@@ -43,7 +42,6 @@ _GROWN_BATCH_SECONDS: Final = 2.0  # age at which a batch is written all the sam
 _LAST_COPIES_SECONDS: Final = 5.0
 """Longest wait for all copies from the devices when the run ends."""
 _FAILED_DEVICE_SECONDS: Final = 0.2  # what a device that has failed has not copied yet will not come
-_LONGEST_CALL_SECONDS: Final = 6.0  # of a call into PyTorch: a store answers within five seconds or not at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,14 +196,15 @@ class Collector:
         """Whether the thread has not written everything yet."""
         return self._thread.is_alive()
 
-    def give_up(self) -> None:
+    def give_up(self, timeout_seconds: float) -> None:
         """Stop the thread, whatever still waits, and wait until it calls PyTorch no more."""
-        self._given_up = True
+        self._given_up = self._stop = True
         if self._ranks is not None:
             self._ranks.given_up = True
         self._wake.set()
-        self.join(_LONGEST_CALL_SECONDS)
-        if left := sum(isinstance(message, StepRecord) for message in self._messages):
+        self.join(timeout_seconds)
+        left = sum(isinstance(message, StepRecord) for message in self._messages)
+        if left and timeout_seconds:
             self._warn(f"the program ends before the last {left:,} steps with samples or events are written")
 
     def _work(self) -> None:
@@ -268,6 +267,8 @@ class Collector:
             self._process(message)
             if (full := self._batch.is_full) or self._batch.age_seconds > WRITE_SECONDS:
                 self._write_batch(force=full)
+        if self._messages and isinstance(last := self._messages[-1], Ended):  # it was given up before it came to it
+            self._batch.end = last.end
 
     def _process(self, message: Message) -> None:
         if isinstance(message, RegisteredParameters):

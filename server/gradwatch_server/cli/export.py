@@ -13,7 +13,7 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
-from gradwatch.wire import MISSING, STATISTICS
+from gradwatch.wire import MISSING, STATISTICS, UNSTEPPED
 from gradwatch_server.cli.command import database_parser, open_database, print_line, run_command
 from gradwatch_server.errors import GradwatchError
 from gradwatch_server.plain_text import table_cell
@@ -102,7 +102,7 @@ def _to_csv(column: Column) -> list[Any]:
     """Return the fields of a column; a float32 in the fewest digits that are read back as the same number."""
     if not isinstance(column, np.ndarray):
         return [table_cell(entry) if isinstance(entry, str) else entry for entry in column]
-    names = {"nan": "NaN", "inf": "Infinity", "-1.0": ""}
+    names = {"nan": "NaN", "inf": "Infinity", str(MISSING): "", str(UNSTEPPED): ""}
     return [names.get(text, text) for text in map(str, column)]
 
 

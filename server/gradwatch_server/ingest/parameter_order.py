@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from gradwatch import wire
 from gradwatch_server.errors import Refused
+from gradwatch_server.ingest.validation import invalid
 
 Order = list[list[int]]
 """Segments: [first position in the run's vectors, length]."""
@@ -51,30 +52,34 @@ def is_plain(order: Order, count: int) -> bool:
     return order == ([[0, count]] if count else [])
 
 
-def in_run_order(batch: wire.Batch, orders: Mapping[str, Order], count: int) -> wire.Batch:
+def in_run_order(batch: wire.Batch, orders: Mapping[str, Order], count: int, latest: int) -> wire.Batch:
     """Return a batch with its vectors in the order of the run, and ``MISSING`` for what its attempt has not listed.
-
-    A vector of another length than its attempt has listed is left as it is: it does not fit the run.
 
     Args:
         batch: a batch with the attempt's number by the server's clock.
-        orders: attempt -> its order, of the attempts that have one of their own.
+        orders: attempt -> its order, of the attempts that have one of their own; empty where it is not known any more.
         count: number of parameters of the run.
+        latest: the run's latest attempt. A batch of an earlier one may be from before it listed its last parameters.
+
+    Raises:
+        Refused: 422, a vector has not as many values as the attempt has listed parameters.
     """
     order = orders.get(str(batch.attempt))
     if order is None:
         return batch
-    positions = np.concatenate([np.arange(first, first + length) for first, length in order] or [np.zeros(0, np.int64)])
-
-    def placed(vector: NDArray[np.float32]) -> NDArray[np.float32]:
-        if vector.size != positions.size:
-            return vector
-        whole = np.full(count, wire.MISSING, np.float32)
-        whole[positions.astype(np.int64)] = vector
-        return whole
-
-    samples = [
-        msgspec.structs.replace(sample, statistics={name: placed(vector) for name, vector in sample.statistics.items()})
-        for sample in batch.samples
-    ]
+    places = np.concatenate([np.zeros(0, np.intp), *(np.arange(first, first + length) for first, length in order)])
+    older = batch.attempt < latest
+    samples = [_in_run_order(sample, places, count, older=older) for sample in batch.samples]
     return msgspec.structs.replace(batch, samples=samples)
+
+
+def _in_run_order(sample: wire.Sample, places: NDArray[np.intp], count: int, *, older: bool) -> wire.Sample:
+    statistics = {}
+    for name, vector in sample.statistics.items():
+        if vector.size > places.size or (vector.size < places.size and not older):
+            detail = f"statistics.{name} of step {sample.step} has {vector.size} values, its attempt has listed"
+            raise invalid(f"{detail} {places.size} parameters: register the run again if it has gained some")
+        statistics[name] = np.full(count, wire.MISSING, np.float32)
+        statistics[name][places[: vector.size]] = vector
+    unstepped = [int(places[index]) if index < places.size else count for index in sample.unstepped or ()]
+    return msgspec.structs.replace(sample, statistics=statistics, unstepped=unstepped)

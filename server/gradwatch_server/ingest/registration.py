@@ -12,7 +12,7 @@ from gradwatch_server.diagnosis import History, RunParameters, Thresholds
 from gradwatch_server.errors import Refused, RetryAfter
 from gradwatch_server.ingest import detector_state
 from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateCache
-from gradwatch_server.ingest.parameter_order import check_same_network, is_plain, order_of
+from gradwatch_server.ingest.parameter_order import Order, check_same_network, is_plain, order_of
 from gradwatch_server.store import schema
 from gradwatch_server.store.batch_store import stored_attempt
 from gradwatch_server.store.parameters import (
@@ -22,8 +22,8 @@ from gradwatch_server.store.parameters import (
     update_parameters,
 )
 
-_ORDERS_KEPT = 100
-"""Attempts with an order of their own whose order is kept, the latest."""
+_MOST_SEGMENTS = 5_000
+"""Segments of all orders of a run that are kept, beside those of the latest attempt: they are read with each batch."""
 
 
 def register(
@@ -34,6 +34,7 @@ def register(
     thresholds: Thresholds,
     ahead_seconds: float,
     most_runs: int,
+    after: int | None = None,
 ) -> bool:
     """Store a run, or what its next attempt adds to it; return whether the run is new.
 
@@ -46,9 +47,11 @@ def register(
         ahead_seconds: how far the clock that numbered the attempt is ahead of the server's, by which attempts are
             ordered.
         most_runs: most runs that a project may have.
+        after: the run's latest attempt, as an agent knows it that goes on with the run; None: any.
 
     Raises:
-        Refused: 409 if the run is of another project or has other parameters, 429 if its project has no room for it.
+        Refused: 409 if the run is of another project, has other parameters, or another process has begun a new attempt
+            since ``after``; 429 if its project has no room for it.
     """
     now = steady_clock.now()
     # 1. Lock the run, if it is known.
@@ -62,30 +65,19 @@ def register(
     registration = msgspec.structs.replace(registration, attempt=attempt)
     # 3. Store the run, or what is new of it.
     if run is None:
+        if after is not None:
+            raise Refused(409, "Another attempt", f"run {run_id!r} is not there any more")
         _check_room(connection, registration.project, most_runs)
         _insert_run(connection, run_id, registration, attempts, now, states)
         return True
     if run.project != registration.project:
         detail = f"run {run_id!r} is not in project {registration.project!r}: use another run id there"
         raise Refused(409, "Another project", detail)
+    if after is not None and run.attempt not in (after, attempt):
+        raise Refused(409, "Another attempt", f"another process goes on with run {run_id!r}")
     _extend(connection, run, registration, states, thresholds)
     _start_attempt(connection, run, registration, attempts, now)
     return False
-
-
-def check_latest_attempt(connection: sa.Connection, run_id: str, after: int | None) -> None:
-    """Lock a run, and refuse to go on with it if another process has begun a new attempt meanwhile.
-
-    Raises:
-        Refused: 409, ``after`` is not the run's latest attempt.
-    """
-    if after is None:
-        return
-    latest = sa.select(schema.runs.c.attempt).where(schema.runs.c.id == run_id).with_for_update()
-    found = connection.execute(latest).scalar()
-    if found != after:
-        detail = f"the latest attempt of run {run_id!r} is {found}, not {after}: another process goes on with it"
-        raise Refused(409, "Another attempt", detail)
 
 
 def _is_known(run: sa.Row[Any] | None, number: int) -> bool:
@@ -184,10 +176,20 @@ def _keep_order(
         orders.pop(attempt, None)
     else:
         orders[attempt] = order
-    orders = dict(sorted(orders.items(), key=lambda entry: int(entry[0]))[-_ORDERS_KEPT:])
+    orders = _bounded(orders)
     values = {"parameter_count": len(names), "orders": orders}
     if values != {"parameter_count": run.parameter_count, "orders": run.orders}:
         connection.execute(sa.update(schema.runs).where(schema.runs.c.id == run.id).values(values))
+
+
+def _bounded(orders: Mapping[str, Order]) -> dict[str, Order]:
+    """Return the orders by attempt, those beyond ``_MOST_SEGMENTS`` as empty: what comes of them is refused."""
+    bounded: dict[str, Order] = {}
+    segments = 0
+    for attempt, order in sorted(orders.items(), key=lambda entry: -int(entry[0])):
+        segments += len(order) if bounded else 0
+        bounded[attempt] = order if segments <= _MOST_SEGMENTS else []
+    return bounded
 
 
 def _save_state(

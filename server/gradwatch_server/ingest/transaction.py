@@ -19,7 +19,7 @@ from gradwatch_server.ingest.detector_state import DetectorState, DetectorStateC
 from gradwatch_server.ingest.diagnosis_pool import Diagnosed, DiagnosisPool
 from gradwatch_server.ingest.parameter_order import in_run_order
 from gradwatch_server.ingest.progress import progress
-from gradwatch_server.ingest.registration import check_latest_attempt, register
+from gradwatch_server.ingest.registration import register
 from gradwatch_server.ingest.validation import check_batch, check_fit, check_registration, with_states
 from gradwatch_server.settings import Configuration
 from gradwatch_server.store import batch_store, schema
@@ -108,8 +108,7 @@ class Ingest:
         check_registration(registration, self._configuration.limits)
         thresholds = self._configuration.thresholds[registration.project]
         most_runs = self._configuration.limits.runs_per_project
-        check_latest_attempt(connection, run_id, after)
-        created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds, most_runs)
+        created = register(connection, run_id, registration, self._states, thresholds, ahead_seconds, most_runs, after)
         return Registered(run_id, f"{self._public_url}/runs/{run_id}", created)
 
     def store(self, connection: sa.Connection, run_id: str, batch: wire.Batch) -> Stored:
@@ -129,11 +128,11 @@ class Ingest:
         if run is None:
             raise Refused(404, "Unknown run", f"run {run_id!r} is not registered: POST /api/v1/runs first")
         batch = msgspec.structs.replace(batch, attempt=batch_store.stored_attempt(run.attempts, batch.attempt))
-        batch = in_run_order(batch, run.orders, run.parameter_count)
         # 2. Claim the batch's id. A batch that is sent again changes nothing.
-        if not self._is_new(connection, run, batch, now):
+        fitting = self._claim(connection, run, batch, now)
+        if fitting is None:
             return Stored(batch.id, 0, duplicate=True)
-        batch = with_states(batch)
+        batch = with_states(fitting)
         # 3. Begin to diagnose. While another process may do so, store the content.
         scalars = batch_store.scalars_by_step(batch)
         diagnosis = None
@@ -168,19 +167,20 @@ class Ingest:
         ]  # a later attempt cuts off the end
         self.values += sum(vector.size for sample in kept for vector in sample.statistics.values())
 
-    def _is_new(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, now: float) -> bool:
-        """Check a batch and claim its id; return False if it is stored already."""
+    def _claim(self, connection: sa.Connection, run: sa.Row[Any], batch: wire.Batch, now: float) -> wire.Batch | None:
+        """Check a batch and claim its id; return it in the order of the run, or None if it is stored already."""
         limits = self._configuration.limits
         check_batch(batch, limits)
         older = batch.attempt < run.attempt
         try:
+            batch = in_run_order(batch, run.orders, run.parameter_count, run.attempt)
             check_fit(batch, run.parameter_count, run.coverage.get("scalars", {}), limits, older=older)
         except Refused:
             if _is_stored(connection, run.id, batch):  # it fitted then: the run may have gained parameters since
-                return False
+                return None
             raise
         row = {"run": run.id, "rank": batch.rank, "id": batch.id, "at": now}
-        return _insert_batch_id.one_or_none(connection, row) is not None
+        return None if _insert_batch_id.one_or_none(connection, row) is None else batch
 
     def _begin_diagnosis(
         self,

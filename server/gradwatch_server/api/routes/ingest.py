@@ -15,14 +15,11 @@ from gradwatch_server.api.authorisation import (
     AuthorisedRoute,
     check_named_project,
     in_document,
-    in_query,
     of_run,
     requires,
 )
-from gradwatch_server.api.dependencies import Engine
 from gradwatch_server.api.problem import problems
 from gradwatch_server.services import Services
-from gradwatch_server.store.runs import load_resumable
 
 _CLOCK_TOLERANCE_SECONDS = 5.0
 
@@ -66,18 +63,6 @@ async def register_run(
         )
         registered = await asyncio.wrap_future(services.writer.submit(work, run_id))
     return _json(registered, 201 if registered.created else 200)
-
-
-@router.get("/resumable", dependencies=[requires("ingest", in_query)], response_model=list[documents.Resumable])
-def list_resumable_runs(
-    engine: Engine,
-    project: Annotated[str, Query(max_length=wire.MOST_NAME_CHARACTERS)],
-    job: Annotated[str | None, Query(pattern="^[0-9a-f]{10}$", description="begin of the ids of its runs")] = None,
-    run: Annotated[str | None, Query(max_length=64)] = None,
-) -> Any:
-    """List the runs of a job, or the one named, that did not end by themselves: one of them may be resumed."""
-    with engine.connect() as connection:
-        return load_resumable(connection, project, job, run, steady_clock.now())
 
 
 @router.post(

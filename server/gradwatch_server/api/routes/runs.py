@@ -10,6 +10,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from numpy.typing import NDArray
 
 from gradwatch import wire
+from gradwatch_server import steady_clock
 from gradwatch_server.api import documents
 from gradwatch_server.api.authorisation import in_query, of_run, requires
 from gradwatch_server.api.dependencies import Engine
@@ -29,6 +30,7 @@ from gradwatch_server.store.runs import (
     check_run,
     describe_runs,
     load_events,
+    load_resumable,
     load_run,
     select_runs,
     unknown_run,
@@ -290,3 +292,15 @@ async def remove_run(request: Request, run_id: RunId) -> Response:
         raise unknown_run(run_id)
     services.notifier.wake()
     return Response(status_code=204)
+
+
+@router.get("/resumable", dependencies=[requires("ingest", in_query)], response_model=list[documents.Resumable])
+def list_resumable_runs(
+    engine: Engine,
+    project: Annotated[str, Query(max_length=wire.MOST_NAME_CHARACTERS)],
+    job: Annotated[str | None, Query(pattern="^[0-9a-f]{10}$", description="begin of the ids of its runs")] = None,
+    run: Annotated[str | None, Query(max_length=64)] = None,
+) -> Any:
+    """List the runs of a job, or the one named, that did not end by themselves: one of them may be resumed."""
+    with engine.connect() as connection:
+        return load_resumable(connection, project, job, run, steady_clock.now())

@@ -215,7 +215,6 @@ RULE = Rule(
     subject=Observation,
     limits=DeadLimits,
     find=_find,
-    inhibited_by="unmoved",
     notes="""\
 It is critical where a third of the weight matrices is dead.
 

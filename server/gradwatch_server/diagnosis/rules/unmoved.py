@@ -19,7 +19,8 @@ class UnmovedLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     still_samples: Samples = 5
     """Samples in a row with a gradient at which the weight is the same to the last bit."""
     whole_steps: Samples = 20
-    """Where nothing of the network has moved since the run began, it may be a rate that begins at 0: so many steps."""
+    """Where nothing of the network moves, its rate may begin at 0, or its optimizer sums up gradients: so many steps.
+    What no optimizer steps is only a warning for as long: what is stepped by hand may keep its norm by chance."""
     rest_steps: Samples = 100
     """A part whose optimizer does not move it may wait for its turn at a rate of 0: so many steps. So may weights that
     are moved and put back: where all are kept on a sphere, the loss shows by then that they move."""
@@ -58,6 +59,7 @@ def _find(observation: Observation, limits: UnmovedLimits) -> Symptom | None:
     matrices = observation.parameters.matrix & observation.parameters.trainable & ~observation.parameters.embedding
     worst = _blame_order(observation, found.all)
     cause, remedy = _explanation(observation, found)
+    steps = observation.sample.step - times.since
     share = float((found.all & matrices).sum()) / max(float(matrices.sum()), 1.0)
     return Symptom(
         summary=_summary(observation.parameters.names[worst[0]], len(worst), unstepped=bool(found.unstepped.any())),
@@ -70,7 +72,7 @@ def _find(observation: Observation, limits: UnmovedLimits) -> Symptom | None:
             "samples": float(times.samples[worst].max()),
             "matrix_share": share,
         },
-        critical=share >= limits.critical_share,
+        critical=share >= limits.critical_share and bool((steps[worst] >= limits.whole_steps).any()),
     )
 
 
@@ -87,10 +89,7 @@ def _search(observation: Observation, limits: UnmovedLimits) -> _Unmoved:
     # 2. How long it may last: a part may wait for its turn, and a whole network for its first rate.
     steps = observation.sample.step - times.since
     whole = bool(active.any()) and bool((stuck[active]).all())
-    first = profile.first_weight
-    never_moved = np.ones(len(still), np.bool_) if first is None else first == profile.weight
-    needed = np.where(never_moved, limits.whole_steps, 0) if whole else np.full(len(still), limits.rest_steps)
-    stuck &= steps >= needed
+    stuck &= steps >= (limits.whole_steps if whole else limits.rest_steps)
     # 3. What is put back: everything, biases too, while nothing is learned.
     progress = observation.history.losses.progress(profile.loss)
     trained = parameters.trainable & profile.alive & (profile.weight > 0.0)

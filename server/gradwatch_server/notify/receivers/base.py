@@ -98,8 +98,8 @@ class WebReceiver(Receiver, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if parts.username or parts.password:
             raise ValueError(f"receiver {self.name!r}: url {shown} has a password in it: put it into headers instead")
 
-    def request(self, notification: Notification, now: float) -> HttpRequest:
-        """Return the request that sends a notification; ``now``: the time of the attempt, Unix seconds."""
+    def request(self, notification: Notification, now: float) -> HttpRequest | None:
+        """Return the request that sends a notification at ``now``, Unix seconds; None: it has nothing to say of it."""
         raise NotImplementedError
 
     def transport(self, timeout_seconds: float, at_once: int) -> Transport:
@@ -125,7 +125,10 @@ class _HttpTransport:
         await self._client.__aexit__()
 
     async def send(self, notification: Notification, now: float) -> DeliveryResult:
-        return await self._client.post(self._receiver.request(notification, now))
+        request = self._receiver.request(notification, now)
+        if request is None:
+            return DeliveryResult(204, text="nothing to send")
+        return await self._client.post(request)
 
 
 def ended_with_run(data: dict[str, Any]) -> bool:

@@ -14,14 +14,15 @@ class PagerDuty(WebReceiver, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     routing_key: str
     """Key of the PagerDuty integration."""
 
-    def request(self, notification: Notification, now: float) -> HttpRequest:
+    def request(self, notification: Notification, now: float) -> HttpRequest | None:
         """Return the request that sends a PagerDuty event; all notifications of an alert have the same dedup_key."""
         data = notification.data
-        on = data["state"] == "firing" or ended_with_run(data)  # an incident that nobody mended stays open
+        if ended_with_run(data):
+            return None  # nothing got better: the incident stays as it is, and a closed one is not opened again
         return self.json_request(
             {
                 "routing_key": self.routing_key,
-                "event_action": "trigger" if on else "resolve",
+                "event_action": "trigger" if data["state"] == "firing" else "resolve",
                 "dedup_key": f"gradwatch-{data['id']}",
                 "client": "gradwatch",
                 "client_url": data["url"],

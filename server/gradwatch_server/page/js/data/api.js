@@ -50,8 +50,9 @@
  * @typedef {Paths[Path] extends Record<Method, {responses: {200: {content: {"application/json": infer Found}}}}> ? Found : never} ResponseBody
  */
 
-const DEADLINE_MS = 30_000; // of one request, its body included
+const SILENCE_MS = 30_000; // of a server before it answers, and between two pieces of what it sends
 const PATIENCE_MS = 120_000; // for a server that is busy
+const RETRY_MS = { first: 3_000, most: 60_000 };
 const BUSY = 429;
 
 /** A request that the server refused, in the server's own words; status 0: it gave no answer. */
@@ -62,6 +63,54 @@ export class ApiError extends Error {
     this.status = status;
     this.title = title;
     this.retryAfter = retryAfter;
+  }
+}
+
+/** Return whether the same request would be refused again. @param {unknown} error */
+const isFinal = (error) =>
+  error instanceof ApiError && error.status >= 400 && error.status < 500 && error.status !== BUSY;
+
+/** Loads again what was not loaded: after a pause that doubles with each failure, and only while the page is visible. */
+export class Retry {
+  /** @param {() => unknown} load */
+  constructor(load) {
+    this.failures = 0;
+    this.timer = 0;
+    this.attempt = () => {
+      if (document.hidden) return;
+      this.cancel();
+      load();
+    };
+  }
+
+  /** Whether there will be another attempt. */
+  get pending() {
+    return this.timer !== 0;
+  }
+
+  /** Plan the next attempt, unless the answer is final; return whether there will be one. @param {unknown} error */
+  schedule(error) {
+    this.cancel();
+    if (isFinal(error)) return false;
+    const pause = Math.min(RETRY_MS.first * 2 ** this.failures++, RETRY_MS.most);
+    this.timer = window.setTimeout(() => {
+      document.addEventListener("visibilitychange", this.attempt);
+      this.attempt();
+    }, pause);
+    return true;
+  }
+
+  /** Drop the next attempt. */
+  cancel() {
+    clearTimeout(this.timer);
+    document.removeEventListener("visibilitychange", this.attempt);
+    this.timer = 0;
+  }
+
+  /** Begin anew with the shortest pause: the server has answered, or is back. */
+  reset() {
+    this.cancel();
+    this.failures = 0;
   }
 }
 
@@ -89,7 +138,8 @@ function address(path, { path: names = {}, query = {} }) {
 }
 
 /**
- * Send a request and read its response, within a deadline; a response that is not 2xx becomes an ApiError.
+ * Send a request and read its response; one that is not 2xx becomes an ApiError. The request is aborted when the server
+ * falls silent, and never for its length: a large tile takes minutes on a slow link.
  * @template Body
  * @param {string} url @param {RequestInit} options @param {(response: Response) => Promise<Body>} read
  */
@@ -99,22 +149,39 @@ async function request(url, options, read) {
   if (options.signal?.aborted) abort();
   options.signal?.addEventListener("abort", abort);
   let late = false;
-  const timer = setTimeout(() => {
-    late = true;
-    abort();
-  }, DEADLINE_MS);
+  let timer = 0;
+  const heard = () => {
+    clearTimeout(timer);
+    timer = window.setTimeout(() => {
+      late = true;
+      abort();
+    }, SILENCE_MS);
+  };
+  heard();
   try {
     const response = await fetch(url, { ...options, signal: controller.signal });
-    if (response.ok) return await read(response);
+    heard();
+    if (response.ok) return await read(watched(response, heard));
     throw await refusal(response);
   } catch (error) {
-    if (late) throw new ApiError(0, "No answer", `the server gave no answer within ${DEADLINE_MS / 1000} s`);
+    if (late) throw new ApiError(0, "No answer", `the server gave no answer within ${SILENCE_MS / 1000} s`);
     if (error instanceof TypeError) throw new ApiError(0, "No answer", "the server cannot be reached");
     throw error;
   } finally {
     clearTimeout(timer);
     options.signal?.removeEventListener("abort", abort);
   }
+}
+
+/** Return a response with the same body that tells of each piece. @param {Response} response @param {() => void} heard */
+function watched({ body }, heard) {
+  const watch = new TransformStream({
+    transform(piece, controller) {
+      heard();
+      controller.enqueue(piece);
+    },
+  });
+  return new Response(body?.pipeThrough(watch));
 }
 
 /** Return the error of a response that is not 2xx. @param {Response} response */

@@ -1,6 +1,6 @@
 // The stream of changes from the server, what the bar says of it, and reloading after a change.
 
-import { LOGIN_REQUIRED, streamAddress, WAITING } from "./api.js";
+import { LOGIN_REQUIRED, Retry, streamAddress, WAITING } from "./api.js";
 import { ago } from "./format.js";
 import { listen } from "./stream/listen.js";
 
@@ -10,7 +10,6 @@ import { listen } from "./stream/listen.js";
 const RELOAD_MS = 700;
 const RELOAD_ANYWAY_MS = 15_000;
 const PAUSE_MS = 300;
-const RETRY_MS = 3_000;
 const LOOK_MS = 1_000;
 const WORKER_SILENCE = 2; // times what its stream may be silent; then the worker itself is gone
 
@@ -137,11 +136,13 @@ export class ChangeStream extends EventTarget {
  * @returns {() => void} stops it
  */
 export function reloadOnChanges(changes, load) {
-  let timer = 0;
-  const reload = () =>
-    load()
-      .then(() => changes.loaded(), (error) => changes.loaded(error))
-      .finally(() => (timer = 0));
+  let [timer, closed] = [0, false];
+  /** @param {unknown} [error] */
+  const loaded = (error) => {
+    timer = 0;
+    if (!closed) changes.loaded(error);
+  };
+  const reload = () => load().then(() => loaded(), loaded);
   const schedule = () => {
     timer ||= window.setTimeout(reload, RELOAD_MS);
   };
@@ -149,6 +150,7 @@ export function reloadOnChanges(changes, load) {
   changes.addEventListener("reconnected", schedule);
   const interval = setInterval(schedule, RELOAD_ANYWAY_MS);
   return () => {
+    closed = true;
     changes.removeEventListener("runs", schedule);
     changes.removeEventListener("reconnected", schedule);
     clearInterval(interval);
@@ -158,12 +160,15 @@ export function reloadOnChanges(changes, load) {
 }
 
 /**
- * Load again whenever one run changes. Loads do not overlap, and a pause follows each that is as long as the load.
+ * Load again whenever one run changes. Loads do not overlap, and a pause follows each that is as long as the load. After
+ * a failure the next attempt waits for its time, whatever changes, or for the connection to be back.
  * @param {ChangeStream} changes @param {string} runId @param {() => Promise<void>} load
+ * @param {Retry} tileRetry attempts at the run's tile, which `load` does not make while one is due later
  * @returns {() => void} stops it
  */
-export function reloadOnRunChanges(changes, runId, load) {
+export function reloadOnRunChanges(changes, runId, load, tileRetry) {
   let [busy, wanted, closed] = [false, false, false];
+  const retry = new Retry(() => reload());
   const reload = async () => {
     wanted = true;
     if (busy) return;
@@ -171,30 +176,36 @@ export function reloadOnRunChanges(changes, runId, load) {
     while (wanted && !closed) {
       wanted = false;
       const started = performance.now();
-      let pause = PAUSE_MS;
       try {
         await load();
+        retry.reset();
         if (!closed) changes.loaded();
       } catch (error) {
         if (!closed) changes.loaded(error);
-        [wanted, pause] = [true, RETRY_MS];
+        if (!closed && retry.schedule(error)) wanted = false;
       }
       const took = performance.now() - started;
-      await new Promise((resolve) => setTimeout(resolve, Math.max(pause, took)));
+      await new Promise((resolve) => setTimeout(resolve, Math.max(PAUSE_MS, took)));
     }
     busy = false;
   };
   /** @param {Event} event */
   const changed = (event) => {
     const { detail } = /** @type {CustomEvent<Change[]>} */ (event);
-    if (detail.some(({ id }) => id === runId)) reload();
+    if (!retry.pending && detail.some(({ id }) => id === runId)) reload();
+  };
+  const reconnected = () => {
+    retry.reset();
+    tileRetry.reset();
+    reload();
   };
   changes.addEventListener("runs", changed);
-  changes.addEventListener("reconnected", reload);
+  changes.addEventListener("reconnected", reconnected);
   return () => {
     closed = true;
+    retry.cancel();
     changes.loaded();
     changes.removeEventListener("runs", changed);
-    changes.removeEventListener("reconnected", reload);
+    changes.removeEventListener("reconnected", reconnected);
   };
 }

@@ -8,14 +8,14 @@ import { rangeChanged } from "./viewport.js";
 /** @typedef {import("./viewport.js").Viewport} Viewport */
 /** @typedef {import("./tile.js").Tile} Tile */
 /** @typedef {import("./tile.js").Decades} Decades */
+/** @typedef {{error: unknown, again: boolean}} Failure again: whether the tile will be asked for again */
 
 const MARGIN = 0.5;
 const SETTLE_MS = 90;
-const RETRY_MS = 3_000;
 const MOST_CELLS = 2_000_000;
 const FEWEST_POINTS = 50;
 
-/** Dispatches "tile" when a new tile has arrived, and "failed" (detail: the error) when none has. */
+/** Dispatches "tile" when a new tile has arrived, and "failed" (detail: Failure) when none has. */
 export class TileSource extends EventTarget {
   /**
    * @param {string} runId @param {Viewport} viewport @param {number} rows parameters of the run
@@ -35,10 +35,13 @@ export class TileSource extends EventTarget {
     this.covered = { from: 0, to: 0, width: 0 };
     /** @type {AbortController | null} */
     this.request = null;
-    this.timer = this.retry = 0;
+    this.timer = 0;
+    this.retry = new api.Retry(() => this.request || this.load());
     this.stale = false;
     viewport.subscribe((state, before) => {
       if (state.statistic !== before.statistic) this.load();
+      // New samples at the end do not shorten the pause after a failure; a range that the reader chooses does.
+      else if (this.retry.pending && state.following && state.to !== before.to) return;
       else if (rangeChanged(state, before)) this.schedule();
     });
   }
@@ -73,15 +76,19 @@ export class TileSource extends EventTarget {
     return need ? `Not measured in this run: ${need}` : "Not measured in this run";
   }
 
-  /** Load again if the run's new samples belong to the tile. @returns {Promise<void>} */
+  /**
+   * Load again if the run's new samples belong to the tile, unless the next attempt after a failure is due later.
+   * @returns {Promise<void>}
+   */
   renew() {
     const { to, end } = this.viewport.state;
     this.stale ||= to >= this.covered.to || to >= end;
-    return this.stale && !this.request ? this.load() : Promise.resolve();
+    return this.stale && !this.request && !this.retry.pending ? this.load() : Promise.resolve();
   }
 
   async load() {
     this.request?.abort();
+    this.retry.cancel();
     const request = new AbortController();
     this.request = request;
     this.stale = false;
@@ -98,15 +105,14 @@ export class TileSource extends EventTarget {
       this.covered = { from: first, to: last, width };
       this.scaleColours(tile, statistic);
       this.request = null;
+      this.retry.reset();
       this.dispatchEvent(new Event("tile"));
       if (this.insufficient()) this.load();
     } catch (error) {
       if (request.signal.aborted) return;
       this.request = null;
       this.stale = true;
-      this.dispatchEvent(new CustomEvent("failed", { detail: error }));
-      clearTimeout(this.retry);
-      this.retry = window.setTimeout(() => this.request || this.load(), RETRY_MS);
+      this.dispatchEvent(new CustomEvent("failed", { detail: { error, again: this.retry.schedule(error) } }));
     }
   }
 
@@ -126,13 +132,13 @@ export class TileSource extends EventTarget {
 
   close() {
     clearTimeout(this.timer);
-    clearTimeout(this.retry);
+    this.retry.cancel();
     this.request?.abort();
   }
 }
 
 /** Return a "failed" event of a source in words. @param {Event} event */
 export function notLoaded(event) {
-  const { detail: error } = /** @type {CustomEvent<unknown>} */ (event);
-  return `Not loaded, trying again: ${error instanceof Error ? error.message : error}`;
+  const { error, again } = /** @type {CustomEvent<Failure>} */ (event).detail;
+  return `Not loaded${again ? ", trying again" : ""}: ${error instanceof Error ? error.message : error}`;
 }

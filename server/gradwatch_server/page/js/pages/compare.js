@@ -36,7 +36,9 @@ export async function open(main, { changes }) {
   const stopPermalink = keepPermalink(comparison.viewport);
   fill(main, comparison.header(), comparison.stage(), comparison.maps());
   await Promise.all(comparison.sides.map(({ source }) => source.load()));
-  const stops = comparison.sides.map((side) => reloadOnRunChanges(changes, side.run.id, () => comparison.renew(side)));
+  const stops = comparison.sides.map((side) =>
+    reloadOnRunChanges(changes, side.run.id, () => comparison.renew(side), side.source.retry),
+  );
   return {
     close() {
       for (const stop of stops) stop();

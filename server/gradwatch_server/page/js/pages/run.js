@@ -34,7 +34,7 @@ export async function open(main, { changes, names: { run: runId } }) {
   const stopPermalink = keepPermalink(page.viewport);
   page.draw();
   await Promise.all([page.source.load(), page.loadAlerts().catch((error) => page.alertsFailed(error))]);
-  const stopReloading = reloadOnRunChanges(changes, runId, () => page.renew());
+  const stopReloading = reloadOnRunChanges(changes, runId, () => page.renew(), page.source.retry);
   return {
     close() {
       stopReloading();

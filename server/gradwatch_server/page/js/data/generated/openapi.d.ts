@@ -394,6 +394,44 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/v1/resumable": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get: {
+            parameters: {
+                query: {
+                    job?: string | null;
+                    project: string;
+                    run?: string | null;
+                };
+                header?: never;
+                path?: never;
+                cookie?: never;
+            };
+            requestBody?: never;
+            responses: {
+                200: {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["Resumable"][];
+                    };
+                };
+            };
+        };
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/v1/runs": {
         parameters: {
             query?: never;
@@ -1169,6 +1207,17 @@ export interface components {
         };
         Replayed: {
             deliveries: number;
+        };
+        Resumable: {
+            attempt: number;
+            attributes: {
+                [key: string]: string;
+            };
+            id: string;
+            last_step: number | null;
+            parameters: string;
+            silent_seconds: number;
+            status: string | null;
         };
         Run: {
             dropped: {

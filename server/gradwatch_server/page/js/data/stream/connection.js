@@ -14,6 +14,7 @@
 const RECONNECT_MS = [500, 1000, 2000, 5000];
 const OPENING_MS = 30_000;
 const MISSED_BEATS = 2.5;
+const LONGEST_TIMER_MS = 2 ** 31 - 1; // browsers let a longer one fire at once
 
 export class Connection {
   /** @param {string} url @param {(message: StreamMessage) => void} receive is called with everything that happens */
@@ -37,7 +38,7 @@ export class Connection {
     this.silenceMs = OPENING_MS;
     this.watch(source);
     source.addEventListener("beat", (event) => {
-      this.silenceMs = JSON.parse(event.data).seconds * 1000 * MISSED_BEATS;
+      this.silenceMs = Math.min(JSON.parse(event.data).seconds * 1000 * MISSED_BEATS, LONGEST_TIMER_MS);
       this.heard(source, []);
     });
     source.addEventListener("runs", (event) => this.heard(source, JSON.parse(event.data)));

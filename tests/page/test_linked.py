@@ -112,6 +112,7 @@ def test_dragging_a_strip_pans_the_map_and_every_other_strip(page: Page, filled:
     open_run(page, filled.run("resnet-digits", "?from=200&to=300"))
     _all_strips(page)
     area = page.locator("figure", has_text="Loss").locator(".chart-area")
+    area.scroll_into_view_if_needed()
     box = area.bounding_box()
     assert box is not None
     x, y = box["x"] + box["width"] / 2, box["y"] + 40
@@ -129,7 +130,9 @@ def test_dragging_a_strip_pans_the_map_and_every_other_strip(page: Page, filled:
 def test_the_wheel_over_a_strip_zooms_the_map_around_that_step(page: Page, filled: Filled) -> None:
     open_run(page, filled.run("resnet-digits"))
     _all_strips(page)
-    box = page.locator("figure", has_text="Loss").locator(".chart-area").bounding_box()
+    area = page.locator("figure", has_text="Loss").locator(".chart-area")
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
     assert box is not None
     page.mouse.move(seen.plot(page).x(300, 0, 600), box["y"] + 40)
 

@@ -1,18 +1,23 @@
 """A job that is interrupted and started again goes on as one run; trainings that only look alike stay apart."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from torch import distributed, nn
 
 from gradwatch.lifecycle import job
 from gradwatch.lifecycle.job import Job, job_of, process_of, this_job
-from gradwatch.lifecycle.resumption import ATTRIBUTE, Resumable, interrupted
+from gradwatch.lifecycle.resumption import ATTRIBUTE, Resumable, begin_run, interrupted, resume
+from gradwatch.ranks.exchange import RankExchange
+from gradwatch.settings import resolve
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, environment
 
 TRAIN = """
@@ -106,7 +111,7 @@ def test_trainings_that_are_not_the_same_stay_apart(
     assert (later != earlier, step) == (True, 3)
 
 
-def test_a_training_is_known_by_job_program_arguments_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_is_known_by_job_program_arguments_and_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def training(*arguments: str, key: str = "k", name: str = "") -> str:
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         monkeypatch.setattr(job, "_trainings", {})  # as in a new process
@@ -117,6 +122,14 @@ def test_a_training_is_known_by_job_program_arguments_and_name(monkeypatch: pyte
     assert seen == [training(), training("--seed=1"), training(key="l"), training(name="a name")]
     again = this_job({"GRADWATCH_RUN_KEY": "k"}, "a name", "weights")
     assert again.training not in seen  # the second one of a process
+    monkeypatch.setattr(sys, "argv", [script := str(Path("train.py").absolute())])
+    program = this_job({}, "", "weights").program
+    monkeypatch.chdir(tmp_path)
+    assert training() not in seen
+    monkeypatch.setattr(sys, "argv", [script])
+    elsewhere = this_job({"GRADWATCH_RUN_KEY": "k"}, "", "weights")
+    assert elsewhere.training not in seen
+    assert elsewhere.program == program  # a checkpoint may be restored in another directory
 
 
 def test_two_at_the_same_time_share_nothing(program: Program) -> None:
@@ -126,6 +139,13 @@ def test_two_at_the_same_time_share_nothing(program: Program) -> None:
     other, _ = program.run(GRADWATCH_RUN_KEY="k")
     assert other != running
     first.communicate("\n")
+
+
+def test_trainings_that_follow_each_other_in_a_job_stay_apart(program: Program) -> None:
+    """The first one was killed, and the job goes on with the next one."""
+    first, _ = program.run(SLURM_JOB_ID="17")
+    second, step = program.run(SLURM_JOB_ID="17")
+    assert (second != first, step) == (True, 3)
 
 
 def test_what_failed_goes_on_where_it_was_started_again(program: Program) -> None:
@@ -157,36 +177,170 @@ def test_the_pods_of_a_job_are_one_job() -> None:
     assert job_of(pods[0]) == job_of(pods[1])
     indexed = [pods[0] | {"JOB_COMPLETION_INDEX": index} for index in "01"]
     assert job_of(indexed[0]) != job_of(indexed[1])
+    assert job_of(indexed[0] | {"JOB_NAME": "t"}) != job_of(indexed[0])
+    # Jenkins sets this one.
+    assert job_of(pods[0] | {"JOB_NAME": "team/train"}) == job_of(pods[0])
+    assert job_of(pods[0] | {"JOB_NAME": "team/train", "HOSTNAME": "agent"}) == ("", "")
 
 
-HERE = process_of(os.getpid())
-GONE = msgspec.structs.replace(HERE, started="1")
-ELSEWHERE = msgspec.structs.replace(HERE, host="another-machine")
+POD = {"KUBERNETES_SERVICE_HOST": "x", "HOSTNAME": "bert-x7k2p"}
+OTHER_POD = POD | {"HOSTNAME": "bert-b8c9d"}
+INDEX_0 = POD | {"HOSTNAME": "bert-0", "JOB_COMPLETION_INDEX": "0"}
 
 
 @pytest.mark.parametrize(
-    ("process", "status", "silent_seconds", "restarts", "goes_on"),
+    ("earlier", "later", "status", "silent_seconds", "goes_on"),
     [
-        (GONE, None, 0.5, 0, True),
-        (GONE, "killed", 0.5, 0, True),
-        (GONE, "completed", 0.5, 1, False),
-        (GONE, "failed", 0.5, 0, False),
-        (GONE, "failed", 0.5, 1, True),
-        (HERE, None, 1e6, 1, False),
-        (ELSEWHERE, None, 0.5, 0, False),
-        (ELSEWHERE, None, 61.0, 0, True),
-        (ELSEWHERE, None, 0.5, 1, True),
-        (ELSEWHERE, "killed", 0.5, 0, True),
+        (POD, OTHER_POD, None, 0.5, False),
+        (POD, OTHER_POD, None, 299.0, False),
+        (POD, OTHER_POD, None, 301.0, True),
+        (POD, OTHER_POD, "killed", 0.5, True),
+        (POD, OTHER_POD, "failed", 0.5, False),
+        (INDEX_0, INDEX_0, None, 0.5, False),
+        (INDEX_0, INDEX_0, "failed", 0.5, True),
+        (INDEX_0, INDEX_0, "completed", 0.5, False),
+    ],
+)
+def test_a_pod_follows_another_one_that_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+    earlier: dict[str, str],
+    later: dict[str, str],
+    status: str | None,
+    silent_seconds: float,
+    goes_on: bool,
+) -> None:
+    def started(variables: dict[str, str], namespace: str) -> Job:
+        monkeypatch.setattr(job, "_trainings", {})  # as in a new process
+        monkeypatch.setattr(job, "_namespace", lambda: namespace)  # as in another container
+        return this_job(variables, "", "weights")
+
+    before, mine = started(earlier, "pid:[1]"), started(later, "pid:[2]")
+    run = Resumable("run-1", 1, status, 3, silent_seconds, {ATTRIBUTE: msgspec.json.encode(before).decode()}, "")
+    assert (interrupted([run], mine) is not None) == goes_on
+
+
+COUNTING = ("slurm", "torchelastic", "torchrun")
+HERE = process_of(os.getpid())
+GONE = msgspec.structs.replace(HERE, started="1")
+ELSEWHERE = msgspec.structs.replace(HERE, host="another-machine")
+SAME_NAME = msgspec.structs.replace(HERE, boot="another-boot")
+
+
+@pytest.mark.parametrize(
+    ("kind", "process", "status", "silent_seconds", "restarts", "goes_on"),
+    [
+        ("key", GONE, None, 0.5, 0, True),
+        ("key", GONE, "killed", 0.5, 0, True),
+        ("key", GONE, "failed", 0.5, 0, True),
+        ("kubernetes", GONE, None, 0.5, 0, True),
+        ("kubernetes", GONE, "failed", 0.5, 0, False),
+        *((kind, GONE, status, 0.5, 0, False) for kind in COUNTING for status in (None, "killed", "failed")),
+        *((kind, GONE, status, 0.5, 1, True) for kind in COUNTING for status in (None, "killed", "failed")),
+        ("slurm", GONE, "completed", 0.5, 1, False),
+        ("slurm", HERE, None, 1e6, 1, False),
+        ("key", ELSEWHERE, None, 0.5, 0, False),
+        ("key", SAME_NAME, None, 0.5, 0, False),
+        ("key", SAME_NAME, None, 301.0, 0, True),
+        ("key", ELSEWHERE, None, 299.0, 0, False),
+        ("key", ELSEWHERE, None, 301.0, 0, True),
+        ("slurm", ELSEWHERE, None, 0.5, 1, True),
+        ("key", ELSEWHERE, "killed", 0.5, 0, True),
     ],
 )
 def test_only_what_was_interrupted_goes_on(
-    process: Any, status: str | None, silent_seconds: float, restarts: int, goes_on: bool
+    kind: str, process: Any, status: str | None, silent_seconds: float, restarts: int, goes_on: bool
 ) -> None:
-    mine = Job("slurm", "t", "p", "weights", [restarts, 0], "", HERE)
+    mine = Job(kind, "t", "p", "weights", [restarts, 0], "", HERE)
     before = msgspec.structs.replace(mine, restarts=[0, 0], process=process)
     attributes = {ATTRIBUTE: msgspec.json.encode(before).decode()}
     run = Resumable("run-1", 1, status, 3, silent_seconds, attributes, "")
     assert (interrupted([run], mine) is not None) == goes_on
+
+
+@pytest.mark.parametrize("kind", ["", *COUNTING])
+def test_a_checkpoint_goes_on_without_a_restart(kind: str) -> None:
+    mine = Job(kind, "t", "p", "weights", [0, 0], "", HERE)
+    before = msgspec.structs.replace(mine, training="of another job", process=GONE)
+    run = Resumable("run-1", 1, "failed", 3, 0.5, {ATTRIBUTE: msgspec.json.encode(before).decode()}, "")
+    assert interrupted([run], mine) is None
+    assert interrupted([run], mine, checkpoint="run-1") == run
+
+
+def test_a_name_that_is_not_looked_up_in_time_does_not_delay_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, ended = threading.Event(), threading.Event()
+
+    def look_up(*_: Any, **__: Any) -> Any:
+        goes_on.wait(PATIENCE_SECONDS)
+        ended.set()
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    given = {"GRADWATCH_URL": "http://gradwatch.invalid", "GRADWATCH_RESUME_SECONDS": "0.05"}
+    monkeypatch.setenv("GRADWATCH_RUN_KEY", "k")
+    begun = begin_run(resolve(environment=given), [nn.Linear(2, 2)], None, 2, {}, checkpoint=None)
+    assert not ended.is_set()
+    assert not begun.resumed
+    goes_on.set()
+    assert ended.wait(PATIENCE_SECONDS)
+
+
+def test_what_is_found_too_late_begins_no_attempt(real: GradwatchServer) -> None:
+    mine = Job("key", "0123456789", "p", "weights", [0, 0], "", HERE)
+    attributes = {ATTRIBUTE: msgspec.json.encode(msgspec.structs.replace(mine, process=GONE)).decode()}
+    run = real.register(id="run-0123456789abcdef", project="late", attempt=1, attributes=attributes)
+    given = {"GRADWATCH_URL": real.url, "GRADWATCH_PROJECT": "late", "GRADWATCH_RESUME_SECONDS": str(PATIENCE_SECONDS)}
+
+    def attempt() -> int:
+        (told,) = real.get("/api/v1/resumable", project="late", run=run)
+        return int(told["attempt"])
+
+    late = threading.Event()
+    late.set()
+    assert resume(resolve(environment=given), mine, 2, {}, checkpoint=None, late=late) is None
+    assert attempt() == 1
+    late.clear()
+    begun = resume(resolve(environment=given), mine, 2, {}, checkpoint=None, late=late)
+    assert begun is not None
+    assert (begun.id, attempt()) == (run, 2)
+
+
+def _store() -> Any:
+    """Return a key-value store within this process."""
+    return distributed.HashStore()  # type: ignore[attr-defined]
+
+
+def test_other_ranks_hear_of_the_run_or_start_on_their_own() -> None:
+    store = _store()
+    first, other = (RankExchange("0", rank, 2, True, store) for rank in (0, 1))
+    assert other.start(0.0) == ("", 0)  # the store's own limit are minutes
+    told: list[tuple[str, int]] = []
+    waiting = threading.Thread(target=lambda: told.append(other.start(PATIENCE_SECONDS)))
+    waiting.start()
+    first.tell_start("run-1", 7)
+    waiting.join()
+    assert told == [("run-1", 7)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_share_the_connection_of_the_process_group_do_not_resume(
+    real: GradwatchServer, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setenv("GRADWATCH_RUN_KEY", "k")
+    monkeypatch.setattr(job, "_trainings", {})  # as in a new process
+    model, project = nn.Linear(2, 2), f"shared-{rank}"
+    given = {"GRADWATCH_URL": real.url, "GRADWATCH_PROJECT": project, "GRADWATCH_RESUME_SECONDS": str(PATIENCE_SECONDS)}
+    earlier = begin_run(resolve(environment=given), [model], None, 1, {}, checkpoint=None)
+    mine = msgspec.json.decode(earlier.attributes[ATTRIBUTE], type=Job)
+    attributes = {ATTRIBUTE: msgspec.json.encode(msgspec.structs.replace(mine, process=GONE)).decode()}
+    real.register(id=earlier.id, project=project, attempt=1, attributes=attributes)
+    store = _store()
+    for own, run in ((False, ""), (True, earlier.id)):
+        monkeypatch.setattr(job, "_trainings", {})
+        if rank:
+            RankExchange(str(own), 0, 2, True, store).tell_start(earlier.id, 7)
+        ranks = RankExchange(str(own), rank, 2, True, store, own_connection=own)
+        begun = begin_run(resolve(environment=given), [model], ranks, 2, {}, checkpoint=None)
+        assert (begun.id if begun.resumed else "") == run
 
 
 RESTARTED = """
@@ -307,3 +461,21 @@ def test_a_training_that_is_restored_from_its_checkpoint_goes_on(
     assert (run["status"], run["last_step"]) == ("completed", 7)
     loss = real.get(f"/api/v1/runs/{run['id']}/series", statistic="loss", points=100)
     assert loss["steps"] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("given", "run"),
+    [(True, "run-of-step-4"), ("", "run-of-step-4"), ("other", "run-of-other"), ("no\0path", "run-of-step-4")],
+)
+def test_the_checkpoint_that_a_trainer_names_is_looked_at_first(tmp_path: Path, given: str | bool, run: str) -> None:
+    from transformers import TrainerState, TrainingArguments
+
+    from gradwatch.integrations.transformers import _run_of_checkpoint
+
+    for folder, content in (("checkpoint-4", "run-of-step-4"), ("other", "run-of-other")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "gradwatch_run.txt").write_text(f"{content}\n", encoding="utf-8")
+    named = str(tmp_path / given) if given == "other" else given
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    arguments.resume_from_checkpoint = named  # type: ignore[assignment]  # what users give, whatever its type
+    assert _run_of_checkpoint(arguments, TrainerState(global_step=4)) == run

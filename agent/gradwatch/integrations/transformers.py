@@ -60,8 +60,11 @@ def _run_of_checkpoint(args: TrainingArguments, state: TrainerState) -> str:
     """Return the run that the checkpoint names which a trainer was restored from; empty if there is none."""
     if not state.global_step:
         return ""
-    folders = [Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", Path(args.resume_from_checkpoint or "")]
+    folders = [f"{args.output_dir}/checkpoint-{state.global_step}"]
+    given: object = args.resume_from_checkpoint  # True stands for the last one in ``output_dir``
+    if given and isinstance(given, str):
+        folders.insert(0, given)
     for folder in folders:
-        with suppress(OSError, UnicodeDecodeError):
-            return (folder / _RUN_FILE).read_text(encoding="utf-8").strip()
+        with suppress(OSError, ValueError):  # no such file, no text, no path
+            return Path(folder, _RUN_FILE).read_text(encoding="utf-8").strip()
     return ""

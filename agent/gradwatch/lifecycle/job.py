@@ -19,6 +19,8 @@ import msgspec
 RUN_KEY: Final = "GRADWATCH_RUN_KEY"
 _POD_SUFFIX: Final = re.compile(r"-[bcdfghjklmnpqrstvwxz2456789]{5}$")
 """What Kubernetes appends to the name of a Job for each of its pods."""
+_COUNTING: Final = ("slurm", "torchelastic", "torchrun")
+"""Kinds whose scheduler counts how often it has started a job: without a restart, nothing was interrupted."""
 _NAMESPACE_FILE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -38,10 +40,9 @@ class Process(msgspec.Struct, frozen=True):
     def is_alive(self) -> bool | None:
         """Return whether the process exists; None if that cannot be seen from here."""
         here = process_of(self.pid)
-        if here.host != self.host or (here.boot == self.boot and here.namespace != self.namespace):
+        # Machines of a cluster may have one name: another boot id may be another machine.
+        if (here.host, here.boot, here.namespace) != (self.host, self.boot, self.namespace):
             return None
-        if here.boot != self.boot:
-            return False
         if self.started:
             return here.started == self.started
         try:
@@ -59,7 +60,7 @@ class Job(msgspec.Struct, frozen=True):
     kind: str
     """``key``, ``slurm``, ``kubernetes``, ``torchelastic`` or ``torchrun``; empty: the training is of no job."""
     training: str
-    """Checksum over the job, ``program``, and the number of the training within its process."""
+    """Checksum over the job, the working directory, ``program``, and the number of the training within its process."""
     program: str
     """Checksum over program, arguments and the name of the run."""
     parameters: str
@@ -67,7 +68,7 @@ class Job(msgspec.Struct, frozen=True):
     restarts: list[int]
     """How often the scheduler, and torchrun, have started it again."""
     instance: str
-    """The pod; empty where there is none."""
+    """The container of an indexed Kubernetes Job; empty elsewhere, where other pods of a job do not replace it."""
     process: Process
 
     @property
@@ -76,9 +77,14 @@ class Job(msgspec.Struct, frozen=True):
         return self.training[:10]
 
     @property
+    def counts_restarts(self) -> bool:
+        """Return whether the scheduler says that it has started the job again."""
+        return self.kind in _COUNTING
+
+    @property
     def may_go_on(self) -> bool:
-        """Return whether an earlier process of the job may have left a run: torchrun's first workers follow nobody."""
-        return bool(self.kind) and (self.kind != "torchrun" or any(self.restarts))
+        """Return whether an earlier process of the job may have left a run: a counted first one follows nobody."""
+        return bool(self.kind) and (not self.counts_restarts or any(self.restarts))
 
 
 def process_of(pid: int) -> Process:
@@ -139,14 +145,15 @@ def _kubernetes_job(environment: Mapping[str, str]) -> str:
     if not environment.get("KUBERNETES_SERVICE_HOST"):
         return ""
     pod, index = environment.get("HOSTNAME") or socket.gethostname(), environment.get("JOB_COMPLETION_INDEX", "")
-    name = environment.get("JOB_NAME") or _POD_SUFFIX.sub("", pod)
+    # Others, Jenkins for one, set JOB_NAME as well: it counts beside an index only.
+    name = (environment.get("JOB_NAME") if index else "") or _POD_SUFFIX.sub("", pod)
     if name == pod and not index:
         return ""
     return f"{_text_of(str(_NAMESPACE_FILE))} {name} {index}"
 
 
 _trainings: dict[str, int] = {}
-"""Checksum over job, program, arguments and name -> number of trainings of this process that had it."""
+"""Checksum over job, directory, program, arguments and name -> number of trainings of this process that had it."""
 
 
 def this_job(environment: Mapping[str, str], name: str, parameters: str) -> Job:
@@ -161,16 +168,21 @@ def this_job(environment: Mapping[str, str], name: str, parameters: str) -> Job:
     # A child of multiprocessing has its parent's arguments, and does other work.
     child = multiprocessing.current_process().name if multiprocessing.parent_process() is not None else ""
     program = _checksum(*_program(), child, name)
-    same = _checksum(kind, job, program, parameters)
+    folder = _folder()
+    same = _checksum(kind, job, folder, program, parameters)
     number = _trainings[same] = _trainings.get(same, -1) + 1
+    process = process_of(os.getpid())
+    # The pods that follow each other at an index may have the same name.
+    container = " ".join((process.host, process.boot, process.namespace))
+    indexed = kind == "kubernetes" and bool(environment.get("JOB_COMPLETION_INDEX"))
     return Job(
         kind=kind,
-        training=_checksum(kind, job, program, str(number)),
+        training=_checksum(kind, job, folder, program, str(number)),
         program=program,
         parameters=parameters,
         restarts=[_count(environment, "SLURM_RESTART_COUNT"), _count(environment, "TORCHELASTIC_RESTART_COUNT")],
-        instance=environment.get("HOSTNAME", "") if kind == "kubernetes" else "",
-        process=process_of(os.getpid()),
+        instance=container if indexed else "",
+        process=process,
     )
 
 
@@ -180,6 +192,14 @@ def _program() -> list[str]:
     if arguments[:1] == ["-c"]:
         return sys.orig_argv[1:]
     return [str(Path(argument).absolute()) for argument in arguments[:1]] + arguments[1:]
+
+
+def _folder() -> str:
+    """Return the working directory; empty if it was deleted."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return ""
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:

@@ -1,12 +1,14 @@
 """Going on with the run of a job that was preempted, as a new attempt of it.
 
 Only where this process belongs to a job, or was restored from a checkpoint that names a run, the server is asked once,
-for at most ``resume_seconds``, when the agent attaches. If it does not answer, the training has a run of its own.
+when the agent attaches, which waits for at most twice ``resume_seconds``. If it does not answer, the training has a run
+of its own.
 """
 
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -24,8 +26,9 @@ _log = logging.getLogger("gradwatch")
 
 ATTRIBUTE: Final = "job"
 """Attribute of a run that keeps its ``Job`` as JSON."""
-_SILENT_SECONDS: Final = 60.0
-"""A run whose process cannot be seen from here counts as interrupted when it was not heard of for so long."""
+_SILENT_SECONDS: Final = 300.0
+"""A run whose process cannot be seen from here counts as interrupted when it was not heard of for so long: nothing is
+heard of one that evaluates for minutes."""
 
 
 class Resumable(msgspec.Struct, frozen=True):
@@ -85,15 +88,16 @@ def _is_interrupted(run: Resumable, job: Job, *, from_checkpoint: bool) -> bool:
     if job.parameters not in (before.parameters, run.parameters):
         return False
     # 2. It did not end by itself: what failed goes on only where something has started it again.
-    restarted = before.restarts < job.restarts or before.instance != job.instance
-    if run.status == "completed":
+    again = before.restarts < job.restarts
+    replaced = bool(job.instance) and before.instance != job.instance
+    if run.status == "completed" or (job.counts_restarts and not (again or from_checkpoint)):
         return False
-    if run.status == "failed" and not (restarted or from_checkpoint or job.kind == "key"):
+    if run.status == "failed" and not (again or replaced or from_checkpoint or job.kind == "key"):
         return False
-    # 3. Nobody else is training it.
+    # 3. Nobody else is training it. Several pods of a job may be alive: another one is no restart.
     alive = before.process.is_alive
     if alive is None:
-        return restarted or run.status is not None or run.silent_seconds >= _SILENT_SECONDS
+        return again or run.status is not None or run.silent_seconds >= _SILENT_SECONDS
     return not alive
 
 
@@ -130,7 +134,7 @@ def begin_run(
         job = this_job(os.environ, settings.training_name, wire.checksum_of_parameters(parameters))
         if job.kind or checkpoint is not None:
             known[ATTRIBUTE] = msgspec.json.encode(job).decode()
-        if named is None and (job.may_go_on or checkpoint):
+        if named is None and settings.resume_seconds and (job.may_go_on or checkpoint):
             found = _resume_on_all_ranks(settings, job, ranks, attempt, known, checkpoint)
     except Exception:  # the training has a run of its own then
         _log.debug("the run of this job cannot be looked for", exc_info=True)
@@ -149,20 +153,51 @@ def _resume_on_all_ranks(
     attributes: Mapping[str, str],
     checkpoint: str | None,
 ) -> Begun | None:
+    if ranks is not None and not ranks.own_connection:
+        return None  # ranks that go on at different steps are worse than a run of their own
     if ranks is not None and ranks.rank > 0:
-        run, step = ranks.start()
+        run, step = ranks.start(2 * settings.resume_seconds + 1)
         return Begun(run, resumed=True, attributes={}, last_step=step, by_itself=True) if run else None
     found = None
     try:
-        found = resume(settings, job, attempt, attributes, checkpoint=checkpoint)
+        found = _resume_in_time(settings, job, attempt, attributes, checkpoint)
     finally:
         if ranks is not None:
             ranks.tell_start(found.id if found else "", found.last_step if found else 0)
     return found
 
 
+def _resume_in_time(
+    settings: Settings, job: Job, attempt: int, attributes: Mapping[str, str], checkpoint: str | None
+) -> Begun | None:
+    """Do what ``resume`` does within twice ``resume_seconds``; return None where it takes longer.
+
+    Limits of time of single reads bound neither the look-up of a name nor a server that sends a byte at a time.
+    """
+    found: list[Begun | None] = []
+    late = threading.Event()
+
+    def look() -> None:
+        try:
+            found.append(resume(settings, job, attempt, attributes, checkpoint=checkpoint, late=late))
+        except Exception:  # as if the server had not answered
+            _log.debug("the run of this job cannot be looked for", exc_info=True)
+
+    thread = threading.Thread(target=look, name="gradwatch-resume", daemon=True)
+    thread.start()
+    thread.join(2 * settings.resume_seconds)
+    late.set()
+    return found[0] if found else None
+
+
 def resume(
-    settings: Settings, job: Job, attempt: int, attributes: Mapping[str, str], *, checkpoint: str | None = None
+    settings: Settings,
+    job: Job,
+    attempt: int,
+    attributes: Mapping[str, str],
+    *,
+    checkpoint: str | None,
+    late: threading.Event,
 ) -> Begun | None:
     """Look for the interrupted run of a training, and begin a new attempt of it before anybody else does.
 
@@ -172,18 +207,17 @@ def resume(
         attempt: number of the new attempt.
         attributes: those of the new attempt.
         checkpoint: the run that the checkpoint names which the training was restored from.
+        late: set when the training has a run of its own already: no attempt begins then.
     """
     query = {"project": settings.project}
     query |= {"job": job.prefix} if job.may_go_on else {}
     query |= {"run": checkpoint} if checkpoint else {}
-    if len(query) == 1 or not settings.resume_seconds:
-        return None
     http = HttpTransport(settings.url, settings.token)
     try:
         answer = http.get("/api/v1/resumable", query, settings.resume_seconds)
         runs = [] if answer is None else _resumable(answer)
         found = interrupted(runs, job, checkpoint=checkpoint)
-        if found is None:
+        if found is None or late.is_set():
             return None
         registration = wire.Registration(
             project=settings.project,

@@ -7,6 +7,7 @@ The agent has a connection of its own to the store, which outlives ``destroy_pro
 
 import contextlib
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ _STORE_TIMEOUT: Final = timedelta(seconds=5)
 _agent_numbers = itertools.count()
 """Every rank attaches the same agents in the same order, so that the same number means the same agent."""
 _T = TypeVar("_T")
+_POLL_SECONDS: Final = 0.02
 _STORED_PARTS: Final = 64
 """Parts that a rank leaves in the store for rank 0."""
 
@@ -73,7 +75,9 @@ class RankExchange:
         rank: rank of this process.
         size: number of ranks.
         divided: whether the ranks are known to hold different parts of the model.
-        store: the store of the process group, with a connection of the agent's own.
+        store: the store of the process group.
+        own_connection: whether the connection to the store is the agent's own: a rank that waits on the process
+            group's would hold up the training, and does not learn which run goes on.
     """
 
     name: str
@@ -81,6 +85,7 @@ class RankExchange:
     size: int
     divided: bool
     store: Any
+    own_connection: bool = True
     given_up: bool = False
     """Whether nothing more may be asked of the store."""
     _published: deque[str] = field(default_factory=deque)
@@ -118,10 +123,15 @@ class RankExchange:
         """Return what rank 0 has asked for the ``number``-th time; None while it has not."""
         return self._get(f"asked/{number}", Asked)
 
-    def start(self) -> tuple[str, int]:
-        """Wait until rank 0 has told which run it goes on with; empty and 0 for none."""
-        with self._answers():
-            return msgspec.msgpack.decode(self.store.get(f"gradwatch/{self.name}/start"), type=tuple[str, int])
+    def start(self, timeout_seconds: float) -> tuple[str, int]:
+        """Wait until rank 0 has told which run it goes on with; empty and 0 for none, and where it does not tell."""
+        told = None
+        until = time.monotonic() + timeout_seconds
+        while self.own_connection and (told := self._get("start", tuple[str, int])) is None:
+            if time.monotonic() >= until:
+                break
+            time.sleep(_POLL_SECONDS)
+        return told or ("", 0)
 
     # Rank 0
 
@@ -213,7 +223,7 @@ def exchange_for(models: Sequence[nn.Module]) -> RankExchange | None:
     if not divided and all(map(_is_on_every_rank, models)):
         return None
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    return RankExchange(str(next(_agent_numbers)), rank, size, divided, _open_store())
+    return RankExchange(str(next(_agent_numbers)), rank, size, divided, *_open_store())
 
 
 def _is_divided(models: Sequence[nn.Module]) -> bool:
@@ -228,15 +238,15 @@ def _is_on_every_rank(model: nn.Module) -> bool:
     return distributed.get_world_size(model.process_group) == distributed.get_world_size()
 
 
-def _open_store() -> Any:
-    """Return the store of the process group with a connection of its own, which nobody else waits on or closes."""
+def _open_store() -> tuple[Any, bool]:
+    """Return the store of the process group, and whether with a connection of its own, which nobody else waits on."""
     store: Any = distributed.distributed_c10d._get_default_store()  # noqa: SLF001
     try:
-        store = store.clone()
-        store.set_timeout(_STORE_TIMEOUT)
+        own = store.clone()
+        own.set_timeout(_STORE_TIMEOUT)
     except (AttributeError, NotImplementedError, RuntimeError):
-        pass  # a store of another kind: it is used as it is
-    return store
+        return store, False  # a store of another kind, or PyTorch before 2.7: it is used as it is
+    return own, True
 
 
 def incomplete_reason(models: Sequence[nn.Module], exchange: RankExchange | None) -> str:

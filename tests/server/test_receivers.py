@@ -33,6 +33,7 @@ from gradwatch_server.notify.receivers import Email, Notification
 from gradwatch_server.notify.receivers.mail import SmtpTransport
 from gradwatch_server.settings import Configuration
 from tests.processes import PATIENCE_SECONDS, GradwatchServer, WebhookReceiver, free_port, run_apart, sample, wait_for
+from tests.server.hook import settled
 
 NAN = float("nan")
 LOOPBACK = 'allow_networks = ["127.0.0.0/8"]'
@@ -117,6 +118,7 @@ def test_a_run_that_ends_with_an_alert_on_is_not_resolved_for_people(tmp_path: P
             assert "the run has ended: failed" in text["blocks"][0]["text"]["text"]
             card = json.loads(teams.wait(2)[1][1])["attachments"][0]["content"]
             assert card["body"][0]["color"] == "Attention"
+            settled(server)
             assert [json.loads(body)["event_action"] for _, body in pager.wait(1)] == ["trigger"]
 
 

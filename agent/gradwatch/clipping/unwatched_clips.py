@@ -83,9 +83,14 @@ class UnwatchedClips:
         self.waiting: deque[tuple[NormClip, OptimizerParameters, ClippedMemory]] = deque(maxlen=_MOST_WAITING)
         """Clippings since the last step, with the list and the memory of what they clipped."""
 
-    def listed(self, tensors: Sequence[Tensor]) -> OptimizerParameters:
-        """Return the watched parameters of a list, or else those whose gradients lie in the memory of its gradients."""
-        listed = self._lists.find(tensors)
+    def listed(self, tensors: Sequence[Tensor], *, exact: bool = True) -> OptimizerParameters:
+        """Return the watched parameters of a list, or else those whose gradients lie in the memory of its gradients.
+
+        Args:
+            tensors: the list.
+            exact: compare every parameter, as ``ListedParameters.find`` does.
+        """
+        listed = self._lists.find(tensors, exact=exact)
         if listed.indices:
             return listed
         self.compares = listed.misses < _SEARCHED or listed.misses.bit_count() == 1

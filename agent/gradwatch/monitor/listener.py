@@ -365,7 +365,7 @@ class TrainingListener:
         """Gradients are about to be clipped by value."""
         if not self.guard.watching:
             return
-        listed = self._unwatched_clips.listed(parameters)
+        listed = self._unwatched_clips.listed(parameters, exact=self._clips or self._steps.schedule.due)
         self._is_within_step(listed.index_set)
         action = self._steps.value_clipped(listed.index_set, listed.indices)
         if action is not None:

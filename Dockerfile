@@ -1,15 +1,29 @@
 # The server (default target), without torch; --target training adds a small training job for the demonstration.
-FROM python:3.12.11-slim-bookworm AS build
+# What is downloaded stands before the sources and at the versions of constraints.txt: a changed line downloads nothing.
+FROM python:3.12.11-slim-bookworm AS dependencies
 WORKDIR /source
 RUN python -m venv /opt/gradwatch
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt ./
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+      [open(f'{extra}.txt', 'w').write('\n'.join(project['dependencies'] + packages)) \
+       for extra, packages in project['optional-dependencies'].items()]" && \
+    /opt/gradwatch/bin/pip install --no-cache-dir --constraint constraints.txt --requirement server.txt hatchling
+
+FROM dependencies AS build
+COPY README.md LICENSE ./
 COPY agent agent
 COPY server server
 COPY dashboards dashboards
-RUN /opt/gradwatch/bin/pip install --no-cache-dir '.[server]'
+COPY docs/alert.schema.json docs/alert.schema.json
+RUN /opt/gradwatch/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 
-FROM build AS build-training
-RUN /opt/gradwatch/bin/pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[agent]'
+FROM dependencies AS training-dependencies
+RUN /opt/gradwatch/bin/pip install --no-cache-dir --constraint constraints.txt --requirement agent.txt \
+      --extra-index-url https://download.pytorch.org/whl/cpu
+
+FROM training-dependencies AS build-training
+COPY --from=build /source /source
+RUN /opt/gradwatch/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
 
 FROM python:3.12.11-slim-bookworm AS base
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin gradwatch && \

@@ -5,7 +5,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 
-.PHONY: demo test test-gpu check dist docs pictures lint types page system clean zoo zoo-sparse zoo-default zoo-report \
+.PHONY: demo test test-gpu test-torch check constraints dist docs pictures lint types page system clean zoo zoo-sparse \
+  zoo-default zoo-report \
   bench-agent bench-agc bench-idle bench-store bench-alerts bench-metrics bench-page bench-paper
 
 demo: .venv/demo-installed
@@ -18,6 +19,10 @@ test: .venv/test-installed node_modules/.installed system lint types page
 # What needs a GPU, and that `make test` leaves out: on a machine with one, and a torch that can use it.
 test-gpu: .venv/test-installed
 	$(BIN)/python -m pytest -q tests/gpu.py
+
+# The agent's tests with another PyTorch: make test-torch TORCH=2.6.0, or TORCH=newest. Some GB, removed afterwards.
+test-torch:
+	@PYTHON=$(PYTHON) .ci/test-torch "$(TORCH)" $(TESTS)
 
 # Three at a time, because some tests only wait; the plugin that is left out takes a second to load.
 check: .venv/test-installed node_modules/.installed lint types page
@@ -52,6 +57,12 @@ system:
 	@echo "Installing into .venv (once, some minutes) ..."
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch .venv/demo-installed $@
+
+# Every package at its newest version, into constraints.txt: then `make test`, and commit what passes.
+constraints: .venv/test-installed
+	@grep -E '^(#|torch==)' constraints.txt > .venv/pinned
+	@$(PIP) install --quiet --constraint .venv/pinned --upgrade --upgrade-strategy eager --editable '.[test]'
+	@{ grep '^#' .venv/pinned; $(PIP) freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt
 
 node_modules/.installed: package.json package-lock.json
 	@npm ci --silent --no-audit --no-fund

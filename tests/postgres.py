@@ -47,10 +47,10 @@ def postgres_server(*options: str) -> Iterator[str]:
 
 
 @contextmanager
-def started_server(*options: str, folder: str = "/tmp") -> Iterator[str]:
-    """Run a PostgreSQL on a free port, its data in a folder below this one; yield the address of its first database."""
+def started_server(*options: str, folder: str = "/tmp", port: int | None = None) -> Iterator[str]:
+    """Run a PostgreSQL, its data below this folder, on a free port or this one; yield the address of a database."""
     programs = binaries()
-    port = free_port()
+    port = free_port() if port is None else port
     with tempfile.TemporaryDirectory(prefix="gradwatch-pg-", dir=folder) as name:
         home = Path(name)
         home.chmod(0o777)

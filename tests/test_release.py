@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -88,6 +89,24 @@ def test_it_holds_what_is_needed_beside_the_code(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"gradwatch/py.typed", "gradwatch_server/alert.schema.json", "gradwatch_server/page/index.html"} <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+
+
+def test_the_images_are_built_of_all_that_the_wheel_takes(wheel: Path, tmp_path: Path) -> None:
+    allowed = [line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().split() if line.startswith("!")]
+    stages = (ROOT / "Dockerfile").read_text().split("\nFROM ")
+    [last] = [number for number, stage in enumerate(stages) if stage.startswith("dependencies AS build\n")]
+    for copied in re.findall(r"^COPY (?!--)(.+) \S+$", "\n".join(stages[: last + 1]), re.MULTILINE):
+        for name in copied.split():
+            assert name in allowed, f".dockerignore leaves out {name}"
+            source, target = ROOT / name, tmp_path / "source" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+    _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, cwd=tmp_path / "source")
+    [built] = tmp_path.glob("*.whl")
+    assert zipfile.ZipFile(built).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
 def test_one_version(wheel: Path) -> None:

@@ -29,6 +29,7 @@ class Entry(NamedTuple):
 COMMANDS = {
     "serve": Entry("gradwatch_server.serve", "server", "run the server"),
     "migrate": Entry("gradwatch_server.cli.migrate", "server", "upgrade the schema of a database to this version"),
+    "health": Entry("gradwatch_server.cli.health", "server", "ask a running server whether it is ready"),
     "token": Entry("gradwatch_server.cli.tokens", "server", "create, list and revoke tokens"),
     "prune": Entry("gradwatch_server.cli.prune", "server", "delete expired samples and runs"),
     "projects": Entry("gradwatch_server.cli.projects", "server", "list what each project takes of the database"),

@@ -16,8 +16,8 @@ import sqlalchemy as sa
 
 from gradwatch import wire
 from gradwatch_server.store.database import open_engine, prepare, shrink_log, writing
-from tests.postgres import migrated_database, plain_owner, postgres_database
-from tests.processes import GradwatchServer, environment, sample
+from tests.postgres import migrated_database, plain_owner, postgres_database, started_server
+from tests.processes import GradwatchServer, environment, free_port, sample
 
 
 def _command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -178,6 +178,33 @@ def test_a_database_of_a_newer_version_is_refused_in_words(tmp_path: Path, comma
 def test_a_file_that_is_no_database_is_refused_in_words(tmp_path: Path, command: Sequence[str]) -> None:
     (tmp_path / "gradwatch.db").write_text("these are notes, and no database\n" * 100)
     _says(_command(tmp_path, *command), "file is not a database")
+
+
+def test_a_migration_waits_for_a_database_that_is_still_starting(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", free_port())) as early:
+        early.settimeout(60.0)
+        port = early.getsockname()[1]
+        url = f"postgresql://gradwatch@127.0.0.1:{port}/postgres"
+        _says(_command(tmp_path, "migrate", "--database-url", f"{url}?connect_timeout=2"), "cannot be used")
+        early.accept()[0].close()
+        command = [sys.executable, "-m", "gradwatch", "migrate", "--wait", "120", "--database-url", url]
+        waiting = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+        early.accept()[0].close()
+    with started_server(port=port):
+        assert "has the schema of this version" in waiting.communicate(timeout=60.0)[0]
+    assert waiting.returncode == 0
+
+
+def test_a_wait_without_end_is_refused_in_words(tmp_path: Path) -> None:
+    refused = _command(tmp_path, "migrate", "--wait", "nan")
+    assert (refused.returncode, "nan is not between 0 and 3600 seconds" in refused.stderr) == (2, True)
+
+
+def test_health_is_an_exit_code(server: GradwatchServer, tmp_path: Path) -> None:
+    ready = _command(tmp_path, "health", "--url", server.url)
+    assert (ready.returncode, ready.stdout) == (0, "ready\n")
+    assert server.stop() == 0
+    _says(_command(tmp_path, "health", "--url", server.url), "is the server running?")
 
 
 def test_a_role_without_rights_is_refused_in_words(postgres: str, tmp_path: Path) -> None:

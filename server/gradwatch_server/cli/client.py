@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -29,13 +30,25 @@ def send_request(options: argparse.Namespace, method: str, *path: str, **content
     Raises:
         RequestError: there is no response, or it is not a success.
     """
+    return _exchange(options, method, "/".join(["api", "v1", *(quote(part, safe="") for part in path)]), content)
+
+
+def check_health(options: argparse.Namespace) -> str:
+    """Return the state that a running server reports; it needs no token.
+
+    Raises:
+        RequestError: there is no response, or the server is not ready; the text says why.
+    """
+    return str(_exchange(options, "GET", "readyz", {})["status"])
+
+
+def _exchange(options: argparse.Namespace, method: str, path: str, content: Mapping[str, Any]) -> Any:
     url = options.url or secret(os.environ, "GRADWATCH_URL") or "http://127.0.0.1:8321"
     token = secret(os.environ, "GRADWATCH_TOKEN")
-    address = "/".join([url.rstrip("/"), "api", "v1", *(quote(part, safe="") for part in path)])
     headers = {} if token is None else {"authorization": f"Bearer {token}"}
     try:
         with httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False) as client:
-            response = client.request(method, address, **content)
+            response = client.request(method, f"{url.rstrip('/')}/{path}", **content)
     except httpx.InvalidURL as error:
         raise RequestError(f"{url!r} is not the address of a server ({error}): http://127.0.0.1:8321 is one") from None
     except httpx.HTTPError as error:

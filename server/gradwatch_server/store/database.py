@@ -225,6 +225,18 @@ def _without_secrets(text: str, url: sa.URL) -> str:
     return text
 
 
+def wait_until_reachable(engine: sa.Engine, seconds: float) -> None:
+    """Return as soon as the database takes a connection, and after this time in any case."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            engine.connect().close()
+        except sa.exc.OperationalError:
+            time.sleep(min(1.0, max(deadline - time.monotonic(), 0.0)))
+        else:
+            return
+
+
 def migrate(engine: sa.Engine) -> None:
     """Migrate the schema to this version.
 

@@ -12,9 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: .venv/demo-installed
 	@$(BIN)/gradwatch demo $(if $(KEEP),--keep)
 
-# What fails is run once more; a test that passes then is named as RERUN at the end: it waits for the wrong thing.
+# What fails is run up to twice more; a test that passes then is named as RERUN at the end: it waits for the wrong thing.
 test: .venv/test-installed node_modules/.installed system lint types page
-	$(BIN)/python -m pytest -n 2 --reruns 1 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --reruns 2 $(TESTS)
 
 # What needs a GPU, and that `make test` leaves out: on a machine with one, and a torch that can use it.
 test-gpu: .venv/test-installed

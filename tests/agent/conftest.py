@@ -19,6 +19,8 @@ from tests.processes import PATIENCE_SECONDS, STOP_POLL_SECONDS
 
 Answerer = Callable[["Server", str], tuple[int, dict[str, str], bytes] | None]
 
+_REGISTER = "/api/v1/runs"
+
 
 class Server:
     """Receives what agents send. ``answer`` may replace the answer: (status, headers, body)."""
@@ -56,7 +58,10 @@ class Server:
             self.requests.append((handler.path, dict(handler.headers)))
             status, headers, content = (self.answer and self.answer(self, handler.path)) or (200, {}, b"")
             if not content and 200 <= status < 300:
-                content = self._keep(handler.path, body)
+                if self._knows(handler.path):
+                    content = self._keep(handler.path, body)
+                else:
+                    status, content = 404, json.dumps({"detail": f"{handler.path}: the run is not registered"}).encode()
             self.changed.notify_all()
         handler.send_response(status)
         for name, value in {"Content-Type": wire.JSON_TYPE, "Content-Length": str(len(content)), **headers}.items():
@@ -64,8 +69,12 @@ class Server:
         handler.end_headers()
         handler.wfile.write(content)
 
+    def _knows(self, path: str) -> bool:
+        """Return whether the real server would take the request: nothing of a run comes before its registration."""
+        return path == _REGISTER or path.split("/")[4] in {registration.id for registration in self.registrations}
+
     def _keep(self, path: str, body: bytes) -> bytes:
-        if path == "/api/v1/runs":
+        if path == _REGISTER:
             registration = wire.decode(body, wire.Registration)
             self.registrations.append(registration)
             return json.dumps({"id": registration.id, "url": "/"}).encode()

@@ -650,6 +650,7 @@ def test_a_server_that_does_not_answer_is_asked_once(server: Server, tmp_path: P
     runs = [f"run-{place:016x}" for place in range(3)]
     for run in runs:
         spool = Spool(tmp_path, url=server.url, run=run, dropped=Dropped(), warn=print)
+        spool.append("registration", wire.encode(wire.Registration(parameters=[], id=run)))
         spool.append("batch", wire.encode(wire.Batch(id=run, attempt=1)))
         spool.close()
     settings = resolve(environment={"GRADWATCH_SPOOL_DIR": str(tmp_path)})

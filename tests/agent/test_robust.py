@@ -763,7 +763,9 @@ from pathlib import Path
 from gradwatch import wire
 from gradwatch.delivery.dropped import Dropped
 from gradwatch.delivery.spool import Spool
-left = Spool(Path(sys.argv[1]), url=sys.argv[2], run="run-" + "0" * 16, dropped=Dropped(), warn=print)
+run = "run-" + "0" * 16
+left = Spool(Path(sys.argv[1]), url=sys.argv[2], run=run, dropped=Dropped(), warn=print)
+left.append("registration", wire.encode(wire.Registration(parameters=[], id=run)))
 for number in range(40):
     left.append("batch", wire.encode(wire.Batch(id=f"b{number}", events=[wire.Event(step=0, at=0.0, kind="x" * 500)])))
 os.kill(os.getpid(), signal.SIGKILL)

@@ -119,8 +119,8 @@ class Collector:
         )
         self._joining = None if ranks is None else joining_for(ranks, self._builder, callbacks)
         """None where this rank measures alone."""
-        self._registered = ranks is None
-        """Whether batches may be written: the run is registered when the parameters of the other ranks are known."""
+        self._registered = False
+        """Whether batches may be written: a server takes none of a run that it does not know."""
         self._batch = Batch()
         self._names = ScalarNames()
         self._waits_for_device = False

@@ -1,5 +1,6 @@
 """The ``gradwatch`` command: one table of sub-commands, each loaded only when it is called."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,9 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sub-command that the first argument names."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks is printed by its code
+            stream.reconfigure(errors="backslashreplace")
     if not given or given[0] in ("-h", "--help"):
         print(usage())
         return 0 if given else 2

@@ -72,3 +72,14 @@ def test_what_cannot_be_exported_is_said(shared_server: GradwatchServer, databas
         done = _export(database_url, tmp_path, *arguments)
         assert done.returncode == 1
         assert reason in done.stderr
+
+
+def test_a_name_that_the_terminals_encoding_lacks(
+    shared_server: GradwatchServer, database_url: str, tmp_path: Path
+) -> None:
+    run = shared_server.register(["größe"])
+    assert shared_server.store(run, wire.Batch(id="b", samples=[sample(1, 1.0)])).status_code == 200
+    command = [sys.executable, "-m", "gradwatch", "export", "--database-url", database_url, run]
+    printed = subprocess.run(command, env=environment(PYTHONIOENCODING="ascii"), cwd=tmp_path, capture_output=True)
+    assert (printed.returncode, b"Traceback" in printed.stderr) == (0, False)
+    assert b"gr\\xf6\\xdfe" in printed.stdout

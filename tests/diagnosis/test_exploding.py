@@ -196,3 +196,25 @@ def test_a_spike_at_the_sample_itself_is_judged_by_its_neighbours() -> None:
     for first in range(501, 700, 25):
         losses = [(step, 20.0 if step == first + 24 else 1.0) for step in range(first, first + 25)]
         assert "exploding" not in watch.tick(20.0, loss=20.0, losses=losses)
+
+
+@pytest.mark.parametrize("every", [1, 40])
+def test_weights_that_grow_at_their_own_pace_under_a_sum_that_grows_are_no_explosion(every: int) -> None:
+    """A summed loss of episodes that grow longer as the policy learns, whose weights began small."""
+    watch = Watch(every=every)
+    for index in range(600 // every):
+        share = index * every / 600
+        lately = [(watch.step + 1 + at, 20.0 + 200.0 * share) for at in range(every - 1)]
+        found = watch.tick(0.1, weights=3.0 * 10**share, loss=20.0 + 200.0 * share, losses=lately)
+        assert "exploding" not in found
+
+
+def test_weights_that_jump_while_the_loss_rises_between_two_samples_are_one() -> None:
+    watch = Watch(every=40)
+    for index in range(10):
+        lately = [(watch.step + 1 + at, 2.0) for at in range(39)]
+        watch.tick(0.1, weights=3.0 * 1.02**index, loss=2.0, losses=lately)
+    for _ in range(2):
+        risen = [(watch.step + 1 + at, 9.0) for at in range(39)]
+        found = watch.tick(0.1, weights=18.0, loss=9.0, losses=risen)
+    assert found["exploding"].severity == "critical"

@@ -14,7 +14,7 @@ from gradwatch_server.diagnosis.loss_history import FIRST_SAMPLES, RECENT_SAMPLE
 from gradwatch_server.diagnosis.run_parameters import Flags, Floats
 from gradwatch_server.diagnosis.sample import Profile, Sample, extended, median
 
-VERSION: Final = 5
+VERSION: Final = 6
 """Version of ``History.to_bytes``. The history of a run that was stored in another version has to be replayed."""
 
 HISTORY_SAMPLES = 64
@@ -25,8 +25,8 @@ OVERSHOOT = 0.6
 """Change of the typical weight matrix in one step, or growth within a few, as a share of the weight."""
 OVERSHOOT_STEPS = 20
 """Steps within which that growth counts; where samples lie further apart, since the last one."""
-_GROWN = math.log10(5.0)
-"""Growth of half of the weight matrices, in decades, that no healthy run reaches."""
+_RISEN = 2.0
+"""Growth of the loss over its beginning, as a share, from which it counts as risen."""
 CLIPPED_SHARE = 0.95
 """Share of clipped units of a matrix from which the threshold, not the gradient, sets the length of its step."""
 IDLE_SHARE = 0.95
@@ -75,6 +75,9 @@ class History:
     """(step, log10 of the typical growth of the weight matrices since the first sample) of the last few samples."""
     proportionate: bool = False
     """Whether the gradients of some sample were in proportion to weights and loss."""
+    before_rise: tuple[int, float] | None = None
+    """(step, log10 of the typical growth of the weight matrices) of the last sample before the loss had risen; the
+    attempt's first sample if it had by then."""
     overshot_step: int | None = None
     """Step of the last sample at which the weights moved out of proportion to themselves."""
     best_leverage: float = 0.0
@@ -183,6 +186,7 @@ class History:
             first_log_gradients=(self.first_log_gradients + log_gradient)[:FIRST_SAMPLES],
             growths=(*self.growths, (sample.step, profile.typical_growth))[-GROWTH_SAMPLES:],
             proportionate=self.proportionate or profile.in_proportion,
+            before_rise=self._before_rise(sample, profile),
             overshot_step=sample.step if self.overshoots(sample.step, profile) else self.overshot_step,
             best_leverage=max(self.best_leverage, float(np.fmax.reduce(profile.leverages, initial=0.0))),
             best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),
@@ -192,6 +196,11 @@ class History:
             log_usual=_smoothed(self.log_usual, profile),
             since=tuple((rule, self.began(rule, sample.step)) for rule in rules),
         )
+
+    def _before_rise(self, sample: Sample, profile: Profile) -> tuple[int, float]:
+        """Return where the weights stood before the loss had risen, this sample included."""
+        has_risen = self.losses.progress(profile.loss) < -_RISEN
+        return self.before_rise if has_risen and self.before_rise else (sample.step, profile.typical_growth)
 
     def _losses_after(self, sample: Sample) -> LossHistory:
         losses = self.losses
@@ -231,7 +240,20 @@ class History:
             return True
         since = self.growths[0][0] if self.growths else step
         lately = self.overshot_step is not None and self.overshot_step >= since
-        return lately or self.overshoots(step, profile) or profile.overflowed or profile.typical_growth >= _GROWN
+        return lately or self.overshoots(step, profile) or profile.overflowed or self.grew_with_the_loss(step, profile)
+
+    def grew_with_the_loss(self, step: int, profile: Profile) -> bool:
+        """Return whether half of the weight matrices have grown since the loss rose, faster than they did before.
+
+        Training makes weights grow at its own pace, many times over where they began small, and a loss that is summed
+        over episodes rises meanwhile: so the pace until the rise is taken off.
+        """
+        if self.before_rise is None:
+            return False
+        at, growth = self.before_rise
+        before = max(at - (at if self.first_step is None else self.first_step), 0)
+        pace = max(growth, 0.0) / before if before else 0.0
+        return profile.typical_growth - growth - pace * (step - at) >= math.log10(1 + OVERSHOOT)
 
     def began_at(self, sample: Sample) -> int:
         """Return the step of the attempt's first sample, which may be this one."""
@@ -248,6 +270,7 @@ class History:
             losses=losses,
             growths=(),
             suspect_since=None,
+            before_rise=None,
             overshot_step=None,
             weights=None,
             since=(),

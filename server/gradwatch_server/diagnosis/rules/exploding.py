@@ -83,7 +83,8 @@ class ExplodingLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=T
     loss_rise_steps: Annotated[int, msgspec.Meta(ge=5, le=64)] = 20
     """Steps for which the loss has to stay there."""
     risen_growth: AboveOne = 5.0
-    """With the risen loss, half of the matrices have grown fivefold since the first sample. Healthy runs reach 3.8."""
+    """With the risen loss, half of the matrices have grown fivefold since the first sample, and by 60% since the loss
+    rose, beyond their pace until then."""
     loss_surge_decades: Decades = 3.0
     """Between two samples the loss was a thousand times its beginning for three steps in a row: an explosion that was
     over before the next sample. Healthy runs reach 28 times, once (lbfgs)."""
@@ -290,6 +291,8 @@ def _loss_rise(observation: Observation, limits: ExplodingLimits) -> Symptom | N
     losses, grown = observation.history.losses, observation.profile.typical_growth
     if not losses.risen(limits.loss_rise, limits.loss_rise_steps) or grown < math.log10(limits.risen_growth):
         return None
+    if not observation.history.grew_with_the_loss(observation.sample.step, observation.profile):
+        return None
     return _symptom(
         observation,
         summary=f"The loss has been more than {1 + limits.loss_rise:.3g} times where it began for "
@@ -386,7 +389,7 @@ RULE = Rule(
 A loss that rises is no explosion by itself: another loss may join or take its place, batches or sequences may grow
 under a sum, episodes may grow longer, a margin may be ramped up. So a surge of the gradient or of the loss counts
 where the weights follow: in one step half of the matrices changed by 60% of themselves, or grew by as much within 20
-steps, or have grown fivefold since the first sample (healthy runs reach 3.8 times, measured from half of an
+steps, or since the loss rose, beyond the pace at which they had grown until then (growth is measured from half of an
 orthonormal matrix's norm at least, so that weights that begin small may grow). A loss a thousandfold between two
 samples is a warning without them. Signs of an initialisation that is too large count from the first sample on only,
 and not where the loss passes through zero.

@@ -61,6 +61,9 @@ def _find(observation: Observation, limits: UnmovedLimits) -> Symptom | None:
     cause, remedy = _explanation(observation, found)
     steps = observation.sample.step - times.since
     share = float((found.all & matrices).sum()) / max(float(matrices.sum()), 1.0)
+    # An optimizer that was made for a part of the network may be meant so: a head first, and later the body.
+    unintended = found.all if bool(found.unstepped[matrices].all()) else found.stuck | found.put_back
+    unintended_share = float((unintended & matrices).sum()) / max(float(matrices.sum()), 1.0)
     return Symptom(
         summary=_summary(observation.parameters.names[worst[0]], len(worst), unstepped=bool(found.unstepped.any())),
         cause=cause,
@@ -72,7 +75,7 @@ def _find(observation: Observation, limits: UnmovedLimits) -> Symptom | None:
             "samples": float(times.samples[worst].max()),
             "matrix_share": share,
         },
-        critical=share >= limits.critical_share and bool((steps[worst] >= limits.whole_steps).any()),
+        critical=unintended_share >= limits.critical_share and bool((steps[worst] >= limits.whole_steps).any()),
     )
 
 
@@ -182,7 +185,8 @@ RULE = Rule(
     limits=UnmovedLimits,
     find=_find,
     notes="""\
-It is critical where half of the weight matrices do not move.
+It is critical where half of the weight matrices do not move. What no optimizer holds while another part is trained is a
+warning however much it is: it may be meant so, such as a head that is trained before the body.
 
 The agent tells of a parameter that has a gradient, but is in no optimizer. Where `attach` was not given the optimizers,
 one that has not stepped yet may hold it, and the agent waits for 100 steps. What an optimizer steps does not move where

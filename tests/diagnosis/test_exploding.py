@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gradwatch_server.alerting.lifecycle import Alert, advance
-from tests.diagnosis.ticks import LAYERS, Watch, fading, held
+from tests.diagnosis.ticks import LAYERS, Watch, fading, held, network
 
 
 def test_a_surge_with_a_rising_loss() -> None:
@@ -218,3 +218,10 @@ def test_weights_that_jump_while_the_loss_rises_between_two_samples_are_one() ->
         risen = [(watch.step + 1 + at, 9.0) for at in range(39)]
         found = watch.tick(0.1, weights=18.0, loss=9.0, losses=risen)
     assert found["exploding"].severity == "critical"
+
+
+def test_two_matrices_may_grow_fast() -> None:
+    """Layers that are trained one at a time, by an optimizer whose steps are as large as their first weights."""
+    watch = Watch(network(2))
+    for weight in (3.0, 4.5, 7.0, 10.0, 14.0, 15.0, 14.0, 13.0):
+        assert "exploding" not in watch.tick(0.1, weights=weight, loss=1.1)

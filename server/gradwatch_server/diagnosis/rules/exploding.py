@@ -70,8 +70,8 @@ class ExplodingLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=T
     swelling_order: Share = 0.9
     """Least rank correlation of that growth with depth: it has to be steady."""
     weight_growth: AboveOne = 4.0
-    """Half of the matrices grew fourfold within `weight_growth_steps`, and nothing is learned. This is the only sign
-    under Adam, whose gradients do not say how large its steps are."""
+    """Half of the matrices, of at least three, grew fourfold within `weight_growth_steps`, and nothing is learned. This
+    is the only sign under Adam, whose gradients do not say how large its steps are."""
     weight_growth_steps: Samples = 20
     """Steps within which that growth counts."""
     runaway_growth: AboveOne = 10.0
@@ -198,7 +198,7 @@ def _needed_surge(observation: Observation, limits: ExplodingLimits) -> float | 
 
 def _weight_growth(observation: Observation, limits: ExplodingLimits) -> Symptom | None:
     """Look for weights that grow many times over within a few samples while nothing is learned."""
-    if _is_learning(observation):
+    if len(observation.profile.matrices) < _FEWEST or _is_learning(observation):
         return None
     grown, least = observation.profile.typical_growth, math.log10(limits.weight_growth)
     oldest = observation.sample.step - limits.weight_growth_steps

@@ -111,6 +111,14 @@ def test_ranks_that_decide_for_themselves_sample_the_same_steps() -> None:
     assert [step + 1 for step in slow[BURST_STEPS:]] == list(range(24, 2001, 8))
 
 
+def test_a_fixed_interval_begins_with_one_sample_on_one_process_and_on_several() -> None:
+    taken = [
+        sampled(OverheadAccount(100, 0.01, aligned=aligned), 350, step_seconds=0.1, sample_seconds=0.01)
+        for aligned in (False, True)
+    ]
+    assert taken == [[0, 100, 200, 300], [0, 99, 199, 299]], "several ranks sample multiples of the interval"
+
+
 def records(schedule: SamplingSchedule) -> Iterator[StepRecord]:
     """Yield steps of 0.1 s, of which a sample takes 10 ms on the training thread and 10 ms of the threads."""
     now, costs = 0.0, Costs()

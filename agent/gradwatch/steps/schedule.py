@@ -143,7 +143,7 @@ class OverheadAccount:
     Args:
         every_steps: a fixed interval in steps, or None to let the account decide.
         budget_ratio: the agent's share of the step time.
-        burst_steps: steps in a row that are sampled at the start.
+        burst_steps: steps in a row that are sampled at the start; at a fixed interval it is the first one.
         aligned: sample steps that are multiples of the interval (a power of two where it is not fixed), so that ranks
             which decide for themselves sample the same steps nearly always.
     """
@@ -159,7 +159,7 @@ class OverheadAccount:
         self.aligned = aligned
         self.every_steps = every_steps
         self.budget_ratio = budget_ratio
-        self._burst = burst_steps
+        self._burst = burst_steps if every_steps is None else min(burst_steps, 1)
         self._credit = 1.0
         """Samples that are paid for."""
         self._reserve = float(RESERVE_SAMPLES)

@@ -5,8 +5,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 
-.PHONY: demo test test-gpu test-torch check constraints dist docs pictures lint types page system clean zoo zoo-sparse \
-  zoo-default zoo-report \
+.PHONY: demo test test-gpu test-torch test-lowest check constraints dist docs pictures lint types page system clean \
+  zoo zoo-sparse zoo-default zoo-report \
   bench-agent bench-agc bench-idle bench-store bench-alerts bench-metrics bench-page bench-paper
 
 demo: .venv/demo-installed
@@ -23,6 +23,10 @@ test-gpu: .venv/test-installed
 # The agent's tests with another PyTorch: make test-torch TORCH=2.6.0, or TORCH=newest. Some GB, removed afterwards.
 test-torch:
 	@PYTHON=$(PYTHON) .ci/test-torch "$(TORCH)" $(TESTS)
+
+# Server, diagnosis and agent with the lowest versions that pyproject.toml allows, PyTorch left out.
+test-lowest:
+	@PYTHON=$(PYTHON) .ci/test-lowest $(TESTS)
 
 # Three at a time, because some tests only wait; the plugin that is left out takes a second to load.
 check: .venv/test-installed node_modules/.installed lint types page

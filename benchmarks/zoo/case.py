@@ -20,6 +20,7 @@ NEIGHBOURS = {
     "dead": ("vanishing",),
     "throttled": (),
     "unmoved": (),
+    "slow": ("unmoved",),
 }
 """Rule -> rules that are right about the same fault: what explodes overflows, what vanishes reaches zero."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from benchmarks.zoo.baselines import NAMES
 from benchmarks.zoo.case import Case
 
-RULES = ("nonfinite", "dead", "vanishing", "exploding", "throttled", "unmoved")
+RULES = ("nonfinite", "dead", "vanishing", "exploding", "throttled", "unmoved", "slow")
 LEAST_RECALL, LEAST_DEFAULT_RECALL = 0.95, 0.90
 """Of all sick runs, where a neighbouring rule that is also right counts; the second in the default setting."""
 MOST_WARNINGS = 1 / 40

@@ -94,7 +94,8 @@ def test_every_case_has_a_name_and_a_label_of_its_own() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     sick = [case for case in CASES if case.rule is not None]
     assert all(case.twin is not None for case in sick)
-    assert {case.rule for case in sick} == {"vanishing", "dead", "exploding", "nonfinite", "throttled", "unmoved"}
+    rules = {"vanishing", "dead", "exploding", "nonfinite", "throttled", "unmoved", "slow"}
+    assert {case.rule for case in sick} == rules
 
 
 def test_the_reported_half_is_the_one_that_was_drawn_with_its_labels() -> None:

@@ -9,6 +9,7 @@ from benchmarks.zoo.programs import (
     parameters,
     reinforcement,
     silent_parts,
+    slow,
     unmoved,
 )
 
@@ -21,5 +22,5 @@ CASES: tuple[Case, ...] = (
     *silent_parts.CASES.cases,
     *faults.CASES.cases,
 )
-SILENT_CASES: tuple[Case, ...] = tuple(unmoved.CASES.cases)
-"""Silent errors: drawn apart from the others, whose halves were drawn before."""
+SILENT_SETS: tuple[tuple[Case, ...], ...] = (tuple(unmoved.CASES.cases), tuple(slow.CASES.cases))
+"""Silent errors: each set is drawn apart from the others, whose halves were drawn before."""

@@ -87,11 +87,6 @@ def test_a_step_that_is_not_sampled_takes_the_same_calls_however_many_parameters
 
 
 @pytest.mark.parametrize("count", [6, 400])
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="each step of a model that nobody watches takes 22 calls of an agent that is attached to another model",
-)
 def test_a_model_that_is_not_watched_pays_next_to_nothing(server: Server, count: int) -> None:
     watched, other = parameters(count), parameters(count)
     ours = stepping(watched, torch.optim.Adam(watched.parameters(), lr=0.01))

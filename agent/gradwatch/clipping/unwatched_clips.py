@@ -78,30 +78,29 @@ class UnwatchedClips:
     def __init__(self, parameters: ParameterRegistry, lists: ListedParameters) -> None:
         self._parameters = parameters
         self._lists = lists
-        self.compares = False
-        """Whether the gradients of the list that was asked for last are compared with the watched ones."""
         self.waiting: deque[tuple[NormClip, OptimizerParameters, ClippedMemory]] = deque(maxlen=_MOST_WAITING)
         """Clippings since the last step, with the list and the memory of what they clipped."""
 
-    def listed(self, tensors: Sequence[Tensor], *, exact: bool = True) -> OptimizerParameters:
+    def listed(self, tensors: Sequence[Tensor], listed: OptimizerParameters) -> OptimizerParameters:
         """Return the watched parameters of a list, or else those whose gradients lie in the memory of its gradients.
 
         Args:
             tensors: the list.
-            exact: compare every parameter, as ``ListedParameters.find`` does.
+            listed: its watched parameters, as ``ListedParameters.find`` returned them.
         """
-        listed = self._lists.find(tensors, exact=exact)
         if listed.indices:
             return listed
-        self.compares = listed.misses < _SEARCHED or listed.misses.bit_count() == 1
-        flat: list[Tensor] = []
-        if self.compares:
-            memory = ClippedMemory(tensor.grad for tensor in tensors)
-            if not memory:
-                return listed  # a list without gradients is not compared
-            flat = self._found(memory)
-        listed.misses = 0 if flat else listed.misses + 1
-        return self._lists.find(flat) if flat else listed
+        memory = ClippedMemory(tensor.grad for tensor in tensors)
+        if not memory:
+            return listed  # a list without gradients is not compared
+        flat = self._found(memory)
+        if flat:
+            listed.misses = 0
+            return self._lists.find(flat)
+        listed.misses += 1
+        if listed.misses > _SEARCHED:
+            listed.skips = 4 ** min(listed.misses - _SEARCHED + 1, 15) - 1
+        return listed
 
     def note(self, clip: NormClip, listed: OptimizerParameters, tensors: Sequence[Tensor]) -> None:
         """Note a clipping of a list whose gradients may be given to watched parameters before the next step."""
@@ -117,7 +116,7 @@ class UnwatchedClips:
             found = map(self._parameters.find, self._found(lent))
             clip.indices = frozenset(index for index in found if index is not None)
             if clip.indices:
-                listed.misses = 0
+                listed.misses = listed.skips = 0
                 yield clip
 
     def _found(self, memory: ClippedMemory) -> list[Tensor]:

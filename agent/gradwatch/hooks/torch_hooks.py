@@ -283,8 +283,6 @@ def _weighted(tensors: Sequence[Tensor], gradients: Tensor | Iterable[Tensor | N
 
 def _listed(tensors: Iterable[Any]) -> tuple[Iterable[Any], list[Tensor]]:
     """Return the argument as something that can be iterated over again, and the tensors in it."""
-    if isinstance(tensors, Tensor):
-        return tensors, [tensors]
     if isinstance(tensors, Iterator):
         tensors = tuple(tensors)
     return tensors, [tensor for tensor in tensors if isinstance(tensor, Tensor)]
@@ -346,10 +344,12 @@ def _note_norm_type(original: Function, active: list[bool], aside: Function) -> 
     """Return a ``clip_grad_norm_`` that tells ``_clip_by_norm``, which torch calls inside, the norm type."""
 
     def clip_grad_norm_(
-        parameters: Any, max_norm: float | Tensor, norm_type: float = 2.0, *args: Any, **kwargs: Any
+        parameters: Any, max_norm: float | Tensor, norm_type: Any = 2.0, *args: Any, **kwargs: Any
     ) -> Any:
         if not active or torch.compiler.is_compiling() or compiler() is not None:
             return aside(parameters, max_norm, norm_type, *args, **kwargs)
+        if not isinstance(norm_type, Tensor) and norm_type == _norm_type.get():
+            return original(parameters, max_norm, norm_type, *args, **kwargs)
         noted = _norm_type.set(norm_type)
         try:
             return original(parameters, max_norm, norm_type, *args, **kwargs)

@@ -1,8 +1,9 @@
 """Backward passes of one training: which losses they differentiate, and whether they are this training's at all."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence, Set
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -55,9 +56,48 @@ class BackwardListener:
         """The loss that is being differentiated, as it was read before."""
         self._steps.keep = self._keep
 
-    @guarded
     def before(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> _Before | None:
         """Note the versions of some gradients: after the pass they show whether the losses are this training's."""
+        guard, state, started = self.guard, self._steps.state, time.perf_counter()
+        if (
+            len(losses) != 1
+            or type(loss := losses[0]) is not Tensor
+            or not loss.is_cpu
+            or loss.dim()
+            or not self._versions.is_sure
+            or not guard.watching
+            or state.losses
+            or state.clips
+            or state.value_clipped
+            or state.open is not None
+            or state.coming is not None
+            or state.under_way
+            or self._scaling.has_scaled
+            or self._parameters.order_pending
+            or self._classifier.searches_left
+            or guard.streams.used
+            or threading.get_ident() != state.thread
+        ):
+            return self._before_any(tensors, losses)
+        try:
+            number: Any = loss.tolist()
+        except RuntimeError:  # within a transform it holds no number
+            return self._before_any(tensors, losses)
+        if type(number) is not float or number - number != 0.0:  # NaN and Inf are searched for
+            return self._before_any(tensors, losses)
+        with guard.lock:
+            try:
+                self._read = loss, (number, True)
+                self._steps.backward_began(state.thread, losses)
+                return self._versions.before(), tensors
+            except Exception as error:  # the agent's guard
+                guard.swallow(error)
+                return None
+            finally:
+                guard.spent_seconds += time.perf_counter() - started
+
+    @guarded
+    def _before_any(self, tensors: Sequence[Tensor], losses: Sequence[Tensor]) -> _Before | None:
         if not (self.guard.watching or self._classifier.searches_left):
             return None
         thread, state = threading.get_ident(), self._steps.state
@@ -90,28 +130,35 @@ class BackwardListener:
         read = self._read
         return read[1] if read is not None and read[0] is loss else copy_and_check(loss)
 
-    @guarded
     def after(self, losses: Sequence[Tensor], before: object, retained: bool) -> None:
         """Tell the step core which gradients a backward pass has changed; none if the pass failed."""
-        if not self.guard.watching:
+        guard, state, started = self.guard, self._steps.state, time.perf_counter()
+        if not guard.watching:
             return
-        thread = threading.get_ident()
-        changed = None
-        if before is not None:
-            versions, tensors = cast("_Before", before)
-            if thread == self._steps.state.thread or self._others.trains_here(tensors):
-                changed = self._versions.changed(versions, losses)
-        if changed is not None:
-            origin = self._loss_origin
-            origin.mark, origin.retained = self._versions.mark, retained
-            everything = range(len(self._parameters.watched))
-            origin.elsewhere = not changed and not self._parameters.any_has_gradient(everything)
-        unstepped = self._steps.backward_ended(thread, losses, changed)
-        self._read = None
-        if self._steps.state.dropped:
-            self._recorder.take_back(self._steps.state.dropped)
-        if unstepped is not None:
-            self._notices.unstepped(unstepped)
+        with guard.lock:
+            try:
+                if guard.streams.used and not guard.streams.enter():
+                    guard.captured()
+                    return
+                thread, changed = threading.get_ident(), None
+                if before is not None:
+                    versions, tensors = cast("_Before", before)
+                    if thread == state.thread or self._others.trains_here(tensors):
+                        changed = self._versions.changed(versions, losses)
+                if changed is not None:
+                    origin = self._loss_origin
+                    origin.mark, origin.retained = self._versions.mark, retained
+                    origin.elsewhere = not changed and not self._has_gradients()
+                unstepped = self._steps.backward_ended(thread, losses, changed)
+                self._read = None
+                if state.dropped:
+                    self._recorder.take_back(state.dropped)
+                if unstepped is not None:
+                    self._notices.unstepped(unstepped)
+            except Exception as error:  # the agent's guard
+                guard.swallow(error)
+            finally:
+                guard.spent_seconds += time.perf_counter() - started
 
     def _search_origin(self, tensors: Sequence[Tensor]) -> None:
         """Search the graph of a loss that is not finite for the module where that began."""
@@ -126,8 +173,10 @@ class BackwardListener:
         """Drop what waits for a step if no gradient is left: no hook shows that gradients were set to None."""
         if self._loss_origin.elsewhere:
             return
-        everything = range(len(self._parameters.watched))
-        if not (self._parameters.any_has_gradient(everything) or self._parameters.any_has_unreduced_gradient):
+        if not (self._has_gradients() or self._parameters.any_has_unreduced_gradient):
             self._loss_origin.losses_dropped()
-            self._steps.gradients_changed(frozenset(everything))
+            self._steps.gradients_changed(frozenset(range(len(self._parameters.watched))))
             self._recorder.take_back(self._steps.state.dropped)
+
+    def _has_gradients(self) -> bool:
+        return self._parameters.any_has_gradient(range(len(self._parameters.watched)))

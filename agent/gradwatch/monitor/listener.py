@@ -13,22 +13,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch.clipping.unwatched_clips import UnwatchedClips
 from gradwatch.hooks import torch_hooks
 from gradwatch.monitor.actions import StepActions, closure_of, note_found_inf, with_closure
 from gradwatch.monitor.backward import BackwardListener
+from gradwatch.monitor.clips import ClippingListener
 from gradwatch.monitor.context import Callbacks, Parts, discard, discard_numbers
 from gradwatch.monitor.guard import AgentThread, Guard, guarded
 from gradwatch.monitor.other_threads import OtherThreads
-from gradwatch.norms.transfer import Scalar, copy_and_check, copy_scalar
-from gradwatch.ranks.holdings import is_partial, ranks_of_norm
 from gradwatch.recording.gradient_versions import GradientVersions
 from gradwatch.recording.loss_origin import LossOrigin
-from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
+from gradwatch.recording.optimizer_parameters import Pass
 from gradwatch.recording.restored_steps import steps_made
 from gradwatch.samples.collector import Message
-from gradwatch.steps.core import Began, CountSteps, EndStep, Made, Measure
-from gradwatch.steps.state import Measurement, NormClip, StepRecord
+from gradwatch.steps.core import Began, CountSteps, EndStep, Made
+from gradwatch.steps.state import Measurement, StepRecord
 
 
 class TrainingListener:
@@ -64,7 +62,6 @@ class TrainingListener:
         self._versions = GradientVersions(self._parameters)
         self._loss_origin = LossOrigin(self._parameters, parts.steps)
         self._actions = StepActions(parts.models, parts.optimizers, parts.scaling, parts.recorder)
-        self._unwatched_clips = UnwatchedClips(self._parameters, self._optimizers.lists)
         self._others = OtherThreads(parts.steps, parts.models.parameters)
         backward = BackwardListener(
             parts, guard, self._versions, self._loss_origin, self._others, lambda event: self.put(event)
@@ -72,6 +69,10 @@ class TrainingListener:
         self.ignores = parts.optimizers.is_stranger
         self.before_backward = backward.before
         self.after_backward = backward.after
+        self._clipping = ClippingListener(parts, guard, self._actions, clips=clips)
+        self.before_norm_clip = self._clipping.before_norm_clip
+        self.after_norm_clip = self._clipping.after_norm_clip
+        self.before_value_clip = self._clipping.before_value_clip
 
     def exiting(self, status: object) -> None:
         """``sys.exit`` was called."""
@@ -96,8 +97,8 @@ class TrainingListener:
             Exception: clipping failed; errors of the measuring are swallowed.
         """
         closure = closure_of(args, kwargs) if kwargs or len(args) > 1 else None
-        if self._unwatched_clips.waiting and self.guard.watching:
-            self._claim_unwatched_clips()
+        if self._clipping.unwatched.waiting and self.guard.watching:
+            self._clipping.claim_unwatched()
         if (
             self.guard.watching
             and not self._steps.schedule.due
@@ -160,29 +161,34 @@ class TrainingListener:
         self.guard.book_sample(started)
         return measured
 
-    def _measure_before_clip(self, listed: OptimizerParameters, action: Measure) -> None:
-        started = time.perf_counter()
-        self._actions.measure_before_clip(listed, action)
-        self.guard.book_sample(started)
-
-    @guarded
-    def _claim_unwatched_clips(self) -> None:
-        for clip in self._unwatched_clips.claimed():
-            self._steps.norm_clipped(clip, sorted(clip.indices), measure=False)
-
-    @guarded
     def _begin_quietly(self, optimizer: Optimizer) -> bool:
         """Begin a step that needs no record; return whether it needs none."""
-        if self._parameters.order_pending or self._origin.is_active or self._optimizers.gone or self._loss_origin.aside:
+        guard, started = self.guard, time.perf_counter()
+        if (
+            self._parameters.order_pending
+            or self._origin.is_active
+            or self._optimizers.gone
+            or self._loss_origin.aside
+            or guard.streams.used
+            or hasattr(optimizer, "found_inf")
+        ):
             return False
-        known = self._optimizers.find(optimizer, exact=self._clips or self._steps.schedule.due)
-        if known is None or hasattr(optimizer, "found_inf"):
-            return False
-        if not self._steps.quiet.began(known.key, known.parameters.index_set, threading.get_ident()):
-            return False
-        self._quiet_step = id(optimizer)
-        self._loss_origin.mark = self._versions.mark = None
-        return True
+        with guard.lock:
+            try:
+                known = self._optimizers.find(optimizer, exact=self._clips)
+                if known is None:
+                    return False
+                begun = self._steps.quiet.began(known.key, known.parameters.index_set, threading.get_ident())
+                if begun:
+                    self._quiet_step = id(optimizer)
+                    self._loss_origin.mark = self._versions.mark = None
+            except Exception as error:  # the agent's guard
+                guard.swallow(error)
+                return False
+            else:
+                return begun
+            finally:
+                guard.spent_seconds += time.perf_counter() - started
 
     @guarded
     def _begin(self, optimizer: Optimizer, outer: Optimizer | None, closure: bool) -> StepRecord | None:
@@ -232,19 +238,31 @@ class TrainingListener:
         if record is not None:
             note_found_inf(optimizer, record)
 
-    @guarded
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
-        if self._quiet_step == id(optimizer) and self.guard.watching:
-            self._quiet_step = 0
-            quiet = self._steps.quiet.made(time.perf_counter(), self.guard.spent_seconds)
-            if quiet is not None:
+        guard, started = self.guard, time.perf_counter()
+        if self._quiet_step != id(optimizer) or guard.streams.used or not guard.watching:
+            self._after_step(optimizer)
+            return
+        with guard.lock:
+            try:
+                self._quiet_step = 0
+                quiet = self._steps.quiet.made(started, guard.spent_seconds)
+                if quiet is None:
+                    self._after_step(optimizer)
+                    return
                 self.add_numbers(self._steps.state.number, quiet.loss, quiet.clip_norm)
                 if quiet.loss is None:
                     self._versions.elsewhere = 0  # its loss may have been taken for another model's
                 if self._steps.state.dropped:
                     self._recorder.take_back(self._steps.state.dropped)
-                return
+            except Exception as error:  # the agent's guard
+                guard.swallow(error)
+            finally:
+                guard.spent_seconds += time.perf_counter() - started
+
+    @guarded
+    def _after_step(self, optimizer: Optimizer) -> None:
         record = self._steps.state.open
         known = self._optimizers.known(optimizer) if self.guard.watching and record is not None else None
         if record is None or known is None or known.key not in record.stepped:
@@ -308,68 +326,7 @@ class TrainingListener:
         if self._parameters.order_pending and self._parameters.learn_order(record.step):
             self._models.register()
 
-    # Clipping and clearing
-
-    @guarded
-    def before_norm_clip(
-        self,
-        parameters: Sequence[Tensor],
-        total_norm: Tensor,
-        max_norm: Scalar,
-        norm_type: float,
-        *,
-        done: bool = False,
-    ) -> bool:
-        """Gradients are about to be clipped by their total norm, or that is ``done``; return whether to tell then."""
-        if not self.guard.watching:
-            return False
-        listed = self._optimizers.lists.find(parameters, exact=self._clips or self._steps.schedule.due)
-        if not listed.indices:
-            listed = self._unwatched_clips.listed(parameters)
-            if not (listed.indices or self._unwatched_clips.compares):
-                return False
-        within_step = bool(self._steps.state.stepping) and self._is_within_step(listed.index_set)
-        limit = copy_scalar(max_norm) if isinstance(max_norm, Tensor) else float(max_norm)
-        total, finite = copy_and_check(total_norm)
-        partial = type(total_norm) is not Tensor and is_partial(total_norm)
-        ranks, repeats = ranks_of_norm(total_norm) if partial else ((), False)
-        clip = NormClip(total, limit, listed.index_set, partial, norm_type, listed.repeated, finite, ranks, repeats)
-        if not listed.indices:
-            self._unwatched_clips.note(clip, listed, parameters)
-            return False
-        # Clipping by NaN, Inf or 0 wipes out which gradient it came from, and float16 rounds small ones to 0: measure
-        # before, where it can be seen. So where gradients may change before they are stepped with.
-        destroys = not finite or listed.has_float16 or (isinstance(limit, float) and not limit)
-        step = self._steps.state.open
-        sampled = self._steps.schedule.due or (step is not None and step.sampled)
-        measure = not done and (destroys or (sampled and not self._actions.clipped_gradients.are_left_alone))
-        action = self._steps.norm_clipped(clip, listed.indices, measure)
-        if action is not None:
-            self._measure_before_clip(listed, action)
-        return sampled and not measure and not within_step
-
-    def _is_within_step(self, indices: frozenset[int]) -> bool:
-        """Return whether an optimizer is in the middle of its step, to which clipping these gradients belongs."""
-        if self._steps.state.stepping.isdisjoint(indices):
-            return False
-        self._steps.quiet.write_down(time.time())
-        return True
-
-    @guarded
-    def after_norm_clip(self, parameters: Sequence[Tensor]) -> None:
-        """Gradients have been clipped by their total norm, and were not measured before."""
-        self._actions.clipped_gradients.note(self._optimizers.lists.find(parameters))
-
-    @guarded
-    def before_value_clip(self, parameters: Sequence[Tensor]) -> None:
-        """Gradients are about to be clipped by value."""
-        if not self.guard.watching:
-            return
-        listed = self._unwatched_clips.listed(parameters, exact=self._clips or self._steps.schedule.due)
-        self._is_within_step(listed.index_set)
-        action = self._steps.value_clipped(listed.index_set, listed.indices)
-        if action is not None:
-            self._measure_before_clip(listed, action)
+    # Clearing
 
     def after_zero_grad(self, owner: Optimizer | nn.Module) -> None:
         """An optimizer or a module has cleared its gradients."""

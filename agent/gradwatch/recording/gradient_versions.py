@@ -35,7 +35,7 @@ class GradientVersions:
         """All parameters of the run. Sharded ones may collect gradients elsewhere over several passes."""
         self._few: list[int] = []
         """Indices of the parameters that stand for all others."""
-        self._sure = False
+        self.is_sure = False
         """Whether only the few are looked at."""
         self._passes = 0
         """Passes in a row that changed one of the few."""
@@ -48,7 +48,7 @@ class GradientVersions:
         self._moved = False
         """Whether one of them was this training's: hooks move the gradients elsewhere."""
 
-    def before(self, also: Iterable[int]) -> dict[int, Version]:
+    def before(self, also: Iterable[int] = ()) -> dict[int, Version]:
         """Return the versions of the gradients to check after a pass, by index.
 
         Args:
@@ -56,7 +56,7 @@ class GradientVersions:
         """
         watched, few = self._parameters.watched, self._few
         versions: dict[int, Version] = {}
-        for index in ({*few, *also} if also else few) if self._sure else range(len(watched)):
+        for index in ({*few, *also} if also else few) if self.is_sure else range(len(watched)):
             parameter = watched[index].parameter.reference()
             grad = None if parameter is None else parameter.grad
             versions[index] = None if grad is None else (grad, grad._version)  # noqa: SLF001
@@ -83,8 +83,11 @@ class GradientVersions:
                 if mark is None or grad.numel() < mark[1].numel():
                     mark = index, grad, grad._version  # noqa: SLF001
         self.mark = mark
+        if not found and self.is_sure and self.elsewhere >= _SEARCHED and self.elsewhere & (self.elsewhere + 1):
+            self.elsewhere += 1
+            return None  # another model's, as many before it
         changed = frozenset(found)
-        if not self._sure:
+        if not self.is_sure:
             self._learn(changed)
         elif changed.isdisjoint(self._few):
             return self._changed_no_known_one(changed, losses)
@@ -112,7 +115,7 @@ class GradientVersions:
             return changed or None
         if not (changed or self._parameters.are_reached(losses)):
             return None
-        self._few, self._sure, self._passes, self.elsewhere = [], False, 0, 0
+        self._few, self.is_sure, self._passes, self.elsewhere = [], False, 0, 0
         return changed
 
     def _learn(self, changed: frozenset[int]) -> None:
@@ -123,4 +126,4 @@ class GradientVersions:
             self._few.append(min(changed))
             self._passes = 0
         self._passes += 1
-        self._sure = self._passes >= _SURE_PASSES and len(self._few) <= _FEW
+        self.is_sure = self._passes >= _SURE_PASSES and len(self._few) <= _FEW

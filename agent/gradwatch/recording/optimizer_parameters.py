@@ -85,7 +85,9 @@ class OptimizerParameters:
         self.uses = 0
         """How often the list was found again."""
         self.misses = 0
-        """Clippings of the list in a row that were not found to be of watched gradients."""
+        """Comparisons of the list's gradients with the watched ones in a row that were in vain."""
+        self.skips = 0
+        """Clippings of the list that follow and are not compared: each comparison looks at all watched gradients."""
         self.next_part = 0
         """Of the weights: the one whose change is measured next."""
         self.update_credit = 0

@@ -172,7 +172,7 @@ class WatchedOptimizers:
         if not known.counts:
             return None
         parameters, groups = known.parameters, optimizer.param_groups
-        if not exact and self._looks_same(known, groups):
+        if not exact and _looks_same(known, groups):
             return known if parameters.indices else None
         signature = []
         for group in groups:
@@ -184,16 +184,6 @@ class WatchedOptimizers:
         known.outline, known.uses_left = _outline(groups), _CHECKED_EVERY
         return known if parameters.indices else None
 
-    def _looks_same(self, known: KnownOptimizer, groups: Sequence[dict[str, Any]]) -> bool:
-        """Return whether an optimizer's groups look as they did at the last full check, which was not long ago."""
-        if known.parameters.deaths != deaths.count or known.uses_left <= 0 or len(groups) != known.outline[0]:
-            return False
-        known.uses_left -= 1
-        if len(groups) > 1:
-            return known.outline == _outline(groups)
-        listed = groups[0]["params"]
-        return known.outline[1] == id(listed) and known.outline[2] == len(listed)
-
     def is_stranger(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer is known to step nothing that is watched, and its steps are not counted."""
         if self.counts_strangers:
@@ -201,7 +191,13 @@ class WatchedOptimizers:
         known = self._known.get(id(optimizer))
         if known is None or known.reference() is not optimizer or known.parameters.indices or known.refusal:
             return False
-        return not known.counts or self._looks_same(known, optimizer.param_groups)
+        groups = optimizer.param_groups
+        if not known.counts or len(groups) != 1:
+            return not known.counts or _looks_same(known, groups)
+        known.uses_left -= 1
+        listed = groups[0]["params"]
+        same = known.outline == [1, id(listed), len(listed)]
+        return same and known.uses_left >= 0 and known.parameters.deaths == deaths.count
 
     def known(self, optimizer: Optimizer) -> KnownOptimizer | None:
         """Return an optimizer as ``find`` last returned it; None if it does not count."""
@@ -334,6 +330,17 @@ def _tensors_of(optimizer: Optimizer) -> Iterator[Tensor]:
     """Yield the parameters in the groups of an optimizer."""
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def _looks_same(known: KnownOptimizer, groups: Sequence[dict[str, Any]]) -> bool:
+    """Return whether an optimizer's groups look as they did at the last full check, which was not long ago."""
+    if known.parameters.deaths != deaths.count or known.uses_left <= 0 or len(groups) != known.outline[0]:
+        return False
+    known.uses_left -= 1
+    if len(groups) > 1:
+        return known.outline == _outline(groups)
+    listed = groups[0]["params"]
+    return known.outline[1] == id(listed) and known.outline[2] == len(listed)
 
 
 def _outline(groups: Sequence[dict[str, Any]]) -> list[int]:

@@ -136,12 +136,10 @@ class StepCore:
         Args:
             thread: the thread that made it.
             losses: the same as ``backward_began`` was given.
-            changed: parameters whose gradients the pass is known to have changed; None: the pass failed, or is another
-                training's.
+            changed: parameters whose gradients it is known to have changed; None: it failed, or is another training's.
 
         Returns:
-            The number of backward passes so far, once, if no step of a watched parameter has followed them, so that the
-            user can be told; otherwise None.
+            The number of backward passes so far, once, if no watched parameter was stepped after them; otherwise None.
         """
         state = self.state
         mine = state.under_way.pop(thread, ())
@@ -354,7 +352,8 @@ class StepCore:
             # A closure was evaluated again: what was noted meanwhile was not stepped with.
             state.drop_losses()
             state.forget_clipping(record.stepped[optimizer])
-        ended = self.expected.all_stepped(record.stepped.keys())
+        only = self.expected.only
+        ended = self.expected.all_stepped(record.stepped.keys()) if only is None else only[0] in record.stepped
         if without_closure:
             return Made(ended, without_closure=True)
         return _COMPLETE if ended else _IN_PROGRESS
@@ -363,8 +362,7 @@ class StepCore:
         self, optimizer: OptimizerKey, indices: Indices, thread: int, at: float
     ) -> Made | EndStep | CountSteps:
         """A loss scaler has stepped an optimizer, or skipped its step because it found Inf."""
-        if self.quiet.step is not None:
-            self.quiet.write_down(at)
+        self.quiet.write_down(at)
         announced = self._announced.get(optimizer, 0)
         if announced != self._announced_at_scaler.get(optimizer, 0):
             self._announced_at_scaler[optimizer] = announced

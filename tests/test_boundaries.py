@@ -52,7 +52,7 @@ SERVER_LAYERS = (
     ("diagnosis",),
     ("steady_clock", "errors", "plain_text"),
 )
-ONE_FILE_A_THING = ("rules", "receivers", "versions", "integrations")
+ONE_FILE_A_THING = ("rules", "receivers", "versions", "integrations", "cli")
 
 
 def _loaded(statement: str) -> set[str]:

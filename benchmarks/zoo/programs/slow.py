@@ -105,8 +105,10 @@ def small_part_of_large_weights(seed: int) -> Training:
 
         def forward(self, images: Tensor) -> Tensor:
             for layer in self.layers:
-                weighted = isinstance(layer, nn.Linear)
-                images = nn.functional.linear(images, layer.weight / 1000.0, layer.bias) if weighted else layer(images)
+                if isinstance(layer, nn.Linear):
+                    images = nn.functional.linear(images, layer.weight / 1000.0, layer.bias)
+                else:
+                    images = layer(images)
             return images
 
     scaled = Scaled()

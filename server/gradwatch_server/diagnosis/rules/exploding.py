@@ -31,8 +31,7 @@ _MARGIN = 0.5
 """Growth of the loss over its beginning, as a share, that noise does not explain."""
 _ROSE = 2.0
 """Growth of the loss over its beginning, as a share, just before it overflows: an explosion, not a faulty operation."""
-_BURST = 3
-"""So many losses in a row are no single outlier."""
+_BURST = 3  # losses in a row are no single outlier
 _FEWEST = 3
 """Half of fewer matrices says nothing."""
 _OBVIOUS = 20.0
@@ -61,8 +60,7 @@ class ExplodingLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=T
     ratio: Positive = 5.0
     """The ratio that goes with it. A summed loss raises the ratio alone."""
     amplification_decades: Decades = 1.0
-    """The gradient grows tenfold from the last third of the layers to the first, the leverage is above its limit, and
-    nothing is learned."""
+    """The gradient grows tenfold from the last third of the layers to the first, at high leverage, nothing learned."""
     swelling_decades: Decades = 4.0
     """The gradient of biases and gains, which is what flows back, grows ten-thousandfold towards the input. Where the
     signal grows on its way forward, too, the gradients of the matrices, which are the product of both, look even, and a
@@ -70,16 +68,15 @@ class ExplodingLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=T
     swelling_order: Share = 0.9
     """Least rank correlation of that growth with depth: it has to be steady."""
     weight_growth: AboveOne = 4.0
-    """Half of the matrices, of at least three, grew fourfold within `weight_growth_steps`, and nothing is learned. This
-    is the only sign under Adam, whose gradients do not say how large its steps are."""
+    """Half of at least three matrices grew fourfold within `weight_growth_steps`, and nothing is learned: the only sign
+    under Adam, whose gradients do not say how large its steps are."""
     weight_growth_steps: Samples = 20
     """Steps within which that growth counts."""
     runaway_growth: AboveOne = 10.0
     """Half of the matrices grew tenfold since the first sample, however long it took."""
     loss_rise: Positive = 2.0
-    """The loss of every step has been at three times its beginning (risen by 2.0 of it) for `loss_rise_steps`. This
-    needs no sample at the right moment. Of the healthy runs only adversarial ones come near three times, and their
-    losses pass through zero."""
+    """The loss of every step has been at three times its beginning (risen by 2.0 of it) for `loss_rise_steps`. Of the
+    healthy runs only adversarial ones come near three times, and their losses pass through zero."""
     loss_rise_steps: Annotated[int, msgspec.Meta(ge=5, le=64)] = 20
     """Steps for which the loss has to stay there."""
     risen_growth: AboveOne = 5.0
@@ -288,17 +285,17 @@ def _loss_rise(observation: Observation, limits: ExplodingLimits) -> Symptom | N
 
     Where samples lie apart, the explosion itself may be over before any of them.
     """
-    losses, grown = observation.history.losses, observation.profile.typical_growth
-    if not losses.risen(limits.loss_rise, limits.loss_rise_steps) or grown < math.log10(limits.risen_growth):
-        return None
-    if not observation.history.grew_with_the_loss(observation.sample.step, observation.profile):
+    history, profile = observation.history, observation.profile
+    losses, grown = history.losses, profile.typical_growth
+    risen = losses.risen(limits.loss_rise, limits.loss_rise_steps) and grown >= math.log10(limits.risen_growth)
+    if not (risen and history.grew_with_the_loss(observation.sample.step, profile)):
         return None
     return _symptom(
         observation,
         summary=f"The loss has been more than {1 + limits.loss_rise:.3g} times where it began for "
         f"{limits.loss_rise_steps} steps, and the weights have grown {10**grown:.3g} times over",
         cause="The updates overshoot: the learning rate is too high for this network.",
-        blamed=observation.blame_larger_half(observation.profile.growth_times, limits.risen_growth),
+        blamed=observation.blame_larger_half(profile.growth_times, limits.risen_growth),
         evidence={"weight_growth": 10**grown, "usual_loss": losses.now},
         hold_samples=1,
     )

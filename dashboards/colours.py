@@ -31,6 +31,7 @@ RULES = {
     "dead": "purple",
     "throttled": "yellow",
     "unmoved": "light-blue",
+    "slow": "light-green",
     "stalled": "orange",
 }
 assert set(RULES) == {rule.name for rule in DIAGNOSIS_RULES}, "a rule has no colour"

@@ -64,7 +64,7 @@ def test_history_is_bounded_and_earlier_histories_stay_as_they_were() -> None:
 
 
 def test_a_history_of_another_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="version 99, not 6: replay"):
+    with pytest.raises(ValueError, match="version 99, not 7: replay"):
         History.from_bytes(msgspec.msgpack.encode({"version": 99}))
 
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from gradwatch_server.diagnosis.loss_history import FIRST_SAMPLES, RECENT_SAMPLES, LossHistory
 from gradwatch_server.diagnosis.run_parameters import Flags, Floats
 from gradwatch_server.diagnosis.sample import Profile, Sample, extended, median
+from gradwatch_server.diagnosis.slow_steps import SlowSteps, slow_steps
 
-VERSION: Final = 6
+VERSION: Final = 7
 """Version of ``History.to_bytes``. The history of a run that was stored in another version has to be replayed."""
 
 HISTORY_SAMPLES = 64
@@ -78,6 +79,8 @@ class History:
     before_rise: tuple[int, float] | None = None
     """(step, log10 of the typical growth of the weight matrices) of the last sample before the loss had risen; the
     attempt's first sample if it had by then."""
+    slow_steps: SlowSteps | None = None
+    """Since when no weight matrix has moved by more than a millionth of itself in a step; None where some do."""
     overshot_step: int | None = None
     """Step of the last sample at which the weights moved out of proportion to themselves."""
     best_leverage: float = 0.0
@@ -187,6 +190,7 @@ class History:
             growths=(*self.growths, (sample.step, profile.typical_growth))[-GROWTH_SAMPLES:],
             proportionate=self.proportionate or profile.in_proportion,
             before_rise=self._before_rise(sample, profile),
+            slow_steps=slow_steps(self.slow_steps, self.losses.now, sample, profile),
             overshot_step=sample.step if self.overshoots(sample.step, profile) else self.overshot_step,
             best_leverage=max(self.best_leverage, float(np.fmax.reduce(profile.leverages, initial=0.0))),
             best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),
@@ -271,6 +275,7 @@ class History:
             growths=(),
             suspect_since=None,
             before_rise=None,
+            slow_steps=None,
             overshot_step=None,
             weights=None,
             since=(),
@@ -294,9 +299,13 @@ class History:
         version = content.pop("version", None)
         if version != VERSION:
             raise ValueError(f"history of version {version}, not {VERSION}: replay the run's samples")
-        losses = content.pop("losses")
+        losses, stretch = content.pop("losses"), content.pop("slow_steps")
         unpacked = {name: _unpacked(value) for name, value in content.items()}
-        return cls(losses=LossHistory(tuple(losses[0]), tuple(losses[1]), losses[2], tuple(losses[3])), **unpacked)
+        return cls(
+            losses=LossHistory(tuple(losses[0]), tuple(losses[1]), losses[2], tuple(losses[3])),
+            slow_steps=None if stretch is None else SlowSteps(*stretch),
+            **unpacked,
+        )
 
 
 def _clipping(sample: Sample, profile: Profile) -> tuple[bool, bool]:

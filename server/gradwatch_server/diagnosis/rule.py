@@ -17,6 +17,7 @@ from gradwatch_server.diagnosis.history import History, QuietTimes
 from gradwatch_server.diagnosis.quiet_times import quiet_times
 from gradwatch_server.diagnosis.run_parameters import Floats, Indices, RunParameters
 from gradwatch_server.diagnosis.sample import Profile, Sample
+from gradwatch_server.diagnosis.slow_steps import SlowSteps, slow_steps
 from gradwatch_server.diagnosis.still_times import StillTimes, still_times
 
 Severity = Literal["warning", "critical"]
@@ -64,6 +65,11 @@ class Observation:
     def still_times(self) -> StillTimes:
         """For how long each parameter has had a gradient and not moved, this sample included."""
         return still_times(self.history, self.sample, self.profile)
+
+    @cached_property
+    def slow_steps(self) -> SlowSteps | None:
+        """Since when no weight matrix has moved by more than a millionth of itself in a step, this sample included."""
+        return slow_steps(self.history.slow_steps, self.history.losses.now, self.sample, self.profile)
 
     @property
     def matrices_with_gradient(self) -> Indices:

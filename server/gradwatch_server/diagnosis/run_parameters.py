@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,8 +124,10 @@ def _parts(parameters: Sequence[Parameter]) -> NDArray[np.int64]:
     while names and all(len(parts) > shared + 1 for parts in names) and len({parts[shared] for parts in names}) == 1:
         shared += 1
     keys = [parts[shared] if len(parts) > shared + 1 else None for parts in names]
-    matrices = [key for key, entry in zip(keys, parameters, strict=True) if sum(size > 1 for size in entry.shape) >= 2]
-    return _set_numbers([key if matrices.count(key) >= 2 else None for key in keys])
+    matrices = Counter(
+        key for key, entry in zip(keys, parameters, strict=True) if sum(size > 1 for size in entry.shape) >= 2
+    )
+    return _set_numbers([key if matrices[key] >= 2 else None for key in keys])
 
 
 def _peers(parameters: Sequence[Parameter]) -> list[NDArray[np.int64]]:

@@ -7,7 +7,8 @@ COPY pyproject.toml constraints.txt ./
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
       [open(f'{extra}.txt', 'w').write('\n'.join(project['dependencies'] + packages)) \
        for extra, packages in project['optional-dependencies'].items()]" && \
-    /opt/gradwatch/bin/pip install --no-cache-dir --constraint constraints.txt --requirement server.txt hatchling
+    /opt/gradwatch/bin/pip install --no-cache-dir --constraint constraints.txt --requirement server.txt && \
+    pip install --no-cache-dir --constraint constraints.txt hatchling
 
 FROM dependencies AS build
 COPY README.md LICENSE ./
@@ -15,15 +16,16 @@ COPY agent agent
 COPY server server
 COPY dashboards dashboards
 COPY docs/alert.schema.json docs/alert.schema.json
-RUN /opt/gradwatch/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
+RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels . && \
+    /opt/gradwatch/bin/pip install --no-cache-dir --no-deps /wheels/*.whl
 
 FROM dependencies AS training-dependencies
 RUN /opt/gradwatch/bin/pip install --no-cache-dir --constraint constraints.txt --requirement agent.txt \
       --extra-index-url https://download.pytorch.org/whl/cpu
 
 FROM training-dependencies AS build-training
-COPY --from=build /source /source
-RUN /opt/gradwatch/bin/pip install --no-cache-dir --no-deps --no-build-isolation .
+COPY --from=build /wheels /wheels
+RUN /opt/gradwatch/bin/pip install --no-cache-dir --no-deps /wheels/*.whl
 
 FROM python:3.12.11-slim-bookworm AS base
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin gradwatch && \

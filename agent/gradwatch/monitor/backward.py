@@ -81,7 +81,7 @@ class BackwardListener:
             return self._before_any(tensors, losses)
         try:
             number: Any = loss.tolist()
-        except RuntimeError:  # within a transform it holds no number
+        except Exception:  # within a transform, for example, it holds no number
             return self._before_any(tensors, losses)
         if type(number) is not float or number - number != 0.0:  # NaN and Inf are searched for
             return self._before_any(tensors, losses)

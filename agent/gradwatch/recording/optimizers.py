@@ -194,7 +194,9 @@ class WatchedOptimizers:
         groups = optimizer.param_groups
         if not known.counts or len(groups) != 1:
             return not known.counts or _looks_same(known, groups)
-        known.uses_left -= 1
+        known.uses_left -= (
+            1  # as _looks_same has it: every step of a stranger comes here, and a call costs as much again
+        )
         listed = groups[0]["params"]
         same = known.outline == [1, id(listed), len(listed)]
         return same and known.uses_left >= 0 and known.parameters.deaths == deaths.count

@@ -74,8 +74,9 @@ def _describe_rule(rule: Rule[Any, Any]) -> str:
         first = "at the first sample" if limits.hold_samples == 1 else f"after {limits.hold_samples} samples in a row"
         sentences.append(f"It fires {first} and resolves after {limits.clear_samples} samples without it.")
     sentences.append(f"It is {'a warning' if limits.highest_severity == 'warning' else 'critical at most'}.")
-    if rule.inhibited_by is not None:
-        sentences.append(f"Nobody is notified of it while `{rule.inhibited_by}` fires for the same run.")
+    if rule.inhibited_by:
+        named = " or ".join(f"`{name}`" for name in rule.inhibited_by)
+        sentences.append(f"Nobody is notified of it while {named} fires for the same run.")
     parts = [f"### {rule.name}\n\n{' '.join(sentences)}\n", _table(rule.limits), rule.notes]
     return "\n".join(part for part in parts if part)
 

@@ -5,6 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
@@ -162,7 +163,7 @@ def _open_runs() -> sa.Select[Any]:
 def _inhibiting_rules(connection: sa.Connection) -> dict[str, list[str]]:
     """Return, for each run, the firing rules that inhibit others."""
     table, found = schema.alerts, dict[str, list[str]]()
-    inhibiting = table.c.rule.in_(set(silences.INHIBITED_BY.values()))
+    inhibiting = table.c.rule.in_(set(chain(*silences.INHIBITED_BY.values())))
     for row in connection.execute(sa.select(table.c.run, table.c.rule).where(table.c.state == "firing", inhibiting)):
         found.setdefault(row.run, []).append(row.rule)
     return found

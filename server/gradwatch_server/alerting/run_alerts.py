@@ -67,8 +67,8 @@ class RunAlerts:
         """Advance all alerts by one sample, except the one for stalling; ``findings``: those of the sample."""
         found = {finding.rule: finding for finding in findings}
         rules = (found.keys() | self._open.keys()) - {stalled.RULE.name}
-        # Rules that others inhibit come last, so that the inhibiting alert fires first.
-        for rule in sorted(rules, key=lambda rule: (rule in silences.INHIBITED_BY, rule)):
+        # Rules that more others inhibit come later, so that the inhibiting alert fires first.
+        for rule in sorted(rules, key=lambda rule: (len(silences.INHIBITED_BY.get(rule, ())), rule)):
             self._advance_rule(rule, found.get(rule), step, at)
         self.notify_unmuted(step, at)
 

@@ -15,7 +15,7 @@ from gradwatch_server.diagnosis import RULES
 from gradwatch_server.errors import Refused
 from gradwatch_server.store import schema
 
-INHIBITED_BY = {rule.name: rule.inhibited_by for rule in RULES if rule.inhibited_by is not None}
+INHIBITED_BY = {rule.name: rule.inhibited_by for rule in RULES if rule.inhibited_by}
 """Inhibited rule -> the rule whose firing alert mutes it in the same run, because that alert says the same better."""
 
 
@@ -80,9 +80,9 @@ def mute_reason(
     """Return why an alert is muted, None if it is not; ``firing``: the rules that fire for the run."""
     if acknowledged_by is not None:
         return f"acknowledged by {acknowledged_by}"
-    inhibiting = INHIBITED_BY.get(rule)
-    if inhibiting in firing:
-        return f"inhibited by {inhibiting}"
+    for inhibiting in INHIBITED_BY.get(rule, ()):
+        if inhibiting in firing:
+            return f"inhibited by {inhibiting}"
     for silence in silences:
         if silence.matches(project, run, rule):
             return f"silence {silence.id} by {silence.author}"

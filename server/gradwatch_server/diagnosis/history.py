@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gradwatch_server.diagnosis.loss_history import FIRST_SAMPLES, RECENT_SAMPLES, LossHistory
 from gradwatch_server.diagnosis.run_parameters import Flags, Floats
 from gradwatch_server.diagnosis.sample import Profile, Sample, extended, median
-from gradwatch_server.diagnosis.slow_steps import SlowSteps, slow_steps
+from gradwatch_server.diagnosis.slow_steps import SlowSteps
 
 VERSION: Final = 7
 """Version of ``History.to_bytes``. The history of a run that was stored in another version has to be replayed."""
@@ -158,6 +158,7 @@ class History:
         profile: Profile,
         quiet: QuietTimes,
         still: tuple[Counts, Counts, Floats],
+        slow: SlowSteps | None,
         rules: Sequence[str],
         *,
         suspect: bool,
@@ -169,6 +170,7 @@ class History:
             profile: its profile.
             quiet: the quiet times, this sample included.
             still: for how long each parameter has not moved, this sample included.
+            slow: since when no weight matrix has moved, this sample included.
             rules: the names of the rules that hold at the sample.
             suspect: whether the sample shows a sign of an explosion.
         """
@@ -190,7 +192,7 @@ class History:
             growths=(*self.growths, (sample.step, profile.typical_growth))[-GROWTH_SAMPLES:],
             proportionate=self.proportionate or profile.in_proportion,
             before_rise=self._before_rise(sample, profile),
-            slow_steps=slow_steps(self.slow_steps, self.losses.now, sample, profile),
+            slow_steps=slow,
             overshot_step=sample.step if self.overshoots(sample.step, profile) else self.overshot_step,
             best_leverage=max(self.best_leverage, float(np.fmax.reduce(profile.leverages, initial=0.0))),
             best_typical_leverage=max(self.best_typical_leverage, 0.0 if math.isnan(typical) else typical),

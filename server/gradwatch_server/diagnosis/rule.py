@@ -115,8 +115,8 @@ class Rule(Generic[SubjectT, LimitsT]):
     """The check. It is pure, and does not ask whether the rule is enabled."""
     notes: str = ""
     """Markdown that follows the table of limits in docs/diagnosis.md."""
-    inhibited_by: str | None = None
-    """Name of a rule that tells the same better: while it fires for a run, nobody is notified of this one."""
+    inhibited_by: Sequence[str] = ()
+    """Names of rules that tell the same better: while one fires for a run, nobody is notified of this one."""
     chart_limits: Sequence[ChartLimit] = ()
 
     def judge(self, subject: SubjectT, limits: LimitsT) -> Finding | None:

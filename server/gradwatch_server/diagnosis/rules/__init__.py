@@ -97,6 +97,6 @@ def diagnose(
         rules = [finding.rule for finding in findings]
         # A sign of an explosion counts for the history even where the rule is not enabled.
         suspect = any(rule.name == "exploding" for rule in symptoms)
-        times = observation.quiet_times, observation.still_times
+        times = observation.quiet_times, observation.still_times, observation.slow_steps
         after = history.after(sample, observation.profile, *times, rules, suspect=suspect)
         return after, findings

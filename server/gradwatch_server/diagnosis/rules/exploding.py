@@ -380,7 +380,7 @@ RULE = Rule(
     subject=Observation,
     limits=ExplodingLimits,
     find=_find,
-    inhibited_by="nonfinite",
+    inhibited_by=("nonfinite",),
     chart_limits=(ChartLimit("median_ratio", "ratio"), ChartLimit("amplification_decades", "ratio")),
     notes="""\
 A loss that rises is no explosion by itself: another loss may join or take its place, batches or sequences may grow

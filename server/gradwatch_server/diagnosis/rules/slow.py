@@ -27,14 +27,14 @@ class SlowLimits(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 def _find(observation: Observation, limits: SlowLimits) -> Symptom | None:
     stretch, losses = observation.slow_steps, observation.history.losses
-    if stretch is None or observation.history.slow_steps is None:
+    if stretch is None:
         return None
     steps = observation.sample.step - stretch.since
     fallen = (stretch.loss - losses.now) / losses.scale if losses.first else math.nan
     if steps < limits.slow_steps or not (fallen < limits.progress and losses.progress() < limits.done):
         return None
     profile = observation.profile
-    share = np.where(profile.update > 0.0, profile.update / profile.weight, 0.0)
+    share = np.where((profile.update > 0.0) & (profile.weight > 0.0), profile.update / profile.weight, 0.0)
     factor = 10 ** round(math.log10(_USUAL / stretch.fastest))
     rate = "" if math.isnan(stretch.rate) else f" of {stretch.rate:.3g}"
     return Symptom(
@@ -56,10 +56,10 @@ RULE = Rule(
     subject=Observation,
     limits=SlowLimits,
     find=_find,
-    inhibited_by="unmoved",
+    inhibited_by=("exploding", "nonfinite", "unmoved"),
     notes="""\
 What counts is the change of each weight matrix that the agent measures after a step, whatever the optimizer made of the
 gradient. A learning rate that rises begins the count anew: a warm-up may start at next to nothing. Where nothing moves
-at all, `unmoved` tells it.
+at all, `unmoved` tells it. Where no loss is known, the rule says nothing.
 """,
 )

@@ -275,7 +275,7 @@ RULE = Rule(
     subject=Observation,
     limits=VanishingLimits,
     find=_find,
-    inhibited_by="nonfinite",
+    inhibited_by=("nonfinite",),
     chart_limits=(ChartLimit("attenuation_decades", "grad_norm", of_rms=True),),
     notes="""\
 Networks side by side (actor and critic, generator and judge) are no chain: at least half of an attenuation has to lie

@@ -195,9 +195,10 @@ def test_a_migration_waits_for_a_database_that_is_still_starting(tmp_path: Path)
     assert waiting.returncode == 0
 
 
-def test_a_wait_without_end_is_refused_in_words(tmp_path: Path) -> None:
-    refused = _command(tmp_path, "migrate", "--wait", "nan")
-    assert (refused.returncode, "nan is not between 0 and 3600 seconds" in refused.stderr) == (2, True)
+@pytest.mark.parametrize("seconds", ["nan", "inf", "3601", "a minute"])
+def test_a_wait_without_end_is_refused_in_words(tmp_path: Path, seconds: str) -> None:
+    refused = _command(tmp_path, "migrate", "--wait", seconds)
+    assert (refused.returncode, f"'{seconds}' is not a number of seconds from 0 to 3600" in refused.stderr) == (2, True)
 
 
 def test_health_is_an_exit_code(server: GradwatchServer, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """``gradwatch migrate``: migrate the schema of a database to this version."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -26,9 +27,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0.0 <= seconds <= _LONGEST_WAIT_SECONDS:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {_LONGEST_WAIT_SECONDS:g} seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {_LONGEST_WAIT_SECONDS:g}")
     return seconds
 
 

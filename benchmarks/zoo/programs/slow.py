@@ -1,6 +1,5 @@
 """Trainings whose rate is too small to learn anything, and healthy ones that look like them from outside."""
 
-from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -9,52 +8,42 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
 from benchmarks.zoo import data
 from benchmarks.zoo.case import Training
-from benchmarks.zoo.networks import Convolutional, perceptron
+from benchmarks.zoo.networks import Convolutional
 from benchmarks.zoo.programs.catalogue import Catalogue
+from benchmarks.zoo.programs.digits import classifier, scheduled
 from benchmarks.zoo.training import plain
 
 CASES = Catalogue()
 
 
-def _network(seed: int, *widths: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return perceptron(*(widths or (64, 64, 64, 10)))
-
-
-def _scheduled(seed: int, rate_of: Callable[[int], float], rate: float = 3e-3) -> Training:
-    model = _network(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    return plain(model, optimizer, data.digits(seed), scheduler=LambdaLR(optimizer, rate_of))
-
-
 @CASES.sick("slow", 250, 0.5, "plain SGD at a rate of 1e-7", {"rate": 0.2})
 def descent_at_a_tiny_rate(seed: int, rate: float = 1e-7) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     return plain(model, torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9), data.digits(seed))
 
 
 @CASES.sick("slow", 250, 0.5, "Adam at a rate of 1e-9", {"rate": 3e-3})
 def adam_at_a_tiny_rate(seed: int, rate: float = 1e-9) -> Training:
-    model = _network(seed, 64, 96, 96, 96, 10)
+    model = classifier(seed, 64, 96, 96, 96, 10)
     return plain(model, torch.optim.Adam(model.parameters(), lr=rate), data.digits(seed))
 
 
 @CASES.sick("slow", 250, 0.5, "the rate is divided by the number of samples squared", {"divisor": 1.0})
 def rate_divided_twice(seed: int, divisor: float = 1797.0**2) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     return plain(model, torch.optim.AdamW(model.parameters(), lr=3e-3 / divisor), data.digits(seed))
 
 
 @CASES.sick("slow", 300, 0.5, "the rate is halved at each step, where each epoch was meant", {"decay": 0.999}, onset=12)
 def halved_at_each_step(seed: int, decay: float = 0.5) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     return plain(model, optimizer, data.digits(seed), scheduler=ExponentialLR(optimizer, decay))
 
 
 @CASES.sick("slow", 250, 0.6, "gradients are divided by a million before plain SGD steps", {"scale": 1.0})
 def gradients_scaled_away(seed: int, scale: float = 1e6) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
 
     def before_step(_number: int) -> None:
         for parameter in model.parameters():
@@ -78,17 +67,17 @@ def convolutions_at_a_tiny_rate(seed: int, rate: float = 1e-8) -> Training:
 
 @CASES.healthy(250, 0.5, "a warm-up that doubles a rate of 1e-12 until it is 3e-3", "slow")
 def warmed_up_by_doubling(seed: int) -> Training:
-    return _scheduled(seed, lambda number: min(1.0, 3e-10 * 1.25**number))
+    return scheduled(seed, lambda number: min(1.0, 3e-10 * 1.25**number))
 
 
 @CASES.healthy(300, 0.4, "a rate that falls by decades once the loss is low", "slow")
 def cooled_down_by_decades(seed: int) -> Training:
-    return _scheduled(seed, lambda number: 10.0 ** -max(0.0, (number - 150) / 12))
+    return scheduled(seed, lambda number: 10.0 ** -max(0.0, (number - 150) / 12))
 
 
 @CASES.healthy(250, 0.5, "layers whose weights are a thousand times larger than what is trained of them", "slow")
 def small_part_of_large_weights(seed: int) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
 
     class Scaled(nn.Module):
         """A network whose stored weights are a thousand times those that it computes with."""
@@ -122,7 +111,7 @@ def small_part_of_large_weights(seed: int) -> Training:
 
 @CASES.healthy(250, 1.0, "a body at a tiny rate under a head that learns", "slow")
 def body_at_a_tiny_rate(seed: int) -> Training:
-    model = _network(seed, 64, 256, 256, 10)
+    model = classifier(seed, 64, 256, 256, 10)
     body = list(chain(model[0].parameters(), model[2].parameters()))
     groups = [{"params": body, "lr": 1e-9}, {"params": list(model[4].parameters()), "lr": 3e-2}]
     return plain(model, torch.optim.Adam(groups), data.digits(seed))
@@ -130,7 +119,7 @@ def body_at_a_tiny_rate(seed: int) -> Training:
 
 @CASES.healthy(250, 0.6, "plain SGD whose first forty steps go at a hundred-thousandth of the rate", "slow")
 def held_back_at_first(seed: int) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     scheduler = LambdaLR(optimizer, lambda number: 1.0 if number >= 40 else 1e-5)
     return plain(model, optimizer, data.digits(seed), scheduler=scheduler)
@@ -138,7 +127,7 @@ def held_back_at_first(seed: int) -> Training:
 
 @CASES.healthy(200, 0.2, "a network that was trained before and is averaged on at a small rate", "slow")
 def trained_before(seed: int) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     before = plain(model, torch.optim.Adam(model.parameters(), lr=3e-3), data.digits(seed))
     for number in range(1, 301):
         before.step(number)

@@ -8,26 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.zoo import data
 from benchmarks.zoo.case import Training
 from benchmarks.zoo.networks import perceptron
 from benchmarks.zoo.programs.catalogue import Catalogue
+from benchmarks.zoo.programs.digits import classifier, scheduled
 from benchmarks.zoo.training import plain, set_rate
 
 CASES = Catalogue()
-
-
-def _network(seed: int, *widths: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return perceptron(*(widths or (64, 64, 64, 10)))
-
-
-def _scheduled(seed: int, rate_of: Callable[[int], float], rate: float = 3e-3) -> Training:
-    model = _network(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    return plain(model, optimizer, data.digits(seed), scheduler=LambdaLR(optimizer, rate_of))
 
 
 def _even(model: nn.Sequential) -> None:
@@ -47,7 +36,7 @@ BODY = ("0.*", "2.*")
 @CASES.sick("unmoved", 250, 0.3, "the optimizer was made for the head alone", {"all_of_it": True},
             proof="starved", blame=BODY)  # fmt: skip
 def body_in_no_optimizer(seed: int, all_of_it: bool = False) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     held = model if all_of_it else model[4]
     return plain(model, torch.optim.Adam(held.parameters(), lr=3e-3), data.digits(seed))
 
@@ -55,7 +44,7 @@ def body_in_no_optimizer(seed: int, all_of_it: bool = False) -> Training:
 @CASES.sick("unmoved", 250, 0.3, "two layers were replaced after the optimizer was made", {"replaced": False},
             proof="starved", blame=BODY)  # fmt: skip
 def layers_replaced_later(seed: int, replaced: bool = True) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     if replaced:
         model[0], model[2] = nn.Linear(64, 64), nn.Linear(64, 64)
@@ -89,17 +78,17 @@ def encoder_forgotten(seed: int, of_both: bool = False) -> Training:
 @CASES.sick("unmoved", 250, 0.3, "a schedule that was made for 60 steps has run out", {"length": 400},
             proof="starved", onset=62)  # fmt: skip
 def schedule_ran_out(seed: int, length: int = 60) -> Training:
-    return _scheduled(seed, lambda number: max(0.0, 1 - number / length))
+    return scheduled(seed, lambda number: max(0.0, 1 - number / length))
 
 
 @CASES.sick("unmoved", 250, 0.3, "a rate that is rounded to 0 by an integer division", {"warm": 10}, proof="starved")
 def rate_rounded_to_zero(seed: int, warm: int = 1000) -> Training:
-    return _scheduled(seed, lambda number: float(min(1, (number + 10) // warm)))
+    return scheduled(seed, lambda number: float(min(1, (number + 10) // warm)))
 
 
 @CASES.sick("unmoved", 260, 0.3, "the group of the body has a rate of 0", {"rate": 3e-3}, proof="starved", blame=BODY)
 def body_at_rate_zero(seed: int, rate: float = 0.0) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     body = _of(model[0], model[2])
     groups: list[dict[str, Any]] = [{"params": body, "lr": rate}, {"params": _of(model[4])}]
     return plain(model, torch.optim.Adam(groups, lr=3e-3), data.digits(seed))
@@ -108,14 +97,14 @@ def body_at_rate_zero(seed: int, rate: float = 0.0) -> Training:
 @CASES.sick("unmoved", 200, 0.8, "clipped to a norm of 1e-14, under plain SGD", {"limit": 1.0}, proof="starved",
             blame=("?.weight",))  # fmt: skip
 def clipped_to_nothing(seed: int, limit: float = 1e-14) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     return plain(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), data.digits(seed), clip=limit)
 
 
 @CASES.sick("unmoved", 200, 0.8, "unscaled twice: what is clipped to 1 is divided by 65,536 squared", {"scale": 1.0},
             proof="starved", blame=("?.weight",))  # fmt: skip
 def unscaled_twice(seed: int, scale: float = 65536.0) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
 
     def before_step(_number: int) -> None:
         for parameter in model.parameters():
@@ -129,7 +118,7 @@ def unscaled_twice(seed: int, scale: float = 65536.0) -> Training:
 @CASES.sick("unmoved", 250, 1.0, "bfloat16 weights whose updates lie under half of their last digit", {"rate": 0.2},
             proof="starved", blame=("?.weight",))  # fmt: skip
 def rounded_away(seed: int, rate: float = 1e-4) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     _even(model)
     model.to(torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
@@ -143,7 +132,7 @@ def rounded_away(seed: int, rate: float = 1e-4) -> Training:
 @CASES.sick("unmoved", 250, 0.3, "weights in float16 whose rate was meant for another optimizer", {"rate": 0.3},
             proof="starved", blame=("?.weight",))  # fmt: skip
 def rounded_away_by_half(seed: int, rate: float = 1e-5) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     _even(model)
     model.half()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
@@ -156,7 +145,7 @@ def rounded_away_by_half(seed: int, rate: float = 1e-5) -> Training:
 
 
 def _restored(seed: int, put_back: bool, of: Callable[[nn.Sequential], nn.Module]) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     kept = copy.deepcopy(of(model).state_dict())
     inner = plain(model, torch.optim.Adam(model.parameters(), lr=3e-3), data.digits(seed))
 
@@ -178,7 +167,7 @@ def loaded_after_each_step(seed: int, put_back: bool = True) -> Training:
 @CASES.sick("unmoved", 250, 0.3, "an average that never begins is copied back into the model", {"begins": 0},
             proof="starved")  # fmt: skip
 def average_copied_back(seed: int, begins: int = 10_000) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     average = [parameter.detach().clone() for parameter in model.parameters()]
     inner = plain(model, torch.optim.Adam(model.parameters(), lr=3e-3), data.digits(seed))
 
@@ -198,22 +187,22 @@ def average_copied_back(seed: int, begins: int = 10_000) -> Training:
 
 @CASES.healthy(250, 0.3, "a warm-up from 0 over 80 steps", "unmoved")
 def warmed_up_from_zero(seed: int) -> Training:
-    return _scheduled(seed, lambda number: min(1.0, number / 80))
+    return scheduled(seed, lambda number: min(1.0, number / 80))
 
 
 @CASES.healthy(250, 0.3, "the rate is 0 for the first ten steps, in which only statistics are gathered", "unmoved")
 def burnt_in(seed: int) -> Training:
-    return _scheduled(seed, lambda number: float(number >= 10))
+    return scheduled(seed, lambda number: float(number >= 10))
 
 
 @CASES.healthy(250, 0.3, "a rate that falls to 0 with the last step", "unmoved")
 def falls_to_zero(seed: int) -> Training:
-    return _scheduled(seed, lambda number: max(0.0, 1 - number / 249) ** 2)
+    return scheduled(seed, lambda number: max(0.0, 1 - number / 249) ** 2)
 
 
 @CASES.healthy(250, 0.3, "the body's group waits for its turn at a rate of 0", "unmoved")
 def body_waits_at_zero(seed: int) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     body = _of(model[0], model[2])
     groups: list[dict[str, Any]] = [{"params": body, "lr": 0.0}, {"params": _of(model[4])}]
     optimizer = torch.optim.Adam(groups, lr=3e-3)
@@ -227,7 +216,7 @@ def body_waits_at_zero(seed: int) -> Training:
 
 @CASES.healthy(250, 0.3, "the body's optimizer steps from step 60 on; its gradients are there before", "unmoved")
 def body_stepped_later(seed: int) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     head = torch.optim.Adam(model[4].parameters(), lr=3e-3)
     body = torch.optim.Adam(_of(model[0], model[2]), lr=3e-3)
     batches = data.digits(seed)
@@ -258,7 +247,7 @@ class Judged(nn.Module):
 
 
 @CASES.healthy(250, 0.02, "a loss network whose requires_grad was left as it was", "unmoved")
-def judged_by_a_network(seed: int) -> Training:
+def judged_by_aclassifier(seed: int) -> Training:
     torch.manual_seed(seed)
     model = Judged()
     images, _ = data.all_digits()
@@ -272,7 +261,7 @@ def judged_by_a_network(seed: int) -> Training:
 
 @CASES.healthy(250, 0.4, "stepped by hand: no optimizer holds the first layer", "unmoved")
 def first_layer_by_hand(seed: int) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     optimizer = torch.optim.Adam(_of(model[2], model[4]), lr=3e-3)
 
     def before_step(_number: int) -> None:
@@ -286,7 +275,7 @@ def first_layer_by_hand(seed: int) -> Training:
 
 @CASES.healthy(250, 0.6, "master weights in float32 are stepped, and copied to the model in bfloat16", "unmoved")
 def master_weights(seed: int) -> Training:
-    model = _network(seed).to(torch.bfloat16)
+    model = classifier(seed).to(torch.bfloat16)
     masters = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
     optimizer = torch.optim.Adam(masters, lr=2e-3)
     counted = torch.optim.SGD(_of(model[4])[1:], lr=0.0)
@@ -332,7 +321,7 @@ def on_the_sphere(seed: int) -> Training:
 
 @CASES.healthy(250, 0.4, "nine in ten weights are pruned and stay at zero, whole rows among them", "unmoved")
 def pruned_rows(seed: int) -> Training:
-    model = _network(seed, 64, 128, 128, 10)
+    model = classifier(seed, 64, 128, 128, 10)
     masks = [(torch.rand_like(p) < 0.1).float() for p in model.parameters() if p.dim() > 1]
 
     def prune() -> None:
@@ -379,7 +368,7 @@ class Tempered(nn.Module):
 
 @CASES.healthy(280, 0.4, "two parts take turns by their rates, sixty steps each", "unmoved")
 def turns_by_rates(seed: int) -> Training:
-    model = _network(seed)
+    model = classifier(seed)
     body = _of(model[0], model[2])
     groups: list[dict[str, Any]] = [{"params": body}, {"params": _of(model[4])}]
     optimizer = torch.optim.Adam(groups, lr=3e-3)

@@ -127,7 +127,7 @@ def test_back_returns_to_the_place_in_a_long_list(page: Page, server: GradwatchS
 
     link.click()
     expect(page.locator("h1")).to_have_text("run 7")
-    assert page.evaluate("scrollY") == 0
+    page.wait_for_function("scrollY === 0")
     page.go_back()
 
     expect(page.locator("table.runs")).to_be_visible()

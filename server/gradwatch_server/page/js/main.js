@@ -49,7 +49,7 @@ async function show() {
     if (opening === openings) showError(error);
     return;
   }
-  scrollTo(0, navigation.place());
+  if (navigation.place() > 0) scrollTo(0, navigation.place());
   if (!first) main.focus({ preventScroll: true });
 }
 
@@ -59,6 +59,7 @@ async function openPage(path, query) {
   if (!found) throw new Error(`There is no page at ${path}.`);
   navigation.setTitle(found.route.title);
   const { open } = await found.route.page;
+  scrollTo(0, 0); // at once: a page shows its head before all of it is there
   return open(main, { changes, names: found.names });
 }
 

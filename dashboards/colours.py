@@ -24,17 +24,7 @@ STATES = {
     "due": WARNING,
     "dead": CRITICAL,
 }
-RULES = {
-    "nonfinite": "semi-dark-red",
-    "exploding": "dark-red",
-    "vanishing": "blue",
-    "dead": "purple",
-    "throttled": "yellow",
-    "unmoved": "light-blue",
-    "slow": "light-green",
-    "stalled": "orange",
-}
-assert set(RULES) == {rule.name for rule in DIAGNOSIS_RULES}, "a rule has no colour"
+RULES = {rule.name: rule.colour for rule in DIAGNOSIS_RULES}
 NOT_FINITE = "#b30000"
 """Of NaN and infinity in a map, as on the page's."""
 NOT_FINITE_WORD = "semi-dark-red"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import gradwatch
-from gradwatch.steps.schedule import Signs, UsualLevel
+from gradwatch.steps.signs import Signs, UsualLevel
 
 from .conftest import Server
 from .watching import Two
@@ -53,6 +53,12 @@ def test_a_loss_that_stops_changing_is_a_sign_once() -> None:
     losses = [1.0, 0.9, 0.8, *[0.75] * 50, 0.7, 0.72, *[0.5] * 50]
     found = [step for step, loss in enumerate(losses) if signs.of_numbers(loss, None)]
     assert found == [13, 65]
+
+
+def test_a_loss_that_moves_by_its_last_bits_stops_changing_once() -> None:
+    signs = Signs()
+    losses = [2.3040518 - 2.4e-7 * (step // 13) for step in range(500)]
+    assert [step for step, loss in enumerate(losses) if signs.of_numbers(loss, None)] == [10]
 
 
 def test_a_clip_norm_of_zero_is_a_sign() -> None:

@@ -26,6 +26,7 @@ OTHER: Rule[Observation, Any] = Rule(
     subject=Observation,
     limits=UndocumentedLimits,
     find=lambda _observation, _limits: None,
+    colour="text",
     chart_limits=(ChartLimit("size", "ratio"),),
 )
 

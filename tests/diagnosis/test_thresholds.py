@@ -50,6 +50,7 @@ def test_every_module_of_the_folder_is_the_rule_of_its_name() -> None:
     modules = sorted(path.stem for path in Path(rules_folder.__path__[0]).glob("*.py") if path.stem != "__init__")
     assert [rule.name for rule in RULES] == modules
     assert set(RULES) - set(SAMPLE_RULES) == {stalled.RULE}
+    assert len({rule.colour for rule in RULES}) == len(RULES), "two rules look the same on the boards"
     for rule in RULES:
         assert Thresholds.from_table({rule.name: {"clear_samples": 77}})[rule].clear_samples == 77
 

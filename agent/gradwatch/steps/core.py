@@ -12,7 +12,8 @@ from typing import Final
 
 from gradwatch.steps.ownership import Beginning, ExpectedOptimizers, Owner, owner_of
 from gradwatch.steps.quiet import QuietSteps
-from gradwatch.steps.schedule import Costs, SamplingSchedule, Signs
+from gradwatch.steps.schedule import Costs, SamplingSchedule
+from gradwatch.steps.signs import Signs
 from gradwatch.steps.state import (
     MOST_LOSSES,
     NO_INDICES,

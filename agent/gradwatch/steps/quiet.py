@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from gradwatch.steps.ownership import ExpectedOptimizers
-from gradwatch.steps.schedule import SamplingSchedule, Signs
+from gradwatch.steps.schedule import SamplingSchedule
+from gradwatch.steps.signs import Signs
 from gradwatch.steps.state import NO_INDICES, Indices, NormClip, Number, OptimizerKey, StepRecord, StepState
 
 

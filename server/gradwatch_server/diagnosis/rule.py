@@ -113,6 +113,8 @@ class Rule(Generic[SubjectT, LimitsT]):
     """Its limits, with their defaults."""
     find: Callable[[SubjectT, LimitsT], Symptom | None]
     """The check. It is pure, and does not ask whether the rule is enabled."""
+    colour: str
+    """Its colour on the boards, by Grafana's name; no other rule has it."""
     notes: str = ""
     """Markdown that follows the table of limits in docs/diagnosis.md."""
     inhibited_by: Sequence[str] = ()

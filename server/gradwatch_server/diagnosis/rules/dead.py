@@ -215,6 +215,7 @@ RULE = Rule(
     subject=Observation,
     limits=DeadLimits,
     find=_find,
+    colour="purple",
     notes="""\
 It is critical where a third of the weight matrices is dead.
 

@@ -32,8 +32,7 @@ _MARGIN = 0.5
 _ROSE = 2.0
 """Growth of the loss over its beginning, as a share, just before it overflows: an explosion, not a faulty operation."""
 _BURST = 3  # losses in a row are no single outlier
-_FEWEST = 3
-"""Half of fewer matrices says nothing."""
+_FEWEST = 3  # matrices: half of fewer says nothing
 _OBVIOUS = 20.0
 """Times both limits, in geometric mean: sixty times further than the noisiest healthy run."""
 
@@ -380,6 +379,7 @@ RULE = Rule(
     subject=Observation,
     limits=ExplodingLimits,
     find=_find,
+    colour="dark-red",
     inhibited_by=("nonfinite",),
     chart_limits=(ChartLimit("median_ratio", "ratio"), ChartLimit("amplification_decades", "ratio")),
     notes="""\

@@ -153,6 +153,7 @@ RULE = Rule(
     subject=Observation,
     limits=NonfiniteLimits,
     find=_find,
+    colour="semi-dark-red",
     notes="""\
 NaN or infinity in a gradient or a weight is critical; in the loss alone it is a warning. `first_step` is the first step
 with a bad loss, which is known of every step. A bad gradient goes on towards the input, so the bad parameter nearest to

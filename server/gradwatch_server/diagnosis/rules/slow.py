@@ -56,6 +56,7 @@ RULE = Rule(
     subject=Observation,
     limits=SlowLimits,
     find=_find,
+    colour="light-green",
     inhibited_by=("exploding", "nonfinite", "unmoved"),
     notes="""\
 What counts is the change of each weight matrix that the agent measures after a step, whatever the optimizer made of the

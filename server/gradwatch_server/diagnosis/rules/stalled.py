@@ -61,6 +61,7 @@ RULE = Rule(
     subject=Silence,
     limits=StalledLimits,
     find=_find,
+    colour="orange",
     notes="""\
 The first sample, before which no interval is known, may take `intervals` times `least_seconds`: models are compiled.
 The server checks once a second. The time in which it was itself down, asleep or without its database does not count. A

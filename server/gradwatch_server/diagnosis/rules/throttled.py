@@ -62,5 +62,6 @@ RULE = Rule(
     subject=Observation,
     limits=ThrottledLimits,
     find=_find,
+    colour="yellow",
     chart_limits=(ChartLimit("clipped_unit_share", "clipped_unit_share"),),
 )

@@ -184,6 +184,7 @@ RULE = Rule(
     subject=Observation,
     limits=UnmovedLimits,
     find=_find,
+    colour="light-blue",
     notes="""\
 It is critical where half of the weight matrices do not move. What no optimizer holds while another part is trained is a
 warning however much it is: it may be meant so, such as a head that is trained before the body.

@@ -275,6 +275,7 @@ RULE = Rule(
     subject=Observation,
     limits=VanishingLimits,
     find=_find,
+    colour="blue",
     inhibited_by=("nonfinite",),
     chart_limits=(ChartLimit("attenuation_decades", "grad_norm", of_rms=True),),
     notes="""\

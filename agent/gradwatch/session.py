@@ -173,10 +173,12 @@ class Session:
             failed=failed,
             not_measured=monitor.models.note_not_measured,
             needless=self._other_ranks_are_needless,
+            agreed=monitor.steps.schedule.sample_from,
             warn=warn,
         )
         self.threads.append(self._collector)
         monitor.report_to(self._collector.put, self._collector.add_numbers, self.threads)
+        monitor.steps.schedule.ask = self._collector.ask_burst
         monitor.models.start_registering()
         self._collector.start()
         if self._delivery is not None:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from gradwatch import wire
+from gradwatch.recording.gradient_versions import ClippedGradients
+from gradwatch.recording.optimizer_parameters import OptimizerParameters
 from tests.processes import PATIENCE_SECONDS
 
 from .conftest import Server
@@ -110,9 +112,25 @@ def test_both_norms_are_measured_again_now_and_then(server: Server) -> None:
     with watch(training.model, server, training.optimizer) as agent:
         clipped = monitor_of(agent).listener._actions.clipped_gradients
         for _ in range(10):
-            clipped.compared(agree=True)
+            clipped.comparison()(True)
         assert clipped.are_left_alone
         for _ in range(40):
             training.step(add_to_data)
     measured = server.values("grad_norm")
     assert measured == pytest.approx(training.before[-1], rel=1e-5)
+
+
+def test_a_comparison_of_before_a_change_says_nothing_after_it() -> None:
+    clipped, left = ClippedGradients(), nn.Parameter(torch.ones(2))
+    left.grad = torch.ones(2)
+    listed = OptimizerParameters([[left]], lambda _tensor: 0)
+    late = [clipped.comparison() for _ in range(20)]
+    for compared in late[:10]:
+        compared(True)
+    clipped.note(listed)
+    left.grad.add_(1.0)
+    assert clipped.are_left_alone
+    assert clipped.changed(listed) == {0}
+    for compared in late[10:]:
+        compared(True)
+    assert not clipped.are_left_alone

@@ -253,3 +253,41 @@ def test_the_loss_of_passes_that_are_not_reduced_is_part_of_the_step(server: Ser
     run_ranks(server, kind, program=_UNREDUCED)
     expected = {step: server.trail(f"truth{step}")[0] for step in range(1, 16)}
     assert server.trail("loss") == pytest.approx(expected, rel=1e-5)
+
+
+_ONE_SIDED = """
+import sys, time
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import gradwatch
+from gradwatch.monitor.guard import Guard
+Guard.raises_own_errors = True
+rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+torch.manual_seed(3)
+model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+with gradwatch.attach(model, optimizer, url=url, every=1_000_000) as agent:
+    for step in range(1, 121):
+        optimizer.zero_grad()
+        loss = (model(torch.ones(4, 6)) + rank).square().mean() * (1 + 0.01 * (step % 3))
+        (loss * 1000.0 if step == 40 and rank == 1 else loss).backward()
+        optimizer.step()
+        time.sleep(0.02)
+    dist.barrier()
+assert not agent._session.monitor.dropped.errors
+dist.destroy_process_group()
+"""
+
+
+def test_a_sign_on_one_rank_has_all_of_them_sample_the_same_steps(server: Server) -> None:
+    """Rank 1 alone sees it; the burst begins 16 steps or half a second later, and one late to learn of it joins."""
+    run_ranks(server, "", program=_ONE_SIDED)
+    burst = [sample.step for sample in server.samples if sample.step > 1]
+    assert 10 <= len(burst) <= 20
+    assert burst == list(range(burst[0], burst[0] + len(burst)))
+    assert burst[0] >= 40 + 16
+    assert burst[-1] <= 40 + 25 + 20

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 import gradwatch
-from gradwatch.steps.signs import Signs, UsualLevel
+from gradwatch.steps.quiet import Signs, UsualLevel
 
 from .conftest import Server
 from .watching import Two

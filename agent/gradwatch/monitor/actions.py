@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from gradwatch.monitor.watched_models import WatchedModels
 from gradwatch.norms.transfer import copy_scalar
-from gradwatch.recording.clipped_gradients import ClippedGradients
+from gradwatch.recording.gradient_versions import ClippedGradients
 from gradwatch.recording.loss_scaling import LossScaling
 from gradwatch.recording.optimizer_parameters import OptimizerParameters, Pass
 from gradwatch.recording.optimizers import WatchedOptimizers, holds_optimizers
@@ -112,7 +112,7 @@ class StepActions:
         if scale is not None and not self._optimizers.are_unscaled(listed, self._scaling.scaler):
             measurement.scale = copy_scalar(scale)
         measurement.void, measurement.clips = action.void, action.clips
-        measurement.compared = self.clipped_gradients.compared
+        measurement.compared = self.clipped_gradients.comparison()
 
     def clip(self, optimizer: Optimizer, outer: Optimizer | None, measured: tuple[Pass, Measurement] | None) -> None:
         """Clip the gradients of the optimizer's next step, by the measured norms or by those of an extra pass.

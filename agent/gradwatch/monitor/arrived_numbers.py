@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradwatch.norms.transfer import Scalar, Transfer
 from gradwatch.steps.core import StepCore
-from gradwatch.steps.signs import Signs
+from gradwatch.steps.quiet import Signs
 from gradwatch.steps.state import OptimizerKey, StepRecord
 
 _MOST_OPTIMIZERS: Final = 256

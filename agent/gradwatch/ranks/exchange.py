@@ -115,6 +115,16 @@ class RankExchange:
         self._set(f"losses/{self.rank}/{self._documents}", losses)
         self._documents += 1
 
+    def name_burst(self, step: int) -> None:
+        """Name a step from which on all ranks take samples."""
+        with self._answers():
+            number = self.store.add(f"gradwatch/{self.name}/bursts", 1) - 1
+        self._set(f"burst/{number}", step)
+
+    def burst(self, number: int) -> int | None:
+        """Return the ``number``-th step that was named, counted from 0; None while there are not as many."""
+        return self._get(f"burst/{number}", int)
+
     def end(self) -> None:
         """Tell that nothing more will come from this rank."""
         self._set(f"ended/{self.rank}", True)

@@ -1,11 +1,12 @@
-"""Gradient versions: which gradients a backward pass added to, by their identities and versions; none is read."""
+"""Gradient versions: what a backward pass, or the program after clipping, has changed; no gradient is read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from torch import Tensor
 
 from gradwatch.model.registry import ParameterRegistry
+from gradwatch.recording.optimizer_parameters import OptimizerParameters
 
 Version = tuple[Tensor, int] | None
 """A gradient and its version; None where there is none. The gradient is kept while the pass lasts: once it is gone, its
@@ -20,6 +21,10 @@ _FEW: Final = 16
 """Most gradients that stand for all others."""
 _SEARCHED: Final = 8
 """Passes of something else whose graphs are all searched; then ever fewer of them are."""
+_SURE_SAMPLES: Final = 10
+"""Samples in which gradients were left alone after which they are believed to be."""
+_CHECKED_AGAIN: Final = 32
+"""Samples after which both norms are measured again."""
 
 
 class GradientVersions:
@@ -127,3 +132,72 @@ class GradientVersions:
             self._passes = 0
         self._passes += 1
         self.is_sure = self._passes >= _SURE_PASSES and len(self._few) <= _FEW
+
+
+class ClippedGradients:
+    """Knows whether a training leaves gradients alone between clipping and stepping.
+
+    Between the two a program may add noise (differential privacy), decay weights by hand, mask, average over ranks, or
+    put other gradients in place. The norm before clipping then does not follow from the gradients that are stepped
+    with: it has to be measured when clipping is called, which costs a second pass. So both are measured until they
+    have agreed often enough; from then on one pass does, identity and version of each gradient tell of a change, and
+    both are measured now and then, since no version tells of what is done to a gradient's ``data``.
+    """
+
+    def __init__(self) -> None:
+        self._agreement = _Agreement()
+        self._left: dict[int, tuple[int, int]] = {}
+        """Index of a parameter -> identity and version of its gradient after it was clipped for the next step."""
+
+    @property
+    def are_left_alone(self) -> bool:
+        """Return whether one measurement does, at the step."""
+        return self._agreement.samples >= _SURE_SAMPLES and self._agreement.unchecked < _CHECKED_AGAIN
+
+    def note(self, listed: OptimizerParameters) -> None:
+        """Note the gradients that a clipping has left for a sampled step."""
+        self._agreement.unchecked += 1
+        for index, parameter in zip(listed.indices, listed.parameters, strict=True):
+            if parameter.grad is not None:
+                self._left[index] = id(parameter.grad), parameter.grad._version  # noqa: SLF001
+
+    def changed(self, listed: OptimizerParameters) -> frozenset[int]:
+        """Return the parameters of an optimizer that steps whose gradients are not what clipping left."""
+        left, self._left = self._left, {}
+        found = [
+            index
+            for index, parameter in zip(listed.indices, listed.parameters, strict=True)
+            if index in left and _state_of(parameter.grad) != left.pop(index)
+        ]
+        self._left = left
+        if found:
+            self._agreement = _Agreement()
+        return frozenset(found)
+
+    def comparison(self) -> Callable[[bool], None]:
+        """Return what takes note of a sample in which both are measured: whether they agree.
+
+        The collector's thread calls it, maybe many samples later; what was before a change then says nothing any more.
+        """
+        return self._agreement.compared
+
+
+class _Agreement:
+    """How well the two norms of a training have agreed since its gradients were last seen to change."""
+
+    __slots__ = ("samples", "unchecked")
+
+    def __init__(self) -> None:
+        self.samples = 0
+        """Samples in a row whose two norms agreed."""
+        self.unchecked = 0
+        """Samples since then in which only one was measured."""
+
+    def compared(self, agree: bool) -> None:
+        """Take note of a sample in which both were measured."""
+        self.samples = self.samples + 1 if agree else 0
+        self.unchecked = 0
+
+
+def _state_of(grad: object) -> tuple[int, int]:
+    return id(grad), getattr(grad, "_version", -1)

@@ -4,11 +4,11 @@ The training thread only puts messages into a queue. Everything that takes time 
 the device, building samples, joining ranks, encoding, writing to disk, writing to the user's loggers.
 """
 
-import contextlib
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,12 +26,12 @@ from gradwatch.ranks.parts import JoinedStatistics
 from gradwatch.samples.batch import Batch, ScalarNames, StepNumbers
 from gradwatch.samples.builder import Draft, SampleBuilder
 from gradwatch.samples.joining import JoiningCallbacks, joining_for
-from gradwatch.samples.loggers import ScalarLogger
+from gradwatch.samples.loggers import ScalarLogger, UserLoggers
 from gradwatch.steps.state import StepRecord
 
 WRITE_SECONDS: Final = 0.8
 """Time after which everything that waits is written: after a kill no more than the last second is missing."""
-_POLL_SECONDS: Final = 0.1  # pause while a copy from a device, or the parts of other ranks, are waited for
+_COPY_SECONDS: Final = 0.1  # pause while a copy from a device is waited for
 
 LONGEST_QUEUE: Final = 20_000
 """Steps that may wait for the collector; further ones are dropped and counted."""
@@ -72,6 +72,7 @@ class Collector:
         failed: called with an exception of this thread.
         not_measured: called with the reason why something of the other ranks is not measured.
         needless: called on another rank if nothing of it is needed, on rank 0 if nothing of the others is.
+        agreed: called with the first step of a burst of samples that all ranks take.
         warn: called with a warning for the user.
     """
 
@@ -89,6 +90,7 @@ class Collector:
         failed: Callable[[Exception], None],
         not_measured: Callable[[str], None],
         needless: Callable[[], None],
+        agreed: Callable[[int], None],
         warn: Callable[[str], None],
     ) -> None:
         self._spool = spool
@@ -108,7 +110,7 @@ class Collector:
         self._wake = threading.Event()
         self._stop = False
         self._given_up = False
-        self._loggers: tuple[ScalarLogger, ...] = ()
+        self._loggers = UserLoggers(warn)
         self._builder = SampleBuilder(dropped, agc)
         callbacks = JoiningCallbacks(
             registered=self._register_run,
@@ -116,6 +118,7 @@ class Collector:
             loss=self._add_loss,
             not_measured=not_measured,
             needless=needless,
+            agreed=agreed,
         )
         self._joining = None if ranks is None else joining_for(ranks, self._builder, callbacks)
         """None where this rank measures alone."""
@@ -168,9 +171,15 @@ class Collector:
         if record.buffers is not None:
             (self._pool.release if record.buffers.arrived() else self._pool.abandon)(record.buffers)
 
+    def ask_burst(self, step: int) -> None:
+        """Have all ranks sample from a step on, without waiting; any thread may call this."""
+        if self._joining is not None:
+            self._joining.bursts.ask(step)
+            self._wake.set()
+
     def add_logger(self, logger: ScalarLogger) -> None:
         """Write the run-level scalars to this logger, too."""
-        self._loggers = (*self._loggers, logger)
+        self._loggers.add(logger)
 
     def finish(self, end: wire.End | None, timeout_seconds: float, *, device_failed: bool) -> None:
         """Write everything that waits, and ``end``, to the spool; stop the thread and wait for it.
@@ -219,12 +228,11 @@ class Collector:
                 self._failed(error)
             self.time.book()
             if stopping:
-                for logger in self._loggers:
-                    with contextlib.suppress(Exception):
-                        logger.close()
+                self._loggers.close()
                 return
-            waits = _POLL_SECONDS if self._waits_for_ranks or self._waits_for_device else WRITE_SECONDS
-            while not self._wake.wait(waits) and self._is_idle:
+            ranks_seconds = math.inf if self._joining is None else self._joining.poll_seconds
+            waits = min(ranks_seconds, _COPY_SECONDS if self._waits_for_device else WRITE_SECONDS)
+            while not self._wake.wait(waits) and self._is_idle and ranks_seconds == math.inf:
                 pass
             self._wake.clear()
 
@@ -234,11 +242,7 @@ class Collector:
         nothing_new = numbers is None or (
             len(self._messages) == 1 and isinstance(numbers, StepNumbers) and numbers.read == len(numbers.steps)
         )
-        return nothing_new and self._batch.is_empty and not self._waits_for_ranks
-
-    @property
-    def _waits_for_ranks(self) -> bool:
-        return self._joining is not None and self._joining.is_waiting
+        return nothing_new and self._batch.is_empty
 
     def _process_messages(self, *, wait: bool) -> None:
         """Process the queue up to the first step whose numbers have not arrived from the device.
@@ -316,7 +320,7 @@ class Collector:
             if known:
                 self._batch_for(name).add_values(name, known)
             for step, value in known if self._loggers else ():
-                self._log(step, {name: value})
+                self._loggers.write(step, {name: value})
 
     def _process_step(self, record: StepRecord) -> None:
         # 1. Read the numbers, and give the buffers back.
@@ -333,7 +337,7 @@ class Collector:
                 if self._accepts(name):
                     self._batch_for(name).add_value(record.step, name, value)
             self._batch.events.extend(events)
-            self._log(record.step, trail)
+            self._loggers.write(record.step, trail)
         # 3. Trouble makes the agent sample more often.
         if self._builder.shows_trouble(trail, events, draft):
             self._trouble(self._builder.all_nonfinite)
@@ -367,21 +371,12 @@ class Collector:
         self._batch.add_sample(sample)
         if self._batch.is_full:
             self._write_batch(force=True)
-        self._log(sample.step, {name: wire.deserialise(value) for name, value in sample.scalars.items()})
+        self._loggers.write(sample.step, {name: wire.deserialise(value) for name, value in sample.scalars.items()})
 
     def _add_loss(self, step: int, value: float) -> None:
         """Add the loss of a step that another rank has."""
         self._batch.add_value(step, "loss", value)
-        self._log(step, {"loss": value})
-
-    def _log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write scalars to the user's loggers; a logger that raises an error is not used any more."""
-        for logger in self._loggers if scalars else ():
-            try:
-                logger.write(step, scalars)
-            except Exception as error:  # a closed logger or a full disk is not the agent's fault
-                self._loggers = tuple(other for other in self._loggers if other is not logger)
-                self._warn(f"nothing more is mirrored to {type(logger).__name__}: {type(error).__name__}: {error}")
+        self._loggers.write(step, {"loss": value})
 
     def _write_batch(self, *, force: bool) -> None:
         """Write the batch to the spool; while the server is slow let it grow for a while, unless forced."""

@@ -4,6 +4,7 @@ A rank first tells what it holds of the model. Rank 0 works out from that who re
 all ranks, and asks for what is needed: ranks that hold only copies stop measuring.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,15 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from gradwatch import wire
+from gradwatch.ranks.bursts import LOOK_SECONDS, AgreedBursts
 from gradwatch.ranks.exchange import Asked, LossSeries, RankExchange, StoreGone
 from gradwatch.ranks.holdings import Holdings, RegisteredParameters
 from gradwatch.ranks.parts import JoinedStatistics, RankPart
 from gradwatch.ranks.whole_model import NOWHERE, WholeModel
 from gradwatch.samples.builder import Draft, SampleBuilder
 
+POLL_SECONDS: Final = 0.1
+"""Pause while the parts of other ranks are waited for."""
 PARTS_TIMEOUT_SECONDS: Final = 30.0
 """How long rank 0 waits for the parts of a sample, and for ranks that hold parts of the model."""
 _COPIES_TIMEOUT_SECONDS: Final = 10.0
@@ -47,8 +51,11 @@ class Joining(Protocol):
         """Do what can be done; with ``wait``, which is for the end of the run, give the other ranks some seconds."""
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether something of the other ranks may come at any time, for which ``poll`` has to look."""
+    def poll_seconds(self) -> float:
+        """Time after which ``poll`` has to look again for something of the other ranks; infinite where none comes."""
+
+    bursts: AgreedBursts
+    """The bursts of samples that the ranks take together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +72,8 @@ class JoiningCallbacks:
     """Takes the reason why something is not measured."""
     needless: Callable[[], None]
     """Called on another rank if nothing of it is needed, on rank 0 if nothing of the others is."""
+    agreed: Callable[[int], None]
+    """Takes the first step of a burst of samples that all ranks take."""
 
 
 def joining_for(exchange: RankExchange, builder: SampleBuilder, callbacks: JoiningCallbacks) -> Joining:
@@ -87,6 +96,7 @@ class ReportingRank:
         self._exchange = exchange
         self._builder = builder
         self._callbacks = callbacks
+        self.bursts = AgreedBursts(exchange, callbacks.agreed)
         self._whole = WholeModel()
         self._holdings: dict[int, Holdings] = {}
         self._versions: dict[int, int] = {}
@@ -130,17 +140,20 @@ class ReportingRank:
                 self._join(latest)
                 if self._resolved:
                     self._take_losses(latest)
+                self.bursts.poll()
             except StoreGone:
                 self._go_on_without_others()
         if self._store_is_gone:
             self._finish_alone()
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether something of the other ranks may come at any time."""
-        if self._store_is_gone:
-            return False
-        return bool(self._drafts) or not self._resolved or bool(self._asked and self._asked.losses)
+    def poll_seconds(self) -> float:
+        """Time after which ``poll`` has to look again for something of the other ranks."""
+        asked = self._asked
+        if self._store_is_gone or (asked is not None and not asked.parts and not asked.losses):
+            return math.inf
+        at_any_time = self._drafts or not self._resolved or (asked is not None and asked.losses)
+        return POLL_SECONDS if at_any_time else LOOK_SECONDS
 
     @property
     def _others(self) -> list[int]:
@@ -297,6 +310,7 @@ class OtherRank:
         self._exchange = exchange
         self._builder = builder
         self._callbacks = callbacks
+        self.bursts = AgreedBursts(exchange, callbacks.agreed)
         self._version = -1
         self._asked: Asked | None = None
         self._asked_times = 0
@@ -327,9 +341,11 @@ class OtherRank:
             self._try(self._look if not wait else self._end)
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether rank 0 has yet to ask, or to be told losses."""
-        return not self._over and (self._asked is None or bool(self._losses))
+    def poll_seconds(self) -> float:
+        """Time after which ``poll`` has to look again: rank 0 may ask, or name a burst, or is to be told losses."""
+        if self._over:
+            return math.inf
+        return POLL_SECONDS if self._asked is None or self._losses else LOOK_SECONDS
 
     def _try(self, action: Callable[[], None]) -> None:
         try:
@@ -348,6 +364,8 @@ class OtherRank:
             self._look_what_is_asked()
         if self._losses and time.monotonic() - self._losses_since > _LOSSES_SECONDS:
             self._tell_losses()
+        if not self._over:
+            self.bursts.poll()
 
     def _end(self) -> None:
         self._look_what_is_asked()

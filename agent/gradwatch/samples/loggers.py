@@ -1,6 +1,7 @@
 """Writing run-level scalars to the logger that the user already has: TensorBoard, Weights & Biases or MLflow."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, get_args
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
@@ -35,6 +36,40 @@ def open_logger(name: LoggerName, **options: Any) -> ScalarLogger:
     if name == "mlflow":
         return MlflowLogger(**options)
     raise ValueError(f"mirror({name!r}) is not known: {', '.join(get_args(LoggerName))}")
+
+
+class UserLoggers:
+    """The loggers that the user's numbers go to as well; one that raises an error is not used any more.
+
+    Args:
+        warn: called with a warning for the user.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._loggers: tuple[ScalarLogger, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self._loggers)
+
+    def add(self, logger: ScalarLogger) -> None:
+        """Write to this logger, too."""
+        self._loggers = (*self._loggers, logger)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the scalars of one step."""
+        for logger in self._loggers if scalars else ():
+            try:
+                logger.write(step, scalars)
+            except Exception as error:  # a closed logger or a full disk is not the agent's fault
+                self._loggers = tuple(other for other in self._loggers if other is not logger)
+                self._warn(f"nothing more is mirrored to {type(logger).__name__}: {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Close all of them, whatever they raise."""
+        for logger in self._loggers:
+            with contextlib.suppress(Exception):
+                logger.close()
 
 
 class TensorBoardLogger:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from gradwatch.steps.ownership import Beginning, ExpectedOptimizers, Owner, owner_of
-from gradwatch.steps.quiet import QuietSteps
+from gradwatch.steps.quiet import QuietSteps, Signs
 from gradwatch.steps.schedule import Costs, SamplingSchedule
-from gradwatch.steps.signs import Signs
 from gradwatch.steps.state import (
     MOST_LOSSES,
     NO_INDICES,

@@ -1,11 +1,11 @@
 """The sampling schedule: which steps are sampled, so that the agent stays within its share of the training time.
 
-A step whose loss or clip norm shows a sign of trouble (``gradwatch.steps.signs``) is sampled at once.
+A step whose loss or clip norm shows a sign of trouble (``gradwatch.steps.quiet``) is sampled at once.
 """
 
 import math
 from collections import deque
-from collections.abc import Set
+from collections.abc import Callable, Set
 from statistics import median
 from typing import Final, NamedTuple
 
@@ -13,6 +13,10 @@ from gradwatch.steps.state import OptimizerKey, StepRecord
 
 BURST_STEPS: Final = 20
 """Steps in a row that are sampled at the start and after a sign of trouble."""
+AHEAD_STEPS: Final = 16
+"""Least number of steps ahead of the training at which several ranks begin a burst together."""
+AHEAD_SECONDS: Final = 0.5
+"""Least time until then: each of them has learned of it by then."""
 RESERVE_SAMPLES: Final = 4 * BURST_STEPS
 """Samples that the account keeps for the start and for signs of trouble."""
 LONGEST_GAP_SECONDS: Final = 30.0
@@ -203,6 +207,12 @@ class SamplingSchedule:
         self.needs_record = True
         """Whether the next step needs a record: it is sampled, or the threads' work is to be averaged."""
         self._account: Final = account
+        self.ask: Callable[[int], None] = _ask_nobody
+        """Has all ranks sample from a step on, where several take each sample together."""
+        self._asked = range(0)
+        """The burst that this rank has asked for last."""
+        self._agreed = range(0)
+        """The burst that all ranks take together, or have taken last."""
         self._burst_wanted = False
         self._forced = False
         """Whether the next step is sampled although the account does not allow it."""
@@ -226,6 +236,14 @@ class SamplingSchedule:
         """Sample every step for a while after this one, if that can be afforded."""
         self._burst_wanted = self.needs_record = True
 
+    def sample_from(self, step: int) -> None:
+        """Take the burst that a rank has named by its first step; other threads than the training's may call this.
+
+        One that begins while another goes on is left out, on all ranks alike.
+        """
+        if step >= self._agreed.stop:
+            self._agreed = range(step, step + BURST_STEPS)
+
     def alarm(self, record: StepRecord, stepping: Set[OptimizerKey], *, finite: bool) -> bool:
         """Sample a step that shows a sign of trouble, although it is not due; only the first of several.
 
@@ -245,7 +263,7 @@ class SamplingSchedule:
         self._trouble = max(self._trouble, trouble)
         if self._trouble_before >= trouble:
             return False
-        if not (record.sampled or record.skipped) and (self._account.affords_sample or not finite):
+        if not (record.sampled or record.skipped) and (self._affords_alone or not finite):
             record.sampled = record.stepped.keys() <= stepping
             self._forced = not record.sampled
         return True
@@ -257,7 +275,7 @@ class SamplingSchedule:
             finite: whether the numbers of that step are finite.
             begun: whether a step has begun that is not over.
         """
-        if self._account.affords_sample or not finite:
+        if self._affords_alone or not finite:
             self._forced, self.due = self._forced or begun, self.due or not begun
         self._burst_wanted = self.needs_record = True
 
@@ -283,8 +301,12 @@ class SamplingSchedule:
         )
         if self._burst_wanted:
             self._burst_wanted = False
-            account.start_burst()
-        self.due = self._forced or account.due(record.step + 1)
+            if account.aligned:
+                self._ask_all(record.step)
+            else:
+                account.start_burst()
+        following = record.step + 1
+        self.due = account.due(following) or following in self._agreed or self._forced
         self._forced = False
         self.needs_record = self.due or now - self._reviewed_at >= _REVIEW_SECONDS
         if not record.skipped:
@@ -308,10 +330,29 @@ class SamplingSchedule:
         self._spent_before = spent_seconds
         self._account.stepped(step_seconds, hooks, None, self._threads_ratio)
         self._trouble_before, self._trouble = self._trouble, _NONE
-        self.due = self._account.due(step + 1)
+        self.due = self._account.due(step + 1) or step + 1 in self._agreed
         self.needs_record = self.due or self._burst_wanted or now - self._reviewed_at >= _REVIEW_SECONDS
+
+    @property
+    def _affords_alone(self) -> bool:
+        """Return whether this rank can take a sample that is not due; where others have a part in it, it cannot."""
+        return self._account.affords_sample and not self._account.aligned
+
+    def _ask_all(self, step: int) -> None:
+        """Ask all ranks for a burst, unless one goes on or is asked for."""
+        account = self._account
+        if account.affords_sample and step >= max(self._agreed.stop, self._asked.stop):
+            ahead = AHEAD_STEPS
+            if account.step_seconds:
+                ahead = max(ahead, math.ceil(AHEAD_SECONDS / account.step_seconds))
+            self._asked = range(step + ahead, step + ahead + BURST_STEPS)
+            self.ask(self._asked.start)
 
     def _average_threads(self, now: float, threads_seconds: float) -> None:
         if self._reviewed_at:
             self._threads_ratio = (threads_seconds - self._threads_before) / (now - self._reviewed_at)
         self._reviewed_at, self._threads_before = now, threads_seconds
+
+
+def _ask_nobody(_step: int) -> None:
+    """Do nothing: this rank samples alone."""

@@ -74,8 +74,8 @@ node_modules/.installed: package.json package-lock.json
 
 # The labelled trainings of benchmarks/zoo through the real agent and a real server, with the table; about 15 minutes.
 # `zoo` runs the half to develop on, at every step; `zoo-sparse` at every tenth step, `zoo-default` as the agent chooses on
-# steps of 50 ms, several at a time because they only wait. `zoo-report` runs the other half, which rules are never tuned
-# on: docs/diagnosis.md says when it may be looked at.
+# steps of 5 and 50 ms, and of 0.3 s for 30 of them, a dozen at a time because they mostly wait. `zoo-report` runs the other
+# half, which rules are never tuned on: docs/diagnosis.md says when it may be looked at.
 zoo: .venv/test-installed
 	$(BIN)/python -m benchmarks.zoo $(ZOO)
 
@@ -83,7 +83,10 @@ zoo-sparse: .venv/test-installed
 	$(BIN)/python -m benchmarks.zoo --every 10 --skip-twins $(ZOO)
 
 zoo-default: .venv/test-installed
-	$(BIN)/python -m benchmarks.zoo --every default --workers 8 --skip-twins $(ZOO)
+	@failed=0; for steps in "0.005" "0.05" "0.3 --thirty"; do echo "Steps of $$steps:"; \
+	  $(BIN)/python -m benchmarks.zoo --every default --step-seconds $$steps --workers 12 --skip-twins --seeds 1 $(ZOO) \
+	    || failed=1; \
+	done; exit $$failed
 
 zoo-report: .venv/test-installed
 	$(BIN)/python -m benchmarks.zoo --report $(ZOO)

@@ -17,15 +17,17 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.zoo.run import SLOW_STEP_SECONDS, Task, run
+from benchmarks.zoo.run import Task, run
 from benchmarks.zoo.score import Outcome, Score
-from benchmarks.zoo.split import FIRST_SETS, development, reported
+from benchmarks.zoo.split import FIRST_SETS, development, reported, thirty
 from gradwatch.demo.server import Server
 
 
 def run_all(options: argparse.Namespace) -> Iterator[Outcome]:
     """Run the chosen cases against one server, several at a time, and yield their outcomes in order."""
     half = reported() if options.report else development()
+    if options.thirty:
+        half = thirty(half)
     chosen = [case for case in half if not options.case or any(part in case.name for part in options.case)]
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     pairs = list(product(chosen, seeds))
@@ -35,7 +37,8 @@ def run_all(options: argparse.Namespace) -> Iterator[Outcome]:
             Server(Path(folder), "http://127.0.0.1:9/nobody", "whsec_" + "A" * 32) as server,
             ProcessPoolExecutor(options.workers, get_context("spawn")) as pool,
         ):
-            tasks = [Task(case.name, seed, server.url, options.every, not options.skip_twins) for case, seed in pairs]
+            seconds, verify = options.step_seconds if options.every is None else 0.0, not options.skip_twins
+            tasks = [Task(case.name, seed, server.url, options.every, seconds, verify) for case, seed in pairs]
             try:
                 for (case, seed), found in zip(pairs, pool.map(run, tasks), strict=True):
                     yield Outcome(case=case, seed=seed, every=options.every, **found._asdict())
@@ -59,8 +62,15 @@ def main() -> int:
         "--every",
         type=_every,
         default=1,
-        help=f"steps between samples (default: 1), or 'default': the agent's choice, at {SLOW_STEP_SECONDS} s a step",
+        help="steps between samples (default: 1), or 'default': the agent's choice",
     )
+    parser.add_argument(
+        "--step-seconds",
+        type=float,
+        default=0.05,
+        help="least time of a step at the agent's choice, which pays for samples out of it (default: 0.05)",
+    )
+    parser.add_argument("--thirty", action="store_true", help="a fixed list of 30 cases, half of them sick")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at once (default: 1)")
     parser.add_argument("--skip-twins", action="store_true", help="do not train the repaired twins of sick cases")
     options = parser.parse_args()

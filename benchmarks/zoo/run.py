@@ -13,9 +13,6 @@ from benchmarks.zoo.case import holds, train
 from benchmarks.zoo.score import Alert
 from benchmarks.zoo.split import CASES
 
-SLOW_STEP_SECONDS = 0.05
-"""A step of the default setting, which pays for samples out of the time that steps take."""
-
 
 class Task(NamedTuple):
     """One run of one case, as it is handed to a worker process."""
@@ -24,6 +21,9 @@ class Task(NamedTuple):
     seed: int
     url: str
     every: int | None
+    """Steps between samples; None: the agent's choice."""
+    step_seconds: float
+    """Least time of a step."""
     verify: bool
 
 
@@ -44,7 +44,6 @@ def run(task: Task) -> Found:
     case = next(case for case in CASES if case.name == task.name)
     training = case.build(task.seed)
     models: Sequence[nn.Module] = [training.model] if isinstance(training.model, nn.Module) else training.model
-    seconds = SLOW_STEP_SECONDS if task.every is None else 0.0
     with Baselines(models) as baselines:
         agent = gradwatch.attach(
             list(models),
@@ -55,7 +54,7 @@ def run(task: Task) -> Found:
             every=task.every,
             clip=training.clip,
         )
-        result = train(training, case.steps, case.onset, baselines, least_seconds=seconds)
+        result = train(training, case.steps, case.onset, baselines, least_seconds=task.step_seconds)
         agent.close(timeout_seconds=60)
     twin = True
     if task.verify and case.twin is not None:

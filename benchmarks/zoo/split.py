@@ -55,6 +55,13 @@ def draw_report() -> list[Case]:
     return sorted((case for cases in sets for case in draw(cases, SEED)), key=lambda case: case.name)
 
 
+def thirty(half: Sequence[Case]) -> tuple[Case, ...]:
+    """Draw 30 cases of a half, always the same, 15 of them sick: as many as slow steps leave time for."""
+    chance, members = random.Random(SEED), sorted(half, key=lambda case: case.name)
+    sick, well = ([case for case in members if bool(case.rule) is sick] for sick in (True, False))
+    return (*chance.sample(sick, 15), *chance.sample(well, 15))
+
+
 def table(cases: Iterable[Case]) -> str:
     """Return the text of ``reported.txt``: a line for each case with its name and its label."""
     return "".join(f"{case.name} {label(case)}\n" for case in cases)

@@ -69,7 +69,9 @@ class Observation:
     @cached_property
     def slow_steps(self) -> SlowSteps | None:
         """Since when no weight matrix has moved by more than a millionth of itself in a step, this sample included."""
-        return slow_steps(self.history.slow_steps, self.history.losses.now, self.sample, self.profile)
+        history = self.history
+        last = None if history.weights is None else (history.growths[-1][0], history.weights)
+        return slow_steps(history.slow_steps, history.losses.now, last, self.sample, self.profile)
 
     @property
     def matrices_with_gradient(self) -> Indices:

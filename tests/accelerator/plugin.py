@@ -16,21 +16,28 @@ LAG_SECONDS: Final = 0.005
 """Several steps of the small trainings in the tests."""
 
 MODULES: Final = (
+    "agc",
     "changed_gradients",
     "clip_grad",
     "clipping",
+    "identity",
     "lifetimes",
     "loops",
     "loss_forms",
+    "new_optimizers",
     "origin",
     "random_trainings",
+    "resting_weights",
     "steps",
     "traps",
+    "unstepped",
+    "wrappers",
 )
 """The modules of ``tests/agent`` whose tests run on the accelerator as well."""
 
 LEFT_OUT: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "the simulation has neither sparse nor complex tensors": {
+        "agc": ("test_sparse_rows_are_clipped_as_dense_ones",),
         "traps": (
             "test_complex_empty_and_zero_dimensional",
             "test_sparse_gradients_that_float32_cannot_square",
@@ -86,6 +93,7 @@ LEFT_OUT: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "docs/agent.md: other sizes off the CPU, a sample one step after a sign, no module without a wait": {
         "traps": ("test_update_norm_of_a_large_parameter_comes_now_and_then",),
         "clip_grad": ("test_the_first_bad_step_is_sampled_even_if_none_was_due",),
+        "resting_weights": ("test_large_frozen_weights_are_read_in_turn",),
         "origin": (
             "test_bad_data_is_laid_at_the_first_layers_door",
             "test_zero_by_zero_between_two_layers",

@@ -46,7 +46,7 @@ def new_head_with_all(model: nn.Sequential) -> torch.optim.Optimizer:
 
 
 def assigned_weights(model: nn.Sequential) -> torch.optim.Optimizer:
-    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 

@@ -136,6 +136,8 @@ def test_grafanas_role_reads_and_changes_nothing() -> None:
         reader = open_engine(address.set(username="gradwatch_reader").render_as_string(hide_password=False))
         with reader.connect() as connection:
             assert connection.execute(sa.text("SELECT count(*) FROM samples")).scalar_one() == 0
+            settings = connection.execute(sa.text("SELECT rolconfig FROM pg_roles WHERE rolname = current_user"))
+            assert "jit=off" in settings.scalar_one(), "each query of a board would be compiled"
             with pytest.raises(sa.exc.DBAPIError, match=r"read-only|permission denied"):
                 connection.execute(sa.text("DELETE FROM runs"))
         reader.dispose()

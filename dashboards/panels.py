@@ -188,7 +188,7 @@ WRAPPED: Json = {"cellOptions": {"type": "auto", "wrapText": True}, "wrapText": 
 """Newer and older versions of Grafana look for the setting in different places."""
 
 
-def text_column(name: str, least: int = 160) -> Json:
+def text_column(name: str, least: int = 130) -> Json:
     """Return the settings of a column of sentences, at least so many pixels wide: they are wrapped, not cut."""
     return override(name, custom={**WRAPPED, "minWidth": least})
 

@@ -92,11 +92,11 @@ def _numbers() -> Panel:
     )
 
 
-_PROJECT = {"width": 170, **WRAPPED}
+_PROJECT = {"width": 150, **WRAPPED}
 
 
 def _run_column() -> Json:
-    wrapped = {"minWidth": 180, **WRAPPED}
+    wrapped = {"minWidth": 130, **WRAPPED}
     return override("name", links=[runs.OPEN], custom=wrapped)
 
 
@@ -110,10 +110,10 @@ def _firing() -> Panel:
         override("rule", custom={"width": 90}),
         _run_column(),
         override("project", custom=_PROJECT),
-        when("since", 120),
+        when("since", 95),
         text_column("what"),
         text_column("cause"),
-        text_column("remedy", least=230),
+        text_column("remedy"),
         hidden(runs.HIDDEN),
         nothing="No alert fires",
     )

@@ -46,7 +46,8 @@ FROM runs r LEFT JOIN LATERAL (
     string_agg(a.rule || ': ' || a.summary, E'\\n' ORDER BY a.severity, a.rule) AS what
   FROM alerts a WHERE a.run = r.id AND {runs.MATTERS}
 ) worst ON true
-WHERE {_CHOSEN} AND r.last_seen_at >= $__unixEpochFrom()
+WHERE {_CHOSEN} AND (r.last_seen_at >= $__unixEpochFrom() OR r.finished_at IS NULL
+  OR EXISTS (SELECT FROM alerts a WHERE a.run = r.id AND a.state = 'firing'))
 ORDER BY worst.severity NULLS LAST, r.finished_at IS NOT NULL, r.last_seen_at DESC LIMIT 500"""
 _BY_RULE = f"""\
 SELECT a.rule, count(DISTINCT a.run) AS runs
@@ -102,16 +103,17 @@ def _runs() -> Panel:
     return table(
         3,
         "Runs, worst first",
-        "Runs heard of in the chosen time: first those with critical alerts, which a run that has ended keeps.",
+        "Runs heard of in the chosen time, and all that are not finished or have an alert that fires: first those with "
+        "critical alerts, which a run that has ended keeps.",
         sql(_RUNS),
         state_column("state", colours.STATES),
         state_column("alerts", colours.SEVERITIES, 80),
-        override("name", links=[runs.OPEN], custom={"minWidth": 200, **WRAPPED}),
-        override("project", custom={"minWidth": 150, **WRAPPED}),
+        override("name", links=[runs.OPEN], custom={"minWidth": 130, **WRAPPED}),
+        override("project", custom={"width": 150, **WRAPPED}),
         text_column("what is wrong"),
         override("step", unit="locale", decimals=0, custom={"width": 85}),
         override("loss", mappings=list(NUMBERS), custom=_LOSS, color=fixed("text")),
-        when("last sample", 145),
+        when("last sample", 110),
         hidden(runs.HIDDEN),
         nothing="No run was heard of in this time",
     )

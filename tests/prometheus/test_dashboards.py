@@ -202,9 +202,13 @@ def test_the_fleet_calls_a_run_stalled_when_the_rule_does(postgres: str, tmp_pat
             states = {run["id"]: run["state"] for run in server.get("/api/v1/runs")}
             stalled = re.findall(r'gradwatch_run_stalled\{.*run="(\w+)"\} 1.0', scrape(server.http))
         found = rows(engine, RUNS, project=["vision", "patient", "off"])
+        later = rows(engine, RUNS, time.time() + 1800, project=["vision", "patient", "off"])
         engine.dispose()
     assert states == {"vision": "stalled", "patient": "running", "off": "running"}
     assert {row.run: row.state for row in found} == states
+    assert {row.run for row in later} == states.keys(), (
+        "the numbers above the table count them, whatever time is chosen"
+    )
     assert stalled == ["vision"]
 
 

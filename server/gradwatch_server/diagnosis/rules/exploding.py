@@ -369,7 +369,7 @@ def _remedy(sample: Sample) -> str:
     rate = sample.scalars.get("learning_rate")
     lower = f"Lower the learning rate from {rate:.3g} to {rate / 10:.3g}" if rate else "Lower the learning rate tenfold"
     return (
-        f"{lower} or warm it up, initialise with torch.nn.init.kaiming_normal_ or add normalisation, and clip "
+        f"{lower} or warm it up, initialise with kaiming_normal_ of torch.nn.init or add normalisation, and clip "
         f"adaptively: {CLIP}."
     )
 

@@ -192,8 +192,8 @@ def _faded(observation: Observation, limits: VanishingLimits, decay: _Decay) -> 
         summary=f"The gradient fades by a factor of 10^{decay.decades:.1f} from the last layers to the first",
         cause=f"Each layer passes on only about {10**-decay.slope:.2g} of the gradient that it receives: saturating "
         "activations, or weights that are initialised too small.",
-        remedy="Use ReLU or GELU with He initialisation (kaiming_normal_ of torch.nn.init), or add residual connections "
-        "or normalisation between the layers.",
+        remedy="Use ReLU or GELU with He initialisation (kaiming_normal_ of torch.nn.init), or add residual "
+        "connections or normalisation between the layers.",
         first_step=observation.sample.step,
         blamed=observation.blame(worst, profile.rms, output * 10**-limits.attenuation_decades),
         evidence={
@@ -231,7 +231,8 @@ def _starved(observation: Observation, limits: VanishingLimits) -> Symptom | Non
         cause="The outputs are saturated, signals fade on their way forward, or gradients underflow in half precision: "
         "nothing reaches the weights.",
         remedy="Use a loss that matches the output (cross-entropy on logits instead of squared error on a sigmoid), "
-        "initialise with kaiming_normal_ of torch.nn.init, and in half precision scale the loss (torch.amp.GradScaler).",
+        "initialise with kaiming_normal_ of torch.nn.init, and in half precision scale the loss "
+        "(torch.amp.GradScaler).",
         first_step=observation.sample.step,
         blamed=observation.blame(worst, profile.leverage, limits.leverage),
         evidence={"largest_leverage": float(leverage.max()), "loss": profile.loss, "first_loss": losses.reference},

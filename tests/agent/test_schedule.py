@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from gradwatch.steps.schedule import (
+    AHEAD_STEPS,
     BURST_STEPS,
     LONGEST_GAP_SECONDS,
     RESERVE_SAMPLES,
@@ -158,3 +159,21 @@ def test_a_step_that_is_not_finite_is_sampled_whatever_was_taken_before() -> Non
             forced[finite] += record.sampled
     assert forced[False] > 450
     assert forced[True] < 120, "signs of another kind are sampled as long as the reserve lasts"
+
+
+def test_ranks_that_read_the_same_names_sample_the_same_steps() -> None:
+    """A burst that begins within another is left out, and nobody asks while one is asked for or goes on."""
+    schedule, asked = SamplingSchedule(OverheadAccount(10**6, 0.01, aligned=True)), list[int]()
+    schedule.ask = asked.append
+    taken = []
+    for step in range(1, 201):
+        if schedule.due:
+            taken.append(step)
+        if step in (40, 50, 60, 70):
+            schedule.want_burst()
+        if asked == [40 + AHEAD_STEPS] and step == 45:
+            schedule.sample_from(asked[0])
+            schedule.sample_from(asked[0] + 5)
+        schedule.ended(StepRecord(step, 0.0, sampled=schedule.due), step * 0.1, Costs(samples=0.001 * len(taken)))
+    assert asked == [40 + AHEAD_STEPS]
+    assert taken[1:] == list(range(56, 76))

@@ -203,8 +203,8 @@ def test_what_fsdp1_does_not_shard_is_measured(server: Server) -> None:
     assert server.events == []
 
 
-_UNREDUCED = """
-import sys
+_MLP = """
+import sys, time
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -216,6 +216,12 @@ rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
 torch.manual_seed(3)
 model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+"""
+"""How a program begins: this rank, and a model that is still whole."""
+
+_UNREDUCED = (
+    _MLP
+    + """
 mesh = init_device_mesh("cpu", (size,))
 for part in (model[0], model[2]) if kind == "parts" else ():
     fully_shard(part, mesh=mesh)
@@ -245,6 +251,7 @@ if rank == 0:
     seen.close()
 dist.destroy_process_group()
 """
+)
 
 
 @pytest.mark.parametrize("kind", ["whole", "parts"])
@@ -255,19 +262,9 @@ def test_the_loss_of_passes_that_are_not_reduced_is_part_of_the_step(server: Ser
     assert server.trail("loss") == pytest.approx(expected, rel=1e-5)
 
 
-_ONE_SIDED = """
-import sys, time
-import torch, torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-import gradwatch
-from gradwatch.monitor.guard import Guard
-Guard.raises_own_errors = True
-rank, size, port, url, kind = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-torch.manual_seed(3)
-model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+_ONE_SIDED = (
+    _MLP
+    + """
 fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 with gradwatch.attach(model, optimizer, url=url, every=1_000_000) as agent:
@@ -281,6 +278,7 @@ with gradwatch.attach(model, optimizer, url=url, every=1_000_000) as agent:
 assert not agent._session.monitor.dropped.errors
 dist.destroy_process_group()
 """
+)
 
 
 def test_a_sign_on_one_rank_has_all_of_them_sample_the_same_steps(server: Server) -> None:

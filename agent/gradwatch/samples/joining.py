@@ -19,7 +19,7 @@ from gradwatch.ranks.parts import JoinedStatistics, RankPart
 from gradwatch.ranks.whole_model import NOWHERE, WholeModel
 from gradwatch.samples.builder import Draft, SampleBuilder
 
-POLL_SECONDS: Final = 0.1
+_POLL_SECONDS: Final = 0.1
 """Pause while the parts of other ranks are waited for."""
 PARTS_TIMEOUT_SECONDS: Final = 30.0
 """How long rank 0 waits for the parts of a sample, and for ranks that hold parts of the model."""
@@ -153,7 +153,7 @@ class ReportingRank:
         if self._store_is_gone or (asked is not None and not asked.parts and not asked.losses):
             return math.inf
         at_any_time = self._drafts or not self._resolved or (asked is not None and asked.losses)
-        return POLL_SECONDS if at_any_time else LOOK_SECONDS
+        return _POLL_SECONDS if at_any_time else LOOK_SECONDS
 
     @property
     def _others(self) -> list[int]:
@@ -345,7 +345,7 @@ class OtherRank:
         """Time after which ``poll`` has to look again: rank 0 may ask, or name a burst, or is to be told losses."""
         if self._over:
             return math.inf
-        return POLL_SECONDS if self._asked is None or self._losses else LOOK_SECONDS
+        return _POLL_SECONDS if self._asked is None or self._losses else LOOK_SECONDS
 
     def _try(self, action: Callable[[], None]) -> None:
         try:
